@@ -1,0 +1,216 @@
+"""The command `mmtx`. Each subcommand imports what it needs, so that `mmtx --help` answers at once."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from mmtx.errors import InputError
+
+DESCRIPTION = "One model for text, pictures and sound: train it, ask it, look inside."
+COLOURS = {"special": "90", "text": "32", "image": "34", "audio": "35"}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command line. A user's mistake ends with one line on stderr and status 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if arguments[:1] == ["fit"]:
+            from mmtx.training.run import fit
+
+            fit(arguments[1:])
+            return
+        options = _parser().parse_args(arguments)
+        options.run(options)
+    except InputError as error:
+        print(f"mmtx: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        # The reader (head, less) has gone: what Python still holds for it must not become an error at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells mistakes in the arguments as any other mistake of the user."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser("mmtx", description=DESCRIPTION)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    commands.add_parser("fit", help="train a tokenizer or the decoder: mmtx fit --config FILE --output FOLDER",
+                        add_help=False)
+
+    caption = commands.add_parser("caption", help="say what pictures and sounds are")
+    caption.add_argument("files", nargs="+", help="files, folders or URLs of files")
+    _model_options(caption)
+    _sampling_options(caption)
+    caption.set_defaults(run=_caption)
+
+    generate = commands.add_parser("generate", help="answer a prompt with text, a picture or a sound")
+    generate.add_argument("parts", nargs="+", help="text, and paths of pictures and sounds, in order")
+    generate.add_argument("--out", choices=("text", "image", "audio"), default="text", help="default: text")
+    generate.add_argument("--file", type=Path, help="where a picture or a sound goes, e.g. out.png, out.wav")
+    _model_options(generate)
+    _sampling_options(generate)
+    generate.set_defaults(run=_generate)
+
+    tokenize = commands.add_parser("tokenize", help="print the ids of text, pictures and sounds")
+    tokenize.add_argument("parts", nargs="+", help="text, and paths of pictures and sounds, in order")
+    _model_options(tokenize)
+    tokenize.set_defaults(run=_tokenize)
+
+    inspect = commands.add_parser("inspect", help="show documents as coloured ids, and which of them train")
+    inspect.add_argument("sources", nargs="+", help="manifests, folders or shards")
+    inspect.add_argument("--rows", type=int, default=1, help="documents to show, default: 1")
+    _model_options(inspect)
+    inspect.set_defaults(run=_inspect)
+
+    evaluate = commands.add_parser("evaluate", help="caption held-out samples and compare with the true captions")
+    evaluate.add_argument("sources", nargs="*", help="held-out manifests, folders or shards")
+    evaluate.add_argument("--train", nargs="+", default=[], metavar="SOURCE",
+                          help="training samples, for the nearest-neighbour control")
+    evaluate.add_argument("--config", help="take both from the data of this training configuration")
+    evaluate.add_argument("--show", type=int, default=8, help="examples to print, default: 8")
+    _model_options(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+    return parser
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default=None, help="model folder, default: the one that comes with mmtx")
+    parser.add_argument("--device", default=None, help="cpu, cuda, ...; default: the GPU if there is one")
+
+
+def _sampling_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the best id")
+    parser.add_argument("--top-k", type=int, default=None, help="sample from the best K ids")
+    parser.add_argument("--top-p", type=float, default=None, help="sample from the ids that hold this probability")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="default: 256")
+    parser.add_argument("--seed", type=int, default=None, help="fixes the random choices")
+
+
+def _load(options: argparse.Namespace):
+    from mmtx.pipeline import DEFAULT_MODEL, load
+
+    return load(options.model or DEFAULT_MODEL, options.device)
+
+
+def _sampling(options: argparse.Namespace) -> dict:
+    names = ("temperature", "top_k", "top_p", "max_new_tokens", "seed")
+    return {name: getattr(options, name) for name in names}
+
+
+def media_files(names: Sequence[str]) -> list[str]:
+    """Files, URLs, and all pictures and sounds in folders. Raises InputError on a missing or empty one."""
+    from mmtx.data.sample import is_url, kind_of
+
+    found = []
+    for name in names:
+        if is_url(name) or Path(name).is_file():
+            found.append(name)
+        elif Path(name).is_dir():
+            inside = sorted(str(path) for path in Path(name).rglob("*") if path.is_file() and kind_of(path.name))
+            if not inside:
+                raise InputError(f"{name}: found no pictures or sounds in this folder")
+            found += inside
+        else:
+            raise InputError(f"{name}: no such file or folder")
+    return found
+
+
+def _parts(names: Sequence[str]) -> list:
+    """Words of the command line: existing files and URLs are media, the rest is text."""
+    from mmtx.data.sample import is_url, kind_of
+
+    def part(name: str):
+        if is_url(name) or Path(name).is_file():
+            return Path(name) if not is_url(name) else _marked(name)
+        if kind_of(name):
+            raise InputError(f"{name}: no such file")
+        return name
+
+    def _marked(url: str):
+        from mmtx.pipeline import Audio, Image
+
+        return Audio(url) if kind_of(url) == "audio" else Image(url)
+
+    return [part(name) for name in names]
+
+
+def _caption(options: argparse.Namespace) -> None:
+    files = media_files(options.files)
+    for file, caption in zip(files, _load(options).caption(files, **_sampling(options)), strict=True):
+        print(f"{file}\t{caption}" if len(files) > 1 else caption)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    if options.out != "text" and options.file is None:
+        raise InputError(f"--file is missing: where shall the {options.out} go?")
+    model, parts = _load(options), _parts(options.parts)
+    if options.out == "text":
+        for piece in model.stream(parts, **_sampling(options)):
+            print(piece, end="", flush=True)
+        print()
+        return
+    result = model.generate(parts, out=options.out, **_sampling(options))
+    try:
+        result.save(options.file)
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise InputError(f"--file {options.file}: cannot be written ({error})") from None
+    print(options.file)
+
+
+def _tokenize(options: argparse.Namespace) -> None:
+    print(*_load(options).tokenize(_parts(options.parts)))
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from itertools import islice
+
+    from mmtx.data.sources import open_source
+    from mmtx.data.tokens import to_documents
+    from mmtx.sequence import render
+
+    model = _load(options)
+    v, coloured = model.vocabulary, sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR"))
+
+    def paint(text: str, kind: str, trained: bool) -> str:
+        if not coloured:
+            return f"{text}*" if trained else text
+        return f"\033[{COLOURS[kind]}{';1;4' if trained else ''}m{text}\033[0m"
+
+    legend = ", ".join(paint(kind, kind, False) for kind in COLOURS)
+    legend += f"; trained ids are {'underlined' if coloured else 'marked *'}\n"
+    for source in options.sources:
+        for sample in islice(open_source(source), options.rows):
+            rendered = render(to_documents([sample], model.tokenizers)[0], v)
+            print(f"{legend}\n{sample.where}: {len(rendered.ids)} ids, {int(rendered.trained.sum())} trained")
+            legend = ""
+            words = []
+            for ident, trained in zip(rendered.ids.tolist(), rendered.trained.tolist(), strict=True):
+                kind = v.kind(ident)
+                word = {"special": v.name, "text": model.tokenizers["text"].piece}.get(kind, str)(ident)
+                words.append(paint(word, kind, trained))
+            print(" ".join(words))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from mmtx.report import config_sources, report
+
+    if options.config:
+        train, held_out = config_sources(options.config)
+    else:
+        from mmtx.data.collection import DataSource
+
+        train, held_out = [DataSource(options.train)] if options.train else [], [DataSource([s]) for s in options.sources]
+    if not held_out:
+        raise InputError("found neither held-out sources nor --config, expected one of them")
+    for section in report(_load(options), held_out, train, options.show):
+        print(section, flush=True)

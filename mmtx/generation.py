@@ -1,0 +1,140 @@
+"""Generation as free functions over explicit state: prefill, one step at a time, sampling under the grammar.
+
+Shapes: B batch, T tokens, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmtx.errors import InputError
+from mmtx.model import Decoder, KVCache
+from mmtx.sequence import Grammar
+from mmtx.vocabulary import MAX_SIDE
+
+LOOK_EVERY = 8  # steps between two looks at whether all rows are finished: each look waits for the device
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next id is chosen; the names are those of the Hugging Face `generate`.
+
+    temperature: 0 takes the best id (greedy), 1 samples the model's distribution.
+    top_k, top_p: keep the k best ids, or the fewest whose probabilities reach p.
+    max_new_tokens: text and sound end here; a picture that is being written is finished, so that all output parses.
+    seed: fixes the random choices; None draws new ones each time.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    max_new_tokens: int = 256
+    seed: int | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"temperature: found {self.temperature}, expected 0 or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise InputError(f"top_k: found {self.top_k}, expected 1 or more")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(f"top_p: found {self.top_p}, expected a number in (0, 1]")
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens: found {self.max_new_tokens}, expected 1 or more")
+
+
+def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
+    """Scores (B, V), -inf where forbidden -> one id a row (B,)."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    # Relative to the best: a tiny temperature must not end in inf - inf.
+    logits = (logits.float() - logits.amax(-1, keepdim=True)) / max(sampling.temperature, 1e-6)
+    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+        kept = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kept, -torch.inf)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        ordered, order = logits.softmax(-1).sort(dim=-1, descending=True)
+        # An id stays while the ids before it have not reached p: the best one always does.
+        drop = ordered.cumsum(-1) - ordered >= sampling.top_p
+        logits = logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+
+
+def prefill(decoder: Decoder, prompts: Sequence[np.ndarray], capacity: int) -> tuple[Tensor, KVCache]:
+    """Feed prompts of any lengths -> the last hidden state of each (B, D) and a cache with room for `capacity` more.
+
+    Shorter prompts are padded on the right and the padding is overwritten later, so a row in a batch sees exactly
+    what it would see alone.
+    """
+    weight = decoder.embedding.weight
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
+    longest = max(len(prompt) for prompt in prompts)
+    ids = np.zeros((len(prompts), longest), np.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, :len(prompt)] = prompt
+    cache = KVCache.empty(decoder.config, len(prompts), longest + capacity, weight)
+    hidden, cache = decoder.extend(torch.from_numpy(ids).to(weight.device), cache)
+    last = hidden[torch.arange(len(prompts), device=weight.device), lengths - 1]
+    return last, cache._replace(lengths=lengths)
+
+
+@torch.inference_mode()
+def steps(
+    decoder: Decoder,
+    grammar: Grammar,
+    prompts: Sequence[np.ndarray],
+    out: str = "text",
+    sampling: Sampling = Sampling(),
+    prefix: Sequence[int] = (),
+) -> Iterator[Tensor]:
+    """Yield one id for each prompt (B,) at a time until all rows are finished; finished rows yield <pad>.
+
+    `prefix` are ids that every answer starts with (not yielded): the size of a picture, or its first codes.
+    """
+    device = decoder.embedding.weight.device
+    prefix = np.asarray(prefix, np.int64)
+    state = grammar.start(len(prompts), out, device, prefix if len(prefix) else None)
+    # Beyond max_new_tokens only closing ids are allowed where there are any, so what is open can still be finished.
+    if out in ("text", "audio"):
+        rest = (grammar.vocabulary.bands or 0) + 2
+    else:
+        # Only an answer of one picture with its size given is known to open no larger one.
+        known = int(state.remaining.max()) if out == "image" and len(prefix) else 0
+        rest = (known or MAX_SIDE ** 2) + 4
+    limit = sampling.max_new_tokens + rest
+    hidden, cache = prefill(decoder, [np.concatenate([prompt, prefix]) for prompt in prompts], limit)
+    matrix = decoder.output_matrix()
+    generator = None
+    if sampling.temperature > 0:
+        generator = torch.Generator(device)
+        generator.manual_seed(sampling.seed) if sampling.seed is not None else generator.seed()
+    for step in range(limit):
+        allowed = grammar.allowed(state)
+        if step >= sampling.max_new_tokens:
+            allowed = grammar.closing(allowed)
+        logits = decoder.logits(hidden, matrix).masked_fill(~allowed, -torch.inf)
+        ids = sample(logits, sampling, generator)
+        state = grammar.advance(state, ids)
+        yield ids
+        if (step % LOOK_EVERY == LOOK_EVERY - 1 or step >= sampling.max_new_tokens) and grammar.finished(state).all():
+            return
+        hidden, cache = decoder.extend(ids[:, None], cache)
+        hidden = hidden[:, -1]
+
+
+def generate(
+    decoder: Decoder,
+    grammar: Grammar,
+    prompts: Sequence[np.ndarray],
+    out: str = "text",
+    sampling: Sampling = Sampling(),
+    prefix: Sequence[int] = (),
+) -> list[np.ndarray]:
+    """Answer each prompt: the ids behind it, `prefix` first, up to and including <end>."""
+    columns = list(steps(decoder, grammar, prompts, out, sampling, prefix))
+    rows = torch.stack(columns, dim=1).cpu().numpy()
+    pad = grammar.vocabulary.pad
+    return [np.concatenate([np.asarray(prefix, np.int64), row[row != pad]]) for row in rows]

@@ -1,0 +1,189 @@
+"""The one Transformer block of mmtx, for the decoder (causal) and for the codecs (not causal).
+
+Shapes: B batch, T tokens, D width, H heads, G key-value heads, K head width, A position axes.
+
+The block is that of Qwen3 (https://arxiv.org/abs/2505.09388): RMSNorm before each half, grouped-query attention
+with RMSNorm on every query and key head (QK-norm), rotary positions, SwiGLU, no biases. Projections that read the
+same input are one matrix.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """Sizes of a block; `hidden` is the inner width of the feed-forward half."""
+
+    width: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    hidden: int
+    causal: bool
+    norm_eps: float = 1e-6
+
+
+class Packing(NamedTuple):
+    """Where the documents of a packed batch lie, so that attention runs on each document alone.
+
+    Attention then needs no mask of T x T: its cost grows with the documents, and a leak is impossible. Documents go
+    in groups of similar length (a factor of two), so that one long document does not make the short ones dear.
+    """
+
+    gathers: tuple[Tensor, ...]  # one a group, (documents, longest): indices into the B*T flat tokens, padded with 0
+    scatter: Tensor              # (B*T,) indices into the groups' outputs, laid one behind the other
+
+    @classmethod
+    def of(cls, documents: Tensor) -> "Packing":
+        """Build it from document numbers (B, T): equal neighbours in a row belong together."""
+        starts = torch.ones_like(documents, dtype=torch.bool)
+        starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+        first = starts.flatten().nonzero().squeeze(1)                      # (documents,)
+        length = torch.diff(first, append=first.new_tensor([documents.numel()]))
+        group = length.double().log2().ceil()
+        scatter = torch.empty(documents.numel(), dtype=torch.long, device=documents.device)
+        gathers, base = [], 0
+        for number in group.unique():
+            begin, size = first[group == number], length[group == number]
+            offset = torch.arange(int(size.max()), device=documents.device)
+            real = offset < size[:, None]                                  # (documents, longest)
+            tokens = begin[:, None] + offset
+            slots = base + torch.arange(real.numel(), device=documents.device).view_as(real)
+            scatter[tokens[real]] = slots[real]
+            gathers.append(torch.where(real, tokens, 0))
+            base += real.numel()
+        return cls(tuple(gathers), scatter)
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer, (B, G, capacity, K) each; rows fill up independently of each other."""
+
+    keys: Tensor
+    values: Tensor
+
+    def write(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        """Store keys and values (B, G, T, K) at positions (B, T), in place."""
+        index = positions[:, None, :, None].expand_as(keys)
+        self.keys.scatter_(2, index, keys)
+        self.values.scatter_(2, index, values)
+
+
+def rotary(positions: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (..., T, K) of the rotary angles (RoPE, https://arxiv.org/abs/2104.09864).
+
+    `positions` is (..., T) for a sequence or (..., T, A) for a grid; each axis turns its own share of the pairs.
+    """
+    if positions.dim() < 3:
+        positions = positions[..., None]
+    axes = positions.shape[-1]
+    pairs = head_width // 2 // axes
+    frequency = theta ** (-torch.arange(pairs, dtype=torch.float32, device=positions.device) / pairs)
+    angles = (positions[..., None].float() * frequency).flatten(-2)        # (..., T, K/2)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn heads x (B, T, H, K) by the angles (B, T, K): the halves of a head are the pairs."""
+    low, high = x.chunk(2, dim=-1)
+    turned = torch.cat([-high, low], dim=-1)
+    return (x * cos[:, :, None] + turned * sin[:, :, None]).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with QK-norm."""
+
+    def __init__(self, config: BlockConfig):
+        super().__init__()
+        self.config = config
+        heads = config.heads + 2 * config.kv_heads
+        self.qkv = nn.Linear(config.width, heads * config.head_width, bias=False)
+        self.out = nn.Linear(config.heads * config.head_width, config.width, bias=False)
+        self.query_norm = nn.RMSNorm(config.head_width, eps=config.norm_eps)
+        self.key_norm = nn.RMSNorm(config.head_width, eps=config.norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,                                  # (B, T, D)
+        angles: tuple[Tensor, Tensor],              # (B, T, K) each
+        packing: Packing | None = None,
+        cache: LayerCache | None = None,
+        positions: Tensor | None = None,            # (B, T), needed with a cache
+    ) -> Tensor:                                    # (B, T, D)
+        c = self.config
+        batch, length, _ = x.shape
+        heads = self.qkv(x).view(batch, length, -1, c.head_width)
+        query, key, value = heads.split([c.heads, c.kv_heads, c.kv_heads], dim=2)
+        query = rotate(self.query_norm(query), *angles)
+        key = rotate(self.key_norm(key), *angles)
+        if packing is not None:
+            y = self._attend_documents(query, key, value, packing)
+        elif cache is not None:
+            y = self._attend_cache(query, key, value, cache, positions)
+        else:
+            y = self._attend(query, key, value)
+        return self.out(y.reshape(batch, length, -1))
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))       # (B, H | G, T, K)
+        grouped = self.config.heads != self.config.kv_heads
+        y = F.scaled_dot_product_attention(query, key, value, is_causal=self.config.causal, enable_gqa=grouped)
+        return y.transpose(1, 2)                                                         # (B, T, H, K)
+
+    def _attend_documents(self, query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
+        # Causal attention never looks right, so the padding behind a short document is never seen.
+        assert self.config.causal, "packed attention needs a causal block"
+        query, key, value = (part.flatten(0, 1) for part in (query, key, value))         # (B*T, H | G, K)
+        outputs = [self._attend(query[g], key[g], value[g]).flatten(0, 1) for g in packing.gathers]
+        return torch.cat(outputs)[packing.scatter]
+
+    def _attend_cache(self, query: Tensor, key: Tensor, value: Tensor, cache: LayerCache, positions: Tensor):
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))       # (B, H | G, T, K)
+        cache.write(key, value, positions)
+        slots = torch.arange(cache.keys.shape[2], device=query.device)
+        seen = slots <= positions[:, None, :, None]                                      # (B, 1, T, capacity)
+        grouped = self.config.heads != self.config.kv_heads
+        y = F.scaled_dot_product_attention(query, cache.keys, cache.values, attn_mask=seen, enable_gqa=grouped)
+        return y.transpose(1, 2)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (https://arxiv.org/abs/2002.05202): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: BlockConfig):
+        super().__init__()
+        self.gate_up = nn.Linear(config.width, 2 * config.hidden, bias=False)
+        self.down = nn.Linear(config.hidden, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each on a normalised input and added to the stream (B, T, D)."""
+
+    def __init__(self, config: BlockConfig):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.feed_forward_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], packing=None, cache=None, positions=None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), angles, packing, cache, positions)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+def initialise(module: nn.Module, depth: int) -> None:
+    """Normal(0, 0.02) weights; matrices that write into the stream are scaled by 1/sqrt(2 * depth) (GPT-2)."""
+    for name, parameter in module.named_parameters():
+        if parameter.dim() < 2:
+            continue
+        writes = name.endswith(("out.weight", "down.weight"))
+        nn.init.normal_(parameter, std=0.02 / (2 * depth) ** 0.5 if writes else 0.02)

@@ -1,0 +1,157 @@
+"""The audio tokenizer: waveform -> log-mel spectrogram -> spectrogram patches -> codes, and back.
+
+Shapes: B batch, S samples, F frames, M mels, t = F/patch_frames time steps, bands = M/patch_mels codes in a step.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from mmtx.errors import InputError
+from mmtx.modality.autoencoder import Codec, NetworkConfig, PatchAutoencoder, Reconstruction
+
+FLOOR = 1e-3              # mel magnitudes below it count as silence: 70 dB under a full-scale tone
+CENTRE, SPREAD = -4.5, 2  # brings the log magnitudes of peak-normalised sound to about [-1, 3]
+GRIFFIN_LIM_ROUNDS = 32
+
+
+@dataclass(frozen=True)
+class AudioConfig:
+    """Spectrogram, patches and network of an audio tokenizer.
+
+    `rate` in Hz, `window` and `hop` in samples, `low` and `high` in Hz bound the mel bands. A patch spans
+    `patch_frames` frames and `patch_mels` mel bands. The network sees `chunk` time steps at once and nothing beyond,
+    so sound of any length costs linear time and can be coded in pieces.
+    """
+
+    rate: int = 16_000
+    window: int = 1024
+    hop: int = 256
+    mels: int = 80
+    low: float = 0.0
+    high: float = 8_000.0
+    patch_frames: int = 2
+    patch_mels: int = 40
+    chunk: int = 64
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+
+    def __post_init__(self):
+        for name in ("rate", "hop", "mels", "patch_frames", "patch_mels", "chunk"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: found {getattr(self, name)}, expected 1 or more")
+        if self.mels % self.patch_mels:
+            raise InputError(f"mels: found {self.mels}, expected a multiple of patch_mels={self.patch_mels}")
+        if not 0 <= self.low < self.high <= self.rate / 2:
+            raise InputError(f"low, high: found {self.low}, {self.high}, expected 0 <= low < high <= rate / 2")
+        if self.window < self.hop or self.window % 2:
+            raise InputError(f"window: found {self.window}, expected an even number of at least hop={self.hop}")
+
+
+class AudioTokenizer(Codec):
+    """Sound, float (S,) at `rate`, to codes (t, bands), and back."""
+
+    kind = "audio"
+    Config = AudioConfig
+
+    def __init__(self, config: AudioConfig = AudioConfig()):
+        super().__init__()
+        self.config = config
+        self.network = PatchAutoencoder(config.patch_frames * config.patch_mels, config.network)
+        self.register_buffer("hann", torch.hann_window(config.window), persistent=False)
+
+    @property
+    def rate(self) -> int:
+        """Samples a second."""
+        return self.config.rate
+
+    @property
+    def bands(self) -> int:
+        """Codes in one time step."""
+        return self.config.mels // self.config.patch_mels
+
+    @property
+    def codes_per_second(self) -> float:
+        return self.rate / self.config.hop / self.config.patch_frames * self.bands
+
+    @cached_property
+    def _mel_matrix(self) -> Tensor:
+        import torchaudio.functional as AF
+
+        c = self.config
+        return AF.melscale_fbanks(c.window // 2 + 1, c.low, c.high, c.mels, c.rate, norm="slaney", mel_scale="slaney")
+
+    def forward(self, mel: Tensor) -> Reconstruction:
+        """Log-mel (B, F, M), F a multiple of patch_frames and at most a chunk -> its reconstruction, same shape."""
+        latents = self.network.encode(self._to_grid(mel))
+        return Reconstruction(self._to_mel(self.network.decode(latents)), self.network.quantizer.to_codes(latents))
+
+    @staticmethod
+    def decibels(difference: Tensor) -> Tensor:
+        """A difference of scaled log-mel values in dB."""
+        return difference * SPREAD * 20 / math.log(10)
+
+    def spectrogram(self, waveform: Tensor) -> Tensor:
+        """Waveform (..., S) -> log-mel (..., F, M), scaled to about [-2, 2]; silence fills the last patch."""
+        c = self.config
+        step = c.hop * c.patch_frames
+        frames = max(1, math.ceil(waveform.shape[-1] / step)) * c.patch_frames
+        # Frame i is centred on hop i: half a window of silence in front, and enough behind.
+        missing = frames * c.hop - waveform.shape[-1]
+        padded = torch.nn.functional.pad(waveform, (c.window // 2, missing + c.window // 2 - c.hop))
+        spectrum = torch.stft(padded, c.window, c.hop, window=self.hann.to(waveform.device), center=False,
+                              return_complex=True).abs()                                  # (..., window/2+1, F)
+        mel = spectrum.transpose(-1, -2) @ self._mel_matrix.to(waveform.device)           # (..., F, M)
+        return (mel.clamp_min(FLOOR).log() - CENTRE) / SPREAD
+
+    def waveform(self, mel: Tensor) -> Tensor:
+        """Log-mel (F, M) -> waveform (F * hop,) by Griffin-Lim (https://doi.org/10.1109/TASSP.1984.1164317)."""
+        import torchaudio.functional as AF
+
+        c = self.config
+        magnitude = (mel * SPREAD + CENTRE).exp()
+        spectrum = (magnitude @ torch.linalg.pinv(self._mel_matrix)).clamp_min(0).T       # (window/2+1, F)
+        spectrum = torch.nn.functional.pad(spectrum, (0, 1))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return AF.griffinlim(spectrum, self.hann.cpu(), c.window, c.hop, c.window, power=1.0,
+                                 n_iter=GRIFFIN_LIM_ROUNDS, momentum=0.99, length=mel.shape[0] * c.hop,
+                                 rand_init=True)
+
+    def encode(self, waveform: Tensor) -> np.ndarray:
+        """Waveform (S,) of any length -> codes (t, bands)."""
+        return self.encode_batch([waveform])[0]
+
+    def encode_batch(self, waveforms: Sequence[Tensor]) -> list[np.ndarray]:
+        """Waveforms of any lengths -> codes (t, bands) of each."""
+        chunks, counts = [], []
+        for waveform in waveforms:
+            pieces = self._to_grid(self.spectrogram(waveform)).split(self.config.chunk)
+            chunks.extend(pieces)
+            counts.append(len(pieces))
+        codes = iter(self.grids_to_codes(chunks))
+        return [np.concatenate([next(codes) for _ in range(count)]) for count in counts]
+
+    def decode(self, codes: np.ndarray) -> Tensor:
+        """Codes (t, bands) -> waveform (t * patch_frames * hop,)."""
+        return self.waveform(self.decode_spectrogram(codes)).clamp(-1, 1)
+
+    def decode_spectrogram(self, codes: np.ndarray) -> Tensor:
+        """Codes (t, bands) -> log-mel (F, M)."""
+        codes = np.asarray(codes)
+        chunk = self.config.chunk
+        pieces = self.codes_to_grids([codes[i:i + chunk] for i in range(0, len(codes), chunk)])
+        return self._to_mel(torch.cat(pieces))
+
+    def _to_grid(self, mel: Tensor) -> Tensor:
+        c = self.config
+        return rearrange(mel, "... (t f) (b m) -> ... t b (f m)", f=c.patch_frames, m=c.patch_mels)
+
+    def _to_mel(self, grid: Tensor) -> Tensor:
+        c = self.config
+        return rearrange(grid, "... t b (f m) -> ... (t f) (b m)", f=c.patch_frames, m=c.patch_mels)

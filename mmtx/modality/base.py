@@ -1,0 +1,123 @@
+"""The contract that every tokenizer keeps: media to codes, codes to media, and a fingerprint.
+
+Codes are local: they start at 0 in every modality. `mmtx.vocabulary` gives them their global ids.
+"""
+
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import uuid
+from abc import ABC, abstractmethod
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+from mmtx.errors import InputError
+
+CLASSES = {
+    "text": ("mmtx.modality.text", "TextTokenizer"),
+    "image": ("mmtx.modality.image", "ImageTokenizer"),
+    "audio": ("mmtx.modality.audio", "AudioTokenizer"),
+}
+
+
+class Tokenizer(ABC):
+    """Turns media of one kind into integer codes and back.
+
+    | kind | media | codes |
+    | --- | --- | --- |
+    | text | str | list of int |
+    | image | uint8 tensor (C=3, H, W) | int64 array (h, w), one code a patch |
+    | audio | float tensor (S,) in [-1, 1] at `rate` | int64 array (t, bands), one code a spectrogram patch |
+    """
+
+    kind: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Number of codes: every code lies in [0, size)."""
+
+    @abstractmethod
+    def encode(self, media: Any) -> Any:
+        """Return the codes of one medium."""
+
+    @abstractmethod
+    def decode(self, codes: Any) -> Any:
+        """Return the medium that `codes` stand for."""
+
+    @abstractmethod
+    def files(self) -> dict[str, bytes]:
+        """Return everything that `save` writes: file name to content. Equal tokenizers give equal files."""
+
+    @classmethod
+    @abstractmethod
+    def from_folder(cls, folder: Path) -> "Tokenizer":
+        """Read what `save` wrote. Raises InputError when a file is missing or damaged."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over all files: two tokenizers with the same fingerprint give the same codes."""
+        digest = hashlib.sha256()
+        for name, content in sorted(self.files().items()):
+            digest.update(f"{name}:{len(content)}:".encode())
+            digest.update(content)
+        return digest.hexdigest()
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tokenizer to `folder`, which appears whole or not at all."""
+        with replace_folder(folder) as staging:
+            for name, content in self.files().items():
+                (staging / name).write_bytes(content)
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """Load a tokenizer of any kind; `config.json` in the folder names the kind."""
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    kind = config.get("kind") if isinstance(config, dict) else None
+    if kind not in CLASSES:
+        raise InputError(f"{folder / 'config.json'}: field 'kind' is {kind!r}, expected one of {sorted(CLASSES)}")
+    module, name = CLASSES[kind]
+    return getattr(importlib.import_module(module), name).from_folder(folder)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; a missing or broken one is an InputError."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from None
+
+
+def write_json(value: Any) -> bytes:
+    """The one way that mmtx writes JSON, so that equal values give equal bytes."""
+    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+@contextmanager
+def replace_folder(folder: str | Path):
+    """Yield an empty folder beside `folder` that takes its place when the block ends without an error.
+
+    A crash or an error leaves the old folder as it was, never a half-written one.
+    """
+    folder = Path(folder)
+    staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir()
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
+    try:
+        yield staging
+        old = folder.with_name(staging.name + ".old")
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(staging, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

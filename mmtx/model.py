@@ -1,0 +1,172 @@
+"""The decoder: token ids in, scores of the next id out. It is Qwen3's dense architecture over a longer vocabulary.
+
+Shapes: B batch, T tokens, D width, H heads, G key-value heads, K head width, V vocabulary.
+
+Only two rows of the vocabulary's story matter here: most ids have one row of the embedding each, while the codes of a
+scalar quantizer can be composed from the rows of their digits, so that a code never seen in training has a meaning.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmtx.errors import InputError
+from mmtx.layers import Block, BlockConfig, LayerCache, Packing, initialise, rotary
+
+
+@dataclass(frozen=True)
+class CodeRange:
+    """Ids [start, start + product of levels) whose code is the mixed-radix number of digits with these levels."""
+
+    start: int
+    levels: tuple[int, ...]
+
+    @property
+    def stop(self) -> int:
+        return self.start + math.prod(self.levels)
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of the decoder; training fills in `vocabulary_size` and `composed` from the tokenizers.
+
+    `composed` lists the id ranges whose rows are composed from digits; they end the vocabulary.
+    """
+
+    vocabulary_size: int = 0
+    width: int = 192
+    depth: int = 4
+    heads: int = 3
+    kv_heads: int = 3
+    head_width: int = 64
+    hidden: int = 512
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    tied: bool = True
+    composed: tuple[CodeRange, ...] = ()
+
+    def __post_init__(self):
+        ranges = tuple(r if isinstance(r, CodeRange) else CodeRange(r["start"], tuple(r["levels"])) for r in self.composed)
+        object.__setattr__(self, "composed", ranges)
+        for name in ("width", "depth", "heads", "kv_heads", "head_width", "hidden"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: found {getattr(self, name)}, expected 1 or more")
+        if self.heads % self.kv_heads:
+            raise InputError(f"heads: found {self.heads}, expected a multiple of kv_heads={self.kv_heads}")
+        if self.head_width % 2:
+            raise InputError(f"head_width: found {self.head_width}, expected an even number")
+        end = self.plain_rows
+        for r in ranges:
+            if r.start != end:
+                raise InputError(f"composed: found a range at id {r.start}, expected it at {end}")
+            end = r.stop
+
+    @property
+    def plain_rows(self) -> int:
+        """Number of ids that have a row of their own: [0, plain_rows)."""
+        return self.vocabulary_size - sum(r.stop - r.start for r in self.composed)
+
+
+class KVCache(NamedTuple):
+    """Keys and values of all layers, and how many tokens each row of the batch holds. Rows may differ in length."""
+
+    layers: tuple[LayerCache, ...]
+    lengths: Tensor                # (B,)
+
+    @classmethod
+    def empty(cls, config: DecoderConfig, batch: int, capacity: int, like: Tensor) -> "KVCache":
+        """An empty cache of `capacity` tokens a row, with the type and device of `like`."""
+        shape = (batch, config.kv_heads, capacity, config.head_width)
+        layers = tuple(LayerCache(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(config.depth))
+        return cls(layers, torch.zeros(batch, dtype=torch.long, device=like.device))
+
+
+class TokenEmbedding(nn.Module):
+    """One table: a row for each plain id, then a row for each digit value of each composed range."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.plain = config.plain_rows
+        rows = self.plain + sum(sum(r.levels) for r in config.composed)
+        self.weight = nn.Parameter(torch.empty(rows, config.width))
+        longest = max((len(r.levels) for r in config.composed), default=1)
+        # parts[id] are the rows whose sum is the embedding of `id`; `rows` stands for none.
+        parts = torch.full((config.vocabulary_size, longest), rows)
+        parts[:self.plain, 0] = torch.arange(self.plain)
+        first = self.plain
+        for r in config.composed:
+            codes, step = torch.arange(r.stop - r.start), 1
+            for place, level in enumerate(r.levels):
+                parts[r.start:r.stop, place] = first + codes // step % level
+                step, first = step * level, first + level
+        self.register_buffer("parts", parts, persistent=False)
+        self.register_buffer("basis", self._basis(rows), persistent=False)
+
+    def _basis(self, rows: int) -> Tensor:
+        """0/1 matrix (composed ids, digit rows): a product is much faster than gathering every row of the vocabulary."""
+        parts = self.parts[self.plain:] - self.plain
+        basis = torch.zeros(len(parts), rows - self.plain + 1)
+        return basis.scatter_(1, parts, 1.0)[:, :-1].contiguous()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids (B, T) -> embeddings (B, T, D)."""
+        if not len(self.basis):
+            return F.embedding(ids, self.weight)
+        padded = F.pad(self.weight, (0, 0, 0, 1))
+        return F.embedding(self.parts[ids], padded).sum(-2)
+
+    def matrix(self, plain: bool = False) -> Tensor:
+        """The embedding of every id (V, D), or of those before the composed ranges only."""
+        if not len(self.basis):
+            return self.weight
+        if plain:
+            return self.weight[:self.plain]
+        return torch.cat([self.weight[:self.plain], self.basis.to(self.weight.dtype) @ self.weight[self.plain:]])
+
+
+class Decoder(nn.Module):
+    """A stack of causal blocks between an embedding and, by default, the same matrix as output."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        block = BlockConfig(config.width, config.heads, config.kv_heads, config.head_width, config.hidden,
+                            causal=True, norm_eps=config.norm_eps)
+        self.embedding = TokenEmbedding(config)
+        self.blocks = nn.ModuleList(Block(block) for _ in range(config.depth))
+        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.output = None if config.tied else TokenEmbedding(config)
+        initialise(self, config.depth)
+
+    def forward(self, ids: Tensor, positions: Tensor, packing: Packing | None = None) -> Tensor:
+        """Ids and their positions (B, T) -> hidden states (B, T, D); documents of a packed batch do not see each other."""
+        x = self.embedding(ids)
+        angles = rotary(positions, self.config.head_width, self.config.rope_theta)
+        for block in self.blocks:
+            x = block(x, angles, packing)
+        return self.norm(x)
+
+    def extend(self, ids: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
+        """Feed ids (B, T) behind what `cache` holds -> hidden states (B, T, D) and the longer cache.
+
+        The layers' keys and values are written in place. Tokens that a row does not have (padding on the right) may
+        be fed too: lower that row's length afterwards, and the next call overwrites them.
+        """
+        positions = cache.lengths[:, None] + torch.arange(ids.shape[1], device=ids.device)
+        x = self.embedding(ids)
+        angles = rotary(positions, self.config.head_width, self.config.rope_theta)
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            x = block(x, angles, cache=layer, positions=positions)
+        return self.norm(x), cache._replace(lengths=cache.lengths + ids.shape[1])
+
+    def logits(self, hidden: Tensor, matrix: Tensor | None = None) -> Tensor:
+        """Hidden states (..., D) -> scores of every id (..., V); `matrix` saves composing it again."""
+        return hidden @ (self.output_matrix() if matrix is None else matrix).to(hidden.dtype).T
+
+    def output_matrix(self, plain: bool = False) -> Tensor:
+        """The output matrix (V, D), composed where the embedding is; `plain` leaves the composed ids out."""
+        return (self.output or self.embedding).matrix(plain)

@@ -1,0 +1,1 @@
+"""Training with Lightning; nothing outside of this package imports it."""

@@ -1,0 +1,106 @@
+"""What a run leaves behind besides its metrics: the finished model folder, and samples that one can look at."""
+
+from pathlib import Path
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image, ImageDraw
+
+from mmtx.data.tokens import to_documents
+from mmtx.generation import Sampling
+from mmtx.training.codec import CodecModule
+from mmtx.training.decoder import DecoderModule
+
+TILE = 96  # pixels a side of a picture on a contact sheet
+
+
+class ProgressBar(TQDMProgressBar):
+    """The stock bar without the logger's version, which tells nothing here."""
+
+    def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict:
+        metrics = super().get_metrics(trainer, module)
+        metrics.pop("v_num", None)
+        return metrics
+
+
+class SaveModel(Callback):
+    """Writes `folder/model` when training ends; it appears whole or not at all."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder) / "model"
+
+    @rank_zero_only
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if not trainer.interrupted:
+            module.save(self.folder)
+
+
+class ShowSamples(Callback):
+    """After each validation: captions of held-out samples as text, and pictures as a contact sheet.
+
+    For a codec the sheet shows originals above their reconstructions.
+    """
+
+    def __init__(self, folder: str | Path, count: int = 16):
+        self.folder, self.count = Path(folder) / "samples", count
+
+    @rank_zero_only
+    def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        was_training = module.training
+        module.eval()
+        path = self.folder / f"step-{trainer.global_step:06d}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with torch.inference_mode():
+            if isinstance(module, DecoderModule):
+                self._captions(trainer, module, path)
+            elif isinstance(module, CodecModule):
+                self._reconstructions(trainer, module, path)
+        module.train(was_training)
+
+    def _captions(self, trainer: Trainer, module: DecoderModule, path: Path) -> None:
+        samples = trainer.datamodule.held_out
+        samples = [s for s in samples[:: max(1, len(samples) // self.count)] if s.turns[-1].role == "assistant"]
+        model, documents = module.model(), to_documents(samples, trainer.datamodule.tokenizers)
+        captions = model.caption_documents(documents, Sampling(max_new_tokens=48))
+        lines = [f"{caption!r:40} {sample.caption!r}" for caption, sample in zip(captions, samples, strict=True)]
+        path.with_suffix(".txt").write_text("\n".join([f"{'predicted':40} true", *lines]) + "\n", encoding="utf-8")
+        tiles = []
+        for document, caption, sample in zip(documents, captions, samples, strict=True):
+            part = next((p for turn in document.turns for p in turn.parts if p.kind == "image"), None)
+            if part is not None:
+                picture = module.trainer.datamodule.tokenizers["image"].decode(part.codes)
+                tiles.append((picture, f"{caption}\n({sample.caption})"))
+        contact_sheet(tiles, path.with_suffix(".png"))
+
+    def _reconstructions(self, trainer: Trainer, module: CodecModule, path: Path) -> None:
+        batch = next(iter(trainer.datamodule.val_dataloader()))
+        media = batch.media[:self.count].to(module.device)
+        output = module.tokenizer(media).output
+        if module.tokenizer.kind == "image":
+            pictures = [((item.clamp(-1, 1) + 1) * 127.5).to(torch.uint8).cpu() for pair in zip(media, output) for item in pair]
+        else:
+            # A spectrogram as a grey picture: time to the right, low tones at the bottom.
+            pictures = [(item.clamp(-1, 3) + 1).div(4).mul(255).to(torch.uint8).T.flip(0).cpu().expand(3, -1, -1)
+                        for pair in zip(media, output) for item in pair]
+        contact_sheet([(p, "reconstruction" if i % 2 else "original") for i, p in enumerate(pictures)],
+                      path.with_suffix(".png"))
+
+
+def contact_sheet(tiles: list[tuple[torch.Tensor, str]], path: Path, columns: int = 8) -> None:
+    """Pictures, uint8 (3, H, W), with a text below each, as one PNG."""
+    if not tiles:
+        return
+    rows = -(-len(tiles) // columns)
+    width, height = TILE + 8, TILE + 34
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (picture, text) in enumerate(tiles):
+        x, y = i % columns * width + 4, i // columns * height + 4
+        sheet.paste(Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((TILE, TILE)), (x, y))
+        short = "\n".join(line[:17] for line in text.split("\n"))
+        draw.multiline_text((x, y + TILE + 2), short, fill="black", font_size=10, spacing=1)
+    sheet.save(path)

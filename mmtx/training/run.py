@@ -1,0 +1,142 @@
+"""`mmtx fit`: the Lightning command line, with what every run of ours needs already in it."""
+
+import logging
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lightning import LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from mmtx.errors import InputError
+from mmtx.pipeline import find_shipped
+from mmtx.training.callbacks import ProgressBar, SaveModel, ShowSamples
+
+
+class Parser(LightningArgumentParser):
+    """The stock parser, whose errors come after a page of options and are a tree of types tried."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # a parser within the parser, whose message the outer one quotes
+            super().error(message, ex)
+        raise input_error_in(ex) or InputError(one_line(message)) from None
+
+
+class FitCLI(LightningCLI):
+    """The stock command line plus `--output`, the folder that a run writes to."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--output", type=str, required=True,
+                            help="folder for the run: the model, checkpoints, metrics, samples")
+        parser.add_argument("--save_every", type=int, default=500, help="steps between two resume checkpoints")
+        parser.add_argument("--samples", type=int, default=16, help="held-out samples shown after each validation")
+
+    def instantiate_trainer(self, **kwargs: Any):
+        output, trainer = check_output(self._get(self.config_init, "output")), self._get(self.config_init, "trainer")
+        self.trainer_defaults["callbacks"] = [
+            *([] if trainer.enable_progress_bar is False else [ProgressBar()]),
+            SaveModel(output),
+            ShowSamples(output, self._get(self.config_init, "samples")),
+            LearningRateMonitor("step"),
+            ModelCheckpoint(output / "checkpoints", every_n_train_steps=self._get(self.config_init, "save_every"),
+                            save_last=True, save_top_k=1),
+        ]
+        kwargs["logger"] = CSVLogger(output, name="", version="metrics")
+        try:
+            return super().instantiate_trainer(default_root_dir=str(output), **kwargs)
+        except (MisconfigurationException, ValueError, ImportError) as error:
+            raise InputError(f"trainer: {' '.join(str(error).split())}") from None
+
+    def before_fit(self) -> None:
+        # The text tokenizer is no optimizer's work and counts no steps.
+        if self.model.automatic_optimization and self.trainer.max_steps < 1:
+            raise InputError(f"trainer.max_steps: found {self.trainer.max_steps}, expected 1 or more")
+
+    def _parse_ckpt_path(self) -> None:
+        """Resuming must not let the checkpoint's hyperparameters override the configuration that the user gave."""
+
+
+def check_output(folder: str) -> Path:
+    """Create the output folder, or say why it cannot be written, before any long work."""
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"output: {folder} cannot be written ({error.strerror})") from None
+    return path
+
+
+def one_line(message: str) -> str:
+    """The key, what was expected and what was found, out of a message of jsonargparse."""
+    keys = re.findall(r'Parser key "([^"]+)"', message)
+    found = re.findall(r"(?:Got|Given) value: (?!NestedArg|Namespace)(.*)", message)
+    facts = re.sub(r"Parser key \"[^\"]+\":|\. Got value: .*|Expected a <class 'NoneType'>", "", message)
+    facts = re.sub(r"Expected a (?:typing\.)?", "expected ", re.sub(r"<class '([^']+)'>", r"\1", facts))
+    noise = ("Does not validate", "Subtypes:", "Errors:", "Problem with given class_path", "Given value")
+    lines = [line.strip(" -") for line in facts.splitlines()]
+    told = [f"found {value}" for value in found[:1] if len(value) < 80]
+    told += [line for line in lines if line and not line.startswith(noise)]
+    return ": ".join(filter(None, [".".join(keys), ", ".join(told)]))
+
+
+def input_error_in(error: BaseException | None) -> InputError | None:
+    """The InputError that `error` wraps, for jsonargparse wraps what a constructor raises."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def command_line(arguments: list[str], run: bool) -> FitCLI:
+    """Build all that a command line names and, with `run`, do it: then its first word is "fit"."""
+    return FitCLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        parser_class=Parser,
+        save_config_kwargs={"overwrite": True},
+        auto_configure_optimizers=False,
+        trainer_defaults={"use_distributed_sampler": False, "num_sanity_val_steps": 0,
+                          "enable_model_summary": False},
+        args=arguments,
+        run=run,
+    )
+
+
+def shipped_configs(arguments: list[str]) -> list[str]:
+    """Arguments with the file of each `--config FILE` as it lies here or, if there is none, in the package."""
+    found, is_file = [], False
+    for argument in arguments:
+        if is_file:
+            argument = str(find_shipped(argument))
+        elif argument.startswith("--config="):
+            argument = f"--config={find_shipped(argument.removeprefix('--config='))}"
+        is_file = argument == "--config"
+        found.append(argument)
+    return found
+
+
+def fit(arguments: list[str]) -> None:
+    """Run `mmtx fit ARGUMENTS`. Raises InputError for a mistake in the configuration or the data."""
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    # `sys.argv` stays as it is: it is what the other processes of a run on several devices are started with.
+    warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
+    try:
+        command_line(["fit", *shipped_configs(arguments)], run=True)
+    except MisconfigurationException as error:
+        raise InputError(f"trainer: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        if (mistake := input_error_in(error)) is None:
+            raise
+        raise mistake from None

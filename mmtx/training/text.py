@@ -1,0 +1,62 @@
+"""Training of the text tokenizer behind the same command as everything else.
+
+SentencePiece has no gradient: the one "step" hands it all texts.
+"""
+
+from pathlib import Path
+
+import torch
+from lightning import LightningDataModule, LightningModule
+from torch.utils.data import DataLoader
+
+from mmtx.data.collection import DataSource, read_sources
+from mmtx.data.sample import Text
+from mmtx.modality.text import TextTokenizer
+
+
+class TextData(LightningDataModule):
+    """All texts of the samples, captions and prompts alike, as one batch."""
+
+    def __init__(self, train: list[DataSource], max_bad: float = 0.01):
+        """
+        Args:
+            train: whose texts to learn from.
+            max_bad: share of samples that may be unreadable.
+        """
+        super().__init__()
+        self.train_sources, self.max_bad = train, max_bad
+
+    def setup(self, stage: str) -> None:
+        samples, _ = read_sources(self.train_sources, self.max_bad)
+        self.texts = [part.text for sample in samples for turn in sample.turns for part in turn.parts
+                      if isinstance(part, Text)]
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader([self.texts], batch_size=None)
+
+
+class TextModule(LightningModule):
+    """Trains a SentencePiece model in one step."""
+
+    def __init__(self, size: int = 1024):
+        """
+        Args:
+            size: most pieces, 257 of them fixed (bytes and unknown); fewer come out if the texts have no more.
+        """
+        super().__init__()
+        self.size = size
+        self.automatic_optimization = False
+        self.tokenizer: TextTokenizer | None = None
+
+    def configure_optimizers(self) -> None:
+        return None
+
+    def training_step(self, texts: list[str], index: int) -> None:
+        self.tokenizer = TextTokenizer.train(texts, self.size)
+        characters = sum(len(text) for text in texts)
+        pieces = sum(len(self.tokenizer.encode(text)) for text in texts)
+        self.log("pieces", torch.tensor(float(self.tokenizer.size)), prog_bar=True)
+        self.log("characters_per_piece", torch.tensor(characters / max(1, pieces)), prog_bar=True)
+
+    def save(self, folder: Path) -> None:
+        self.tokenizer.save(folder)

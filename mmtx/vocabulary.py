@@ -1,0 +1,238 @@
+"""One global id for every code of every tokenizer, in ranges that never move.
+
+    [0, size of text)    text pieces, first so that a pretrained text model keeps its rows
+    + SLOTS ids          special tokens, each in a fixed slot
+    + one range a kind   image and audio codes, in the order in which they were added
+
+Shape letters: V vocabulary.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmtx.errors import InputError
+from mmtx.modality.base import Tokenizer, read_json, write_json
+
+FORMAT = 1
+SLOTS = 256  # reserved for special tokens; unused ones are for later, so that a new special moves no id
+MAX_SIDE = 64  # patch rows or columns of a picture
+KINDS = ("text", "image", "audio")
+MODALITIES = ("special", "text", "image", "audio")  # index: the number that `modality_of` gives
+
+# The order is the file format: append only.
+NAMES = (
+    *("<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<end>"),
+    *("<image>", "</image>", "<audio>", "</audio>"),
+    *(f"<h:{n}>" for n in range(1, MAX_SIDE + 1)),
+    *(f"<w:{n}>" for n in range(1, MAX_SIDE + 1)),
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The ids [start, start + size) of one tokenizer, and the facts about it that other modules need."""
+
+    kind: str
+    start: int
+    size: int
+    fingerprint: str
+    levels: tuple[int, ...] | None = None  # FSQ levels of a codec, None where there are none
+    bands: int | None = None  # audio codes a time step, None for the other kinds
+
+
+def _special(name: str) -> property:
+    slot = NAMES.index(name)
+    return property(lambda self: self.entries[0].size + slot, doc=f"Id of {name}.")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Frozen id ranges; make one with `build`, `add` or `load`."""
+
+    entries: tuple[Entry, ...]  # text first
+
+    pad = _special("<pad>")
+    bos = _special("<bos>")
+    eos = _special("<eos>")
+    user = _special("<user>")
+    assistant = _special("<assistant>")
+    end = _special("<end>")
+    image = _special("<image>")
+    image_end = _special("</image>")
+    audio = _special("<audio>")
+    audio_end = _special("</audio>")
+
+    @classmethod
+    def build(cls, tokenizers: Mapping[str, Tokenizer]) -> "Vocabulary":
+        """Give ids to `tokenizers`, by kind: text (required), then the others in the order given."""
+        if "text" not in tokenizers:
+            raise InputError(f"vocabulary: found tokenizers for {sorted(tokenizers)}, expected one for text")
+        vocabulary = cls((_entry("text", tokenizers["text"], 0),))
+        for kind, tokenizer in tokenizers.items():
+            if kind != "text":
+                vocabulary = vocabulary.add(kind, tokenizer)
+        return vocabulary
+
+    def add(self, kind: str, tokenizer: Tokenizer) -> "Vocabulary":
+        """Return a vocabulary with one modality more, behind all ids that exist."""
+        if kind in self.kinds:
+            raise InputError(f"vocabulary: {kind} is there already, expected a new kind")
+        return Vocabulary((*self.entries, _entry(kind, tokenizer, self.size)))
+
+    @property
+    def size(self) -> int:
+        """V: number of ids, unused special slots included."""
+        return SLOTS + sum(entry.size for entry in self.entries)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of media that have ids, in the order of their ranges."""
+        return tuple(entry.kind for entry in self.entries)
+
+    @property
+    def bands(self) -> int | None:
+        """Audio codes a time step; None without audio."""
+        return self._entry("audio").bands if "audio" in self.kinds else None
+
+    def levels(self, kind: str) -> tuple[int, ...] | None:
+        """FSQ levels of the codec of `kind`; None where its codes have none (text)."""
+        return self._entry(kind).levels
+
+    def height(self, rows: int) -> int:
+        """Id of <h:rows>. Raises InputError outside 1..64."""
+        return self._side("<h:1>", rows, "rows")
+
+    def width(self, columns: int) -> int:
+        """Id of <w:columns>. Raises InputError outside 1..64."""
+        return self._side("<w:1>", columns, "columns")
+
+    def range(self, kind: str) -> range:
+        """The ids of one kind of media, or of "special"."""
+        if kind == "special":
+            return range(self.entries[0].size, self.entries[0].size + SLOTS)
+        entry = self._entry(kind)
+        return range(entry.start, entry.start + entry.size)
+
+    def to_global(self, kind: str, codes: Any) -> np.ndarray:
+        """Codes of one tokenizer (any shape) to ids, int64. Raises InputError on a code outside [0, size)."""
+        entry = self._entry(kind)
+        codes = np.asarray(codes, np.int64)
+        _check_bounds(codes, 0, entry.size, f"{kind} codes")
+        return codes + entry.start
+
+    def to_local(self, kind: str, ids: Any) -> np.ndarray:
+        """Ids (any shape) to codes of one tokenizer, int64. Raises InputError on an id of another kind."""
+        entry = self._entry(kind)
+        ids = np.asarray(ids, np.int64)
+        _check_bounds(ids, entry.start, entry.start + entry.size, f"{kind} ids")
+        return ids - entry.start
+
+    @cached_property
+    def modalities(self) -> np.ndarray:
+        """(V,) uint8: for every id 0 special, 1 text, 2 image, 3 audio (the index into MODALITIES)."""
+        table = np.zeros(self.size, np.uint8)
+        for entry in self.entries:
+            table[entry.start : entry.start + entry.size] = MODALITIES.index(entry.kind)
+        table.flags.writeable = False
+        return table
+
+    def modality_of(self, ids: Any) -> np.ndarray:
+        """Ids (any shape) to uint8: 0 special, 1 text, 2 image, 3 audio. Raises InputError outside [0, V)."""
+        ids = np.asarray(ids, np.int64)
+        _check_bounds(ids, 0, self.size, "ids")
+        return self.modalities[ids]
+
+    def kind(self, id: int) -> str:
+        """ "text", "special", "image" or "audio". Raises InputError outside [0, V)."""
+        return MODALITIES[int(self.modality_of(id))]
+
+    def name(self, id: int) -> str:
+        """A readable name of one id: "<h:8>", "image:1234", "text:17"."""
+        kind = self.kind(id)
+        code = int(id) - self.range(kind).start
+        if kind != "special":
+            return f"{kind}:{code}"
+        return NAMES[code] if code < len(NAMES) else f"<reserved:{code}>"
+
+    def check(self, tokenizers: Mapping[str, Tokenizer]) -> None:
+        """Raise InputError unless `tokenizers` are exactly those that this vocabulary was built with."""
+        for kind in (*self.kinds, *tokenizers):
+            if kind not in tokenizers or kind not in self.kinds:
+                found, expected = sorted(tokenizers), sorted(self.kinds)
+                raise InputError(f"{kind} tokenizer: found {found}, the vocabulary expects {expected}")
+        for kind, tokenizer in tokenizers.items():
+            entry, found = self._entry(kind), _entry(kind, tokenizer, 0)
+            if (found.size, found.fingerprint) != (entry.size, entry.fingerprint):
+                raise InputError(
+                    f"{kind} tokenizer: found fingerprint {found.fingerprint[:12]} with {found.size} codes, "
+                    f"the vocabulary expects {entry.fingerprint[:12]} with {entry.size} codes"
+                )
+
+    def to_json(self) -> bytes:
+        """What `save` writes."""
+        modalities = [asdict(entry) for entry in self.entries]
+        return write_json({"format": FORMAT, "slots": SLOTS, "modalities": modalities})
+
+    def save(self, path: str | Path) -> None:
+        """Write a JSON file."""
+        try:
+            Path(path).write_bytes(self.to_json())
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Vocabulary":
+        """Read what `save` wrote. Raises InputError when it is missing, damaged or of another format."""
+        value = read_json(Path(path))
+        if not isinstance(value, dict) or (value.get("format"), value.get("slots")) != (FORMAT, SLOTS):
+            raise InputError(f"{path}: expected a vocabulary of format {FORMAT} with {SLOTS} special slots")
+        try:
+            entries = tuple(
+                Entry(**{**row, "levels": None if row["levels"] is None else tuple(row["levels"])})
+                for row in value["modalities"]
+            )
+            starts = [entry.start for entry in entries]
+            ends = [entry.start + entry.size for entry in entries]
+            kinds = [entry.kind for entry in entries]
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{path}: field 'modalities' is damaged ({error})") from None
+        if kinds[:1] != ["text"] or len(set(kinds)) < len(kinds) or not set(kinds) <= set(KINDS):
+            raise InputError(f"{path}: field 'kind' reads {kinds}, expected text, then other kinds once each")
+        ends[0] += SLOTS  # the special tokens sit between text and the rest
+        if starts != [0, *ends[:-1]]:
+            raise InputError(f"{path}: field 'start' reads {starts}, expected ranges without gaps")
+        return cls(entries)
+
+    def _entry(self, kind: str) -> Entry:
+        for entry in self.entries:
+            if entry.kind == kind:
+                return entry
+        raise InputError(f"vocabulary: found no {kind} ids, only {', '.join(self.kinds)}")
+
+    def _side(self, first: str, count: int, what: str) -> int:
+        if not 1 <= count <= MAX_SIDE:
+            raise InputError(f"picture: found {count} patch {what}, expected 1 to {MAX_SIDE}")
+        return self.entries[0].size + NAMES.index(first) + int(count) - 1
+
+
+def _entry(kind: str, tokenizer: Tokenizer, start: int) -> Entry:
+    if kind not in KINDS or tokenizer.kind != kind:
+        raise InputError(
+            f"vocabulary: found a tokenizer of kind {tokenizer.kind!r} under {kind!r}, "
+            f"expected the same kind, one of {', '.join(KINDS)}"
+        )
+    levels = getattr(tokenizer, "levels", None)
+    bands = int(tokenizer.bands) if kind == "audio" else None
+    levels = None if levels is None else tuple(int(level) for level in levels)
+    return Entry(kind, start, tokenizer.size, tokenizer.fingerprint, levels, bands)
+
+
+def _check_bounds(values: np.ndarray, low: int, high: int, what: str) -> None:
+    if values.size and not low <= values.min() <= values.max() < high:
+        found = f"{values.min()} to {values.max()}"
+        raise InputError(f"{what}: found values from {found}, expected [{low}, {high})")

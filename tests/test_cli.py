@@ -1,0 +1,205 @@
+"""The command line on a saved tiny model: what each command prints, and one line for each mistake of a user."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import yaml
+from PIL import Image
+
+import mmtx
+from mmtx.cli import main
+
+RATE = 16_000
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model, tmp_path_factory):
+    """A model, media, and a manifest over them."""
+    folder = tmp_path_factory.mktemp("cli")
+    tiny_model.save(folder / "model")
+    (folder / "media").mkdir()
+    random = np.random.default_rng(0)
+    for name in ("a", "b"):
+        pixels = random.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "media" / f"{name}.png")
+    soundfile.write(folder / "media" / "c.wav", 0.5 * random.standard_normal(4000).clip(-1, 1), RATE)
+    rows = [{"image": "media/a.png", "text": "a red circle"}, {"image": "media/b.png", "text": "a blue square"},
+            {"audio": "media/c.wav", "text": "trumpet"}]
+    (folder / "pictures.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    (folder / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "text.txt").write_text("a red circle")
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    (folder / "empty").mkdir()
+    return folder
+
+
+@pytest.fixture
+def run(folder, capsys, monkeypatch):
+    """Run a command with the tiny model on the CPU -> what it printed."""
+    monkeypatch.chdir(folder)
+
+    def run(*arguments: str) -> str:
+        main([*arguments, "--model", "model", "--device", "cpu"])
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def model(folder):
+    return mmtx.load(folder / "model", device="cpu")
+
+
+# -- What commands print -------------------------------------------------------------------------------------
+
+
+def test_caption_of_one_file_is_the_caption(run, model, folder):
+    assert run("caption", "media/a.png", "--max-new-tokens", "4") == (
+        model.caption(folder / "media" / "a.png", max_new_tokens=4) + "\n")
+
+
+def test_caption_of_a_folder_names_each_file(run, model, folder):
+    lines = run("caption", "media", "--max-new-tokens", "4", "--temperature", "1", "--seed", "2").split("\nmedia/")
+    names = ["media/a.png", "media/b.png", "media/c.wav"]
+    captions = model.caption([folder / name for name in names], max_new_tokens=4, temperature=1.0, seed=2)
+    expected = "".join(f"{name}\t{caption}\n" for name, caption in zip(names, captions, strict=True))
+    assert "\nmedia/".join(lines) == expected
+
+
+def test_generate_writes_text(run, model):
+    options = ("--temperature", "1", "--seed", "3", "--max-new-tokens", "9", "--top-k", "50", "--top-p", "0.9")
+    expected = model.generate("what is it?", temperature=1.0, seed=3, max_new_tokens=9, top_k=50, top_p=0.9)
+    assert run("generate", "what is it?", *options) == expected + "\n"
+
+
+def test_generate_takes_parts_in_order(run, model, folder):
+    expected = model.generate(["what is", folder / "media" / "a.png"], max_new_tokens=9, temperature=1.0, seed=1)
+    assert run("generate", "what is", "media/a.png", "--max-new-tokens", "9", "--temperature", "1", "--seed",
+               "1") == expected + "\n"
+
+
+def test_generate_writes_a_picture_and_a_sound(run, folder, tmp_path):
+    picture, sound = tmp_path / "out.png", tmp_path / "out.wav"
+    assert run("generate", "a red circle", "--out", "image", "--file", str(picture)) == f"{picture}\n"
+    assert Image.open(picture).size == (16, 16)
+    run("generate", "a red circle", "--out", "audio", "--file", str(sound), "--max-new-tokens", "6")
+    assert soundfile.info(sound).samplerate == RATE
+
+
+def test_tokenize_prints_the_ids(run, model, folder):
+    ids = [int(word) for word in run("tokenize", "a red circle", "media/a.png").split()]
+    assert ids == model.tokenize(["a red circle", folder / "media" / "a.png"])
+
+
+def test_inspect_shows_which_ids_train(run, model):
+    lines = run("inspect", "all.jsonl", "--rows", "2").splitlines()
+    assert [line for line in lines if line.startswith("all.jsonl")] == [
+        next(line for line in lines if line.startswith(f"all.jsonl row {row}: ")) for row in (1, 2)]
+    words = lines[lines.index(next(line for line in lines if line.startswith("all.jsonl row 1"))) + 1].split(" ")
+    pieces = [model.tokenizers["text"].piece(i) for i in model.tokenizers["text"].encode("a red circle")]
+    # Of the picture nothing trains, of the answer everything behind its tag.
+    assert words[:5] == ["<bos>", "<user>", "<image>", "<h:2>", "<w:2>"]
+    assert words[-len(pieces) - 3:] == ["<assistant>", *(f"{piece}*" for piece in pieces), "<end>*", "<eos>"]
+    assert not any(word.endswith("*") for word in words[:-len(pieces) - 2])
+    count = len(pieces) + 1
+    assert f"{len(words)} ids, {count} trained" in "\n".join(lines)
+
+
+def test_inspect_colours_on_demand(run, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\033[90m<bos>\033[0m" in run("inspect", "pictures.jsonl")
+
+
+def test_evaluate_compares_with_the_truth_and_the_control(run):
+    out = run("evaluate", "pictures.jsonl", "--train", "pictures.jsonl", "--show", "2")
+    assert "pictures.jsonl: 2 samples" in out
+    assert "a red circle" in out and "a blue square" in out
+    row = next(line.split() for line in out.splitlines() if line.startswith("exact caption"))
+    # The control has seen these very pictures: it is always right, which the untrained model is not.
+    assert (row[2], row[5], row[-1]) == ("0.000", "1.000", "2")
+
+
+def test_evaluate_takes_its_data_from_a_config(run, folder):
+    source = {"paths": ["pictures.jsonl"]}
+    config = {"data": {"init_args": {"train": [source], "validation": [{**source, "limit": 1}, source]}}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    out = run("evaluate", "--config", "config.yaml", "--show", "0")
+    assert "pictures.jsonl: 1 samples" in out and "pictures.jsonl: 2 samples" in out
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["caption", "--help"], ["evaluate", "--help"]])
+def test_help_succeeds(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: mmtx")
+
+
+# -- Mistakes ------------------------------------------------------------------------------------------------
+
+MISTAKES = [
+    ("", ["required", "COMMAND"]),
+    ("paint", ["paint", "caption"]),
+    ("caption", ["required", "files"]),
+    ("caption nothing.png", ["nothing.png", "no such file"]),
+    ("caption media/a.png nothing.wav", ["nothing.wav", "no such file"]),
+    ("caption empty", ["empty", "no pictures or sounds"]),
+    ("caption text.txt", ["text.txt", "neither a picture nor a sound"]),
+    ("caption broken.png", ["broken.png", "not a whole picture"]),
+    ("caption media/a.png --model nothing", ["nothing", "no such folder"]),
+    ("caption media/a.png --model empty", ["empty/config.json", "no such file"]),
+    ("caption media/a.png --device abacus", ["device", "abacus"]),
+    ("caption media/a.png --device cuda:99", ["device", "cuda:99"]),
+    ("caption media/a.png --temperature hot", ["--temperature", "hot"]),
+    ("caption media/a.png --temperature -1", ["temperature", "-1.0"]),
+    ("caption media/a.png --top-k 0", ["top_k", "0"]),
+    ("caption media/a.png --max-new-tokens 0", ["max_new_tokens", "0"]),
+    ("caption media/a.png --colour red", ["--colour red"]),
+    ("generate", ["required", "parts"]),
+    ("generate a --out image", ["--file", "image"]),
+    ("generate a --out video", ["video", "image"]),
+    ("generate a --out image --file nowhere/out.png", ["nowhere/out.png", "cannot be written"]),
+    ("generate a --out image --file out.abc", ["out.abc", "cannot be written"]),
+    ("generate a --out audio --file out.abc --max-new-tokens 2", ["out.abc", "cannot be written"]),
+    ("generate a nothing.png", ["nothing.png", "no such file"]),
+    ("tokenize nothing.wav", ["nothing.wav", "no such file"]),
+    ("tokenize broken.png", ["broken.png", "not a whole picture"]),
+    ("inspect nothing.jsonl", ["nothing.jsonl", "no such file"]),
+    ("inspect empty", ["empty", "no samples"]),
+    ("inspect text.txt", ["text.txt", "unknown kind of data"]),
+    ("inspect all.jsonl --rows many", ["--rows", "many"]),
+    ("evaluate", ["held-out", "--config"]),
+    ("evaluate nothing.jsonl", ["nothing.jsonl", "no such file"]),
+    ("evaluate --config nothing.yaml", ["nothing.yaml", "No such file"]),
+    ("evaluate --config text.txt", ["text.txt", "not a training configuration"]),
+    ("evaluate pictures.jsonl --train nothing.jsonl", ["nothing.jsonl", "no such file"]),
+]
+
+
+@pytest.mark.parametrize("line, told", MISTAKES, ids=[line or "nothing" for line, _ in MISTAKES])
+def test_a_mistake_ends_in_one_line_and_status_2(line, told, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    arguments = line.split()
+    if arguments and "--model" not in arguments:
+        arguments += ["--model", "model"]
+    if arguments and "--device" not in arguments:
+        arguments += ["--device", "cpu"]
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    assert captured.err.startswith("mmtx: error: ") and captured.err.count("\n") == 1
+    assert all(word in captured.err for word in told), captured.err
+    assert captured.out == ""
+
+
+def test_a_mistake_in_a_config_of_evaluate_is_told(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    for data in ({}, {"init_args": {"train": []}}, {"init_args": {"train": [{"path": "a"}], "validation": []}}):
+        (folder / "bad.yaml").write_text(yaml.safe_dump({"data": data}))
+        with pytest.raises(SystemExit) as stop:
+            main(["evaluate", "--config", "bad.yaml", "--model", "model", "--device", "cpu"])
+        assert stop.value.code == 2
+        assert capsys.readouterr().err.startswith("mmtx: error: bad.yaml: not a training configuration")

@@ -1,0 +1,95 @@
+"""Every shipped YAML is parsed and built by the machinery of `mmtx fit`, and its data and sizes are what it says."""
+
+import glob
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from mmtx.model import CodeRange, Decoder
+from mmtx.training.codec import AudioCodecModule, ImageCodecModule
+from mmtx.training.decoder import DecoderModule
+from mmtx.training.run import command_line
+from mmtx.training.text import TextModule
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = {str(path.relative_to(ROOT / "configs")): path for path in sorted((ROOT / "configs").rglob("*.yaml"))}
+MODULES = {"text": TextModule, "image": ImageCodecModule, "audio": AudioCodecModule}
+LEVELS = (8, 8, 8, 6, 5)
+# Parameters with a vocabulary of 1 024 text pieces and two codecs of LEVELS; each codec adds a row a digit.
+PARAMETERS = {
+    "gpu/decoder-100m.yaml": 101_727_488,
+    "gpu/decoder-600m.yaml": 441_849_856,
+}
+
+
+@pytest.fixture
+def built(tokenizers, tmp_path, monkeypatch):
+    """Build a config without training: its `FitCLI`, with tiny tokenizers, on a machine without GPUs."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["mmtx"])
+
+    def build(name):
+        arguments = ["--config", str(CONFIGS[name]), "--output", str(tmp_path / "run"),
+                     "--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.strategy", "auto"]
+        if "decoder" in yaml.safe_load(CONFIGS[name].read_text())["data"]["class_path"]:
+            for kind, tokenizer in tokenizers.items():
+                tokenizer.save(tmp_path / kind)
+                arguments += [f"--data.init_args.tokenizers.{kind}", str(tmp_path / kind)]
+        return command_line(arguments, run=False)
+
+    return build
+
+
+def test_there_are_configs():
+    assert {"starter/text.yaml", "starter/image.yaml", "starter/audio.yaml", "starter/decoder.yaml", *PARAMETERS,
+            "quickstart/decoder.yaml"} <= set(CONFIGS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_builds(built, name):
+    cli = built(name)
+    assert isinstance(cli.model, MODULES.get(Path(name).stem, DecoderModule))
+    assert cli.trainer.max_steps > 0 or cli.trainer.max_epochs == 1
+    values = yaml.safe_load(CONFIGS[name].read_text())
+    assert values["output"].startswith("runs/")
+    # What the YAML says is what was built.
+    for key, value in values["model"]["init_args"].get("decoder", {}).items():
+        assert getattr(cli.model.config, key) == value, key
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_names_data_that_exist(name):
+    arguments = yaml.safe_load(CONFIGS[name].read_text())["data"]["init_args"]
+    for source in [*arguments["train"], *arguments.get("validation", [])]:
+        for path in source["paths"]:
+            assert glob.glob(str(ROOT / path)), path
+    for folder in arguments.get("tokenizers", {}).values():
+        assert (ROOT / folder / "config.json").is_file(), folder
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_gpu_configs_have_the_size_in_their_name(built, name):
+    config = built(name).model.config
+    plain = 1024 + 256
+    size = 8 * 8 * 8 * 6 * 5
+    ranges = (CodeRange(plain, LEVELS), CodeRange(plain + size, LEVELS))
+    with torch.device("meta"):  # no memory and no time
+        decoder = Decoder(replace(config, vocabulary_size=plain + 2 * size, composed=ranges))
+    count = sum(parameter.numel() for parameter in decoder.parameters())
+    c = config
+    heads = c.heads + 2 * c.kv_heads
+    block = c.width * c.head_width * (heads + c.heads) + 3 * c.width * c.hidden + 2 * c.width + 2 * c.head_width
+    assert count == c.depth * block + c.width + c.width * (plain + 2 * sum(LEVELS))
+    assert count == PARAMETERS[name]
+    values = yaml.safe_load(CONFIGS[name].read_text())["trainer"]
+    assert (values["devices"], values["precision"]) == (8, "bf16-mixed")
+
+
+def test_the_600m_decoder_has_the_shape_of_qwen3(built):
+    c = built("gpu/decoder-600m.yaml").model.config
+    assert (c.width, c.depth, c.heads, c.kv_heads, c.head_width, c.hidden) == (1024, 28, 16, 8, 128, 3072)
+    assert (c.rope_theta, c.norm_eps, c.tied) == (1e6, 1e-6, True)

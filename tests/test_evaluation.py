@@ -1,0 +1,291 @@
+"""Figures: metrics by hand, intervals against theory, the control against brute force and the starter set."""
+
+import io
+import json
+import random
+import tarfile
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import torchaudio
+from PIL import Image
+
+from mmtx import evaluation
+from mmtx.errors import InputError
+from mmtx.evaluation import (
+    MELS, NAME_FIELDS, NOTE_FIELDS, PIXELS, NearestNeighbour, Score, confidence_interval, exact, field_scores,
+    mel_features, name_reader, note_reader, pixel_features, table, word_error_rate, word_errors, words,
+)
+
+STARTER = Path(__file__).parent.parent / "demos/data/starter"
+
+
+def test_exact_compares_every_character():
+    assert exact(["cat", "Cat", "cat ", ""], ["cat", "cat", "cat", ""]) == [1.0, 0.0, 0.0, 1.0]
+    for predicted, true in (([], []), (["cat"], []), (["cat"], ["cat", "dog"])):
+        with pytest.raises(InputError, match=f"found {len(predicted)} predictions for {len(true)} items"):
+            exact(predicted, true)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Press 1, now!", ["press", "1", "now"]),
+        ("don't DON\u2019T", ["dont", "dont"]),
+        ("call-forward on\nbusy.", ["call", "forward", "on", "busy"]),
+        ("\u00bfQu\u00e9? e\u0301", ["qu\u00e9", "\u00e9"]),  # a combining accent composes
+        ("\u0939\u093f\u0928\u094d\u0926\u0940", ["\u0939\u093f\u0928\u094d\u0926\u0940"]),  # vowel signs
+        ("...", []),
+    ],
+)
+def test_words(text, expected):
+    assert words(text) == expected
+
+
+def test_word_errors_by_hand():
+    predicted = ["a b c", "a c", "a b x c", "a x c", "", "b a", "x y z"]
+    true = ["A, b c.", "a b c", "a b c", "a b c", "a b", "a b", ""]
+    assert word_errors(predicted, true) == ([0, 1, 1, 1, 2, 2, 3], [3, 3, 3, 3, 2, 2, 0])
+
+
+def test_word_error_rate_is_over_the_corpus():
+    # 1 error of 1 word and 0 errors of 9: 0.1, where the mean over items would be 0.5.
+    true = ["yes", "a b c d e f g h i"]
+    assert word_error_rate(["no", true[1]], true) == pytest.approx(0.1)
+    assert word_error_rate(["a b c"], ["a"]) == 2.0
+    with pytest.raises(InputError, match="no word in 2 true texts"):
+        word_error_rate(["a", "b"], ["...", ""])
+
+
+def test_edit_distance_equals_the_definition():
+    def slow(p, t):
+        if not p or not t:
+            return len(p) + len(t)
+        return min(slow(p[1:], t) + 1, slow(p, t[1:]) + 1, slow(p[1:], t[1:]) + (p[0] != t[0]))
+
+    rng = random.Random(0)
+    for _ in range(200):
+        p, t = ([rng.choice("abc") for _ in range(rng.randrange(6))] for _ in range(2))
+        assert evaluation._edit_distance(p, t) == slow(p, t)
+
+
+def test_confidence_interval_of_a_share():
+    per_item = [1.0] * 300 + [0.0] * 100
+    score = confidence_interval(per_item)
+    error = 1.96 * np.sqrt(0.75 * 0.25 / 400)
+    assert score.value == 0.75 and score.n == 400
+    assert [score.low, score.high] == pytest.approx([0.75 - error, 0.75 + error], abs=0.006)
+    assert confidence_interval(per_item) == score  # the seed is fixed
+    wide, narrow = confidence_interval(per_item, level=0.99), confidence_interval(per_item, level=0.5)
+    assert wide.low < score.low < narrow.low and narrow.high < score.high < wide.high
+
+
+def test_confidence_interval_covers_the_truth_at_its_level():
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(200):
+        score = confidence_interval(rng.random(100) < 0.3)
+        hits += score.low <= 0.3 <= score.high
+    assert 0.88 <= hits / 200 <= 0.99
+
+
+def test_confidence_interval_claims_no_certainty():
+    n = 52  # 0.025 ** (1 / 52) = 0.9315
+    assert confidence_interval([1.0] * n) == Score(1.0, pytest.approx(0.9315, abs=1e-4), 1.0, n)
+    assert confidence_interval([0.0] * n) == Score(0.0, 0.0, pytest.approx(0.0685, abs=1e-4), n)
+
+
+def test_confidence_interval_of_a_rate_resamples_utterances():
+    errors, counts = word_errors(["no", "a b c d e f g h i"] * 100, ["yes", "a b c d e f g h i"] * 100)
+    score = confidence_interval(errors, counts)
+    assert score.value == pytest.approx(0.1) and score.n == 200  # utterances, not the 1000 words
+    # Delta method: residuals 0.9 and -0.9 for a mean of 5 words, so the deviation is 0.9 / 5 / sqrt(200).
+    error = 1.96 * 0.9 / 5 / np.sqrt(200)
+    assert [score.low, score.high] == pytest.approx([0.1 - error, 0.1 + error], abs=0.004)
+    assert np.isfinite(confidence_interval([1, 0], [0, 5])).all()  # resamples without a word are left out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [([],), ([float("nan")],), ([1.0], [0.0]), ([1.0, 0.0], [1.0]), ([1.0], [-1.0]), ([1.0], None, 1.0)],
+)
+def test_confidence_interval_refuses(arguments):
+    with pytest.raises(InputError, match="found .*expected"):
+        confidence_interval(*arguments)
+
+
+def test_name_fields():
+    train = [
+        {"caption": "grinning face", "group": "smileys", "subgroup": "smiling", "style": "noto"},
+        {"caption": "grinning face", "group": "smileys", "subgroup": "smiling", "style": "other"},
+        {"caption": "sad face", "group": "smileys", "subgroup": "concerned"},
+        {"caption": "camel", "group": "animals", "subgroup": "mammal"},
+    ]
+    true = {"caption": "grinning face", "group": "smileys", "subgroup": "smiling"}
+    predicted = ["grinning face", "sad face", "camel", "grinning faces"]
+    assert field_scores(predicted, [true] * 4, name_reader(train), NAME_FIELDS) == {
+        "caption": [1, 0, 0, 0], "group": [1, 1, 0, 0], "subgroup": [1, 0, 0, 0],
+    }
+    # A name that training never held can be right itself, but has no group that could be.
+    unseen = {"caption": "yak", "group": "animals", "subgroup": "mammal"}
+    assert field_scores(["yak"], [unseen], name_reader(train), NAME_FIELDS) == {
+        "caption": [1], "group": [0], "subgroup": [0],
+    }
+    with pytest.raises(InputError, match="item 1: field 'group' is missing"):
+        field_scores(["yak", "yak"], [unseen, {"caption": "yak"}], name_reader(train), NAME_FIELDS)
+    with pytest.raises(InputError, match="caption 'camel'"):
+        name_reader([*train, {"caption": "camel", "group": "food", "subgroup": "mammal"}])
+
+
+def test_note_fields():
+    train = [{"instrument": "trumpet", "family": "brass"}, {"instrument": "tuba", "family": "brass"},
+             {"instrument": "violin", "family": "strings"}]
+    true = {"caption": "trumpet, D sharp 4", "instrument": "trumpet", "family": "brass", "note": "D sharp 4"}
+    predicted = ["trumpet, D sharp 4", "tuba, D sharp 4", "violin, D sharp 4", "trumpet, D 4", "trumpet",
+                 "kazoo, D 4", "", "a, b, D sharp 4"]
+    assert field_scores(predicted, [true] * 8, note_reader(train), NOTE_FIELDS) == {
+        "caption": [1, 0, 0, 0, 0, 0, 0, 0],
+        "instrument": [1, 0, 0, 1, 1, 0, 0, 0],
+        "family": [1, 1, 0, 1, 1, 0, 0, 0],
+        "note": [1, 1, 1, 0, 0, 0, 0, 1],
+    }
+    with pytest.raises(InputError, match="instrument 'tuba'"):
+        note_reader([*train, {"instrument": "tuba", "family": "strings"}])
+
+
+def test_nearest_neighbour_equals_brute_force(monkeypatch):
+    monkeypatch.setattr(evaluation, "CHUNK", 7)
+    rng = np.random.default_rng(0)
+    train, queries = rng.normal(1000, 1, (50, 6)), rng.normal(1000, 1, (30, 6))  # far from 0
+    control = NearestNeighbour.fit(train, [f"label {i}" for i in range(50)])
+    expected = ((queries[:, None] - train) ** 2).sum(-1).argmin(1)
+    assert control.neighbours(queries).tolist() == expected.tolist()
+    assert control.predict(queries) == [f"label {i}" for i in expected]
+    assert control.predict(train) == control.labels
+    assert NearestNeighbour.fit([[1.0], [1.0], [0.0]], "abc").predict([[1.0]]) == ["a"]  # the first of equals
+
+
+def test_nearest_neighbour_refuses():
+    with pytest.raises(InputError, match="2 features and 1 labels"):
+        NearestNeighbour.fit(np.zeros((2, 3)), ["a"])
+    with pytest.raises(InputError, match="width 4, expected 3"):
+        NearestNeighbour.fit(np.zeros((1, 3)), ["a"]).predict(np.zeros((1, 4)))
+    for features in ([], [np.zeros(2), np.zeros(3)], [np.zeros((2, 2))]):
+        with pytest.raises(InputError, match=r"expected one shape \(D,\)"):
+            NearestNeighbour.fit(features, ["a"] * len(features))
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(64, 64, 32), (64, 64, 12), (50, 71, 12), (5, 7, 12)])
+def test_pixel_features_average(height, width, size):
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, height, width), dtype=np.uint8))
+    expected = torch.nn.functional.adaptive_avg_pool2d(pixels.double(), size).numpy().ravel() / 255
+    assert np.allclose(pixel_features(pixels, size), expected)
+    assert np.allclose(pixel_features(pixels.numpy(), size), expected)
+
+
+def test_centred_pixel_features_ignore_brightness_and_contrast():
+    dark = np.random.default_rng(0).integers(0, 60, (3, 12, 12), dtype=np.uint8)
+    first, second = (pixel_features(p, size=12, centred=True) for p in (dark, 3 * dark + 50))
+    assert np.allclose(first, second) and np.linalg.norm(first) == pytest.approx(1)
+    assert not pixel_features(np.full((3, 8, 8), 255, np.uint8), centred=True).any()  # a blank one
+
+
+@pytest.mark.parametrize("image", [np.zeros((3, 8, 8)), np.zeros((8, 8), np.uint8)])
+def test_pixel_features_refuse(image):
+    with pytest.raises(InputError, match=r"expected uint8 \(C, H, W\)"):
+        pixel_features(image)
+
+
+@pytest.mark.parametrize("preset", MELS)
+def test_mel_features_equal_torchaudio(preset):
+    options = {"hop": 256, "mean": False, **MELS[preset]}
+    wave = torch.randn(24_000, generator=torch.Generator().manual_seed(0))
+    wave[6_000:12_000] *= 1e-4  # around the floor
+    wave[12_000:18_000] = 0
+    transform = torchaudio.transforms.MelSpectrogram(
+        16_000, options["window"], hop_length=options["hop"], n_mels=options["mels"], power=options["power"]
+    )
+    expected = transform(wave).clamp_min(options["floor"]).log().T
+    expected = expected.mean(0) if options["mean"] else expected.ravel()
+    assert np.allclose(mel_features(wave, **MELS[preset]), expected.numpy(), atol=1e-3)
+
+
+def test_mel_features_have_one_length():
+    wave = np.sin(np.arange(30_000))
+    assert np.array_equal(mel_features(wave), mel_features(wave[:24_000]))
+    assert mel_features(wave[:100]).shape == mel_features(wave).shape
+    assert np.allclose(mel_features(np.zeros(100)), np.log(1e-5))
+    for bad in (np.zeros(0), np.zeros((2, 100)), np.array([np.nan])):
+        with pytest.raises(InputError, match=r"expected finite samples \(S,\)"):
+            mel_features(bad)
+
+
+def test_table_is_aligned():
+    rows = [("exact name", Score(0.5, 0.4, 0.6, 64), Score(0.25, 0.2, 0.3, 64)),
+            ("WER", Score(1.5, 1, 2, 52), None)]
+    assert table(rows).splitlines() == [
+        "metric      model                 control                n",
+        "exact name  0.500 [0.400, 0.600]  0.250 [0.200, 0.300]  64",
+        "WER         1.500 [1.000, 2.000]  -                     52",
+    ]
+    with pytest.raises(InputError, match="exact: found 2 items for the model and 3 for the control"):
+        table([("exact", Score(0, 0, 0, 2), Score(0, 0, 0, 3))])
+
+
+# The published figures of the control, on the starter set.
+
+
+def _shards(pattern):
+    files = defaultdict(dict)
+    for path in sorted(STARTER.glob(pattern)):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                key, end = member.name.rsplit(".", 1)
+                files[path.name, key][end] = tar.extractfile(member).read()
+    assert files, f"no {pattern} in {STARTER}"
+    return [(json.loads(f["json"]), next(v for end, v in f.items() if end != "json")) for f in files.values()]
+
+
+def _control(train, test, features):
+    fitted = NearestNeighbour.fit([features(m) for _, m in train], [row["caption"] for row, _ in train])
+    return fitted.predict([features(m) for _, m in test])
+
+
+@pytest.mark.parametrize(("preset", "right"), [("plain", (525, 885, 660)), ("shape", (652, 1031, 787))])
+def test_picture_control(preset, right):
+    train, test = _shards("images-train-*"), _shards("images-test-unseen-style*")
+
+    def features(data):
+        pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).transpose(2, 0, 1)
+        return pixel_features(pixels, **PIXELS[preset])
+
+    rows = [row for row, _ in test]
+    read = name_reader(row for row, _ in train)
+    scores = field_scores(_control(train, test, features), rows, read, NAME_FIELDS)
+    assert len(rows) == 1466
+    assert {field: sum(s) for field, s in scores.items()} == pytest.approx(
+        dict(zip(NAME_FIELDS, right)), abs=2
+    )  # near ties
+
+
+@pytest.mark.parametrize(
+    ("preset", "right"),
+    [("plain", {"instrument": 95, "note": 215}), ("timbre", {"instrument": 304, "note": 8}),
+     ("pitch", {"instrument": 31, "note": 272})],
+)
+def test_sound_control(preset, right):
+    train, test = _shards("sounds-train-*"), _shards("sounds-test*")
+
+    def features(data):
+        return mel_features(soundfile.read(io.BytesIO(data))[0], **MELS[preset])
+
+    rows = [row for row, _ in test]
+    read = note_reader(row for row, _ in train)
+    scores = field_scores(_control(train, test, features), rows, read, NOTE_FIELDS)
+    assert len(rows) == 345
+    assert {field: sum(scores[field]) for field in right} == pytest.approx(right, abs=2)
+    assert sum(scores["caption"]) == 0  # no training item has both instrument and pitch of a test item

@@ -1,0 +1,95 @@
+"""The order of the chain, what may be imported where, and what must not be loaded before it is needed."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CHAIN = ("layers", "modality", "vocabulary", "sequence", "data", "model", "generation", "pipeline", "evaluation",
+         "report", "training", "cli")
+ANYWHERE = ("errors",)
+FILES = sorted((ROOT / "mmtx").rglob("*.py"))
+
+
+def home(path: Path) -> str:
+    """The link of the chain that a file belongs to: `mmtx/data/media.py` -> "data"."""
+    return path.relative_to(ROOT / "mmtx").with_suffix("").parts[0]
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of all modules that a file imports, at the top or inside a function."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module)
+            if node.module == "mmtx":
+                names |= {f"mmtx.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_every_file_has_a_place_in_the_chain():
+    assert {home(path) for path in FILES} == {*CHAIN, *ANYWHERE, "__init__", "__main__"}
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if home(p) in CHAIN], ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_only_from_the_left(path):
+    right = CHAIN[CHAIN.index(home(path)) + 1:]
+    used = {name.split(".")[1] for name in imported(path) if name.startswith("mmtx.")}
+    assert not used & set(right)
+
+
+def test_errors_import_nothing():
+    assert not imported(ROOT / "mmtx" / "errors.py")
+
+
+def test_lightning_is_imported_in_training_only():
+    users = {home(path) for path in FILES for name in imported(path)
+             if name.split(".")[0] in ("lightning", "pytorch_lightning", "jsonargparse")}
+    assert users == {"training"}
+
+
+@pytest.mark.parametrize("folder", ["tokenizers", "configs"])
+def test_artefact_folders_hold_no_code(folder):
+    # An importable `tokenizers` would shadow the Hugging Face package of that name.
+    assert (ROOT / folder).is_dir()
+    assert not list((ROOT / folder).rglob("*.py"))
+
+
+def loaded_after(code: str) -> set[str]:
+    """Top-level packages in memory after `code` ran in a new interpreter."""
+    tail = "import sys; print('LOADED', *sorted({name.split('.')[0] for name in sys.modules}))"
+    result = subprocess.run([sys.executable, "-c", f"{code}\n{tail}"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return set(result.stdout.splitlines()[-1].split()[1:])
+
+
+def test_import_and_help_load_nothing_heavy():
+    loaded = loaded_after("""
+import mmtx, mmtx.cli
+assert "load" in dir(mmtx)
+for arguments in (["--help"], ["caption", "--help"]):
+    try:
+        mmtx.cli.main(arguments)
+    except SystemExit as stop:
+        assert stop.code == 0
+""")
+    assert "mmtx" in loaded
+    assert not loaded & {"torch", "torchaudio", "torchvision", "lightning", "jsonargparse", "numpy", "sentencepiece"}
+
+
+def test_captions_load_no_lightning(tiny_model, tmp_path):
+    tiny_model.save(tmp_path / "model")
+    loaded = loaded_after(f"""
+import mmtx, numpy, torch
+torch.set_num_threads(1)
+model = mmtx.load({str(tmp_path / "model")!r}, device="cpu")
+assert isinstance(model.caption(numpy.zeros((9, 9, 3), numpy.uint8), max_new_tokens=2), str)
+""")
+    assert "torch" in loaded
+    assert not loaded & {"lightning", "pytorch_lightning", "jsonargparse", "torchmetrics"}

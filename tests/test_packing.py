@@ -1,0 +1,383 @@
+"""Samples to stores to batches: what is supervised, what a batch is a function of, and the loss by hand."""
+
+import io
+import math
+import pickle
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmtx.data.augment import AudioAugmentation, ImageAugmentation
+from mmtx.data.collection import DataSource
+from mmtx.data.packing import PackedBatches
+from mmtx.data.sample import Media, MemorySource, Sample, SampleTurn, Text
+from mmtx.data.tokens import Augmentation, TokenStore, build_store, load_media, seed_of, to_documents
+from mmtx.errors import InputError
+from mmtx.model import CodeRange, Decoder, DecoderConfig
+from mmtx.sequence import AudioPart, Document, ImagePart, TextPart, Turn, render
+from mmtx.vocabulary import MODALITIES
+
+
+def store_of(documents: list[Document], vocabulary, views: int = 1) -> TokenStore:
+    """A store that holds `views` views of each document, neighbours in the list."""
+    rendered = [render(document, vocabulary) for document in documents]
+    offsets = np.concatenate([[0], np.cumsum([len(r.ids) for r in rendered])])
+    return TokenStore(np.concatenate([r.ids for r in rendered]), np.concatenate([r.trained for r in rendered]),
+                      offsets, list(range(len(documents) // views)), views)
+
+
+def text(length: int, first: int = 0) -> Document:
+    """A plain text of `length` pieces, so of `length` + 1 tokens in a batch."""
+    return Document((Turn(None, (TextPart((np.arange(length) + first) % 20),)),))
+
+
+def question(length: int, answer: int, picture: bool = True) -> Document:
+    """A user turn with text, and a picture of 2 x 2 codes or a sound, then an answer."""
+    medium = ImagePart([[0, 5], [2, 3]]) if picture else AudioPart([[0, 3, 2]])
+    turns = Turn("user", (TextPart(np.arange(length)), medium)), Turn("assistant", (TextPart([answer] * 3),))
+    return Document(turns)
+
+
+@pytest.fixture(scope="module")
+def documents():
+    random = np.random.default_rng(0)
+    return [text(int(random.integers(1, 9)), n) if n % 2 else question(n % 5, n % 20, n % 4 == 0) for n in range(23)]
+
+
+@pytest.fixture(scope="module")
+def store(documents, small_vocabulary):
+    return store_of(documents, small_vocabulary)
+
+
+def members(batches: PackedBatches) -> list[int]:
+    """Samples of all batches, in order."""
+    return [sample for batch in batches for sample in batch.samples.tolist()]
+
+
+def same(left, right) -> bool:
+    if isinstance(left, tuple):
+        return len(left) == len(right) and all(map(same, left, right))
+    return torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
+
+
+# -- What a batch holds --------------------------------------------------------------------------------------
+
+
+def test_a_batch_by_hand(small_vocabulary):
+    v = small_vocabulary
+    documents = [
+        Document((Turn("user", (ImagePart([[4]]),)), Turn("assistant", (TextPart([7]),)))),
+        Document((Turn(None, (TextPart([3]), AudioPart([[1, 0, 2]]))),)),
+    ]
+    batch = PackedBatches(store_of(documents, v), v, 20, shuffle=False)[0]
+    code = v.range("audio").start
+    first = [v.bos, v.user, v.image, v.height(1), v.width(1), v.range("image")[4], v.image_end, v.end, v.assistant, 7,
+             v.end]
+    second = [v.bos, 3, v.audio, code + 1, code, code + 2, v.audio_end]
+    assert batch.ids.tolist() == [first + second + [v.pad] * 2]
+    assert batch.positions.tolist() == [[*range(11), *range(7), 0, 0]]
+    assert batch.samples.tolist() == [0, 1]
+    # Of the first document "7 <end>" is learned, of the second all; behind <audio> and codes, codes may come.
+    no_code = {8: 7, 9: v.end, 11: 3, 12: v.audio, 17: v.eos}
+    coded = {13: code + 1, 14: code, 15: code + 2, 16: v.audio_end}
+    assert batch.plain == 5
+    assert batch.supervised.tolist() == [*no_code, *coded]
+    assert batch.targets.tolist() == [*no_code.values(), *coded.values()]
+    kinds = [MODALITIES[number] for number in batch.modality.tolist()]
+    assert kinds == ["text", "special", "text", "special", "special", "audio", "audio", "audio", "special"]
+    laid = torch.cat([gather.flatten() for gather in batch.packing.gathers])
+    assert torch.equal(laid[batch.packing.scatter], torch.arange(20))
+
+
+def test_targets_are_shifted_once(store, small_vocabulary):
+    v = small_vocabulary
+    for batch in PackedBatches(store, v, 40):
+        found = dict(zip(batch.supervised.tolist(), batch.targets.tolist(), strict=True))
+        assert len(found) == len(batch.targets)
+        place = 0
+        for sample in batch.samples.tolist():
+            ids, trained = store.document(sample, 0)
+            expected = {place + i: int(ids[i + 1]) for i in range(len(ids) - 1) if trained[i + 1]}
+            assert {k: t for k, t in found.items() if place <= k < place + len(ids) - 1} == expected
+            assert batch.ids[0, place:place + len(ids) - 1].tolist() == ids[:-1].tolist()
+            assert batch.positions[0, place:place + len(ids) - 1].tolist() == list(range(len(ids) - 1))
+            place += len(ids) - 1
+        assert all(k < place for k in found), "padding is never supervised"
+        assert (batch.ids[0, place:] == v.pad).all() and v.pad not in batch.targets
+
+
+def test_the_split_follows_the_grammar(store, small_vocabulary):
+    v = small_vocabulary
+    codes = {*v.range("image"), *v.range("audio")}
+    counts = Counter()
+    for batch in PackedBatches(store, v, 40):
+        assert not codes & set(batch.targets[:batch.plain].tolist())
+        assert set(batch.targets[batch.plain:].tolist()) <= codes | {v.image_end, v.audio_end}
+        counts.update(batch.ids[0, batch.supervised[batch.plain:]].tolist())
+    assert not counts  # only answers in text are learned here
+    whole = [Document((Turn("assistant", (ImagePart([[1, 2]]), AudioPart([[1, 2, 3]]))),))]
+    batch = PackedBatches(store_of(whole, v), v, 40)[0]
+    assert set(batch.targets[batch.plain:].tolist()) >= {v.image_end, v.audio_end} and len(batch.targets) == 12
+    assert len(batch.targets) - batch.plain == 3 + 4
+
+
+def test_the_loss_of_six_tokens_by_hand(small_vocabulary):
+    from mmtx.training.decoder import DecoderModule
+
+    v = small_vocabulary
+    document = Document((Turn(None, (ImagePart([[4]]),)),))  # <bos> <image> <h:1> <w:1> code </image> <eos>
+    ranges = tuple(CodeRange(v.range(kind).start, v.levels(kind)) for kind in ("image", "audio"))
+    config = DecoderConfig(v.size, width=16, depth=1, heads=2, kv_heads=1, head_width=8, hidden=16, composed=ranges)
+    torch.manual_seed(0)
+    module = DecoderModule(config)
+    module.decoder = Decoder(config)
+    torch.nn.init.normal_(module.decoder.embedding.weight)
+    # A neighbour in front and padding behind must not matter.
+    batch = PackedBatches(store_of([text(3), document], v), v, 16, shuffle=False)[0]
+    with torch.no_grad():
+        losses, sums = module._losses(batch)
+
+    ids = render(document, v).ids.tolist()
+    with torch.no_grad():
+        scores = module.decoder.logits(module.decoder(torch.tensor([ids]), torch.arange(7)[None]))[0].tolist()
+    expected = {}
+    for place in range(6):
+        # Behind <w:1> and the code the whole vocabulary competes, elsewhere all but the codes.
+        rivals = scores[place] if place in (3, 4) else scores[place][:v.range("image").start]
+        log_sum = math.log(sum(math.exp(score) for score in rivals))
+        expected[4 + place] = (log_sum - scores[place][ids[place + 1]], log_sum)
+    found = {k: pair for k, *pair in zip(batch.supervised.tolist(), losses.tolist(), sums.tolist(), strict=True)}
+    assert len(found) == 4 + 6
+    for place, pair in expected.items():
+        assert found[place] == pytest.approx(pair, abs=1e-4)
+    assert sum(found[place][0] for place in expected) == pytest.approx(sum(p[0] for p in expected.values()), abs=1e-4)
+
+
+# -- What a batch is a function of ---------------------------------------------------------------------------
+
+
+def test_two_instances_agree_whatever_the_order_of_asking(store, small_vocabulary):
+    first, second = (PackedBatches(store, small_vocabulary, 40, seed=3, steps=60) for _ in range(2))
+    expected = [first[k] for k in range(60)]
+    for k in [59, 0, 31, 58, 30, 1, 59, 7]:
+        assert same(second[k], expected[k])
+    assert not same(PackedBatches(store, small_vocabulary, 40, seed=4, steps=60)[0], expected[0])
+    with pytest.raises(IndexError):
+        first[60]
+
+
+def test_batches_travel_to_workers_that_are_spawned(store, small_vocabulary):
+    batches = PackedBatches(store, small_vocabulary, 40, seed=3, steps=60)
+    expected = batches[17]
+    assert same(pickle.loads(pickle.dumps(batches))[17], expected)
+
+
+def test_an_epoch_is_planned_once(store, small_vocabulary, monkeypatch):
+    planned = []
+    original = PackedBatches._plan
+    monkeypatch.setattr(PackedBatches, "_plan", lambda self, epoch: planned.append(epoch) or original(self, epoch))
+    batches = PackedBatches(store, small_vocabulary, 40, steps=100)
+    for k in range(100):
+        batches[k]
+    assert planned == list(range(planned[-1] + 1)) and planned[-1] > 5
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_partition_the_batches(store, small_vocabulary, world):
+    whole = [batch for batch in PackedBatches(store, small_vocabulary, 40, seed=1, steps=6 * world)]
+    for rank in range(world):
+        part = PackedBatches(store, small_vocabulary, 40, seed=1, steps=6, rank=rank, world=world)
+        assert all(same(part[k], whole[k * world + rank]) for k in range(6))
+
+
+def test_every_sample_appears_as_often_as_it_repeats(store, small_vocabulary):
+    repeats = [n % 3 + 1 for n in range(len(store))]
+    batches = PackedBatches(store, small_vocabulary, 40, repeats=repeats)  # one epoch
+    assert Counter(members(batches)) == dict(enumerate(repeats))
+    assert members(batches) != sorted(members(batches))
+    ordered = PackedBatches(store, small_vocabulary, 40, shuffle=False)
+    assert members(ordered) == list(range(len(store)))
+
+
+def test_epochs_differ_and_each_holds_everything(store, small_vocabulary):
+    batches = PackedBatches(store, small_vocabulary, 40, steps=1000)
+    order = members([batches[k] for k in range(sum(len(batches.plan(epoch)) for epoch in range(3)))])
+    epochs = [order[i:i + 23] for i in (0, 23, 46)]
+    assert len(order) == 69 and all(sorted(epoch) == list(range(23)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_a_sample_goes_through_its_views(small_vocabulary):
+    v = small_vocabulary
+    views = 4
+    documents = [text(3, first=5 * sample + view) for sample in range(3) for view in range(views)]
+    batches = PackedBatches(store_of(documents, v, views), v, 12, steps=views)  # an epoch is a batch
+    seen = {sample: set() for sample in range(3)}
+    for k in range(views):
+        batch = batches[k]
+        for place, sample in enumerate(batch.samples.tolist()):
+            seen[sample].add(tuple(batch.ids[0, 4 * place + 1:4 * place + 4].tolist()))
+    assert seen == {s: {tuple((np.arange(3) + 5 * s + view) % 20) for view in range(views)} for s in range(3)}
+
+
+def test_a_batch_takes_documents_as_long_as_they_fit(store, small_vocabulary):
+    batches = PackedBatches(store, small_vocabulary, 40)
+    lengths = store.lengths()[:, 0] - 1
+    for now, then in zip(batches, list(batches)[1:]):
+        used = lengths[now.samples].sum()
+        assert used <= 40 < used + lengths[then.samples[0]]
+
+
+def test_a_batch_that_is_too_small(store, small_vocabulary):
+    longest = int(store.lengths().max()) - 1
+    PackedBatches(store, small_vocabulary, longest)
+    with pytest.raises(InputError, match=f"tokens of a batch: found {longest - 1}, expected at least {longest}"):
+        PackedBatches(store, small_vocabulary, longest - 1)
+
+
+@pytest.mark.parametrize("field", ["repeat", "limit"])
+def test_a_source_that_gives_nothing_is_refused(field):
+    with pytest.raises(InputError, match=f"{field}: found 0"):
+        DataSource(["a.jsonl"], **{field: 0})
+
+
+# -- Samples to stores ---------------------------------------------------------------------------------------
+
+
+def png(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (24, 24, 3), np.uint8)
+    Image.fromarray(pixels).save(file := io.BytesIO(), "png")
+    return file.getvalue()
+
+
+def wav(seed: int, samples: int = 3000) -> bytes:
+    import soundfile
+
+    soundfile.write(file := io.BytesIO(), np.random.default_rng(seed).normal(0, 0.1, samples), 16_000, format="wav")
+    return file.getvalue()
+
+
+def captioned(kind: str, data: bytes, caption: str, row: int = 0) -> Sample:
+    media = Media(kind, f"rows.jsonl row {row}", MemorySource(data))
+    turns = (SampleTurn("user", (media,)), SampleTurn("assistant", (Text(caption),)))
+    return Sample(str(row), turns, {}, f"rows.jsonl row {row}")
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return [captioned("image", png(0), "a red circle", 0), captioned("audio", wav(1), "trumpet", 1),
+            Sample("2", (SampleTurn(None, (Text("a blue square"),)),), {}, "rows.jsonl row 2")]
+
+
+AUGMENTATION = Augmentation(ImageAugmentation(), AudioAugmentation())
+
+
+def test_a_store_holds_the_documents_of_its_samples(samples, tokenizers, vocabulary):
+    store = build_store(samples, tokenizers, vocabulary, context=200)
+    assert len(store) == 3 and store.numbers == [0, 1, 2]
+    for n, sample in enumerate(samples):
+        ids, trained = store.document(n, 0)
+        expected = render(to_documents([sample], tokenizers)[0], vocabulary)
+        assert np.array_equal(ids, expected.ids) and np.array_equal(trained, expected.trained)
+    picture = to_documents(samples, tokenizers)[0]
+    image = tokenizers["image"].encode(load_media(samples[0].turns[0].parts[0], tokenizers))
+    words = TextPart(tokenizers["text"].encode("a red circle"))
+    assert picture == Document((Turn("user", (ImagePart(image),)), Turn("assistant", (words,))))
+
+
+def test_views_are_augmented_and_fixed_by_the_seed(samples, tokenizers, vocabulary):
+    build = lambda seed: build_store(samples, tokenizers, vocabulary, views=3, augmentation=AUGMENTATION,  # noqa: E731
+                                     context=200, seed=seed)
+    plain, first, again, other = build_store(samples, tokenizers, vocabulary, context=200), build(1), build(1), build(2)
+    assert np.array_equal(first.ids, again.ids) and not np.array_equal(first.ids, other.ids)
+    for n in range(3):
+        views = [first.document(n, view)[0].tolist() for view in range(3)]
+        assert views[0] == plain.document(n, 0)[0].tolist()  # as it is
+        assert (len(set(map(tuple, views))) > 1) == (n < 2)  # text stays as it is
+    assert not np.array_equal(*(np.concatenate([first.document(n, view)[0] for n in range(3)]) for view in (1, 2)))
+
+
+def test_a_view_does_not_depend_on_the_samples_behind(samples, tokenizers, vocabulary):
+    options = {"views": 2, "augmentation": AUGMENTATION, "context": 200}
+    one = build_store(samples[:1], tokenizers, vocabulary, **options)
+    all_three = build_store(samples, tokenizers, vocabulary, **options)
+    assert np.array_equal(one.document(0, 1)[0], all_three.document(0, 1)[0])
+
+
+BAD = {
+    "not a picture": captioned("image", b"GIF89a, or so it says", "broken", 7),
+    "too long": captioned("image", png(0), "violin " * 200, 7),
+    "nothing to learn": Sample("7", (SampleTurn("user", (Text("hello"),)),), {}, "rows.jsonl row 7"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_samples_are_skipped_up_to_the_limit(bad, samples, tokenizers, vocabulary):
+    mixed = [samples[0], BAD[bad], *samples[1:]]
+    store = build_store(mixed, tokenizers, vocabulary, context=200, max_bad=0.25)
+    assert store.numbers == [0, 2, 3]
+    expected = build_store(samples, tokenizers, vocabulary, context=200)
+    assert np.array_equal(store.ids, expected.ids) and np.array_equal(store.trained, expected.trained)
+    with pytest.raises(InputError, match=r"1 of 4 rows cannot be used; first: rows.jsonl row 7.*at most 24.000%"):
+        build_store(mixed, tokenizers, vocabulary, context=200, max_bad=0.24)
+    with pytest.raises(InputError, match="no sample can be used"):
+        build_store([BAD[bad]], tokenizers, vocabulary, context=200, max_bad=1.0)
+
+
+def test_context_counts_what_a_batch_holds(samples, tokenizers, vocabulary):
+    length = int(build_store(samples[:1], tokenizers, vocabulary, context=200).lengths()[0, 0])
+    build_store(samples[:1], tokenizers, vocabulary, context=length - 1, max_bad=0.0)
+    with pytest.raises(InputError, match=f"row 0: found {length} tokens, expected at most context . 1 = {length - 1}"):
+        build_store(samples[:1], tokenizers, vocabulary, context=length - 2, max_bad=0.0)
+
+
+def test_a_kind_without_a_tokenizer_is_named(samples, tokenizers, vocabulary):
+    with pytest.raises(InputError, match="rows.jsonl row 1: found audio, but there is no audio tokenizer"):
+        load_media(samples[1].turns[0].parts[0], {"text": tokenizers["text"], "image": tokenizers["image"]})
+
+
+def test_seeds_depend_on_every_number():
+    seeds = {seed_of(a, b, c) for a in range(4) for b in range(4) for c in range(4)}
+    assert len(seeds) == 64 and all(0 <= seed < 2 ** 63 for seed in seeds)
+    assert seed_of(1, 2, 3) == seed_of(1, 2, 3)
+
+
+# -- Augmentation --------------------------------------------------------------------------------------------
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_augmentation_of_a_picture():
+    picture = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 16, 24), np.uint8))
+    augment = ImageAugmentation()
+    first = augment(picture, generator())
+    assert first.shape == picture.shape and first.dtype == torch.uint8
+    assert torch.equal(first, augment(picture, generator())) and not torch.equal(first, augment(picture, generator(1)))
+    off = ImageAugmentation(zoom=0, stretch=0, shift=0, turn=0, colour=0)
+    assert torch.equal(off(picture, generator()), picture)
+    white = torch.full_like(picture, 255)
+    assert torch.equal(augment(white, generator()), white)
+    shifted = ImageAugmentation(zoom=0, stretch=0, shift=1, turn=0, colour=0)(picture * 0, generator())
+    assert set(shifted.unique().tolist()) >= {0, 255}  # what comes in from outside is white
+
+
+def test_augmentation_of_a_sound():
+    sound = torch.randn(4000, generator=generator(5)) * 0.1
+    augment = AudioAugmentation()
+    first = augment(sound, 16_000, generator())
+    assert first.shape == sound.shape
+    assert torch.equal(first, augment(sound, 16_000, generator()))
+    assert not torch.equal(first, augment(sound, 16_000, generator(1)))
+    assert torch.equal(AudioAugmentation(shift=0, tilt=0, noise=0, gain=0)(sound, 16_000, generator()), sound)
+    for seed in range(6):  # forwards and back, also by more than the sound is long
+        moved = AudioAugmentation(shift=0.1, tilt=0, noise=0, gain=0)(sound, 16_000, generator(seed))
+        by = round((2 * torch.rand(4, generator=generator(seed))[0].item() - 1) * 1600)
+        kept = sound[:4000 - by] if by >= 0 else sound[-by:]
+        assert torch.equal(moved[max(by, 0):max(by, 0) + len(kept)], kept)
+        assert moved.count_nonzero() == kept.count_nonzero()
+        assert AudioAugmentation()(sound[:50], 16_000, generator(seed)).shape == (50,)

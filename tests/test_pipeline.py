@@ -1,0 +1,380 @@
+"""The Python API on a tiny random model: what goes in, what comes out, and folders that are not whole."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image as PILImage
+
+import mmtx
+from mmtx.modality.image import ImageTokenizer
+from mmtx.modality.text import TextTokenizer
+from mmtx.pipeline import Model
+from mmtx.sequence import Document, ImagePart, TextPart, Turn
+from mmtx.vocabulary import Vocabulary
+
+RATE = 16_000
+SHORT = {"max_new_tokens": 6}
+SAMPLED = {"temperature": 1.0, "seed": 3, "max_new_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    """A picture, uint8 (H=20, W=24, 3)."""
+    return np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def tone():
+    """A sound, float32 (S,)."""
+    return (0.7 * np.sin(np.arange(4000) * 2 * np.pi * 440 / RATE)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def files(pixels, tone, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("media")
+    PILImage.fromarray(pixels).save(folder / "picture.png")
+    soundfile.write(folder / "sound.wav", tone, RATE, subtype="FLOAT")
+    return folder
+
+
+@pytest.fixture
+def saved(tiny_model, tmp_path):
+    tiny_model.save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def different(tokenizer):
+    """A copy of an image tokenizer with one weight changed."""
+    copy = ImageTokenizer(tokenizer.config)
+    copy.load_state_dict(tokenizer.state_dict())
+    with torch.no_grad():
+        copy.network.embed.bias[0] += 1
+    return copy.eval()
+
+
+# -- Captions ------------------------------------------------------------------------------------------------
+
+
+def test_caption_takes_a_picture_in_every_form(tiny_model, files, pixels):
+    path = files / "picture.png"
+    expected = tiny_model.caption(path, **SAMPLED)
+    assert expected and isinstance(expected, str)
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)
+    for form in (str(path), PILImage.open(path), pixels, tensor, tensor.float() / 255, mmtx.Image(pixels),
+                 mmtx.Image(str(path)), mmtx.Image(PILImage.fromarray(pixels))):
+        assert tiny_model.caption(form, **SAMPLED) == expected
+
+
+def test_caption_takes_a_sound_in_every_form(tiny_model, files, tone):
+    path = files / "sound.wav"
+    expected = tiny_model.caption(path, **SAMPLED)
+    for form in (str(path), tone, torch.from_numpy(tone), mmtx.Audio(tone), mmtx.Audio(tone, RATE),
+                 mmtx.Audio(path), mmtx.Audio(np.stack([tone, 0 * tone], 1)), mmtx.Sound(tone, RATE)):
+        assert tiny_model.caption(form, **SAMPLED) == expected
+
+
+def test_the_rate_of_an_array_counts(tiny_model, tone):
+    # Twice the rate is half the time: half as many codes.
+    at_rate, at_double = (len(tiny_model.tokenize([mmtx.Audio(tone, rate)])) for rate in (RATE, 2 * RATE))
+    assert at_double < 0.7 * at_rate
+
+
+def test_captions_depend_on_the_picture(tiny_model):
+    pictures = [np.full((16, 16, 3), value, np.uint8) for value in (0, 128, 255)]
+    assert len({tuple(tiny_model.tokenize([picture])) for picture in pictures}) == 3
+    logits = []
+    for picture in pictures:
+        ids = torch.tensor(tiny_model.tokenize([picture]))[None]
+        hidden = tiny_model.decoder(ids, torch.arange(ids.shape[1])[None])
+        logits.append(tiny_model.decoder.logits(hidden[:, -1]))
+    assert not torch.equal(logits[0], logits[1])
+
+
+def test_a_batch_answers_as_each_item_alone(tiny_model, files, pixels, tone):
+    # Small random weights give every prompt the same answer: larger ones make answers depend on prompts.
+    tiny_model = Model(copy.deepcopy(tiny_model.decoder), tiny_model.vocabulary, tiny_model.tokenizers)
+    with torch.no_grad():
+        for parameter in tiny_model.decoder.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(10)
+    # Lengths differ: a padded row must see exactly what it sees alone.
+    items = [files / "picture.png", tone, tone[:900], pixels[:8], files / "sound.wav", tone[:2000]]
+    together = tiny_model.caption(items, max_new_tokens=16)
+    assert len(set(together)) > 3
+    assert together == [tiny_model.caption(item, max_new_tokens=16) for item in items]
+    assert tiny_model.caption(tuple(items[:1]), **SHORT) == [tiny_model.caption(items[0], **SHORT)]
+    assert tiny_model.caption([]) == []
+
+
+def test_more_prompts_than_a_batch_keep_their_order(tiny_model, tone, monkeypatch):
+    items = [tone[:length] for length in (3000, 500, 2000, 900, 1500)]
+    expected = tiny_model.caption(items, **SHORT)
+    monkeypatch.setattr("mmtx.pipeline.BATCH", 2)
+    assert tiny_model.caption(items, **SHORT) == expected
+
+
+def test_caption_documents_ask_up_to_the_last_user_turn(tiny_model, monkeypatch):
+    asked = []
+    monkeypatch.setattr(tiny_model, "_answer_texts", lambda documents, sampling: asked.extend(documents))
+    one, two = Turn("user", (TextPart([1]),)), Turn("assistant", (TextPart([2]),))
+    tiny_model.caption_documents([Document((one, two)), Document((one, two, one, two)), Document((one,))])
+    assert asked == [Document((one,)), Document((one, two, one)), Document((one,))]
+
+
+@pytest.mark.parametrize("media, told", [
+    ("nothing.png", ["nothing.png", "no such file"]),
+    (3, ["int", "expected a path"]),
+    (None, ["NoneType"]),
+    (np.zeros((2, 3, 5, 7), np.uint8), ["(2, 3, 5, 7)"]),
+    (np.full((4, 4, 3), 2.0), ["2"]),
+    (np.zeros((0,), np.float32), ["sound"]),
+    (np.array([np.nan], np.float32), ["NaN"]),
+])
+def test_caption_names_what_it_cannot_read(tiny_model, media, told):
+    with pytest.raises(mmtx.InputError) as error:
+        tiny_model.caption(media)
+    assert all(word in str(error.value) for word in told), error.value
+
+
+def test_caption_names_a_file_of_no_known_kind(tiny_model, tmp_path):
+    (tmp_path / "notes").write_text("a red circle")
+    with pytest.raises(mmtx.InputError, match="notes"):
+        tiny_model.caption(tmp_path / "notes")
+
+
+@pytest.mark.parametrize("field, value", [("temperature", -1), ("top_k", 0), ("top_p", 0.0), ("max_new_tokens", 0)])
+def test_sampling_names_a_wrong_value(tiny_model, pixels, field, value):
+    with pytest.raises(mmtx.InputError, match=field):
+        tiny_model.caption(pixels, **{field: value})
+
+
+def test_a_model_without_audio_says_so(tokenizers, tiny_model, tone):
+    text = {"text": tokenizers["text"]}
+    model = Model(tiny_model.decoder, Vocabulary.build(text), text)
+    with pytest.raises(mmtx.InputError, match="audio"):
+        model.caption(tone)
+    with pytest.raises(mmtx.InputError, match="image"):
+        model.generate("a", out="image")
+
+
+# -- Generation ----------------------------------------------------------------------------------------------
+
+
+def test_generate_returns_what_out_asks_for(tiny_model, pixels, tone):
+    assert isinstance(tiny_model.generate("a red circle", **SAMPLED), str)
+    picture = tiny_model.generate("a red circle", out="image", **SAMPLED)
+    assert picture.size == (16, 16) and picture.mode == "RGB"
+    sound = tiny_model.generate(["a", pixels, tone], out="audio", **SAMPLED)
+    assert sound.rate == RATE and sound.samples.ndim == 1 and len(sound.samples) and np.isfinite(sound.samples).all()
+    parts = tiny_model.generate("a", out="any", **SAMPLED)
+    assert isinstance(parts, list)
+    assert all(isinstance(part, (str, PILImage.Image, mmtx.Sound)) for part in parts)
+
+
+@pytest.mark.parametrize("size", [(8, 24), (24, 8), (16, 16)])
+def test_generate_makes_a_picture_of_the_size_asked_for(tiny_model, size):
+    picture = tiny_model.generate("a", out="image", size=size, **SAMPLED)
+    assert picture.size == size[::-1]  # PIL tells the width first
+
+
+@pytest.mark.parametrize("size, told", [((16, 9), "multiples of 8"), ((0, 8), "expected 1 to 64"),
+                                        ((8, 8 * 65), "expected 1 to 64")])
+def test_generate_refuses_other_sizes(tiny_model, size, told):
+    with pytest.raises(mmtx.InputError, match=told):
+        tiny_model.generate("a", out="image", size=size)
+
+
+def test_generate_refuses_another_out(tiny_model):
+    with pytest.raises(mmtx.InputError, match="video"):
+        tiny_model.generate("a", out="video")
+
+
+def test_the_seed_fixes_the_answer(tiny_model):
+    answers = {tiny_model.generate("a", temperature=1.0, seed=seed, max_new_tokens=20) for seed in (1, 1, 1, 2)}
+    assert len(answers) == 2
+
+
+def test_a_sound_is_saved_as_it_is(tiny_model, tmp_path):
+    sound = tiny_model.generate("a", out="audio", **SAMPLED)
+    sound.save(tmp_path / "sound.wav")
+    samples, rate = soundfile.read(tmp_path / "sound.wav")
+    assert rate == RATE
+    assert np.abs(samples - sound.samples.clip(-1, 1)).max() < 1e-3
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_stream_adds_up_to_generate_for_text(tiny_model, seed):
+    # A random model writes single bytes, which are no characters: these must come through as well.
+    sampling = {"temperature": 1.0, "seed": seed, "max_new_tokens": 30}
+    pieces = list(tiny_model.stream("a red circle", **sampling))
+    assert len(pieces) > 1 and all(pieces)
+    assert "".join(pieces) == tiny_model.generate("a red circle", **sampling)
+
+
+@pytest.mark.parametrize("out", ["image", "audio"])
+def test_stream_yields_whole_media(tiny_model, out):
+    (streamed,) = tiny_model.stream("a", out=out, **SAMPLED)
+    made = tiny_model.generate("a", out=out, **SAMPLED)
+    if out == "image":
+        streamed, made = np.asarray(streamed), np.asarray(made)
+    else:
+        assert streamed.rate == made.rate
+        streamed, made = streamed.samples, made.samples
+    assert np.array_equal(streamed, made)
+
+
+def test_stream_of_mixed_parts_adds_up_to_generate(tiny_model, monkeypatch):
+    v, text = tiny_model.vocabulary, tiny_model.tokenizers["text"]
+    picture = [v.image, v.height(1), v.width(2), *v.to_global("image", [3, 4]).tolist(), v.image_end]
+    euro = text.encode("\u20ac")  # three bytes, of which two are no character
+    written = [*text.encode("a b"), *euro[:2], *picture, *text.encode("c"), *picture, *euro, v.end, v.pad]
+    assert len(euro) == 3
+    monkeypatch.setattr("mmtx.pipeline.steps", lambda *_: iter(torch.tensor(written)[:, None]))
+    monkeypatch.setattr("mmtx.pipeline.generate", lambda *_: [np.array(written[:-1])])
+    merged = []
+    for part in tiny_model.stream("a", out="any"):
+        if isinstance(part, str) and merged and isinstance(merged[-1], str):
+            part = merged.pop() + part
+        merged.append(part)
+    expected = tiny_model.generate("a", out="any")
+    assert [type(part) for part in merged] == [str, PILImage.Image, str, PILImage.Image, str]
+    for found, part in zip(merged, expected, strict=True):
+        assert np.array_equal(np.asarray(found), np.asarray(part))
+
+
+# -- Ids -----------------------------------------------------------------------------------------------------
+
+
+def test_detokenize_is_the_inverse_of_tokenize(tiny_model, pixels, tone):
+    ids = tiny_model.tokenize(["a red <image> circle", pixels, "and", tone])
+    v = tiny_model.vocabulary
+    assert ids[0] == v.bos and ids[-1] == v.eos and ids.count(v.image) == 1
+    before, picture, after, sound = tiny_model.detokenize(ids)
+    assert (before, after) == ("a red <image> circle", "and")
+    assert picture.size == (16, 16)
+    assert tiny_model.tokenize([before, mmtx.Image(pixels), after, tone]) == ids
+    codes = [part for part in tiny_model.encode_parts([mmtx.Image(pixels)]) if isinstance(part, ImagePart)]
+    expected = tiny_model.tokenizers["image"].decode(codes[0].codes).permute(1, 2, 0).numpy()
+    assert np.array_equal(np.asarray(picture), expected)
+    assert sound.rate == RATE and len(sound.samples) >= len(tone)
+
+
+def test_detokenize_names_the_place_of_a_mistake(tiny_model):
+    v = tiny_model.vocabulary
+    with pytest.raises(mmtx.InputError, match="position 1"):
+        tiny_model.detokenize([v.bos, v.image_end, v.eos])
+    with pytest.raises(mmtx.InputError, match="position 1"):
+        tiny_model.detokenize([v.bos, v.size])
+
+
+# -- Folders -------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_model_answers_as_before(tiny_model, saved, files, tone):
+    loaded = mmtx.load(saved, device="cpu")
+    items = [files / "picture.png", tone]
+    assert loaded.caption(items, **SAMPLED) == tiny_model.caption(items, **SAMPLED)
+    assert loaded.vocabulary == tiny_model.vocabulary
+    assert loaded.decoder.config == tiny_model.decoder.config
+
+
+def test_saving_twice_gives_the_same_bytes_and_replaces(tiny_model, saved):
+    before = {path.relative_to(saved): path.read_bytes() for path in saved.rglob("*") if path.is_file()}
+    (saved / "stale").touch()
+    tiny_model.save(saved)
+    assert {path.relative_to(saved): path.read_bytes() for path in saved.rglob("*") if path.is_file()} == before
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def test_a_crash_while_saving_leaves_the_old_model(tiny_model, saved, monkeypatch, files):
+    expected = tiny_model.caption(files / "picture.png", **SHORT)
+    monkeypatch.setattr(TextTokenizer, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        tiny_model.save(saved)
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+    assert mmtx.load(saved, device="cpu").caption(files / "picture.png", **SHORT) == expected
+
+
+@pytest.mark.parametrize("name", ["config.json", "vocabulary.json", "model.safetensors", "text/config.json",
+                                  "text/tokenizer.model", "image/config.json", "image/model.safetensors",
+                                  "audio/model.safetensors"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "folder"])
+def test_a_folder_that_is_not_whole_is_refused_by_name(saved, name, damage):
+    path = saved / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "folder":
+        path.mkdir()
+    elif damage != "missing":
+        path.write_bytes(content[:len(content) // 2] if damage == "cut" else b"")
+    with pytest.raises(mmtx.InputError) as error:
+        mmtx.load(saved, device="cpu")
+    told = str(error.value)
+    assert str(saved / Path(name).parent) in told and "\n" not in told
+    assert name.split("/")[0] in told
+
+
+def change(path: Path, edit) -> None:
+    """Edit a JSON file in place."""
+    values = json.loads(path.read_text())
+    edit(values)
+    path.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("edit, told", [
+    (lambda c: c.update(format=99), ["config.json", "format"]),
+    (lambda c: c.pop("decoder"), ["config.json"]),
+    (lambda c: c["decoder"].update(depth=3), ["config.json"]),
+    (lambda c: c["decoder"].update(width=64), ["config.json"]),
+    (lambda c: c["decoder"].update(colour="red"), ["config.json", "colour"]),
+    (lambda c: c["decoder"].update(heads="many"), ["config.json"]),
+])
+def test_a_config_that_does_not_fit_is_refused(saved, edit, told):
+    change(saved / "config.json", edit)
+    with pytest.raises(mmtx.InputError) as error:
+        mmtx.load(saved, device="cpu")
+    assert all(word in str(error.value) for word in told), error.value
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path):
+    with pytest.raises(mmtx.InputError, match="nothing: no such folder"):
+        mmtx.load(tmp_path / "nothing")
+    with pytest.raises(mmtx.InputError, match="config.json: no such file"):
+        mmtx.load(tmp_path)
+
+
+def test_a_swapped_tokenizer_is_refused_by_its_fingerprint(saved, tokenizers):
+    other = different(tokenizers["image"])
+    other.save(saved / "image")
+    with pytest.raises(mmtx.InputError) as error:
+        mmtx.load(saved, device="cpu")
+    assert "image tokenizer" in str(error.value)
+    assert other.fingerprint[:12] in str(error.value)
+    assert tokenizers["image"].fingerprint[:12] in str(error.value)
+
+
+def test_a_tokenizer_of_another_kind_is_refused(saved):
+    shutil.rmtree(saved / "image")
+    shutil.copytree(saved / "audio", saved / "image")
+    with pytest.raises(mmtx.InputError, match="image"):
+        mmtx.load(saved, device="cpu")
+
+
+def test_a_vocabulary_of_another_model_is_refused(saved, tokenizers):
+    # It fits the tokenizers that it names, but the decoder has more ids.
+    Vocabulary.build({kind: tokenizers[kind] for kind in ("text", "image")}).save(saved / "vocabulary.json")
+    with pytest.raises(mmtx.InputError, match="ids"):
+        mmtx.load(saved, device="cpu")
+
+
+@pytest.mark.parametrize("device", ["abacus", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(saved, device):
+    with pytest.raises(mmtx.InputError, match=f"device: {device}"):
+        mmtx.load(saved, device=device)
