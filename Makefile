@@ -1,0 +1,63 @@
+# make quickstart   train on the starter data and caption what the model never saw
+# make test         run the tests
+# make starter      train everything from nothing: the three tokenizers, then the decoder (hours)
+#
+# All of them make the virtual environment first, or use the one that is there. Variables:
+#   PYTHON=python3.12          the Python to make it with, 3.11 or newer
+#   VENV=.venv RUNS=runs       where it lies, and where runs go
+#   FIT_ARGS='--trainer.max_steps 20'   more options for `mmtx fit` of the decoder; CODEC_ARGS: of image and audio
+#   EVALUATE_ARGS='--show 20'  more options for `mmtx evaluate`
+#   TEST_ARGS='-m "not slow"'  more options for pytest
+
+PYTHON ?= python3
+VENV ?= .venv
+RUNS ?= runs
+FIT_ARGS ?=
+CODEC_ARGS ?=
+EVALUATE_ARGS ?=
+TEST_ARGS ?=
+
+MMTX := $(VENV)/bin/mmtx
+PACKAGE := pyproject.toml constraints.txt
+
+# Threads that wait must not spin: on two cores, spinning ones keep working ones from running.
+export OMP_WAIT_POLICY ?= PASSIVE
+export GOMP_SPINCOUNT ?= 0
+
+.PHONY: quickstart test starter environment clean
+.DELETE_ON_ERROR:
+
+quickstart: $(VENV)/.installed
+	$(MMTX) fit --config configs/quickstart/decoder.yaml --output $(RUNS)/quickstart $(FIT_ARGS)
+	$(MMTX) evaluate --model $(RUNS)/quickstart/model --config configs/quickstart/decoder.yaml $(EVALUATE_ARGS)
+
+test: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest $(TEST_ARGS)
+
+# New codecs give new codes: they take the place of the shipped ones, and a decoder trained with those no longer fits.
+starter: $(VENV)/.installed
+	$(MMTX) fit --config configs/starter/text.yaml --output $(RUNS)/starter/text
+	$(MMTX) fit --config configs/starter/image.yaml --output $(RUNS)/starter/image $(CODEC_ARGS)
+	$(MMTX) fit --config configs/starter/audio.yaml --output $(RUNS)/starter/audio $(CODEC_ARGS)
+	mkdir -p tokenizers/text tokenizers/image tokenizers/audio
+	for kind in text image audio; do cp $(RUNS)/starter/$$kind/model/* tokenizers/$$kind/ || exit 1; done
+	$(MMTX) fit --config configs/starter/decoder.yaml --output $(RUNS)/starter/decoder $(FIT_ARGS)
+	$(MMTX) evaluate --model $(RUNS)/starter/decoder/model --config configs/starter/decoder.yaml $(EVALUATE_ARGS)
+
+environment: $(VENV)/.installed
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "error: $$($(PYTHON) --version 2>&1) is too old or missing, expected 3.11 or newer: make PYTHON=python3.11 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(PACKAGE) | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-test: $(PACKAGE) | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e ".[test]"
+	touch $(VENV)/.installed $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,239 @@
+"""Caption pictures and sounds: on the terminal, and as a page to look at.
+
+    python demos/caption.py cat.png trumpet.wav folder/ https://example.org/dog.jpg --page captions.html
+
+The page is one file: pictures, sounds and spectrograms are inside it. A file that cannot be captioned is one line on
+stderr, the others go on; the status is then 1.
+"""
+
+import argparse
+import base64
+import html
+import io
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import soundfile
+from PIL import Image, ImageOps
+
+import mmtx
+from mmtx.cli import media_files
+
+TOGETHER = 16           # files captioned at once
+INLINE = 1_000_000      # bytes; larger files are put on the page smaller, or cut
+SIDE = 640              # pixels: longest side of a picture that was made smaller
+EXCERPT = 20            # seconds of a long sound that the page plays
+COLUMNS, ROWS = 480, 112  # pixels of a spectrogram
+TONES = (60, 8000)      # Hz: its lowest and highest row
+DEPTH = 70              # dB between its brightest and darkest colour
+COLOURS = np.array([(12, 10, 35), (74, 28, 110), (168, 50, 108), (240, 110, 70), (252, 220, 150)])  # quiet to loud
+# What browsers show or play as it is; anything else is converted.
+PICTURES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif", "BMP": "image/bmp"}
+SOUNDS = {"OGG": "audio/ogg", "WAV": "audio/wav", "WAVEX": "audio/wav", "FLAC": "audio/flac", "MP3": "audio/mpeg",
+          "MPEG": "audio/mpeg"}
+FAVICON = ("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'%3E"
+           "%3Ccircle cx='4' cy='4' r='3' fill='%234a63c8'/%3E%3C/svg%3E")
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Captions</title>
+<link rel="icon" href="{icon}">
+<style>
+:root {{ color-scheme: light dark; --page: #f4f4f1; --card: #fff; --ink: #1c1c22; --faint: #6d6d78; --line: #e2e2dc;
+  --wrong: #b3261e; }}
+@media (prefers-color-scheme: dark) {{ :root {{ --page: #15151a; --card: #202027; --ink: #ececf1; --faint: #9a9aa6;
+  --line: #33333d; --wrong: #ff8a80; }} }}
+* {{ box-sizing: border-box; }}
+body {{ margin: 0 auto; max-width: 78rem; padding: 2rem 1.5rem 3rem; background: var(--page); color: var(--ink);
+  font: 16px/1.4 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }}
+h1 {{ margin: 0; font-size: 1.6rem; }}
+header p, figcaption small, li {{ color: var(--faint); font-size: .85rem; }}
+header p {{ margin: .2rem 0 1.6rem; }}
+h2 {{ margin: 1.8rem 0 .8rem; font-size: 1.05rem; }}
+section {{ display: grid; gap: 1rem; }}
+.pictures {{ grid-template-columns: repeat(auto-fill, minmax(10.5rem, 1fr)); }}
+.sounds {{ grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); }}
+figure {{ margin: 0; display: flex; flex-direction: column; overflow: hidden; background: var(--card);
+  border: 1px solid var(--line); border-radius: .7rem; }}
+.pictures img {{ width: 100%; height: 10.5rem; padding: .8rem; object-fit: contain; background: #fff; }}
+.sounds img {{ width: 100%; height: 7rem; background: #0c0a23; }}
+audio {{ width: calc(100% - 1.2rem); height: 2.4rem; margin: .6rem .6rem 0; }}
+figcaption {{ padding: .6rem .8rem .7rem; border-top: 1px solid var(--line); flex: 1; }}
+.sounds figcaption {{ border: 0; }}
+figcaption b, figcaption small {{ display: -webkit-box; -webkit-box-orient: vertical; overflow: hidden;
+  overflow-wrap: anywhere; }}
+figcaption b {{ -webkit-line-clamp: 5; }}
+figcaption small {{ -webkit-line-clamp: 2; margin-top: .15rem; }}
+li {{ margin: .2rem 0; color: var(--wrong); overflow-wrap: anywhere; }}
+</style>
+</head>
+<body>
+<header>
+<h1>Captions</h1>
+<p>{summary}</p>
+</header>
+{body}
+</body>
+</html>
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Caption pictures and sounds.")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="files, folders or URLs of files")
+    parser.add_argument("--model", help="model folder, default: the one that comes with mmtx")
+    parser.add_argument("--page", type=Path, default=Path("captions.html"), help="default: captions.html")
+    options = parser.parse_args()
+    if options.page.is_dir() or not options.page.absolute().parent.is_dir():
+        parser.error(f"--page {options.page}: cannot be written, expected a file in a folder that exists")
+    try:
+        model = mmtx.load(options.model) if options.model else mmtx.load()
+    except mmtx.InputError as error:
+        sys.exit(f"error: {error}")
+
+    cards: dict[str, list[str]] = {"pictures": [], "sounds": []}
+    errors = []
+    files = find(options.files, errors)
+    for name, caption in captions(model, files, errors):
+        print(f"{shown(name)}\t{' '.join(caption.split())}", flush=True)
+        try:
+            kind, card = make_card(name, caption)
+        except Exception as error:  # of all sorts: the file or the connection went between the two readings
+            report(f"{shown(name)}: not on the page ({type(error).__name__})", errors)
+        else:
+            cards[kind].append(card)
+    try:
+        options.page.write_text(make_page(cards, errors, options.model), encoding="utf-8")
+    except OSError as error:
+        sys.exit(f"error: --page {options.page}: cannot be written ({error.strerror})")
+    print(f"page: {options.page}", file=sys.stderr)
+    sys.exit(1 if errors else 0)
+
+
+def find(names: Sequence[str], errors: list[str]) -> list[str]:
+    """Files and URLs, with folders replaced by what is in them."""
+    files = []
+    for name in names:
+        try:
+            files += media_files([name])
+        except mmtx.InputError as error:
+            report(error, errors)
+    return files
+
+
+def captions(model: "mmtx.Model", files: Sequence[str], errors: list[str]) -> Iterator[tuple[str, str]]:
+    """Name and caption of every file that can be read."""
+    for first in range(0, len(files), TOGETHER):
+        chunk = files[first:first + TOGETHER]
+        try:
+            yield from zip(chunk, model.caption(chunk), strict=True)
+        except mmtx.InputError:  # one of them is bad: find out which
+            for name in chunk:
+                try:
+                    yield name, model.caption(name)
+                except mmtx.InputError as error:
+                    report(error, errors)
+
+
+def report(error: Exception | str, errors: list[str]) -> None:
+    line = " ".join(str(error).split())
+    errors.append(line)
+    print(f"error: {line}", file=sys.stderr)
+
+
+def shown(name: str) -> str:
+    """A name to show: a URL without password, query (which may hold a key) or inline data."""
+    if name.startswith("data:"):
+        return name.split(",")[0]
+    return re.sub(r"//[^/@]*@", "//", name).split("?")[0] if "://" in name else name
+
+
+# The page.
+
+
+def make_card(name: str, caption: str) -> tuple[str, str]:
+    """"pictures" or "sounds", and the HTML of one captioned file, which is read again for it."""
+    with fsspec.open(name, "rb") if "://" in name or name.startswith("data:") else open(name, "rb") as file:
+        data = file.read()
+    try:
+        picture = Image.open(io.BytesIO(data))
+    except Image.UnidentifiedImageError:
+        kind, media = "sounds", sound_html(data)
+    else:
+        kind, media = "pictures", f'<img alt="" src="{picture_uri(picture, data)}">'
+    caption, path = html.escape(caption) or "(empty)", html.escape(shown(name))
+    return kind, (f'<figure>{media}<figcaption><b title="{caption}">{caption}</b>'
+                  f'<small title="{path}">{path.rsplit("/", 1)[-1]}</small></figcaption></figure>')
+
+
+def make_page(cards: dict[str, list[str]], errors: Sequence[str], model: str | None) -> str:
+    counts = [f"{len(found)} {kind if len(found) > 1 else kind[:-1]}" for kind, found in cards.items() if found]
+    by = f"model {html.escape(model)}" if model else "the model that comes with mmtx"
+    body = [f'<h2>{kind.capitalize()}</h2>\n<section class="{kind}">\n' + "\n".join(found) + "\n</section>"
+            for kind, found in cards.items() if found]
+    if errors:
+        body.append("<h2>Not captioned</h2>\n<ul>\n"
+                    + "\n".join(f"<li>{html.escape(line)}</li>" for line in errors) + "\n</ul>")
+    return PAGE.format(icon=FAVICON, summary=f"{' and '.join(counts) or 'nothing'}, captioned by {by}",
+                       body="\n".join(body))
+
+
+def uri(data: bytes, media_type: str) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
+
+
+def picture_uri(picture: Image.Image, data: bytes) -> str:
+    """The picture as it is, or a smaller copy where it is large or of a format that browsers do not show."""
+    if picture.format in PICTURES and len(data) <= INLINE:
+        return uri(data, PICTURES[picture.format])
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):  # 16 bit, which Pillow would clip
+        picture = Image.fromarray((np.asarray(picture).astype(int) // 257).astype(np.uint8))
+    picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+    picture.thumbnail((SIDE, SIDE))
+    file = io.BytesIO()
+    picture.save(file, "WEBP", quality=85)
+    return uri(file.getvalue(), PICTURES["WEBP"])
+
+
+def sound_html(data: bytes) -> str:
+    """A spectrogram over a player; of a large file the player has the beginning only."""
+    with soundfile.SoundFile(io.BytesIO(data)) as file:
+        rate, form = file.samplerate, file.format
+        samples = file.read(dtype="float32", always_2d=True)  # (S, C)
+    media_type = SOUNDS.get(form)
+    if media_type is None or len(data) > INLINE:
+        cut, media_type = io.BytesIO(), "audio/wav"
+        soundfile.write(cut, samples[:EXCERPT * rate].mean(1), rate, format="WAV", subtype="PCM_16")
+        data = cut.getvalue()
+    loudest = samples[:, np.square(samples).mean(0).argmax()]
+    file = io.BytesIO()
+    Image.fromarray(spectrogram(loudest, rate)).save(file, "PNG")
+    return (f'<img alt="spectrogram, {len(samples) / rate:.1f} s" src="{uri(file.getvalue(), "image/png")}">'
+            f'<audio controls preload="metadata" src="{uri(data, media_type)}"></audio>')
+
+
+def spectrogram(samples: np.ndarray, rate: int) -> np.ndarray:
+    """Samples (S,) -> picture, uint8 (ROWS, COLUMNS, 3): time to the right, tones upwards by octaves, loud is bright."""
+    window = rate // 16
+    starts = np.linspace(0, max(0, len(samples) - 1), COLUMNS).astype(int)
+    padded = np.pad(samples, (window // 2, window))
+    frames = padded[starts[:, None] + np.arange(window)] * np.hanning(window)  # (COLUMNS, window)
+    power = np.square(np.abs(np.fft.rfft(frames)))
+    places = np.geomspace(TONES[0], min(TONES[1], rate / 2), ROWS)[::-1] * window / rate
+    rows = np.stack([np.interp(places, np.arange(power.shape[1]), column) for column in power], axis=1)
+    level = 10 * np.log10(np.maximum(rows, 1e-9))
+    shade = np.clip((level - level.max()) / DEPTH + 1, 0, 1) if level.max() > -80 else np.zeros_like(level)
+    steps = np.linspace(0, 1, len(COLOURS))
+    return np.stack([np.interp(shade, steps, COLOURS[:, c]) for c in range(3)], axis=-1).astype(np.uint8)
+
+
+if __name__ == "__main__":
+    main()
