@@ -1,6 +1,6 @@
 # make quickstart   train on the starter data and caption what the model never saw
 # make test         run the tests
-# make starter      train everything from nothing: the three tokenizers, then the decoder (hours)
+# make starter      train everything from nothing: the three tokenizers, then the decoder (about an hour)
 #
 # All of them make the virtual environment first, or use the one that is there. Variables:
 #   PYTHON=python3.12          the Python to make it with, 3.11 or newer
