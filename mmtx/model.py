@@ -2,8 +2,8 @@
 
 Shapes: B batch, T tokens, D width, H heads, G key-value heads, K head width, V vocabulary.
 
-Only two rows of the vocabulary's story matter here: most ids have one row of the embedding each, while the codes of a
-scalar quantizer can be composed from the rows of their digits, so that a code never seen in training has a meaning.
+Most ids have a row of the embedding of their own. The codes of a scalar quantizer can be composed from the rows of
+their digits instead, so that a code never seen in training has a meaning.
 """
 
 import math

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmtx.data.tokens import TokenStore, seed_of
+from mmtx.data.tokens import TokenStore
 from mmtx.errors import InputError
 from mmtx.layers import Packing
 from mmtx.sequence import code_follows
