@@ -40,7 +40,11 @@ starter: $(VENV)/.installed
 	$(MMTX) fit --config configs/starter/image.yaml --output $(RUNS)/starter/image $(CODEC_ARGS)
 	$(MMTX) fit --config configs/starter/audio.yaml --output $(RUNS)/starter/audio $(CODEC_ARGS)
 	mkdir -p tokenizers/text tokenizers/image tokenizers/audio
-	for kind in text image audio; do cp $(RUNS)/starter/$$kind/model/* tokenizers/$$kind/ || exit 1; done
+	$(MMTX) fit --config configs/starter/vocoder.yaml --output $(RUNS)/starter/vocoder $(CODEC_ARGS) \
+	    --model.tokenizer $(RUNS)/starter/audio/model
+	cp -r $(RUNS)/starter/text/model/* tokenizers/text/
+	cp -r $(RUNS)/starter/image/model/* tokenizers/image/
+	cp -r $(RUNS)/starter/vocoder/model/* tokenizers/audio/
 	$(MMTX) fit --config configs/starter/decoder.yaml --output $(RUNS)/starter/decoder $(FIT_ARGS)
 	$(MMTX) evaluate --model $(RUNS)/starter/decoder/model --config configs/starter/decoder.yaml $(EVALUATE_ARGS)
 

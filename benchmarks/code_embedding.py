@@ -23,7 +23,6 @@ from mmtx.data.sample import Media
 from mmtx.data.tokens import load_media, seed_of
 from mmtx.layers import Packing, rotary
 from mmtx.modality.base import load_tokenizer
-from mmtx.modality.image import to_float
 from mmtx.model import CodeRange, Decoder, DecoderConfig
 from mmtx.pipeline import find_shipped
 from mmtx.report import config_sources
@@ -37,7 +36,6 @@ WAYS = ("digits", "rows", "continuous", "full softmax")
 def encode(samples, tokenizers, kind, views):
     """Codes (samples, views, N) and features before the quantizer (samples, views, N, D) of one kind of media."""
     tokenizer = tokenizers[kind]
-    network = tokenizer.network
     augment = {"image": ImageAugmentation(), "audio": AudioAugmentation()}[kind]
     media = [load_media(next(p for t in s.turns for p in t.parts if isinstance(p, Media)), tokenizers) for s in samples]
     codes, features = [], []
@@ -48,15 +46,12 @@ def encode(samples, tokenizers, kind, views):
             if view:
                 extra = () if kind == "image" else (tokenizer.rate,)
                 items = [augment(item, *extra, generator) for item in items]
-            batch = torch.stack(items)
-            grid = tokenizer._to_grid(to_float(batch) if kind == "image" else tokenizer.spectrogram(batch))
-            hidden = network._run(network.embed(grid), network.encoder, network.encoder_norm)
-            latents = network.quantizer(network.to_latent(hidden))
-            codes.append(network.quantizer.to_codes(latents).flatten(1))
-            features.append(hidden.flatten(1, 2).half())
+            for encoding in tokenizer.embed_batch(items):
+                codes.append(torch.from_numpy(encoding.codes).flatten())
+                features.append(encoding.features.flatten(0, 1).half())
     shape = (views, len(samples))
-    return (torch.cat(codes).unflatten(0, shape).transpose(0, 1),
-            torch.cat(features).unflatten(0, shape).transpose(0, 1))
+    return (torch.stack(codes).unflatten(0, shape).transpose(0, 1),
+            torch.stack(features).unflatten(0, shape).transpose(0, 1))
 
 
 def train(way, data, vocabulary, tokenizers, minutes, batch):

@@ -54,11 +54,15 @@ def _parser() -> argparse.ArgumentParser:
     caption.set_defaults(run=_caption)
 
     generate = commands.add_parser("generate", help="answer a prompt with text, a picture or a sound")
-    generate.add_argument("parts", nargs="+", help="text, and paths of pictures and sounds, in order")
+    generate.add_argument("parts", nargs="*", help="text, and paths of pictures and sounds, in order")
     generate.add_argument("--out", choices=("text", "image", "audio"), default="text", help="default: text")
     generate.add_argument("--file", type=Path, help="where a picture or a sound goes, e.g. out.png, out.wav")
+    generate.add_argument("--begin", metavar="FILE", help="a picture to be completed, or a sound that shall go on")
+    generate.add_argument("--rows", type=int, help="pixel rows that are kept of that picture, default: the upper half")
+    generate.add_argument("--seconds", type=float, default=1.0, help="the most that is added to that sound, default: 1")
     _model_options(generate)
     _sampling_options(generate)
+    generate.add_argument("--guidance", type=float, default=1.0, help="how much the prompt counts, default: 1 (not more)")
     generate.set_defaults(run=_generate)
 
     tokenize = commands.add_parser("tokenize", help="print the ids of text, pictures and sounds")
@@ -151,15 +155,25 @@ def _caption(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
+    if not options.parts and options.begin is None:
+        raise InputError("the following arguments are required: parts (see mmtx generate --help)")
     if options.out != "text" and options.file is None:
         raise InputError(f"--file is missing: where shall the {options.out} go?")
-    model, parts = _load(options), _parts(options.parts)
+    if options.out == "text" and options.begin is not None:
+        raise InputError("--begin: found --out text, expected --out image or --out audio")
+    model, parts, sampling = _load(options), _parts(options.parts), {**_sampling(options), "guidance": options.guidance}
     if options.out == "text":
-        for piece in model.stream(parts, **_sampling(options)):
+        for piece in model.stream(parts, **sampling):
             print(piece, end="", flush=True)
         print()
         return
-    result = model.generate(parts, out=options.out, **_sampling(options))
+    if options.begin is None:
+        result = model.generate(parts, out=options.out, **sampling)
+    elif options.out == "image":
+        result = model.complete(options.begin, options.rows, parts, **sampling)
+    else:
+        del sampling["max_new_tokens"]  # --seconds say it
+        result = model.extend(options.begin, options.seconds, parts, **sampling)
     try:
         result.save(options.file)
     except (OSError, ValueError, RuntimeError, TypeError) as error:

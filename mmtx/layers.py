@@ -95,14 +95,25 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos[:, :, None] + turned * sin[:, :, None]).to(x.dtype)
 
 
+class FusedLinear(nn.Linear):
+    """Several projections of the same input, without biases, in one matrix: x (..., D) -> one tensor for each size."""
+
+    def __init__(self, width: int, sizes: tuple[int, ...]):
+        super().__init__(width, sum(sizes), bias=False)
+        self.sizes = sizes
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return super().forward(x).split(self.sizes, dim=-1)
+
+
 class Attention(nn.Module):
     """Grouped-query self-attention with QK-norm."""
 
     def __init__(self, config: BlockConfig):
         super().__init__()
         self.config = config
-        heads = config.heads + 2 * config.kv_heads
-        self.qkv = nn.Linear(config.width, heads * config.head_width, bias=False)
+        query, key = config.heads * config.head_width, config.kv_heads * config.head_width
+        self.qkv = FusedLinear(config.width, (query, key, key))
         self.out = nn.Linear(config.heads * config.head_width, config.width, bias=False)
         self.query_norm = nn.RMSNorm(config.head_width, eps=config.norm_eps)
         self.key_norm = nn.RMSNorm(config.head_width, eps=config.norm_eps)
@@ -117,8 +128,7 @@ class Attention(nn.Module):
     ) -> Tensor:                                    # (B, T, D)
         c = self.config
         batch, length, _ = x.shape
-        heads = self.qkv(x).view(batch, length, -1, c.head_width)
-        query, key, value = heads.split([c.heads, c.kv_heads, c.kv_heads], dim=2)
+        query, key, value = (part.unflatten(-1, (-1, c.head_width)) for part in self.qkv(x))    # (B, T, H | G, K)
         query = rotate(self.query_norm(query), *angles)
         key = rotate(self.key_norm(key), *angles)
         if packing is not None:
@@ -157,11 +167,11 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: BlockConfig):
         super().__init__()
-        self.gate_up = nn.Linear(config.width, 2 * config.hidden, bias=False)
+        self.gate_up = FusedLinear(config.width, (config.hidden, config.hidden))
         self.down = nn.Linear(config.hidden, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        gate, up = self.gate_up(x)
         return self.down(F.silu(gate) * up)
 
 

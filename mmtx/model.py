@@ -3,11 +3,13 @@
 Shapes: B batch, T tokens, D width, H heads, G key-value heads, K head width, V vocabulary.
 
 Most ids have a row of the embedding of their own. The codes of a scalar quantizer can be composed from the rows of
-their digits instead, so that a code never seen in training has a meaning.
+their digits instead, so that a code never seen in training has a meaning. And where a picture or sound is given, not
+generated, what its encoder saw before the quantizer can enter in place of its codes.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from mmtx.errors import InputError
 from mmtx.layers import Block, BlockConfig, LayerCache, Packing, initialise, rotary
+from mmtx.sequence import Features
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class CodeRange:
 class DecoderConfig:
     """Sizes of the decoder; training fills in `vocabulary_size` and `composed` from the tokenizers.
 
-    `composed` lists the id ranges whose rows are composed from digits; they end the vocabulary.
+    `composed` lists the id ranges whose rows are composed from digits; they end the vocabulary. `features` gives the
+    width of the continuous features of each kind of media that may stand in for their codes as inputs.
     """
 
     vocabulary_size: int = 0
@@ -48,6 +52,7 @@ class DecoderConfig:
     norm_eps: float = 1e-6
     tied: bool = True
     composed: tuple[CodeRange, ...] = ()
+    features: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self):
         ranges = tuple(r if isinstance(r, CodeRange) else CodeRange(r["start"], tuple(r["levels"])) for r in self.composed)
@@ -137,27 +142,39 @@ class Decoder(nn.Module):
         block = BlockConfig(config.width, config.heads, config.kv_heads, config.head_width, config.hidden,
                             causal=True, norm_eps=config.norm_eps)
         self.embedding = TokenEmbedding(config)
+        self.projections = nn.ModuleDict({kind: nn.Linear(size, config.width) for kind, size in config.features.items()})
         self.blocks = nn.ModuleList(Block(block) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.output = None if config.tied else TokenEmbedding(config)
         initialise(self, config.depth)
 
-    def forward(self, ids: Tensor, positions: Tensor, packing: Packing | None = None) -> Tensor:
+    def forward(self, ids: Tensor, positions: Tensor, packing: Packing | None = None,
+                features: Mapping[str, Features] | None = None) -> Tensor:
         """Ids and their positions (B, T) -> hidden states (B, T, D); documents of a packed batch do not see each other."""
-        x = self.embedding(ids)
+        x = self.embed(ids, features)
         angles = rotary(positions, self.config.head_width, self.config.rope_theta)
         for block in self.blocks:
             x = block(x, angles, packing)
         return self.norm(x)
 
-    def extend(self, ids: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
+    def embed(self, ids: Tensor, features: Mapping[str, Features] | None = None) -> Tensor:
+        """Inputs (B, T, D) of the first block: the embedding of each id, or its features where the model takes them."""
+        x = self.embedding(ids)
+        for kind, given in (features or {}).items():
+            if kind in self.projections:
+                values = self.projections[kind](given.values.to(self.embedding.weight.dtype))
+                x = x.flatten(0, 1).index_copy(0, given.places, values.to(x.dtype)).view_as(x)
+        return x
+
+    def extend(self, ids: Tensor, cache: KVCache,
+               features: Mapping[str, Features] | None = None) -> tuple[Tensor, KVCache]:
         """Feed ids (B, T) behind what `cache` holds -> hidden states (B, T, D) and the longer cache.
 
         The layers' keys and values are written in place. Tokens that a row does not have (padding on the right) may
         be fed too: lower that row's length afterwards, and the next call overwrites them.
         """
         positions = cache.lengths[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        x = self.embedding(ids)
+        x = self.embed(ids, features)
         angles = rotary(positions, self.config.head_width, self.config.rope_theta)
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             x = block(x, angles, cache=layer, positions=positions)

@@ -4,10 +4,12 @@
     model.caption("cat.png")                              # 'cat'
     model.caption(["cat.png", "trumpet.wav"])             # ['cat', 'trumpet, C 4']
     model.generate([Path("cat.png")], out="text")
+    model.generate("cat", out="image", temperature=1.0)    # a PIL image
 
 Shapes: C channels, H height, W width, S samples.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +26,7 @@ from mmtx.errors import InputError
 from mmtx.generation import Sampling, generate, steps
 from mmtx.modality.base import Tokenizer, load_tokenizer, read_json, replace_folder, write_json
 from mmtx.model import Decoder, DecoderConfig
-from mmtx.sequence import AudioPart, Document, Grammar, ImagePart, Part, TextPart, Turn, parse, prompt, render
+from mmtx.sequence import AudioPart, Document, Grammar, ImagePart, Part, Prompt, TextPart, Turn, parse, prompt, render
 from mmtx.vocabulary import Vocabulary
 
 FORMAT = 1
@@ -165,15 +167,20 @@ class Model:
         return self._answer_texts(asked, sampling)
 
     def _answer_texts(self, documents: Sequence[Document], sampling: Sampling) -> list[str]:
-        prompts = [prompt(document, self.vocabulary) for document in documents]
+        answers = self._answer([prompt(document, self.vocabulary) for document in documents], "text", sampling)
+        return [self.tokenizers["text"].decode(ids) for ids in answers]
+
+    def _answer(self, prompts: Sequence[Prompt], out: str, sampling: Sampling,
+                prefix: Sequence[int] = ()) -> list[list[int]]:
+        """The ids of each answer, `prefix` first, without <end>."""
         # Neighbours in length share a batch, so that little is padded.
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        answers = [""] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+        answers: list[list[int]] = [[]] * len(prompts)
         for first in range(0, len(order), BATCH):
             chosen = order[first:first + BATCH]
-            rows = generate(self.decoder, self.grammar, [prompts[i] for i in chosen], "text", sampling)
+            rows = generate(self.decoder, self.grammar, [prompts[i] for i in chosen], out, sampling, prefix)
             for i, ids in zip(chosen, rows, strict=True):
-                answers[i] = self.tokenizers["text"].decode(ids[:-1].tolist())
+                answers[i] = ids[:-1].tolist()
         return answers
 
     # -- Generation ------------------------------------------------------------------------------------------
@@ -190,12 +197,56 @@ class Model:
         Returns:
             str, PIL image or `Sound`; for "any" a list of these.
         """
-        ids = generate(self.decoder, self.grammar, [self._prompt(parts)], out, Sampling(**sampling),
-                       self._size_prefix(out, size))[0]
-        answer = self._to_media(ids[:-1])
-        if out == "any":
-            return answer
-        return answer[0] if answer else ""
+        return self.generate_batch([parts], out, size, **sampling)[0]
+
+    def generate_batch(self, prompts: Sequence[Any], out: str = "text", size: tuple[int, int] | None = None,
+                       **sampling: Any) -> list[Any]:
+        """`generate` for each prompt: many at once are much faster than one by one."""
+        asked, prefix = [self._prompt(parts) for parts in prompts], self._size_prefix(out, size)
+        answers = [self._to_media(ids) for ids in self._answer(asked, out, Sampling(**sampling), prefix)]
+        return answers if out == "any" else [answer[0] if answer else "" for answer in answers]
+
+    def complete(self, picture: Any, rows: int | None = None, parts: Any = (), **sampling: Any) -> PILImage.Image:
+        """Keep the top of a picture and draw the rest.
+
+        Args:
+            picture: in any form that `caption` takes.
+            rows: pixel rows that are kept, of the picture in the tokenizer's size; a multiple of its patch, by default
+                the upper half. Kept are their codes, which the encoder gave them in sight of the rest.
+            parts: what the picture shall show, as in `generate`; by default nothing is said.
+            **sampling: fields of `Sampling`; greedy by default.
+        """
+        given, v = self._given(picture, ImagePart), self.vocabulary
+        patch, (height, width) = self.tokenizers["image"].config.patch, given.codes.shape
+        kept = height // 2 if rows is None else rows // patch
+        if rows is not None and (rows % patch or not 0 <= kept <= height):
+            raise InputError(f"rows: found {rows}, expected a multiple of {patch} from 0 to {height * patch}")
+        prefix = [v.image, v.height(height), v.width(width), *v.to_global("image", given.codes[:kept]).ravel()]
+        return self._to_media(self._answer([self._prompt(parts)], "image", Sampling(**sampling), prefix)[0])[0]
+
+    def extend(self, sound: Any, seconds: float = 1.0, parts: Any = (), **sampling: Any) -> Sound:
+        """Let a sound go on: its reconstruction, and what the model hears behind it.
+
+        Args:
+            sound: in any form that `caption` takes.
+            seconds: how much may be added; the model may end the sound before.
+            parts: what the sound shall be, as in `generate`; by default nothing is said.
+            **sampling: fields of `Sampling` but `max_new_tokens`; greedy by default.
+        """
+        if not 0 < seconds < math.inf:
+            raise InputError(f"seconds: found {seconds}, expected more than 0")
+        given, v, tokenizer = self._given(sound, AudioPart), self.vocabulary, self.tokenizers["audio"]
+        times = math.ceil(seconds * tokenizer.codes_per_second / tokenizer.bands)
+        limited = Sampling(**sampling, max_new_tokens=times * tokenizer.bands)
+        prefix = [v.audio, *v.to_global("audio", given.codes).ravel()]
+        return self._to_media(self._answer([self._prompt(parts)], "audio", limited, prefix)[0])[0]
+
+    def _given(self, medium: Any, kind: type[Part]) -> Part:
+        """The codes of a picture or sound. Raises InputError when it is another."""
+        part = self.encode_parts([self._as_media(medium)])[0]
+        if not isinstance(part, kind):
+            raise InputError(f"found {part.kind}, expected {kind.kind}")
+        return part
 
     def stream(self, parts: Any, out: str = "text", size: tuple[int, int] | None = None, **sampling: Any) -> Iterator[Media]:
         """Like `generate`, but yields text in pieces as it is written, and pictures and sounds when they are whole."""
@@ -223,7 +274,7 @@ class Model:
                 yield from self._to_media(pending)
                 pending = []
 
-    def _prompt(self, parts: Any) -> np.ndarray:
+    def _prompt(self, parts: Any) -> Prompt:
         media = [item if isinstance(item, str) else self._as_media(item) for item in (parts if _is_list(parts) else [parts])]
         return prompt(Document((Turn("user", tuple(self.encode_parts(media))),)), self.vocabulary)
 
@@ -257,7 +308,7 @@ class Model:
         return self.detokenize([v.bos, *map(int, ids), v.eos])
 
     def encode_parts(self, media: Sequence[str | Image | Audio]) -> list[Part]:
-        """Text, pictures and sounds -> parts of codes; media of a kind go through their tokenizer together."""
+        """Text, pictures and sounds -> parts of codes and features; media of a kind go through their tokenizer together."""
         parts: list[Part | None] = [None] * len(media)
         for kind, mark, make in (("image", Image, ImagePart), ("audio", Audio, AudioPart)):
             places = [i for i, item in enumerate(media) if isinstance(item, mark)]
@@ -265,9 +316,9 @@ class Model:
                 raise InputError(f"found {kind}, but this model has tokenizers for {', '.join(self.tokenizers)} only")
             for first in range(0, len(places), BATCH):
                 chosen = places[first:first + BATCH]
-                codes = self.tokenizers[kind].encode_batch([self._read(media[i]) for i in chosen])
-                for i, item in zip(chosen, codes, strict=True):
-                    parts[i] = make(item)
+                encodings = self.tokenizers[kind].embed_batch([self._read(media[i]) for i in chosen])
+                for i, encoding in zip(chosen, encodings, strict=True):
+                    parts[i] = make(*encoding)
         for i, item in enumerate(media):
             if isinstance(item, str):
                 parts[i] = TextPart(self.tokenizers["text"].encode(item))

@@ -31,15 +31,16 @@ CONTROL_RATE = 16_000  # Hz; the control hears at one rate, whatever the model's
 
 
 def config_sources(path: str) -> tuple[list[DataSource], list[DataSource]]:
-    """The `train` and `validation` sources of a training configuration."""
+    """The `train` and `validation` sources of a training configuration, without those that train to generate."""
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["data"]["init_args"]
-        return tuple([DataSource(**source) for source in data[name]] for name in ("train", "validation"))
+        train, held_out = ([DataSource(**source) for source in data[name]] for name in ("train", "validation"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a training configuration with data.init_args.train and validation "
                          f"({type(error).__name__}: {error})") from None
+    return tuple([source for source in sources if source.task == "caption"] for sources in (train, held_out))
 
 
 def report(model: Model, held_out: Sequence[DataSource], train: Sequence[DataSource], show: int = 8) -> Iterator[str]:

@@ -7,7 +7,7 @@
 Shape letters: B batch, T tokens, V vocabulary, h/w patch rows/cols, t audio time steps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, auto
 from typing import Any, ClassVar, NamedTuple
@@ -26,23 +26,23 @@ ROLES = ("user", "assistant", None)
 
 
 class Part:
-    """Local codes of one medium in an int64 array, the only field; equal when kind, shape and codes are."""
+    """Local codes of one medium in an int64 array; equal when kind, shape and codes are."""
 
     kind: ClassVar[str]
     ndim: ClassVar[int]
+    field: ClassVar[str] = "codes"
 
     def __post_init__(self):
-        ((field, value),) = vars(self).items()
-        array = np.array(value, np.int64)  # a copy, so that freezing it leaves the caller's array alone
+        array = np.array(self.array, np.int64)  # a copy, so that freezing it leaves the caller's array alone
         if array.ndim != self.ndim:
             raise InputError(f"{self.kind} part: found shape {array.shape}, expected {self.ndim} dimensions")
         array.flags.writeable = False
-        object.__setattr__(self, field, array)
+        object.__setattr__(self, self.field, array)
 
     @property
     def array(self) -> np.ndarray:
         """The codes, whatever the field is called."""
-        return next(iter(vars(self).values()))
+        return getattr(self, self.field)
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and np.array_equal(self.array, other.array)
@@ -58,22 +58,25 @@ class TextPart(Part):
     ids: np.ndarray
     kind: ClassVar[str] = "text"
     ndim: ClassVar[int] = 1
+    field: ClassVar[str] = "ids"
 
 
 @dataclass(frozen=True, eq=False)
 class ImagePart(Part):
-    """Patch codes of a picture, (h, w)."""
+    """Patch codes of a picture, (h, w), and if known the encoder's features of each patch, (h, w, D)."""
 
     codes: np.ndarray
+    features: Tensor | None = None
     kind: ClassVar[str] = "image"
     ndim: ClassVar[int] = 2
 
 
 @dataclass(frozen=True, eq=False)
 class AudioPart(Part):
-    """Patch codes of a sound, (t, bands): time steps, then frequency."""
+    """Patch codes of a sound, (t, bands): time steps, then frequency; and if known their features, (t, bands, D)."""
 
     codes: np.ndarray
+    features: Tensor | None = None
     kind: ClassVar[str] = "audio"
     ndim: ClassVar[int] = 2
 
@@ -119,30 +122,79 @@ class Document:
 # -- Documents to ids ----------------------------------------------------------------------------------------
 
 
+class Span(NamedTuple):
+    """Features of a picture or sound of a user turn: they may stand in for its codes at the input of a model."""
+
+    kind: str
+    start: int  # place of its first code in the stream
+    values: Tensor  # (codes, D)
+
+
 class Rendered(NamedTuple):
     """A document as one stream."""
 
     ids: np.ndarray  # (T,) int32
     trained: np.ndarray  # (T,) bool: whether ids[i] is a target that counts
+    spans: tuple[Span, ...] = ()
+
+
+class Prompt(NamedTuple):
+    """The stream that a model is to continue."""
+
+    ids: np.ndarray  # (T,) int32
+    spans: tuple[Span, ...] = ()
+
+
+class Features(NamedTuple):
+    """Features that stand in for the codes of one kind in a batch."""
+
+    places: Tensor  # (n,) indices into the B*T flat tokens
+    values: Tensor  # (n, D)
 
 
 def render(document: Document, vocabulary: Vocabulary) -> Rendered:
     """Write a document as ids. Raises InputError on codes or sizes that the vocabulary has no ids for."""
-    pieces = [[vocabulary.bos], *(_turn(turn, vocabulary) for turn in document.turns), [vocabulary.eos]]
-    ids = np.concatenate(pieces).astype(np.int32)
-    return Rendered(ids, trained(ids, vocabulary))
+    v, place = vocabulary, 1
+    pieces, spans = [[v.bos]], []
+    for turn in document.turns:
+        parts = [_part(part, v) for part in turn.parts]
+        if turn.role is not None:
+            pieces.append([v.user if turn.role == "user" else v.assistant])
+            place += 1
+        for part, ids in zip(turn.parts, parts, strict=True):
+            if turn.role == "user" and (features := getattr(part, "features", None)) is not None:
+                first = place + (3 if isinstance(part, ImagePart) else 1)  # behind <image> <h> <w>, or <audio>
+                spans.append(Span(part.kind, first, features.flatten(0, 1)))
+            pieces.append(ids)
+            place += len(ids)
+        if turn.role is not None:
+            pieces.append([v.end])
+            place += 1
+    ids = np.concatenate([*pieces, [v.eos]]).astype(np.int32)
+    return Rendered(ids, trained(ids, vocabulary), tuple(spans))
 
 
-def prompt(document: Document, vocabulary: Vocabulary) -> np.ndarray:
-    """The stream (T,) int32 that a model is to continue.
+def prompt(document: Document, vocabulary: Vocabulary) -> Prompt:
+    """The stream that a model is to continue.
 
     After a user turn an <assistant> turn is opened; a last assistant turn or plain turn is left open.
     """
-    ids = render(document, vocabulary).ids[:-1]
+    ids, _, spans = render(document, vocabulary)
     role = document.turns[-1].role if document.turns else None
     if role == "user":
-        return np.append(ids, np.int32(vocabulary.assistant))
-    return ids[:-1] if role == "assistant" else ids
+        return Prompt(np.append(ids[:-1], np.int32(vocabulary.assistant)), spans)
+    return Prompt(ids[:-2] if role == "assistant" else ids[:-1], spans)
+
+
+def gather_features(streams: Iterable[tuple[int, Sequence[Span]]]) -> dict[str, Features]:
+    """(place of its first token in the batch, spans) of each stream -> the features of each kind."""
+    found: dict[str, tuple[list, list]] = {}
+    for start, spans in streams:
+        for span in spans:
+            places, values = found.setdefault(span.kind, ([], []))
+            places.append(torch.arange(len(span.values)) + (start + span.start))
+            values.append(span.values)
+    return {kind: Features(torch.cat(places), torch.cat(values)) for kind, (places, values) in found.items()}
 
 
 def trained(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
@@ -155,14 +207,19 @@ def trained(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     v = vocabulary
     ids = np.asarray(ids)
     # The owner of an id is the last of these tags before it: <bos> and <end> are followed by plain content.
-    tag = np.isin(ids, [v.bos, v.eos, v.user, v.assistant, v.end])
+    tag = _one_of(ids, v.bos, v.eos, v.user, v.assistant, v.end)
     last = np.maximum.accumulate(np.where(tag, np.arange(len(ids)), 0))
     owner = np.concatenate([[v.eos], ids[last][:-1]])
     previous = np.concatenate([[v.eos], ids[:-1]])
-    answer = owner == v.assistant
-    plain = np.isin(owner, [v.bos, v.end]) & ~np.isin(ids, [v.bos, v.eos, v.user, v.assistant, v.pad])
-    plain_end = (ids == v.eos) & np.isin(owner, [v.bos, v.end]) & ~np.isin(previous, [v.bos, v.end])
-    return answer | plain | plain_end
+    in_plain = _one_of(owner, v.bos, v.end)
+    plain = in_plain & ~_one_of(ids, v.bos, v.eos, v.user, v.assistant, v.pad)
+    plain_end = (ids == v.eos) & in_plain & ~_one_of(previous, v.bos, v.end)
+    return (owner == v.assistant) | plain | plain_end
+
+
+def _one_of(ids: np.ndarray, *values: int) -> np.ndarray:
+    """np.isin for a few values, ten times as fast."""
+    return np.logical_or.reduce([ids == value for value in values])
 
 
 def code_follows(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
@@ -171,13 +228,6 @@ def code_follows(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     ids = np.asarray(ids)
     width = (ids >= v.width(1)) & (ids <= v.width(MAX_SIDE))
     return (v.modality_of(ids) >= MODALITIES.index("image")) | width | (ids == v.audio)
-
-
-def _turn(turn: Turn, v: Vocabulary) -> np.ndarray:
-    parts = [_part(part, v) for part in turn.parts]
-    if turn.role is not None:
-        parts = [[v.user if turn.role == "user" else v.assistant], *parts, [v.end]]
-    return np.concatenate(parts)
 
 
 def _part(part: Part, v: Vocabulary) -> np.ndarray:

@@ -88,6 +88,26 @@ def test_generate_writes_a_picture_and_a_sound(run, folder, tmp_path):
     assert soundfile.info(sound).samplerate == RATE
 
 
+def test_generate_completes_a_picture(run, model, tmp_path):
+    file, sampling = tmp_path / "out.png", {"temperature": 1.0, "seed": 4, "guidance": 2.0}
+    options = ("--out", "image", "--file", str(file), "--begin", "media/a.png", "--temperature", "1", "--seed", "4",
+               "--guidance", "2")
+    for rows, words in ((None, ()), (8, ("a red circle",)), (16, ())):
+        run("generate", *words, *options, *(() if rows is None else ("--rows", str(rows))))
+        expected = model.complete("media/a.png", rows, list(words), **sampling)
+        assert np.array_equal(np.asarray(Image.open(file)), np.asarray(expected))
+
+
+def test_generate_goes_on_with_a_sound(run, model, tmp_path):
+    file = tmp_path / "out.wav"
+    run("generate", "trumpet", "--out", "audio", "--file", str(file), "--begin", "media/c.wav", "--seconds", "0.2",
+        "--temperature", "1", "--seed", "4")
+    samples, rate = soundfile.read(file)
+    expected = model.extend("media/c.wav", 0.2, "trumpet", temperature=1.0, seed=4)
+    assert rate == RATE and len(samples) == len(expected.samples) > 4000
+    assert np.abs(samples - expected.samples.clip(-1, 1)).max() < 1e-3
+
+
 def test_tokenize_prints_the_ids(run, model, folder):
     ids = [int(word) for word in run("tokenize", "a red circle", "media/a.png").split()]
     assert ids == model.tokenize(["a red circle", folder / "media" / "a.png"])
@@ -123,10 +143,12 @@ def test_evaluate_compares_with_the_truth_and_the_control(run):
 
 def test_evaluate_takes_its_data_from_a_config(run, folder):
     source = {"paths": ["pictures.jsonl"]}
-    config = {"data": {"init_args": {"train": [source], "validation": [{**source, "limit": 1}, source]}}}
+    turned = {**source, "task": "generate"}  # trains pictures, so there is no caption to compare
+    held_out = [{**source, "limit": 1}, source, turned]
+    config = {"data": {"init_args": {"train": [source, turned], "validation": held_out}}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     out = run("evaluate", "--config", "config.yaml", "--show", "0")
-    assert "pictures.jsonl: 1 samples" in out and "pictures.jsonl: 2 samples" in out
+    assert "pictures.jsonl: 1 samples" in out and out.count("pictures.jsonl: 2 samples") == 1
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["caption", "--help"], ["evaluate", "--help"]])
@@ -160,6 +182,13 @@ MISTAKES = [
     ("generate", ["required", "parts"]),
     ("generate a --out image", ["--file", "image"]),
     ("generate a --out video", ["video", "image"]),
+    ("generate --begin media/a.png", ["--begin", "--out text"]),
+    ("generate --begin media/a.png --out image", ["--file", "image"]),
+    ("generate --begin media/c.wav --out image --file out.png", ["found audio, expected image"]),
+    ("generate --begin nothing.png --out image --file out.png", ["nothing.png", "no such file"]),
+    ("generate --begin media/a.png --rows 3 --out image --file out.png", ["rows: found 3", "multiple of 8"]),
+    ("generate --begin media/c.wav --seconds 0 --out audio --file out.wav", ["seconds: found 0"]),
+    ("generate a --guidance -1", ["guidance: found -1"]),
     ("generate a --out image --file nowhere/out.png", ["nowhere/out.png", "cannot be written"]),
     ("generate a --out image --file out.abc", ["out.abc", "cannot be written"]),
     ("generate a --out audio --file out.abc --max-new-tokens 2", ["out.abc", "cannot be written"]),

@@ -14,10 +14,11 @@ from mmtx.training.codec import AudioCodecModule, ImageCodecModule
 from mmtx.training.decoder import DecoderModule
 from mmtx.training.run import command_line
 from mmtx.training.text import TextModule
+from mmtx.training.vocoder import VocoderModule
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = {str(path.relative_to(ROOT / "configs")): path for path in sorted((ROOT / "configs").rglob("*.yaml"))}
-MODULES = {"text": TextModule, "image": ImageCodecModule, "audio": AudioCodecModule}
+MODULES = {"text": TextModule, "image": ImageCodecModule, "audio": AudioCodecModule, "vocoder": VocoderModule}
 LEVELS = (8, 8, 8, 6, 5)
 # Parameters with a vocabulary of 1 024 text pieces and two codecs of LEVELS; each codec adds a row a digit.
 PARAMETERS = {

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from mmtx.errors import InputError
-from mmtx.generation import Sampling, generate, prefill, sample, steps
+from mmtx.generation import Sampling, generate, prefill, sample, steps, without_user_turns
 from mmtx.model import CodeRange, Decoder, DecoderConfig
-from mmtx.sequence import AudioPart, Grammar, ImagePart, TextPart, parse
+from mmtx.sequence import AudioPart, Grammar, ImagePart, Prompt, Span, TextPart, gather_features, parse
 
 OUTS = ("text", "image", "audio", "any", "document")
 
@@ -41,6 +41,10 @@ def prompts(vocabulary):
             for length in (9, 1, 4, 17)]
 
 
+def asked(prompts) -> list[Prompt]:
+    return [Prompt(np.array(prompt)) for prompt in prompts]
+
+
 def full_scores(decoder: Decoder, ids: np.ndarray) -> torch.Tensor:
     """Scores behind every id (T, V), without a cache."""
     ids = torch.tensor(ids)[None]
@@ -51,7 +55,7 @@ def full_scores(decoder: Decoder, ids: np.ndarray) -> torch.Tensor:
 
 
 def test_prefill_of_a_padded_batch_equals_each_prompt_alone(decoder, prompts):
-    last, cache = prefill(decoder, prompts, 5)
+    last, cache = prefill(decoder, asked(prompts), 5)
     assert cache.lengths.tolist() == [len(prompt) for prompt in prompts]
     scores = decoder.logits(last)
     for row, prompt in enumerate(prompts):
@@ -60,7 +64,7 @@ def test_prefill_of_a_padded_batch_equals_each_prompt_alone(decoder, prompts):
 
 def test_cached_scores_equal_a_full_pass_at_every_step(decoder, prompts):
     answers = np.random.default_rng(1).integers(0, 20, (len(prompts), 12))
-    hidden, cache = prefill(decoder, prompts, 12)
+    hidden, cache = prefill(decoder, asked(prompts), 12)
     expected = [full_scores(decoder, np.concatenate([prompt, answer]))
                 for prompt, answer in zip(prompts, answers, strict=True)]
     for step in range(12):
@@ -76,7 +80,7 @@ def test_greedy_ids_are_those_of_full_passes(decoder, grammar, prompts, out):
     prefix = [grammar.vocabulary.image, grammar.vocabulary.height(3), grammar.vocabulary.width(2)]
     prefix = prefix if out == "image" else []
     sampling = Sampling(max_new_tokens=10)
-    for prompt, answer in zip(prompts, generate(decoder, grammar, prompts, out, sampling, prefix), strict=True):
+    for prompt, answer in zip(prompts, generate(decoder, grammar, asked(prompts), out, sampling, prefix), strict=True):
         assert answer[:len(prefix)].tolist() == prefix
         state = grammar.start(1, out, prefix=prefix or None)
         for place in range(len(prefix), min(len(answer), len(prefix) + 10)):
@@ -89,9 +93,80 @@ def test_greedy_ids_are_those_of_full_passes(decoder, grammar, prompts, out):
 @pytest.mark.parametrize("out", ["text", "audio", "any"])
 def test_a_row_in_a_batch_equals_the_row_alone(decoder, grammar, prompts, out):
     sampling = Sampling(max_new_tokens=12)
-    together = generate(decoder, grammar, prompts, out, sampling)
+    together = generate(decoder, grammar, asked(prompts), out, sampling)
     for prompt, answer in zip(prompts, together, strict=True):
-        assert np.array_equal(answer, generate(decoder, grammar, [prompt], out, sampling)[0])
+        assert np.array_equal(answer, generate(decoder, grammar, asked([prompt]), out, sampling)[0])
+
+
+def test_features_of_a_padded_batch_equal_each_prompt_alone(vocabulary):
+    v, codes = vocabulary, vocabulary.range("image").start
+    ranges = tuple(CodeRange(v.range(kind).start, v.levels(kind)) for kind in ("image", "audio"))
+    torch.manual_seed(0)
+    decoder = Decoder(DecoderConfig(v.size, width=32, depth=2, heads=4, kv_heads=2, head_width=16, hidden=64,
+                                    composed=ranges, features={"image": 8, "audio": 8}))
+    prompts = []
+    for size, kind in ((3, "image"), (1, "audio"), (2, "image")):
+        ids = [v.bos, v.user, *[codes] * size, v.end, v.assistant]
+        prompts.append(Prompt(np.array(ids), (Span(kind, 2, torch.randn(size, 8)),)))
+    with torch.no_grad():
+        last, _ = prefill(decoder, prompts, 1)
+        for row, prompt in enumerate(prompts):
+            ids = torch.tensor(prompt.ids)[None]
+            x = decoder.embedding(ids)
+            size = len(prompt.spans[0].values)
+            x[0, 2:2 + size] = decoder.projections[prompt.spans[0].kind](prompt.spans[0].values)
+            found = decoder.embed(ids, gather_features([(0, prompt.spans)]))
+            assert torch.equal(found, x)
+            alone = decoder(ids, torch.arange(ids.shape[1])[None], features=gather_features([(0, prompt.spans)]))
+            assert torch.allclose(last[row], alone[0, -1], atol=1e-5)
+            assert not torch.allclose(alone, decoder(ids, torch.arange(ids.shape[1])[None]), atol=1e-3)
+
+
+# -- Guidance ------------------------------------------------------------------------------------------------
+
+
+def test_user_turns_are_emptied(vocabulary):
+    v = vocabulary
+    picture = [v.image, v.height(1), v.width(2), 276, 277, v.image_end]
+    ids = [v.bos, 3, v.user, 1, *picture, 2, v.end, v.assistant, 4, *picture, v.end, v.user, *picture, v.end, v.user,
+           v.end, v.assistant, 5, v.image]
+    emptied = without_user_turns(Prompt(np.array(ids), (Span("image", 7, torch.zeros(2, 8)),)), v)
+    assert emptied.ids.tolist() == [v.bos, 3, v.user, v.end, v.assistant, 4, *picture, v.end, v.user, v.end, v.user,
+                                    v.end, v.assistant, 5, v.image]
+    assert emptied.spans == ()
+
+
+@pytest.mark.parametrize("out", OUTS)
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 2.5])
+def test_guided_ids_are_those_of_two_full_passes(decoder, grammar, prompts, out, guidance):
+    v = grammar.vocabulary
+    prefix = [v.image, v.height(3), v.width(2)] if out == "image" else []
+    sampling = Sampling(max_new_tokens=10, guidance=guidance)
+    unasked = np.array([v.bos, v.user, v.end, v.assistant])
+    for prompt, answer in zip(prompts, generate(decoder, grammar, asked(prompts), out, sampling, prefix), strict=True):
+        state = grammar.start(1, out, prefix=prefix or None)
+        for place in range(len(prefix), min(len(answer), len(prefix) + 10)):
+            given, free = (full_scores(decoder, np.concatenate([ids, answer[:place]]))[-1] for ids in (prompt, unasked))
+            scores = guidance * given + (1 - guidance) * free
+            best = scores.masked_fill(~grammar.allowed(state)[0], -torch.inf).argmax()
+            assert answer[place] == best
+            state = grammar.advance(state, best[None])
+
+
+@pytest.mark.parametrize("out", ["text", "image", "audio"])
+def test_guidance_changes_answers_and_one_is_off(decoder, grammar, vocabulary, prompts, out):
+    v = vocabulary
+    prefix = [v.image, v.height(3), v.width(2)] if out == "image" else []
+
+    def run(guidance, given=prompts):
+        sampling = Sampling(temperature=1.0, seed=5, max_new_tokens=12, guidance=guidance)
+        return [ids.tolist() for ids in generate(decoder, grammar, asked(given), out, sampling, prefix)]
+
+    plain = run(1.0)
+    assert run(1.0 + 1e-6) == plain and run(4.0) != plain
+    assert run(0.0) == run(1.0, [[v.bos, v.user, v.end, v.assistant]] * len(prompts))
+    for prompt, ids in zip(prompts, map(np.array, run(4.0)), strict=True):
+        media(ids, prompt, v)
 
 
 # -- Output always parses ------------------------------------------------------------------------------------
@@ -115,7 +190,7 @@ def test_what_is_generated_parses(decoder, grammar, vocabulary, prompts, out, lo
     prefix = [v.image, v.height(2), v.width(3)] if mixed or out == "image" else []
     for seed in range(1 if mixed else 4):
         sampling = Sampling(temperature=1.5, max_new_tokens=longest, seed=seed, top_k=2 if mixed else None)
-        for prompt, ids in zip(prompts, generate(decoder, grammar, prompts, out, sampling, prefix), strict=True):
+        for prompt, ids in zip(prompts, generate(decoder, grammar, asked(prompts), out, sampling, prefix), strict=True):
             assert ids[-1] == (v.eos if out == "document" else v.end)
             parts = media(ids, prompt, v)
             if out == "text":
@@ -147,7 +222,7 @@ def test_a_picture_opened_at_the_last_moment_is_finished(vocabulary, grammar, ou
     # A first picture of one patch, of which `opened` ids are given.
     prefix = [v.image, v.height(1), v.width(1), v.range("image")[0]][:opened + 1]
     prompt = [v.bos, v.user, v.end, v.assistant] if out != "document" else [v.bos]
-    (ids,) = generate(decoder, grammar, [np.array(prompt)], out, Sampling(max_new_tokens=2), prefix)
+    (ids,) = generate(decoder, grammar, asked([np.array(prompt)]), out, Sampling(max_new_tokens=2), prefix)
     parts = media(ids, prompt, v)
     assert all(isinstance(part, ImagePart) for part in parts) and parts
     if out != "image" and opened == 3:  # </image>, then a second one at the very end
@@ -156,7 +231,7 @@ def test_a_picture_opened_at_the_last_moment_is_finished(vocabulary, grammar, ou
 
 def test_finished_rows_are_cut_off(decoder, grammar, vocabulary, prompts):
     sampling = Sampling(temperature=1.0, seed=2, max_new_tokens=60)
-    answers = generate(decoder, grammar, prompts, "text", sampling)
+    answers = generate(decoder, grammar, asked(prompts), "text", sampling)
     assert len({len(ids) for ids in answers}) > 1
     for ids in answers:
         assert vocabulary.pad not in ids and (ids == vocabulary.end).sum() == 1
@@ -165,18 +240,18 @@ def test_finished_rows_are_cut_off(decoder, grammar, vocabulary, prompts):
 def test_steps_stop_when_all_rows_are_finished(vocabulary, grammar, prompts):
     decoder = Decoder(DecoderConfig(vocabulary.size, width=4, depth=1, heads=1, kv_heads=1, head_width=4, hidden=4))
     decoder.embedding.weight.data.zero_()  # all ids score alike: the first allowed one is text, id 0
-    columns = list(steps(decoder, grammar, prompts, "text", Sampling(max_new_tokens=5)))
+    columns = list(steps(decoder, grammar, asked(prompts), "text", Sampling(max_new_tokens=5)))
     assert [column.tolist() for column in columns] == [[0] * 4] * 5 + [[vocabulary.end] * 4]
 
 
 def test_prefix_comes_first_and_is_continued(decoder, grammar, vocabulary, prompts):
     v = vocabulary
     prefix = [v.image, v.height(2), v.width(2), v.range("image")[5], v.range("image")[3]]
-    for prompt, ids in zip(prompts, generate(decoder, grammar, prompts, "image", prefix=prefix), strict=True):
+    for prompt, ids in zip(prompts, generate(decoder, grammar, asked(prompts), "image", prefix=prefix), strict=True):
         (part,) = media(ids, prompt, v)
         assert part.codes.shape == (2, 2) and part.codes[0].tolist() == [5, 3]
     with pytest.raises(InputError, match="prefix"):
-        generate(decoder, grammar, prompts, "image", prefix=[v.image, 3])
+        generate(decoder, grammar, asked(prompts), "image", prefix=[v.image, 3])
 
 
 # -- Sampling ------------------------------------------------------------------------------------------------
@@ -233,7 +308,7 @@ def test_forbidden_ids_are_never_drawn():
 
 def test_the_seed_fixes_the_choices(decoder, grammar, prompts):
     def run(seed):
-        return [ids.tolist() for ids in generate(decoder, grammar, prompts, "text",
+        return [ids.tolist() for ids in generate(decoder, grammar, asked(prompts), "text",
                                                  Sampling(temperature=1.0, seed=seed, max_new_tokens=20))]
 
     torch.manual_seed(0)
@@ -246,7 +321,8 @@ def test_the_seed_fixes_the_choices(decoder, grammar, prompts):
 @pytest.mark.parametrize(
     ("field", "value"),
     [("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")), ("top_k", 0),
-     ("top_p", 0.0), ("top_p", 1.5), ("max_new_tokens", 0)],
+     ("top_p", 0.0), ("top_p", 1.5), ("max_new_tokens", 0), ("guidance", -1.0), ("guidance", float("inf")),
+     ("guidance", float("nan"))],
 )
 def test_sampling_is_checked(field, value):
     with pytest.raises(InputError, match=f"{field}: found {value}"):

@@ -106,7 +106,7 @@ def test_attention_against_a_loop_over_heads(causal):
     attention = random_block(config).attention
     x = torch.randn(1, 5, 24, generator=torch.Generator().manual_seed(2))
     angles = rotary(torch.arange(5)[None], 8, 10_000.0)
-    query, key, value = (attention.qkv(x).view(1, 5, -1, 8).split([4, 2, 2], dim=2))
+    query, key, value = (part.view(1, 5, -1, 8) for part in attention.qkv(x))
 
     def normed(heads, norm):
         scale = (heads.square().mean(-1, keepdim=True) + 1e-6).rsqrt()

@@ -12,21 +12,29 @@ from PIL import Image
 
 from mmtx.data.augment import AudioAugmentation, ImageAugmentation
 from mmtx.data.collection import DataSource
-from mmtx.data.packing import PackedBatches
+from mmtx.data.packing import PackedBatches, best_fit, in_order, pack
 from mmtx.data.sample import Media, MemorySource, Sample, SampleTurn, Text
-from mmtx.data.tokens import Augmentation, TokenStore, build_store, load_media, seed_of, to_documents
+from mmtx.data.tokens import Augmentation, Documents, load_media, seed_of, to_documents
 from mmtx.errors import InputError
 from mmtx.model import CodeRange, Decoder, DecoderConfig
-from mmtx.sequence import AudioPart, Document, ImagePart, TextPart, Turn, render
+from mmtx.sequence import AudioPart, Document, ImagePart, Rendered, TextPart, Turn, render
 from mmtx.vocabulary import MODALITIES
 
 
-def store_of(documents: list[Document], vocabulary, views: int = 1) -> TokenStore:
-    """A store that holds `views` views of each document, neighbours in the list."""
-    rendered = [render(document, vocabulary) for document in documents]
-    offsets = np.concatenate([[0], np.cumsum([len(r.ids) for r in rendered])])
-    return TokenStore(np.concatenate([r.ids for r in rendered]), np.concatenate([r.trained for r in rendered]),
-                      offsets, list(range(len(documents) // views)), views)
+class Ready(Documents):
+    """Documents that need no media: `views` views of each sample, neighbours in the list."""
+
+    def __init__(self, rendered: list[Rendered], views: int):
+        self.rendered, self.views = rendered, views
+        self.samples = rendered[::views]
+        self.lengths = np.array([len(r.ids) for r in self.samples])
+
+    def render(self, chosen):
+        return [self.rendered[sample * self.views + view % self.views] for sample, view in chosen]
+
+
+def store_of(documents: list[Document], vocabulary, views: int = 1) -> Ready:
+    return Ready([render(document, vocabulary) for document in documents], views)
 
 
 def text(length: int, first: int = 0) -> Document:
@@ -58,6 +66,8 @@ def members(batches: PackedBatches) -> list[int]:
 
 
 def same(left, right) -> bool:
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
     if isinstance(left, tuple):
         return len(left) == len(right) and all(map(same, left, right))
     return torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
@@ -99,7 +109,7 @@ def test_targets_are_shifted_once(store, small_vocabulary):
         assert len(found) == len(batch.targets)
         place = 0
         for sample in batch.samples.tolist():
-            ids, trained = store.document(sample, 0)
+            ((ids, trained, _),) = store.render([(sample, 0)])
             expected = {place + i: int(ids[i + 1]) for i in range(len(ids) - 1) if trained[i + 1]}
             assert {k: t for k, t in found.items() if place <= k < place + len(ids) - 1} == expected
             assert batch.ids[0, place:place + len(ids) - 1].tolist() == ids[:-1].tolist()
@@ -199,7 +209,8 @@ def test_every_sample_appears_as_often_as_it_repeats(store, small_vocabulary):
     assert Counter(members(batches)) == dict(enumerate(repeats))
     assert members(batches) != sorted(members(batches))
     ordered = PackedBatches(store, small_vocabulary, 40, shuffle=False)
-    assert members(ordered) == list(range(len(store)))
+    assert sorted(members(ordered)) == list(range(len(store)))
+    assert members(ordered) == members(PackedBatches(store, small_vocabulary, 40, shuffle=False, seed=5))
 
 
 def test_epochs_differ_and_each_holds_everything(store, small_vocabulary):
@@ -223,16 +234,28 @@ def test_a_sample_goes_through_its_views(small_vocabulary):
     assert seen == {s: {tuple((np.arange(3) + 5 * s + view) % 20) for view in range(views)} for s in range(3)}
 
 
-def test_a_batch_takes_documents_as_long_as_they_fit(store, small_vocabulary):
-    batches = PackedBatches(store, small_vocabulary, 40)
-    lengths = store.lengths()[:, 0] - 1
-    for now, then in zip(batches, list(batches)[1:]):
-        used = lengths[now.samples].sum()
-        assert used <= 40 < used + lengths[then.samples[0]]
+@pytest.mark.parametrize("way", [best_fit, in_order, pack])
+@pytest.mark.parametrize("seed", range(4))
+def test_packing_loses_nothing_and_overfills_nothing(way, seed):
+    random = np.random.default_rng(seed)
+    lengths = random.integers(1, [10, 64, 65, 30][seed], [1, 300, 50, 1000][seed])
+    groups = way(lengths, 64)
+    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
+    assert all(0 < lengths[group].sum() <= 64 for group in groups)
+
+
+@pytest.mark.parametrize("room, draw", [
+    (4096, lambda random: random.integers(1, 4097, 4000)),
+    (4096, lambda random: np.clip(random.lognormal(5.5, 1, 4000), 4, 4096).astype(int)),
+    (1536, lambda random: np.where(random.random(4000) < 0.8, random.integers(74, 84, 4000), random.integers(100, 400, 4000))),
+], ids=["uniform", "lognormal", "captions"])
+def test_nearly_all_tokens_of_batches_are_real(room, draw):
+    lengths = draw(np.random.default_rng(0))
+    assert lengths.sum() / (len(pack(lengths, room)) * room) >= 0.99
 
 
 def test_a_batch_that_is_too_small(store, small_vocabulary):
-    longest = int(store.lengths().max()) - 1
+    longest = int(store.lengths.max()) - 1
     PackedBatches(store, small_vocabulary, longest)
     with pytest.raises(InputError, match=f"tokens of a batch: found {longest - 1}, expected at least {longest}"):
         PackedBatches(store, small_vocabulary, longest - 1)
@@ -275,13 +298,14 @@ def samples():
 AUGMENTATION = Augmentation(ImageAugmentation(), AudioAugmentation())
 
 
-def test_a_store_holds_the_documents_of_its_samples(samples, tokenizers, vocabulary):
-    store = build_store(samples, tokenizers, vocabulary, context=200)
-    assert len(store) == 3 and store.numbers == [0, 1, 2]
-    for n, sample in enumerate(samples):
-        ids, trained = store.document(n, 0)
+def test_documents_are_those_of_the_samples(samples, tokenizers, vocabulary):
+    documents = Documents(samples, tokenizers, vocabulary, context=200)
+    assert len(documents) == 3 and documents.numbers == [0, 1, 2]
+    assert {MODALITIES[number] for number in documents.modalities} == {"text", "special"}
+    for n, (sample, found) in enumerate(zip(samples, documents.render([(0, 0), (1, 0), (2, 0)]), strict=True)):
         expected = render(to_documents([sample], tokenizers)[0], vocabulary)
-        assert np.array_equal(ids, expected.ids) and np.array_equal(trained, expected.trained)
+        assert np.array_equal(found.ids, expected.ids) and np.array_equal(found.trained, expected.trained)
+        assert documents.lengths[n] == len(found.ids)
     picture = to_documents(samples, tokenizers)[0]
     image = tokenizers["image"].encode(load_media(samples[0].turns[0].parts[0], tokenizers))
     words = TextPart(tokenizers["text"].encode("a red circle"))
@@ -289,22 +313,36 @@ def test_a_store_holds_the_documents_of_its_samples(samples, tokenizers, vocabul
 
 
 def test_views_are_augmented_and_fixed_by_the_seed(samples, tokenizers, vocabulary):
-    build = lambda seed: build_store(samples, tokenizers, vocabulary, views=3, augmentation=AUGMENTATION,  # noqa: E731
-                                     context=200, seed=seed)
-    plain, first, again, other = build_store(samples, tokenizers, vocabulary, context=200), build(1), build(1), build(2)
-    assert np.array_equal(first.ids, again.ids) and not np.array_equal(first.ids, other.ids)
-    for n in range(3):
-        views = [first.document(n, view)[0].tolist() for view in range(3)]
-        assert views[0] == plain.document(n, 0)[0].tolist()  # as it is
-        assert (len(set(map(tuple, views))) > 1) == (n < 2)  # text stays as it is
-    assert not np.array_equal(*(np.concatenate([first.document(n, view)[0] for n in range(3)]) for view in (1, 2)))
+    def ids(seed: int, sample: int, augmentation=AUGMENTATION) -> list[tuple[int, ...]]:
+        documents = Documents(samples, tokenizers, vocabulary, augmentation=augmentation, context=200, seed=seed)
+        return [tuple(found.ids.tolist()) for found in documents.render([(sample, view) for view in range(24)])]
+
+    for sample in range(2):
+        plain = ids(1, sample, Augmentation())[0]
+        views = ids(1, sample)
+        assert views == ids(1, sample) and views != ids(2, sample)
+        assert len(set(views)) > 4 and len(set(map(len, views))) == 1
+        assert 0 < views.count(plain) < 12  # some are as the sample is
+    assert len(set(ids(1, 2))) == 1  # text stays as it is
 
 
-def test_a_view_does_not_depend_on_the_samples_behind(samples, tokenizers, vocabulary):
-    options = {"views": 2, "augmentation": AUGMENTATION, "context": 200}
-    one = build_store(samples[:1], tokenizers, vocabulary, **options)
-    all_three = build_store(samples, tokenizers, vocabulary, **options)
-    assert np.array_equal(one.document(0, 1)[0], all_three.document(0, 1)[0])
+def test_spans_lie_over_the_codes_of_user_turns(samples, tokenizers, vocabulary):
+    documents = Documents(samples, tokenizers, vocabulary, context=200)
+    batch = PackedBatches(documents, vocabulary, 400, shuffle=False)[0]
+    starts = np.cumsum([0, *(documents.lengths[batch.samples] - 1)])
+    for n, kind in enumerate(("image", "audio")):
+        given = batch.features[kind]
+        span = vocabulary.range(kind)
+        ids = batch.ids[0].numpy()
+        assert given.places.tolist() == np.flatnonzero((ids >= span.start) & (ids < span.stop)).tolist()
+        assert starts[batch.samples.tolist().index(n)] < given.places[0]
+        medium = load_media(samples[n].turns[0].parts[0], tokenizers)
+        (encoding,) = tokenizers[kind].embed_batch([medium])
+        assert torch.allclose(given.values, encoding.features.flatten(0, 1), atol=1e-6)
+        assert np.array_equal(vocabulary.to_local(kind, ids[given.places]), encoding.codes.ravel())
+    # What is to be generated enters as codes.
+    answer = Sample("9", (SampleTurn("assistant", samples[0].turns[0].parts),), {}, "rows.jsonl row 9")
+    assert Documents([answer], tokenizers, vocabulary, context=200).render([(0, 0)])[0].spans == ()
 
 
 BAD = {
@@ -317,21 +355,19 @@ BAD = {
 @pytest.mark.parametrize("bad", BAD)
 def test_bad_samples_are_skipped_up_to_the_limit(bad, samples, tokenizers, vocabulary):
     mixed = [samples[0], BAD[bad], *samples[1:]]
-    store = build_store(mixed, tokenizers, vocabulary, context=200, max_bad=0.25)
-    assert store.numbers == [0, 2, 3]
-    expected = build_store(samples, tokenizers, vocabulary, context=200)
-    assert np.array_equal(store.ids, expected.ids) and np.array_equal(store.trained, expected.trained)
+    documents = Documents(mixed, tokenizers, vocabulary, context=200, max_bad=0.25)
+    assert documents.numbers == [0, 2, 3] and documents.samples == samples
     with pytest.raises(InputError, match=r"1 of 4 rows cannot be used; first: rows.jsonl row 7.*at most 24.000%"):
-        build_store(mixed, tokenizers, vocabulary, context=200, max_bad=0.24)
+        Documents(mixed, tokenizers, vocabulary, context=200, max_bad=0.24)
     with pytest.raises(InputError, match="no sample can be used"):
-        build_store([BAD[bad]], tokenizers, vocabulary, context=200, max_bad=1.0)
+        Documents([BAD[bad]], tokenizers, vocabulary, context=200, max_bad=1.0)
 
 
 def test_context_counts_what_a_batch_holds(samples, tokenizers, vocabulary):
-    length = int(build_store(samples[:1], tokenizers, vocabulary, context=200).lengths()[0, 0])
-    build_store(samples[:1], tokenizers, vocabulary, context=length - 1, max_bad=0.0)
+    length = int(Documents(samples[:1], tokenizers, vocabulary, context=200).lengths[0])
+    Documents(samples[:1], tokenizers, vocabulary, context=length - 1, max_bad=0.0)
     with pytest.raises(InputError, match=f"row 0: found {length} tokens, expected at most context . 1 = {length - 1}"):
-        build_store(samples[:1], tokenizers, vocabulary, context=length - 2, max_bad=0.0)
+        Documents(samples[:1], tokenizers, vocabulary, context=length - 2, max_bad=0.0)
 
 
 def test_a_kind_without_a_tokenizer_is_named(samples, tokenizers, vocabulary):

@@ -43,6 +43,17 @@ def files(pixels, tone, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def lively_model(tiny_model):
+    """Small random weights give every prompt the same answer: larger ones make answers depend on prompts."""
+    model = Model(copy.deepcopy(tiny_model.decoder), tiny_model.vocabulary, tiny_model.tokenizers)
+    with torch.no_grad():
+        for parameter in model.decoder.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(10)
+    return model
+
+
 @pytest.fixture
 def saved(tiny_model, tmp_path):
     tiny_model.save(tmp_path / "model")
@@ -96,20 +107,14 @@ def test_captions_depend_on_the_picture(tiny_model):
     assert not torch.equal(logits[0], logits[1])
 
 
-def test_a_batch_answers_as_each_item_alone(tiny_model, files, pixels, tone):
-    # Small random weights give every prompt the same answer: larger ones make answers depend on prompts.
-    tiny_model = Model(copy.deepcopy(tiny_model.decoder), tiny_model.vocabulary, tiny_model.tokenizers)
-    with torch.no_grad():
-        for parameter in tiny_model.decoder.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(10)
+def test_a_batch_answers_as_each_item_alone(lively_model, files, pixels, tone):
     # Lengths differ: a padded row must see exactly what it sees alone.
     items = [files / "picture.png", tone, tone[:900], pixels[:8], files / "sound.wav", tone[:2000]]
-    together = tiny_model.caption(items, max_new_tokens=16)
+    together = lively_model.caption(items, max_new_tokens=16)
     assert len(set(together)) > 3
-    assert together == [tiny_model.caption(item, max_new_tokens=16) for item in items]
-    assert tiny_model.caption(tuple(items[:1]), **SHORT) == [tiny_model.caption(items[0], **SHORT)]
-    assert tiny_model.caption([]) == []
+    assert together == [lively_model.caption(item, max_new_tokens=16) for item in items]
+    assert lively_model.caption(tuple(items[:1]), **SHORT) == [lively_model.caption(items[0], **SHORT)]
+    assert lively_model.caption([]) == []
 
 
 def test_more_prompts_than_a_batch_keep_their_order(tiny_model, tone, monkeypatch):
@@ -198,6 +203,101 @@ def test_generate_refuses_another_out(tiny_model):
 def test_the_seed_fixes_the_answer(tiny_model):
     answers = {tiny_model.generate("a", temperature=1.0, seed=seed, max_new_tokens=20) for seed in (1, 1, 1, 2)}
     assert len(answers) == 2
+
+
+PROMPTS = ["a", "a red circle, a blue square", ["a", np.zeros((16, 16, 3), np.uint8)], "trumpet"]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("out", ["text", "image", "audio", "any"])
+def test_prompts_together_are_answered_as_each_alone(lively_model, out, guidance, monkeypatch):
+    sampling = {"max_new_tokens": 12, "guidance": guidance, "size": (8, 24) if out == "image" else None}
+    alone = [lively_model.generate(parts, out, **sampling) for parts in PROMPTS]
+    monkeypatch.setattr("mmtx.pipeline.BATCH", 3)
+    together = lively_model.generate_batch(PROMPTS, out, **sampling)
+    assert len({str(plain(answer)) for answer in alone}) > 1
+    assert [plain(answer) for answer in together] == [plain(answer) for answer in alone]
+    assert lively_model.generate_batch([], out) == []
+
+
+def plain(answer):
+    """An answer in a form that can be compared."""
+    if isinstance(answer, list):
+        return [plain(item) for item in answer]
+    return answer if isinstance(answer, str) else np.asarray(getattr(answer, "samples", answer)).tolist()
+
+
+@pytest.fixture
+def decoded(lively_model, monkeypatch):
+    """Codes that a tokenizer of the model turned into media, in order."""
+    seen = []
+    for kind in ("image", "audio"):
+        decode = lively_model.tokenizers[kind].decode
+        monkeypatch.setattr(lively_model.tokenizers[kind], "decode",
+                            lambda codes, decode=decode: (seen.append(codes), decode(codes))[1])
+    return seen
+
+
+@pytest.mark.parametrize("shape, rows, kept", [((20, 24), None, 1), ((16, 16), 0, 0), ((16, 16), 8, 1),
+                                               ((40, 9), 16, 2)])
+def test_complete_keeps_the_codes_of_the_upper_rows(lively_model, pixels, decoded, shape, rows, kept):
+    picture = np.resize(pixels, (*shape, 3))
+    given = lively_model.tokenizers["image"].encode(torch.from_numpy(picture).permute(2, 0, 1))
+    completed = [lively_model.complete(picture, rows, temperature=1.0, seed=seed) for seed in range(4)]
+    assert all(picture.size == (16, 16) for picture in completed)
+    assert all(np.array_equal(codes[:kept], given[:kept]) for codes in decoded)
+    drawn = {codes[kept:].tobytes() for codes in decoded}
+    assert (len(drawn) > 1) == (kept < 2)
+    for codes, picture in zip(decoded[:4], completed, strict=True):
+        tensor = lively_model.tokenizers["image"].decode(codes)
+        assert np.array_equal(np.asarray(picture), tensor.permute(1, 2, 0).numpy())
+
+
+def test_completion_without_kept_rows_is_generation(lively_model, pixels):
+    for parts in (["a red circle"], []):
+        sampling = {"temperature": 1.0, "seed": 1, "guidance": 2.0}
+        made = lively_model.generate(parts, out="image", **sampling)
+        assert np.array_equal(lively_model.complete(pixels, 0, parts, **sampling), made)
+
+
+def test_what_is_said_about_a_picture_and_a_sound_counts(lively_model, pixels, tone):
+    sampling = {"temperature": 1.0, "seed": 0, "guidance": 4.0}
+    said = [[], "a red circle", "trumpet, C 4"]
+    assert len({lively_model.complete(pixels, 8, parts, **sampling).tobytes() for parts in said}) > 1
+    assert len({lively_model.extend(tone, 0.2, parts, **sampling).samples.tobytes() for parts in said}) > 1
+
+
+@pytest.mark.parametrize("samples", [900, 4000, 9000])
+@pytest.mark.parametrize("seconds", [0.01, 0.3])
+def test_a_sound_goes_on_behind_its_reconstruction(lively_model, tone, decoded, samples, seconds):
+    tokenizer = lively_model.tokenizers["audio"]
+    sound = np.resize(tone, samples)
+    given = tokenizer.encode(torch.from_numpy(sound))
+    longer = [lively_model.extend(mmtx.Audio(sound, RATE), seconds, temperature=1.0, seed=seed) for seed in range(6)]
+    step = tokenizer.config.hop * tokenizer.config.patch_frames
+    most = len(given) + -(-int(seconds * RATE) // step)
+    for codes, whole in zip(decoded, longer, strict=True):
+        assert np.array_equal(codes[:len(given)], given)
+        assert len(codes) <= most and len(whole.samples) == len(codes) * step and whole.rate == RATE
+        # Whole chunks of the beginning are those of the reconstruction.
+        frames = len(given) // tokenizer.config.chunk * tokenizer.config.chunk * tokenizer.config.patch_frames
+        assert torch.equal(tokenizer.decode_spectrogram(codes)[:frames], tokenizer.decode_spectrogram(given)[:frames])
+    assert max(map(len, decoded)) == most > len(given)
+    assert len({codes.tobytes() for codes in decoded}) > 1
+
+
+@pytest.mark.parametrize("call, told", [
+    (lambda model, tone: model.complete(np.zeros((16, 16, 3)), 9), "rows: found 9, .* multiple of 8 from 0 to 16"),
+    (lambda model, tone: model.complete(np.zeros((16, 16, 3)), 24), "rows: found 24"),
+    (lambda model, tone: model.complete(np.zeros((16, 16, 3)), -8), "rows: found -8"),
+    (lambda model, tone: model.complete(tone, 8), "found audio, expected image"),
+    (lambda model, tone: model.extend(np.zeros((16, 16, 3))), "found image, expected audio"),
+    (lambda model, tone: model.extend(tone, 0), "seconds: found 0"),
+    (lambda model, tone: model.extend(tone, float("inf")), "seconds: found inf"),
+])
+def test_a_beginning_that_cannot_be_used_is_named(tiny_model, tone, call, told):
+    with pytest.raises(mmtx.InputError, match=told):
+        call(tiny_model, tone)
 
 
 def test_a_sound_is_saved_as_it_is(tiny_model, tmp_path):

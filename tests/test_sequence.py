@@ -129,13 +129,13 @@ def test_mixed_turns_by_hand():
     """Plain content beside role turns; <eos> counts only behind plain content."""
     plain = TextPart([3])
     user, assistant = Turn("user", (TextPart([1]),)), Turn("assistant", (TextPart([2]),))
-    _, mask = render(Document((Turn(None, (plain,)), user, assistant)), V)
+    mask = render(Document((Turn(None, (plain,)), user, assistant)), V).trained
     #                 <bos>  3  <user>  1  <end> <assistant> 2 <end> <eos>
     assert mask.tolist() == [0, 1, 0, 0, 0, 0, 1, 1, 0]
-    _, mask = render(Document((user, assistant, Turn(None, (plain,)))), V)
+    mask = render(Document((user, assistant, Turn(None, (plain,)))), V).trained
     #                 <bos> <user> 1 <end> <assistant> 2 <end> 3 <eos>
     assert mask.tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 1]
-    _, mask = render(Document((assistant, user)), V)
+    mask = render(Document((assistant, user)), V).trained
     assert mask.tolist() == [0, 0, 1, 1, 0, 0, 0, 0]
     assert render(Document(()), V).trained.tolist() == [False, False]
 
@@ -203,11 +203,11 @@ def test_parse_names_the_position():
 def test_prompts():
     v = V
     user = Document(CHAT.turns[:1])
-    assert prompt(user, v).tolist() == [*render(user, v).ids[:-1], v.assistant]
-    assert prompt(CHAT, v).tolist() == render(CHAT, v).ids[:-2].tolist()  # the answer goes on: no <end> <eos>
-    assert prompt(PLAIN, v).tolist() == render(PLAIN, v).ids[:-1].tolist()
-    assert prompt(Document(()), v).tolist() == [v.bos]
-    assert prompt(user, v).dtype == np.int32
+    assert prompt(user, v).ids.tolist() == [*render(user, v).ids[:-1], v.assistant]
+    assert prompt(CHAT, v).ids.tolist() == render(CHAT, v).ids[:-2].tolist()  # the answer goes on: no <end> <eos>
+    assert prompt(PLAIN, v).ids.tolist() == render(PLAIN, v).ids[:-1].tolist()
+    assert prompt(Document(()), v).ids.tolist() == [v.bos]
+    assert prompt(user, v).ids.dtype == np.int32
 
 
 # -- Generation ----------------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def test_rows_in_different_phases():
 def test_plain_documents_end_with_eos():
     grammar = Grammar(V)
     for row in sample(grammar, grammar.start(32, "document"), torch.Generator().manual_seed(0)).tolist():
-        stream = [*prompt(PLAIN, V).tolist(), *row[: row.index(V.eos) + 1]]
+        stream = [*prompt(PLAIN, V).ids.tolist(), *row[: row.index(V.eos) + 1]]
         assert parse(stream, V).turns[0].parts[0].ids[0] == 1
 
 

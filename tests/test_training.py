@@ -59,7 +59,7 @@ def folders(root):
         "audio": fit(root / "audio",
                      section("codec.AudioCodecModule", tokenizer={"mels": 16, "patch_mels": 16, "patch_frames": 4,
                                                                   "window": 512, "chunk": 16, "network": NETWORK}),
-                     section("codec.CodecData", frames=32, audio_augmentation={}, **codec)),
+                     section("codec.CodecData", audio_augmentation={}, **codec)),
     }
 
 
@@ -67,10 +67,10 @@ def folders(root):
 def decoder_data(folders):
     tokenizers = {kind: str(folder) for kind, folder in folders.items()}
     return section("decoder.DecoderData", tokenizers=tokenizers, train=FEW, validation=FEW, tokens=256, context=255,
-                   views=2, image_augmentation={}, audio_augmentation={})
+                   image_augmentation={}, audio_augmentation={})
 
 
-DECODER_MODULE = section("decoder.DecoderModule", decoder=DECODER)
+DECODER_MODULE = section("decoder.DecoderModule", decoder=DECODER, continuous=True)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,6 @@ def test_fit_writes_a_model_that_captions(run):
     path = run.parent / "picture.webp"
     path.write_bytes(picture.source.read())
     assert isinstance(model.caption(str(path), max_new_tokens=4), str)
-    assert (run / "checkpoints" / "last.ckpt").is_file()
     assert "train/loss" in (run / "metrics" / "metrics.csv").read_text()
     lines = (run / "samples" / "step-000002.txt").read_text().splitlines()
     assert lines[0].split() == ["predicted", "true"]

@@ -2,13 +2,16 @@
 
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 from tqdm import tqdm
 
 from mmtx.data.sample import Sample
 from mmtx.data.sources import read
 from mmtx.errors import InputError
+
+Task = Literal["caption", "generate"]
 
 
 @dataclass(frozen=True)
@@ -17,14 +20,23 @@ class DataSource:
 
     paths: files, folders, glob patterns or URLs. select: keep samples whose metadata field is one of the values.
     repeat: how often an epoch shows each sample. limit: keep this many samples, evenly spread.
+    task: "caption" reads samples as they are, the medium asked and the text answered; "generate" turns them round. List
+    a source twice to train both. drop: share of the views of a sample that leave its user turn empty, by which a model
+    learns to do without it, as classifier-free guidance needs.
     """
 
     paths: list[str]
     select: dict[str, list[str]] | None = None
     repeat: int = 1
     limit: int | None = None
+    task: Task = "caption"
+    drop: float = 0.0
 
     def __post_init__(self):
+        if self.task not in get_args(Task):
+            raise InputError(f"task: found {self.task!r}, expected one of {', '.join(get_args(Task))}")
+        if not 0 <= self.drop <= 1:
+            raise InputError(f"drop: found {self.drop}, expected a share from 0 to 1")
         for name in ("repeat", "limit"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{name}: found {value}, expected 1 or more")
@@ -35,7 +47,19 @@ def read_source(source: DataSource, max_bad: float = 0.01) -> list[Sample]:
     samples = read(source.paths, max_bad, source.select, lambda line: print(line, file=sys.stderr))
     if source.limit is not None and source.limit < len(samples):
         samples = [samples[i * len(samples) // source.limit] for i in range(source.limit)]
-    return samples
+    if source.task == "generate":
+        samples = [turned_round(sample) for sample in samples]
+    return [replace(sample, drop=source.drop) for sample in samples] if source.drop else samples
+
+
+def turned_round(sample: Sample) -> Sample:
+    """The sample with question and answer exchanged. Raises InputError where it is not one of each."""
+    roles = [turn.role for turn in sample.turns]
+    if roles != ["user", "assistant"]:
+        found = ", ".join(role or "plain" for role in roles)
+        raise InputError(f"{sample.where}: found turns {found}, expected user, assistant for task \"generate\"")
+    question, answer = sample.turns
+    return replace(sample, turns=(replace(question, parts=answer.parts), replace(answer, parts=question.parts)))
 
 
 def read_sources(sources: list[DataSource], max_bad: float) -> tuple[list[Sample], list[int]]:

@@ -88,18 +88,22 @@ class SampleTurn:
 
 @dataclass(frozen=True)
 class Sample:
-    """One row of a source. `where` names the source and the row in error messages."""
+    """One row of a source. `where` names the source and the row in error messages.
+
+    `drop` is the share of its views in training that leave the user turns empty.
+    """
 
     key: str
     turns: tuple[SampleTurn, ...]
     metadata: dict[str, Any]
     where: str
+    drop: float = 0.0
 
     @property
     def caption(self) -> str:
-        """The text that is answered or, in a plain document, all text."""
-        parts = [part for turn in self.turns if turn.role != "user" for part in turn.parts]
-        return "".join(part.text for part in parts if isinstance(part, Text))
+        """The text that is answered or, where a medium is, that asks for it; of a plain document, all text."""
+        texts = [(turn.role, part.text) for turn in self.turns for part in turn.parts if isinstance(part, Text)]
+        return "".join(text for role, text in texts if role != "user") or "".join(text for _, text in texts)
 
 
 def kind_of(name: str, data: bytes = b"") -> Literal["image", "audio"] | None:

@@ -1,9 +1,10 @@
-"""Samples to token streams, once before training: several augmented views of each sample, kept as small integers.
+"""Samples to documents of tokens, encoded anew each time a batch asks for them.
 
-Shapes: T tokens of a document.
+Shapes: T tokens of a document, h rows and w columns of codes (time steps and bands of a sound).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -14,11 +15,13 @@ from mmtx.data.media import load_audio, load_image
 from mmtx.data.sample import Media, Sample, Text
 from mmtx.data.sources import SkipCounter
 from mmtx.errors import InputError
+from mmtx.modality.autoencoder import Encoding
 from mmtx.modality.base import Tokenizer
-from mmtx.sequence import AudioPart, Document, ImagePart, Part, TextPart, Turn, render
+from mmtx.sequence import AudioPart, Document, ImagePart, Part, Rendered, TextPart, Turn, render
 from mmtx.vocabulary import Vocabulary
 
 ENCODE_AT_ONCE = 256  # samples whose media are in memory together
+UNTOUCHED = 0.125     # share of views that augmentation leaves alone, for that is how media come in use
 
 
 class Augmentation(NamedTuple):
@@ -28,90 +31,69 @@ class Augmentation(NamedTuple):
     audio: AudioAugmentation | None = None
 
 
-class TokenStore:
-    """Documents as ids, in one flat array; every sample has the same number of views."""
+class Documents:
+    """Samples as documents. All are read and measured once; their media are read and encoded again for each batch.
 
-    def __init__(self, ids: np.ndarray, trained: np.ndarray, offsets: np.ndarray, numbers: Sequence[int],
-                 views: int):
-        self.ids = ids                # (sum of T,) int32
-        self.trained = trained        # (sum of T,) bool
-        self.offsets = offsets        # (samples * views + 1,) int64
-        self.numbers = numbers        # which of the given samples each one is
-        self.views = views
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def lengths(self) -> np.ndarray:
-        """Tokens of every document, (samples, views)."""
-        return np.diff(self.offsets).reshape(len(self), self.views)
-
-    def document(self, sample: int, view: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and trained mask (T,) of one view of one sample."""
-        index = sample * self.views + view
-        part = slice(self.offsets[index], self.offsets[index + 1])
-        return self.ids[part], self.trained[part]
-
-
-def build_store(
-    samples: Sequence[Sample],
-    tokenizers: Mapping[str, Tokenizer],
-    vocabulary: Vocabulary,
-    *,
-    views: int = 1,
-    augmentation: Augmentation = Augmentation(),
-    context: int,
-    seed: int = 0,
-    max_bad: float = 0.01,
-    progress: Callable[[Iterable], Iterable] = iter,
-) -> TokenStore:
-    """Encode every sample `views` times; view 0 is the sample as it is, the others are augmented.
-
-    Samples that cannot be read, or that need more than `context` tokens, are skipped up to the share `max_bad`.
-    Text-only samples are the same in every view.
+    So every view of a sample can differ, and a corpus of any size needs no more memory than its paths and texts.
     """
-    skipped = SkipCounter(max_bad)
-    kept, documents = [], []
-    starts = range(0, len(samples), ENCODE_AT_ONCE)
-    for first in progress(starts):
-        chunk = samples[first:first + ENCODE_AT_ONCE]
-        usable, parts = [], []
-        for number, sample in enumerate(chunk, start=first):
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        tokenizers: Mapping[str, Tokenizer],
+        vocabulary: Vocabulary,
+        *,
+        context: int,
+        augmentation: Augmentation = Augmentation(),
+        seed: int = 0,
+        max_bad: float = 0.01,
+        progress: Callable[[Iterable], Iterable] = iter,
+    ):
+        """Samples that cannot be read, or that need more than `context` tokens, are skipped up to the share `max_bad`."""
+        self.tokenizers, self.vocabulary, self.augmentation, self.seed = tokenizers, vocabulary, augmentation, seed
+        self.samples: list[Sample] = []  # those that can be used
+        self.numbers: list[int] = []     # which of the given samples they are
+        self.modalities: set[int] = set()  # of the targets, as in vocabulary.MODALITIES
+        lengths, skipped = [], SkipCounter(max_bad)
+        for number, sample in enumerate(progress(samples)):
             try:
-                parts.append(_load(sample, tokenizers))
-                usable.append(number)
+                rendered = self._measure(sample, context)
             except InputError as error:
                 skipped.skip(error)
-        rendered = [
-            [render(document, vocabulary) for document in _encode(
-                [samples[n] for n in usable], parts, tokenizers, augmentation if view else Augmentation(),
-                [seed_of(seed, n, view) for n in usable])]
-            for view in range(views)
-        ]
-        for place, number in enumerate(usable):
-            versions = [rendered[view][place] for view in range(views)]
-            longest = max(len(version.ids) for version in versions)
-            if longest - 1 > context:
-                skipped.skip(InputError(f"{samples[number].where}: found {longest} tokens, "
-                                        f"expected at most context + 1 = {context + 1}"))
                 continue
-            if not versions[0].trained.any():
-                skipped.skip(InputError(f"{samples[number].where}: found nothing to learn, expected an assistant turn "
-                                        "or a plain document"))
-                continue
-            kept.append(number)
-            documents.extend(versions)
+            self.samples.append(sample)
+            self.numbers.append(number)
+            lengths.append(len(rendered.ids))
+            self.modalities |= set(vocabulary.modality_of(rendered.ids[rendered.trained]).tolist())
         skipped.check(len(samples))
-    if not documents:
-        raise InputError(f"no sample can be used: {skipped.summary(len(samples))}")
-    lengths = [len(document.ids) for document in documents]
-    return TokenStore(
-        np.concatenate([document.ids for document in documents]),
-        np.concatenate([document.trained for document in documents]),
-        np.concatenate([[0], np.cumsum(lengths)]),
-        kept,
-        views,
-    )
+        if not self.samples:
+            raise InputError(f"no sample can be used: {skipped.summary(len(samples))}")
+        self.lengths = np.array(lengths)  # (samples,) tokens of each document
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def render(self, chosen: Sequence[tuple[int, int]]) -> list[Rendered]:
+        """Documents of (sample, view) pairs. All views of a sample have the same length and text, or are shorter."""
+        seeds = [seed_of(self.seed, self.numbers[sample], view) for sample, view in chosen]
+        samples = [_drop(self.samples[sample], seed) for (sample, _), seed in zip(chosen, seeds, strict=True)]
+        media = [_load(sample, self.tokenizers) for sample in samples]
+        documents = _encode(samples, media, self.tokenizers, self.augmentation, seeds)
+        return [render(document, self.vocabulary) for document in documents]
+
+    def _measure(self, sample: Sample, context: int) -> Rendered:
+        """The document with all codes 0."""
+        media = _load(sample, self.tokenizers)
+        kinds = [part.kind for turn in sample.turns for part in turn.parts if isinstance(part, Media)]
+        blank = {kind: iter([Encoding(np.zeros(self.tokenizers[kind].grid(tensor), int), None)
+                             for k, tensor in zip(kinds, media, strict=True) if k == kind]) for kind in set(kinds)}
+        rendered = render(_document(sample, self.tokenizers, blank), self.vocabulary)
+        if len(rendered.ids) - 1 > context:
+            raise InputError(f"{sample.where}: found {len(rendered.ids)} tokens, "
+                             f"expected at most context + 1 = {context + 1}")
+        if not rendered.trained.any():
+            raise InputError(f"{sample.where}: found nothing to learn, expected an assistant turn or a plain document")
+        return rendered
 
 
 def seed_of(*numbers: int) -> int:
@@ -139,6 +121,14 @@ def to_documents(samples: Sequence[Sample], tokenizers: Mapping[str, Tokenizer],
     return documents
 
 
+def _drop(sample: Sample, seed: int) -> Sample:
+    """The sample or, for its share `drop` of seeds, the sample with its user turns emptied."""
+    if np.random.default_rng(seed).random() >= sample.drop:
+        return sample
+    turns = (replace(turn, parts=()) if turn.role == "user" else turn for turn in sample.turns)
+    return replace(sample, turns=tuple(turns))
+
+
 def _load(sample: Sample, tokenizers: Mapping[str, Tokenizer]) -> list:
     """Media of a sample in order: tensors; text stays with the sample."""
     return [load_media(part, tokenizers) for turn in sample.turns for part in turn.parts if isinstance(part, Media)]
@@ -149,19 +139,23 @@ def _encode(samples, loaded, tokenizers, augmentation: Augmentation, seeds) -> l
     queues: dict[str, list] = {"image": [], "audio": []}
     for sample, tensors, seed in zip(samples, loaded, seeds, strict=True):
         generator = torch.Generator().manual_seed(seed)
+        change = bool(torch.rand((), generator=generator) >= UNTOUCHED)
         media = [part for turn in sample.turns for part in turn.parts if isinstance(part, Media)]
         for part, tensor in zip(media, tensors, strict=True):
-            if part.kind == "image" and augmentation.image:
+            if part.kind == "image" and augmentation.image and change:
                 tensor = augmentation.image(tensor, generator)
-            if part.kind == "audio" and augmentation.audio:
+            if part.kind == "audio" and augmentation.audio and change:
                 tensor = augmentation.audio(tensor, tokenizers["audio"].rate, generator)
             queues[part.kind].append(tensor)
-    codes = {kind: iter(tokenizers[kind].encode_batch(queue) if queue else ()) for kind, queue in queues.items()}
+    encodings = {kind: iter(tokenizers[kind].embed_batch(queue)) for kind, queue in queues.items() if queue}
+    return [_document(sample, tokenizers, encodings) for sample in samples]
 
+
+def _document(sample: Sample, tokenizers: Mapping[str, Tokenizer], encodings: Mapping[str, Iterator[Encoding]]) -> Document:
+    """A sample as a document; each medium takes the next encoding of its kind."""
     def part_of(part) -> Part:
         if isinstance(part, Text):
             return TextPart(tokenizers["text"].encode(part.text))
-        return (ImagePart if part.kind == "image" else AudioPart)(next(codes[part.kind]))
+        return (ImagePart if part.kind == "image" else AudioPart)(*next(encodings[part.kind]))
 
-    return [Document(tuple(Turn(turn.role, tuple(map(part_of, turn.parts))) for turn in sample.turns))
-            for sample in samples]
+    return Document(tuple(Turn(turn.role, tuple(map(part_of, turn.parts))) for turn in sample.turns))

@@ -1,20 +1,26 @@
 """The audio tokenizer: waveform -> log-mel spectrogram -> spectrogram patches -> codes, and back.
 
+The way back from the spectrogram to sound is a trained vocoder or, without one, Griffin-Lim.
+
 Shapes: B batch, S samples, F frames, M mels, t = F/patch_frames time steps, bands = M/patch_mels codes in a step.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from mmtx.errors import InputError
-from mmtx.modality.autoencoder import Codec, NetworkConfig, PatchAutoencoder, Reconstruction
+from mmtx.modality.autoencoder import Codec, Encoding, NetworkConfig, PatchAutoencoder, Reconstruction
+from mmtx.modality.base import read_json, write_json
+from mmtx.modality.vocoder import Vocoder, VocoderConfig
 
 FLOOR = 1e-3              # mel magnitudes below it count as silence: 70 dB under a full-scale tone
 CENTRE, SPREAD = -4.5, 2  # brings the log magnitudes of peak-normalised sound to about [-1, 3]
@@ -54,16 +60,53 @@ class AudioConfig:
 
 
 class AudioTokenizer(Codec):
-    """Sound, float (S,) at `rate`, to codes (t, bands), and back."""
+    """Sound, float (S,) at `rate`, to codes (t, bands), and back.
+
+    `vocoder` may be None.
+    """
 
     kind = "audio"
     Config = AudioConfig
+    parts = ("vocoder",)
 
     def __init__(self, config: AudioConfig = AudioConfig()):
         super().__init__()
         self.config = config
         self.network = PatchAutoencoder(config.patch_frames * config.patch_mels, config.network)
+        self.vocoder: Vocoder | None = None
         self.register_buffer("hann", torch.hann_window(config.window), persistent=False)
+
+    def new_vocoder(self, config: VocoderConfig) -> Vocoder:
+        """An untrained vocoder for the spectrograms of this tokenizer."""
+        return Vocoder(config, self._mel_matrix, self.rate, self.config.hop)
+
+    def files(self) -> dict[str, bytes]:
+        files = super().files()
+        if self.vocoder is None:
+            return files
+        weights = {name: tensor.contiguous().cpu() for name, tensor in self.vocoder.state_dict().items()}
+        return {
+            **files,
+            "config.json": write_json({"kind": self.kind, **asdict(self.config),
+                                       "vocoder": asdict(self.vocoder.config)}),
+            "vocoder.safetensors": safetensors.torch.save(weights),
+        }
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "AudioTokenizer":
+        folder = Path(folder)
+        tokenizer = super().from_folder(folder)
+        values = read_json(folder / "config.json").get("vocoder")
+        if values is not None:
+            try:
+                vocoder = tokenizer.new_vocoder(VocoderConfig(**values))
+                vocoder.load_state_dict(safetensors.torch.load((folder / "vocoder.safetensors").read_bytes()))
+            except InputError:
+                raise
+            except Exception as error:
+                raise InputError(f"{folder}: not a whole vocoder ({str(error).splitlines()[0]})") from None
+            tokenizer.vocoder = vocoder.eval()
+        return tokenizer
 
     @property
     def rate(self) -> int:
@@ -104,17 +147,33 @@ class AudioTokenizer(Codec):
         # Frame i is centred on hop i: half a window of silence in front, and enough behind.
         missing = frames * c.hop - waveform.shape[-1]
         padded = torch.nn.functional.pad(waveform, (c.window // 2, missing + c.window // 2 - c.hop))
-        spectrum = torch.stft(padded, c.window, c.hop, window=self.hann.to(waveform.device), center=False,
+        return self._log_mel(padded)
+
+    def _log_mel(self, padded: Tensor) -> Tensor:
+        """Samples of whole windows (..., (F - 1) * hop + window) -> scaled log-mel (..., F, M)."""
+        c = self.config
+        spectrum = torch.stft(padded, c.window, c.hop, window=self.hann.to(padded.device), center=False,
                               return_complex=True).abs()                                  # (..., window/2+1, F)
-        mel = spectrum.transpose(-1, -2) @ self._mel_matrix.to(waveform.device)           # (..., F, M)
+        mel = spectrum.transpose(-1, -2) @ self._mel_matrix.to(padded.device)             # (..., F, M)
         return (mel.clamp_min(FLOOR).log() - CENTRE) / SPREAD
 
+    @staticmethod
+    def to_log(mel: Tensor) -> Tensor:
+        """Scaled log-mel -> natural logarithms of mel magnitudes."""
+        return mel * SPREAD + CENTRE
+
     def waveform(self, mel: Tensor) -> Tensor:
+        """Log-mel (F, M) -> waveform (F * hop,) by the vocoder or, without one, by Griffin-Lim."""
+        if self.vocoder is None:
+            return self.griffin_lim(mel)
+        return torch.cat([*self.vocoder.stream([self.to_log(mel)])]).cpu()
+
+    def griffin_lim(self, mel: Tensor) -> Tensor:
         """Log-mel (F, M) -> waveform (F * hop,) by Griffin-Lim (https://doi.org/10.1109/TASSP.1984.1164317)."""
         import torchaudio.functional as AF
 
         c = self.config
-        magnitude = (mel * SPREAD + CENTRE).exp()
+        magnitude = self.to_log(mel).exp()
         spectrum = (magnitude @ torch.linalg.pinv(self._mel_matrix)).clamp_min(0).T       # (window/2+1, F)
         spectrum = torch.nn.functional.pad(spectrum, (0, 1))
         with torch.random.fork_rng(devices=[]):
@@ -123,19 +182,67 @@ class AudioTokenizer(Codec):
                                  n_iter=GRIFFIN_LIM_ROUNDS, momentum=0.99, length=mel.shape[0] * c.hop,
                                  rand_init=True)
 
+    def grid(self, waveform: Tensor) -> tuple[int, int]:
+        """Time steps and bands of the codes of a waveform (S,)."""
+        return max(1, math.ceil(len(waveform) / (self.config.hop * self.config.patch_frames))), self.bands
+
     def encode(self, waveform: Tensor) -> np.ndarray:
         """Waveform (S,) of any length -> codes (t, bands)."""
         return self.encode_batch([waveform])[0]
 
-    def encode_batch(self, waveforms: Sequence[Tensor]) -> list[np.ndarray]:
-        """Waveforms of any lengths -> codes (t, bands) of each."""
+    def embed_batch(self, waveforms: Sequence[Tensor]) -> list[Encoding]:
+        """Waveforms of any lengths -> codes (t, bands) and features (t, bands, D) of each."""
         chunks, counts = [], []
         for waveform in waveforms:
             pieces = self._to_grid(self.spectrogram(waveform)).split(self.config.chunk)
             chunks.extend(pieces)
             counts.append(len(pieces))
-        codes = iter(self.grids_to_codes(chunks))
-        return [np.concatenate([next(codes) for _ in range(count)]) for count in counts]
+        pieces = iter(self.embed_grids(chunks))
+        encodings = []
+        for count in counts:
+            codes, features = zip(*(next(pieces) for _ in range(count)))
+            encodings.append(Encoding(np.concatenate(codes), torch.cat(features)))
+        return encodings
+
+    def encode_stream(self, waveforms: Iterable[Tensor]) -> Iterator[np.ndarray]:
+        """One sound in pieces (S,) of any lengths, 0 included -> its codes in pieces (t, bands): those of `encode`.
+
+        Context: the codes of a chunk depend on its own samples, half a window before and half a window less a hop
+        behind them. They come as soon as these are there, the last ones when the sound ends.
+        """
+        c = self.config
+        frames = c.chunk * c.patch_frames
+        seen = max((frames - 1) * c.hop + c.window, frames * c.hop + c.window // 2)
+        held, started = self.hann.new_zeros(c.window // 2), False  # from half a window before the next chunk on
+        for waveform in waveforms:
+            held = torch.cat([held, waveform.to(held)])
+            while len(held) >= seen:
+                yield self._encode_grid(self._log_mel(held[:(frames - 1) * c.hop + c.window]))
+                held, started = held[frames * c.hop:], True
+        rest = len(held) - c.window // 2
+        if rest or not started:
+            step = c.hop * c.patch_frames
+            count = max(1, math.ceil(rest / step)) * c.patch_frames
+            held = torch.nn.functional.pad(held, (0, (count - 1) * c.hop + c.window - len(held)))
+            for mel in self._log_mel(held).split(frames):
+                yield self._encode_grid(mel)
+
+    def _encode_grid(self, mel: Tensor) -> np.ndarray:
+        return self.embed_grids([self._to_grid(mel)])[0].codes
+
+    def decode_stream(self, codes: Iterable[np.ndarray]) -> Iterator[Tensor]:
+        """The codes of one sound in pieces (t, bands) of any lengths -> its waveform in pieces: that of `decode`.
+
+        Context: a chunk of codes, and `vocoder.context` frames (half a window of overlap, and the receptive field of
+        the vocoder) on either side. Pieces come as soon as the codes behind that are there. Raises InputError without
+        a vocoder: Griffin-Lim needs the whole sound.
+        """
+        if self.vocoder is None:
+            raise InputError("audio tokenizer: found no vocoder, decoding in pieces expects one (Griffin-Lim needs the "
+                             "whole sound)")
+        mels = (self.to_log(self.decode_spectrogram(chunk)) for chunk in in_chunks(codes, self.config.chunk))
+        for waveform in self.vocoder.stream(mels):
+            yield waveform.clamp(-1, 1).cpu()
 
     def decode(self, codes: np.ndarray) -> Tensor:
         """Codes (t, bands) -> waveform (t * patch_frames * hop,)."""
@@ -155,3 +262,15 @@ class AudioTokenizer(Codec):
     def _to_mel(self, grid: Tensor) -> Tensor:
         c = self.config
         return rearrange(grid, "... t b (f m) -> ... (t f) (b m)", f=c.patch_frames, m=c.patch_mels)
+
+
+def in_chunks(pieces: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """Arrays cut along their first axis -> the same in pieces of `size`, but for the last one."""
+    held: np.ndarray | None = None
+    for piece in pieces:
+        held = np.asarray(piece) if held is None else np.concatenate([held, piece])
+        while len(held) >= size:
+            yield held[:size]
+            held = held[size:]
+    if held is not None and len(held):
+        yield held

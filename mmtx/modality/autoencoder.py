@@ -4,11 +4,12 @@ Shapes: B batch, h rows and w columns of a grid of patches, P numbers in a patch
 A picture is a grid of rows and columns; a piece of a spectrogram is a grid of time steps and frequency bands.
 """
 
+from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -21,6 +22,7 @@ from mmtx.modality.base import Tokenizer, read_json, write_json
 from mmtx.modality.fsq import FSQ
 
 ENCODE_BATCH = 64  # grids that go through the network together
+ENCODING = ("embed", "encoder", "encoder_norm", "to_latent")  # parts of the network that codes depend on
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,13 @@ class Reconstruction(NamedTuple):
 
     output: Tensor
     codes: Tensor
+
+
+class Encoding(NamedTuple):
+    """A medium as codes (h, w), and as features (h, w, D): what the encoder made of each patch before the quantizer."""
+
+    codes: np.ndarray
+    features: Tensor
 
 
 class PatchAutoencoder(nn.Module):
@@ -75,9 +84,17 @@ class PatchAutoencoder(nn.Module):
         nn.init.normal_(self.to_latent.weight, std=config.width ** -0.5)
         nn.init.normal_(self.from_latent.weight, std=1.0)
 
+    def features(self, patches: Tensor) -> Tensor:
+        """Patches (B, h, w, P) -> what the encoder makes of each before the quantizer, (B, h, w, D)."""
+        return self._run(self.embed(patches), self.encoder, self.encoder_norm)
+
+    def quantize(self, features: Tensor) -> Tensor:
+        """Features (B, h, w, D) -> quantized latents (B, h, w, d) in [-1, 1]."""
+        return self.quantizer(self.to_latent(features))
+
     def encode(self, patches: Tensor) -> Tensor:
         """Patches (B, h, w, P) -> quantized latents (B, h, w, d) in [-1, 1]."""
-        return self.quantizer(self.to_latent(self._run(self.embed(patches), self.encoder, self.encoder_norm)))
+        return self.quantize(self.features(patches))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Quantized latents (B, h, w, d) -> patches (B, h, w, P)."""
@@ -98,6 +115,7 @@ class Codec(Tokenizer, nn.Module):
 
     config: "object"  # a frozen dataclass with a field `network: NetworkConfig`
     network: PatchAutoencoder
+    parts: ClassVar[tuple[str, ...]] = ()  # keys of config.json that are not `config`'s: of what a subclass adds
 
     @property
     def size(self) -> int:
@@ -109,41 +127,68 @@ class Codec(Tokenizer, nn.Module):
         return self.network.quantizer.levels
 
     @property
+    def feature_width(self) -> int:
+        """D of the features of an `Encoding`."""
+        return self.network.to_latent.in_features
+
+    @abstractmethod
+    def grid(self, medium: Tensor) -> tuple[int, int]:
+        """Rows and columns of the codes of a medium, without encoding it."""
+
+    @abstractmethod
+    def embed_batch(self, media: Sequence[Tensor]) -> list[Encoding]:
+        """Media of any sizes -> codes and features of each."""
+
+    def encode_batch(self, media: Sequence[Tensor]) -> list[np.ndarray]:
+        """Media of any sizes -> codes (h, w) of each."""
+        return [encoding.codes for encoding in self.embed_batch(media)]
+
+    @property
     def device(self) -> torch.device:
         return self.network.embed.weight.device
 
     @torch.no_grad()
-    def grids_to_codes(self, grids: Sequence[Tensor]) -> list[np.ndarray]:
-        """Grids (h, w, P) of any sizes -> codes (h, w) of each; equal sizes share a pass."""
-        run = lambda batch: self.network.quantizer.to_codes(self.network.encode(batch))  # noqa: E731
-        return [codes.numpy() for codes in self._in_batches(grids, run)]
+    def embed_grids(self, grids: Sequence[Tensor]) -> list[Encoding]:
+        """Grids (h, w, P) of any sizes, at most a chunk -> codes and features of each; equal sizes share a pass."""
+        def run(batch: Tensor) -> tuple[Tensor, Tensor]:
+            features = self.network.features(batch)
+            return self.network.quantizer.to_codes(self.network.quantize(features)), features
+        return [Encoding(codes.numpy(), features) for codes, features in self._in_batches(grids, run)]
 
     @torch.no_grad()
     def codes_to_grids(self, codes: Sequence[np.ndarray]) -> list[Tensor]:
-        """Codes (h, w) of any sizes -> grids (h, w, P) of each."""
+        """Codes (h, w) of any sizes, at most a chunk -> grids (h, w, P) of each."""
         for item in codes:
             if item.size and (item.min() < 0 or item.max() >= self.size):
                 raise InputError(f"{self.kind} codes: found {item.min()}..{item.max()}, expected 0..{self.size - 1}")
-        run = lambda batch: self.network.decode(self.network.quantizer.to_latents(batch))  # noqa: E731
-        return self._in_batches([torch.tensor(item) for item in codes], run)
+        run = lambda batch: (self.network.decode(self.network.quantizer.to_latents(batch)),)  # noqa: E731
+        return [grid for (grid,) in self._in_batches([torch.tensor(item) for item in codes], run)]
 
-    def _in_batches(self, items: Sequence[Tensor], run: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    def _in_batches(self, items: Sequence[Tensor], run: Callable[[Tensor], tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
         groups = defaultdict(list)
         for index, item in enumerate(items):
             groups[tuple(item.shape)].append(index)
-        results: list[Tensor] = [None] * len(items)
+        results: list[tuple[Tensor, ...]] = [()] * len(items)
         for members in groups.values():
             for first in range(0, len(members), ENCODE_BATCH):
                 chosen = members[first:first + ENCODE_BATCH]
-                output = run(torch.stack([items[i] for i in chosen]).to(self.device)).cpu()
-                for i, item in zip(chosen, output, strict=True):
-                    results[i] = item
+                outputs = [output.cpu() for output in run(torch.stack([items[i] for i in chosen]).to(self.device))]
+                for i, *item in zip(chosen, *outputs, strict=True):
+                    results[i] = tuple(item)
         return results
 
+    def code_files(self) -> dict[str, bytes]:
+        weights = {name: tensor.contiguous().cpu() for name, tensor in self.network.state_dict(prefix="network.").items()
+                   if name.split(".")[1] in ENCODING}
+        return {"config.json": self._config(), "model.safetensors": safetensors.torch.save(weights)}
+
+    def _config(self) -> bytes:
+        return write_json({"kind": self.kind, **asdict(self.config)})
+
     def files(self) -> dict[str, bytes]:
-        weights = {name: tensor.contiguous().cpu() for name, tensor in self.state_dict().items()}
+        weights = {name: tensor.contiguous().cpu() for name, tensor in self.network.state_dict(prefix="network.").items()}
         return {
-            "config.json": write_json({"kind": self.kind, **asdict(self.config)}),
+            "config.json": self._config(),
             "model.safetensors": safetensors.torch.save(weights),
         }
 
@@ -151,7 +196,8 @@ class Codec(Tokenizer, nn.Module):
     def from_folder(cls, folder: Path) -> "Codec":
         folder = Path(folder)
         values = read_json(folder / "config.json")
-        values.pop("kind", None)
+        for key in ("kind", *cls.parts):
+            values.pop(key, None)
         try:
             tokenizer = cls(cls.Config(**{**values, "network": NetworkConfig(**values["network"])}))
             weights = safetensors.torch.load((folder / "model.safetensors").read_bytes())

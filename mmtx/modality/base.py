@@ -20,6 +20,8 @@ CLASSES = {
     "text": ("mmtx.modality.text", "TextTokenizer"),
     "image": ("mmtx.modality.image", "ImageTokenizer"),
     "audio": ("mmtx.modality.audio", "AudioTokenizer"),
+    "pretrained image": ("mmtx.modality.pretrained", "PretrainedImage"),
+    "pretrained audio": ("mmtx.modality.pretrained", "PretrainedAudio"),
 }
 
 
@@ -57,11 +59,18 @@ class Tokenizer(ABC):
     def from_folder(cls, folder: Path) -> "Tokenizer":
         """Read what `save` wrote. Raises InputError when a file is missing or damaged."""
 
+    def code_files(self) -> dict[str, bytes]:
+        """Return the part of `files` that codes depend on; by default all of it.
+
+        What only makes media of codes may get better later, without an end to the models that use the codes.
+        """
+        return self.files()
+
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over all files: two tokenizers with the same fingerprint give the same codes."""
+        """SHA-256 over `code_files`: two tokenizers with the same fingerprint give the same codes."""
         digest = hashlib.sha256()
-        for name, content in sorted(self.files().items()):
+        for name, content in sorted(self.code_files().items()):
             digest.update(f"{name}:{len(content)}:".encode())
             digest.update(content)
         return digest.hexdigest()

@@ -1,15 +1,22 @@
-"""What a run leaves behind besides its metrics: the finished model folder, and samples that one can look at."""
+"""What a run leaves behind: its metrics, the finished model folder, and samples that one can look at."""
 
+import csv
+import os
 from pathlib import Path
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image, ImageDraw
 
+from mmtx.data.sample import Text
 from mmtx.data.tokens import to_documents
 from mmtx.generation import Sampling
+from mmtx.training.checkpoint import check_finite
 from mmtx.training.codec import CodecModule
 from mmtx.training.decoder import DecoderModule
 
@@ -25,6 +32,61 @@ class ProgressBar(TQDMProgressBar):
         return metrics
 
 
+class MetricsWriter(ExperimentWriter):
+    """The stock writer, which leaves the file of an earlier run alone until it is told what to keep of it."""
+
+    def _check_log_dir_exists(self) -> None:
+        pass
+
+    def _rewrite_with_new_header(self, fieldnames: list[str], rows: int | None = None) -> None:
+        with open(self.metrics_file_path, newline="") as file:
+            metrics = list(csv.DictReader(file))[:rows]
+        part = f"{self.metrics_file_path}.part"
+        with open(part, "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=fieldnames)
+            writer.writeheader()
+            writer.writerows(metrics)
+        os.replace(part, self.metrics_file_path)
+
+    def keep(self, rows: int) -> None:
+        if not rows:
+            Path(self.metrics_file_path).unlink(missing_ok=True)
+        elif Path(self.metrics_file_path).is_file():
+            with open(self.metrics_file_path, newline="") as file:
+                self.metrics_keys = next(csv.reader(file))
+            self._rewrite_with_new_header(self.metrics_keys, rows)
+
+
+class Metrics(CSVLogger):
+    """`folder/metrics/metrics.csv`, written row by row; a resumed run goes on where its checkpoint was written."""
+
+    def __init__(self, folder: str | Path):
+        super().__init__(folder, name="", version="metrics", flush_logs_every_n_steps=1)
+        self.rows = 0
+        self.latest: tuple[int | None, list[str]] | None = None
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> MetricsWriter:
+        if self._experiment is None:
+            self._experiment = MetricsWriter(self.log_dir)
+        return self._experiment
+
+    @rank_zero_only
+    def keep(self, rows: int) -> None:
+        """Drop all but the first `rows` rows of the file that is there."""
+        self.experiment.keep(rows)
+        self.rows = rows
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        # A checkpoint logs the step before it is written, and the trainer does so after it.
+        if (step, sorted(metrics)) != self.latest:
+            self.latest = step, sorted(metrics)
+            self.rows += 1
+            super().log_metrics(metrics, step)
+
+
 class SaveModel(Callback):
     """Writes `folder/model` when training ends; it appears whole or not at all."""
 
@@ -34,6 +96,7 @@ class SaveModel(Callback):
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         if not trainer.interrupted:
+            check_finite(module.state_dict(), str(self.folder))
             module.save(self.folder)
 
 
@@ -63,7 +126,8 @@ class ShowSamples(Callback):
 
     def _captions(self, trainer: Trainer, module: DecoderModule, path: Path) -> None:
         samples = trainer.datamodule.held_out
-        samples = [s for s in samples[:: max(1, len(samples) // self.count)] if s.turns[-1].role == "assistant"]
+        samples = [s for s in samples[:: max(1, len(samples) // self.count)]
+                   if s.turns[-1].role == "assistant" and all(isinstance(part, Text) for part in s.turns[-1].parts)]
         model, documents = module.model(), to_documents(samples, trainer.datamodule.tokenizers)
         captions = model.caption_documents(documents, Sampling(max_new_tokens=48))
         lines = [f"{caption!r:40} {sample.caption!r}" for caption, sample in zip(captions, samples, strict=True)]

@@ -1,15 +1,21 @@
 """Data and training module of the image and the audio codec.
 
-Shapes: B batch, C channels, H height, W width, S samples, F frames, M mels.
+Shapes: B batch, C channels, H height, W width, S samples, F frames, M mels, K codes in the codebook.
 """
 
+import math
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from lightning import LightningDataModule, LightningModule
-from torch import Tensor
+from torch import Generator, Tensor
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.utils.data import Dataset
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from mmtx.data.augment import AudioAugmentation, ImageAugmentation
 from mmtx.data.collection import DataSource, progress, read_sources
@@ -18,10 +24,16 @@ from mmtx.data.sources import SkipCounter
 from mmtx.data.tokens import load_media, seed_of
 from mmtx.errors import InputError
 from mmtx.modality.audio import AudioConfig, AudioTokenizer
-from mmtx.modality.autoencoder import Codec, Reconstruction
-from mmtx.modality.image import ImageConfig, ImageTokenizer, to_float
+from mmtx.modality.autoencoder import ENCODING, Codec, Reconstruction
+from mmtx.modality.base import load_tokenizer
+from mmtx.modality.image import ImageConfig, ImageTokenizer, resize, to_float
+from mmtx.training.critic import AdversarialConfig, Critic, Perceptual, PerceptualConfig, balance
+from mmtx.pipeline import find_shipped
 from mmtx.training.loader import ResumableLoader
 from mmtx.training.optimizer import OptimizerConfig, configure
+
+COLLAPSED = 1 / 3  # share of the bits that codes could carry below which a codec is said to have collapsed
+WINDOW = 11        # pixels a side of the window of SSIM
 
 
 class CodecBatch(NamedTuple):
@@ -33,23 +45,23 @@ class CodecBatch(NamedTuple):
 class CodecBatches(Dataset):
     """Batch k of media, as a pure function of (seed, k, rank)."""
 
-    def __init__(self, media: list[Tensor], cut, finish, batch: int, seed: int, steps: int, rank: int, world: int,
-                 weights: Tensor | None):
-        """`cut(medium, generator)` gives items of one size, `finish(batch)` what the codec takes."""
-        self.media, self.cut, self.finish, self.batch, self.steps = media, cut, finish, batch, steps
+    def __init__(self, media: list[Tensor], collate: Callable[[list[Tensor], Generator], Tensor], batch: int,
+                 seed: int, steps: int, rank: int, world: int, weights: Tensor | None):
+        """`collate` makes one tensor of what the codec takes; without `weights` each medium comes once, in order."""
+        self.media, self.collate, self.batch, self.steps = media, collate, batch, steps
         self.seed, self.rank, self.world, self.weights = seed, rank, world, weights
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, k: int) -> CodecBatch:
-        generator = torch.Generator().manual_seed(seed_of(self.seed, k, self.rank))
-        if self.weights is None:  # validation: each item once, in order
+        generator = Generator().manual_seed(seed_of(self.seed, k, self.rank))
+        if self.weights is None:
             chosen = range((k * self.world + self.rank) * self.batch, (k * self.world + self.rank + 1) * self.batch)
             chosen = [i for i in chosen if i < len(self.media)]
         else:
             chosen = torch.multinomial(self.weights, self.batch, replacement=True, generator=generator).tolist()
-        return CodecBatch(self.finish(torch.stack([self.cut(self.media[i], generator) for i in chosen])))
+        return CodecBatch(self.collate([self.media[i] for i in chosen], generator))
 
 
 class CodecData(LightningDataModule):
@@ -60,7 +72,7 @@ class CodecData(LightningDataModule):
         train: list[DataSource],
         validation: list[DataSource],
         batch: int = 32,
-        frames: int = 64,
+        varied: float = 0.0,
         image_augmentation: ImageAugmentation | None = None,
         audio_augmentation: AudioAugmentation | None = None,
         workers: int = 0,
@@ -72,7 +84,8 @@ class CodecData(LightningDataModule):
             train: what to learn from; only media of the codec's kind are used.
             validation: held-out media.
             batch: pictures or cuts of sound in a step on each device.
-            frames: spectrogram frames of a cut; the audio codec only.
+            varied: share of training batches of other sizes than the usual one, so that the codec works at any:
+                magnified cut-outs of pictures with sides from half a chunk to a whole one, shorter cuts of sound.
             image_augmentation: changes to every second picture, none by default.
             audio_augmentation: changes to every second cut of sound, none by default.
             workers: processes that put batches together.
@@ -81,7 +94,7 @@ class CodecData(LightningDataModule):
         """
         super().__init__()
         self.train_sources, self.validation_sources = train, validation
-        self.batch, self.frames, self.workers, self.max_bad, self.seed = batch, frames, workers, max_bad, seed
+        self.batch, self.varied, self.workers, self.max_bad, self.seed = batch, varied, workers, max_bad, seed
         self.image_augmentation, self.audio_augmentation = image_augmentation, audio_augmentation
 
     def setup(self, stage: str) -> None:
@@ -112,50 +125,146 @@ class CodecData(LightningDataModule):
             raise InputError(f"{name}: no {self.tokenizer.kind} among {len(samples)} samples")
         return media, torch.tensor(weights, dtype=torch.float64)
 
-    def _picture(self, picture: Tensor, generator: torch.Generator, augmentation) -> Tensor:
-        if augmentation and torch.rand((), generator=generator) < 0.5:
-            picture = augmentation(picture, generator)
-        return picture
+    def _pictures(self, pictures: list[Tensor], generator: Generator) -> Tensor:
+        """Pictures of a training batch: every second one augmented, now and then all cut out of larger ones."""
+        if self.image_augmentation:
+            pictures = [self.image_augmentation(picture, generator) if torch.rand((), generator=generator) < 0.5
+                        else picture for picture in pictures]
+        c = self.tokenizer.config
+        if torch.rand((), generator=generator) < self.varied or c.side is None:
+            height, width = (c.patch * int(torch.randint(-(-c.chunk // 2), c.chunk + 1, (), generator=generator))
+                             for _ in range(2))
+            pictures = [cut_out(picture, height, width, generator) for picture in pictures]
+        return to_float(torch.stack(pictures))
 
-    def _cut(self, waveform: Tensor, generator: torch.Generator, augmentation) -> Tensor:
-        samples = self.frames * self.tokenizer.config.hop
-        first = int(torch.randint(max(1, len(waveform) - samples + 1), (), generator=generator))
-        cut = waveform[first:first + samples]
-        if augmentation and torch.rand((), generator=generator) < 0.5:
-            cut = augmentation(cut, self.tokenizer.rate, generator)
-        return torch.nn.functional.pad(cut, (0, samples - len(cut)))
+    def _sounds(self, waveforms: list[Tensor], generator: Generator) -> Tensor:
+        """Log-mel of cuts of sound, one chunk long or, now and then, shorter; every second one augmented."""
+        c = self.tokenizer.config
+        steps = c.chunk
+        if torch.rand((), generator=generator) < self.varied:
+            steps = int(torch.randint(1, c.chunk + 1, (), generator=generator))
+        cuts = []
+        for cut in self._cuts(waveforms, steps, generator):
+            if self.audio_augmentation and torch.rand((), generator=generator) < 0.5:
+                cut = self.audio_augmentation(cut, self.tokenizer.rate, generator)
+            cuts.append(cut)
+        return self.tokenizer.spectrogram(torch.stack(cuts))
 
-    def _loader(self, media: list[Tensor], steps: int, weights: Tensor | None) -> ResumableLoader:
-        cut, augmentation, finish = self._cut, self.audio_augmentation, lambda batch: self.tokenizer.spectrogram(batch)
-        if self.tokenizer.kind == "image":
-            cut, augmentation, finish = self._picture, self.image_augmentation, to_float
-            if len({tuple(picture.shape) for picture in media}) > 1:
-                raise InputError("pictures of different sizes: training needs `side` with fit \"pad\" or \"crop\"")
-        augmentation = augmentation if weights is not None else None
-        return ResumableLoader(CodecBatches(
-            media, lambda item, generator: cut(item, generator, augmentation), finish, self.batch, self.seed, steps,
-            self.trainer.global_rank, self.trainer.world_size, weights), self.workers)
+    def _cuts(self, waveforms: list[Tensor], steps: int, generator: Generator) -> Iterator[Tensor]:
+        samples = steps * self.tokenizer.config.patch_frames * self.tokenizer.config.hop
+        for waveform in waveforms:
+            first = int(torch.randint(max(1, len(waveform) - samples + 1), (), generator=generator))
+            cut = waveform[first:first + samples]
+            yield F.pad(cut, (0, samples - len(cut)))
 
     def train_dataloader(self) -> ResumableLoader:
         steps = self.trainer.max_steps * self.trainer.accumulate_grad_batches
-        return self._loader(self.train_media, steps, self.weights)
+        collate = self._pictures if self.tokenizer.kind == "image" else self._sounds
+        return self._loader(self.train_media, collate, steps, self.weights)
 
     def val_dataloader(self) -> ResumableLoader:
-        steps = len(self.validation_media) // (self.batch * self.trainer.world_size)
-        return self._loader(self.validation_media, max(1, steps), None)
+        media, kind = self.validation_media, self.tokenizer.kind
+        if kind == "image" and len({tuple(picture.shape) for picture in media}) > 1:
+            raise InputError("validation pictures of different sizes: expected a tokenizer with `side` and fit "
+                             '"pad" or "crop"')
+        steps = len(media) // (self.batch * self.trainer.world_size)
+        return self._loader(media, held_out_pictures if kind == "image" else self._held_out_sounds, max(1, steps), None)
+
+    def _held_out_sounds(self, waveforms: list[Tensor], generator: Generator) -> Tensor:
+        return self.tokenizer.spectrogram(torch.stack([*self._cuts(waveforms, self.tokenizer.config.chunk, generator)]))
+
+    def _loader(self, media: list[Tensor], collate, steps: int, weights: Tensor | None) -> ResumableLoader:
+        return ResumableLoader(CodecBatches(
+            media, collate, self.batch, self.seed, steps, self.trainer.global_rank, self.trainer.world_size, weights),
+            self.workers)
+
+
+def held_out_pictures(pictures: list[Tensor], generator: Generator) -> Tensor:
+    """Pictures of a validation batch, as they are."""
+    return to_float(torch.stack(pictures))
+
+
+def cut_out(picture: Tensor, height: int, width: int, generator: Generator) -> Tensor:
+    """A random part of a picture (3, H, W), from all that has the shape to a quarter of its sides, in a given size."""
+    largest = min(picture.shape[-2] / height, picture.shape[-1] / width)
+    share = 4 ** -float(torch.rand((), generator=generator))
+    rows, columns = (max(1, round(edge * largest * share)) for edge in (height, width))
+    top = int(torch.randint(picture.shape[-2] - rows + 1, (), generator=generator))
+    left = int(torch.randint(picture.shape[-1] - columns + 1, (), generator=generator))
+    return resize(picture[:, top:top + rows, left:left + columns], height, width)
+
+
+class Usage(NamedTuple):
+    """How much of a codebook is in use."""
+
+    perplexity: float
+    dead: float               # share of codes that never came
+    levels: tuple[int, ...]   # levels in use of each digit of the codes
+    carried: float            # share of the bits that so many codes could carry, the most common code left out
+
+    @classmethod
+    def of(cls, counts: Tensor, levels: tuple[int, ...]) -> "Usage":
+        """`counts` (K,) of each code. Silence and blank paper are one code and no sign of a collapse."""
+        counts = counts.double().cpu()
+        rest = counts.clone()
+        rest[counts.argmax()] = 0
+        most = math.log(max(2, min(len(counts), int(counts.sum()))))
+        digits = [counts.view(*reversed(levels)).sum([d for d in range(len(levels)) if d != len(levels) - 1 - digit])
+                  for digit in range(len(levels))]
+        return cls(math.exp(_entropy(counts)), float((counts == 0).double().mean()),
+                   tuple(int((digit > 0).sum()) for digit in digits), _entropy(rest) / most)
+
+
+def _entropy(counts: Tensor) -> float:
+    """In nats."""
+    share = counts / counts.sum().clamp_min(1)
+    return -float(torch.xlogy(share, share).sum())
+
+
+def finished(folder: str, like: Codec) -> Codec:
+    """The tokenizer in a folder. Raises InputError if it is not of the kind and configuration of another."""
+    tokenizer = load_tokenizer(find_shipped(folder))
+    if tokenizer.kind != like.kind or tokenizer.config != like.config:
+        raise InputError(f"refine: {folder} holds a tokenizer for {tokenizer.kind} with {tokenizer.config}, "
+                         f"expected {like.kind} with {like.config}")
+    return tokenizer
 
 
 class CodecModule(LightningModule):
-    """Reconstruction training of a codec: squared error plus a share of absolute error."""
+    """Training of a codec: squared error plus a share of absolute error and, if asked for, a critic's opinion.
+
+    Codec and critic take their steps together, as groups of one optimizer: accumulation, several devices, averaged
+    weights and resuming are then the same with and without a critic.
+    """
 
     tokenizer: Codec
+    perceptual: Perceptual | None = None
 
-    def __init__(self, tokenizer: Codec, optimizer: OptimizerConfig, absolute: float):
+    def __init__(self, tokenizer: Codec, refine: str | None, optimizer: OptimizerConfig, absolute: float,
+                 adversarial: AdversarialConfig | None, channels: int):
         super().__init__()
+        if refine is not None:
+            tokenizer = finished(refine, tokenizer).train()
+            for name in ENCODING:
+                getattr(tokenizer.network, name).requires_grad_(False)
         self.tokenizer, self.optimizer_config, self.absolute = tokenizer, optimizer, absolute
+        self.adversarial = adversarial
+        self.critic = Critic(channels, adversarial) if adversarial else None
 
     def configure_optimizers(self) -> dict:
-        return configure(self.tokenizer, self.optimizer_config, self.trainer.max_steps)
+        more = []
+        if self.critic is not None:
+            more.append({"params": list(self.critic.parameters()), "lr": self.adversarial.learning_rate,
+                         "betas": (0.5, 0.9), "weight_decay": 0.0})
+        return configure(self.tokenizer, self.optimizer_config, self.trainer.max_steps, more)
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        if self.critic is None or not gradient_clip_val:
+            return super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        # Each for itself, or steep gradients of the critic would take from the codec's.
+        clip = clip_grad_value_ if gradient_clip_algorithm == "value" else clip_grad_norm_
+        for groups in (optimizer.param_groups[:-1], optimizer.param_groups[-1:]):
+            clip([parameter for group in groups for parameter in group["params"]], gradient_clip_val)
 
     def loss(self, media: Tensor, output: Tensor) -> Tensor:
         error = output - media
@@ -165,9 +274,25 @@ class CodecModule(LightningModule):
         torch.manual_seed(seed_of(self.trainer.datamodule.seed, index, self.global_rank))
 
     def training_step(self, batch: CodecBatch, index: int) -> Tensor:
-        loss = self.loss(batch.media, self.tokenizer(batch.media).output)
+        output = self.tokenizer(batch.media).output
+        loss = self.loss(batch.media, output)
         self.log("train/loss", loss, prog_bar=True)
+        if self.perceptual is not None:
+            distance = self.perceptual(output, batch.media)
+            self.log("train/perceptual", distance)
+            loss = loss + self.perceptual.config.weight * distance
+        if self.critic is not None:
+            loss = loss + self._adversarial(loss, output, batch.media)
         return loss
+
+    def _adversarial(self, rest: Tensor, output: Tensor, media: Tensor) -> Tensor:
+        """The codec's and the critic's part in one number; neither reaches the weights of the other."""
+        if self.global_step < self.adversarial.start:
+            return self.critic.silence()
+        judged, mistake = self.critic.judge(output), self.critic.mistake(output, media)
+        scale = balance(judged, rest, output)
+        self.log_dict({"train/adversarial": judged, "train/critic": mistake, "train/adversarial_scale": scale})
+        return self.adversarial.weight * scale * judged + mistake
 
     def on_validation_epoch_start(self) -> None:
         self.used = torch.zeros(self.tokenizer.size, device=self.device)
@@ -177,18 +302,23 @@ class CodecModule(LightningModule):
         self.used += torch.bincount(result.codes.flatten(), minlength=len(self.used))
         size = len(batch.media)
         self.log("val/loss", self.loss(batch.media, result.output), batch_size=size, sync_dist=True)
-        self.log(f"val/{self.quality_name}", self.quality(batch.media, result), prog_bar=True, batch_size=size,
-                 sync_dist=True)
+        for name, value in self.quality(batch.media, result).items():
+            self.log(f"val/{name}", value, prog_bar=True, batch_size=size, sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
         used = self.all_gather(self.used).reshape(-1, len(self.used)).sum(0)
-        share = used / used.sum()
-        self.log("val/perplexity", torch.exp(-torch.xlogy(share, share).sum()), prog_bar=True)
-        self.log("val/codes_used", (used > 0).float().mean())
+        usage = Usage.of(used, self.tokenizer.levels)
+        self.log("val/perplexity", usage.perplexity, prog_bar=True)
+        self.log("val/dead_codes", usage.dead)
+        if usage.carried < COLLAPSED and self.trainer.is_global_zero:
+            print(f"mmtx: step {self.global_step}: {self.tokenizer.kind} codes collapse: {int((used > 0).sum())} of "
+                  f"{len(used)} in use on {int(used.sum())} held-out patches, perplexity {usage.perplexity:.1f}, "
+                  f"levels in use {usage.levels} of {self.tokenizer.levels}; lower optimizer.learning_rate and "
+                  "optimizer.muon, take fewer levels in tokenizer.network.levels, or see whether the data vary enough",
+                  file=sys.stderr)
 
-    quality_name: str
-
-    def quality(self, media: Tensor, result: Reconstruction) -> Tensor:
+    def quality(self, media: Tensor, result: Reconstruction) -> dict[str, Tensor]:
+        """Figures of a batch by name, the means over its media."""
         raise NotImplementedError
 
     def save(self, folder: Path) -> None:
@@ -198,39 +328,56 @@ class CodecModule(LightningModule):
 class ImageCodecModule(CodecModule):
     """Training of an image tokenizer."""
 
-    quality_name = "psnr_db"
-
     def __init__(self, tokenizer: ImageConfig = ImageConfig(), optimizer: OptimizerConfig = OptimizerConfig(),
-                 absolute: float = 0.2):
+                 absolute: float = 0.2, refine: str | None = None, perceptual: PerceptualConfig | None = None,
+                 adversarial: AdversarialConfig | None = None):
         """
         Args:
             tokenizer: patches, size rules and network.
             optimizer: learning rate and schedule.
             absolute: weight of the absolute error beside the squared one.
+            refine: folder of a finished tokenizer of this configuration: only its way back from codes is trained
+                further. Its codes and its fingerprint stay, and so do the models that were trained with it.
+            perceptual: a network in whose features reconstructions are to be near, none by default.
+            adversarial: a critic that learns to tell reconstructions from originals, none by default.
         """
-        super().__init__(ImageTokenizer(tokenizer), optimizer, absolute)
+        super().__init__(ImageTokenizer(tokenizer), refine, optimizer, absolute, adversarial, channels=3)
+        self.perceptual = Perceptual(perceptual) if perceptual else None
 
-    def quality(self, media: Tensor, result: Reconstruction) -> Tensor:
-        """Peak signal-to-noise ratio in dB, the mean over pictures."""
-        error = (result.output.clamp(-1, 1) - media).square().mean((1, 2, 3)) / 4
-        return (-10 * error.clamp_min(1e-10).log10()).mean()
+    def quality(self, media: Tensor, result: Reconstruction) -> dict[str, Tensor]:
+        """Peak signal-to-noise ratio in dB and structural similarity."""
+        return picture_quality(media, result.output)
+
+
+def picture_quality(media: Tensor, output: Tensor) -> dict[str, Tensor]:
+    """PSNR in dB, at most 100, and SSIM of pictures (B, 3, H, W) in [-1, 1], means over pictures.
+
+    Pictures smaller than the window of SSIM have none.
+    """
+    output = output.clamp(-1, 1)
+    found = {"psnr_db": peak_signal_noise_ratio(output, media, data_range=2.0, reduction="none",
+                                                dim=(1, 2, 3)).clamp_max(100).mean()}
+    if min(media.shape[-2:]) > WINDOW:
+        found["ssim"] = structural_similarity_index_measure(output, media, data_range=2.0, kernel_size=WINDOW)
+    return found
 
 
 class AudioCodecModule(CodecModule):
     """Training of an audio tokenizer."""
 
-    quality_name = "mel_error_db"
-
     def __init__(self, tokenizer: AudioConfig = AudioConfig(), optimizer: OptimizerConfig = OptimizerConfig(),
-                 absolute: float = 0.2):
+                 absolute: float = 0.2, refine: str | None = None, adversarial: AdversarialConfig | None = None):
         """
         Args:
             tokenizer: spectrogram, patches and network.
             optimizer: learning rate and schedule.
             absolute: weight of the absolute error beside the squared one.
+            refine: folder of a finished tokenizer of this configuration: only its way back from codes is trained
+                further. Its codes and its fingerprint stay, and so do the models that were trained with it.
+            adversarial: a critic that learns to tell reconstructed spectrograms from originals, none by default.
         """
-        super().__init__(AudioTokenizer(tokenizer), optimizer, absolute)
+        super().__init__(AudioTokenizer(tokenizer), refine, optimizer, absolute, adversarial, channels=1)
 
-    def quality(self, media: Tensor, result: Reconstruction) -> Tensor:
+    def quality(self, media: Tensor, result: Reconstruction) -> dict[str, Tensor]:
         """Mean absolute error of the log-mel spectrogram in dB."""
-        return AudioTokenizer.decibels((result.output - media).abs().mean())
+        return {"mel_error_db": AudioTokenizer.decibels((result.output - media).abs().mean())}

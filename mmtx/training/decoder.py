@@ -13,7 +13,7 @@ from torch import Tensor
 from mmtx.data.augment import AudioAugmentation, ImageAugmentation
 from mmtx.data.collection import DataSource, progress, read_sources
 from mmtx.data.packing import Batch, PackedBatches
-from mmtx.data.tokens import Augmentation, build_store, seed_of
+from mmtx.data.tokens import Augmentation, Documents, seed_of
 from mmtx.errors import InputError
 from mmtx.modality.base import load_tokenizer
 from mmtx.model import CodeRange, Decoder, DecoderConfig
@@ -33,7 +33,7 @@ class TokenizerFolders:
 
 
 class DecoderData(LightningDataModule):
-    """Samples -> codes, once before training -> packed batches."""
+    """Samples -> documents of codes and features -> packed batches."""
 
     def __init__(
         self,
@@ -42,7 +42,6 @@ class DecoderData(LightningDataModule):
         validation: list[DataSource],
         tokens: int = 4096,
         context: int = 1024,
-        views: int = 1,
         image_augmentation: ImageAugmentation | None = None,
         audio_augmentation: AudioAugmentation | None = None,
         workers: int = 0,
@@ -56,15 +55,14 @@ class DecoderData(LightningDataModule):
             validation: held-out samples, for losses and shown captions.
             tokens: tokens of a batch on each device.
             context: longest document in tokens.
-            views: versions of each training sample; all but the first are augmented.
-            image_augmentation: changes to pictures, none by default.
-            audio_augmentation: changes to sounds, none by default.
-            workers: processes that put batches together.
+            image_augmentation: changes to pictures, new ones each time; none by default.
+            audio_augmentation: changes to sounds, new ones each time; none by default.
+            workers: processes that read and encode media and put batches together.
             max_bad: share of samples that may be unreadable.
             seed: fixes order and augmentation.
         """
         super().__init__()
-        self.context, self.tokens, self.views, self.workers = context, tokens, views, workers
+        self.context, self.tokens, self.workers = context, tokens, workers
         self.max_bad, self.seed = max_bad, seed
         self.train_sources, self.validation_sources = train, validation
         self.augmentation = Augmentation(image_augmentation, audio_augmentation)
@@ -76,31 +74,33 @@ class DecoderData(LightningDataModule):
         self.vocabulary = Vocabulary.build(self.tokenizers)
 
     def setup(self, stage: str) -> None:
-        if hasattr(self, "train_store"):
+        if hasattr(self, "train_documents"):
             return
         samples, repeats = read_sources(self.train_sources, self.max_bad)
         self.held_out, _ = read_sources(self.validation_sources, self.max_bad)
         common = dict(context=self.context, seed=self.seed, max_bad=self.max_bad)
-        self.validation_store = build_store(
-            self.held_out, self.tokenizers, self.vocabulary, progress=progress("encode validation"), **common)
-        self.train_store = build_store(
-            samples, self.tokenizers, self.vocabulary, views=self.views, augmentation=self.augmentation,
-            progress=progress("encode train"), **common)
-        trained = self.validation_store.ids[self.validation_store.trained]
-        self.trained_modalities = sorted(set(self.vocabulary.modality_of(trained).tolist()))
-        self.repeats = [repeats[number] for number in self.train_store.numbers]
+        self.validation_documents = Documents(
+            self.held_out, self.tokenizers, self.vocabulary, progress=progress("read validation"), **common)
+        self.train_documents = Documents(
+            samples, self.tokenizers, self.vocabulary, augmentation=self.augmentation, progress=progress("read train"),
+            **common)
+        self.repeats = [repeats[number] for number in self.train_documents.numbers]
+
+    def sample_names(self, batch: Batch) -> list[str]:
+        """File and row of each sample of a training batch."""
+        return [self.train_documents.samples[number].where for number in batch.samples.tolist()]
 
     def train_dataloader(self) -> ResumableLoader:
         trainer = self.trainer
         batches = PackedBatches(
-            self.train_store, self.vocabulary, self.tokens, repeats=self.repeats, seed=self.seed,
+            self.train_documents, self.vocabulary, self.tokens, repeats=self.repeats, seed=self.seed,
             steps=trainer.max_steps * trainer.accumulate_grad_batches, rank=trainer.global_rank,
             world=trainer.world_size)
         return ResumableLoader(batches, self.workers)
 
     def val_dataloader(self) -> ResumableLoader:
         return ResumableLoader(PackedBatches(
-            self.validation_store, self.vocabulary, self.tokens, shuffle=False,
+            self.validation_documents, self.vocabulary, self.tokens, shuffle=False,
             rank=self.trainer.global_rank, world=self.trainer.world_size))
 
 
@@ -112,16 +112,19 @@ class DecoderModule(LightningModule):
         decoder: DecoderConfig,
         optimizer: OptimizerConfig = OptimizerConfig(),
         z_loss: float = 1e-5,
+        continuous: bool = False,
     ):
         """
         Args:
-            decoder: sizes of the network; `vocabulary_size` and `composed` come from the tokenizers.
+            decoder: sizes of the network; `vocabulary_size`, `composed` and `features` come from the tokenizers.
             optimizer: learning rate and schedule.
             z_loss: weight of the squared log-sum-exp of the scores, which keeps them from drifting.
+            continuous: let pictures and sounds of user turns enter as the features that their encoder saw before the
+                quantizer. What is generated is made of codes either way.
         """
         super().__init__()
         self.config, self.optimizer_config = decoder, optimizer
-        self.z_loss = z_loss
+        self.z_loss, self.continuous = z_loss, continuous
         self.decoder: Decoder | None = None
 
     def configure_model(self) -> None:
@@ -131,7 +134,9 @@ class DecoderModule(LightningModule):
         vocabulary = data.vocabulary
         ranges = [CodeRange(vocabulary.range(kind).start, levels) for kind in vocabulary.kinds
                   if (levels := vocabulary.levels(kind))]
-        self.config = replace(self.config, vocabulary_size=vocabulary.size, composed=tuple(ranges))
+        widths = {kind: data.tokenizers[kind].feature_width for kind in vocabulary.kinds if vocabulary.levels(kind)}
+        self.config = replace(self.config, vocabulary_size=vocabulary.size, composed=tuple(ranges),
+                              features=widths if self.continuous else {})
         self.decoder = Decoder(self.config)
 
     def configure_optimizers(self) -> dict:
@@ -139,6 +144,7 @@ class DecoderModule(LightningModule):
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         loss, log_sum = self._losses(batch)
+        self.seen = loss.detach(), log_sum.detach()  # for telemetry
         self.count += len(batch.targets)
         self.log("train/loss", loss.detach().mean(), prog_bar=True)
         # The sum, not the mean: `on_before_optimizer_step` divides by all targets of the step at once.
@@ -153,15 +159,15 @@ class DecoderModule(LightningModule):
         # Ranks average their gradients; the right divisor is the number of targets of all ranks.
         world = self.trainer.world_size
         count = self.all_gather(self.count).sum() if world > 1 else self.count
-        scale = world / count.clamp_min(1)
+        self.gradient_scale = world / count.clamp_min(1)
         for parameter in self.parameters():
             if parameter.grad is not None:
-                parameter.grad.mul_(scale)
+                parameter.grad.mul_(self.gradient_scale)
 
     def validation_step(self, batch: Batch, index: int) -> None:
         loss, _ = self._losses(batch)
         self.log("val/loss", loss.mean(), batch_size=len(loss), sync_dist=True)
-        for number in self.trainer.datamodule.trained_modalities:
+        for number in self.trainer.datamodule.validation_documents.modalities:
             chosen = batch.modality == number
             if chosen.any():
                 self.log(f"val/loss_{MODALITIES[number]}", loss[chosen].mean(), batch_size=int(chosen.sum()),
@@ -173,7 +179,7 @@ class DecoderModule(LightningModule):
         Where the grammar allows no code, the scores of codes are left out of the softmax: they are most of the
         vocabulary, and generation never looks at them there.
         """
-        hidden = self.decoder(batch.ids, batch.positions, batch.packing).flatten(0, 1)[batch.supervised]
+        hidden = self.decoder(batch.ids, batch.positions, batch.packing, batch.features).flatten(0, 1)[batch.supervised]
         losses, sums = [], []
         for states, targets, plain in (
             (hidden[:batch.plain], batch.targets[:batch.plain], True),

@@ -1,5 +1,6 @@
 """A loader whose only state is the number of batches handed out, so that a resumed run goes on where it stopped."""
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +23,8 @@ class ResumableLoader:
         if self.next >= len(self):
             self.next = 0
         loader = DataLoader(self.dataset, batch_size=None, sampler=range(self.next, len(self)),
-                            num_workers=self.workers, pin_memory=torch.cuda.is_available())
+                            num_workers=self.workers, pin_memory=torch.cuda.is_available(),
+                            worker_init_fn=_leave_group)
         for batch in loader:
             # Before the yield: code behind it does not run when the trainer stops asking.
             self.next += 1
@@ -33,3 +35,8 @@ class ResumableLoader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.next = state["next"]
+
+
+def _leave_group(worker: int) -> None:
+    """A signal to the group of processes is for the trainer, which still needs its workers to end in order."""
+    os.setpgid(0, 0)

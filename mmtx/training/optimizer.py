@@ -1,27 +1,105 @@
-"""AdamW with warm-up and linear decay to zero, for codecs and decoder alike."""
+"""AdamW, and Muon for the matrices inside blocks, with warm-up and linear decay to zero, for codecs and decoder alike."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from mmtx.layers import Block, FusedLinear
+from mmtx.modality.vocoder import ConvNeXtBlock
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the published method, for five rounds
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Peak learning rate, and how it gets there and back to zero at the trainer's `max_steps`."""
+    """Peak learning rates, and how they get there and back to zero at the trainer's `max_steps`.
+
+    `muon` is the learning rate of the matrices inside blocks, which are then trained with Muon; without
+    it, and for everything else, AdamW does the work. Measured on the image codec of the starter data, 2.5 minutes
+    each on one core: 21.5 dB with AdamW at 3e-3, 22.5 dB with Muon at 8e-3.
+    """
 
     learning_rate: float = 2e-3
+    muon: float | None = None
     warmup_steps: int = 50
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
 
 
-def configure(module: nn.Module, config: OptimizerConfig, max_steps: int) -> dict:
-    """What `LightningModule.configure_optimizers` returns. Only matrices decay, not gains and biases."""
-    matrices = [p for p in module.parameters() if p.requires_grad and p.dim() > 1]
-    others = [p for p in module.parameters() if p.requires_grad and p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+class Muon(torch.optim.AdamW):
+    """AdamW whose groups with `parts` take orthogonalised momentum steps instead (Muon, with the step size of AdamW).
+
+    Muon: https://kellerjordan.github.io/posts/muon; the scale of its steps: https://arxiv.org/abs/2502.16982.
+    `torch.optim.Muon` always computes in bfloat16, which made a step of these small models 13 times slower on a CPU,
+    and cannot see that a fused projection holds several matrices.
+    """
+
+    momentum = 0.95
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = self.param_groups
+        for group in groups:
+            for parameter, sizes in zip(group["params"], group.get("parts", ())):
+                if parameter.grad is not None:
+                    self._turn(parameter, sizes, group["lr"], group["weight_decay"])
+        self.param_groups = [group for group in groups if "parts" not in group]
+        try:
+            super().step()
+        finally:
+            self.param_groups = groups
+        return loss
+
+    def _turn(self, parameter: Tensor, sizes: tuple[int, ...], rate: float, decay: float) -> None:
+        state = self.state[parameter]
+        if not state:
+            # AdamW's state always has a step, and loading a state looks for it.
+            state.update(step=torch.zeros(()), momentum=torch.zeros_like(parameter))
+        momentum = state["momentum"].lerp_(parameter.grad, 1 - self.momentum)
+        update = parameter.grad.lerp(momentum, self.momentum)
+        parameter.mul_(1 - rate * decay)
+        for matrix, part in zip(parameter.split(sizes), update.split(sizes), strict=True):
+            matrix.add_(orthogonal(part), alpha=-0.2 * rate * max(part.shape) ** 0.5)
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """A matrix (n, m) -> nearly the nearest one whose singular values are all 1, by Newton-Schulz rounds."""
+    a, b, c = NEWTON_SCHULZ
+    x = matrix.bfloat16() if matrix.is_cuda else matrix
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.T if tall else x).to(matrix.dtype)
+
+
+def configure(module: nn.Module, config: OptimizerConfig, max_steps: int, more: Sequence[dict] = ()) -> dict:
+    """What `LightningModule.configure_optimizers` returns. Only matrices decay, not gains and biases.
+
+    `more` are parameter groups of what trains beside `module`, with learning rates of their own.
+    """
+    parts = {}
+    if config.muon is not None:
+        for block in (m for m in module.modules() if isinstance(m, (Block, ConvNeXtBlock))):
+            for linear in (m for m in block.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad):
+                parts[linear.weight] = linear.sizes if isinstance(linear, FusedLinear) else (linear.out_features,)
+    rest = [p for p in module.parameters() if p.requires_grad and p not in parts]
+    groups = [
+        {"params": [p for p in rest if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    if parts:
+        groups.append({"params": list(parts), "parts": list(parts.values()), "lr": config.muon,
+                       "weight_decay": config.weight_decay})
+    optimizer = Muon([*groups, *more], lr=config.learning_rate, betas=config.betas, fused=True)
 
     def factor(step: int) -> float:
         return min((step + 1) / max(1, config.warmup_steps), max(0.0, 1 - step / max_steps))

@@ -8,14 +8,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning import LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mmtx.errors import InputError
 from mmtx.pipeline import find_shipped
-from mmtx.training.callbacks import ProgressBar, SaveModel, ShowSamples
+from mmtx.training.callbacks import Metrics, ProgressBar, SaveModel, ShowSamples
+from mmtx.training.checkpoint import AtomicCheckpointIO, Checkpoints, flatten, newest
+from mmtx.training.guard import SkipNonFinite, Telemetry
+from mmtx.training.signals import follow_launcher
+
+# What of `trainer` a resumed run must have in common with the one it goes on with.
+RESUMED_TRAINER = ("max_steps", "accumulate_grad_batches", "precision", "gradient_clip_val", "gradient_clip_algorithm")
+MAY_CHANGE = ("data.init_args.workers",)
 
 
 class Parser(LightningArgumentParser):
@@ -35,18 +41,30 @@ class FitCLI(LightningCLI):
                             help="folder for the run: the model, checkpoints, metrics, samples")
         parser.add_argument("--save_every", type=int, default=500, help="steps between two resume checkpoints")
         parser.add_argument("--samples", type=int, default=16, help="held-out samples shown after each validation")
+        parser.add_argument("--ema", type=float | None, default=None,
+                            help="decay of an average of the weights (0.999, say), which is validated and saved")
+        parser.add_argument("--max_skipped", type=int, default=10,
+                            help="steps with a loss or gradient that is not finite, in a row, that end the run")
 
     def instantiate_trainer(self, **kwargs: Any):
         output, trainer = check_output(self._get(self.config_init, "output")), self._get(self.config_init, "trainer")
+        ema = self._get(self.config_init, "ema")
+        if ema is not None and not 0 < ema < 1:
+            raise InputError(f"ema: found {ema}, expected a number between 0 and 1")
         self.trainer_defaults["callbacks"] = [
             *([] if trainer.enable_progress_bar is False else [ProgressBar()]),
-            SaveModel(output),
+            # Samples are shown before, and the model is saved after, the average gives way and takes its place.
             ShowSamples(output, self._get(self.config_init, "samples")),
+            *([] if ema is None else [EMAWeightAveraging(decay=ema, use_buffers=False)]),
+            SaveModel(output),
             LearningRateMonitor("step"),
-            ModelCheckpoint(output / "checkpoints", every_n_train_steps=self._get(self.config_init, "save_every"),
-                            save_last=True, save_top_k=1),
+            SkipNonFinite(self._get(self.config_init, "max_skipped")),
+            Telemetry(),
+            Checkpoints(output / "checkpoints", self._get(self.config_init, "save_every")),
         ]
-        kwargs["logger"] = CSVLogger(output, name="", version="metrics")
+        self.checkpoint_io = AtomicCheckpointIO()
+        kwargs["plugins"] = [*as_list(trainer.plugins), self.checkpoint_io]
+        kwargs["logger"] = Metrics(output)
         try:
             return super().instantiate_trainer(default_root_dir=str(output), **kwargs)
         except (MisconfigurationException, ValueError, ImportError) as error:
@@ -56,6 +74,28 @@ class FitCLI(LightningCLI):
         # The text tokenizer is no optimizer's work and counts no steps.
         if self.model.automatic_optimization and self.trainer.max_steps < 1:
             raise InputError(f"trainer.max_steps: found {self.trainer.max_steps}, expected 1 or more")
+
+    def record(self) -> dict[str, Any]:
+        """All that decides the batches and the model, as plain values by name."""
+        config = self.config.get(str(self.subcommand), self.config).as_dict()
+        tokenizers = getattr(self.datamodule, "tokenizers", {})
+        record = flatten({
+            **{name: config[name] for name in ("seed_everything", "ema", "model", "data")},
+            "trainer": {name: config["trainer"][name] for name in RESUMED_TRAINER},
+            "tokenizers": {kind: tokenizer.fingerprint for kind, tokenizer in tokenizers.items()},
+            "processes": self.trainer.world_size,
+        })
+        return {name: value for name, value in record.items() if name not in MAY_CHANGE}
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """What `Trainer.fit` gets: the newest checkpoint that is sound in place of "last"."""
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        self.checkpoint_io.record = self.record()
+        if kwargs.get("ckpt_path") == "last":
+            kwargs["ckpt_path"] = newest(Path(self._get(self.config_init, "output")) / "checkpoints")
+        elif kwargs.get("ckpt_path") is not None and not Path(kwargs["ckpt_path"]).is_file():
+            raise InputError(f'ckpt_path: {kwargs["ckpt_path"]}: no such file, expected a checkpoint or "last"')
+        return kwargs
 
     def _parse_ckpt_path(self) -> None:
         """Resuming must not let the checkpoint's hyperparameters override the configuration that the user gave."""
@@ -72,6 +112,11 @@ def check_output(folder: str) -> Path:
     except OSError as error:
         raise InputError(f"output: {folder} cannot be written ({error.strerror})") from None
     return path
+
+
+def as_list(value: Any) -> list:
+    """None, one value or several as a list."""
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
 def one_line(message: str) -> str:
@@ -129,9 +174,11 @@ def fit(arguments: list[str]) -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message=".*WeightAveraging callback with a model that overrides.*")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     # `sys.argv` stays as it is: it is what the other processes of a run on several devices are started with.
     warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
+    follow_launcher()
     try:
         command_line(["fit", *shipped_configs(arguments)], run=True)
     except MisconfigurationException as error:

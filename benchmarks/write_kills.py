@@ -1,0 +1,67 @@
+"""Is there always a sound newest checkpoint? SIGKILL within the write, and disks that are full at ten levels.
+
+    python benchmarks/write_kills.py --kills 100
+    TMPDIR=/dev/shm python benchmarks/write_kills.py --kills 100 --folder .    # temporary files on another filesystem
+
+Files are of 8 MB. The full disk is a small filesystem in memory, which takes the rights to mount one. Status 1 if any
+checkpoint was lost.
+"""
+
+import argparse
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import test_checkpoint as test  # noqa: E402
+
+from mmtx.errors import InputError  # noqa: E402
+from mmtx.training.checkpoint import newest  # noqa: E402
+
+
+def full_disk(root: Path) -> str:
+    """Write a second checkpoint with room for ten different shares of it -> what happened."""
+    root.mkdir()
+    size = test.write(root, 1).stat().st_size
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={3 * size}", "tmpfs", root]
+    if subprocess.run(mount, capture_output=True).returncode:
+        return "full disk: skipped, no right to mount a small filesystem"
+    messages = []
+    try:
+        before = test.write(root, 1)
+        for tenth in range(10):
+            (root / "ballast").unlink(missing_ok=True)
+            room = shutil.disk_usage(root).free - size * tenth // 10
+            (root / "ballast").write_bytes(bytes(room))
+            try:
+                test.write(root, 2)
+            except InputError as error:
+                messages.append(str(error))
+            assert newest(root) == before and test.check(before) == 1
+            assert sorted(path.name for path in root.iterdir()) == ["ballast", before.name]
+    finally:
+        subprocess.run(["umount", root], check=True)
+    assert len(messages) == 10 and all("step-000000002.ckpt" in line and str(size) in line for line in messages)
+    return f"full disk at ten levels: the one before loads each time; for example: {messages[5]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    test.NUMBERS = 2_000_000
+    with tempfile.TemporaryDirectory(dir=options.folder) as root:
+        folder = Path(root) / "checkpoints"
+        within = test.kill_while_writing(folder, options.kills, random.Random(options.seed))
+        print(f"{options.kills} kills, {within} of them within a write; temporary files in {tempfile.gettempdir()}, "
+              f"checkpoints in {folder}: always a sound newest one")
+        print(full_disk(Path(root) / "small"))
+
+
+if __name__ == "__main__":
+    main()

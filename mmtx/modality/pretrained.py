@@ -1,0 +1,266 @@
+"""Widely used pretrained codecs, loaded through transformers (extra `pretrained`), behind the contract of our own.
+
+Shapes: S samples, T time steps, h rows and w columns of codes.
+
+A folder that `save` writes holds a copy of the weights, so that a model stays whole without the place they came from.
+The codes have no levels, so a decoder learns one row for each, and there are no continuous features.
+"""
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmtx.errors import InputError
+from mmtx.modality.autoencoder import Encoding
+from mmtx.modality.base import Tokenizer, read_json, write_json
+from mmtx.modality.image import ImageConfig, ImageTokenizer
+
+AUDIO = {"encodec": "EncodecModel", "dac": "DacModel", "mimi": "MimiModel"}
+IMAGE = {"chameleon_vqgan": "ChameleonVQVAE", "emu3_vqgan": "Emu3VQVAE"}
+# What the image processors of transformers do without a preprocessor_config.json: (rescale_factor, mean, std).
+PIXELS = {
+    "chameleon_vqgan": (0.0078, [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]),
+    "emu3_vqgan": (1 / 255, [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
+}
+
+
+class Pretrained(Tokenizer, nn.Module):
+    """What the adapters share. `settings` is what config.json says, word for word: the fingerprint depends on it."""
+
+    models: dict[str, str]  # model_type of the configuration -> class in transformers
+    levels = None
+    feature_width = 0
+
+    def __init__(self, network: nn.Module, settings: dict[str, Any]):
+        super().__init__()
+        self.network, self.settings = network.eval().requires_grad_(False), settings
+
+    @classmethod
+    def wrap(cls, network: nn.Module, **settings: Any) -> "Pretrained":
+        """An adapter for a model of transformers that is in memory. `settings` as in `from_pretrained`."""
+        values = {name: value for name, value in network.config.to_dict().items()
+                  if name not in ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures")}
+        return cls(network.float(), {"kind": f"pretrained {cls.kind}", "network": values, **settings})
+
+    @classmethod
+    def load(cls, folder: Path) -> nn.Module:
+        """The codec in a folder that transformers wrote: alone, or as the part `vq_config` of a larger model."""
+        transformers = require_transformers()
+        values = read_json(folder / "config.json")
+        values = values.get("vq_config", values)
+        name = cls.models.get(values.get("model_type"))
+        if name is None:
+            raise InputError(f"{folder / 'config.json'}: field 'model_type' is {values.get('model_type')!r}, "
+                             f"expected one of {', '.join(cls.models)}")
+        try:
+            if (folder / "model.safetensors.index.json").exists() or "vq_config" in read_json(folder / "config.json"):
+                network = build(transformers, name, values)
+                network.load_state_dict(part(folder, "vqmodel."))
+                return network
+            return getattr(transformers, name).from_pretrained(folder, local_files_only=True)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"{folder}: not a whole {name} ({str(error).splitlines()[0]})") from None
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "Pretrained":
+        transformers, folder = require_transformers(), Path(folder)
+        settings = read_json(folder / "config.json")
+        try:
+            network = build(transformers, cls.models[settings["network"]["model_type"]], settings["network"])
+            network.load_state_dict(safetensors.torch.load((folder / "model.safetensors").read_bytes()))
+            return cls(network, settings)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"{folder}: not a whole pretrained {cls.kind} tokenizer "
+                             f"({type(error).__name__}: {str(error).splitlines()[0]})") from None
+
+    def files(self) -> dict[str, bytes]:
+        weights = {name: tensor.cpu().contiguous() for name, tensor in self.network.state_dict().items()}
+        return {"config.json": write_json(self.settings), "model.safetensors": safetensors.torch.save(weights)}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @abstractmethod
+    def encode(self, medium: Tensor) -> np.ndarray: ...
+
+    def encode_batch(self, media: Sequence[Tensor]) -> list[np.ndarray]:
+        """Media of any sizes -> codes of each. One by one: padding would change the codes of these networks."""
+        return [self.encode(medium) for medium in media]
+
+    def embed_batch(self, media: Sequence[Tensor]) -> list[Encoding]:
+        """As `encode_batch`; there are no features."""
+        return [Encoding(codes, None) for codes in self.encode_batch(media)]
+
+    def check(self, codes: np.ndarray) -> Tensor:
+        codes = np.asarray(codes)
+        if codes.size and (codes.min() < 0 or codes.max() >= self.size):
+            raise InputError(f"{self.kind} codes: found {codes.min()}..{codes.max()}, expected 0..{self.size - 1}")
+        return torch.from_numpy(codes.astype(np.int64)).to(self.device)
+
+
+class PretrainedAudio(Pretrained):
+    """EnCodec (https://arxiv.org/abs/2210.13438), DAC (https://arxiv.org/abs/2306.06546) or Mimi
+    (https://arxiv.org/abs/2410.00037): sound (S,) at `rate` to codes (T, bands), coarse to fine, and back.
+
+    A band is a residual codebook: band b has the codes [b * entries, (b + 1) * entries).
+    """
+
+    kind = "audio"
+    models = AUDIO
+
+    def __init__(self, network: nn.Module, settings: dict[str, Any]):
+        super().__init__(network, settings)
+        c = network.config
+        if c.model_type == "encodec" and (c.normalize or c.audio_channels != 1 or c.chunk_length_s is not None):
+            raise InputError("pretrained audio: found an EnCodec that is stereo, or needs loudness beside its codes; "
+                             "expected one like encodec_24khz")
+        self.books = getattr(c, "n_codebooks", None) or c.num_quantizers
+        if not 1 <= self.bands <= self.books:
+            raise InputError(f"codebooks: found {self.bands}, expected 1 to {self.books}")
+        self.entries = c.codebook_size
+        self.hop = c.frame_size if c.model_type == "mimi" else c.hop_length  # samples of a time step
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, codebooks: int = 4) -> "PretrainedAudio":
+        """Read a folder of transformers. `codebooks`: how many, from the first on; more sound better and cost more."""
+        return cls.wrap(cls.load(Path(folder)), codebooks=codebooks)
+
+    @property
+    def bands(self) -> int:
+        """Codes in one time step."""
+        return self.settings["codebooks"]
+
+    @property
+    def size(self) -> int:
+        return self.bands * self.entries
+
+    @property
+    def rate(self) -> int:
+        """Samples a second."""
+        return self.network.config.sampling_rate
+
+    @property
+    def codes_per_second(self) -> float:
+        return self.rate / self.hop * self.bands
+
+    def grid(self, waveform: Tensor) -> tuple[int, int]:
+        """Time steps and bands of the codes of a waveform (S,)."""
+        return max(1, math.ceil(len(waveform) / self.hop)), self.bands
+
+    @torch.no_grad()
+    def encode(self, waveform: Tensor) -> np.ndarray:
+        """Waveform (S,) of any length -> codes (T, bands); silence fills the last step."""
+        steps, bands = self.grid(waveform)
+        sound = F.pad(waveform, (0, steps * self.hop - len(waveform))).to(self.device)[None, None]
+        kind = self.network.config.model_type
+        if kind == "encodec":
+            bandwidth = self.network.config.target_bandwidths[-1]
+            found = self.network.encode(sound, bandwidth=bandwidth).audio_codes[0]
+        else:
+            found = self.network.encode(sound, **{"dac": {"n_quantizers": bands},
+                                                  "mimi": {"num_quantizers": bands}}[kind]).audio_codes
+        codes = found[0, :bands].T                                                        # (T, bands)
+        return (codes + self.entries * torch.arange(bands, device=codes.device)).cpu().numpy()
+
+    @torch.no_grad()
+    def decode(self, codes: np.ndarray) -> Tensor:
+        """Codes (T, bands) -> waveform (T * hop,). A code in a band that it does not belong to counts as its entry."""
+        codes = self.check(codes)
+        entries = (codes % self.entries).T[None]                                          # (1, bands, T)
+        if self.network.config.model_type == "encodec":
+            sound = self.network.decode(entries[None], [None]).audio_values
+        else:
+            sound = self.network.decode(audio_codes=entries).audio_values
+        sound, length = sound.flatten(), len(codes) * self.hop
+        return F.pad(sound[:length], (0, max(0, length - len(sound)))).clamp(-1, 1).cpu()
+
+
+class PretrainedImage(Pretrained):
+    """The quantizers of Chameleon (https://arxiv.org/abs/2405.09818) and Emu3 (https://arxiv.org/abs/2409.18869):
+    pictures, uint8 (3, H, W), to codes (h, w), and back. transformers has no decoder for Chameleon's codes.
+    """
+
+    kind = "image"
+    models = IMAGE
+    fit, grid = ImageTokenizer.fit, ImageTokenizer.grid
+
+    def __init__(self, network: nn.Module, settings: dict[str, Any]):
+        super().__init__(network, settings)
+        patch = 2 ** (len(network.config.channel_multiplier) - 1)
+        self.config = ImageConfig(patch=patch, side=settings["side"], fit=settings["fit"])
+        mean, std = (torch.tensor(settings[name])[:, None, None] for name in ("mean", "std"))
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, side: int | None = 512,
+                        fit: Literal["pad", "crop", "resize"] = "crop") -> "PretrainedImage":
+        """Read a folder of transformers, of a whole Chameleon or Emu3 only the quantizer. `side`, `fit`: `ImageConfig`.
+        """
+        network, path = cls.load(Path(folder)), Path(folder) / "preprocessor_config.json"
+        found = read_json(path) if path.exists() else {}
+        scale, mean, std = PIXELS[network.config.model_type]
+        return cls.wrap(network, side=side, fit=fit, scale=found.get("rescale_factor", scale),
+                        mean=found.get("image_mean", mean), std=found.get("image_std", std))
+
+    @property
+    def size(self) -> int:
+        c = self.network.config
+        return getattr(c, "codebook_size", None) or c.num_embeddings
+
+    @torch.no_grad()
+    def encode(self, picture: Tensor) -> np.ndarray:
+        """A picture, uint8 (3, H, W) of any size -> codes (h, w)."""
+        fitted = self.fit(picture)
+        pixels = ((fitted.to(self.device) * self.settings["scale"] - self.mean) / self.std)[None]
+        sizes = {} if self.network.config.model_type == "chameleon_vqgan" else {"image_sizes": [fitted.shape[-2:]]}
+        codes = self.network.encode(pixels, **sizes).image_tokens[0 if sizes else slice(None)]
+        return codes.view(self.grid(fitted)).cpu().numpy()
+
+    @torch.no_grad()
+    def decode(self, codes: np.ndarray) -> Tensor:
+        """Codes (h, w) -> a picture, uint8 (3, patch*h, patch*w). Raises InputError for Chameleon."""
+        codes = self.check(codes)
+        if not hasattr(self.network, "decode"):
+            raise InputError("image codes of Chameleon: found no decoder in transformers; its pictures are input only")
+        pixels = (self.network.decode(codes[None])[0] * self.std + self.mean) / self.settings["scale"]
+        return pixels.round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+def require_transformers():
+    """The package, or how to get it."""
+    try:
+        import transformers
+    except ImportError:
+        raise InputError("pretrained codecs: transformers is not installed, expected pip install 'mmtx[pretrained]'"
+                         ) from None
+    return transformers
+
+
+def build(transformers, name: str, values: dict[str, Any]) -> nn.Module:
+    """A model of transformers with the weights that its constructor gives it."""
+    cls = getattr(transformers, name)
+    values = {key: value for key, value in values.items() if key != "model_type"}
+    return cls(cls.config_class(**values)).float()
+
+
+def part(folder: Path, name: str) -> dict[str, Tensor]:
+    """The weights of a folder whose names contain `name`, by what comes behind it; the others are not read."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safetensors.safe_open(path, "pt") as file:
+            found |= {key.partition(name)[2]: file.get_tensor(key) for key in file.keys() if name in key}
+    return found

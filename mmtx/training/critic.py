@@ -1,0 +1,180 @@
+"""Terms beside the plain reconstruction error of a codec: features of a network that sees, and a critic that learns.
+
+Shapes: B batch, C channels, H height and W width of a picture (frames and mels of a spectrogram).
+"""
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmtx.errors import InputError
+
+LARGEST = 1e4  # most that the adversarial term is scaled by, as in VQGAN
+
+
+@dataclass(frozen=True)
+class PerceptualConfig:
+    """Distance of pictures in the features of a network that the user has.
+
+    `network` is the import path of what makes it (`torchvision.models.vgg16`, `timm.create_model`, a function of your
+    own) and `arguments` what it is called with. `layers` names the features as torchvision's `create_feature_extractor`
+    does. `weights` is a file, .safetensors or a state dict of torch; without it the network must come trained.
+    `mean` and `std` are of the pixels in [0, 1] that it was trained with; the defaults are ImageNet's.
+    """
+
+    network: str
+    layers: list[str]
+    weight: float = 0.1
+    arguments: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class AdversarialConfig:
+    """A critic that learns to tell reconstructions from originals, and its say in what the codec learns.
+
+    It starts after `start` steps. From then on its gradient at the reconstruction has `weight` times the norm of that
+    of all other terms. `width` channels in its first of `depth` layers, each of which halves the sides. `learning_rate`
+    is the critic's, and follows the codec's schedule.
+    """
+
+    weight: float = 0.5
+    start: int = 1000
+    width: int = 32
+    depth: int = 3
+    learning_rate: float = 4e-4
+
+    def __post_init__(self):
+        for name in ("width", "depth"):
+            if getattr(self, name) < 1:
+                raise InputError(f"adversarial.{name}: found {getattr(self, name)}, expected 1 or more")
+        if self.start < 0:
+            raise InputError(f"adversarial.start: found {self.start}, expected 0 or more steps")
+
+
+class Perceptual:
+    """Mean squared difference of channel-normalised features (LPIPS without its learned weights,
+    https://arxiv.org/abs/1801.03924). Not a module: the network is no part of what is trained, averaged or saved.
+    """
+
+    def __init__(self, config: PerceptualConfig):
+        """Raises InputError for a network that cannot be made or is untrained, a layer or a file that does not fit."""
+        from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+        self.config = config
+        network = _make(config)
+        if config.weights is not None:
+            _load(network, Path(config.weights))
+        # What comes the same twice is trained. An untrained network would judge by chance, and no figure show it.
+        elif not _equal(network.state_dict(), _make(config, 1).state_dict()):
+            raise InputError(f"perceptual.weights: found none, and {config.network} makes a network with random "
+                             "weights; expected a file with weights, or `arguments` with which it comes trained "
+                             "(torchvision: weights: DEFAULT, timm: pretrained: true)")
+        network.eval().requires_grad_(False)
+        try:
+            names = get_graph_node_names(network)[1]
+        except Exception as error:
+            raise InputError(f"perceptual.network: {config.network} cannot be traced by torch.fx "
+                             f"({' '.join(str(error).split())[:200]})") from None
+        for layer in config.layers or [""]:
+            if layer not in names and not any(name.startswith(f"{layer}.") for name in names if layer):
+                near = difflib.get_close_matches(layer, names, 5, 0.0)
+                raise InputError(f"perceptual.layers: found {layer!r}, expected layers of {config.network}: "
+                                 f"{', '.join(near)}, ...")
+        self.network = create_feature_extractor(network, config.layers)
+        self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (config.mean, config.std))
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] -> their distance, a number."""
+        self.network.to(output.device)
+        with torch.no_grad():
+            wanted = self._features(target)
+        found = self._features(output)
+        return torch.stack([(a - b).square().sum(1).mean() for a, b in zip(found, wanted, strict=True)]).mean()
+
+    def _features(self, pictures: Tensor) -> list[Tensor]:
+        pixels = ((pictures + 1) / 2 - self.mean.to(pictures)) / self.std.to(pictures)
+        return [F.normalize(features, dim=1) for features in self.network(pixels).values()]
+
+
+def _make(config: PerceptualConfig, seed: int = 0) -> nn.Module:
+    """Call what `network` names, without a trace in the random numbers of the run."""
+    module, _, name = config.network.rpartition(".")
+    try:
+        make = getattr(importlib.import_module(module), name)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            network = make(**config.arguments)
+    except Exception as error:
+        raise InputError(f"perceptual.network: {config.network} cannot be made "
+                         f"({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
+    if not isinstance(network, nn.Module):
+        raise InputError(f"perceptual.network: {config.network} gives {type(network).__name__}, "
+                         "expected a torch.nn.Module")
+    return network
+
+
+def _load(network: nn.Module, path: Path) -> None:
+    try:
+        state = (safetensors.torch.load_file(path) if path.suffix == ".safetensors"
+                 else torch.load(path, map_location="cpu", weights_only=True))
+        network.load_state_dict(state)
+    except Exception as error:
+        raise InputError(f"perceptual.weights: {path}: not weights of this network "
+                         f"({' '.join(str(error).split())[:200]})") from None
+
+
+def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+class Critic(nn.Sequential):
+    """A patch discriminator (https://arxiv.org/abs/1611.07004) of pictures or of spectrograms."""
+
+    def __init__(self, channels: int, config: AdversarialConfig):
+        layers: list[nn.Module] = []
+        for number in range(config.depth):
+            width = config.width * 2 ** min(number, 3)
+            # Padding of 2 leaves at least one score even of a single row.
+            layers.append(nn.Conv2d(channels, width, 4, stride=2, padding=2))
+            if number:
+                layers.append(nn.GroupNorm(1, width))
+            layers.append(nn.LeakyReLU(0.2))
+            channels = width
+        super().__init__(*layers, nn.Conv2d(channels, 1, 3, padding=1))
+
+    def forward(self, media: Tensor) -> Tensor:
+        """Pictures (B, C, H, W) or spectrograms (B, H, W) -> a score for each patch, (B, 1, h, w)."""
+        return super().forward(media if media.dim() == 4 else media[:, None])
+
+    def judge(self, output: Tensor) -> Tensor:
+        """What the codec is to make smaller: minus the mean score. The critic's own weights get no gradient."""
+        fixed = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        return -torch.func.functional_call(self, fixed, (output,)).mean()
+
+    def mistake(self, output: Tensor, target: Tensor) -> Tensor:
+        """What the critic is to make smaller, the hinge loss. The codec gets no gradient."""
+        return (F.relu(1 - self(target)).mean() + F.relu(1 + self(output.detach())).mean()) / 2
+
+    def silence(self) -> Tensor:
+        """Zero, with a gradient of zero for every weight: processes that train together expect one in each step."""
+        return sum(parameter.sum() for parameter in self.parameters()) * 0.0
+
+
+def balance(term: Tensor, rest: Tensor, output: Tensor) -> Tensor:
+    """What brings the gradient of `term` at `output` to the norm of that of `rest`.
+
+    VQGAN (https://arxiv.org/abs/2012.09841) takes the gradients at the last layer's weights instead.
+    """
+    theirs, ours = (torch.autograd.grad(loss, output, retain_graph=True)[0].float().norm() for loss in (rest, term))
+    return (theirs / ours.clamp_min(1e-12)).clamp_max(LARGEST)

@@ -1,0 +1,109 @@
+"""Numbers of a run: steps that would ruin the weights are left out, and what foretells a divergence is logged.
+
+Shapes: N tokens of a batch, M supervised tokens, D width.
+"""
+
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from mmtx.errors import InputError
+from mmtx.training.decoder import DecoderModule
+from mmtx.vocabulary import MODALITIES
+
+NAMED = 8  # samples at most in an error message
+
+
+class SkipNonFinite(Callback):
+    """Leaves out optimizer steps whose loss or gradient is not finite on any rank; ends the run after `limit` in a row.
+
+    Logs `train/gradient_norm`, before clipping, and `train/skipped`, their number so far.
+    """
+
+    def __init__(self, limit: int = 10):
+        self.limit = limit
+        self.skipped = self.in_a_row = 0
+        self.losses: list[tuple[Any, int, Tensor]] = []  # batch, its index, and whether its loss was finite
+
+    def state_dict(self) -> dict[str, int]:
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, index: int) -> None:
+        if index % trainer.accumulate_grad_batches == 0:
+            self.losses = []
+        self.batch = batch, index
+
+    def on_before_backward(self, trainer: Trainer, module: LightningModule, loss: Tensor) -> None:
+        self.losses.append((*self.batch, loss.detach().isfinite()))
+
+    def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Any) -> None:
+        gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+        self.norm = torch.nn.utils.get_total_norm(gradients)
+        finite = torch.stack([self.norm.isfinite(), *(finite for *_, finite in self.losses)]).all()
+        if trainer.strategy.reduce_boolean_decision(bool(finite), all=True):
+            self.in_a_row = 0
+            return
+        # Without a gradient the optimizer leaves weights and state alone.
+        for parameter in module.parameters():
+            parameter.grad = None
+        self.skipped += 1
+        self.in_a_row += 1
+        if self.in_a_row >= self.limit:
+            raise InputError(f"step {trainer.global_step + 1}: loss or gradient is not finite, for "
+                             f"{self.in_a_row} steps in a row; samples of the batch: {self._names(trainer)}")
+
+    def _names(self, trainer: Trainer) -> str:
+        """The samples, of all ranks, of the batches with a loss that is not finite, or of all batches of the step."""
+        bad = [entry for entry in self.losses if not entry[2]]
+        names = [name for batch, index, _ in bad for name in self._samples(trainer, batch, index)]
+        every = [name for batch, index, _ in self.losses for name in self._samples(trainer, batch, index)]
+        if trainer.world_size > 1:
+            both = [None] * trainer.world_size
+            torch.distributed.all_gather_object(both, (names, every))
+            names, every = ([name for part in parts for name in part] for parts in zip(*both))
+        names = list(dict.fromkeys(names or every))
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        return ", ".join(names[:NAMED]) + more
+
+    @staticmethod
+    def _samples(trainer: Trainer, batch: Any, index: int) -> list[str]:
+        name = getattr(trainer.datamodule, "sample_names", None)
+        return name(batch) if name else [f"batch {index}"]
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        if module.automatic_optimization and not trainer.fit_loop._should_accumulate():
+            # What the module divides the summed gradients by comes after the hook that saw them.
+            module.log("train/gradient_norm", self.norm * getattr(module, "gradient_scale", 1.0))
+            module.log("train/skipped", float(self.skipped))
+
+
+class Telemetry(Callback):
+    """Logs what foretells a divergence: log-sum-exp of the scores, norm of the last hidden state before its RMSNorm,
+    and loss and share of the targets of each modality. https://arxiv.org/abs/2405.09818 (Chameleon) saw both grow
+    long before the loss.
+    """
+
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if isinstance(module, DecoderModule):
+            module.decoder.norm.register_forward_pre_hook(self._see)
+
+    def _see(self, norm: torch.nn.Module, inputs: tuple[Tensor]) -> None:
+        self.hidden = inputs[0].detach()                      # (1, N, D)
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int,
+                           ) -> None:
+        if not isinstance(module, DecoderModule) or trainer.global_step % trainer.log_every_n_steps:
+            return
+        loss, log_sum = module.seen                           # (M,) each
+        module.log("train/log_sum_exp", log_sum.mean())
+        module.log("train/last_norm", self.hidden.float().norm(dim=-1).mean())
+        for number, modality in enumerate(MODALITIES):
+            chosen = batch.modality == number
+            if chosen.any():
+                module.log(f"train/loss_{modality}", loss[chosen].mean())
+            module.log(f"train/share_{modality}", chosen.float().mean())

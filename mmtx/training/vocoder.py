@@ -1,0 +1,182 @@
+"""Data and training module of the vocoder, which learns to make sound of what a finished codec leaves of it.
+
+Shapes: B batch, S samples, F frames, M mels.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule
+from torch import Generator, Tensor
+
+from mmtx.data.tokens import seed_of
+from mmtx.errors import InputError
+from mmtx.modality.audio import AudioTokenizer
+from mmtx.modality.base import load_tokenizer
+from mmtx.modality.vocoder import CENTS, LOWEST, PITCHES, VocoderConfig, hertz
+from mmtx.pipeline import find_shipped
+from mmtx.training.codec import CodecBatch, CodecData
+from mmtx.training.optimizer import OptimizerConfig, configure
+
+# (FFT size, hop, window) in samples. PUBLISHED are those of Parallel WaveGAN (https://arxiv.org/abs/1910.11480).
+PUBLISHED = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))
+TRAINING = ((512, 128, 512), (1024, 256, 1024), (2048, 512, 2048))  # a third of the work
+SOFT = 1500.0        # Hz above which the pitch tracker hears less and less
+CLARITY = 0.8        # share of a frame's energy that its period must explain to teach the pitch
+
+
+class VocoderData(CodecData):
+    """Cuts of sound as waveforms, (B, S)."""
+
+    def __init__(self, *args, steps: int = 32, **kwargs):
+        """
+        Args:
+            steps: time steps of the codec in a cut, at most its chunk.
+        """
+        super().__init__(*args, **kwargs)
+        self.steps = steps
+
+    def _sounds(self, waveforms: list[Tensor], generator: Generator) -> Tensor:
+        return torch.stack([
+            self.audio_augmentation(cut, self.tokenizer.rate, generator)
+            if self.audio_augmentation and torch.rand((), generator=generator) < 0.5 else cut
+            for cut in self._cuts(waveforms, self.steps, generator)])
+
+    def _held_out_sounds(self, waveforms: list[Tensor], generator: Generator) -> Tensor:
+        return torch.stack([*self._cuts(waveforms, self.steps, generator)])
+
+
+class VocoderModule(LightningModule):
+    """Trains a vocoder for an audio tokenizer, and saves the tokenizer with the vocoder in it."""
+
+    def __init__(self, tokenizer: str, vocoder: VocoderConfig = VocoderConfig(),
+                 optimizer: OptimizerConfig = OptimizerConfig(), clean: float = 0.25, mel: float = 1.0,
+                 pitch: float = 0.3):
+        """
+        Args:
+            tokenizer: folder of the audio tokenizer; it stays as it is.
+            vocoder: sizes of the network.
+            optimizer: learning rate and schedule.
+            clean: share of cuts whose spectrogram has not been through the codec.
+            mel: weight of the log-mel error beside the multi-resolution STFT distance.
+            pitch: weight of the cross-entropy of the pitch.
+        """
+        super().__init__()
+        codec = load_tokenizer(find_shipped(tokenizer))
+        if not isinstance(codec, AudioTokenizer):
+            raise InputError(f"tokenizer: {tokenizer} is of kind {codec.kind!r}, expected 'audio'")
+        # `train`: no part acts otherwise in training, but Lightning warns of parts that are in eval mode.
+        self.tokenizer = codec.requires_grad_(False).train()
+        codec.vocoder = codec.new_vocoder(vocoder)
+        self.optimizer_config, self.clean, self.mel, self.pitch = optimizer, clean, mel, pitch
+        self.griffin_lim: float | None = None  # its distance on the held-out cuts, once known
+
+    def configure_optimizers(self) -> dict:
+        return configure(self.tokenizer.vocoder, self.optimizer_config, self.trainer.max_steps)
+
+    def on_train_batch_start(self, batch: CodecBatch, index: int) -> None:
+        torch.manual_seed(seed_of(self.trainer.datamodule.seed, index, self.global_rank))
+
+    def training_step(self, batch: CodecBatch, index: int) -> Tensor:
+        true, vocoder = batch.media, self.tokenizer.vocoder
+        with torch.no_grad():
+            clean = self.tokenizer.spectrogram(true)
+            coded = self.tokenizer(clean).output
+            keep = torch.rand(len(true), 1, 1, device=self.device) < self.clean
+            heard = torch.where(keep, clean, coded)
+            cents, clarity = track(true, self.tokenizer.rate, self.tokenizer.config.hop)
+        filters = vocoder.filters(self.tokenizer.to_log(heard))
+        output = vocoder.sound(filters).waveform
+        parts = {
+            "stft": stft_distance(output, true, TRAINING),
+            "mel": (self.tokenizer.spectrogram(output) - clean).abs().mean(),
+            "pitch": pitch_loss(filters.pitch, cents, clarity > CLARITY),
+        }
+        self.log_dict({f"train/{name}": value for name, value in parts.items()}, prog_bar=True)
+        return parts["stft"] + self.mel * parts["mel"] + self.pitch * parts["pitch"]
+
+    def on_validation_epoch_start(self) -> None:
+        self.first_validation = self.griffin_lim is None and not self.trainer.sanity_checking
+        self.distances: list[float] = []
+
+    def validation_step(self, batch: CodecBatch, index: int) -> None:
+        true = batch.media
+        mel = self.tokenizer(self.tokenizer.spectrogram(true)).output
+        filters = self.tokenizer.vocoder.filters(self.tokenizer.to_log(mel))
+        output = self.tokenizer.vocoder.sound(filters).waveform
+        cents, clarity = track(true, self.tokenizer.rate, self.tokenizer.config.hop)
+        wrong = (1200 * (hertz(filters.pitch) / LOWEST).log2() - cents).abs() > 50
+        figures = {
+            "stft_distance": stft_distance(output, true),
+            "mel_error_db": AudioTokenizer.decibels((self.tokenizer.spectrogram(output) - mel).abs().mean()),
+            "wrong_pitch": (wrong & (clarity > CLARITY)).sum() / (clarity > CLARITY).sum().clamp_min(1),
+        }
+        self.log_dict({f"val/{name}": value for name, value in figures.items()}, prog_bar=True, batch_size=len(true),
+                      sync_dist=True)
+        if self.first_validation:
+            fallback = torch.stack([self.tokenizer.griffin_lim(item) for item in mel.cpu()]).to(true)
+            self.distances.append(float(stft_distance(fallback, true)))
+
+    def on_validation_epoch_end(self) -> None:
+        if self.first_validation:
+            self.griffin_lim = sum(self.distances) / len(self.distances)
+        if self.griffin_lim is not None:
+            self.log("val/griffin_lim_stft_distance", self.griffin_lim, sync_dist=True)
+
+    def save(self, folder: Path) -> None:
+        self.tokenizer.save(folder)
+
+
+def stft_distance(output: Tensor, true: Tensor, resolutions=PUBLISHED) -> Tensor:
+    """Multi-resolution STFT distance of waveforms (B, S): spectral convergence plus log magnitude error, the mean."""
+    total = output.new_zeros(())
+    for size, hop, window in resolutions:
+        hann = torch.hann_window(window, device=output.device)
+        found, wanted = (
+            torch.view_as_real(torch.stft(x, size, hop, window, hann, return_complex=True)).square().sum(-1)
+            .clamp_min(1e-7).sqrt() for x in (output, true))                                # (B, K, F)
+        convergence = (found - wanted).norm(dim=(1, 2)) / wanted.norm(dim=(1, 2))
+        total = total + convergence.mean() + (found.log() - wanted.log()).abs().mean()
+    return total / len(resolutions)
+
+
+def pitch_loss(logits: Tensor, cents: Tensor, voiced: Tensor) -> Tensor:
+    """Cross-entropy of pitch logits (B, F, PITCHES) where `voiced` (B, F); `cents` (B, F) lies between two bins."""
+    place = (cents / CENTS).clamp(0, PITCHES - 1.001)
+    low = place.floor().long()
+    share = (place - low)[..., None]
+    found = logits.log_softmax(-1)
+    of = found.gather(-1, low[..., None]) * (1 - share) + found.gather(-1, low[..., None] + 1) * share
+    return -(of[..., 0] * voiced).sum() / voiced.sum().clamp_min(1)
+
+
+def track(waveform: Tensor, rate: int, hop: int) -> tuple[Tensor, Tensor]:
+    """Waveform (B, S) -> pitch in cents above the vocoder's lowest, and its clarity in [0, 1], (B, F = S / hop) both.
+
+    The method of McLeod and Wyvill (A smarter way to find pitch, ICMC 2005): the first peak of the normalised
+    autocorrelation that is nearly as high as the highest. Frames are centred on their hop.
+    """
+    # Peaks of bright sounds are narrower than a sample, and one that lies between two would be missed.
+    tones = torch.fft.rfftfreq(waveform.shape[-1], 1 / rate, device=waveform.device)
+    waveform = torch.fft.irfft(torch.fft.rfft(waveform) / (1 + (tones / SOFT) ** 2), waveform.shape[-1])
+    longest = math.ceil(rate / LOWEST)
+    window = 2 * longest
+    size = 2 ** math.ceil(math.log2(2 * window))
+    shortest = rate / (LOWEST * 2 ** (CENTS * (PITCHES - 1) / 1200))
+    frames = F.pad(waveform, (window // 2, window // 2)).unfold(-1, window, hop)[:, :waveform.shape[-1] // hop]
+    product = torch.fft.irfft(torch.fft.rfft(frames, size).abs().square(), size)[..., :longest + 1]
+    energy = F.pad(frames.square().cumsum(-1), (1, 0))
+    lags = torch.arange(longest + 1, device=waveform.device)
+    both = energy[..., -1:] - energy[..., lags] + energy[..., window - lags]
+    likeness = 2 * product / both.clamp_min(1e-6)                                           # (B, F, longest + 1)
+    middle, left, right = likeness[..., 1:-1], likeness[..., :-2], likeness[..., 2:]
+    peak = (middle > left) & (middle >= right) & (lags[1:-1] >= shortest)
+    heights = middle - (left - right).square() / (8 * (left - 2 * middle + right)).clamp_max(-1e-6)
+    heights = torch.where(peak, heights, 0.0)
+    best = heights.amax(-1, keepdim=True)
+    chosen = (peak & (heights >= 0.9 * best)).int().argmax(-1, keepdim=True)
+    a, b, c = (x.gather(-1, chosen) for x in (left, middle, right))
+    lag = chosen + 1 + ((a - c) / (2 * (a - 2 * b + c)).clamp_max(-1e-6)).clamp(-0.5, 0.5)
+    return 1200 * torch.log2(rate / lag / LOWEST)[..., 0], best[..., 0]

@@ -1,0 +1,156 @@
+"""Checkpoint files: kills, full disks and damage leave a sound one, and nothing that is not finite gets into one."""
+
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmtx.errors import InputError
+from mmtx.training.checkpoint import AtomicCheckpointIO, damage, newest
+
+
+NUMBERS = 50_000
+
+
+def checkpoint(step: int) -> dict:
+    weights = {"weight": torch.full((NUMBERS,), float(step))}
+    return {"global_step": step, "state_dict": weights, "optimizer_states": [{}]}
+
+
+def write(folder: Path, step: int) -> Path:
+    path = folder / f"step-{step:09d}.ckpt"
+    AtomicCheckpointIO().save_checkpoint(checkpoint(step), path)
+    return path
+
+
+def check(path: Path) -> int:
+    """The step of a checkpoint all of whose numbers are right."""
+    loaded = AtomicCheckpointIO().load_checkpoint(path)
+    assert loaded["state_dict"]["weight"].eq(loaded["global_step"]).all()
+    return loaded["global_step"]
+
+
+def test_what_is_written_is_read(tmp_path):
+    path = write(tmp_path, 3)
+    assert check(path) == 3
+    assert torch.load(path, weights_only=True)["global_step"] == 3  # any reader of torch's files can
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9, 0.9999])
+def test_a_truncated_file_is_noticed_and_the_one_before_it_taken(tmp_path, capsys, share):
+    before, path = write(tmp_path, 1), write(tmp_path, 2)
+    os.truncate(path, int(share * path.stat().st_size))
+    assert newest(tmp_path) == before and check(before) == 1
+    told = capsys.readouterr().err
+    assert path.name in told and "truncated" in told and told.count("\n") == 1
+    with pytest.raises(InputError, match=path.name):
+        AtomicCheckpointIO().load_checkpoint(path)
+
+
+def test_the_newest_is_the_one_written_last(tmp_path):
+    # A run that starts anew in the folder of an older one.
+    write(tmp_path, 900)
+    path = write(tmp_path, 5)
+    assert newest(tmp_path) == path
+
+
+def test_a_flipped_byte_is_noticed_wherever_it_is(tmp_path, capsys):
+    before, path = write(tmp_path, 1), write(tmp_path, 2)
+    content = path.read_bytes()
+    for place in [0, len(content) - 1, *random.Random(0).sample(range(len(content)), 20)]:
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1:])
+        assert newest(tmp_path) == before, place
+        assert path.name in capsys.readouterr().err
+    path.write_bytes(content)
+    assert newest(tmp_path) == path
+
+
+def test_a_folder_of_damaged_checkpoints_is_an_error_and_an_empty_one_is_not(tmp_path):
+    assert newest(tmp_path) is None
+    write(tmp_path, 1).write_bytes(b"")
+    with pytest.raises(InputError, match="1 damaged"):
+        newest(tmp_path)
+
+
+def test_a_checkpoint_with_a_pickled_object_is_not_unpickled(tmp_path):
+    path = tmp_path / "step-000000001.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {}, "evil": Path}, path)
+    assert damage(path) is None
+    with pytest.raises(Exception, match="(?i)weights.?only"):
+        AtomicCheckpointIO().load_checkpoint(path)
+
+
+@pytest.mark.parametrize("where", ["state_dict", "current_model_state", "optimizer_states"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_written(tmp_path, where, value):
+    before = write(tmp_path, 1)
+    values = checkpoint(2) | {where: [{"deep": torch.tensor([0.0, value])}]}
+    with pytest.raises(InputError, match=f"{where}.0.deep"):
+        AtomicCheckpointIO().save_checkpoint(values, tmp_path / "step-000000002.ckpt")
+    assert list(tmp_path.iterdir()) == [before]
+
+
+def write_for_ever(folder: Path, first: int) -> None:
+    for step in range(first, 10**6):
+        write(folder, step)
+        for path in sorted(folder.glob("step-*.ckpt"))[:-2]:
+            path.unlink()
+
+
+def kill_while_writing(folder: Path, kills: int, moments: random.Random) -> int:
+    """Kill a process that writes checkpoints -> how often it was in the middle of a file."""
+    context, within, latest = multiprocessing.get_context("fork"), 0, write(folder, 0)
+    for _ in range(kills):
+        first = check(latest) + 1
+        process = context.Process(target=write_for_ever, args=(folder, first))
+        process.start()
+        # Only names are looked at: the process removes files meanwhile.
+        while not any(int(path.stem[5:]) >= first for path in folder.glob("step-*.ckpt")) and process.is_alive():
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.02))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        within += (folder / ".part").exists()
+        latest = newest(folder)
+        assert check(latest) >= first
+    return within
+
+
+def test_a_kill_within_a_write_leaves_a_sound_newest_checkpoint(tmp_path, capsys):
+    # When a kill comes is up to the machine: go on until one came within a write.
+    within = any(kill_while_writing(tmp_path, 10, random.Random(seed)) for seed in range(6))
+    assert capsys.readouterr().err == ""  # not one damaged file
+    assert len(list(tmp_path.iterdir())) <= 4
+    assert within, "no kill came within a write"
+
+
+def write_with_little_room(folder: Path, room: int, told) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+    try:
+        write(folder, 2)
+    except InputError as error:
+        told.send(str(error))
+    else:
+        told.send("")
+
+
+def test_no_room_leaves_the_one_before_and_names_path_and_bytes(tmp_path):
+    before = write(tmp_path, 1)
+    size = before.stat().st_size
+    # The system refuses to let the file grow beyond each of ten sizes, which is an error in the middle of the write.
+    for room in [0, 1, size - 1, *(size * tenth // 10 for tenth in range(2, 9))]:
+        context = multiprocessing.get_context("fork")
+        here, there = context.Pipe()
+        process = context.Process(target=write_with_little_room, args=(tmp_path, room, there))
+        process.start()
+        told = here.recv()
+        process.join()
+        assert "step-000000002.ckpt" in told and str(size) in told and "bytes cannot be written" in told, (room, told)
+        assert list(tmp_path.iterdir()) == [before] and check(before) == 1
