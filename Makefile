@@ -1,6 +1,6 @@
 # make quickstart   train on the starter data and caption what the model never saw
 # make test         run the tests
-# make starter      train everything from nothing: the three tokenizers, then the decoder (about an hour)
+# make starter      train everything from nothing: the three tokenizers, then the decoder (a few hours)
 #
 # All of them make the virtual environment first, or use the one that is there. Variables:
 #   PYTHON=python3.12          the Python to make it with, 3.11 or newer
@@ -38,12 +38,15 @@ test: $(VENV)/.installed-test
 starter: $(VENV)/.installed
 	$(MMTX) fit --config configs/starter/text.yaml --output $(RUNS)/starter/text
 	$(MMTX) fit --config configs/starter/image.yaml --output $(RUNS)/starter/image $(CODEC_ARGS)
+	$(MMTX) fit --config configs/starter/image.yaml --output $(RUNS)/starter/image-refined \
+	    --model.refine $(RUNS)/starter/image/model --model.absolute 0 --model.optimizer.learning_rate 1e-3 \
+	    --model.optimizer.muon 2e-3 --data.varied 0 --trainer.max_steps 500 --trainer.val_check_interval 500 $(CODEC_ARGS)
 	$(MMTX) fit --config configs/starter/audio.yaml --output $(RUNS)/starter/audio $(CODEC_ARGS)
 	mkdir -p tokenizers/text tokenizers/image tokenizers/audio
 	$(MMTX) fit --config configs/starter/vocoder.yaml --output $(RUNS)/starter/vocoder $(CODEC_ARGS) \
 	    --model.tokenizer $(RUNS)/starter/audio/model
 	cp -r $(RUNS)/starter/text/model/* tokenizers/text/
-	cp -r $(RUNS)/starter/image/model/* tokenizers/image/
+	cp -r $(RUNS)/starter/image-refined/model/* tokenizers/image/
 	cp -r $(RUNS)/starter/vocoder/model/* tokenizers/audio/
 	$(MMTX) fit --config configs/starter/decoder.yaml --output $(RUNS)/starter/decoder $(FIT_ARGS)
 	$(MMTX) evaluate --model $(RUNS)/starter/decoder/model --config configs/starter/decoder.yaml $(EVALUATE_ARGS)

@@ -111,11 +111,13 @@ def kill_while_writing(folder: Path, kills: int, moments: random.Random) -> int:
         first = check(latest) + 1
         process = context.Process(target=write_for_ever, args=(folder, first))
         process.start()
-        # Only names are looked at: the process removes files meanwhile.
-        while not any(int(path.stem[5:]) >= first for path in folder.glob("step-*.ckpt")) and process.is_alive():
-            time.sleep(0.001)
-        time.sleep(moments.uniform(0, 0.02))
-        os.kill(process.pid, signal.SIGKILL)
+        try:
+            # Only names are looked at: the process removes files meanwhile.
+            while not any(int(path.stem[5:]) >= first for path in folder.glob("step-*.ckpt")) and process.is_alive():
+                time.sleep(0.001)
+            time.sleep(moments.uniform(0, 0.02))
+        finally:
+            os.kill(process.pid, signal.SIGKILL)
         process.join()
         within += (folder / ".part").exists()
         latest = newest(folder)
