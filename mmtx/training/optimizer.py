@@ -32,8 +32,8 @@ class Muon(torch.optim.AdamW):
     """AdamW whose groups with `parts` take orthogonalised momentum steps instead (Muon, with the step size of AdamW).
 
     Muon: https://kellerjordan.github.io/posts/muon; the scale of its steps: https://arxiv.org/abs/2502.16982.
-    `torch.optim.Muon` always computes in bfloat16, which made a step of these small models 13 times slower on a CPU,
-    and cannot see that a fused projection holds several matrices.
+    `torch.optim.Muon` always computes in bfloat16, which took 0.67 s for a codec's matrices on a CPU where this takes
+    about 0.05 s, and cannot see that a fused projection holds several matrices.
     """
 
     momentum = 0.95
