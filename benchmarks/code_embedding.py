@@ -21,11 +21,12 @@ from mmtx.data.augment import AudioAugmentation, ImageAugmentation
 from mmtx.data.collection import read_source
 from mmtx.data.sample import Media
 from mmtx.data.tokens import load_media, seed_of
-from mmtx.layers import Packing, rotary
+from mmtx.layers import Packing
 from mmtx.modality.base import load_tokenizer
 from mmtx.model import CodeRange, Decoder, DecoderConfig
 from mmtx.pipeline import find_shipped
 from mmtx.report import config_sources
+from mmtx.sequence import Features
 from mmtx.vocabulary import Vocabulary
 
 CONFIG = "configs/quickstart/decoder.yaml"
@@ -59,12 +60,11 @@ def train(way, data, vocabulary, tokenizers, minutes, batch):
     torch.manual_seed(0)
     ranges = tuple(CodeRange(vocabulary.range(k).start, vocabulary.levels(k)) for k in ("image", "audio"))
     shape = yaml.safe_load(Path(CONFIG).read_text())["model"]["init_args"]["decoder"]
-    config = DecoderConfig(vocabulary.size, composed=ranges, **shape)
+    widths = {kind: tokenizers[kind].feature_width for kind in data} if way == "continuous" else {}
+    config = DecoderConfig(vocabulary.size, composed=ranges, features=widths, **shape)
     plain = config.plain_rows
     decoder = Decoder(replace(config, composed=()) if way == "rows" else config)
-    projections = torch.nn.ModuleDict({k: torch.nn.Linear(data[k]["train"][1].shape[-1], config.width) for k in data})
-    parameters = [*decoder.parameters(), *projections.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     text = tokenizers["text"]
 
     def prompt(kind, codes):
@@ -73,16 +73,12 @@ def train(way, data, vocabulary, tokenizers, minutes, batch):
         return [v.bos, v.user, *head, *ids, v.image_end if kind == "image" else v.audio_end, v.end, v.assistant]
 
     def hidden(ids, positions, packing, features):
-        x = decoder.embedding(ids)
-        if way == "continuous":
-            x = x.clone()
-            for kind, values in features.items():
-                span = vocabulary.range(kind)
-                x[(ids >= span.start) & (ids < span.stop)] = projections[kind](values.float()).flatten(0, 1)
-        angles = rotary(positions, config.head_width, config.rope_theta)
-        for block in decoder.blocks:
-            x = block(x, angles, packing)
-        return decoder.norm(x)
+        given = {}
+        for kind, values in features.items():
+            span = vocabulary.range(kind)
+            places = ((ids >= span.start) & (ids < span.stop)).flatten().nonzero().squeeze(1)
+            given[kind] = Features(places, values.flatten(0, 1).float())
+        return decoder(ids, positions, packing, given)  # ignored where the config names no features
 
     def run(items):
         """(kind, sample, view) and the pieces written so far -> last hidden states of each, and of each piece."""
@@ -116,7 +112,7 @@ def train(way, data, vocabulary, tokenizers, minutes, batch):
         loss = F.cross_entropy(scores, torch.tensor(targets))
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         optimizer.step()
         step += 1
 

@@ -39,8 +39,8 @@ class Batch(NamedTuple):
 class PackedBatches(torch.utils.data.Dataset):
     """Batch k, as a pure function of (seed, k, rank): epochs, order, views and packing included.
 
-    Each epoch is a new permutation of all samples, each `repeats[i]` times and each time as another view. `pack` lays
-    them into batches nearly in that order. Ranks take turns: rank r of `world` gets every world-th batch.
+    Each epoch is a new permutation of all samples, each `repeats[i]` times and each time as another view, which `pack`
+    lays into batches. Ranks take turns: rank r of `world` gets every world-th batch.
     """
 
     def __init__(self, documents: Documents, vocabulary: Vocabulary, tokens: int, *,

@@ -178,17 +178,17 @@ class Codec(Tokenizer, nn.Module):
         return results
 
     def code_files(self) -> dict[str, bytes]:
-        weights = {name: tensor.contiguous().cpu() for name, tensor in self.network.state_dict(prefix="network.").items()
-                   if name.split(".")[1] in ENCODING}
-        return {"config.json": self._config(), "model.safetensors": safetensors.torch.save(weights)}
-
-    def _config(self) -> bytes:
-        return write_json({"kind": self.kind, **asdict(self.config)})
+        return self._files(ENCODING)
 
     def files(self) -> dict[str, bytes]:
-        weights = {name: tensor.contiguous().cpu() for name, tensor in self.network.state_dict(prefix="network.").items()}
+        return self._files(tuple(name for name, _ in self.network.named_children()))
+
+    def _files(self, parts: tuple[str, ...]) -> dict[str, bytes]:
+        """The configuration, and the weights of some parts of the network."""
+        weights = {name: tensor.contiguous().cpu() for name, tensor in self.network.state_dict(prefix="network.").items()
+                   if name.split(".")[1] in parts}
         return {
-            "config.json": self._config(),
+            "config.json": write_json({"kind": self.kind, **asdict(self.config)}),
             "model.safetensors": safetensors.torch.save(weights),
         }
 
