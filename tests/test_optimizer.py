@@ -79,6 +79,21 @@ def test_a_fused_projection_is_turned_part_by_part():
         assert torch.allclose(part, expected, atol=1e-6)
 
 
+def test_the_second_step_goes_on_with_the_momentum_of_the_first():
+    module = network()
+    optimizer = configure(module, OptimizerConfig(warmup_steps=0, muon=0.01, weight_decay=0.0), 10 ** 9)["optimizer"]
+    weight, gradients = module["block"].attention.out.weight, []
+    for seed in range(2):
+        give_gradients(module, seed)
+        gradients.append(weight.grad.clone())
+        before = weight.detach().clone()
+        optimizer.step()
+    momentum = 0.05 * (0.95 * gradients[0] + gradients[1])
+    update = orthogonal(0.05 * gradients[1] + 0.95 * momentum)  # Nesterov
+    expected = before - 0.01 * 0.2 * max(weight.shape) ** 0.5 * update
+    assert torch.allclose(weight, expected, atol=1e-5)
+
+
 def test_a_parameter_without_gradient_stays():
     module = network()
     optimizer = optimizer_of(module, muon=0.01)
