@@ -76,6 +76,24 @@ def _parser() -> argparse.ArgumentParser:
     _model_options(inspect)
     inspect.set_defaults(run=_inspect)
 
+    prepare = commands.add_parser("prepare", help="turn media into tokenized shards, from which the decoder trains faster",
+                                  description="Turn media into tokenized shards. A source of a training configuration may "
+                                  "name the folder in place of the media; every view of a sample is then the same, so "
+                                  "the augmentation of a prepared medium must be null.")
+    prepare.add_argument("sources", nargs="*", help="manifests, folders, shards or Hugging Face datasets")
+    prepare.add_argument("--output", required=True, type=Path, help="a new folder, or one of a run that did not end")
+    prepare.add_argument("--config", help="take sources, tokenizers and --features from this training configuration; each "
+                                          "source gets a folder of its own in --output")
+    prepare.add_argument("--tokenizers", nargs="+", metavar="FOLDER", help="default: those that come with mmtx",
+                         default=["tokenizers/text", "tokenizers/image", "tokenizers/audio"])
+    prepare.add_argument("--features", action="store_true", help="also store what decoders with continuous: true take, 2 "
+                         "bytes a number: 16 kB a picture of 64 codes with the tokenizer that comes with mmtx")
+    prepare.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
+                         else os.cpu_count(), help="processes, default: one a core")
+    prepare.add_argument("--rows", type=int, default=2048, help="rows of a shard, default: 2048")
+    prepare.add_argument("--max-bad", type=float, default=0.01, help="share of rows that may be unusable, default: 0.01")
+    prepare.set_defaults(run=_prepare)
+
     evaluate = commands.add_parser("evaluate", help="caption held-out samples and compare with the true captions")
     evaluate.add_argument("sources", nargs="*", help="held-out manifests, folders or shards")
     evaluate.add_argument("--train", nargs="+", default=[], metavar="SOURCE",
@@ -213,6 +231,47 @@ def _inspect(options: argparse.Namespace) -> None:
                 word = {"special": v.name, "text": model.tokenizers["text"].piece}.get(kind, str)(ident)
                 words.append(paint(word, kind, trained))
             print(" ".join(words))
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    import yaml
+
+    from mmtx.data.collection import DataSource, read_config
+    from mmtx.data.prepare import prepare
+    from mmtx.modality.base import load_tokenizer
+    from mmtx.pipeline import find_shipped
+    from mmtx.vocabulary import KINDS
+
+    if bool(options.sources) == bool(options.config):
+        raise InputError("found both sources and --config, expected one of them" if options.config
+                         else "found neither sources nor --config, expected one of them")
+    folders, features, sources = options.tokenizers, options.features, [DataSource(options.sources)]
+    outputs = [options.output]
+    if options.config:
+        config = read_config(find_shipped(options.config))
+        sources, folders, features = config.train, config.tokenizers, config.continuous
+        # The same samples are prepared once, however often they are used.
+        distinct = {repr((source.paths, source.select)): source for source in sources}
+        outputs = [options.output / str(list(distinct).index(repr((s.paths, s.select)))) for s in sources]
+    loaded = {tokenizer.kind: tokenizer for tokenizer in (load_tokenizer(find_shipped(folder)) for folder in folders)}
+    tokenizers = {kind: loaded[kind] for kind in KINDS if kind in loaded}
+    done = set()
+    for source, output in zip(sources, outputs, strict=True):
+        if output not in done:
+            facts = prepare(source, tokenizers, output, features=features, rows=options.rows, workers=options.workers,
+                            max_bad=options.max_bad)
+            print(f"{output}: {facts['documents']:,} documents, {facts['tokens']:,} tokens, {facts['shards']:,} shards, "
+                  f"{facts['skipped']:,} of {facts['rows']:,} rows skipped", flush=True)
+        done.add(output)
+    default = asdict(DataSource([]))
+    train = [{"paths": [str(output)], **{name: value for name, value in asdict(source).items()
+                                         if name not in ("paths", "select") and value != default[name]}}
+             for source, output in zip(sources, outputs, strict=True)]
+    train = yaml.safe_dump(train, default_flow_style=True, sort_keys=False, width=10**6).strip()
+    print(f"mmtx fit --config {options.config or 'FILE'} --data.train '{train}' "
+          "--data.image_augmentation null --data.audio_augmentation null")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

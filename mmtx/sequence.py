@@ -427,12 +427,19 @@ STARTS = {
 
 
 class GrammarState(NamedTuple):
-    """Where each row of a batch stands; int64 tensors (B,) on the device of the batch."""
+    """Where each row of a batch stands; int64 tensors (B,) on the device of the batch.
+
+    Where all rows write text alone there is nothing to resume or to count, and only the phase.
+    """
 
     phase: Tensor
-    resume: Tensor  # phase after the open picture or sound
-    height: Tensor  # rows of the open picture
-    remaining: Tensor  # codes to come in the open picture or audio time step
+    resume: Tensor | None = None  # phase after the open picture or sound
+    height: Tensor | None = None  # rows of the open picture
+    remaining: Tensor | None = None  # codes to come in the open picture or audio time step
+
+    def keep(self, rows: Tensor) -> "GrammarState":
+        """The state of some rows."""
+        return GrammarState(*(each if each is None else each[rows] for each in self))
 
 
 class _Tables(NamedTuple):
@@ -443,6 +450,7 @@ class _Tables(NamedTuple):
     allowed: Tensor  # (P, V) bool
     resume: Tensor  # (P,) int64
     counted: Tensor  # (P,) int64: phase when `remaining` is 0
+    closers: Tensor  # (V,) bool: ids that close something
 
 
 class Grammar:
@@ -481,7 +489,8 @@ class Grammar:
             raise InputError(f"out: found {len(outs)} kinds, expected {batch}, one a row")
         phase = torch.tensor([STARTS[name] for name in outs], dtype=torch.int64, device=device)
         self._on(phase.device)  # copy the tables now, not within the first step
-        state = GrammarState(phase, phase, torch.zeros_like(phase), torch.zeros_like(phase))
+        text = set(outs) <= {"text"}
+        state = GrammarState(phase, *(() if text else (phase, torch.zeros_like(phase), torch.zeros_like(phase))))
         if prefix is None:
             return state
         prefix = torch.as_tensor(prefix, dtype=torch.int64, device=device)
@@ -492,21 +501,25 @@ class Grammar:
             raise InputError("prefix: found ids that the grammar forbids, expected the start of an answer")
         return state
 
-    def allowed(self, state: GrammarState) -> Tensor:
-        """Which ids may come next, (B, V) bool; at least one in every row."""
-        return self._on(state.phase.device).allowed[state.phase]
+    def reach(self, out: str) -> int:
+        """How many ids, from the first, an answer may be made of: text needs no codes."""
+        return self.vocabulary.range("special").stop if out == "text" else self.vocabulary.size
+
+    def allowed(self, state: GrammarState, reach: int | None = None) -> Tensor:
+        """Which ids, of all or the first `reach`, may come next, (B, V) bool; at least one in every row."""
+        return self._on(state.phase.device).allowed[:, :reach][state.phase]
 
     def closing(self, allowed: Tensor) -> Tensor:
         """Keep of `allowed` (B, V) only what closes something, in the rows where anything does."""
-        v = self.vocabulary
-        closers = torch.tensor([v.pad, v.end, v.eos, v.image_end, v.audio_end], device=allowed.device)
-        closes = torch.zeros_like(allowed).index_fill_(1, closers, True) & allowed
+        closes = allowed & self._on(allowed.device).closers[:allowed.shape[1]]
         return torch.where(closes.any(1, keepdim=True), closes, allowed)
 
     def advance(self, state: GrammarState, ids: Tensor) -> GrammarState:
         """The state after each row wrote one id, (B,). After a forbidden id a row gets only <pad>."""
         tables = self._on(state.phase.device)
         kind = tables.classes[ids].long()
+        if state.resume is None:
+            return GrammarState(tables.next_phase[state.phase, kind])
         opens = (kind == Class.IMAGE) | (kind == Class.AUDIO)
         resume = torch.where(opens, tables.resume[state.phase], state.resume)
         phase = tables.next_phase[state.phase, kind]
@@ -555,4 +568,6 @@ def _build_tables(v: Vocabulary) -> _Tables:
             allowed_class[phase, kind] = True
     resume = torch.tensor([int(RESUME.get(phase, phase)) for phase in Phase])
     counted = torch.tensor([int(COUNTED.get(phase, phase)) for phase in Phase])
-    return _Tables(classes, next_phase, allowed_class[:, classes.long()], resume, counted)
+    closers = torch.zeros(v.size, dtype=torch.bool)
+    closers[[v.pad, v.end, v.eos, v.image_end, v.audio_end]] = True
+    return _Tables(classes, next_phase, allowed_class[:, classes.long()], resume, counted, closers)

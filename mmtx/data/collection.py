@@ -3,8 +3,10 @@
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
 
+import yaml
 from tqdm import tqdm
 
 from mmtx.data.sample import Sample
@@ -40,6 +42,27 @@ class DataSource:
         for name in ("repeat", "limit"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{name}: found {value}, expected 1 or more")
+
+
+class TrainingData(NamedTuple):
+    """What the configuration of a decoder says of its data."""
+
+    train: list[DataSource]
+    tokenizers: list[str]  # folders
+    continuous: bool       # whether the decoder takes features
+
+
+def read_config(path: str | Path) -> TrainingData:
+    """Read the configuration of a decoder. Raises InputError when it is another."""
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data, model = (config[name]["init_args"] for name in ("data", "model"))
+        folders = [folder for folder in data["tokenizers"].values() if folder is not None]
+        return TrainingData([DataSource(**source) for source in data["train"]], folders, bool(model.get("continuous")))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not the configuration of a decoder ({type(error).__name__}: {error})") from None
 
 
 def read_source(source: DataSource, max_bad: float = 0.01) -> list[Sample]:

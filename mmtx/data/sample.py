@@ -41,6 +41,14 @@ class FileSource:
             )
         return data
 
+    def stamp(self) -> bytes:
+        """What changes when the file does, as far as one can tell without reading it: size and time of a local one."""
+        try:
+            found = None if is_url(self.path) else os.stat(self.path)
+        except OSError:
+            found = None
+        return b"" if found is None else f"{found.st_size} {found.st_mtime_ns}".encode()
+
 
 @dataclass(frozen=True)
 class MemorySource:
@@ -52,8 +60,32 @@ class MemorySource:
         """Return the bytes."""
         return self.data
 
+    def stamp(self) -> bytes:
+        """The bytes themselves."""
+        return self.data
 
-MediaSource = FileSource | MemorySource
+
+@dataclass(frozen=True)
+class DatasetSource:
+    """A picture or sound in a column of a Hugging Face dataset whose columns were cast to `decode=False`."""
+
+    dataset: Any = field(repr=False)
+    row: int
+    column: str
+
+    def read(self) -> bytes:
+        """Return the bytes, which lie in the dataset or in a file that it names."""
+        value = self.dataset.select_columns([self.column])[self.row][self.column]
+        if value is None:
+            raise InputError(f"row {self.row + 1}, column {self.column!r}: found nothing, expected a picture or sound")
+        return FileSource(value["path"]).read() if value["bytes"] is None else value["bytes"]
+
+    def stamp(self) -> bytes:
+        """The fingerprint that the library gives to a dataset."""
+        return self.dataset._fingerprint.encode()
+
+
+MediaSource = FileSource | MemorySource | DatasetSource
 
 
 @dataclass(frozen=True)

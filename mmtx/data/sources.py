@@ -5,8 +5,9 @@
 | `.jsonl` | JSON objects: {"image"|"audio": path, "text": ...}, {"text": ...} or {"messages": [...]} |
 | folder | media with a caption beside: x.png + x.txt or x.json, in all subfolders |
 | `.tar`, `.tar.gz`, `.tgz` | WebDataset shard: KEY.webp + KEY.json with "caption" or "text", or KEY.txt |
+| `hf://NAME[:SPLIT]`, folder of `save_to_disk` | Hugging Face dataset, its columns named like the fields of a manifest |
 
-Each may also be a glob pattern or an fsspec URL (folders: local only). A medium with a caption becomes a user
+Each but the last may also be a glob pattern or an fsspec URL (folders: local only). A medium with a caption becomes a user
 turn (the medium) and an assistant turn (the caption). Other fields become metadata. Tars are never extracted.
 """
 
@@ -20,8 +21,10 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
+from mmtx.data import hub
 from mmtx.data.sample import (
     MAX_BYTES,
+    DatasetSource,
     FileSource,
     Media,
     MediaSource,
@@ -39,6 +42,7 @@ from mmtx.data.sample import (
 from mmtx.errors import InputError
 
 SHARDS = (".tar", ".tar.gz", ".tgz")
+PLAN = "plan.json"  # in a folder of `mmtx prepare`, from the first moment on
 CONTENT = {"image": "image", "image_url": "image", "audio": "audio", "audio_url": "audio"}  # part -> kind
 
 
@@ -106,13 +110,23 @@ def _select(samples: list[Sample], wanted: dict[str, list]) -> list[Sample]:
     for field, values in wanted.items():
         if not isinstance(values, (list, tuple)):
             raise InputError(f"select: field {field!r} has {_shown(values)}, expected a list of values")
-        facts = [{"key": s.key, "caption": s.caption, **s.metadata} for s in samples]
+        facts = [_facts(sample) for sample in samples]
         known = sorted({name for fact in facts for name in fact})
         if samples and field not in known:
             raise InputError(f"select: no sample has the field {field!r}, expected one of {known}")
         pairs = zip(samples, facts, strict=True)
         samples = [sample for sample, fact in pairs if field in fact and fact[field] in values]
     return samples
+
+
+def is_selected(sample: Sample, wanted: dict[str, list]) -> bool:
+    """Whether `select` keeps a sample."""
+    facts = _facts(sample)
+    return all(field in facts and facts[field] in values for field, values in wanted.items())
+
+
+def _facts(sample: Sample) -> dict[str, Any]:
+    return {"key": sample.key, "caption": sample.caption, **sample.metadata}
 
 
 def open_source(source: str) -> Iterator[Sample]:
@@ -128,7 +142,7 @@ def scan(source: str) -> Iterator[Sample | InputError]:
 
     Raises InputError when the source as a whole is missing, empty, damaged or of no known kind.
     """
-    for path in _expand(os.fspath(source)):
+    for path in expand(os.fspath(source)):
         empty = True
         for row in _reader(path):
             empty = False
@@ -137,7 +151,14 @@ def scan(source: str) -> Iterator[Sample | InputError]:
             raise InputError(f"{display(path)}: no samples in it")
 
 
-def _expand(source: str) -> list[str]:
+def is_prepared(path: str) -> bool:
+    """Whether a path is what `mmtx prepare` wrote, also in part: a folder with its plan, or a URL of any folder."""
+    if is_url(path):
+        return not path.startswith((hub.PREFIX, "data:")) and (path.endswith("/") or not suffix(path)) and "*" not in path
+    return os.path.isfile(os.path.join(path, PLAN))
+
+
+def expand(source: str) -> list[str]:
     """Paths that a glob pattern stands for, sorted; anything else is itself."""
     if is_url(source):
         if "*" not in source:
@@ -159,13 +180,18 @@ def _expand(source: str) -> list[str]:
 
 
 def _reader(path: str) -> Iterator[Sample | InputError]:
-    if not is_url(path) and os.path.isdir(path):
-        return _folder(path)
     name = display(path).lower()
     if name.endswith(".jsonl"):
         return _manifest(path)
     if name.endswith(SHARDS):
         return _shard(path)
+    if hub.is_dataset(path):
+        return _dataset(path)
+    if is_prepared(path):
+        raise InputError(f"{display(path)}: found shards of `mmtx prepare`, which only the training of a decoder reads, "
+                         "expected pictures, sounds or texts")
+    if not is_url(path) and os.path.isdir(path):
+        return _folder(path)
     if not is_url(path) and not os.path.exists(path):
         raise InputError(f"{path}: no such file or folder")
     raise InputError(f"{display(path)}: unknown kind of data, expected a folder, .jsonl, {', '.join(SHARDS)}")
@@ -270,7 +296,10 @@ def _manifest(path: str) -> Iterator[Sample | InputError]:
 
 
 def _row(line: bytes, base: str, number: int, where: str) -> Sample:
-    row = _json_object(line, where)
+    return _sample(_json_object(line, where), base, number, where)
+
+
+def _sample(row: dict[str, Any], base: str, number: int, where: str) -> Sample:
     key = next((row.pop(name) for name in ("key", "id") if name in row), number)
     if not isinstance(key, (str, int)):
         raise InputError(f"{where}: the key is {_shown(key)}, expected a string or a number")
@@ -321,6 +350,8 @@ def _part(item: Any, base: str, where: str, at: str) -> Part:
 
 
 def _media(value: Any, kind: str, base: str, where: str, at: str) -> Media:
+    if isinstance(value, DatasetSource):
+        return Media(kind, where, value)
     if not isinstance(value, str) or not value:
         raise InputError(f"{where}: field {at!r} is {_shown(value)}, expected a path or URL")
     path = value if is_url(value) else os.path.join(base, value)
@@ -329,6 +360,14 @@ def _media(value: Any, kind: str, base: str, where: str, at: str) -> Media:
     if not is_url(path) and not os.path.isfile(path):
         raise InputError(f"{where}: field {at!r} names {path}: no such file")
     return Media(kind, f"{where}: {display(path)}", FileSource(path))
+
+
+# Hugging Face datasets.
+
+
+def _dataset(path: str) -> Iterator[Sample | InputError]:
+    for number, row in enumerate(hub.rows(path), 1):
+        yield _attempt(partial(_sample, row, "", number, f"{path} row {number}"))
 
 
 # Fields.

@@ -47,15 +47,18 @@ class Documents:
         augmentation: Augmentation = Augmentation(),
         seed: int = 0,
         max_bad: float = 0.01,
+        first: int = 0,
         progress: Callable[[Iterable], Iterable] = iter,
     ):
-        """Samples that cannot be read, or that need more than `context` tokens, are skipped up to the share `max_bad`."""
+        """Samples that cannot be read, or that need more than `context` tokens, are skipped up to the share `max_bad`.
+
+        `first` is the number of the first sample, by which its views are seeded.
+        """
         self.tokenizers, self.vocabulary, self.augmentation, self.seed = tokenizers, vocabulary, augmentation, seed
         self.samples: list[Sample] = []  # those that can be used
-        self.numbers: list[int] = []     # which of the given samples they are
-        self.modalities: set[int] = set()  # of the targets, as in vocabulary.MODALITIES
+        self.numbers: list[int] = []     # which of the given samples they are, from `first`
         lengths, skipped = [], SkipCounter(max_bad)
-        for number, sample in enumerate(progress(samples)):
+        for number, sample in enumerate(progress(samples), first):
             try:
                 rendered = self._measure(sample, context)
             except InputError as error:
@@ -64,7 +67,6 @@ class Documents:
             self.samples.append(sample)
             self.numbers.append(number)
             lengths.append(len(rendered.ids))
-            self.modalities |= set(vocabulary.modality_of(rendered.ids[rendered.trained]).tolist())
         skipped.check(len(samples))
         if not self.samples:
             raise InputError(f"no sample can be used: {skipped.summary(len(samples))}")
@@ -73,17 +75,21 @@ class Documents:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def where(self, number: int) -> str:
+        """File and row of a document."""
+        return self.samples[number].where
+
     def render(self, chosen: Sequence[tuple[int, int]]) -> list[Rendered]:
         """Documents of (sample, view) pairs. All views of a sample have the same length and text, or are shorter."""
         seeds = [seed_of(self.seed, self.numbers[sample], view) for sample, view in chosen]
         samples = [_drop(self.samples[sample], seed) for (sample, _), seed in zip(chosen, seeds, strict=True)]
-        media = [_load(sample, self.tokenizers) for sample in samples]
-        documents = _encode(samples, media, self.tokenizers, self.augmentation, seeds)
+        media = [load_sample(sample, self.tokenizers) for sample in samples]
+        documents = encode_samples(samples, media, self.tokenizers, self.augmentation, seeds)
         return [render(document, self.vocabulary) for document in documents]
 
     def _measure(self, sample: Sample, context: int) -> Rendered:
         """The document with all codes 0."""
-        media = _load(sample, self.tokenizers)
+        media = load_sample(sample, self.tokenizers)
         kinds = [part.kind for turn in sample.turns for part in turn.parts if isinstance(part, Media)]
         blank = {kind: iter([Encoding(np.zeros(self.tokenizers[kind].grid(tensor), int), None)
                              for k, tensor in zip(kinds, media, strict=True) if k == kind]) for kind in set(kinds)}
@@ -116,8 +122,8 @@ def to_documents(samples: Sequence[Sample], tokenizers: Mapping[str, Tokenizer],
     documents = []
     for first in progress(range(0, len(samples), ENCODE_AT_ONCE)):
         chunk = samples[first:first + ENCODE_AT_ONCE]
-        loaded = [_load(sample, tokenizers) for sample in chunk]
-        documents += _encode(chunk, loaded, tokenizers, Augmentation(), [0] * len(chunk))
+        loaded = [load_sample(sample, tokenizers) for sample in chunk]
+        documents += encode_samples(chunk, loaded, tokenizers, Augmentation(), [0] * len(chunk))
     return documents
 
 
@@ -129,12 +135,12 @@ def _drop(sample: Sample, seed: int) -> Sample:
     return replace(sample, turns=tuple(turns))
 
 
-def _load(sample: Sample, tokenizers: Mapping[str, Tokenizer]) -> list:
+def load_sample(sample: Sample, tokenizers: Mapping[str, Tokenizer]) -> list:
     """Media of a sample in order: tensors; text stays with the sample."""
     return [load_media(part, tokenizers) for turn in sample.turns for part in turn.parts if isinstance(part, Media)]
 
 
-def _encode(samples, loaded, tokenizers, augmentation: Augmentation, seeds) -> list[Document]:
+def encode_samples(samples, loaded, tokenizers, augmentation: Augmentation, seeds) -> list[Document]:
     """Samples and their media -> documents; all media of a kind go through the tokenizer together."""
     queues: dict[str, list] = {"image": [], "audio": []}
     for sample, tensors, seed in zip(samples, loaded, seeds, strict=True):

@@ -1,0 +1,99 @@
+"""The sources of a run as one list of documents: media that are encoded when a batch asks for them, and prepared shards."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+
+import numpy as np
+
+from mmtx.data.collection import DataSource, read_sources
+from mmtx.data.prepared import Prepared
+from mmtx.data.sample import Sample
+from mmtx.data.sources import expand, is_prepared
+from mmtx.data.tokens import Augmentation, Documents
+from mmtx.errors import InputError
+from mmtx.modality.base import Tokenizer
+from mmtx.sequence import Rendered
+from mmtx.vocabulary import Vocabulary
+
+
+class Corpus:
+    """Documents of several parts, one behind another."""
+
+    def __init__(self, parts: Sequence[Documents | Prepared], repeats: Sequence[np.ndarray | int]):
+        """`repeats` of a part: how often an epoch shows its documents, one number for all or one for each."""
+        self.parts = parts
+        self.starts = np.cumsum([0, *map(len, parts)])
+        # The lengths of a single prepared folder stay where they are, on the disk.
+        self.lengths = parts[0].lengths if len(parts) == 1 else np.concatenate([part.lengths for part in parts])
+        self.repeats = None if all(np.all(np.equal(count, 1)) for count in repeats) else np.concatenate(
+            [np.broadcast_to(count, len(part)) for part, count in zip(parts, repeats, strict=True)])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def samples(self) -> list[Sample]:
+        """The samples whose media are at hand, those of prepared shards left out."""
+        return [sample for part in self.parts if isinstance(part, Documents) for sample in part.samples]
+
+    def where(self, number: int) -> str:
+        """File and row of a document."""
+        part = self._part(number)
+        return self.parts[part].where(number - int(self.starts[part]))
+
+    def render(self, chosen: Sequence[tuple[int, int]]) -> list[Rendered]:
+        """Documents of (document, view) pairs; those of a part together, since they share passes of an encoder."""
+        owners = [self._part(number) for number, _ in chosen]
+        found: list[Rendered | None] = [None] * len(chosen)
+        for part in sorted(set(owners)):
+            places = [place for place, owner in enumerate(owners) if owner == part]
+            start = int(self.starts[part])
+            rendered = self.parts[part].render([(chosen[i][0] - start, chosen[i][1]) for i in places])
+            for place, document in zip(places, rendered, strict=True):
+                found[place] = document
+        return found
+
+    def _part(self, number: int) -> int:
+        return int(np.searchsorted(self.starts, number, "right")) - 1
+
+
+def read_corpus(
+    sources: Sequence[DataSource],
+    tokenizers: Mapping[str, Tokenizer],
+    vocabulary: Vocabulary,
+    *,
+    context: int,
+    augmentation: Augmentation = Augmentation(),
+    seed: int = 0,
+    max_bad: float = 0.01,
+    features: bool = False,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> Corpus:
+    """Open all sources. Raises InputError as `Documents` and `Prepared` do; `features`: whether the decoder takes them."""
+    parts, repeats, number = [], [], 0
+    common = dict(context=context, augmentation=augmentation, seed=seed, max_bad=max_bad)
+    whole = [replace(source, paths=[path for pattern in source.paths for path in expand(pattern)]) for source in sources]
+    for prepared, group in groupby(whole, _is_prepared):
+        if not prepared:
+            samples, counts = read_sources(list(group), max_bad)
+            parts.append(Documents(samples, tokenizers, vocabulary, first=number, progress=progress, **common))
+            repeats.append(np.array(counts)[np.array(parts[-1].numbers) - number])
+            number += len(samples)
+            continue
+        for source in group:
+            for path in source.paths:
+                parts.append(Prepared(source, path, vocabulary, first=number, features=features, **common))
+                repeats.append(source.repeat)
+                number += parts[-1].samples
+    return Corpus(parts, repeats)
+
+
+def _is_prepared(source: DataSource) -> bool:
+    """Raises InputError where only some of the paths are prepared, or where `limit` would count for each alone."""
+    prepared = [path for path in source.paths if is_prepared(path)]
+    if prepared and len(prepared) < len(source.paths):
+        raise InputError(f"paths: found {prepared[0]}, which is prepared, beside media; expected a source for each")
+    if len(prepared) > 1 and source.limit is not None:
+        raise InputError(f"limit: found {len(prepared)} prepared folders in one source, expected a source for each")
+    return bool(prepared)

@@ -1,0 +1,50 @@
+"""Hugging Face datasets as rows of a manifest. Needs the package `datasets`: pip install "mmtx[hf]".
+
+A source is `hf://NAME`, `hf://NAME:SPLIT` (NAME as `datasets.load_dataset` takes it: of the hub, or a folder), or a folder
+that `save_to_disk` wrote. Pictures and sounds are read and decoded by mmtx, when they are asked for.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from mmtx.data.sample import DatasetSource
+from mmtx.errors import InputError
+
+PREFIX = "hf://"
+
+
+def is_dataset(path: str) -> bool:
+    """Whether a path names a dataset of the hub, or a folder of `save_to_disk`."""
+    inside = lambda name: os.path.isfile(os.path.join(path, name))  # noqa: E731
+    return path.startswith(PREFIX) or inside("dataset_dict.json") or inside("state.json") and inside("dataset_info.json")
+
+
+def rows(path: str) -> Iterator[dict[str, Any]]:
+    """The rows of a dataset, in order; pictures and sounds as `DatasetSource`, columns without a value left out.
+
+    Raises InputError when it cannot be opened, or has several splits and none is named.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(f'{path}: needs the package datasets (pip install "mmtx[hf]")') from None
+    name, _, split = path.removeprefix(PREFIX).partition(":")
+    try:
+        found = datasets.load_dataset(name, split=split or None) if path.startswith(PREFIX) else datasets.load_from_disk(path)
+    except Exception as error:  # the library, pyarrow and the hub raise classes of their own
+        raise InputError(f"{path}: cannot be opened as a dataset ({type(error).__name__}: "
+                         f"{' '.join(str(error).split())[:200]})") from None
+    if isinstance(found, dict):
+        if len(found) > 1:
+            how = f"{PREFIX}{name}:{next(iter(found))}" if path.startswith(PREFIX) else os.path.join(path, next(iter(found)))
+            raise InputError(f"{path}: found the splits {', '.join(found)}, expected the name of one, as in {how}")
+        found = next(iter(found.values()))
+    media = [column for column, kind in found.features.items() if isinstance(kind, (datasets.Image, datasets.Audio))]
+    for column in media:
+        found = found.cast_column(column, type(found.features[column])(decode=False))
+    given = [column for column in ("image", "audio") if column in media]
+    texts = found.remove_columns(media)
+    for number, row in enumerate(texts if texts.column_names else ({} for _ in range(len(found)))):
+        row |= {column: DatasetSource(found, number, column) for column in given}
+        yield {column: value for column, value in row.items() if value is not None}

@@ -1,0 +1,325 @@
+"""`mmtx prepare`: sources to a folder of tokenized shards (its form: mmtx/data/prepared.py), by several processes.
+
+Rows are cut into shards in the order of the sources, and each shard is a pure function of its rows: whatever the number
+of processes, and wherever a run was killed and started again, the folder ends up the same byte for byte.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+import torch
+from tqdm import tqdm
+
+from mmtx.data.collection import DataSource
+from mmtx.data.prepared import DONE, FORMAT, INDEX, shard_name, tensors
+from mmtx.data.sample import Media, Sample
+from mmtx.data.sources import PLAN, SkipCounter, is_selected, scan
+from mmtx.data.tokens import ENCODE_AT_ONCE, Augmentation, encode_samples, load_sample
+from mmtx.errors import InputError
+from mmtx.modality.base import Tokenizer, read_json, write_json
+from mmtx.sequence import Document, render
+from mmtx.vocabulary import Vocabulary
+
+ROWS = 2048  # of a shard: 34 MB with the features of as many pictures of 64 codes, 0.6 MB without
+AHEAD = 2    # shards a process that are read before they are needed
+PART = ".part"
+
+
+def prepare(
+    source: DataSource,
+    tokenizers: Mapping[str, Tokenizer],
+    output: str | Path,
+    *,
+    features: bool = False,
+    rows: int = ROWS,
+    workers: int = 1,
+    max_bad: float = 0.01,
+) -> dict[str, Any]:
+    """Write `output`, or finish what is there already of the same sources and tokenizers -> what its prepared.json says.
+
+    Args:
+        source: what is read: its `paths` and `select`. Its other fields are for the training, which finds all samples.
+        tokenizers: by kind; all that the sources need.
+        output: a new folder, or one that was begun with the same arguments (other `workers` and `max_bad` are fine).
+        features: store the encoder's features of all pictures and sounds, for decoders with `continuous: true`.
+        rows: rows of a shard.
+        workers: processes that read and encode.
+        max_bad: share of rows that may be unusable.
+
+    Raises:
+        InputError: the folder holds something else, sources or tokenizers changed since it was begun, it cannot be
+            written, or too many rows cannot be used; what is finished then stays.
+    """
+    for name, value in (("rows", rows), ("workers", workers)):
+        if value < 1:
+            raise InputError(f"{name}: found {value}, expected 1 or more")
+    folder, vocabulary = Path(output), Vocabulary.build(tokenizers)
+    plan = {"format": FORMAT, "sources": source.paths, "select": source.select, "shard_rows": rows, "features": features,
+            "vocabulary": json.loads(vocabulary.to_json())}
+    SkipCounter(max_bad)  # refuses a share that is none
+    _begin(folder, plan)
+    shards: dict[int, dict] = {}
+    running: set[Future] = set()
+    pool = ProcessPoolExecutor(workers, initializer=_start, initargs=(folder, dict(tokenizers), vocabulary, features))
+    try:
+        with tqdm(desc="prepare", unit=" rows", unit_scale=True) as bar:
+            def collect(busy: int) -> None:
+                nonlocal running
+                while len(running) > busy:
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    for number, facts in (future.result() for future in done):
+                        shards[number] = facts
+                        bar.set_postfix(shards=len(shards), skipped=sum(fact["skipped"] for fact in shards.values()))
+                        bar.update(facts["rows"])
+
+            number = samples = 0
+            for number, block in enumerate(_blocks(source, rows), 1):
+                running.add(pool.submit(_make, number - 1, samples, block))
+                samples += sum(isinstance(row, Sample) for row in block)
+                collect(AHEAD * workers)
+            collect(0)
+    except BrokenProcessPool:
+        raise InputError(f"{folder}: a process of --workers {workers} ended (out of memory?); the same command goes on") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if (folder / shard_name(number)).exists():
+        raise InputError(f"{folder / shard_name(number)}: the sources have no rows for it, they changed since it was "
+                         "written; expected the same sources, or another --output")
+    return _finish(folder, plan, [shards[i] for i in range(number)], samples, max_bad)
+
+
+def _begin(folder: Path, plan: dict) -> None:
+    """Make the folder with its plan, or compare its plan with this one."""
+    if (folder / PLAN).is_file() and any(folder.glob("shard-*.safetensors")):
+        begun = read_json(folder / PLAN)
+        for name in plan:
+            found, expected = plan[name], begun.get(name) if isinstance(begun, dict) else None
+            if found != expected:
+                if name == "vocabulary":
+                    name, found, expected = "tokenizers", _fingerprints(found), _fingerprints(expected)
+                raise InputError(f"{folder}: was begun with {name} {expected}, found {found}; expected the same, or "
+                                 "another --output")
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(path.name != PLAN and not path.name.endswith(PART) for path in folder.iterdir()):
+            raise InputError(f"{folder}: holds other files, expected a new folder or one that `mmtx prepare` began")
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
+    _write(folder / PLAN, write_json(plan))
+
+
+def _fingerprints(vocabulary: Any) -> str:
+    entries = vocabulary.get("modalities", ()) if isinstance(vocabulary, dict) else ()
+    return ", ".join(f"{entry['kind']} {entry['fingerprint'][:12]}" for entry in entries) or "none"
+
+
+def _blocks(source: DataSource, rows: int) -> Iterator[list[Sample | InputError]]:
+    """The rows of a source in blocks, those that cannot be read as their errors."""
+    block: list[Sample | InputError] = []
+    for path in source.paths:
+        for row in scan(path):
+            if isinstance(row, InputError) or is_selected(row, source.select or {}):
+                block.append(row)
+            if len(block) == rows:
+                yield block
+                block = []
+    if block:
+        yield block
+
+
+def _finish(folder: Path, plan: dict, shards: Sequence[dict], samples: int, max_bad: float) -> dict[str, Any]:
+    """Write the index and the totals."""
+    skipped = SkipCounter(max_bad)
+    skipped.count = sum(shard["skipped"] for shard in shards)
+    skipped.first = [error for shard in shards for error in shard["errors"]][:3]
+    count = sum(shard["rows"] for shard in shards)
+    skipped.check(count)
+    if skipped.count == count:
+        raise InputError(f"{', '.join(plan['sources'])}: no sample is left of {count} rows")
+    found = [tensors.__wrapped__(folder / shard_name(number)) for number in range(len(shards))]
+    numbers = np.concatenate([shard["numbers"] for shard in found])
+    lengths = [np.diff(shard["ends.ids"]).astype(np.uint32) for shard in found]
+    index = {
+        "lengths": np.concatenate(lengths),
+        "numbers": numbers.astype(np.uint32 if samples <= 2**32 else np.uint64),
+        "starts": np.cumsum([0, *map(len, lengths)], dtype=np.uint64),
+        "sizes": np.array([(folder / shard_name(n)).stat().st_size for n in range(len(shards))], np.uint64),
+    }
+    media: dict[str, int] = {}
+    for shard in shards:
+        for kind, codes in shard["media"].items():
+            media[kind] = media.get(kind, 0) + codes
+    facts = {
+        **plan, "rows": count, "samples": samples, "documents": len(numbers), "tokens": int(index["lengths"].sum()),
+        "skipped": skipped.count, "errors": skipped.first, "media": media,
+        "features": {name.removeprefix("features."): values.shape[1] for shard in found for name, values in shard.items()
+                     if name.startswith("features.")},
+        "exchanges": all(shard["exchanges"] for shard in shards), "shards": len(shards),
+        "sha256": hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest(),
+    }
+    _write(folder / INDEX, safetensors.numpy.save(index))
+    _write(folder / DONE, write_json(facts))
+    for part in folder.glob(f"*{PART}"):  # of processes that were killed
+        part.unlink(missing_ok=True)
+    return facts
+
+
+# -- In the processes ----------------------------------------------------------------------------------------
+
+
+def _start(*arguments: Any) -> None:
+    """Make a process ready: it ends with the one that started it, whatever ends that."""
+    global _setting
+    _setting = arguments
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
+
+
+def _make(number: int, first: int, rows: list[Sample | InputError]) -> tuple[int, dict]:
+    """Write a shard, unless it is there already -> its number and its facts."""
+    folder, tokenizers, vocabulary, features = _setting
+    path, stamp = folder / shard_name(number), stamp_of(rows)
+    if (facts := _facts(path)) is not None:
+        if facts["stamp"] != stamp:
+            raise InputError(f"{path}: the sources changed since it was written, expected the same, or another --output")
+        return number, facts
+    made, facts = make_shard(rows, first, tokenizers, vocabulary, features)
+    facts |= {"stamp": stamp, "sha256": _digest(made)}
+    # One entry: the library writes several in no fixed order.
+    _write(path, safetensors.numpy.save(made, {"mmtx": json.dumps(facts, sort_keys=True)}))
+    return number, facts
+
+
+def make_shard(rows: Sequence[Sample | InputError], first: int, tokenizers: Mapping[str, Tokenizer],
+               vocabulary: Vocabulary, features: bool) -> tuple[dict[str, np.ndarray], dict]:
+    """The tensors of a shard, and facts about it; `first` is the number of its first sample."""
+    documents: list[Document] = []
+    ids, numbers, names, skipped = [], [], [], SkipCounter(1.0)
+    numbered = [(place, row) for place, row in _numbered(rows, first)]
+    for start in range(0, len(rows), ENCODE_AT_ONCE):
+        chosen, media = [], []
+        for number, row in numbered[start:start + ENCODE_AT_ONCE]:
+            try:
+                if isinstance(row, InputError):
+                    raise row
+                media.append(load_sample(row, tokenizers))
+                chosen.append((number, row))
+            except InputError as error:
+                skipped.skip(error)
+        encoded = encode_samples([row for _, row in chosen], media, tokenizers, Augmentation(), [0] * len(chosen))
+        for (number, row), document in zip(chosen, encoded, strict=True):
+            try:
+                stream = render(document, vocabulary)
+                if not stream.trained.any():
+                    raise InputError(f"{row.where}: found nothing to learn, expected an assistant turn or a plain document")
+            except InputError as error:
+                skipped.skip(error)
+                continue
+            documents.append(document)
+            ids.append(stream.ids)
+            numbers.append(number)
+            names.append(np.frombuffer(row.where.encode("utf-8", "replace"), np.uint8))
+    small = np.uint16 if vocabulary.size <= 2**16 else np.uint32
+    made = {
+        "ids": _joined(ids, small), "ends.ids": _ends(map(len, ids)), "numbers": np.array(numbers, np.uint64),
+        "names": _joined(names, np.uint8), "ends.names": _ends(map(len, names)),
+    }
+    counts: dict[str, int] = {}
+    for kind in vocabulary.kinds[1:]:
+        parts = [[part for turn in document.turns for part in turn.parts if part.kind == kind] for document in documents]
+        if codes := sum(part.codes.size for some in parts for part in some):
+            counts[kind] = codes
+            values = [part.features for some in parts for part in some]
+            if features and values[0] is not None:
+                made[f"features.{kind}"] = torch.cat([value.flatten(0, 1) for value in values]).numpy()
+                made[f"ends.{kind}"] = _ends(sum(part.codes.size for part in some) for some in parts)
+    facts = {
+        "rows": len(rows), "skipped": skipped.count, "errors": skipped.first, "media": counts,
+        "exchanges": all([turn.role for turn in document.turns] == ["user", "assistant"] for document in documents),
+    }
+    return made, facts
+
+
+def _numbered(rows: Iterable[Sample | InputError], number: int) -> Iterator[tuple[int, Sample | InputError]]:
+    """Rows with the numbers that their samples have in the source, as training on media counts them."""
+    for row in rows:
+        yield number, row
+        number += isinstance(row, Sample)
+
+
+def stamp_of(rows: Iterable[Sample | InputError]) -> str:
+    """A digest of all that rows say, and of what can be told of their media without reading them."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr(row).encode("utf-8", "backslashreplace"))
+        for turn in getattr(row, "turns", ()):
+            for part in turn.parts:
+                if isinstance(part, Media):
+                    stamp = part.source.stamp()
+                    digest.update(f"{len(stamp)}:".encode() + stamp)
+    return digest.hexdigest()
+
+
+def _joined(parts: list[np.ndarray], kind: type) -> np.ndarray:
+    return np.concatenate(parts).astype(kind) if parts else np.empty(0, kind)
+
+
+def _ends(sizes: Iterable[int]) -> np.ndarray:
+    """Where each of several things of these sizes ends when they lie end to end, 0 first."""
+    return np.cumsum([0, *sizes], dtype=np.uint64)
+
+
+def _digest(made: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name, values in sorted(made.items()):
+        digest.update(f"{name} {values.dtype} {values.shape}".encode())
+        digest.update(np.ascontiguousarray(values))
+    return digest.hexdigest()
+
+
+def _facts(path: Path) -> dict | None:
+    """What is known of a finished shard; None if it is not there, or damaged."""
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            facts = json.loads(file.metadata()["mmtx"])
+            made = {name: file.get_tensor(name) for name in file.keys()}
+        return facts if _digest(made) == facts["sha256"] else None
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError):
+        return None
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write beside the target, sync and rename. Raises InputError when there is no room or no right to."""
+    part = path.with_name(f"{path.name}.{os.getpid()}{PART}")
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise InputError(f"{path}: {len(content)} bytes cannot be written ({error.strerror})") from None
