@@ -1,5 +1,6 @@
 # make quickstart   train on the starter data and caption what the model never saw
 # make test         run the tests
+# make mutants      plant bugs, one after another, and see that tests catch them (MUTANTS='names' for some of them)
 # make starter      train everything from nothing: the three tokenizers, then the decoder (a few hours)
 #
 # All of them make the virtual environment first, or use the one that is there. Variables:
@@ -24,7 +25,7 @@ PACKAGE := pyproject.toml constraints.txt
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 
-.PHONY: quickstart test starter environment clean
+.PHONY: quickstart test mutants starter environment clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed
@@ -33,6 +34,9 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest $(TEST_ARGS)
+
+mutants: $(VENV)/.installed-test
+	$(VENV)/bin/python tests/mutants/run.py $(MUTANTS)
 
 # New codecs give new codes: they take the place of the shipped ones, and a decoder trained with those no longer fits.
 starter: $(VENV)/.installed

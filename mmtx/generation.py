@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmtx import decoding
+from mmtx.decoding import KVCache, Weights
 from mmtx.errors import InputError
-from mmtx.model import Decoder, KVCache
+from mmtx.model import Decoder
 from mmtx.sequence import Grammar, Prompt, gather_features
 from mmtx.vocabulary import MAX_SIDE, Vocabulary
 
-LOOK_EVERY = 8  # steps between two looks at whether all rows are finished: each look waits for the device
+LOOK_EVERY = 8  # steps between two looks at whether rows are finished: on a GPU each look waits for the device
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,8 @@ def without_user_turns(prompt: Prompt, vocabulary: Vocabulary) -> Prompt:
     return Prompt(ids[tags | (owner != v.user)])
 
 
-def prefill(decoder: Decoder, prompts: Sequence[Prompt], capacity: int) -> tuple[Tensor, KVCache]:
-    """Feed prompts of any lengths -> the last hidden state of each (B, D) and a cache with room for `capacity` more.
-
-    Shorter prompts are padded on the right and the padding is overwritten later, so a row in a batch sees exactly
-    what it would see alone.
-    """
+def prefill(decoder: Decoder, weights: Weights, prompts: Sequence[Prompt], more: int) -> tuple[Tensor, KVCache]:
+    """Feed prompts of any lengths -> the last hidden state of each (B, D) and a cache with room for `more` tokens."""
     weight = decoder.embedding.weight
     lengths = torch.tensor([len(prompt.ids) for prompt in prompts], device=weight.device)
     longest = max(len(prompt.ids) for prompt in prompts)
@@ -101,10 +99,8 @@ def prefill(decoder: Decoder, prompts: Sequence[Prompt], capacity: int) -> tuple
     features = gather_features((row * longest, prompt.spans) for row, prompt in enumerate(prompts))
     features = {kind: given._replace(places=given.places.to(weight.device), values=given.values.to(weight.device))
                 for kind, given in features.items()}
-    cache = KVCache.empty(decoder.config, len(prompts), longest + capacity, weight)
-    hidden, cache = decoder.extend(torch.from_numpy(ids).to(weight.device), cache, features)
-    last = hidden[torch.arange(len(prompts), device=weight.device), lengths - 1]
-    return last, cache._replace(lengths=lengths)
+    inputs = decoder.embed(torch.from_numpy(ids).to(weight.device), features)
+    return decoding.prefill(weights, inputs, lengths, longest + more)
 
 
 @torch.inference_mode()
@@ -135,26 +131,35 @@ def steps(
     guided = sampling.guidance != 1
     if guided:
         rows += [without_user_turns(prompt, grammar.vocabulary) for prompt in prompts]
-    hidden, cache = prefill(decoder, [row._replace(ids=np.concatenate([row.ids, prefix])) for row in rows], limit)
-    matrix = decoder.output_matrix()
+    weights, reach = Weights.of(decoder), grammar.reach(out)
+    prompts = [row._replace(ids=np.concatenate([row.ids, prefix])) for row in rows]
+    hidden, cache = prefill(decoder, weights, prompts, limit)
     generator = None
     if sampling.temperature > 0:
         generator = torch.Generator(device)
         generator.manual_seed(sampling.seed) if sampling.seed is not None else generator.seed()
+    batch = len(state.phase)
+    writing = torch.arange(batch, device=device)  # rows of the batch that are still computed
+    nothing = torch.full_like(writing, grammar.vocabulary.pad)
     for step in range(limit):
-        allowed = grammar.allowed(state)
+        allowed = grammar.allowed(state, reach)
         if step >= sampling.max_new_tokens:
             allowed = grammar.closing(allowed)
-        logits = decoder.logits(hidden, matrix)
+        logits = weights.scores(hidden, reach)
         if guided:
             logits = guide(logits, sampling.guidance)
-        ids = sample(logits.masked_fill(~allowed, -torch.inf), sampling, generator)
+        ids = sample(logits.masked_fill_(~allowed, -torch.inf), sampling, generator)
         state = grammar.advance(state, ids)
-        yield ids
-        if (step % LOOK_EVERY == LOOK_EVERY - 1 or step >= sampling.max_new_tokens) and grammar.finished(state).all():
-            return
-        hidden, cache = decoder.extend((ids.repeat(2) if guided else ids)[:, None], cache)
-        hidden = hidden[:, -1]
+        yield ids if len(ids) == batch else nothing.index_copy(0, writing, ids)
+        if device.type == "cpu" or step % LOOK_EVERY == LOOK_EVERY - 1 or step >= sampling.max_new_tokens:
+            going = (~grammar.finished(state)).nonzero().squeeze(1)
+            if not len(going):
+                return
+            # On a GPU shapes stay as they are.
+            if device.type == "cpu" and 2 * len(going) <= len(ids):
+                cache = cache.keep(torch.cat([going, going + len(ids)]) if guided else going)
+                writing, ids, state = writing[going], ids[going], state.keep(going)
+        hidden = decoding.step(weights, decoder.embedding(ids.repeat(2) if guided else ids), cache)
 
 
 def generate(

@@ -60,19 +60,6 @@ class Packing(NamedTuple):
         return cls(tuple(gathers), scatter)
 
 
-class LayerCache(NamedTuple):
-    """Keys and values of one layer, (B, G, capacity, K) each; rows fill up independently of each other."""
-
-    keys: Tensor
-    values: Tensor
-
-    def write(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        """Store keys and values (B, G, T, K) at positions (B, T), in place."""
-        index = positions[:, None, :, None].expand_as(keys)
-        self.keys.scatter_(2, index, keys)
-        self.values.scatter_(2, index, values)
-
-
 def rotary(positions: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine (..., T, K) of the rotary angles (RoPE, https://arxiv.org/abs/2104.09864).
 
@@ -123,8 +110,6 @@ class Attention(nn.Module):
         x: Tensor,                                  # (B, T, D)
         angles: tuple[Tensor, Tensor],              # (B, T, K) each
         packing: Packing | None = None,
-        cache: LayerCache | None = None,
-        positions: Tensor | None = None,            # (B, T), needed with a cache
     ) -> Tensor:                                    # (B, T, D)
         c = self.config
         batch, length, _ = x.shape
@@ -133,8 +118,6 @@ class Attention(nn.Module):
         key = rotate(self.key_norm(key), *angles)
         if packing is not None:
             y = self._attend_documents(query, key, value, packing)
-        elif cache is not None:
-            y = self._attend_cache(query, key, value, cache, positions)
         else:
             y = self._attend(query, key, value)
         return self.out(y.reshape(batch, length, -1))
@@ -151,15 +134,6 @@ class Attention(nn.Module):
         query, key, value = (part.flatten(0, 1) for part in (query, key, value))         # (B*T, H | G, K)
         outputs = [self._attend(query[g], key[g], value[g]).flatten(0, 1) for g in packing.gathers]
         return torch.cat(outputs)[packing.scatter]
-
-    def _attend_cache(self, query: Tensor, key: Tensor, value: Tensor, cache: LayerCache, positions: Tensor):
-        query, key, value = (part.transpose(1, 2) for part in (query, key, value))       # (B, H | G, T, K)
-        cache.write(key, value, positions)
-        slots = torch.arange(cache.keys.shape[2], device=query.device)
-        seen = slots <= positions[:, None, :, None]                                      # (B, 1, T, capacity)
-        grouped = self.config.heads != self.config.kv_heads
-        y = F.scaled_dot_product_attention(query, cache.keys, cache.values, attn_mask=seen, enable_gqa=grouped)
-        return y.transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -185,8 +159,8 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], packing=None, cache=None, positions=None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), angles, packing, cache, positions)
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], packing: Packing | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), angles, packing)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 

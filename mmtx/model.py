@@ -10,14 +10,13 @@ generated, what its encoder saw before the quantizer can enter in place of its c
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtx.errors import InputError
-from mmtx.layers import Block, BlockConfig, LayerCache, Packing, initialise, rotary
+from mmtx.layers import Block, BlockConfig, Packing, initialise, rotary
 from mmtx.sequence import Features
 
 
@@ -76,20 +75,6 @@ class DecoderConfig:
         return self.vocabulary_size - sum(r.stop - r.start for r in self.composed)
 
 
-class KVCache(NamedTuple):
-    """Keys and values of all layers, and how many tokens each row of the batch holds. Rows may differ in length."""
-
-    layers: tuple[LayerCache, ...]
-    lengths: Tensor                # (B,)
-
-    @classmethod
-    def empty(cls, config: DecoderConfig, batch: int, capacity: int, like: Tensor) -> "KVCache":
-        """An empty cache of `capacity` tokens a row, with the type and device of `like`."""
-        shape = (batch, config.kv_heads, capacity, config.head_width)
-        layers = tuple(LayerCache(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(config.depth))
-        return cls(layers, torch.zeros(batch, dtype=torch.long, device=like.device))
-
-
 class TokenEmbedding(nn.Module):
     """One table: a row for each plain id, then a row for each digit value of each composed range."""
 
@@ -108,6 +93,8 @@ class TokenEmbedding(nn.Module):
             for place, level in enumerate(r.levels):
                 parts[r.start:r.stop, place] = first + codes // step % level
                 step, first = step * level, first + level
+        # How the rows lie: those of the plain ids, then those of each digit of each range.
+        self.groups = ((self.plain,), *(r.levels for r in config.composed))
         self.register_buffer("parts", parts, persistent=False)
         self.register_buffer("basis", self._basis(rows), persistent=False)
 
@@ -121,8 +108,11 @@ class TokenEmbedding(nn.Module):
         """Ids (B, T) -> embeddings (B, T, D)."""
         if not len(self.basis):
             return F.embedding(ids, self.weight)
-        padded = F.pad(self.weight, (0, 0, 0, 1))
-        return F.embedding(self.parts[ids], padded).sum(-2)
+        # Only the rows of digits are copied: there are few of them, and a plain table may be large.
+        digits = F.pad(self.weight[self.plain:], (0, 0, 0, 1))
+        composed = F.embedding((self.parts[ids] - self.plain).clamp_min(0), digits).sum(-2)
+        plain = F.embedding(ids.clamp_max(self.plain - 1), self.weight)
+        return torch.where((ids < self.plain)[..., None], plain, composed)
 
     def matrix(self, plain: bool = False) -> Tensor:
         """The embedding of every id (V, D), or of those before the composed ranges only."""
@@ -165,20 +155,6 @@ class Decoder(nn.Module):
                 values = self.projections[kind](given.values.to(self.embedding.weight.dtype))
                 x = x.flatten(0, 1).index_copy(0, given.places, values.to(x.dtype)).view_as(x)
         return x
-
-    def extend(self, ids: Tensor, cache: KVCache,
-               features: Mapping[str, Features] | None = None) -> tuple[Tensor, KVCache]:
-        """Feed ids (B, T) behind what `cache` holds -> hidden states (B, T, D) and the longer cache.
-
-        The layers' keys and values are written in place. Tokens that a row does not have (padding on the right) may
-        be fed too: lower that row's length afterwards, and the next call overwrites them.
-        """
-        positions = cache.lengths[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        x = self.embed(ids, features)
-        angles = rotary(positions, self.config.head_width, self.config.rope_theta)
-        for block, layer in zip(self.blocks, cache.layers, strict=True):
-            x = block(x, angles, cache=layer, positions=positions)
-        return self.norm(x), cache._replace(lengths=cache.lengths + ids.shape[1])
 
     def logits(self, hidden: Tensor, matrix: Tensor | None = None) -> Tensor:
         """Hidden states (..., D) -> scores of every id (..., V); `matrix` saves composing it again."""

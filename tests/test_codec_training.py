@@ -15,7 +15,8 @@ from mmtx.modality.audio import AudioConfig
 from mmtx.modality.autoencoder import NetworkConfig
 from mmtx.modality.fsq import FSQ
 from mmtx.modality.image import ImageConfig
-from mmtx.training.codec import AudioCodecModule, CodecData, ImageCodecModule, Usage, picture_quality
+from mmtx.training.codec import (
+    AudioCodecModule, CodecBatches, CodecData, ImageCodecModule, Usage, picture_quality)
 from mmtx.training.critic import AdversarialConfig, Critic, Perceptual, PerceptualConfig, balance
 from mmtx.training.optimizer import OptimizerConfig
 
@@ -72,6 +73,26 @@ def train(module, steps=2) -> dict[str, float]:
 
 def pictures(count=4, side=32, seed=0) -> torch.Tensor:
     return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def test_a_batch_is_a_function_of_seed_number_and_rank():
+    media = [torch.full((1,), float(n)) for n in range(50)]
+
+    def batch(k=0, seed=0, rank=0, weights=torch.ones(50)):
+        batches = CodecBatches(media, collate, batch=8, seed=seed, steps=4, rank=rank, world=2, weights=weights)
+        return batches[k].media.flatten().tolist()
+
+    def collate(chosen, generator):
+        return torch.stack(chosen) + torch.rand(len(chosen), 1, generator=generator) / 2  # as augmentation would
+
+    first = batch()
+    assert batch() == first
+    others = [batch(k=1), batch(seed=1), batch(rank=1)]
+    assert all(set(map(int, other)) != set(map(int, first)) for other in others)
+    assert not {value % 1 for value in first} & {value % 1 for other in others for value in other}
+    # Held-out media come once, in order, by turns.
+    order = [[int(value) for value in batch(k, rank=rank, weights=None)] for k in range(3) for rank in range(2)]
+    assert [n for part in order for n in part] == list(range(48))
 
 
 # -- Health --------------------------------------------------------------------------------------------------

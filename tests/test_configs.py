@@ -24,6 +24,7 @@ LEVELS = (8, 8, 8, 6, 5)
 PARAMETERS = {
     "gpu/decoder-100m.yaml": 101_727_488,
     "gpu/decoder-600m.yaml": 441_849_856,
+    "gpu/decoder-4b.yaml": 3_636_967_936,
 }
 
 
@@ -90,7 +91,8 @@ def test_gpu_configs_have_the_size_in_their_name(built, name):
     assert (values["devices"], values["precision"]) == (8, "bf16-mixed")
 
 
-def test_the_600m_decoder_has_the_shape_of_qwen3(built):
-    c = built("gpu/decoder-600m.yaml").model.config
-    assert (c.width, c.depth, c.heads, c.kv_heads, c.head_width, c.hidden) == (1024, 28, 16, 8, 128, 3072)
+@pytest.mark.parametrize("size, shape", [("600m", (1024, 28, 16, 8, 128, 3072)), ("4b", (2560, 36, 32, 8, 128, 9728))])
+def test_the_larger_decoders_have_the_shape_of_qwen3(built, size, shape):
+    c = built(f"gpu/decoder-{size}.yaml").model.config
+    assert (c.width, c.depth, c.heads, c.kv_heads, c.head_width, c.hidden) == shape
     assert (c.rope_theta, c.norm_eps, c.tied) == (1e6, 1e-6, True)

@@ -1,9 +1,13 @@
-"""Generation: the cache against full passes, rows against themselves alone, sampling, and output that parses."""
+"""Generation: ids against full passes, rows against themselves alone, sampling, and output that parses."""
+
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from mmtx import decoding
+from mmtx.decoding import Weights
 from mmtx.errors import InputError
 from mmtx.generation import Sampling, generate, prefill, sample, steps, without_user_turns
 from mmtx.model import CodeRange, Decoder, DecoderConfig
@@ -51,28 +55,7 @@ def full_scores(decoder: Decoder, ids: np.ndarray) -> torch.Tensor:
     return decoder.logits(decoder(ids, torch.arange(ids.shape[1])[None]))[0]
 
 
-# -- The cache -----------------------------------------------------------------------------------------------
-
-
-def test_prefill_of_a_padded_batch_equals_each_prompt_alone(decoder, prompts):
-    last, cache = prefill(decoder, asked(prompts), 5)
-    assert cache.lengths.tolist() == [len(prompt) for prompt in prompts]
-    scores = decoder.logits(last)
-    for row, prompt in enumerate(prompts):
-        assert torch.allclose(scores[row], full_scores(decoder, prompt)[-1], atol=1e-4)
-
-
-def test_cached_scores_equal_a_full_pass_at_every_step(decoder, prompts):
-    answers = np.random.default_rng(1).integers(0, 20, (len(prompts), 12))
-    hidden, cache = prefill(decoder, asked(prompts), 12)
-    expected = [full_scores(decoder, np.concatenate([prompt, answer]))
-                for prompt, answer in zip(prompts, answers, strict=True)]
-    for step in range(12):
-        scores = decoder.logits(hidden)
-        for row, prompt in enumerate(prompts):
-            assert torch.allclose(scores[row], expected[row][len(prompt) - 1 + step], atol=1e-4)
-        hidden, cache = decoder.extend(torch.tensor(answers[:, step:step + 1]), cache)
-        hidden = hidden[:, -1]
+# -- Against full passes -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("out", OUTS)
@@ -109,7 +92,7 @@ def test_features_of_a_padded_batch_equal_each_prompt_alone(vocabulary):
         ids = [v.bos, v.user, *[codes] * size, v.end, v.assistant]
         prompts.append(Prompt(np.array(ids), (Span(kind, 2, torch.randn(size, 8)),)))
     with torch.no_grad():
-        last, _ = prefill(decoder, prompts, 1)
+        last, _ = prefill(decoder, Weights.of(decoder), prompts, 1)
         for row, prompt in enumerate(prompts):
             ids = torch.tensor(prompt.ids)[None]
             x = decoder.embedding(ids)
@@ -235,6 +218,24 @@ def test_finished_rows_are_cut_off(decoder, grammar, vocabulary, prompts):
     assert len({len(ids) for ids in answers}) > 1
     for ids in answers:
         assert vocabulary.pad not in ids and (ids == vocabulary.end).sum() == 1
+
+
+def test_rows_that_finish_early_are_no_longer_computed(decoder, grammar, prompts, monkeypatch):
+    widths = []
+
+    def step(weights, x, cache):
+        widths.append(len(x))
+        return decoding.step(weights, x, cache)
+    monkeypatch.setattr("mmtx.generation.decoding", SimpleNamespace(step=step, prefill=decoding.prefill))
+    many = [np.concatenate([prompt[:2], [n], prompt[2:]]) for n in range(5) for prompt in prompts]
+    for guidance in (1.0, 0.5):
+        widths.clear()
+        sampling = Sampling(max_new_tokens=60, guidance=guidance)
+        answers = generate(decoder, grammar, asked(many), "text", sampling)
+        rows = 20 if guidance == 1 else 40
+        assert widths[0] == rows and widths[-1] <= rows // 2 and len(widths) == max(map(len, answers)) - 1
+        for prompt, answer in zip(many, answers, strict=True):
+            assert np.array_equal(answer, generate(decoder, grammar, asked([prompt]), "text", sampling)[0])
 
 
 def test_steps_stop_when_all_rows_are_finished(vocabulary, grammar, prompts):

@@ -13,8 +13,10 @@ import runs
 from mmtx.data.collection import DataSource
 from mmtx.data.packing import Batch
 from mmtx.errors import InputError
+from mmtx.modality.image import ImageConfig, to_float
 from mmtx.model import DecoderConfig
 from mmtx.training.callbacks import Metrics
+from mmtx.training.codec import CodecData, ImageCodecModule
 from mmtx.training.decoder import DecoderData, DecoderModule, TokenizerFolders
 from mmtx.training.guard import SkipNonFinite, Telemetry
 from mmtx.vocabulary import MODALITIES
@@ -82,6 +84,12 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(data, tmp_path, value
     assert [float(row["train/skipped"]) for row in rows] == [0, 0, 1, 1, 1]
 
 
+def test_gradients_are_clipped_in_mixed_precision(data, tmp_path):
+    # The trainer refuses to do so with an optimizer that takes scaled gradients.
+    row = train(data, DecoderModule(DECODER), tmp_path, steps=1, precision="bf16-mixed")[-1]
+    assert float(row["train/gradient_norm"]) > 0 and float(row["train/skipped"]) == 0
+
+
 def test_too_many_such_steps_in_a_row_end_the_run_with_the_samples(data, tmp_path):
     module = Poisoned(range(3, 100), BAD[0], False)
     with pytest.raises(InputError, match="step 6: .* 3 steps in a row") as error:
@@ -94,6 +102,26 @@ def test_too_many_such_steps_in_a_row_end_the_run_with_the_samples(data, tmp_pat
     scattered = Poisoned(range(1, 100, 2), BAD[0], False)
     rows = train(data, scattered, tmp_path / "scattered", steps=8, limit=2)
     assert float(rows[-1]["train/skipped"]) == 4
+
+
+def test_a_codec_names_the_media_of_such_steps(tmp_path):
+    class Broken(ImageCodecModule):
+        """Has no loss, and notes what it was shown."""
+
+        def training_step(self, batch, index):
+            self.batch = batch
+            return super().training_step(batch, index) * BAD[0]
+
+    sources = [DataSource(**source) for source in runs.FEW]
+    module, data = Broken(ImageConfig(patch=16, side=32, network=runs.NETWORK)), CodecData(sources, sources, batch=3)
+    with pytest.raises(InputError, match="step 1: .* 1 steps in a row") as error:
+        train(data, module, tmp_path, limit=1)
+    names = data.sample_names(module.batch)
+    assert len(names) == 3 and all(name in str(error.value) for name in names)
+    # The names are those of the media that were shown.
+    pictures = [to_float(data.train_media[data.names.index(name)]) for name in names]
+    assert torch.equal(module.batch.media, torch.stack(pictures))
+    assert all(name.startswith(runs.FEW[0]["paths"][0]) and name.endswith(".webp") for name in names), names
 
 
 def test_the_logs_say_what_the_step_did(data, tmp_path):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mmtx.layers import Attention, Block, BlockConfig, LayerCache, Packing, initialise, rotary, rotate
+from mmtx.layers import Attention, Block, BlockConfig, Packing, initialise, rotary, rotate
 
 CAUSAL = BlockConfig(width=24, heads=4, kv_heads=2, head_width=8, hidden=40, causal=True)
 # Two documents and the padding of row 0; three documents in row 1.
@@ -120,21 +120,6 @@ def test_attention_against_a_loop_over_heads(causal):
             scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
         outputs.append(scores.softmax(-1) @ value[0, :, head // 2])
     assert torch.allclose(attention(x, angles), attention.out(torch.cat(outputs, -1))[None], atol=1e-5)
-
-
-def test_cache_equals_full_attention_whatever_lies_behind():
-    attention: Attention = random_block(CAUSAL).attention
-    x = torch.randn(2, 6, 24, generator=torch.Generator().manual_seed(3))
-    positions = torch.arange(6).expand(2, 6)
-    angles = rotary(positions, 8, 10_000.0)
-    full = attention(x, angles)
-    garbage = torch.full((2, 2, 9, 8), 1e3)
-    cache = LayerCache(garbage.clone(), garbage.clone())
-    parts = []
-    for part in (slice(0, 3), slice(3, 4), slice(4, 6)):
-        chosen = tuple(angle[:, part] for angle in angles)
-        parts.append(attention(x[:, part], chosen, cache=cache, positions=positions[:, part]))
-    assert torch.allclose(torch.cat(parts, 1), full, atol=1e-5)
 
 
 def test_initialise_scales_the_matrices_that_write_into_the_stream():

@@ -1,4 +1,4 @@
-"""The decoder: parity with Qwen3 of transformers, no leak between packed documents, composed rows, the cache."""
+"""The decoder: parity with Qwen3 of transformers, no leak between packed documents, composed rows."""
 
 import json
 from dataclasses import asdict
@@ -9,7 +9,7 @@ import torch
 from mmtx.errors import InputError
 from mmtx.layers import Packing
 from mmtx.modality.fsq import FSQ
-from mmtx.model import CodeRange, Decoder, DecoderConfig, KVCache, TokenEmbedding
+from mmtx.model import CodeRange, Decoder, DecoderConfig, TokenEmbedding
 
 SIZES = {"width": 32, "depth": 2, "heads": 4, "kv_heads": 2, "head_width": 16, "hidden": 48, "rope_theta": 5000.0}
 COMPOSED = (CodeRange(10, (4, 3, 2)), CodeRange(34, (5, 2)))  # 24 and 10 ids
@@ -168,31 +168,6 @@ def test_tied_and_untied():
     hidden = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(tied.logits(hidden), hidden @ tied.embedding.weight.T)
     assert torch.allclose(untied.logits(hidden), hidden @ untied.output.weight.T)
-
-
-def test_extend_in_pieces_equals_forward():
-    decoder = random_decoder(composed=COMPOSED)
-    ids = random_ids(3, 13)
-    full = decoder(ids, torch.arange(13).expand(3, 13))
-    cache, parts = KVCache.empty(decoder.config, 3, 20, decoder.embedding.weight), []
-    for piece in ids.split([5, 1, 4, 3], dim=1):
-        hidden, cache = decoder.extend(piece, cache)
-        parts.append(hidden)
-    assert cache.lengths.tolist() == [13] * 3
-    assert torch.allclose(torch.cat(parts, 1), full, atol=1e-5)
-
-
-def test_rows_of_the_cache_may_differ_in_length():
-    decoder = random_decoder()
-    ids = random_ids(2, 9)
-    cache = KVCache.empty(decoder.config, 2, 12, decoder.embedding.weight)
-    _, cache = decoder.extend(ids[:, :6], cache)
-    cache = cache._replace(lengths=torch.tensor([6, 2]))  # row 1 had four tokens of padding
-    hidden, cache = decoder.extend(torch.stack([ids[0, 6:9], ids[1, 2:5]]), cache)
-    assert cache.lengths.tolist() == [9, 5]
-    for row, length in ((0, 9), (1, 5)):
-        full = decoder(ids[row:row + 1, :length], torch.arange(length)[None])
-        assert torch.allclose(hidden[row], full[0, -3:], atol=1e-5)
 
 
 def test_config_survives_json():

@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+from mmtx.data import packing
 from mmtx.data.augment import AudioAugmentation, ImageAugmentation
 from mmtx.data.collection import DataSource
-from mmtx.data.packing import PackedBatches, best_fit, in_order, pack
+from mmtx.data.packing import PackedBatches, best_fit, fill, in_order, pack
 from mmtx.data.sample import Media, MemorySource, Sample, SampleTurn, Text
 from mmtx.data.tokens import Augmentation, Documents, load_media, seed_of, to_documents
 from mmtx.errors import InputError
@@ -148,7 +149,7 @@ def test_the_loss_of_six_tokens_by_hand(small_vocabulary):
     # A neighbour in front and padding behind must not matter.
     batch = PackedBatches(store_of([text(3), document], v), v, 16, shuffle=False)[0]
     with torch.no_grad():
-        losses, sums = module._losses(batch)
+        _, losses, sums = module._losses(batch)
 
     ids = render(document, v).ids.tolist()
     with torch.no_grad():
@@ -185,14 +186,36 @@ def test_batches_travel_to_workers_that_are_spawned(store, small_vocabulary):
     assert same(pickle.loads(pickle.dumps(batches))[17], expected)
 
 
-def test_an_epoch_is_planned_once(store, small_vocabulary, monkeypatch):
+def test_a_window_is_planned_once(store, small_vocabulary, monkeypatch):
     planned = []
     original = PackedBatches._plan
-    monkeypatch.setattr(PackedBatches, "_plan", lambda self, epoch: planned.append(epoch) or original(self, epoch))
+    monkeypatch.setattr(PackedBatches, "_plan", lambda self, *where: planned.append(where) or original(self, *where))
+    monkeypatch.setattr(packing, "WINDOW", 8)
+    monkeypatch.setattr(packing, "IN_WINDOW", 1)
     batches = PackedBatches(store, small_vocabulary, 40, steps=100)
+    assert batches.windows == 2 and not planned
     for k in range(100):
         batches[k]
-    assert planned == list(range(planned[-1] + 1)) and planned[-1] > 5
+    assert planned == [divmod(window, 2) for window in range(len(planned))] and len(planned) > 10
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_windows_cut_an_epoch_into_parts(store, small_vocabulary, monkeypatch, shuffle):
+    monkeypatch.setattr(packing, "WINDOW", 5)
+    monkeypatch.setattr(packing, "IN_WINDOW", 1)
+    repeats = [n % 3 + 1 for n in range(len(store))]
+    batches = PackedBatches(store, small_vocabulary, 40, repeats=repeats, shuffle=shuffle, seed=2)
+    assert batches.windows == sum(repeats) // 5 == 9
+    epochs = [[pair for window in range(9) for batch in batches.plan(9 * epoch + window) for pair in batch] for epoch in range(2)]
+    for epoch, pairs in enumerate(epochs):
+        assert sorted(pairs) == [(n, epoch * count + copy) for n, count in enumerate(repeats) for copy in range(count)]
+        documents = [document for document, _ in pairs]
+        windows = [sorted(documents[5 * window:5 * window + 3]) for window in range(9)]
+        assert (windows == sorted(windows)) is not shuffle  # windows are not of neighbours, unless order is asked for
+    assert sum(len(batches.plan(window)) for window in range(9)) == len(batches)
+    # Asked for from the middle, as by a run that is resumed: the same.
+    fresh = PackedBatches(store, small_vocabulary, 40, repeats=repeats, shuffle=shuffle, seed=2, steps=40)
+    assert same(fresh[31], PackedBatches(store, small_vocabulary, 40, repeats=repeats, shuffle=shuffle, seed=2, steps=32)[31])
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -244,14 +267,41 @@ def test_packing_loses_nothing_and_overfills_nothing(way, seed):
     assert all(0 < lengths[group].sum() <= 64 for group in groups)
 
 
-@pytest.mark.parametrize("room, draw", [
-    (4096, lambda random: random.integers(1, 4097, 4000)),
-    (4096, lambda random: np.clip(random.lognormal(5.5, 1, 4000), 4, 4096).astype(int)),
-    (1536, lambda random: np.where(random.random(4000) < 0.8, random.integers(74, 84, 4000), random.integers(100, 400, 4000))),
-], ids=["uniform", "lognormal", "captions"])
-def test_nearly_all_tokens_of_batches_are_real(room, draw):
-    lengths = draw(np.random.default_rng(0))
-    assert lengths.sum() / (len(pack(lengths, room)) * room) >= 0.99
+MIXES = {
+    "uniform": (4096, lambda random, count: random.integers(1, 4097, count)),
+    "lognormal": (4096, lambda random, count: np.clip(random.lognormal(5.5, 1, count), 4, 4096).astype(int)),
+    "captions": (1536, lambda random, count: np.where(random.random(count) < 0.8, random.integers(74, 84, count),
+                                                      random.integers(100, 400, count))),
+    "alike": (1536, lambda random, count: random.integers(74, 84, count)),
+    "many in a batch": (32_768, lambda random, count: random.integers(74, 84, 10 * count)),
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_nearly_all_tokens_of_batches_are_real(mix):
+    room, draw = MIXES[mix]
+    lengths = draw(np.random.default_rng(0), 4000)
+    assert lengths.sum() / (len(pack(lengths, room)) * room) >= (0.98 if mix == "many in a batch" else 0.99)
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_nearly_all_tokens_of_windows_are_real(mix, small_vocabulary):
+    room, draw = MIXES[mix]
+    documents = Ready([], 1)
+    documents.lengths = 1 + draw(np.random.default_rng(1), 2 * packing.WINDOW)
+    batches = PackedBatches(documents, small_vocabulary, room)
+    assert batches.windows > 1 and (documents.lengths - 1).sum() / (len(batches) * room) >= 0.99
+
+
+def test_a_rest_is_filled_as_well_as_it_can_be():
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        sizes = random.integers(1, 30, random.integers(0, 9)).tolist()
+        room = int(random.integers(0, 80))
+        sums = [sum(size for n, size in enumerate(sizes) if mask >> n & 1) for mask in range(2 ** len(sizes))]
+        places = fill(sizes, room)
+        assert len(set(places)) == len(places)
+        assert sum(sizes[place] for place in places) == max(total for total in sums if total <= room)
 
 
 def test_a_batch_that_is_too_small(store, small_vocabulary):
@@ -301,7 +351,6 @@ AUGMENTATION = Augmentation(ImageAugmentation(), AudioAugmentation())
 def test_documents_are_those_of_the_samples(samples, tokenizers, vocabulary):
     documents = Documents(samples, tokenizers, vocabulary, context=200)
     assert len(documents) == 3 and documents.numbers == [0, 1, 2]
-    assert {MODALITIES[number] for number in documents.modalities} == {"text", "special"}
     for n, (sample, found) in enumerate(zip(samples, documents.render([(0, 0), (1, 0), (2, 0)]), strict=True)):
         expected = render(to_documents([sample], tokenizers)[0], vocabulary)
         assert np.array_equal(found.ids, expected.ids) and np.array_equal(found.trained, expected.trained)

@@ -89,8 +89,9 @@ def changed(config: dict, path: str, value) -> dict:
 CHANGES = {
     "seed_everything": 1, "ema": 0.8, "data.init_args.tokens": 512, "data.init_args.seed": 3,
     "data.init_args.train": runs.FEW[:1], "data.init_args.image_augmentation": None,
-    "model.init_args.z_loss": 0.0, "model.init_args.decoder.width": 48, "trainer.max_steps": 9,
-    "trainer.accumulate_grad_batches": 3, "trainer.gradient_clip_val": 2.0, "trainer.precision": "bf16-mixed",
+    "model.init_args.z_loss": 0.0, "model.init_args.loss_weights": {"text": 2.0},
+    "model.init_args.decoder.width": 48, "trainer.max_steps": 9, "trainer.accumulate_grad_batches": 3,
+    "trainer.gradient_clip_val": 2.0, "trainer.precision": "bf16-mixed",
 }
 
 

@@ -50,7 +50,10 @@ class Reconstruction(NamedTuple):
 
 
 class Encoding(NamedTuple):
-    """A medium as codes (h, w), and as features (h, w, D): what the encoder made of each patch before the quantizer."""
+    """A medium as codes (h, w), and as features (h, w, D): what the encoder made of each patch before the quantizer.
+
+    Features are float16, as prepared shards store them, so that a decoder sees the same wherever they come from.
+    """
 
     codes: np.ndarray
     features: Tensor
@@ -152,7 +155,7 @@ class Codec(Tokenizer, nn.Module):
         """Grids (h, w, P) of any sizes, at most a chunk -> codes and features of each; equal sizes share a pass."""
         def run(batch: Tensor) -> tuple[Tensor, Tensor]:
             features = self.network.features(batch)
-            return self.network.quantizer.to_codes(self.network.quantize(features)), features
+            return self.network.quantizer.to_codes(self.network.quantize(features)), features.half()
         return [Encoding(codes.numpy(), features) for codes, features in self._in_batches(grids, run)]
 
     @torch.no_grad()

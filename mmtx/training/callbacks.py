@@ -19,6 +19,7 @@ from mmtx.generation import Sampling
 from mmtx.training.checkpoint import check_finite
 from mmtx.training.codec import CodecModule
 from mmtx.training.decoder import DecoderModule
+from mmtx.training.sharding import whole
 
 TILE = 96  # pixels a side of a picture on a contact sheet
 
@@ -93,11 +94,13 @@ class SaveModel(Callback):
     def __init__(self, folder: str | Path):
         self.folder = Path(folder) / "model"
 
-    @rank_zero_only
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if not trainer.interrupted:
-            check_finite(module.state_dict(), str(self.folder))
-            module.save(self.folder)
+        if trainer.interrupted:
+            return
+        with whole(module):
+            if trainer.is_global_zero:
+                check_finite(module.state_dict(), str(self.folder))
+                module.save(self.folder)
 
 
 class ShowSamples(Callback):
@@ -109,10 +112,14 @@ class ShowSamples(Callback):
     def __init__(self, folder: str | Path, count: int = 16):
         self.folder, self.count = Path(folder) / "samples", count
 
-    @rank_zero_only
     def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.sanity_checking:
             return
+        with whole(module):
+            if trainer.is_global_zero:
+                self._show(trainer, module)
+
+    def _show(self, trainer: Trainer, module: LightningModule) -> None:
         was_training = module.training
         module.eval()
         path = self.folder / f"step-{trainer.global_step:06d}"

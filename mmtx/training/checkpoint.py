@@ -244,4 +244,4 @@ def checksum(loader: Any) -> int | None:
     if not isinstance(loader, ResumableLoader):
         return None
     data = loader.dataset
-    return zlib.crc32(np.asarray(data.lengths if hasattr(data, "lengths") else data.weights).tobytes())
+    return zlib.crc32(np.ascontiguousarray(data.documents.lengths if hasattr(data, "documents") else data.weights))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from lightning import LightningDataModule, LightningModule
 from torch import Generator, Tensor
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from mmtx.data.augment import AudioAugmentation, ImageAugmentation
@@ -29,7 +29,7 @@ from mmtx.modality.base import load_tokenizer
 from mmtx.modality.image import ImageConfig, ImageTokenizer, resize, to_float
 from mmtx.training.critic import AdversarialConfig, Critic, Perceptual, PerceptualConfig, balance
 from mmtx.pipeline import find_shipped
-from mmtx.training.loader import ResumableLoader
+from mmtx.training.loader import ResumableLoader, loader
 from mmtx.training.optimizer import OptimizerConfig, configure
 
 COLLAPSED = 1 / 3  # share of the bits that codes could carry below which a codec is said to have collapsed
@@ -39,7 +39,8 @@ WINDOW = 11        # pixels a side of the window of SSIM
 class CodecBatch(NamedTuple):
     """Media of one size, as the codec's `forward` takes them."""
 
-    media: Tensor  # (B, 3, H, W) in [-1, 1] or log-mel (B, F, M)
+    media: Tensor    # (B, 3, H, W) in [-1, 1] or log-mel (B, F, M)
+    samples: Tensor  # (B,) numbers of the media, for error messages
 
 
 class CodecBatches(Dataset):
@@ -61,7 +62,7 @@ class CodecBatches(Dataset):
             chosen = [i for i in chosen if i < len(self.media)]
         else:
             chosen = torch.multinomial(self.weights, self.batch, replacement=True, generator=generator).tolist()
-        return CodecBatch(self.collate([self.media[i] for i in chosen], generator))
+        return CodecBatch(self.collate([self.media[i] for i in chosen], generator), torch.tensor(chosen))
 
 
 class CodecData(LightningDataModule):
@@ -103,11 +104,11 @@ class CodecData(LightningDataModule):
         self.tokenizer: Codec = self.trainer.lightning_module.tokenizer
         samples, repeats = read_sources(self.train_sources, self.max_bad)
         held_out, _ = read_sources(self.validation_sources, self.max_bad)
-        self.validation_media, _ = self._load(held_out, [1] * len(held_out), "read validation")
-        self.train_media, self.weights = self._load(samples, repeats, "read train")
+        self.validation_media, _, _ = self._load(held_out, [1] * len(held_out), "read validation")
+        self.train_media, self.weights, self.names = self._load(samples, repeats, "read train")
 
-    def _load(self, samples: list[Sample], repeats, name: str) -> tuple[list[Tensor], Tensor]:
-        skipped, media, weights = SkipCounter(self.max_bad), [], []
+    def _load(self, samples: list[Sample], repeats, name: str) -> tuple[list[Tensor], Tensor, list[str]]:
+        skipped, media, weights, names = SkipCounter(self.max_bad), [], [], []
         for sample, repeat in progress(name)(list(zip(samples, repeats, strict=True))):
             for part in (part for turn in sample.turns for part in turn.parts if isinstance(part, Media)):
                 if part.kind != self.tokenizer.kind:
@@ -118,12 +119,17 @@ class CodecData(LightningDataModule):
                     skipped.skip(error)
                     continue
                 media.append(tensor)
+                names.append(part.name)
                 # Long sounds have more to show than short ones.
                 weights.append(float(repeat) * (tensor.shape[-1] if part.kind == "audio" else 1))
         skipped.check(len(samples))
         if not media:
             raise InputError(f"{name}: no {self.tokenizer.kind} among {len(samples)} samples")
-        return media, torch.tensor(weights, dtype=torch.float64)
+        return media, torch.tensor(weights, dtype=torch.float64), names
+
+    def sample_names(self, batch: CodecBatch) -> list[str]:
+        """File and row of each medium of a training batch."""
+        return [self.names[number] for number in batch.samples.tolist()]
 
     def _pictures(self, pictures: list[Tensor], generator: Generator) -> Tensor:
         """Pictures of a training batch: every second one augmented, now and then all cut out of larger ones."""
@@ -160,23 +166,23 @@ class CodecData(LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         steps = self.trainer.max_steps * self.trainer.accumulate_grad_batches
         collate = self._pictures if self.tokenizer.kind == "image" else self._sounds
-        return self._loader(self.train_media, collate, steps, self.weights)
+        return ResumableLoader(self._batches(self.train_media, collate, steps, self.weights), self.workers)
 
-    def val_dataloader(self) -> ResumableLoader:
+    def val_dataloader(self) -> DataLoader:
         media, kind = self.validation_media, self.tokenizer.kind
         if kind == "image" and len({tuple(picture.shape) for picture in media}) > 1:
             raise InputError("validation pictures of different sizes: expected a tokenizer with `side` and fit "
                              '"pad" or "crop"')
         steps = len(media) // (self.batch * self.trainer.world_size)
-        return self._loader(media, held_out_pictures if kind == "image" else self._held_out_sounds, max(1, steps), None)
+        collate = held_out_pictures if kind == "image" else self._held_out_sounds
+        return loader(self._batches(media, collate, max(1, steps), None), self.workers)
 
     def _held_out_sounds(self, waveforms: list[Tensor], generator: Generator) -> Tensor:
         return self.tokenizer.spectrogram(torch.stack([*self._cuts(waveforms, self.tokenizer.config.chunk, generator)]))
 
-    def _loader(self, media: list[Tensor], collate, steps: int, weights: Tensor | None) -> ResumableLoader:
-        return ResumableLoader(CodecBatches(
-            media, collate, self.batch, self.seed, steps, self.trainer.global_rank, self.trainer.world_size, weights),
-            self.workers)
+    def _batches(self, media: list[Tensor], collate, steps: int, weights: Tensor | None) -> CodecBatches:
+        return CodecBatches(media, collate, self.batch, self.seed, steps, self.trainer.global_rank,
+                            self.trainer.world_size, weights)
 
 
 def held_out_pictures(pictures: list[Tensor], generator: Generator) -> Tensor:

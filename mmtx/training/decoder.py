@@ -3,23 +3,28 @@
 Shapes: N tokens of a batch, M supervised tokens, V vocabulary.
 """
 
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from lightning import LightningDataModule, LightningModule
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from mmtx.data.augment import AudioAugmentation, ImageAugmentation
-from mmtx.data.collection import DataSource, progress, read_sources
+from mmtx.data.collection import DataSource, progress
+from mmtx.data.corpus import read_corpus
 from mmtx.data.packing import Batch, PackedBatches
-from mmtx.data.tokens import Augmentation, Documents, seed_of
+from mmtx.data.tokens import Augmentation, seed_of
 from mmtx.errors import InputError
+from mmtx.loss import TokenLoss, next_token_loss
 from mmtx.modality.base import load_tokenizer
 from mmtx.model import CodeRange, Decoder, DecoderConfig
 from mmtx.pipeline import Model, find_shipped
-from mmtx.training.loader import ResumableLoader
+from mmtx.training.loader import ResumableLoader, loader
 from mmtx.training.optimizer import OptimizerConfig, configure
+from mmtx.training.sharding import shard
 from mmtx.vocabulary import MODALITIES, Vocabulary
 
 
@@ -30,6 +35,23 @@ class TokenizerFolders:
     text: str
     image: str | None = None
     audio: str | None = None
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """What the loss of a target counts for, by its modality; `special` are the tokens that open and close the others."""
+
+    special: float = 1.0
+    text: float = 1.0
+    image: float = 1.0
+    audio: float = 1.0
+
+    def __post_init__(self):
+        for kind, weight in asdict(self).items():
+            if not 0 <= weight < math.inf:
+                raise InputError(f"loss_weights.{kind}: found {weight}, expected a finite number of 0 or more")
+        if not any(asdict(self).values()):
+            raise InputError("loss_weights: found 0 for all modalities, expected more for one of them")
 
 
 class DecoderData(LightningDataModule):
@@ -51,11 +73,11 @@ class DecoderData(LightningDataModule):
         """
         Args:
             tokenizers: folders of the tokenizers.
-            train: what to learn from.
+            train: what to learn from: media, or what `mmtx prepare` made of them.
             validation: held-out samples, for losses and shown captions.
             tokens: tokens of a batch on each device.
             context: longest document in tokens.
-            image_augmentation: changes to pictures, new ones each time; none by default.
+            image_augmentation: changes to pictures, new ones each time; none by default, nor where `train` is prepared.
             audio_augmentation: changes to sounds, new ones each time; none by default.
             workers: processes that read and encode media and put batches together.
             max_bad: share of samples that may be unreadable.
@@ -76,30 +98,32 @@ class DecoderData(LightningDataModule):
     def setup(self, stage: str) -> None:
         if hasattr(self, "train_documents"):
             return
-        samples, repeats = read_sources(self.train_sources, self.max_bad)
-        self.held_out, _ = read_sources(self.validation_sources, self.max_bad)
-        common = dict(context=self.context, seed=self.seed, max_bad=self.max_bad)
-        self.validation_documents = Documents(
-            self.held_out, self.tokenizers, self.vocabulary, progress=progress("read validation"), **common)
-        self.train_documents = Documents(
-            samples, self.tokenizers, self.vocabulary, augmentation=self.augmentation, progress=progress("read train"),
-            **common)
-        self.repeats = [repeats[number] for number in self.train_documents.numbers]
+        common = dict(context=self.context, seed=self.seed, max_bad=self.max_bad, features=self._continuous())
+        self.validation_documents = read_corpus(
+            self.validation_sources, self.tokenizers, self.vocabulary, progress=progress("read validation"), **common)
+        self.held_out = self.validation_documents.samples
+        self.train_documents = read_corpus(
+            self.train_sources, self.tokenizers, self.vocabulary, augmentation=self.augmentation,
+            progress=progress("read train"), **common)
+
+    def _continuous(self) -> bool:
+        """Whether the decoder takes features."""
+        return self.trainer is not None and self.trainer.lightning_module.continuous
 
     def sample_names(self, batch: Batch) -> list[str]:
         """File and row of each sample of a training batch."""
-        return [self.train_documents.samples[number].where for number in batch.samples.tolist()]
+        return [self.train_documents.where(number) for number in batch.samples.tolist()]
 
     def train_dataloader(self) -> ResumableLoader:
         trainer = self.trainer
         batches = PackedBatches(
-            self.train_documents, self.vocabulary, self.tokens, repeats=self.repeats, seed=self.seed,
+            self.train_documents, self.vocabulary, self.tokens, repeats=self.train_documents.repeats, seed=self.seed,
             steps=trainer.max_steps * trainer.accumulate_grad_batches, rank=trainer.global_rank,
             world=trainer.world_size)
         return ResumableLoader(batches, self.workers)
 
-    def val_dataloader(self) -> ResumableLoader:
-        return ResumableLoader(PackedBatches(
+    def val_dataloader(self) -> DataLoader:
+        return loader(PackedBatches(
             self.validation_documents, self.vocabulary, self.tokens, shuffle=False,
             rank=self.trainer.global_rank, world=self.trainer.world_size))
 
@@ -113,6 +137,7 @@ class DecoderModule(LightningModule):
         optimizer: OptimizerConfig = OptimizerConfig(),
         z_loss: float = 1e-5,
         continuous: bool = False,
+        loss_weights: LossWeights = LossWeights(),
     ):
         """
         Args:
@@ -121,10 +146,13 @@ class DecoderModule(LightningModule):
             z_loss: weight of the squared log-sum-exp of the scores, which keeps them from drifting.
             continuous: let pictures and sounds of user turns enter as the features that their encoder saw before the
                 quantizer. What is generated is made of codes either way.
+            loss_weights: what targets of each modality count for; the loss is the weighted mean over all targets.
         """
         super().__init__()
         self.config, self.optimizer_config = decoder, optimizer
         self.z_loss, self.continuous = z_loss, continuous
+        weights = asdict(loss_weights)
+        self.register_buffer("loss_weights", torch.tensor([weights[kind] for kind in MODALITIES]), persistent=False)
         self.decoder: Decoder | None = None
 
     def configure_model(self) -> None:
@@ -138,59 +166,61 @@ class DecoderModule(LightningModule):
         self.config = replace(self.config, vocabulary_size=vocabulary.size, composed=tuple(ranges),
                               features=widths if self.continuous else {})
         self.decoder = Decoder(self.config)
+        if self.device_mesh is not None:
+            shard(self.decoder, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> dict:
         return configure(self.decoder, self.optimizer_config, self.trainer.max_steps)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
-        loss, log_sum = self._losses(batch)
-        self.seen = loss.detach(), log_sum.detach()  # for telemetry
-        self.count += len(batch.targets)
-        self.log("train/loss", loss.detach().mean(), prog_bar=True)
-        # The sum, not the mean: `on_before_optimizer_step` divides by all targets of the step at once.
-        return (loss + self.z_loss * log_sum.square()).sum() * self.trainer.accumulate_grad_batches
+        weights = self.loss_weights[batch.modality]
+        total, loss, log_sum = self._losses(batch, weights)
+        self.seen = loss, log_sum  # for telemetry
+        self.total += weights.sum()
+        self.log("train/loss", ratio((loss * weights).sum(), weights.sum()), prog_bar=True)
+        # Ranks must agree on which weights have a gradient, whatever media their batches hold.
+        idle = 0.0 * sum(parameter.sum() for parameter in self.decoder.projections.parameters())
+        # The sum, not the mean: `on_before_optimizer_step` divides by the weights of all targets of the step at once.
+        return (total + idle) * self.trainer.accumulate_grad_batches
 
     def on_train_batch_start(self, batch: Batch, index: int) -> None:
         if index % self.trainer.accumulate_grad_batches == 0:
-            self.count = torch.zeros((), device=self.device)
+            self.total = torch.zeros((), device=self.device)
         torch.manual_seed(seed_of(self.trainer.datamodule.seed, index, self.global_rank))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        # Ranks average their gradients; the right divisor is the number of targets of all ranks.
+        # Ranks average their gradients; the right divisor is the weight of the targets of all ranks.
         world = self.trainer.world_size
-        count = self.all_gather(self.count).sum() if world > 1 else self.count
-        self.gradient_scale = world / count.clamp_min(1)
+        total = self.all_gather(self.total).sum() if world > 1 else self.total
+        self.gradient_scale = ratio(torch.full_like(total, world), total)
         for parameter in self.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(self.gradient_scale)
 
-    def validation_step(self, batch: Batch, index: int) -> None:
-        loss, _ = self._losses(batch)
-        self.log("val/loss", loss.mean(), batch_size=len(loss), sync_dist=True)
-        for number in self.trainer.datamodule.validation_documents.modalities:
-            chosen = batch.modality == number
-            if chosen.any():
-                self.log(f"val/loss_{MODALITIES[number]}", loss[chosen].mean(), batch_size=int(chosen.sum()),
-                         prog_bar=True)
+    def on_validation_epoch_start(self) -> None:
+        self.sums = torch.zeros(2, len(MODALITIES), device=self.device)  # losses, and targets, of each modality
 
-    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Loss and log-sum-exp of the scores of each target, (M,) both.
+    def validation_step(self, batch: Batch, index: int) -> None:
+        loss = self._losses(batch).loss
+        self.sums.index_add_(1, batch.modality, torch.stack([loss, torch.ones_like(loss)]).float())
+
+    def on_validation_epoch_end(self) -> None:
+        losses, targets = self.all_gather(self.sums).view(-1, *self.sums.shape).sum(0)
+        mean = ratio((self.loss_weights * losses).sum(), (self.loss_weights * targets).sum())
+        self.log("val/loss", mean, sync_dist=True)
+        for number, kind in enumerate(MODALITIES):
+            if targets[number]:
+                self.log(f"val/loss_{kind}", losses[number] / targets[number], prog_bar=True, sync_dist=True)
+
+    def _losses(self, batch: Batch, weights: Tensor | None = None) -> TokenLoss:
+        """The loss of each target, which counts for its weight (M,).
 
         Where the grammar allows no code, the scores of codes are left out of the softmax: they are most of the
         vocabulary, and generation never looks at them there.
         """
         hidden = self.decoder(batch.ids, batch.positions, batch.packing, batch.features).flatten(0, 1)[batch.supervised]
-        losses, sums = [], []
-        for states, targets, plain in (
-            (hidden[:batch.plain], batch.targets[:batch.plain], True),
-            (hidden[batch.plain:], batch.targets[batch.plain:], False),
-        ):
-            if len(targets):
-                scores = self.decoder.logits(states, self.decoder.output_matrix(plain)).float()
-                log_sum = scores.logsumexp(-1)
-                sums.append(log_sum)
-                losses.append(log_sum - scores.gather(1, targets[:, None]).squeeze(1))
-        return torch.cat(losses), torch.cat(sums)
+        output = self.decoder.output or self.decoder.embedding
+        return next_token_loss(output, hidden, batch.targets, batch.plain, weights, self.z_loss)
 
     def model(self) -> Model:
         """The decoder with its tokenizers, for captions during training and for saving."""
@@ -199,3 +229,8 @@ class DecoderModule(LightningModule):
 
     def save(self, folder: Path) -> None:
         self.model().save(folder)
+
+
+def ratio(total: Tensor, weight: Tensor) -> Tensor:
+    """Total / weight, or 0 where nothing has a weight."""
+    return torch.where(weight > 0, total / weight, 0.0)

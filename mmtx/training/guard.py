@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmtx.errors import InputError
 from mmtx.training.decoder import DecoderModule
+from mmtx.training.sharding import full
 from mmtx.vocabulary import MODALITIES
 
 NAMED = 8  # samples at most in an error message
@@ -43,7 +44,7 @@ class SkipNonFinite(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Any) -> None:
         gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-        self.norm = torch.nn.utils.get_total_norm(gradients)
+        self.norm = full(torch.nn.utils.get_total_norm(gradients))
         finite = torch.stack([self.norm.isfinite(), *(finite for *_, finite in self.losses)]).all()
         if trainer.strategy.reduce_boolean_decision(bool(finite), all=True):
             self.in_a_row = 0

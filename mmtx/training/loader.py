@@ -1,4 +1,4 @@
-"""A loader whose only state is the number of batches handed out, so that a resumed run goes on where it stopped."""
+"""Loaders of batches: one that a resumed run goes on with, and plain ones, which begin anew each time."""
 
 import os
 from collections.abc import Iterator
@@ -8,8 +8,17 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 
+def loader(dataset: Dataset, workers: int = 0, first: int = 0) -> DataLoader:
+    """Items `first`, `first` + 1, ... of a dataset of batches."""
+    return DataLoader(dataset, batch_size=None, sampler=range(first, len(dataset)), num_workers=workers,
+                      pin_memory=torch.cuda.is_available(), worker_init_fn=_leave_group)
+
+
 class ResumableLoader:
-    """Items 0, 1, 2, ... of a dataset of batches. Lightning stores and restores `state_dict` with its checkpoints."""
+    """A loader whose only state is the number of batches handed out: iterated again, it goes on where it stopped.
+
+    Lightning stores and restores `state_dict` with its checkpoints.
+    """
 
     def __init__(self, dataset: Dataset, workers: int = 0):
         self.dataset, self.workers = dataset, workers
@@ -19,13 +28,7 @@ class ResumableLoader:
         return len(self.dataset)
 
     def __iter__(self) -> Iterator[Any]:
-        # A validation loader is read to its end again and again.
-        if self.next >= len(self):
-            self.next = 0
-        loader = DataLoader(self.dataset, batch_size=None, sampler=range(self.next, len(self)),
-                            num_workers=self.workers, pin_memory=torch.cuda.is_available(),
-                            worker_init_fn=_leave_group)
-        for batch in loader:
+        for batch in loader(self.dataset, self.workers, self.next):
             # Before the yield: code behind it does not run when the trainer stops asking.
             self.next += 1
             yield batch

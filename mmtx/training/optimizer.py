@@ -100,6 +100,8 @@ def configure(module: nn.Module, config: OptimizerConfig, max_steps: int, more: 
         groups.append({"params": list(parts), "parts": list(parts.values()), "lr": config.muon,
                        "weight_decay": config.weight_decay})
     optimizer = Muon([*groups, *more], lr=config.learning_rate, betas=config.betas, fused=True)
+    # Or the trainer would leave the gradients of a scaled loss to the fused step, and clip none in mixed precision.
+    optimizer._step_supports_amp_scaling = False
 
     def factor(step: int) -> float:
         return min((step + 1) / max(1, config.warmup_steps), max(0.0, 1 - step / max_steps))

@@ -10,13 +10,16 @@ from typing import Any, NoReturn
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mmtx.errors import InputError
 from mmtx.pipeline import find_shipped
 from mmtx.training.callbacks import Metrics, ProgressBar, SaveModel, ShowSamples
 from mmtx.training.checkpoint import AtomicCheckpointIO, Checkpoints, flatten, newest
+from mmtx.training.decoder import DecoderModule
 from mmtx.training.guard import SkipNonFinite, Telemetry
+from mmtx.training.sharding import Sharded
 from mmtx.training.signals import follow_launcher
 
 # What of `trainer` a resumed run must have in common with the one it goes on with.
@@ -74,6 +77,21 @@ class FitCLI(LightningCLI):
         # The text tokenizer is no optimizer's work and counts no steps.
         if self.model.automatic_optimization and self.trainer.max_steps < 1:
             raise InputError(f"trainer.max_steps: found {self.trainer.max_steps}, expected 1 or more")
+        strategy = self.trainer.strategy
+        if isinstance(strategy, Sharded):
+            self._check_sharded()
+        elif not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+            raise InputError(f'trainer.strategy: found {type(strategy).__name__}, expected "ddp" or "sharded", whose '
+                             "checkpoints a kill cannot damage")
+
+    def _check_sharded(self) -> None:
+        if not isinstance(self.model, DecoderModule):
+            raise InputError('trainer.strategy: found "sharded", which shares out decoders only, expected "ddp"')
+        if self._get(self.config_init, "ema") is not None:
+            raise InputError('ema: found an average of the weights, expected none with trainer.strategy "sharded"')
+        if self.model.optimizer_config.muon is not None:
+            raise InputError(f"model.init_args.optimizer.muon: found {self.model.optimizer_config.muon}, expected none "
+                             'with trainer.strategy "sharded", since Muon turns whole matrices')
 
     def record(self) -> dict[str, Any]:
         """All that decides the batches and the model, as plain values by name."""
@@ -84,6 +102,7 @@ class FitCLI(LightningCLI):
             "trainer": {name: config["trainer"][name] for name in RESUMED_TRAINER},
             "tokenizers": {kind: tokenizer.fingerprint for kind, tokenizer in tokenizers.items()},
             "processes": self.trainer.world_size,
+            **({"sharded": True} if isinstance(self.trainer.strategy, Sharded) else {}),
         })
         return {name: value for name, value in record.items() if name not in MAY_CHANGE}
 

@@ -1,0 +1,85 @@
+"""What the benchmarks of speed share: ours and its peers measured in turn, medians and ratios, a result as JSON."""
+
+import json
+import os
+import platform
+from collections.abc import Callable
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+
+import mmtx
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "transformers", "litgpt", "lightning", "numpy")
+
+
+def interleave(candidates: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Call each candidate in turn, `rounds` times -> the figures that each returned (e.g. tokens/s).
+
+    Whatever else the machine does then slows all of them alike, where one after the other it would not.
+    """
+    results: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, run in candidates.items():
+            results[name].append(run())
+    return results
+
+
+def report(name: str, unit: str, results: dict[str, list[float]], ours: str, bars: dict[str, float],
+           settings: dict, short: bool, less_is_better: bool = False) -> dict:
+    """Print medians, and the ratio ours/peer beside its bar -> the same as written to results/NAME.json.
+
+    The ratio is the median of the ratios of the single rounds. A bar is what the ratio must reach; with
+    `less_is_better`, what it must not exceed. With `short`, nothing is written.
+    """
+    print(f"\n{name}, {unit}: median of {len(results[ours])}" + (" (short: says nothing about speed)" if short else ""))
+    ratios = {}
+    for peer, figures in results.items():
+        line = f"  {peer:44} {median(figures):12.4g}"
+        if peer in bars:
+            ratio, bar = median(a / b for a, b in zip(results[ours], figures, strict=True)), bars[peer]
+            reached = ratio <= bar if less_is_better else ratio >= bar
+            ratios[peer] = {"ratio": round(ratio, 4), "bar": bar, "reached": reached}
+            sign, verdict = "<=" if less_is_better else ">=", "" if reached else "   MISSED"
+            line += f"   ours/this {ratio:.3g}, bar {sign} {bar:g}{verdict}"
+        print(line, flush=True)
+    result = {
+        "name": name, "unit": unit, "date": date.today().isoformat(), "ours": ours,
+        "median": {peer: float(f"{median(figures):.5g}") for peer, figures in results.items()},
+        "ours_over": ratios,
+        "rounds": {peer: [float(f"{figure:.5g}") for figure in figures] for peer, figures in results.items()},
+        "settings": settings, "machine": machine(), "versions": versions(),
+    }
+    if not short:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def machine() -> dict:
+    """What the figures were measured on."""
+    import torch
+
+    found = {"cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    return {**found, "gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else found
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that took part, as far as they are installed."""
+    found = {"python": platform.python_version(), "mmtx": mmtx.__version__}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())

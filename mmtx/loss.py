@@ -1,0 +1,119 @@
+"""Next-token cross entropy that never holds the scores of all tokens.
+
+Shapes: M targets, m of them in a chunk, D width, R rows of the output table, V vocabulary, P parts of an id.
+
+Two things keep it small. Tokens go in chunks whose scores stay in the cache, and each chunk's gradient is computed on
+the spot, as in Liger Kernel (https://arxiv.org/abs/2410.10989) and cut cross entropy (https://arxiv.org/abs/2411.09009).
+And codes whose rows are composed from digits need no score of their own: the score of a code is the sum of the scores of
+its digits, so the sum of exp(score) over all codes of a range is the product of the sums over each digit. That is exact:
+a range of 8 * 8 * 8 * 6 * 5 = 15 360 codes costs 35 scores.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mmtx.model import TokenEmbedding
+
+CHUNK = 2 ** 23  # scores that are held at a time
+
+
+class TokenLoss(NamedTuple):
+    """What training goes down, with a gradient, and what it is made of, without."""
+
+    total: Tensor    # () sum over targets of weight * (loss + z_loss * log_sum ** 2)
+    loss: Tensor     # (M,) cross entropy in nats
+    log_sum: Tensor  # (M,) log of the sum of exp(score) of what competes
+
+
+def next_token_loss(output: TokenEmbedding, hidden: Tensor, targets: Tensor, plain: int = 0,
+                    weights: Tensor | None = None, z_loss: float = 0.0) -> TokenLoss:
+    """Hidden states (M, D) and the ids that should come next (M,) -> their loss.
+
+    Args:
+        output: the table whose rows, composed or not, give the scores.
+        hidden: last hidden states.
+        targets: one id for each of them.
+        plain: in how many of them, which come first, only ids with a row of their own compete.
+        weights: what each target counts for, (M,); 1 by default.
+        z_loss: weight of the squared log-sum-exp, which keeps scores from drifting (https://arxiv.org/abs/2204.02311).
+    """
+    weights = hidden.new_ones(len(targets), dtype=torch.float32) if weights is None else weights.float()
+    parts = []
+    for chosen, rows, groups in (
+        (slice(None, plain), output.weight[:output.plain], output.groups[:1]),
+        (slice(plain, None), output.weight, output.groups),
+    ):
+        if len(targets[chosen]):
+            places = output.parts[targets[chosen]][:, :max(map(len, groups))]
+            parts.append(_FusedLoss.apply(hidden[chosen], rows, places, weights[chosen], groups, z_loss,
+                                          torch.is_grad_enabled()))
+    total, loss, log_sum = zip(*parts)
+    return TokenLoss(sum(total), torch.cat(loss), torch.cat(log_sum))
+
+
+class _FusedLoss(torch.autograd.Function):
+    """Loss and gradient, chunk by chunk. `places` (M, P) are the rows that make up a target, R where there is none;
+    `groups` the sizes of runs of rows: those of a group are the digits of one range of ids.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, table: Tensor, places: Tensor, weights: Tensor,
+                groups: tuple[tuple[int, ...], ...], z_loss: float, differentiate: bool):
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        precise = torch.promote_types(dtype, torch.float32)
+        with torch.autocast(device, enabled=False):
+            states, rows = hidden.to(dtype), table.to(dtype)
+            d_hidden = torch.empty_like(states) if differentiate else None
+            d_table = torch.zeros_like(table, dtype=precise) if differentiate else None
+            loss, log_sum = torch.empty(2, len(hidden), dtype=precise, device=hidden.device)
+            size = max(1, CHUNK // len(table))
+            for start in range(0, len(hidden), size):
+                chunk = slice(start, start + size)
+                state, place, weight = states[chunk], places[chunk], weights[chunk]
+                scores = (state @ rows.T).to(precise)                        # (m, R)
+                real = (place < len(table)).to(precise)                      # (m, P)
+                place = place.clamp_max(len(table) - 1)
+                reached = (scores.gather(1, place) * real).sum(1)            # (m,)
+                log_sum[chunk] = _softmax_(scores, groups)
+                loss[chunk] = log_sum[chunk] - reached
+                if differentiate:
+                    scores.mul_((weight * (1 + 2 * z_loss * log_sum[chunk]))[:, None])
+                    scores.scatter_add_(1, place, -weight[:, None] * real)
+                    scores = scores.to(dtype)
+                    torch.mm(scores, rows, out=d_hidden[chunk])
+                    _add_product(d_table, scores.T, state)
+        if differentiate:
+            ctx.save_for_backward(d_hidden.to(hidden.dtype), d_table.to(table.dtype))
+        ctx.mark_non_differentiable(loss, log_sum)
+        return (weights * (loss + z_loss * log_sum.square())).sum(), loss, log_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_total: Tensor, *_: Tensor):
+        d_hidden, d_table = ctx.saved_tensors
+        return d_hidden * d_total, d_table * d_total, None, None, None, None, None
+
+
+def _softmax_(scores: Tensor, groups: tuple[tuple[int, ...], ...]) -> Tensor:
+    """Log-sum-exp over all ids (m,) of the scores of rows (m, R), which become its derivatives, in place."""
+    digits = iter(scores.split([size for group in groups for size in group], dim=-1))
+    runs = [[next(digits) for _ in group] for group in groups]
+    sums = [[run.logsumexp(-1) for run in group] for group in runs]          # of each digit
+    totals = torch.stack([sum(group) for group in sums])                     # (groups, m)
+    log_sum = totals.logsumexp(0)
+    for group, of_digits, total in zip(runs, sums, totals, strict=True):
+        for run, of_digit in zip(group, of_digits, strict=True):
+            # The share of the range among all ids, times the share of the value among those of its digit.
+            run.sub_((of_digit + log_sum - total)[:, None]).exp_()
+    return log_sum
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)

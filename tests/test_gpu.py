@@ -1,0 +1,101 @@
+"""What a GPU must do as the CPU does. Each body runs on any device; the other tests are its proof on the CPU."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import mmtx
+from mmtx.cli import main
+from mmtx.data.sample import Media
+from mmtx.data.sources import open_source
+from mmtx.data.tokens import load_media
+from mmtx.layers import Packing
+from mmtx.model import Decoder, DecoderConfig
+
+ROOT = Path(__file__).parents[1]
+STARTER = ROOT / "demos" / "data" / "starter"
+QUICKSTART = "configs/quickstart/decoder.yaml"
+STEPS = 20
+DEVICE = "cuda"  # or "cpu", to see that this file is right
+ACCELERATOR = {"cuda": "gpu", "cpu": "cpu"}[DEVICE]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no GPU")]
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)  # the paths of the config are relative to it
+
+
+def arguments(output: Path, *more: str) -> list[str]:
+    return ["fit", *more, "--output", str(output), "--trainer.accelerator", ACCELERATOR, "--trainer.max_steps",
+            str(STEPS), "--trainer.val_check_interval", str(STEPS), "--trainer.limit_val_batches", "2",
+            "--trainer.log_every_n_steps", "1", "--trainer.enable_progress_bar", "false"]
+
+
+def check_run(output: Path) -> None:
+    """The loss fell, no step was left out, and the model that was written captions."""
+    with open(output / "metrics" / "metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+    losses = [float(row["train/loss"]) for row in rows]
+    assert len(losses) == STEPS and np.mean(losses[-5:]) < 0.8 * losses[0]
+    assert float(rows[-1]["train/skipped"]) == 0
+    model = mmtx.load(output / "model", device=DEVICE)
+    assert {parameter.dtype for parameter in model.decoder.parameters()} == {torch.float32}
+    assert isinstance(model.caption(np.zeros((64, 64, 3), np.uint8), max_new_tokens=4), str)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_quickstart_trains(precision, tmp_path):
+    main(arguments(tmp_path, "--config", QUICKSTART, "--trainer.devices", "1", "--trainer.precision", precision))
+    check_run(tmp_path)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_sharded_training(devices, tmp_path):
+    if DEVICE == "cuda" and torch.cuda.device_count() < devices:
+        pytest.skip(f"needs {devices} GPUs")
+    config = yaml.safe_load(Path(QUICKSTART).read_text())
+    del config["model"]["init_args"]["optimizer"]["muon"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    more = ("--config", str(tmp_path / "config.yaml"), "--trainer.devices", str(devices), "--trainer.strategy",
+            "sharded", "--trainer.precision", "bf16-mixed")
+    # In processes of its own: each further rank repeats the command line.
+    done = subprocess.run([sys.executable, "-m", "mmtx", *arguments(tmp_path, *more)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    check_run(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_change_of_one_packed_document_changes_no_other(dtype):
+    torch.manual_seed(0)
+    decoder = Decoder(DecoderConfig(100, width=128, depth=3, heads=4, kv_heads=2, head_width=32, hidden=256))
+    decoder = decoder.to(DEVICE, dtype)
+    lengths = [3, 40, 1, 17, 64, 9, 130]
+    documents = torch.repeat_interleave(torch.tensor(lengths))[None]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None].to(DEVICE)
+    packing = Packing.of(documents.to(DEVICE))
+    ids = torch.randint(100, documents.shape)
+    with torch.no_grad():
+        before = decoder.logits(decoder(ids.to(DEVICE), positions, packing)).cpu()
+        for number in range(len(lengths)):
+            other = torch.where(documents == number, (ids + 1) % 100, ids)
+            difference = (decoder.logits(decoder(other.to(DEVICE), positions, packing)).cpu() - before).abs()
+            assert difference[documents != number].eq(0).all()
+            assert difference[documents == number].amax(-1).gt(0).all()
+
+
+def test_captions_are_those_of_the_cpu():
+    media = []
+    for name, count in (("images-train-004", 12), ("sounds-train-001", 6)):
+        for number, sample in zip(range(count), open_source(str(STARTER / f"{name}.tar.gz"))):
+            media += [part for turn in sample.turns for part in turn.parts if isinstance(part, Media)]
+    here, there = mmtx.load(device="cpu"), mmtx.load(device=DEVICE)
+    loaded = [load_media(medium, here.tokenizers) for medium in media]
+    assert len(loaded) == 18
+    assert there.caption(loaded) == here.caption(loaded)

@@ -1,0 +1,90 @@
+"""Hugging Face datasets as sources: rows like those of a manifest, pictures and sounds read by mmtx."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mmtx.data.collection import DataSource
+from mmtx.data.prepare import prepare
+from mmtx.data.sample import Text
+from mmtx.data.sources import read, scan
+from mmtx.data.tokens import to_documents
+from mmtx.errors import InputError
+
+datasets = pytest.importorskip("datasets")
+STARTER = Path(__file__).parents[1] / "demos" / "data" / "starter"
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """Samples of the starter data: two pictures and a note."""
+    return [*read(str(STARTER / "images-test-unseen-style.tar.gz"))[:2], read(str(STARTER / "sounds-test-unseen-notes.tar.gz"))[0]]
+
+
+@pytest.fixture(scope="module")
+def folder(pictures, tmp_path_factory):
+    """`saved` by `save_to_disk`, `parquet` for `load_dataset`, `splits`: two splits on the disk."""
+    folder = tmp_path_factory.mktemp("hub")
+    media = [sample.turns[0].parts[0].source.read() for sample in pictures]
+    (folder / "b.webp").write_bytes(media[1])
+    rows = {
+        "image": [{"bytes": media[0], "path": None}, {"bytes": None, "path": str(folder / "b.webp")}, None],
+        "audio": [None, None, {"bytes": media[2], "path": "note.ogg"}],
+        "caption": [sample.caption for sample in pictures], "style": ["flat", "round", None],
+    }
+    kinds = datasets.Features({"image": datasets.Image(), "audio": datasets.Audio(decode=False),
+                               "caption": datasets.Value("string"), "style": datasets.Value("string")})
+    dataset = datasets.Dataset.from_dict(rows, kinds)
+    dataset.save_to_disk(folder / "saved")
+    (folder / "parquet").mkdir()
+    dataset.to_parquet(folder / "parquet" / "train-00000.parquet")
+    datasets.DatasetDict({"train": dataset, "test": dataset.select([2])}).save_to_disk(folder / "splits")
+    return folder
+
+
+def test_columns_are_fields_of_a_manifest(folder, pictures, tokenizers, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
+    for source in (str(folder / "saved"), f"hf://{folder / 'parquet'}", f"hf://{folder / 'parquet'}:train",
+                   str(folder / "splits" / "train")):
+        samples = read(source)
+        assert [sample.turns[1].parts for sample in samples] == [(Text(sample.caption),) for sample in pictures]
+        assert [sample.metadata for sample in samples] == [{"style": "flat"}, {"style": "round"}, {}]
+        assert [s.turns[0].parts[0].kind for s in samples] == ["image", "image", "audio"]
+        assert [s.turns[0].parts[0].source.read() for s in samples] == [s.turns[0].parts[0].source.read() for s in pictures]
+        assert samples[1].where == f"{source} row 2"
+    assert to_documents(samples, tokenizers) == to_documents(pictures, tokenizers)
+    assert [sample.key for sample in read(str(folder / "saved"), select={"style": ["round"]})] == ["2"]
+
+
+def test_a_dataset_can_be_prepared(folder, pictures, tokenizers, tmp_path):
+    facts = prepare(DataSource([str(folder / "saved")]), tokenizers, tmp_path / "a", rows=2, workers=2)
+    assert (facts["documents"], facts["shards"]) == (3, 2)
+    datasets.load_from_disk(str(folder / "saved")).select([1, 0, 2]).save_to_disk(tmp_path / "other")
+    plan = json.loads((tmp_path / "a" / "plan.json").read_text())
+    (tmp_path / "a" / "plan.json").write_text(json.dumps({**plan, "sources": [str(tmp_path / "other")]}))
+    with pytest.raises(InputError, match="shard-00000.safetensors: the sources changed"):
+        prepare(DataSource([str(tmp_path / "other")]), tokenizers, tmp_path / "a", rows=2)
+
+
+def test_chats_and_plain_texts(tmp_path):
+    chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "well met"}]
+    datasets.Dataset.from_dict({"messages": [chat], "id": ["a"]}).save_to_disk(tmp_path / "chats")
+    datasets.Dataset.from_dict({"text": ["one", " "]}).save_to_disk(tmp_path / "texts")
+    (sample,) = read(str(tmp_path / "chats"))
+    assert sample.key == "a" and [turn.role for turn in sample.turns] == ["user", "assistant"]
+    good, bad = scan(str(tmp_path / "texts"))
+    assert good.turns[0].parts == (Text("one"),) and "texts row 2: field 'text'" in str(bad)
+
+
+def test_what_cannot_be_read_is_named(folder, tokenizers, tmp_path):
+    for source, told in ((str(folder / "splits"), "found the splits train, test, expected the name of one, as in .*splits/train"),
+                         (f"hf://{tmp_path}/nothing", "nothing: cannot be opened as a dataset"),
+                         (f"hf://{folder / 'parquet'}:gone", "parquet:gone: cannot be opened as a dataset")):
+        with pytest.raises(InputError, match=told):
+            read(source)
+    saved = datasets.Dataset.from_dict({"image": [{"bytes": b"no picture", "path": None}], "text": ["a"]}, datasets.Features(
+        {"image": datasets.Image(), "text": datasets.Value("string")}))
+    saved.save_to_disk(tmp_path / "broken")
+    with pytest.raises(InputError, match="broken row 1: not a whole picture"):
+        to_documents(read(str(tmp_path / "broken")), tokenizers)

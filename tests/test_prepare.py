@@ -1,0 +1,459 @@
+"""Prepared shards: batches like those of the media, the same bytes after kills and from any number of processes."""
+
+import functools
+import http.server
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from mmtx.cli import main
+from mmtx.data.augment import AudioAugmentation, ImageAugmentation
+from mmtx.data.collection import DataSource
+from mmtx.data.corpus import read_corpus
+from mmtx.data.packing import PackedBatches
+from mmtx.data.prepare import prepare
+from mmtx.data.prepared import tensors
+from mmtx.data.sources import read
+from mmtx.data.tokens import Augmentation
+from mmtx.errors import InputError
+from mmtx.modality.text import TextTokenizer
+from mmtx.vocabulary import Vocabulary
+
+STARTER = Path(__file__).parents[1] / "demos" / "data" / "starter"
+CHOSEN = {"pictures": ("images-train-004", 20), "notes": ("sounds-train-001", 8), "speech": ("speech-train-000", 3)}
+BROKEN = b"\x89PNG\r\n\x1a\n and no more"
+
+
+def unpacked(folder: Path) -> None:
+    """The first samples of some starter shards as folders of media with captions beside."""
+    for name, (shard, count) in CHOSEN.items():
+        (folder / name).mkdir()
+        with tarfile.open(STARTER / f"{shard}.tar.gz") as tar:
+            names = [member.name for member in tar if member.isfile()]
+            keys = list(dict.fromkeys(os.path.splitext(member)[0] for member in names))[:count]
+            for member in names:
+                if os.path.splitext(member)[0] in keys:
+                    (folder / name / os.path.basename(member)).write_bytes(tar.extractfile(member).read())
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+    """A folder of pictures with a broken one, a WebDataset shard of notes, and a manifest of speech, texts and chats."""
+    folder = tmp_path_factory.mktemp("media")
+    unpacked(folder)
+    (folder / "pictures" / "broken.png").write_bytes(BROKEN)
+    (folder / "pictures" / "broken.txt").write_text("not to be seen")
+    with tarfile.open(folder / "notes.tar", "w") as tar:
+        for path in sorted((folder / "notes").iterdir()):
+            tar.add(path, path.name)
+    pictures, voices = sorted((folder / "pictures").glob("*.webp")), sorted((folder / "speech").glob("*.ogg"))
+    rows = [{"audio": str(path), "text": f"sentence {n}"} for n, path in enumerate(voices)]
+    rows += [{"text": f"a text of its own, number {n}"} for n in range(5)]
+    content = [{"type": "text", "text": "Which"}, {"type": "image", "image": str(pictures[0])},
+               {"type": "audio", "audio": str(voices[0])}, {"type": "image", "image": str(pictures[1])}]
+    answer = [{"type": "text", "text": "this:"}, {"type": "image", "image": str(pictures[2])}]
+    rows.append({"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tokenizers, tmp_path_factory):
+    """Folder of each tokenizer."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    for kind, tokenizer in tokenizers.items():
+        tokenizer.save(folder / kind)
+    return [str(folder / kind) for kind in tokenizers]
+
+
+@pytest.fixture(scope="module")
+def whole(media, tokenizers, tmp_path_factory):
+    """The pictures, the notes and the manifest, each prepared with features in shards of 7 rows."""
+    folder = tmp_path_factory.mktemp("whole")
+    for name in ("pictures", "notes.tar", "rows.jsonl"):
+        prepare(DataSource([str(media / name)]), tokenizers, folder / name, features=True, rows=7, max_bad=0.1)
+    return folder
+
+
+def corpus(tokenizers, vocabulary, *sources: DataSource, **options):
+    return read_corpus(sources, tokenizers, vocabulary, **{"context": 1000, "max_bad": 0.1, **options})
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def same(left, right) -> bool:
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, tuple):
+        return len(left) == len(right) and all(map(same, left, right))
+    return torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
+
+
+# -- The same as media ---------------------------------------------------------------------------------------
+
+OPTIONS = [{"repeat": 2}, {"drop": 0.4, "limit": 5}, {}, {"task": "generate", "drop": 0.3}]
+NAMES = ["pictures", "notes.tar", "rows.jsonl", "notes.tar"]
+
+
+@pytest.mark.parametrize("prepared", [(0, 1, 2, 3), (1, 3)], ids=["all", "some"])
+def test_batches_are_those_of_the_media(media, whole, tokenizers, vocabulary, prepared):
+    raw = [DataSource([str(media / name)], **options) for name, options in zip(NAMES, OPTIONS)]
+    mixed = [DataSource([str((whole if i in prepared else media) / name)], **options)
+             for i, (name, options) in enumerate(zip(NAMES, OPTIONS))]
+    expected, found = (corpus(tokenizers, vocabulary, *sources, seed=5) for sources in (raw, mixed))
+    assert len(expected) == len(found) == 20 + 5 + 9 + 8
+    assert [found.where(n) for n in range(len(found))] == [expected.where(n) for n in range(len(expected))]
+    one, other = (PackedBatches(some, vocabulary, 2500, repeats=some.repeats, seed=5, steps=9) for some in (expected, found))
+    kinds, user = set(), set()
+    for k in range(9):
+        assert same(one[k], other[k])
+        kinds |= set(one[k].modality.tolist())
+        user |= set(one[k].features)
+    assert kinds == {0, 1, 2, 3} and user == {"image", "audio"}
+    assert len(one.first) > 2  # more than an epoch
+
+
+def test_what_is_stored_is_small_and_mapped(whole, tokenizers, vocabulary):
+    shard = tensors(whole / "pictures" / "shard-00001.safetensors")
+    assert all(isinstance(values, np.memmap) for values in shard.values())
+    assert (shard["ids"].dtype, shard["features.image"].dtype) == (np.uint16, np.float16)
+    assert vocabulary.size <= 2 ** 16 and len(shard["features.image"]) == 7 * 4 and len(shard["ends.ids"]) == 8
+    assert isinstance(corpus(tokenizers, vocabulary, DataSource([str(whole / "pictures")])).lengths, np.memmap)
+    facts = json.loads((whole / "pictures" / "prepared.json").read_text())
+    assert (facts["documents"], facts["rows"], facts["skipped"], facts["shards"]) == (20, 21, 1, 3)
+    assert "broken.png" in facts["errors"][0]
+
+
+def test_a_vocabulary_beyond_16_bits(media, tokenizers, tmp_path):
+    from mmtx.modality.autoencoder import NetworkConfig
+    from mmtx.modality.image import ImageConfig, ImageTokenizer
+
+    torch.manual_seed(0)
+    network = NetworkConfig(width=32, heads=2, encoder_depth=1, decoder_depth=1, levels=(17, 17, 17, 16))
+    some = {"text": tokenizers["text"], "image": ImageTokenizer(ImageConfig(patch=8, side=16, network=network)).eval()}
+    prepare(DataSource([str(media / "pictures")]), some, tmp_path / "large", max_bad=0.1)
+    shard = tensors(tmp_path / "large" / "shard-00000.safetensors")
+    assert shard["ids"].dtype == np.uint32 and shard["ids"].max() > 2 ** 16
+    vocabulary, sources = Vocabulary.build(some), [DataSource([str(media / "pictures")]), DataSource([str(tmp_path / "large")])]
+    batches = [PackedBatches(corpus(some, vocabulary, source), vocabulary, 600)[0] for source in sources]
+    assert torch.equal(batches[0].ids, batches[1].ids) and not batches[1].features
+
+
+# -- Kills and processes -------------------------------------------------------------------------------------
+
+
+def start(folders: list[str], output: Path, *more: str) -> multiprocessing.Process:
+    def run() -> None:
+        os.setpgid(0, 0)
+        with open(f"{output}.log", "a") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        main(["prepare", *more, "--tokenizers", *folders, "--output", str(output), "--features", "--rows", "1",
+              "--max-bad", "0.1"])
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process
+
+
+def ended(group: int) -> bool:
+    """Whether all processes of a group end within 20 s."""
+    for _ in range(400):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.slow
+def test_kills_lose_and_double_nothing(media, folders, tmp_path):
+    sources = [str(media / name) for name in ("pictures", "notes.tar", "rows.jsonl")]
+    begun = time.monotonic()
+    process = start(folders, tmp_path / "one", *sources, "--workers", "1")
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "one.log").read_text()
+    seconds, chance, kills = time.monotonic() - begun, random.Random(0), 0
+    expected, partial, runs = content(tmp_path / "one"), set(), 0
+    assert len(expected) == 3 + 38 and not any(name.endswith(".part") for name in expected)
+    while kills < 10:
+        output = tmp_path / f"run-{runs}"
+        runs += 1
+        while True:
+            process = start(folders, output, *sources, "--workers", "2")
+            process.join(chance.uniform(0, seconds) if kills < 10 else None)
+            if not process.is_alive():
+                assert process.exitcode == 0, output.with_suffix(".log").read_text()
+                break
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            kills += 1
+            assert ended(process.pid)  # no worker outlives it
+            partial.add(len(list(output.glob("shard-*.safetensors"))))
+        assert content(output) == expected
+    assert len(partial - {38}) >= 3, partial
+
+
+def test_a_damaged_shard_is_written_again(media, tokenizers, tmp_path):
+    source = DataSource([str(media / "notes.tar")])
+    prepare(source, tokenizers, tmp_path / "a", features=True, rows=3)
+    expected = content(tmp_path / "a")
+    middle = tmp_path / "a" / "shard-00001.safetensors"
+    for damage in (lambda data: data[:-1], lambda data: data[:-9] + b"\0" + data[-8:], lambda data: b""):
+        middle.write_bytes(damage(expected[middle.name]))
+        assert content(tmp_path / "a") != expected
+        untouched = (tmp_path / "a" / "shard-00000.safetensors").stat().st_ino
+        prepare(source, tokenizers, tmp_path / "a", features=True, rows=3)
+        assert content(tmp_path / "a") == expected
+        assert untouched == (tmp_path / "a" / "shard-00000.safetensors").stat().st_ino
+
+
+# -- What is refused -----------------------------------------------------------------------------------------
+
+
+def test_another_tokenizer_is_refused_by_name(media, whole, tokenizers, tmp_path):
+    other = {**tokenizers, "text": TextTokenizer.train(["some other text that is long enough"], 290)}
+    with pytest.raises(InputError, match="rows.jsonl: prepared with the text tokenizer .*, found .*same one"):
+        corpus(other, Vocabulary.build(other), DataSource([str(whole / "rows.jsonl")]))
+    without = {kind: tokenizers[kind] for kind in ("text", "audio")}
+    with pytest.raises(InputError, match="prepared with the image tokenizer .*, found none"):
+        corpus(without, Vocabulary.build(without), DataSource([str(whole / "rows.jsonl")]))
+    prepare(DataSource([str(media / "notes.tar")]), without, tmp_path / "a")
+    with pytest.raises(InputError, match="its audio ids begin at .* same tokenizers of all kinds"):
+        corpus(tokenizers, Vocabulary.build(tokenizers), DataSource([str(tmp_path / "a")]))
+    with pytest.raises(InputError, match="a: was begun with tokenizers text .*, found text .*; expected the same"):
+        prepare(DataSource([str(media / "notes.tar")]), tokenizers, tmp_path / "a")
+
+
+def test_changed_sources_are_refused(tokenizers, tmp_path):
+    rows = [json.dumps({"text": f"line {n}"}) for n in range(10)]
+    path = tmp_path / "rows.jsonl"
+
+    def write(*lines: str) -> None:
+        path.write_text("\n".join(lines))
+
+    def again(**options) -> None:
+        prepare(DataSource([str(path)]), tokenizers, tmp_path / "a", **{"rows": 4, **options})
+
+    write(*rows)
+    again()
+    expected = content(tmp_path / "a")
+    for changed in ([*rows[:5], '{"text": "another"}', *rows[6:]], rows[1:], rows[:-1], rows[:8], [*rows, rows[0]]):
+        write(*changed)
+        with pytest.raises(InputError, match=r"shard-0000[0-2].safetensors: the sources .*changed since it was written"):
+            again()
+    write(*rows)
+    again(workers=2, max_bad=0.5)
+    assert content(tmp_path / "a") == expected
+    for options, told in (({"rows": 5}, "shard_rows 4, found 5"), ({"features": True}, "features False, found True")):
+        with pytest.raises(InputError, match=f"was begun with {told}; expected the same, or another --output"):
+            again(**options)
+
+
+def test_a_picture_that_changed_is_refused(media, tokenizers, tmp_path):
+    shutil.copytree(media / "notes", tmp_path / "notes")
+    prepare(DataSource([str(tmp_path / "notes")]), tokenizers, tmp_path / "a")
+    sound = next((tmp_path / "notes").glob("*.ogg"))
+    sound.write_bytes(sound.read_bytes() + b"\0")
+    with pytest.raises(InputError, match="the sources changed since it was written"):
+        prepare(DataSource([str(tmp_path / "notes")]), tokenizers, tmp_path / "a")
+
+
+def test_folders_that_cannot_be_trained_on(whole, tokenizers, vocabulary, tmp_path):
+    shutil.copytree(whole / "rows.jsonl", tmp_path / "a")
+    source, shard = DataSource([str(tmp_path / "a")]), tmp_path / "a" / "shard-00001.safetensors"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1])
+    with pytest.raises(InputError, match=f"shard-00001.safetensors: found {len(data) - 1}, expected {len(data)} bytes"):
+        corpus(tokenizers, vocabulary, source)
+    shard.unlink()
+    with pytest.raises(InputError, match="shard-00001.safetensors: found no such file"):
+        corpus(tokenizers, vocabulary, source)
+    (tmp_path / "a" / "prepared.json").write_text('{"format": 2}')
+    with pytest.raises(InputError, match="expected a prepared folder of format 1"):
+        corpus(tokenizers, vocabulary, source)
+    (tmp_path / "a" / "prepared.json").unlink()
+    with pytest.raises(InputError, match="a: prepared in part only, expected a whole folder"):
+        corpus(tokenizers, vocabulary, source)
+    with pytest.raises(InputError, match="a: found shards of `mmtx prepare`, .*expected pictures, sounds or texts"):
+        read(str(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("name, fields, options, told", [
+    ("pictures", {}, {"augmentation": Augmentation(image=ImageAugmentation())}, "image_augmentation: .*expected null"),
+    ("rows.jsonl", {}, {"augmentation": Augmentation(audio=AudioAugmentation())}, "audio_augmentation: .*expected null"),
+    ("pictures", {"select": {"key": ["a"]}}, {}, "select: .*pictures is prepared"),
+    ("rows.jsonl", {"task": "generate"}, {}, "task: .*not one question with one answer"),
+    ("rows.jsonl", {}, {"context": 40}, r"of 9 rows cannot be used; first: .*rows.jsonl row 1: found .* context \+ 1 = 41"),
+])
+def test_what_prepared_documents_cannot_do(whole, tokenizers, vocabulary, name, fields, options, told):
+    with pytest.raises(InputError, match=told):
+        corpus(tokenizers, vocabulary, DataSource([str(whole / name)], **fields), **options)
+    # Of a kind that is not in it, augmentation changes nothing.
+    corpus(tokenizers, vocabulary, DataSource([str(whole / "pictures")]), augmentation=Augmentation(audio=AudioAugmentation()))
+
+
+def test_long_documents_are_left_out(media, whole, tokenizers, vocabulary):
+    sources = DataSource([str(media / "rows.jsonl")]), DataSource([str(whole / "rows.jsonl")], drop=0.5)
+    expected, found = (corpus(tokenizers, vocabulary, source, context=200, max_bad=0.9) for source in sources)
+    assert 0 < len(found) < 9 and [found.where(n) for n in range(len(found))] == [s.where for s in expected.samples]
+    assert np.array_equal(found.parts[0].numbers, expected.parts[0].numbers)
+
+
+def test_features_are_asked_for_by_name(media, whole, tokenizers, vocabulary, tmp_path):
+    prepare(DataSource([str(media / "notes.tar")]), tokenizers, tmp_path / "a")
+    source = DataSource([str(tmp_path / "a")])
+    with pytest.raises(InputError, match="without features of audio.*continuous: true.*mmtx prepare --features"):
+        corpus(tokenizers, vocabulary, source, features=True)
+    assert not corpus(tokenizers, vocabulary, source).render([(0, 0)])[0].spans
+    assert corpus(tokenizers, vocabulary, DataSource([str(whole / "notes.tar")]), features=True).render([(0, 0)])[0].spans
+
+
+def test_bad_rows_are_skipped_up_to_the_limit(media, tokenizers, tmp_path):
+    source = DataSource([str(media / "pictures")])
+    with pytest.raises(InputError, match="1 of 21 rows cannot be used; first: .*broken.png.*at most 4.000%"):
+        prepare(source, tokenizers, tmp_path / "a", max_bad=0.04)
+    assert not (tmp_path / "a" / "prepared.json").exists()
+    assert prepare(source, tokenizers, tmp_path / "a", max_bad=0.05)["documents"] == 20
+
+
+def test_outputs_that_cannot_be_written(media, tokenizers, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    for name, told in (("file", "file: cannot be written"), ("full", "full: holds other files")):
+        with pytest.raises(InputError, match=told):
+            prepare(DataSource([str(media / "notes.tar")]), tokenizers, tmp_path / name)
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
+
+
+def test_paths_of_a_source_are_of_one_kind(media, whole, tokenizers, vocabulary):
+    notes = [str(folder / "notes.tar") for folder in (media, whole)]
+    with pytest.raises(InputError, match="paths: found .*notes.tar, which is prepared, beside media"):
+        corpus(tokenizers, vocabulary, DataSource(notes))
+    with pytest.raises(InputError, match="limit: found 2 prepared folders"):
+        corpus(tokenizers, vocabulary, DataSource([str(whole / "n*"), str(whole / "p*")], limit=3))
+    assert len(corpus(tokenizers, vocabulary, DataSource([str(whole / "*")]))) == 20 + 8 + 9
+
+
+# -- Afar ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(whole):
+    """The prepared folders over HTTP: their address, and the files that were asked for."""
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            if self.command == "GET":
+                asked.append(self.path)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=whole))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+
+
+def test_shards_afar_are_fetched_when_they_are_needed(server, whole, tokenizers, vocabulary, tmp_path, monkeypatch):
+    pytest.importorskip("aiohttp")
+    monkeypatch.setenv("MMTX_CACHE", str(tmp_path))
+    address, asked = server
+    near = corpus(tokenizers, vocabulary, DataSource([str(whole / "pictures")]))
+    far = corpus(tokenizers, vocabulary, DataSource([f"{address}/pictures"], drop=0.2))
+    assert not [path for path in asked if "shard-" in path]
+    assert np.array_equal(far.render([(8, 0)])[0].ids, near.render([(8, 0)])[0].ids)
+    assert {path for path in asked if "shard-" in path} == {"/pictures/shard-00001.safetensors"}
+    far.render([(7, 0), (9, 1)])
+    again = corpus(tokenizers, vocabulary, DataSource([f"{address}/pictures/"]))
+    one, other = (PackedBatches(some, vocabulary, 200) for some in (near, again))
+    assert all(same(one[k], other[k]) for k in range(len(one)))
+    assert all(asked.count(f"/pictures/shard-0000{n}.safetensors") == 1 for n in range(3))
+    with pytest.raises(InputError, match="http://127.0.0.1:.*/nothing/prepared.json: "):
+        corpus(tokenizers, vocabulary, DataSource([f"{address}/nothing"]))
+
+
+def test_a_shard_afar_that_was_cut_short_is_refused(whole, tokenizers, vocabulary, tmp_path, monkeypatch):
+    import fsspec
+
+    monkeypatch.setenv("MMTX_CACHE", str(tmp_path))
+    files = fsspec.filesystem("memory")
+    for name, data in content(whole / "pictures").items():
+        files.pipe(f"/mmtx-prepared/{name}", data[:-1] if name.startswith("shard-00001") else data)
+    far = corpus(tokenizers, vocabulary, DataSource(["memory://mmtx-prepared"]))
+    far.render([(0, 0)])
+    with pytest.raises(InputError, match="memory://mmtx-prepared/shard-00001.safetensors: found .*, expected .* bytes"):
+        far.render([(8, 0)])
+    files.pipe("/mmtx-prepared/shard-00001.safetensors", content(whole / "pictures")["shard-00001.safetensors"])
+    far.render([(8, 0)])
+
+
+# -- The command, and training -------------------------------------------------------------------------------
+
+
+def test_the_command_says_how_to_train(media, folders, tmp_path, capsys):
+    source = {"paths": [str(media / "notes.tar")], "select": {"instrument": ["nothing"]}}
+    config = {"model": {"init_args": {"continuous": True}}, "data": {"init_args": {
+        "tokenizers": dict(zip(("text", "image", "audio"), folders)), "train": [
+            {"paths": [str(media / "notes.tar")], "repeat": 3}, {"paths": [str(media / "notes.tar")], "task": "generate"},
+            {"paths": [str(media / "rows.jsonl")], "limit": 2}]}}}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    main(["prepare", "--config", str(path), "--output", str(tmp_path / "a"), "--workers", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines[:-1]] == [f"{tmp_path}/a/0: 8 documents", f"{tmp_path}/a/1: 9 documents"]
+    assert "features.audio" in tensors(tmp_path / "a" / "0" / "shard-00000.safetensors")
+    train = yaml.safe_load(lines[-1].split("'")[1])
+    assert train == [{"paths": [f"{tmp_path}/a/0"], "repeat": 3}, {"paths": [f"{tmp_path}/a/0"], "task": "generate"},
+                     {"paths": [f"{tmp_path}/a/1"], "limit": 2}]
+    config["data"]["init_args"]["train"] = [source]
+    path.write_text(yaml.safe_dump(config))
+    for arguments, told in (
+        (["--config", str(path)], "notes.tar: no sample is left"),
+        ([str(media / "notes.tar")], "b: holds other files"),
+        ([], "found neither sources nor --config"),
+        (["a.jsonl", "--config", str(path)], "found both sources and --config"),
+        (["nothing.jsonl"], "nothing.jsonl: no such file"),
+        (["nothing.tar"], "nothing.tar: no such file"),  # the folder of the mistake before is no other's
+        ([str(media / "notes.tar"), "--workers", "0"], "workers: found 0"),
+        ([str(media / "notes.tar"), "--rows", "0"], "rows: found 0"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["prepare", *arguments, "--output", str(tmp_path / ("b" if "b: " in told or "left" in told else "c"))])
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert stop.value.code == 2 and error.startswith("mmtx: error: ") and told in error, error
+
+
+@pytest.mark.slow
+def test_training_from_shards_is_training_from_media(tmp_path):
+    import runs
+
+    config = runs.prepare(tmp_path, steps=6)
+    data = config["data"]["init_args"]
+    config["model"]["init_args"]["continuous"] = True
+    data["image_augmentation"] = data["audio_augmentation"] = None
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    assert runs.fit(config, tmp_path / "media") == [0], (tmp_path / "media.log").read_text()
+    process = multiprocessing.get_context("fork").Process(target=main, args=(
+        ["prepare", "--config", str(path), "--output", str(tmp_path / "shards"), "--rows", "300"],))
+    process.start()
+    process.join()
+    data["train"] = [{**source, "paths": [str(tmp_path / "shards" / str(n))]} for n, source in enumerate(data["train"])]
+    assert runs.fit(config, tmp_path / "prepared") == [0], (tmp_path / "prepared.log").read_text()
+    assert runs.results(tmp_path / "prepared") == runs.results(tmp_path / "media")
