@@ -57,7 +57,7 @@ def test_a_part_of_the_held_out_samples_is_always_the_same_part(folders):
     expected = [whole[k].samples.tolist() for k in range(2)]
     assert module.validated == 3 * expected and expected[0] != expected[1]
     # Training goes on where the epoch before it stopped.
-    whole = PackedBatches(data.train_documents, data.vocabulary, 64, repeats=data.repeats, steps=6)
+    whole = PackedBatches(data.train_documents, data.vocabulary, 64, repeats=data.train_documents.repeats, steps=6)
     assert module.trained == [whole[k].samples.tolist() for k in range(6)]
 
 
