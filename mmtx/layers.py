@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mmtx.kernels import attend, lay_out, pick_up, rms_norm, swiglu, turn_heads
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,10 @@ class Packing(NamedTuple):
     in groups of similar length (a factor of two), so that one long document does not make the short ones dear.
     """
 
-    gathers: tuple[Tensor, ...]  # one a group, (documents, longest): indices into the B*T flat tokens, padded with 0
-    scatter: Tensor              # (B*T,) indices into the groups' outputs, laid one behind the other
+    gather: Tensor                       # (slots,) indices into the B*T flat tokens: documents of one length after another,
+                                         # the shorter ones of a group padded with 0
+    scatter: Tensor                      # (B*T,) the slot of each token
+    groups: tuple[tuple[int, int], ...]  # documents and slots of each, for each group
 
     @classmethod
     def of(cls, documents: Tensor) -> "Packing":
@@ -47,7 +50,7 @@ class Packing(NamedTuple):
         length = torch.diff(first, append=first.new_tensor([documents.numel()]))
         group = length.double().log2().ceil()
         scatter = torch.empty(documents.numel(), dtype=torch.long, device=documents.device)
-        gathers, base = [], 0
+        gathers, groups, base = [], [], 0
         for number in group.unique():
             begin, size = first[group == number], length[group == number]
             offset = torch.arange(int(size.max()), device=documents.device)
@@ -55,9 +58,10 @@ class Packing(NamedTuple):
             tokens = begin[:, None] + offset
             slots = base + torch.arange(real.numel(), device=documents.device).view_as(real)
             scatter[tokens[real]] = slots[real]
-            gathers.append(torch.where(real, tokens, 0))
+            gathers.append(torch.where(real, tokens, 0).flatten())
+            groups.append(tuple(real.shape))
             base += real.numel()
-        return cls(tuple(gathers), scatter)
+        return cls(torch.cat(gathers), scatter, tuple(groups))
 
 
 def rotary(positions: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -75,22 +79,19 @@ def rotary(positions: Tensor, head_width: int, theta: float) -> tuple[Tensor, Te
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn heads x (B, T, H, K) by the angles (B, T, K): the halves of a head are the pairs."""
-    low, high = x.chunk(2, dim=-1)
-    turned = torch.cat([-high, low], dim=-1)
-    return (x * cos[:, :, None] + turned * sin[:, :, None]).to(x.dtype)
-
-
 class FusedLinear(nn.Linear):
-    """Several projections of the same input, without biases, in one matrix: x (..., D) -> one tensor for each size."""
+    """Several projections of the same input, without biases, in one matrix: (..., D) -> (..., sum(sizes))."""
 
     def __init__(self, width: int, sizes: tuple[int, ...]):
         super().__init__(width, sum(sizes), bias=False)
         self.sizes = sizes
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return super().forward(x).split(self.sizes, dim=-1)
+
+class RMSNorm(nn.RMSNorm):
+    """`rms_norm` with its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -102,8 +103,8 @@ class Attention(nn.Module):
         query, key = config.heads * config.head_width, config.kv_heads * config.head_width
         self.qkv = FusedLinear(config.width, (query, key, key))
         self.out = nn.Linear(config.heads * config.head_width, config.width, bias=False)
-        self.query_norm = nn.RMSNorm(config.head_width, eps=config.norm_eps)
-        self.key_norm = nn.RMSNorm(config.head_width, eps=config.norm_eps)
+        self.query_norm = RMSNorm(config.head_width, eps=config.norm_eps)
+        self.key_norm = RMSNorm(config.head_width, eps=config.norm_eps)
 
     def forward(
         self,
@@ -112,28 +113,23 @@ class Attention(nn.Module):
         packing: Packing | None = None,
     ) -> Tensor:                                    # (B, T, D)
         c = self.config
-        batch, length, _ = x.shape
-        query, key, value = (part.unflatten(-1, (-1, c.head_width)) for part in self.qkv(x))    # (B, T, H | G, K)
-        query = rotate(self.query_norm(query), *angles)
-        key = rotate(self.key_norm(key), *angles)
+        query, key, value = turn_heads(self.qkv(x), self.query_norm.weight, self.key_norm.weight, *angles,
+                                       c.heads, c.kv_heads, c.norm_eps)                  # (B, T, H | G, K)
         if packing is not None:
             y = self._attend_documents(query, key, value, packing)
         else:
-            y = self._attend(query, key, value)
-        return self.out(y.reshape(batch, length, -1))
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query, key, value = (part.transpose(1, 2) for part in (query, key, value))       # (B, H | G, T, K)
-        grouped = self.config.heads != self.config.kv_heads
-        y = F.scaled_dot_product_attention(query, key, value, is_causal=self.config.causal, enable_gqa=grouped)
-        return y.transpose(1, 2)                                                         # (B, T, H, K)
+            y = attend(query, key, value, c.causal)
+        return self.out(y.reshape(*x.shape[:2], -1))
 
     def _attend_documents(self, query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
         # Causal attention never looks right, so the padding behind a short document is never seen.
         assert self.config.causal, "packed attention needs a causal block"
-        query, key, value = (part.flatten(0, 1) for part in (query, key, value))         # (B*T, H | G, K)
-        outputs = [self._attend(query[g], key[g], value[g]).flatten(0, 1) for g in packing.gathers]
-        return torch.cat(outputs)[packing.scatter]
+        sizes = [documents * longest for documents, longest in packing.groups]
+        query, key, value = (lay_out(part.flatten(0, 1), packing.gather, packing.scatter).split(sizes)
+                             for part in (query, key, value))                            # (slots, H | G, K), by group
+        outputs = [attend(*(part.unflatten(0, group) for part in parts), causal=True).flatten(0, 1)
+                   for group, *parts in zip(packing.groups, query, key, value, strict=True)]
+        return pick_up(torch.cat(outputs), packing.scatter)
 
 
 class FeedForward(nn.Module):
@@ -145,8 +141,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(config.hidden, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x)
-        return self.down(F.silu(gate) * up)
+        return self.down(swiglu(self.gate_up(x)))
 
 
 class Block(nn.Module):
@@ -154,9 +149,9 @@ class Block(nn.Module):
 
     def __init__(self, config: BlockConfig):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.attention_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.attention = Attention(config)
-        self.feed_forward_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.feed_forward_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.feed_forward = FeedForward(config)
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], packing: Packing | None = None) -> Tensor:

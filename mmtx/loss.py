@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from mmtx.model import TokenEmbedding
 
-CHUNK = 2 ** 23  # scores that are held at a time
+CHUNK = 2 ** 25  # scores that are held at a time
 
 
 class TokenLoss(NamedTuple):
@@ -78,14 +78,16 @@ class _FusedLoss(torch.autograd.Function):
                 real = (place < len(table)).to(precise)                      # (m, P)
                 place = place.clamp_max(len(table) - 1)
                 reached = (scores.gather(1, place) * real).sum(1)            # (m,)
-                log_sum[chunk] = _softmax_(scores, groups)
+                scores, log_sum[chunk] = _softmax(scores, groups)
                 loss[chunk] = log_sum[chunk] - reached
                 if differentiate:
-                    scores.mul_((weight * (1 + 2 * z_loss * log_sum[chunk]))[:, None])
-                    scores.scatter_add_(1, place, -weight[:, None] * real)
-                    scores = scores.to(dtype)
+                    # All that a target counts for goes to the narrow side of the products.
+                    slope = 1 + 2 * z_loss * log_sum[chunk]
+                    scores.scatter_add_(1, place, -real / slope[:, None])
+                    scores, slope = scores.to(dtype), (weight * slope)[:, None]
                     torch.mm(scores, rows, out=d_hidden[chunk])
-                    _add_product(d_table, scores.T, state)
+                    d_hidden[chunk].mul_(slope)
+                    _add_product(d_table, scores.T, (state * slope).to(dtype))
         if differentiate:
             ctx.save_for_backward(d_hidden.to(hidden.dtype), d_table.to(table.dtype))
         ctx.mark_non_differentiable(loss, log_sum)
@@ -98,18 +100,24 @@ class _FusedLoss(torch.autograd.Function):
         return d_hidden * d_total, d_table * d_total, None, None, None, None, None
 
 
-def _softmax_(scores: Tensor, groups: tuple[tuple[int, ...], ...]) -> Tensor:
-    """Log-sum-exp over all ids (m,) of the scores of rows (m, R), which become its derivatives, in place."""
+def _softmax(scores: Tensor, groups: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
+    """Scores of rows (m, R) -> the derivatives by them (m, R) of the log-sum-exp over all ids, and that itself (m,)."""
+    if len(groups) == 1 and len(groups[0]) == 1:
+        return _shares(scores)
     digits = iter(scores.split([size for group in groups for size in group], dim=-1))
-    runs = [[next(digits) for _ in group] for group in groups]
-    sums = [[run.logsumexp(-1) for run in group] for group in runs]          # of each digit
-    totals = torch.stack([sum(group) for group in sums])                     # (groups, m)
+    runs = [[_shares(next(digits)) for _ in group] for group in groups]
+    totals = torch.stack([sum(log_sum for _, log_sum in group) for group in runs])      # (groups, m)
     log_sum = totals.logsumexp(0)
-    for group, of_digits, total in zip(runs, sums, totals, strict=True):
-        for run, of_digit in zip(group, of_digits, strict=True):
-            # The share of the range among all ids, times the share of the value among those of its digit.
-            run.sub_((of_digit + log_sum - total)[:, None]).exp_()
-    return log_sum
+    # The share of the range among all ids, times the share of the value among those of its digit.
+    return torch.cat([shares.mul_((total - log_sum).exp_()[:, None])
+                      for group, total in zip(runs, totals, strict=True) for shares, _ in group], dim=1), log_sum
+
+
+def _shares(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax (m, n) and log-sum-exp (m,) of scores, with few passes: the largest one tells what all were divided by."""
+    highest, place = scores.max(1)
+    shares = scores.softmax(1)
+    return shares, highest - shares.gather(1, place[:, None]).squeeze(1).log()
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtx.errors import InputError
-from mmtx.layers import Block, BlockConfig, Packing, initialise, rotary
+from mmtx.layers import Block, BlockConfig, Packing, RMSNorm, initialise, rotary
 from mmtx.sequence import Features
 
 
@@ -134,7 +134,7 @@ class Decoder(nn.Module):
         self.embedding = TokenEmbedding(config)
         self.projections = nn.ModuleDict({kind: nn.Linear(size, config.width) for kind, size in config.features.items()})
         self.blocks = nn.ModuleList(Block(block) for _ in range(config.depth))
-        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.norm = RMSNorm(config.width, eps=config.norm_eps)
         self.output = None if config.tied else TokenEmbedding(config)
         initialise(self, config.depth)
 

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from mmtx.layers import Attention, Block, BlockConfig, Packing, initialise, rotary, rotate
+from mmtx.kernels import rotate
+from mmtx.layers import Attention, Block, BlockConfig, Packing, initialise, rotary
 
 CAUSAL = BlockConfig(width=24, heads=4, kv_heads=2, head_width=8, hidden=40, causal=True)
 # Two documents and the padding of row 0; three documents in row 1.
@@ -61,16 +62,15 @@ def test_rotary_on_a_grid_gives_each_axis_its_own_pairs():
 def test_packing_points_at_every_token_once():
     packing = Packing.of(DOCUMENTS)
     # Groups of lengths 1, 2, 3 to 4 and 5 to 8.
-    assert [gather.tolist() for gather in packing.gathers] == [
-        [[7], [8]], [[14, 15]], [[0, 1, 2, 0], [3, 4, 5, 6]], [[9, 10, 11, 12, 13]]]
-    laid = torch.cat([gather.flatten() for gather in packing.gathers])
-    assert torch.equal(laid[packing.scatter], torch.arange(16))
+    assert packing.groups == ((2, 1), (1, 2), (2, 4), (1, 5))
+    assert packing.gather.tolist() == [7, 8, 14, 15, 0, 1, 2, 0, 3, 4, 5, 6, 9, 10, 11, 12, 13]
+    assert torch.equal(packing.gather[packing.scatter], torch.arange(16))
     assert packing.scatter.unique().numel() == 16
 
 
 def test_packing_does_not_join_rows_that_end_and_start_with_the_same_number():
     packing = Packing.of(torch.tensor([[0, 0], [0, 0]]))
-    assert [gather.tolist() for gather in packing.gathers] == [[[0, 1], [2, 3]]]
+    assert packing.groups == ((2, 2),) and packing.gather.tolist() == [0, 1, 2, 3]
 
 
 def test_packed_attention_equals_each_document_alone():
@@ -106,7 +106,7 @@ def test_attention_against_a_loop_over_heads(causal):
     attention = random_block(config).attention
     x = torch.randn(1, 5, 24, generator=torch.Generator().manual_seed(2))
     angles = rotary(torch.arange(5)[None], 8, 10_000.0)
-    query, key, value = (part.view(1, 5, -1, 8) for part in attention.qkv(x))
+    query, key, value = (part.view(1, 5, -1, 8) for part in attention.qkv(x).split(attention.qkv.sizes, dim=-1))
 
     def normed(heads, norm):
         scale = (heads.square().mean(-1, keepdim=True) + 1e-6).rsqrt()

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CHAIN = ("layers", "modality", "vocabulary", "sequence", "data", "model", "loss", "decoding", "generation",
-         "pipeline", "evaluation", "report", "training", "cli")
+CHAIN = ("kernels", "layers", "modality", "vocabulary", "sequence", "data", "model", "loss", "decoding",
+         "generation", "pipeline", "evaluation", "report", "training", "cli")
 ANYWHERE = ("errors",)
 FILES = sorted((ROOT / "mmtx").rglob("*.py"))
 

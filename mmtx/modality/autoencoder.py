@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from mmtx.errors import InputError
-from mmtx.layers import Block, BlockConfig, initialise, rotary
+from mmtx.layers import Block, BlockConfig, RMSNorm, initialise, rotary
 from mmtx.modality.base import Tokenizer, read_json, write_json
 from mmtx.modality.fsq import FSQ
 
+NORM_EPS = torch.finfo(torch.float32).eps
 ENCODE_BATCH = 64  # grids that go through the network together
 ENCODING = ("embed", "encoder", "encoder_norm", "to_latent")  # parts of the network that codes depend on
 
@@ -76,11 +77,11 @@ class PatchAutoencoder(nn.Module):
         self.quantizer = FSQ(config.levels)
         self.embed = nn.Linear(patch_size, config.width)
         self.encoder = nn.ModuleList(Block(block) for _ in range(config.encoder_depth))
-        self.encoder_norm = nn.RMSNorm(config.width)
+        self.encoder_norm = RMSNorm(config.width, eps=NORM_EPS)
         self.to_latent = nn.Linear(config.width, len(config.levels))
         self.from_latent = nn.Linear(len(config.levels), config.width)
         self.decoder = nn.ModuleList(Block(block) for _ in range(config.decoder_depth))
-        self.decoder_norm = nn.RMSNorm(config.width)
+        self.decoder_norm = RMSNorm(config.width, eps=NORM_EPS)
         self.to_patch = nn.Linear(config.width, patch_size)
         initialise(self, max(config.encoder_depth, config.decoder_depth))
         # Latents must start with a spread of about one level, or every patch gets the middle code.
