@@ -4,19 +4,21 @@
     python benchmarks/resume_kills.py --kills 20 --ranks 2
 
 A tiny decoder on starter samples, with augmentation, validation, averaged weights and 2 workers a process; two ranks
-are gloo processes that accumulate two batches. Kills come at moments uniform over the time of an uninterrupted run.
-Prints the mismatches; status 1 if there are any.
+are gloo processes that accumulate two batches. Every second kill comes at a moment uniform over the time of an
+uninterrupted run, the others soon after a checkpoint, of a step drawn from those to come, has been written. Prints the
+mismatches, and writes results/resume_kills-RANKS.json; status 1 if there are any.
 """
 
 import argparse
-import platform
+import json
 import random
 import sys
 import tempfile
 import time
+from datetime import date
 from pathlib import Path
 
-import torch
+from measure import RESULTS, machine, versions
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import runs  # noqa: E402
@@ -29,7 +31,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
     with tempfile.TemporaryDirectory() as root:
         config = runs.prepare(Path(root), options.steps)
         config = runs.two_ranks(config) if options.ranks == 2 else config
@@ -39,12 +40,24 @@ def main() -> None:
         seconds, expected = time.monotonic() - begin, runs.results(Path(root) / "whole")
         rows = expected[0].count("\n") - 1
         print(f"uninterrupted: {options.steps} steps, {seconds:.1f} s, {rows} rows of metrics", flush=True)
-        outputs = runs.killed_and_resumed(config, Path(root) / "killed", seconds, options.kills,
-                                          random.Random(options.seed), options.ranks,
-                                          lambda line: print(line, flush=True))
+        outputs, kills = runs.killed_and_resumed(config, Path(root) / "killed", seconds, options.kills,
+                                                 random.Random(options.seed), options.ranks,
+                                                 lambda line: print(line, flush=True))
         different = [output.name for output in outputs if runs.results(output) != expected]
-        print(f"{options.kills} kills in {len(outputs)} runs of {options.ranks} rank(s): {len(different)} mismatches "
-              f"{different or ''}")
+    further = sum(kill.step > kill.began for kill in kills)
+    first = sum(kill.step == 0 for kill in kills)
+    print(f"{options.kills} kills in {len(outputs)} runs of {options.ranks} rank(s), {first} before the first checkpoint "
+          f"and {further} after one that the killed process had written: {len(different)} mismatches {different or ''}")
+    result = {
+        "name": f"resume_kills-{options.ranks}", "date": date.today().isoformat(), "mismatches": len(different),
+        "runs": len(outputs), "kills": options.kills, "before_the_first_checkpoint": first,
+        "after_a_checkpoint_of_their_process": further,
+        "checkpoint_at_start_and_at_kill_and_seconds": [list(kill) for kill in kills],
+        "uninterrupted_seconds": round(seconds, 1), "rows_compared": rows, "settings": vars(options),
+        "machine": machine(), "versions": versions(),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{result['name']}.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
     sys.exit(bool(different))
 
 

@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import yaml
@@ -109,9 +110,9 @@ def results(output: Path) -> tuple[str, bytes]:
     return (output / "metrics" / "metrics.csv").read_text(), (output / "model" / "model.safetensors").read_bytes()
 
 
-def reached(output: Path, step: int) -> bool:
-    """Whether there is a checkpoint of this step or a later one."""
-    return any(path.name >= f"step-{step:09d}" for path in (output / "checkpoints").glob("step-*.ckpt"))
+def latest(output: Path) -> int:
+    """The last step that there is a checkpoint of, 0 if there is none."""
+    return max((int(path.stem.removeprefix("step-")) for path in (output / "checkpoints").glob("step-*.ckpt")), default=0)
 
 
 def wait_for(condition, processes: list[multiprocessing.Process], poll: float = 0.005) -> None:
@@ -120,23 +121,40 @@ def wait_for(condition, processes: list[multiprocessing.Process], poll: float = 
         time.sleep(poll)
 
 
+class Kill(NamedTuple):
+    """The newest checkpoint, 0 for none, when a process was started and when it was killed, and after how many seconds."""
+
+    began: int
+    step: int
+    seconds: float
+
+
 def killed_and_resumed(config: dict, folder: Path, seconds: float, kills: int, random, ranks: int = 1,
-                       tell=lambda line: None) -> list[Path]:
-    """Runs that were killed at random moments, `kills` times in all, and resumed until they ended -> their folders."""
-    outputs, done = [], 0
-    while done < kills:
+                       tell=lambda line: None) -> tuple[list[Path], list[Kill]]:
+    """Runs that were killed `kills` times in all and resumed until they ended -> their folders, and the kills.
+
+    Kills come in turn at a moment after the start, uniform over the `seconds` that an undisturbed run takes, and soon
+    after a checkpoint with which the process got further: most of the former come before that.
+    """
+    steps, outputs, found = config["trainer"]["max_steps"], [], []
+    while len(found) < kills:
         outputs.append(folder / f"run-{len(outputs)}")
         while True:
+            begin, began = time.monotonic(), latest(outputs[-1])
             processes = start(config, outputs[-1], "--ckpt_path", "last", ranks=ranks)
-            if done < kills:
-                time.sleep(random.uniform(0, seconds))
+            if len(found) < kills:
+                if len(found) % 2:
+                    aim = random.randint(began + 1, steps)
+                    wait_for(lambda: latest(outputs[-1]) >= aim, processes)
+                    time.sleep(random.uniform(0, 2 * seconds / steps))
+                else:
+                    time.sleep(random.uniform(0, seconds))
                 if kill(processes):
-                    done += 1
-                    found = sorted(path.name for path in (outputs[-1] / "checkpoints").glob("step-*"))
-                    tell(f"kill {done}: {outputs[-1].name}, {found}")
+                    found.append(Kill(began, latest(outputs[-1]), round(time.monotonic() - begin, 2)))
+                    tell(f"kill {len(found)}: {outputs[-1].name}, {found[-1]}")
                     continue
             for process in processes:
                 process.join()
             assert all(process.exitcode == 0 for process in processes), outputs[-1].with_suffix(".log").read_text()
             break
-    return outputs
+    return outputs, found
