@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from measure import interleave, report
 
+from mmtx.decoding import Weights
 from mmtx.generation import Sampling, generate
 from mmtx.model import Decoder, DecoderConfig
+from mmtx.row import lay_out
 from mmtx.sequence import Grammar, Prompt
 from mmtx.vocabulary import SLOTS, Entry, Vocabulary
 
@@ -74,10 +76,12 @@ def measure(name: str, options: argparse.Namespace, new: int, rounds: int) -> No
     ids = np.random.default_rng(0).integers(0, vocabulary.range("text").stop, PROMPT)
     given = torch.tensor(ids, device=options.device)[None]
     written = {}
+    lay_out(decoder)
+    weights = Weights.of(decoder, fixed=True)
 
     def ours() -> float:
         start = now(options.device)
-        (written["mmtx"],) = generate(decoder, grammar, [Prompt(ids)], "text", Sampling(max_new_tokens=new))
+        (written["mmtx"],) = generate(decoder, grammar, [Prompt(ids)], "text", Sampling(max_new_tokens=new), (), weights)
         # One closing step comes on top, which is not counted.
         return new / (now(options.device) - start)
 

@@ -20,16 +20,6 @@ from mmtx.layers import rotary
 from mmtx.model import Decoder, DecoderConfig
 
 
-def lay_out(decoder: Decoder) -> None:
-    """Store matrices column by column, which changes no value: one token then reads each of them in a single stream.
-
-    Measured for 50 MB in fp32 (MKL's sgemv, one core of an AMD EPYC): 25 GB/s, and 13 GB/s row by row.
-    """
-    for parameter in decoder.parameters():
-        if parameter.dim() == 2:
-            parameter.data = parameter.data.T.contiguous().T
-
-
 class Norm(NamedTuple):
     """RMSNorm over the last n numbers, as x / hypot(|x|, floor) * weight: half the operations of torch's on a CPU."""
 
@@ -125,19 +115,26 @@ class Weights(NamedTuple):
     norm: Norm
     output: Tensor                        # (R, D)
     groups: tuple[tuple[int, ...], ...]   # sizes of runs of rows: plain ids, then the digits of each composed range
+    screens: dict | None                  # what `row.Screen` made of first rows; none where values may still change
 
     @classmethod
-    def of(cls, decoder: Decoder) -> "Weights":
+    def of(cls, decoder: Decoder, fixed: bool = False) -> "Weights":
+        """Of a decoder; `fixed` promises that its values will not change while these weights are used."""
         c, table = decoder.config, decoder.output or decoder.embedding
         return cls(c, tuple(Layer.of(block, c) for block in decoder.blocks), Norm.of(decoder.norm.weight, c.norm_eps),
-                   table.weight, table.groups)
+                   table.weight, table.groups, {} if fixed else None)
+
+    @property
+    def plain(self) -> int:
+        """How many ids, from the first, have a row of their own."""
+        return self.groups[0][0]
 
     def scores(self, hidden: Tensor, first: int | None = None) -> Tensor:
         """Hidden states (B, D) -> scores of every id (B, V), or only of the `first`, which have rows of their own.
 
         The score of a composed id is the sum of the scores of its digits: no matrix of its range is needed.
         """
-        (plain,), *ranges = self.groups
+        plain, ranges = self.plain, self.groups[1:]
         if first is not None and first <= plain:
             return F.linear(hidden, self.output[:first])
         rows = F.linear(hidden, self.output)

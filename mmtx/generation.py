@@ -15,6 +15,7 @@ from mmtx import decoding
 from mmtx.decoding import KVCache, Weights
 from mmtx.errors import InputError
 from mmtx.model import Decoder
+from mmtx.row import Row
 from mmtx.sequence import Grammar, Prompt, gather_features
 from mmtx.vocabulary import MAX_SIDE, Vocabulary
 
@@ -111,10 +112,12 @@ def steps(
     out: str = "text",
     sampling: Sampling = Sampling(),
     prefix: Sequence[int] = (),
+    weights: Weights | None = None,
 ) -> Iterator[Tensor]:
     """Yield one id for each prompt (B,) at a time until all rows are finished; finished rows yield <pad>.
 
-    `prefix` are ids that every answer starts with (not yielded): the size of a picture, or its first codes.
+    `prefix` are ids that every answer starts with (not yielded): the size of a picture, or its first codes. `weights` are
+    those of the decoder where they were made before, for many answers.
     """
     device = decoder.embedding.weight.device
     prefix = np.asarray(prefix, np.int64)
@@ -131,7 +134,7 @@ def steps(
     guided = sampling.guidance != 1
     if guided:
         rows += [without_user_turns(prompt, grammar.vocabulary) for prompt in prompts]
-    weights, reach = Weights.of(decoder), grammar.reach(out)
+    weights, reach = weights or Weights.of(decoder), grammar.reach(out)
     prompts = [row._replace(ids=np.concatenate([row.ids, prefix])) for row in rows]
     hidden, cache = prefill(decoder, weights, prompts, limit)
     generator = None
@@ -141,14 +144,22 @@ def steps(
     batch = len(state.phase)
     writing = torch.arange(batch, device=device)  # rows of the batch that are still computed
     nothing = torch.full_like(writing, grammar.vocabulary.pad)
+    alone, place = None, None
     for step in range(limit):
-        allowed = grammar.allowed(state, reach)
-        if step >= sampling.max_new_tokens:
-            allowed = grammar.closing(allowed)
-        logits = weights.scores(hidden, reach)
-        if guided:
-            logits = guide(logits, sampling.guidance)
-        ids = sample(logits.masked_fill_(~allowed, -torch.inf), sampling, generator)
+        if alone is None and Row.takes(weights, cache):
+            alone = Row(weights, cache)
+        before, place = place, alone and (int(state.phase), step >= sampling.max_new_tokens)
+        if place is None or place != before:
+            allowed = grammar.allowed(state, reach)
+            if step >= sampling.max_new_tokens:
+                allowed = grammar.closing(allowed)
+        if alone is not None and sampling.temperature == 0 and reach <= weights.plain:
+            ids = alone.best(hidden, allowed)
+        else:
+            logits = weights.scores(hidden, reach)
+            if guided:
+                logits = guide(logits, sampling.guidance)
+            ids = sample(logits.masked_fill_(~allowed, -torch.inf), sampling, generator)
         state = grammar.advance(state, ids)
         yield ids if len(ids) == batch else nothing.index_copy(0, writing, ids)
         if device.type == "cpu" or step % LOOK_EVERY == LOOK_EVERY - 1 or step >= sampling.max_new_tokens:
@@ -159,7 +170,8 @@ def steps(
             if device.type == "cpu" and 2 * len(going) <= len(ids):
                 cache = cache.keep(torch.cat([going, going + len(ids)]) if guided else going)
                 writing, ids, state = writing[going], ids[going], state.keep(going)
-        hidden = decoding.step(weights, decoder.embedding(ids.repeat(2) if guided else ids), cache)
+        inputs = decoder.embedding(ids.repeat(2) if guided else ids)
+        hidden = decoding.step(weights, inputs, cache) if alone is None else alone.step(inputs)
 
 
 def generate(
@@ -169,9 +181,10 @@ def generate(
     out: str = "text",
     sampling: Sampling = Sampling(),
     prefix: Sequence[int] = (),
+    weights: Weights | None = None,
 ) -> list[np.ndarray]:
     """Answer each prompt: the ids behind it, `prefix` first, up to and including <end>."""
-    columns = list(steps(decoder, grammar, prompts, out, sampling, prefix))
+    columns = list(steps(decoder, grammar, prompts, out, sampling, prefix, weights))
     rows = torch.stack(columns, dim=1).cpu().numpy()
     pad = grammar.vocabulary.pad
     return [np.concatenate([np.asarray(prefix, np.int64), row[row != pad]]) for row in rows]

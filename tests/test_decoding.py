@@ -1,10 +1,12 @@
 """Decoding with a cache against full passes of the decoder: any lengths, any order of rows, any shape of the network."""
 
+import numpy as np
 import pytest
 import torch
 
 from mmtx.decoding import Weights, prefill, step
 from mmtx.model import CodeRange, Decoder, DecoderConfig
+from mmtx.row import FEW_ROWS, Row, Screen, lay_out
 
 SIZES = {"width": 24, "depth": 2, "heads": 4, "kv_heads": 2, "head_width": 8, "hidden": 32}
 COMPOSED = (CodeRange(10, (4, 3, 2)), CodeRange(34, (5, 2)))  # of 44 ids, 10 have rows of their own
@@ -95,3 +97,115 @@ def test_bfloat16_follows_the_decoder(rows):
     expected = torch.stack([full(decoder, row[:length + 1]) for row, length in zip(rows, LENGTHS)]).float()
     assert hidden.dtype == torch.bfloat16
     assert (scores - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("laid_out", [False, True])
+def test_a_row_alone_is_decoded_as_by_full_passes(rows, shape, laid_out):
+    decoder = random_decoder(**shape)
+    if laid_out:
+        lay_out(decoder)
+    for row, length in zip(rows, LENGTHS, strict=True):
+        weights, _, cache = begin(decoder, [row])
+        assert Row.takes(weights, cache)
+        alone = Row(weights, cache)
+        for new in range(NEW):
+            inputs = decoder.embedding(row[length + new:length + new + 1])
+            before = inputs.clone()
+            (scores,) = weights.scores(alone.step(inputs))
+            assert torch.allclose(scores, full(decoder, row[:length + new + 1]), atol=1e-4)
+            assert torch.equal(inputs, before)
+
+
+@pytest.mark.parametrize("kept", range(len(LENGTHS)))
+def test_a_row_that_is_left_of_a_batch_goes_on_alone(rows, kept):
+    decoder, row, length = random_decoder(), rows[kept], LENGTHS[kept]
+    weights, _, cache = begin(decoder, rows)
+    step(weights, decoder.embedding(torch.stack([row[length] for row, length in zip(rows, LENGTHS)])), cache)
+    alone = Row(weights, cache.keep(torch.tensor([kept])))
+    for new in range(1, NEW):
+        (scores,) = weights.scores(alone.step(decoder.embedding(row[length + new:length + new + 1])))
+        assert torch.allclose(scores, full(decoder, row[:length + new + 1]), atol=1e-4)
+
+
+def test_laying_out_changes_how_matrices_lie_and_no_value():
+    decoder, other = random_decoder(), random_decoder()
+    lay_out(decoder)
+    for (name, a), b in zip(decoder.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert a.stride(0) == 1 or a.shape[0] <= a.shape[-1] or not name.startswith("blocks")
+    assert decoder.blocks[0].feed_forward.gate_up.weight.stride() == (1, 2 * SIZES["hidden"])
+
+
+def test_large_activations_overflow_to_what_full_passes_give(rows):
+    decoder, row = random_decoder(), rows[0]
+    for block in decoder.blocks:
+        block.feed_forward.gate_up.weight *= 1e3
+    weights, _, cache = begin(decoder, [row])
+    hidden = Row(weights, cache).step(decoder.embedding(row[LENGTHS[0]:LENGTHS[0] + 1]))
+    assert torch.allclose(weights.scores(hidden)[0], full(decoder, row[:LENGTHS[0] + 1]), atol=1e-3)
+
+
+def difficult_rows(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """An output matrix (R, D) and hidden states (B, D)."""
+    generator = torch.Generator().manual_seed(0)
+    table, hidden = (torch.randn(n, 40, generator=generator) for n in (600, 50))
+    if kind == "of all sizes":
+        table *= torch.logspace(-4, 4, 600)[:, None]
+    elif kind == "one outlier each":
+        table[:, 7] *= 100
+        hidden[:, 3] *= 100
+    elif kind == "nearly equal":
+        table = table[:1] + 1e-4 * table
+    elif kind == "equal":
+        table = table[:1].expand(600, -1)
+    elif kind == "zero":
+        table[::2], hidden[::2] = 0, 0
+    return table, hidden
+
+
+@pytest.mark.parametrize("kind", ["random", "of all sizes", "one outlier each", "nearly equal", "equal", "zero"])
+def test_a_screen_keeps_the_best_row(kind):
+    table, hidden = difficult_rows(kind)
+    forbidden = np.where(np.arange(600) % 3 == 1, np.float32(-np.inf), np.float32(0))
+    screen, left = Screen.of(table), []
+    for h in hidden:
+        few = screen.candidates(h.numpy(), forbidden)
+        scores = (table.double() @ h.double()).numpy() + forbidden
+        assert np.isfinite(scores[few]).all()
+        assert scores[few].max() == scores.max()
+        left.append(len(few))
+    if kind == "random":
+        assert np.mean(left) < 6      # of 400
+
+
+def test_a_screen_says_how_far_its_scores_may_be_wrong():
+    table, _ = difficult_rows("random")
+    table[:300] = table[:300].sign()      # 8 bits keep these as they are
+    screen = Screen.of(table)
+    lack = table - screen.codes * screen.scale[:, None]
+    # Hidden states for which all errors of a row add up: those of its codes, or those of the codes of the state.
+    first = torch.arange(40) == 0         # whole numbers up to 127 need no rounding
+    worst = [torch.where(first, 127 * lack[300:].sign(), (250 * lack[300:] / screen.scale[300:, None]).round()),
+             torch.where(first, 127.0, 0.4) * table[:300]]
+    for states, rows in zip(worst, (range(300, 600), range(300)), strict=True):
+        for h, row in zip(states, rows, strict=True):
+            scores, bound = screen.scores(h.numpy())
+            wrong = np.abs((table.double() @ h.double()).numpy() - scores)
+            assert (wrong <= bound).all()
+            assert wrong[row] > 0.4 * bound[row]
+
+
+def test_the_best_id_is_the_same_with_and_without_a_screen():
+    torch.manual_seed(0)
+    decoder = Decoder(DecoderConfig(FEW_ROWS + 100, **SIZES)).requires_grad_(False)
+    allowed = torch.rand(1, FEW_ROWS + 90) < 0.5
+    weights = Weights.of(decoder, fixed=True)
+    prompt = torch.arange(3)[None]
+    hidden, cache = prefill(weights, decoder.embed(prompt), torch.tensor([3]), 8)
+    screened, plain = Row(weights, cache), Row(Weights.of(decoder), cache)
+    for hidden in torch.randn(20, 1, SIZES["width"]):
+        expected = weights.scores(hidden)[:, :FEW_ROWS + 90].masked_fill(~allowed, -torch.inf).argmax(1)
+        assert screened.best(hidden, allowed).equal(expected)
+        assert plain.best(hidden, allowed).equal(expected)
+    assert list(weights.screens) == [FEW_ROWS + 90]
