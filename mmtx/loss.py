@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from mmtx.model import TokenEmbedding
 
-CHUNK = 2 ** 25  # scores that are held at a time
+CHUNK = 2 ** 24  # scores that are held at a time
 
 
 class TokenLoss(NamedTuple):
@@ -70,24 +70,37 @@ class _FusedLoss(torch.autograd.Function):
             d_hidden = torch.empty_like(states) if differentiate else None
             d_table = torch.zeros_like(table, dtype=precise) if differentiate else None
             loss, log_sum = torch.empty(2, len(hidden), dtype=precise, device=hidden.device)
-            size = max(1, CHUNK // len(table))
+            size = min(len(hidden), max(1, CHUNK // len(table)))
+            # Made once: the system takes as long to clear a large block as a product takes to fill it.
+            made = states.new_empty(size, len(table))
+            exact = made if dtype == precise else made.new_empty(made.shape, dtype=precise)
+            product = torch.empty_like(rows) if differentiate and dtype != precise else None
             for start in range(0, len(hidden), size):
                 chunk = slice(start, start + size)
                 state, place, weight = states[chunk], places[chunk], weights[chunk]
-                scores = (state @ rows.T).to(precise)                        # (m, R)
+                low, scores = made[:len(state)], exact[:len(state)]
+                torch.mm(state, rows.T, out=low)                             # (m, R)
+                if low is not scores:
+                    scores.copy_(low)
                 real = (place < len(table)).to(precise)                      # (m, P)
                 place = place.clamp_max(len(table) - 1)
                 reached = (scores.gather(1, place) * real).sum(1)            # (m,)
-                scores, log_sum[chunk] = _softmax(scores, groups)
+                log_sum[chunk] = _softmax_(scores, groups)
                 loss[chunk] = log_sum[chunk] - reached
                 if differentiate:
                     # All that a target counts for goes to the narrow side of the products.
                     slope = 1 + 2 * z_loss * log_sum[chunk]
                     scores.scatter_add_(1, place, -real / slope[:, None])
-                    scores, slope = scores.to(dtype), (weight * slope)[:, None]
-                    torch.mm(scores, rows, out=d_hidden[chunk])
+                    if low is not scores:
+                        low.copy_(scores)
+                    slope = (weight * slope)[:, None]
+                    torch.mm(low, rows, out=d_hidden[chunk])
                     d_hidden[chunk].mul_(slope)
-                    _add_product(d_table, scores.T, (state * slope).to(dtype))
+                    state = (state * slope).to(dtype)
+                    if product is None:
+                        d_table.addmm_(low.T, state)
+                    else:
+                        d_table.add_(torch.mm(low.T, state, out=product))
         if differentiate:
             ctx.save_for_backward(d_hidden.to(hidden.dtype), d_table.to(table.dtype))
         ctx.mark_non_differentiable(loss, log_sum)
@@ -100,28 +113,23 @@ class _FusedLoss(torch.autograd.Function):
         return d_hidden * d_total, d_table * d_total, None, None, None, None, None
 
 
-def _softmax(scores: Tensor, groups: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
-    """Scores of rows (m, R) -> the derivatives by them (m, R) of the log-sum-exp over all ids, and that itself (m,)."""
+def _softmax_(scores: Tensor, groups: tuple[tuple[int, ...], ...]) -> Tensor:
+    """Log-sum-exp over all ids (m,) of the scores of rows (m, R), which become its derivatives by them, in place."""
     if len(groups) == 1 and len(groups[0]) == 1:
-        return _shares(scores)
+        return _shares_(scores)
     digits = iter(scores.split([size for group in groups for size in group], dim=-1))
-    runs = [[_shares(next(digits)) for _ in group] for group in groups]
-    totals = torch.stack([sum(log_sum for _, log_sum in group) for group in runs])      # (groups, m)
+    runs = [[next(digits) for _ in group] for group in groups]
+    totals = torch.stack([sum(map(_shares_, group)) for group in runs])                 # (groups, m)
     log_sum = totals.logsumexp(0)
-    # The share of the range among all ids, times the share of the value among those of its digit.
-    return torch.cat([shares.mul_((total - log_sum).exp_()[:, None])
-                      for group, total in zip(runs, totals, strict=True) for shares, _ in group], dim=1), log_sum
+    for group, total in zip(runs, totals, strict=True):
+        for run in group:
+            # The share of the range among all ids, times the share of the value among those of its digit.
+            run.mul_((total - log_sum).exp_()[:, None])
+    return log_sum
 
 
-def _shares(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax (m, n) and log-sum-exp (m,) of scores, with few passes: the largest one tells what all were divided by."""
+def _shares_(scores: Tensor) -> Tensor:
+    """Log-sum-exp (m,) of scores (m, n), which become their softmax: the highest tells by what all were divided."""
     highest, place = scores.max(1)
-    shares = scores.softmax(1)
-    return shares, highest - shares.gather(1, place[:, None]).squeeze(1).log()
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        total.add_(left @ right)
+    torch.softmax(scores, 1, out=scores)
+    return highest - scores.gather(1, place[:, None]).squeeze(1).log_()
