@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmtx.data import prepare
 from mmtx.errors import InputError
 from mmtx.training.checkpoint import AtomicCheckpointIO, damage, newest
 
@@ -41,6 +42,23 @@ def test_what_is_written_is_read(tmp_path):
     assert check(path) == 3
     assert torch.load(path, weights_only=True)["global_step"] == 3  # any reader of torch's files can
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def prepared(folder: Path, _: int) -> Path:
+    prepare.write(folder / "shard", b"some bytes")
+    return folder / "shard"
+
+
+@pytest.mark.parametrize("how", [write, prepared])
+def test_bytes_are_on_the_disk_before_their_name_is(tmp_path, monkeypatch, how):
+    sync, replace, done = os.fsync, os.replace, []
+    monkeypatch.setattr(os, "fsync", lambda file: (sync(file), done.append(os.fstat(file))))
+    monkeypatch.setattr(os, "replace", lambda old, new: (done.append((str(old), str(new))), replace(old, new)))
+    path = how(tmp_path, 3)
+    file, (old, new), folder = done
+    assert (file.st_ino, file.st_size) == (path.stat().st_ino, path.stat().st_size)
+    assert os.path.dirname(old) == str(tmp_path) and old != new == str(path)  # on the same filesystem, whatever TMPDIR is
+    assert folder.st_ino == tmp_path.stat().st_ino
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9, 0.9999])

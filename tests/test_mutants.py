@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from mutants.run import PATCHES, ROOT, tests_of
+from mutants.run import PATCHES, ROOT, named_by
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="patches are applied by git")
 
@@ -21,6 +21,6 @@ def test_a_planted_bug_applies_and_names_tests_that_exist(patch):
     assert done.returncode == 0, done.stderr
     changed = re.findall(r"^\+\+\+ b/(\S+)$", patch.read_text(encoding="utf-8"), re.MULTILINE)
     assert changed and all(path.startswith("mmtx/") for path in changed)
-    for test in tests_of(patch):
+    for test in named_by(patch):
         file, _, name = test.partition("::")
         assert f"def {name.partition('[')[0]}(" in (ROOT / file).read_text(encoding="utf-8"), test

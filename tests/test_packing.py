@@ -4,6 +4,7 @@ import io
 import math
 import pickle
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,14 +13,18 @@ from PIL import Image
 
 from mmtx.data import packing
 from mmtx.data.augment import AudioAugmentation, ImageAugmentation
-from mmtx.data.collection import DataSource
+from mmtx.data.collection import DataSource, read_source
 from mmtx.data.packing import PackedBatches, best_fit, fill, in_order, pack
 from mmtx.data.sample import Media, MemorySource, Sample, SampleTurn, Text
 from mmtx.data.tokens import Augmentation, Documents, load_media, seed_of, to_documents
 from mmtx.errors import InputError
+from mmtx.modality.base import load_tokenizer
 from mmtx.model import CodeRange, Decoder, DecoderConfig
 from mmtx.sequence import AudioPart, Document, ImagePart, Rendered, TextPart, Turn, render
-from mmtx.vocabulary import MODALITIES
+from mmtx.vocabulary import MODALITIES, Vocabulary
+
+SHIPPED = Path(__file__).parents[1] / "tokenizers"
+STARTER = Path(__file__).parents[1] / "demos" / "data" / "starter"
 
 
 class Ready(Documents):
@@ -319,16 +324,21 @@ def test_a_source_that_gives_nothing_is_refused(field):
 # -- Samples to stores ---------------------------------------------------------------------------------------
 
 
-def png(seed: int) -> bytes:
+def png(seed: int, change: int = 0) -> bytes:
+    """A picture of noise, in one of whose bytes the bits `change` are other ones."""
     pixels = np.random.default_rng(seed).integers(0, 256, (24, 24, 3), np.uint8)
+    pixels[11, 11, 1] ^= change
     Image.fromarray(pixels).save(file := io.BytesIO(), "png")
     return file.getvalue()
 
 
-def wav(seed: int, samples: int = 3000) -> bytes:
+def wav(seed: int, samples: int = 3000, change: int = 0) -> bytes:
+    """Noise, one of whose numbers is changed by `change`."""
     import soundfile
 
-    soundfile.write(file := io.BytesIO(), np.random.default_rng(seed).normal(0, 0.1, samples), 16_000, format="wav")
+    noise = np.random.default_rng(seed).normal(0, 0.1, samples)
+    noise[samples // 2] += 0.2 * change
+    soundfile.write(file := io.BytesIO(), noise, 16_000, format="wav")
     return file.getvalue()
 
 
@@ -391,6 +401,61 @@ def test_spans_lie_over_the_codes_of_user_turns(samples, tokenizers, vocabulary)
     # What is to be generated enters as codes.
     answer = Sample("9", (SampleTurn("assistant", samples[0].turns[0].parts),), {}, "rows.jsonl row 9")
     assert Documents([answer], tokenizers, vocabulary, context=200).render([(0, 0)])[0].spans == ()
+
+
+def test_nearly_all_tokens_are_real_on_starter_data():
+    tokenizers = {kind: load_tokenizer(SHIPPED / kind) for kind in ("text", "image", "audio")}
+    shards = ("images-train-004", "sounds-train-001", "speech-train-000")
+    samples = [sample for name in shards for sample in read_source(DataSource([str(STARTER / f"{name}.tar.gz")], limit=40))]
+    vocabulary = Vocabulary.build(tokenizers)
+    documents = Documents(samples, tokenizers, vocabulary, context=640)
+    batches = PackedBatches(documents, vocabulary, 2048, repeats=[24] * len(samples))
+    assert len(batches) > 100 and 24 * (documents.lengths - 1).sum() / (len(batches) * 2048) >= 0.99
+
+
+# -- What documents of a batch see of each other -------------------------------------------------------------
+
+TOGETHER = {
+    "picture": lambda byte: captioned("image", png(0, 99 * byte), "a red circle", 0),
+    "sound": lambda byte: captioned("audio", wav(1, change=byte), "trumpet", 1),
+    "long text": lambda byte: plain_text(f"{'xyz'[byte]} violin, D sharp 5" + " a blue square" * 40),
+    "picture as an answer": lambda byte: Sample("3", (
+        SampleTurn("user", (Text(f"{'xyz'[byte]} circle"),)),
+        SampleTurn("assistant", captioned("image", png(3, 99 * byte), "", 3).turns[0].parts)), {}, "rows.jsonl row 3"),
+    "text": lambda byte: plain_text(f"a blue {'xyz'[byte]}"),
+    "other picture": lambda byte: captioned("image", png(5, 99 * byte), f"a red {'xyz'[byte]}", 5),
+}
+
+
+def plain_text(text: str) -> Sample:
+    return Sample("2", (SampleTurn(None, (Text(text),)),), {}, "rows.jsonl row 2")
+
+
+@pytest.mark.parametrize("changed", TOGETHER)
+def test_a_changed_byte_changes_no_logit_of_another_document(changed, tokenizers, vocabulary):
+    ranges = tuple(CodeRange(vocabulary.range(kind).start, vocabulary.levels(kind)) for kind in ("image", "audio"))
+    widths = {kind: tokenizers[kind].feature_width for kind in ("image", "audio")}
+    torch.manual_seed(0)
+    decoder = Decoder(DecoderConfig(vocabulary.size, width=32, depth=2, heads=4, kv_heads=2, head_width=16, hidden=48,
+                                    composed=ranges, features=widths))
+
+    def logits(byte: int) -> tuple[torch.Tensor, torch.Tensor]:
+        samples = [make(byte if name == changed else 0) for name, make in TOGETHER.items()]
+        documents = Documents(samples, tokenizers, vocabulary, context=400)
+        batch = PackedBatches(documents, vocabulary, 1024, shuffle=False)[0]
+        lengths = torch.from_numpy(documents.lengths)[batch.samples] - 1
+        assert lengths.max() > 128 and len(lengths) == len(samples)  # attention over long documents goes in blocks
+        owners = torch.full((1024,), -1)
+        owners[:int(lengths.sum())] = batch.samples.repeat_interleave(lengths)
+        with torch.no_grad():
+            return decoder.logits(decoder(batch.ids, batch.positions, batch.packing, batch.features))[0], owners
+
+    expected, owners = logits(0)
+    for byte in (1, 2):
+        found, same_owners = logits(byte)
+        assert torch.equal(owners, same_owners)
+        difference, own = (found - expected).abs().amax(-1), owners == list(TOGETHER).index(changed)
+        assert difference[own].amax() > 1e-4 and difference[~own].eq(0).all()
 
 
 BAD = {

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import tarfile
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from tqdm import tqdm
 
 from mmtx.cli import main
 from mmtx.data.augment import AudioAugmentation, ImageAugmentation
@@ -125,6 +127,18 @@ def test_batches_are_those_of_the_media(media, whole, tokenizers, vocabulary, pr
         user |= set(one[k].features)
     assert kinds == {0, 1, 2, 3} and user == {"image", "audio"}
     assert len(one.first) > 2  # more than an epoch
+
+
+def test_rows_that_cannot_be_read_have_no_number(tokenizers, vocabulary, tmp_path):
+    chats = [{"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}!"}]} for n in range(9)]
+    (tmp_path / "chats.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in [*chats[:2], {"text": 1}, *chats[2:]]))
+    prepare(DataSource([str(tmp_path / "chats.jsonl")]), tokenizers, tmp_path / "a", rows=4, max_bad=0.1)
+    for options in ({"limit": 4}, {"drop": 0.5}):
+        expected, found = (corpus(tokenizers, vocabulary, DataSource([str(tmp_path / name)], **options), seed=5)
+                           for name in ("chats.jsonl", "a"))
+        assert [found.where(n) for n in range(len(found))] == [expected.where(n) for n in range(len(expected))]
+        views = [(n, view) for n in range(len(found)) for view in range(3)]
+        assert all(map(np.array_equal, *([rendered.ids for rendered in some.render(views)] for some in (expected, found))))
 
 
 def test_what_is_stored_is_small_and_mapped(whole, tokenizers, vocabulary):
@@ -406,7 +420,8 @@ def test_a_shard_afar_that_was_cut_short_is_refused(whole, tokenizers, vocabular
 # -- The command, and training -------------------------------------------------------------------------------
 
 
-def test_the_command_says_how_to_train(media, folders, tmp_path, capsys):
+def test_the_command_says_how_far_it_is_and_how_to_train(media, folders, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("mmtx.data.prepare.tqdm", functools.partial(tqdm, disable=False))
     source = {"paths": [str(media / "notes.tar")], "select": {"instrument": ["nothing"]}}
     config = {"model": {"init_args": {"continuous": True}}, "data": {"init_args": {
         "tokenizers": dict(zip(("text", "image", "audio"), folders)), "train": [
@@ -415,7 +430,9 @@ def test_the_command_says_how_to_train(media, folders, tmp_path, capsys):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     main(["prepare", "--config", str(path), "--output", str(tmp_path / "a"), "--workers", "1"])
-    lines = capsys.readouterr().out.splitlines()
+    out, error = capsys.readouterr()
+    lines = out.splitlines()
+    assert re.search(r"prepare: 9\.00 rows \[.* [\d.]+ rows/s, shards=1, skipped=0\]", error), error
     assert [line.split(",")[0] for line in lines[:-1]] == [f"{tmp_path}/a/0: 8 documents", f"{tmp_path}/a/1: 9 documents"]
     assert "features.audio" in tensors(tmp_path / "a" / "0" / "shard-00000.safetensors")
     train = yaml.safe_load(lines[-1].split("'")[1])

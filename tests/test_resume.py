@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import runs
 from mmtx.training.checkpoint import newest
+from mmtx.training.loader import ResumableLoader
 from mmtx.training.run import command_line
 
 
@@ -49,11 +50,32 @@ def test_a_run_ended_by_sigterm_before_a_validation_goes_on_with_it(root, config
     runs.wait_for(lambda: runs.latest(output) >= 3, processes)
     # To the whole group, as shells and schedulers do it. The validation of step 3 runs now, or will be repeated.
     os.killpg(processes[0].pid, signal.SIGTERM)
-    processes[0].join()
+    processes[0].join(30)
     assert processes[0].exitcode == 143, output.with_suffix(".log").read_text()
     assert not (output / "model").exists()
     assert runs.fit(config, output, "--ckpt_path", "last") == [0]
     assert runs.results(output) == runs.results(whole[0])
+
+
+class Numbers(torch.utils.data.Dataset):
+    """Ten batches that tell which they are."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, k: int) -> int:
+        return k
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_goes_on_behind_what_it_has_handed_out(workers):
+    loader, other = (ResumableLoader(Numbers(), workers) for _ in range(2))
+    batches = iter(loader)
+    found = [next(batches) for _ in range(4)]
+    other.load_state_dict(loader.state_dict())  # as of now, while the fourth is trained on
+    assert found + list(other) == list(range(10))
+    del batches
+    assert found + list(loader) == list(range(10))
 
 
 def test_the_two_newest_checkpoints_are_kept(whole):
@@ -140,8 +162,10 @@ def test_a_damaged_newest_checkpoint_is_named_and_left_out(root, config, whole):
 
 
 @pytest.mark.slow
-def test_two_ranks_go_on_after_a_kill_and_after_sigterm_to_either_one(root, config):
-    config = runs.two_ranks(config)
+def test_two_ranks_go_on_after_a_kill_and_after_sigterm_to_either_one(root, config, whole):
+    config, alone = runs.two_ranks(config), newest(whole[0] / "checkpoints")
+    assert runs.fit(config, root / "more", "--ckpt_path", str(alone), ranks=2) == [2, 2]
+    assert "processes: found 1, expected 2 as in this run" in (root / "more.log").read_text()
     begin = time.monotonic()
     assert runs.fit(config, root / "pair", ranks=2) == [0, 0], (root / "pair.log").read_text()
     seconds = time.monotonic() - begin

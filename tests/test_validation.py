@@ -34,10 +34,11 @@ class Noting(DecoderModule):
 
     def __init__(self):
         super().__init__(DECODER, loss_weights=WEIGHTS)
-        self.trained, self.validated, self.found = [], [], []
+        self.trained, self.drawn, self.validated, self.found = [], [], [], []
 
     def training_step(self, batch, index):
         self.trained.append(batch.samples.tolist())
+        self.drawn.append(float(torch.rand(())))
         return super().training_step(batch, index)
 
     def validation_step(self, batch, index):
@@ -59,6 +60,16 @@ def test_a_part_of_the_held_out_samples_is_always_the_same_part(folders):
     # Training goes on where the epoch before it stopped.
     whole = PackedBatches(data.train_documents, data.vocabulary, 64, repeats=data.train_documents.repeats, steps=6)
     assert module.trained == [whole[k].samples.tolist() for k in range(6)]
+
+
+def test_what_a_step_draws_depends_on_its_number_alone(folders):
+    sources, drawn = [DataSource(**runs.FEW[0])], []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        module = Noting()
+        Trainer(max_steps=4, limit_val_batches=0, **PLAIN).fit(module, DecoderData(folders, sources, sources, context=255))
+        drawn.append(module.drawn)
+    assert drawn[0] == drawn[1] and len(set(drawn[0])) == 4
 
 
 def one_of_two(rank: int, port: int, data: DecoderData, results) -> None:

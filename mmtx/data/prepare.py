@@ -117,7 +117,7 @@ def _begin(folder: Path, plan: dict) -> None:
             raise InputError(f"{folder}: holds other files, expected a new folder or one that `mmtx prepare` began")
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
-    _write(folder / PLAN, write_json(plan))
+    write(folder / PLAN, write_json(plan))
 
 
 def _fingerprints(vocabulary: Any) -> str:
@@ -169,8 +169,8 @@ def _finish(folder: Path, plan: dict, shards: Sequence[dict], samples: int, max_
         "exchanges": all(shard["exchanges"] for shard in shards), "shards": len(shards),
         "sha256": hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest(),
     }
-    _write(folder / INDEX, safetensors.numpy.save(index))
-    _write(folder / DONE, write_json(facts))
+    write(folder / INDEX, safetensors.numpy.save(index))
+    write(folder / DONE, write_json(facts))
     for part in folder.glob(f"*{PART}"):  # of processes that were killed
         part.unlink(missing_ok=True)
     return facts
@@ -204,7 +204,7 @@ def _make(number: int, first: int, rows: list[Sample | InputError]) -> tuple[int
     made, facts = make_shard(rows, first, tokenizers, vocabulary, features)
     facts |= {"stamp": stamp, "sha256": _digest(made)}
     # One entry: the library writes several in no fixed order.
-    _write(path, safetensors.numpy.save(made, {"mmtx": json.dumps(facts, sort_keys=True)}))
+    write(path, safetensors.numpy.save(made, {"mmtx": json.dumps(facts, sort_keys=True)}))
     return number, facts
 
 
@@ -306,7 +306,7 @@ def _facts(path: Path) -> dict | None:
         return None
 
 
-def _write(path: Path, content: bytes) -> None:
+def write(path: Path, content: bytes) -> None:
     """Write beside the target, sync and rename. Raises InputError when there is no room or no right to."""
     part = path.with_name(f"{path.name}.{os.getpid()}{PART}")
     try:

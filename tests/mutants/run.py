@@ -19,7 +19,7 @@ PATCHES = sorted(Path(__file__).parent.glob("*.patch"))
 LINKED = ("tokenizers", "configs", "demos", "README.md", "Makefile", "constraints.txt")
 
 
-def tests_of(patch: Path) -> list[str]:
+def named_by(patch: Path) -> list[str]:
     """The arguments of pytest that a patch names."""
     (line,) = re.findall(r"^tests: (.+)$", patch.read_text(encoding="utf-8"), re.MULTILINE)
     return shlex.split(line)
@@ -50,7 +50,7 @@ def verdict(patch: Path) -> tuple[bool, str]:
         done = subprocess.run(["git", "apply", str(patch)], cwd=name, capture_output=True, text=True)
         if done.returncode != 0:
             return False, f"DOES NOT APPLY: {' '.join(done.stderr.split())}"
-        status, told = run(Path(name), tests_of(patch))
+        status, told = run(Path(name), named_by(patch))
     return status == 1, {0: "SURVIVED", 1: told}.get(status, f"NO TEST RAN: {told}")
 
 
@@ -58,7 +58,7 @@ def main(names: list[str]) -> int:
     chosen = [patch for patch in PATCHES if not names or patch.stem in names]
     with tempfile.TemporaryDirectory() as name:
         copy(Path(name))
-        status, told = run(Path(name), sorted({test for patch in chosen for test in tests_of(patch)}))
+        status, told = run(Path(name), sorted({test for patch in chosen for test in named_by(patch)}))
     if status != 0:
         print(f"tests fail without any of the bugs: {told}", file=sys.stderr)
         return 1
