@@ -12,6 +12,7 @@ from mmtx.data.sample import DatasetSource
 from mmtx.errors import InputError
 
 PREFIX = "hf://"
+BATCH = 1000  # rows that are looked at together
 
 
 def is_dataset(path: str) -> bool:
@@ -45,6 +46,11 @@ def rows(path: str) -> Iterator[dict[str, Any]]:
         found = found.cast_column(column, type(found.features[column])(decode=False))
     given = [column for column in ("image", "audio") if column in media]
     texts = found.remove_columns(media)
-    for number, row in enumerate(texts if texts.column_names else ({} for _ in range(len(found)))):
-        row |= {column: DatasetSource(found, number, column) for column in given}
-        yield {column: value for column, value in row.items() if value is not None}
+    for start in range(0, len(found), BATCH):
+        batch = range(start, min(start + BATCH, len(found)))
+        # As tables of Arrow: nothing is decoded, and bytes stay on the disk.
+        there = found.select_columns(given).with_format("arrow")[batch] if given else None
+        rows = texts.select(batch) if texts.column_names else ({} for _ in batch)
+        for place, (number, row) in enumerate(zip(batch, rows)):
+            row |= {column: DatasetSource(found, number, column) for column in given if there[column][place].is_valid}
+            yield {column: value for column, value in row.items() if value is not None}
