@@ -94,7 +94,7 @@ def test_too_many_such_steps_in_a_row_end_the_run_with_the_samples(data, tmp_pat
     module = Poisoned(range(3, 100), BAD[0], False)
     with pytest.raises(InputError, match="step 6: .* 3 steps in a row") as error:
         train(data, module, tmp_path, steps=20, limit=3)
-    names = data.sample_names(module.batches[5])
+    names = [data.train_documents.samples[number].where for number in module.batches[5].samples.tolist()]
     assert len(module.batches) == 6 and names
     assert all(name in str(error.value) for name in names[:8]), error.value
     assert all("train-00" in name for name in names)

@@ -51,7 +51,7 @@ def folder(pictures, tmp_path_factory):
 
 
 def test_columns_are_fields_of_a_manifest(folder, pictures, tokenizers, monkeypatch):
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
     for source in (str(folder / "saved"), f"hf://{folder / 'parquet'}", f"hf://{folder / 'parquet'}:train",
                    str(folder / "splits" / "train")):
         samples = read(source)

@@ -246,6 +246,9 @@ def test_epochs_differ_and_each_holds_everything(store, small_vocabulary):
     epochs = [order[i:i + 23] for i in (0, 23, 46)]
     assert len(order) == 69 and all(sorted(epoch) == list(range(23)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
+    # Not only the order of the batches: others meet in them.
+    together = [{tuple(sorted(document for document, _ in batch)) for batch in batches.plan(epoch)} for epoch in range(3)]
+    assert together[0] != together[1] != together[2]
 
 
 def test_a_sample_goes_through_its_views(small_vocabulary):

@@ -241,7 +241,7 @@ def test_a_damaged_shard_is_written_again(media, tokenizers, tmp_path):
 
 
 def test_another_tokenizer_is_refused_by_name(media, whole, tokenizers, tmp_path):
-    other = {**tokenizers, "text": TextTokenizer.train(["some other text that is long enough"], 290)}
+    other = {**tokenizers, "text": TextTokenizer.train(["a green triangle", "flute, A 4"], 300)}
     with pytest.raises(InputError, match="rows.jsonl: prepared with the text tokenizer .*, found .*same one"):
         corpus(other, Vocabulary.build(other), DataSource([str(whole / "rows.jsonl")]))
     without = {kind: tokenizers[kind] for kind in ("text", "audio")}
