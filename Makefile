@@ -1,6 +1,7 @@
 # make quickstart   train on the starter data and caption what the model never saw
 # make test         run the tests
 # make mutants      plant bugs, one after another, and see that tests catch them (MUTANTS='names' for some of them)
+# make bench        measure speed against what else there is (BENCH_ARGS=--short: only see that all scripts run)
 # make starter      train everything from nothing: the three tokenizers, then the decoder (a few hours)
 #
 # All of them make the virtual environment first, or use the one that is there. Variables:
@@ -8,6 +9,7 @@
 #   VENV=.venv RUNS=runs       where it lies, and where runs go
 #   FIT_ARGS='--trainer.max_steps 20'   more options for `mmtx fit` of the decoder; CODEC_ARGS: of image and audio
 #   EVALUATE_ARGS='--show 20'  more options for `mmtx evaluate`
+#   BENCH_ARGS=--short         more options for the scripts of `make bench`
 #   TEST_ARGS='-m "not slow"'  more options for pytest
 
 PYTHON ?= python3
@@ -16,6 +18,7 @@ RUNS ?= runs
 FIT_ARGS ?=
 CODEC_ARGS ?=
 EVALUATE_ARGS ?=
+BENCH_ARGS ?=
 TEST_ARGS ?=
 
 MMTX := $(VENV)/bin/mmtx
@@ -25,7 +28,7 @@ PACKAGE := pyproject.toml constraints.txt
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 
-.PHONY: quickstart test mutants starter environment clean
+.PHONY: quickstart test mutants bench starter environment clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed
@@ -37,6 +40,12 @@ test: $(VENV)/.installed-test
 
 mutants: $(VENV)/.installed-test
 	$(VENV)/bin/python tests/mutants/run.py $(MUTANTS)
+
+# litgpt pins old versions of what mmtx needs: it goes to a folder of its own, without its dependencies but psutil.
+SPEED := loss_memory packed_cost input_wait media_speed captions_speed decode_speed train_speed startup
+
+bench: $(VENV)/.installed-bench
+	for name in $(SPEED); do PYTHONPATH=$(VENV)/peers $(VENV)/bin/python benchmarks/$$name.py $(BENCH_ARGS) || exit 1; done
 
 # New codecs give new codes: they take the place of the shipped ones, and a decoder trained with those no longer fits.
 starter: $(VENV)/.installed
@@ -69,6 +78,10 @@ $(VENV)/.installed: $(PACKAGE) | $(VENV)/bin/python
 $(VENV)/.installed-test: $(PACKAGE) | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install -q -c constraints.txt -e ".[test]"
 	touch $(VENV)/.installed $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pip install -q --no-deps --target $(VENV)/peers litgpt==0.5.13 psutil
+	touch $@
 
 clean:
 	rm -rf $(VENV)
