@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from mmtx.model import TokenEmbedding
 
 CHUNK = 2 ** 24  # scores that are held at a time
+NEAR = 2 ** 17   # scores that a core of a CPU keeps in its cache
 
 
 class TokenLoss(NamedTuple):
@@ -71,36 +72,39 @@ class _FusedLoss(torch.autograd.Function):
             d_table = torch.zeros_like(table, dtype=precise) if differentiate else None
             loss, log_sum = torch.empty(2, len(hidden), dtype=precise, device=hidden.device)
             size = min(len(hidden), max(1, CHUNK // len(table)))
+            near = max(1, NEAR // len(table)) if hidden.device.type == "cpu" else size
             # Made once: the system takes as long to clear a large block as a product takes to fill it.
             made = states.new_empty(size, len(table))
-            exact = made if dtype == precise else made.new_empty(made.shape, dtype=precise)
+            exact = made.new_empty(min(near, size), len(table), dtype=precise) if dtype != precise else None
             product = torch.empty_like(rows) if differentiate and dtype != precise else None
+            real = (places < len(table)).to(precise)                         # (M, P)
+            places = places.clamp_max(len(table) - 1)
             for start in range(0, len(hidden), size):
-                chunk = slice(start, start + size)
-                state, place, weight = states[chunk], places[chunk], weights[chunk]
-                low, scores = made[:len(state)], exact[:len(state)]
-                torch.mm(state, rows.T, out=low)                             # (m, R)
-                if low is not scores:
-                    scores.copy_(low)
-                real = (place < len(table)).to(precise)                      # (m, P)
-                place = place.clamp_max(len(table) - 1)
-                reached = (scores.gather(1, place) * real).sum(1)            # (m,)
-                log_sum[chunk] = _softmax_(scores, groups)
-                loss[chunk] = log_sum[chunk] - reached
+                state, scores = states[start:start + size], made[:min(size, len(hidden) - start)]
+                torch.mm(state, rows.T, out=scores)                          # (m, R)
+                for first in range(0, len(state), near):
+                    some = scores[first:first + near]
+                    chunk = slice(start + first, start + first + len(some))
+                    given = some if exact is None else exact[:len(some)].copy_(some)
+                    reached = (given.gather(1, places[chunk]) * real[chunk]).sum(1)
+                    log_sum[chunk] = _softmax_(given, groups)
+                    loss[chunk] = log_sum[chunk] - reached
+                    if differentiate:
+                        slope = 1 + 2 * z_loss * log_sum[chunk, None]
+                        given.scatter_add_(1, places[chunk], -real[chunk] / slope)
+                        if given is not some:
+                            some.copy_(given)
                 if differentiate:
                     # All that a target counts for goes to the narrow side of the products.
-                    slope = 1 + 2 * z_loss * log_sum[chunk]
-                    scores.scatter_add_(1, place, -real / slope[:, None])
-                    if low is not scores:
-                        low.copy_(scores)
-                    slope = (weight * slope)[:, None]
-                    torch.mm(low, rows, out=d_hidden[chunk])
+                    chunk = slice(start, start + size)
+                    slope = (weights[chunk] * (1 + 2 * z_loss * log_sum[chunk]))[:, None]
+                    torch.mm(scores, rows, out=d_hidden[chunk])
                     d_hidden[chunk].mul_(slope)
                     state = (state * slope).to(dtype)
                     if product is None:
-                        d_table.addmm_(low.T, state)
+                        d_table.addmm_(scores.T, state)
                     else:
-                        d_table.add_(torch.mm(low.T, state, out=product))
+                        d_table.add_(torch.mm(scores.T, state, out=product))
         if differentiate:
             ctx.save_for_backward(d_hidden.to(hidden.dtype), d_table.to(table.dtype))
         ctx.mark_non_differentiable(loss, log_sum)
@@ -130,6 +134,6 @@ def _softmax_(scores: Tensor, groups: tuple[tuple[int, ...], ...]) -> Tensor:
 
 def _shares_(scores: Tensor) -> Tensor:
     """Log-sum-exp (m,) of scores (m, n), which become their softmax: the highest tells by what all were divided."""
-    highest, place = scores.max(1)
+    highest = scores.amax(1)
     torch.softmax(scores, 1, out=scores)
-    return highest - scores.gather(1, place[:, None]).squeeze(1).log_()
+    return highest - scores.amax(1).log_()

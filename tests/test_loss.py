@@ -36,10 +36,11 @@ def by_hand(table, hidden, targets, plain, weights, z_loss):
 
 
 @pytest.mark.parametrize("plain", [0, PLAIN, TARGETS])
-@pytest.mark.parametrize("chunk", [1, 7 * 20, 2 ** 23], ids=["each alone", "some", "all"])
+@pytest.mark.parametrize("chunk, near", [(1, 1), (7 * 20, 3 * 20), (2 ** 23, 2 ** 23)], ids=["each alone", "some", "all"])
 @pytest.mark.parametrize("name", RANGES)
-def test_value_and_gradients_are_those_of_all_scores(name, chunk, plain, monkeypatch):
+def test_value_and_gradients_are_those_of_all_scores(name, chunk, near, plain, monkeypatch):
     monkeypatch.setattr(mmtx.loss, "CHUNK", chunk)
+    monkeypatch.setattr(mmtx.loss, "NEAR", near)
     table, hidden, targets, weights = problem(RANGES[name])
     targets = torch.where(torch.arange(TARGETS) < plain, targets % 10, targets)
     expected = by_hand(table, hidden, targets, plain, weights, 0.1)
