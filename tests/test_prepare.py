@@ -12,6 +12,7 @@ import signal
 import tarfile
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from mmtx.data.collection import DataSource
 from mmtx.data.corpus import read_corpus
 from mmtx.data.packing import PackedBatches
 from mmtx.data.prepare import prepare
-from mmtx.data.prepared import tensors
+from mmtx.data.prepared import download, tensors
 from mmtx.data.sources import read
 from mmtx.data.tokens import Augmentation
 from mmtx.errors import InputError
@@ -237,6 +238,24 @@ def test_a_damaged_shard_is_written_again(media, tokenizers, tmp_path):
         assert untouched == (tmp_path / "a" / "shard-00000.safetensors").stat().st_ino
 
 
+def test_shards_are_not_mapped_all_at_once(media, tokenizers, tmp_path, monkeypatch):
+    import mmtx.data.prepare as module
+
+    seen = []
+
+    class Spy:
+        @staticmethod
+        def __wrapped__(path: Path) -> dict[str, np.ndarray]:
+            assert not any(values() is not None for shard in seen[:-1] for values in shard)
+            found = tensors.__wrapped__(path)
+            seen.append([weakref.ref(values) for values in found.values()])
+            return found
+
+    monkeypatch.setattr(module, "tensors", Spy)
+    prepare(DataSource([str(media / "notes.tar")]), tokenizers, tmp_path / "a", features=True, rows=2)
+    assert len(seen) == 4
+
+
 # -- What is refused -----------------------------------------------------------------------------------------
 
 
@@ -415,6 +434,19 @@ def test_a_shard_afar_that_was_cut_short_is_refused(whole, tokenizers, vocabular
         far.render([(8, 0)])
     files.pipe("/mmtx-prepared/shard-00001.safetensors", content(whole / "pictures")["shard-00001.safetensors"])
     far.render([(8, 0)])
+
+
+def test_a_cache_without_room_is_named(whole, tmp_path):
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(InputError, match=f"{tmp_path}/cache/index: cannot be written \\(File too large"):
+            download(f"file://{whole}/rows.jsonl/index.safetensors", tmp_path / "cache" / "index")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "cache").iterdir())
 
 
 # -- The command, and training -------------------------------------------------------------------------------

@@ -148,12 +148,17 @@ def _finish(folder: Path, plan: dict, shards: Sequence[dict], samples: int, max_
     skipped.check(count)
     if skipped.count == count:
         raise InputError(f"{', '.join(plan['sources'])}: no sample is left of {count} rows")
-    found = [tensors.__wrapped__(folder / shard_name(number)) for number in range(len(shards))]
-    numbers = np.concatenate([shard["numbers"] for shard in found])
-    lengths = [np.diff(shard["ends.ids"]).astype(np.uint32) for shard in found]
+    numbers, lengths, features = [], [], {}
+    for number in range(len(shards)):
+        # One at a time: a process can hold some ten thousand maps, and a large corpus has more tensors than that.
+        shard = tensors.__wrapped__(folder / shard_name(number))
+        numbers.append(np.array(shard["numbers"]))
+        lengths.append(np.diff(shard["ends.ids"]).astype(np.uint32))
+        features |= {name.removeprefix("features."): values.shape[1] for name, values in shard.items()
+                     if name.startswith("features.")}
     index = {
         "lengths": np.concatenate(lengths),
-        "numbers": numbers.astype(np.uint32 if samples <= 2**32 else np.uint64),
+        "numbers": np.concatenate(numbers).astype(np.uint32 if samples <= 2**32 else np.uint64),
         "starts": np.cumsum([0, *map(len, lengths)], dtype=np.uint64),
         "sizes": np.array([(folder / shard_name(n)).stat().st_size for n in range(len(shards))], np.uint64),
     }
@@ -162,10 +167,9 @@ def _finish(folder: Path, plan: dict, shards: Sequence[dict], samples: int, max_
         for kind, codes in shard["media"].items():
             media[kind] = media.get(kind, 0) + codes
     facts = {
-        **plan, "rows": count, "samples": samples, "documents": len(numbers), "tokens": int(index["lengths"].sum()),
+        **plan, "rows": count, "samples": samples, "documents": len(index["lengths"]), "tokens": int(index["lengths"].sum()),
         "skipped": skipped.count, "errors": skipped.first, "media": media,
-        "features": {name.removeprefix("features."): values.shape[1] for shard in found for name, values in shard.items()
-                     if name.startswith("features.")},
+        "features": features,
         "exchanges": all(shard["exchanges"] for shard in shards), "shards": len(shards),
         "sha256": hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest(),
     }

@@ -15,7 +15,6 @@ Shapes: T tokens of a document, D width of features, S shards.
 import hashlib
 import json
 import os
-import shutil
 import uuid
 from collections.abc import Sequence
 from functools import lru_cache
@@ -245,8 +244,12 @@ def download(url: str, path: Path) -> None:
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open_binary(url) as source, open(part, "wb") as file:
-            shutil.copyfileobj(source, file, 2**20)
+        with open(part, "wb") as file, open_binary(url) as source:
+            while data := source.read(2**20):
+                try:
+                    file.write(data)
+                except OSError as error:  # or it would be taken for one of the source
+                    raise InputError(f"{path}: cannot be written ({error.strerror})") from None
         os.replace(part, path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from None
