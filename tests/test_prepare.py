@@ -177,8 +177,8 @@ def start(folders: list[str], output: Path, *more: str) -> multiprocessing.Proce
         with open(f"{output}.log", "a") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
-        main(["prepare", *more, "--tokenizers", *folders, "--output", str(output), "--features", "--rows", "1",
-              "--max-bad", "0.1"])
+        main(["prepare", *more, "--tokenizers", *folders, "--output", str(output), "--features", "--max-bad",
+              "0.1"])
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
@@ -196,32 +196,41 @@ def ended(group: int) -> bool:
     return False
 
 
+def killed_and_finished(folders: list[str], root: Path, sources: list[str], seconds: float, kills: int, chance,
+                        *more: str) -> tuple[list[Path], list[int]]:
+    """Folders that were finished by the same command after kills, `kills` in all, and finished shards at each kill.
+
+    Kills come at moments uniform over `seconds`.
+    """
+    outputs, partial = [], []
+    while len(partial) < kills:
+        outputs.append(root / f"run-{len(outputs)}")
+        while True:
+            process = start(folders, outputs[-1], *sources, *more)
+            process.join(chance.uniform(0, seconds) if len(partial) < kills else None)
+            if not process.is_alive():
+                assert process.exitcode == 0, outputs[-1].with_suffix(".log").read_text()
+                break
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            assert ended(process.pid)  # no worker outlives it
+            partial.append(len(list(outputs[-1].glob("shard-*.safetensors"))))
+    return outputs, partial
+
+
 @pytest.mark.slow
 def test_kills_lose_and_double_nothing(media, folders, tmp_path):
     sources = [str(media / name) for name in ("pictures", "notes.tar", "rows.jsonl")]
     begun = time.monotonic()
-    process = start(folders, tmp_path / "one", *sources, "--workers", "1")
+    process = start(folders, tmp_path / "one", *sources, "--rows", "1", "--workers", "1")
     process.join()
     assert process.exitcode == 0, (tmp_path / "one.log").read_text()
-    seconds, chance, kills = time.monotonic() - begun, random.Random(0), 0
-    expected, partial, runs = content(tmp_path / "one"), set(), 0
+    seconds, expected = time.monotonic() - begun, content(tmp_path / "one")
     assert len(expected) == 3 + 38 and not any(name.endswith(".part") for name in expected)
-    while kills < 10:
-        output = tmp_path / f"run-{runs}"
-        runs += 1
-        while True:
-            process = start(folders, output, *sources, "--workers", "2")
-            process.join(chance.uniform(0, seconds) if kills < 10 else None)
-            if not process.is_alive():
-                assert process.exitcode == 0, output.with_suffix(".log").read_text()
-                break
-            os.kill(process.pid, signal.SIGKILL)
-            process.join()
-            kills += 1
-            assert ended(process.pid)  # no worker outlives it
-            partial.add(len(list(output.glob("shard-*.safetensors"))))
-        assert content(output) == expected
-    assert len(partial - {38}) >= 3, partial
+    outputs, partial = killed_and_finished(folders, tmp_path, sources, seconds, 10, random.Random(0), "--rows", "1",
+                                           "--workers", "2")
+    assert all(content(output) == expected for output in outputs)
+    assert len(set(partial) - {38}) >= 3, partial
 
 
 def test_a_damaged_shard_is_written_again(media, tokenizers, tmp_path):
