@@ -20,6 +20,9 @@ from mmtx.layers import rotary
 from mmtx.model import Decoder, DecoderConfig
 
 
+TOKENS = 1024  # that go through the layers together on a CPU
+
+
 class Norm(NamedTuple):
     """RMSNorm over the last n numbers, as x / hypot(|x|, floor) * weight: half the operations of torch's on a CPU."""
 
@@ -48,8 +51,9 @@ class Scratch(NamedTuple):
     turned: Tensor        # (N, H + G, K)
     query: Tensor         # (N, H, K), the queries of `turned`
     key: Tensor           # (N, G, K), the keys of `turned`
+    high: Tensor          # (N, H + G, K / 2), the upper halves of `turned`
+    low: Tensor           # (N, H + G, K / 2), the lower halves
     swapped: Tensor       # (N, H + G, K)
-    swap: Tensor          # (K,) the order in which the halves of a head have changed places
     gate_up: Tensor       # (N, 2 * hidden)
     gate: Tensor          # (N, hidden)
     up: Tensor            # (N, hidden)
@@ -60,16 +64,16 @@ class Scratch(NamedTuple):
         qkv = like.new_empty(tokens, (turning + c.kv_heads) * c.head_width)
         heads = qkv.view(tokens, -1, c.head_width)
         turned, swapped = (like.new_empty(tokens, turning, c.head_width) for _ in range(2))
+        low, high = turned.chunk(2, dim=-1)
         gate_up = like.new_empty(tokens, 2 * c.hidden)
         return cls(
             like.new_empty(tokens, c.width), like.new_empty(tokens, 1, dtype=torch.float32),
             qkv, heads[:, :turning], heads[:, turning:], like.new_empty(tokens, turning, 1, dtype=torch.float32),
-            turned, turned[:, :c.heads], turned[:, c.heads:], swapped,
-            torch.arange(c.head_width, device=like.device).roll(c.head_width // 2), gate_up, *gate_up.chunk(2, dim=1))
+            turned, turned[:, :c.heads], turned[:, c.heads:], high, low, swapped, gate_up, *gate_up.chunk(2, dim=1))
 
     def keep(self, tokens: int) -> "Scratch":
         """The scratch of fewer tokens."""
-        return Scratch(*(each if each is self.swap else each[:tokens] for each in self))
+        return Scratch(*(each[:tokens] for each in self))
 
 
 class Layer(NamedTuple):
@@ -97,7 +101,7 @@ class Layer(NamedTuple):
         """Tokens (N, D) and their angles (N, 1, K) -> queries, keys and values in the scratch."""
         torch.mm(self.attention_norm(x, s.length, s.normed), self.qkv, out=s.qkv)
         self.head_norm(s.raw, s.head_length, s.turned)
-        torch.index_select(s.turned, -1, s.swap, out=s.swapped)
+        torch.cat((s.high, s.low), dim=-1, out=s.swapped)
         s.turned.mul_(cos).addcmul_(s.swapped, sin)
 
     def finish(self, x: Tensor, y: Tensor, s: Scratch) -> None:
@@ -192,9 +196,20 @@ def prefill(weights: Weights, x: Tensor, lengths: Tensor, capacity: int) -> tupl
 
     Rows are padded on the right. Padding is never seen: each row gets what it would get alone.
     """
+    batch, length, _ = x.shape
+    cache = KVCache.of(weights.config, lengths, length, capacity, x)
+    # A few rows at a time go through all layers, so that what the operations make stays in the cache of a CPU.
+    size = batch if x.is_cuda else max(1, TOKENS // length)
+    scratch = Scratch.of(weights.config, min(batch, size) * length, x)
+    hidden = [_prefill(weights, x[first:first + size], lengths[first:first + size], cache, first, scratch)
+              for first in range(0, batch, size)]
+    return torch.cat(hidden), cache
+
+
+def _prefill(weights: Weights, x: Tensor, lengths: Tensor, cache: KVCache, first: int, scratch: Scratch) -> Tensor:
+    """Feed inputs of the cache's rows from the `first` on -> the last hidden state of each."""
     c, (batch, length, _) = weights.config, x.shape
-    cache = KVCache.of(c, lengths, length, capacity, x)
-    scratch = Scratch.of(c, batch * length, x)
+    scratch, chosen = scratch.keep(batch * length), slice(first, first + batch)
     cos, sin = (each[:length, None].repeat(batch, 1, 1) for each in (cache.cos, cache.sin))    # (B*T, 1, K)
     rows = torch.arange(batch, device=x.device)
     last = rows * length + lengths - 1
@@ -203,17 +218,17 @@ def prefill(weights: Weights, x: Tensor, lengths: Tensor, capacity: int) -> tupl
                          for each in (scratch.query, scratch.key, scratch.value))
     for layer, keys, values in zip(weights.layers, cache.keys, cache.values, strict=True):
         layer.project(x, cos, sin, scratch)
-        keys[:, :, :length], values[:, :, :length] = key, value
+        keys[chosen, :, :length], values[chosen, :, :length] = key, value
         if layer is weights.layers[-1]:
             # Nobody reads the other tokens any more.
-            x, scratch = x[last], cache.scratch
-            y = attend(query[rows, :, lengths - 1], key, value, cache.seen[:, None, None, :length])
+            x, scratch = x[last], cache.scratch.keep(batch)
+            y = attend(query[rows, :, lengths - 1], key, value, cache.seen[chosen, None, None, :length])
         else:
             grouped = c.heads != c.kv_heads
             y = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
             y = y.transpose(1, 2).reshape(batch * length, -1)
         layer.finish(x, y, scratch)
-    return weights.norm(x, scratch.length, torch.empty_like(x)), cache
+    return weights.norm(x, scratch.length, torch.empty_like(x))
 
 
 def step(weights: Weights, x: Tensor, cache: KVCache) -> Tensor:

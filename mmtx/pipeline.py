@@ -10,7 +10,8 @@ Shapes: C channels, H height, W width, S samples.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +35,8 @@ from mmtx.vocabulary import Vocabulary
 FORMAT = 1
 DEFAULT_MODEL = "demos/starter"
 PACKAGE = Path(__file__).parent
-BATCH = 64  # prompts that are answered together
+BATCH = 32  # media that are encoded, and prompts that are answered, together
+MOST_THREADS = 4  # that do so at a time on a CPU
 
 
 @dataclass(frozen=True)
@@ -189,13 +191,24 @@ class Model:
         # Neighbours in length share a batch, so that little is padded.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
         answers: list[list[int]] = [[]] * len(prompts)
-        for first in range(0, len(order), BATCH):
-            chosen = order[first:first + BATCH]
-            rows = generate(self.decoder, self.grammar, [prompts[i] for i in chosen], out, sampling, prefix,
-                            self._weights)
-            for i, ids in zip(chosen, rows, strict=True):
-                answers[i] = ids[:-1].tolist()
+        write = lambda chosen: generate(self.decoder, self.grammar, [prompts[i] for i in chosen], out, sampling,  # noqa: E731
+                                        prefix, self._weights)
+        for i, ids in self._in_batches(write, order):
+            answers[i] = ids[:-1].tolist()
         return answers
+
+    def _in_batches(self, run: Callable[[Sequence[int]], Sequence[Any]], numbers: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        """Run batches of numbers -> each number with its result.
+
+        On a CPU several batches run at a time in a thread each, where torch would share the work of single operations
+        among as many threads: these are too small for that, and reading media would wait for none of it.
+        """
+        on_cpu = self.decoder.embedding.weight.device.type == "cpu"
+        batches = [numbers[first:first + BATCH] for first in range(0, len(numbers), BATCH)]
+        threads = min(torch.get_num_threads(), MOST_THREADS, len(batches)) if on_cpu else 1
+        results = map(run, batches) if threads < 2 else _in_threads(run, batches, threads)
+        for batch, items in zip(batches, results, strict=True):
+            yield from zip(batch, items, strict=True)
 
     # -- Generation ------------------------------------------------------------------------------------------
 
@@ -328,11 +341,9 @@ class Model:
             places = [i for i, item in enumerate(media) if isinstance(item, mark)]
             if places and kind not in self.tokenizers:
                 raise InputError(f"found {kind}, but this model has tokenizers for {', '.join(self.tokenizers)} only")
-            for first in range(0, len(places), BATCH):
-                chosen = places[first:first + BATCH]
-                encodings = self.tokenizers[kind].embed_batch([self._read(media[i]) for i in chosen])
-                for i, encoding in zip(chosen, encodings, strict=True):
-                    parts[i] = make(*encoding)
+            embed = lambda chosen: self.tokenizers[kind].embed_batch([self._read(media[i]) for i in chosen])  # noqa: B023, E731
+            for i, encoding in self._in_batches(embed, places):
+                parts[i] = make(*encoding)
         for i, item in enumerate(media):
             if isinstance(item, str):
                 parts[i] = TextPart(self.tokenizers["text"].encode(item))
@@ -372,6 +383,16 @@ class Model:
                 raise InputError(f"{item}: found neither a picture nor a sound that can be read")
             return (Image if kind == "image" else Audio)(str(item))
         raise InputError(f"found {type(item).__name__}, expected a path, PIL image, array, tensor, Image or Audio")
+
+
+def _in_threads(run: Callable[[Any], Any], items: Sequence[Any], threads: int) -> list[Any]:
+    """`run` each item, `threads` of them at a time, each of which lets torch use one thread only."""
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(run, items))
+    finally:
+        torch.set_num_threads(before)   # what the threads set is also what new ones of the caller would start with
 
 
 def _is_list(item: Any) -> bool:

@@ -46,7 +46,9 @@ def begin(decoder: Decoder, rows: list[torch.Tensor], capacity: int = 40):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_scores_are_those_of_full_passes(rows, shape):
+@pytest.mark.parametrize("together", [1, 3, 4], ids="{} rows together".format)
+def test_scores_are_those_of_full_passes(rows, shape, together, monkeypatch):
+    monkeypatch.setattr("mmtx.decoding.TOKENS", together * max(LENGTHS))
     decoder = random_decoder(**shape)
     weights, hidden, cache = begin(decoder, rows)
     for new in range(NEW):

@@ -3,6 +3,8 @@
 import copy
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -117,11 +119,43 @@ def test_a_batch_answers_as_each_item_alone(lively_model, files, pixels, tone):
     assert lively_model.caption([]) == []
 
 
-def test_more_prompts_than_a_batch_keep_their_order(tiny_model, tone, monkeypatch):
-    items = [tone[:length] for length in (3000, 500, 2000, 900, 1500)]
-    expected = tiny_model.caption(items, **SHORT)
+@pytest.fixture
+def three_threads():
+    """Torch may use three threads, two of them too many for this machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_more_prompts_than_a_batch_keep_their_order(lively_model, tone, pixels, monkeypatch, three_threads):
+    items = [tone[:3000], tone[:500], pixels, tone[:2000], pixels[:8], tone[:900], pixels[:, :9], tone[:1500]]
+    expected = lively_model.caption(items, **SHORT)
+    assert len(set(expected)) > 3
     monkeypatch.setattr("mmtx.pipeline.BATCH", 2)
-    assert tiny_model.caption(items, **SHORT) == expected
+    assert lively_model.caption(items, **SHORT) == expected
+    sampled = lively_model.caption(items, **SAMPLED)
+    torch.set_num_threads(1)
+    assert lively_model.caption(items, **SAMPLED) == sampled
+
+
+def test_batches_run_in_threads_of_one_thread_each(tiny_model, monkeypatch, three_threads):
+    monkeypatch.setattr("mmtx.pipeline.BATCH", 2)
+    barrier = threading.Barrier(3, timeout=30)      # passed only when three are at it at the same time
+
+    def run(batch):
+        barrier.wait()
+        return [(number * number, torch.get_num_threads()) for number in batch]
+
+    def threads_of_a_new_thread():
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(torch.get_num_threads).result()
+
+    assert list(tiny_model._in_batches(run, range(6))) == [(n, (n * n, 1)) for n in range(6)]
+    assert torch.get_num_threads() == threads_of_a_new_thread() == 3
+    with pytest.raises(mmtx.InputError, match="fourth"):
+        tiny_model.caption([np.zeros((9, 9, 3), np.uint8)] * 3 + [mmtx.Image("fourth.png")])
+    assert torch.get_num_threads() == threads_of_a_new_thread() == 3
 
 
 def test_caption_documents_ask_up_to_the_last_user_turn(tiny_model, monkeypatch):
