@@ -1,5 +1,7 @@
 """Training of the codecs on real pictures and sounds: health in every validation, the critic, what it leaves alone."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from mmtx.modality.audio import AudioConfig
 from mmtx.modality.autoencoder import NetworkConfig
 from mmtx.modality.fsq import FSQ
 from mmtx.modality.image import ImageConfig
+from mmtx.modality.vocoder import PITCHES
 from mmtx.training.codec import (
     AudioCodecModule, CodecBatches, CodecData, ImageCodecModule, Usage, picture_quality)
 from mmtx.training.critic import AdversarialConfig, Critic, Perceptual, PerceptualConfig, balance
@@ -354,6 +357,38 @@ def test_refining_trains_the_way_back_and_leaves_the_codes(kind, tmp_path):
                if not torch.equal(before[name], value)}
     assert changed == {"from_latent", "decoder", "decoder_norm", "to_patch"}
     assert second.tokenizer.fingerprint == first.tokenizer.fingerprint
+
+
+def test_a_codec_grows_from_a_finished_one_and_learns_the_pitch(tmp_path):
+    first = module("audio")
+    first.save(tmp_path / "first")
+    second = AudioCodecModule(replace(AUDIO, pitch=True), OptimizerConfig(learning_rate=1e-2), start=str(tmp_path / "first"))
+    time = torch.arange(8192) / 16_000
+    sound = 0.3 * torch.sin(2 * torch.pi * 440 * time)
+    old, new = (m.tokenizer(m.tokenizer.spectrogram(sound[None])) for m in (first, second))
+    assert torch.equal(old.codes, new.codes) and torch.allclose(old.output, new.output[..., :16], atol=1e-6)
+    assert new.output[..., 16:].abs().max() == 0
+    assert train(second)["val/wrong_pitch"] <= 1
+    grown = second.tokenizer.network
+    assert grown.embed.weight[:, 32:].abs().max() > 0 and grown.to_patch.weight[32:].abs().max() > 0
+
+
+def test_what_is_larger_or_of_another_network_is_no_start(tmp_path):
+    AudioCodecModule(replace(AUDIO, pitch=True)).save(tmp_path / "large")
+    with pytest.raises(InputError, match=r"start: embed.weight has the shape \[16, 393\], expected \[16, 32\]"):
+        module("audio", start=str(tmp_path / "large"))
+
+
+def test_pitch_loss_of_the_codec_by_hand():
+    codec = AudioCodecModule(replace(AUDIO, pitch=True), absolute=0.0, pitch=2.0)
+    media, output = torch.zeros(1, 4, 16 + PITCHES), torch.zeros(1, 4, 16 + PITCHES)
+    media[0, 1, 16 + 100] = media[0, 2, 16 + 200] = 100.0   # a clear pitch in two frames of four
+    output[0, 1, 16 + 100] = output[0, 2, 16 + 210] = 3.0
+    output[..., :16] = 0.5
+    rest = math.log(math.exp(3) + PITCHES - 1)
+    assert abs(float(codec.loss(media, output)) - (0.25 + 2.0 * (rest - 3 + rest) / 2)) < 1e-4
+    assert codec._pitch(media, output).wrong == 0.5
+    assert torch.equal(codec.shown(media), media[..., :16])
 
 
 def test_what_does_not_fit_cannot_be_refined(tmp_path):

@@ -12,6 +12,7 @@ from mmtx.modality.audio import AudioConfig, AudioTokenizer
 from mmtx.modality.autoencoder import NetworkConfig
 from mmtx.modality.base import load_tokenizer
 from mmtx.modality.image import ImageConfig, ImageTokenizer, join, to_float
+from mmtx.modality.vocoder import PITCHES
 
 NETWORK = NetworkConfig(width=16, heads=1, encoder_depth=1, decoder_depth=1, levels=(8, 5, 5))
 
@@ -243,6 +244,28 @@ def test_spectrogram_patches_are_where_their_codes_are():
     assert grid.shape == (3, 2, 16)
     assert torch.equal(grid[2, 1], mel[4:6, 8:16].flatten())
     assert torch.equal(tokenizer._to_mel(grid), mel)
+
+
+def test_every_patch_says_the_pitch_of_its_time_step():
+    tokenizer = AudioTokenizer(AudioConfig(mels=16, patch_mels=8, pitch=True, network=NETWORK))
+    columns = torch.arange(6.0 * (16 + PITCHES)).view(6, 16 + PITCHES)
+    grid = tokenizer._to_grid(columns)
+    assert grid.shape == (3, 2, 16 + PITCHES)
+    assert torch.equal(grid[2, 1, :16], columns[4:6, 8:16].flatten())
+    assert torch.equal(grid[2, 0, 16:], columns[4:6, 16:].mean(0)) and torch.equal(grid[2, 0, 16:], grid[2, 1, 16:])
+    back = tokenizer._to_mel(grid)
+    assert torch.equal(back[:, :16], columns[:, :16])
+    assert torch.equal(back[4, 16:], columns[4:6, 16:].mean(0)) and torch.equal(back[4, 16:], back[5, 16:])
+
+
+def test_without_pitch_config_and_fingerprint_are_those_from_before_it(tmp_path):
+    audio_tokenizer().save(tmp_path / "old")
+    assert "pitch" not in json.loads((tmp_path / "old" / "config.json").read_text())
+    made = AudioTokenizer(AudioConfig(mels=16, patch_mels=8, pitch=True, network=NETWORK))
+    made.save(tmp_path / "new")
+    loaded = load_tokenizer(tmp_path / "new")
+    assert loaded.config.pitch and loaded.fingerprint == made.fingerprint
+    assert not load_tokenizer(tmp_path / "old").config.pitch
 
 
 def test_frames_are_centred_on_their_hop():

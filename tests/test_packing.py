@@ -533,3 +533,11 @@ def test_augmentation_of_a_sound():
         assert torch.equal(moved[max(by, 0):max(by, 0) + len(kept)], kept)
         assert moved.count_nonzero() == kept.count_nonzero()
         assert AudioAugmentation()(sound[:50], 16_000, generator(seed)).shape == (50,)
+    still = AudioAugmentation(shift=0, tilt=0, noise=0, gain=0, speed=5)
+    tone = torch.sin(2 * torch.pi * 440 * torch.arange(4000) / 16_000)
+    peaks = []
+    for seed in range(6):  # another pitch, the same length
+        played = still(tone, 16_000, generator(seed))
+        assert played.shape == tone.shape
+        peaks.append(torch.fft.rfft(played[:2900]).abs().argmax().item() * 16_000 / 2900)
+    assert 440 * 2 ** (-5 / 12) - 6 < min(peaks) < 430 < 450 < max(peaks) < 440 * 2 ** (5 / 12) + 6

@@ -144,6 +144,32 @@ def test_a_held_pitch_is_heard_and_not_the_hop(frequency):
     assert abs(1200 * np.log2(found / frequency)) < 20 and clarity.median() > 0.9
 
 
+@pytest.mark.parametrize("frequency", [65.4, 261.6, 440.0])
+def test_the_pitch_that_a_spectrogram_brings_is_heard(frequency):
+    made = tokenizer(mels=80, patch_mels=40, window=1024, hop=200, pitch=True, vocoder=None)
+    time = torch.arange(32_000) / 16_000
+    tone = sum(torch.sin(2 * torch.pi * frequency * h * time) / h for h in range(1, 5))
+    vocoder = with_pitch(made.new_vocoder(SMALL), LOWEST)
+    vocoder.to_pitch.bias.data.zero_()
+    spectrogram = made.to_log(made.spectrogram(0.2 * tone))
+    with torch.no_grad():
+        cents, clarity = track(vocoder(spectrogram[None])[:, 4000:-4000], made.rate, 200)
+    found = LOWEST * 2 ** (cents.median().item() / 1200)
+    assert abs(1200 * np.log2(found / frequency)) < 20 and clarity.median() > 0.9
+
+
+def test_the_pitch_of_a_spectrogram_is_that_of_the_sound_and_none_in_noise():
+    made = tokenizer(mels=80, patch_mels=40, window=1024, hop=200, pitch=True)
+    time = torch.arange(16_000) / 16_000
+    tone = 0.3 * torch.sin(2 * torch.pi * 233.1 * time)
+    spectrogram = made.spectrogram(tone)
+    assert spectrogram.shape == (80, 80 + PITCHES) and torch.equal(made.mel_part(spectrogram), made.log_mel(tone))
+    cents = 1200 * (hertz(spectrogram[10:-10, 80:]) / 233.1).log2()
+    assert cents.abs().max() < 10 and spectrogram[10:-10, 80:].amax(-1).min() > 8
+    noise = torch.randn(16_000, generator=torch.Generator().manual_seed(0))
+    assert made.spectrogram(noise)[:, 80:].abs().max() == made.spectrogram(torch.zeros(800))[:, 80:].abs().max() == 0
+
+
 def test_fresh_filters_keep_the_envelope(sounds):
     made = tokenizer(mels=80, patch_mels=40, window=1024, hop=200, vocoder=None)
     vocoder = made.new_vocoder(VocoderConfig())
@@ -232,9 +258,10 @@ def test_a_damaged_vocoder_is_one_line(tmp_path, damage):
 # -- In pieces -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("hop", "window"), [(100, 512), (256, 512), (200, 1024)])
-def test_encoding_in_pieces_is_encoding_in_one_go(sounds, hop, window):
-    made = tokenizer(hop=hop, window=window)
+@pytest.mark.parametrize(("hop", "window", "pitch"), [(100, 512, False), (256, 512, False), (200, 1024, False),
+                                                      (200, 1024, True)])
+def test_encoding_in_pieces_is_encoding_in_one_go(sounds, hop, window, pitch):
+    made = tokenizer(hop=hop, window=window, pitch=pitch)
     step, generator = hop * 2, np.random.default_rng(hop)
     lengths = [1, hop - 1, step, CHUNK * step, CHUNK * step + 1, 2 * CHUNK * step + window // 2 - hop, None]
     for sound in sounds:
@@ -265,11 +292,11 @@ def test_codes_come_as_soon_as_their_samples_are_there(sounds):
     assert len(heard) == seen and np.array_equal(codes, made.encode(sounds[0])[:CHUNK])
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_decoding_in_pieces_is_decoding_in_one_go(sounds, seed, monkeypatch):
+@pytest.mark.parametrize(("seed", "pitch"), [(0, False), (1, False), (2, False), (1, True)])
+def test_decoding_in_pieces_is_decoding_in_one_go(sounds, seed, pitch, monkeypatch):
     # Small passes, so that the whole, too, is decoded over borders.
     monkeypatch.setattr("mmtx.modality.vocoder.AT_ONCE", (1024, 10, 3)[seed])
-    made = tokenizer(seed)
+    made = tokenizer(seed, pitch=pitch)
     for sound in sounds:
         codes = made.encode(sound)
         whole = made.decode(codes)

@@ -52,17 +52,23 @@ class AudioAugmentation:
     """Ranges of the changes to a sound; 0 turns one off.
 
     shift: seconds forward or back (silence fills the gap); tilt: highs against lows, in [0, 1); noise: amplitude;
-    gain: loudness factor in [1 - gain, 1].
+    gain: loudness factor in [1 - gain, 1]; speed: semitones up or down by which it plays faster or slower, for codecs
+    and vocoders alone: a caption that names a note would become false.
     """
 
     shift: float = 0.1
     tilt: float = 0.5
     noise: float = 0.003
     gain: float = 0.6
+    speed: float = 0.0
 
     def __call__(self, waveform: Tensor, rate: int, generator: Generator) -> Tensor:
         """Waveform (S,) at `rate` -> waveform (S,)."""
         shift, tilt, noise, gain = torch.rand(4, generator=generator).tolist()
+        if self.speed:
+            factor = 2 ** (self.speed * (2 * float(torch.rand((), generator=generator)) - 1) / 12)
+            played = F.interpolate(waveform[None, None], size=round(len(waveform) / factor), mode="linear")[0, 0]
+            waveform = F.pad(played, (0, max(0, len(waveform) - len(played))))[:len(waveform)]
         samples = round((2 * shift - 1) * self.shift * rate)
         if samples >= 0:
             moved = F.pad(waveform, (samples, 0))[:len(waveform)]

@@ -2,7 +2,10 @@
 
 The way back from the spectrogram to sound is a trained vocoder or, without one, Griffin-Lim.
 
-Shapes: B batch, S samples, F frames, M mels, t = F/patch_frames time steps, bands = M/patch_mels codes in a step.
+With `pitch`, a spectrogram has PITCHES columns more, the logits of each frame's pitch; its patches, and so the codes, say
+the pitch too.
+
+Shapes: B batch, S samples, F frames, M mels, N = M or M + PITCHES columns of a spectrogram, t = F/patch_frames time steps, bands = M/patch_mels codes in a step.
 """
 
 import math
@@ -14,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
-from einops import rearrange
+from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from mmtx.errors import InputError
 from mmtx.modality.autoencoder import Codec, Encoding, NetworkConfig, PatchAutoencoder, Reconstruction
 from mmtx.modality.base import read_json, write_json
-from mmtx.modality.vocoder import Vocoder, VocoderConfig
+from mmtx.modality.vocoder import PITCHES, Vocoder, VocoderConfig, pitch_logits
 
 FLOOR = 1e-3              # mel magnitudes below it count as silence: 70 dB under a full-scale tone
 CENTRE, SPREAD = -4.5, 2  # brings the log magnitudes of peak-normalised sound to about [-1, 3]
@@ -33,7 +36,8 @@ class AudioConfig:
 
     `rate` in Hz, `window` and `hop` in samples, `low` and `high` in Hz bound the mel bands. A patch spans
     `patch_frames` frames and `patch_mels` mel bands. The network sees `chunk` time steps at once and nothing beyond,
-    so sound of any length costs linear time and can be coded in pieces.
+    so sound of any length costs linear time and can be coded in pieces. `pitch` puts the pitch into the codes, for notes
+    whose neighbours look alike in mel bands.
     """
 
     rate: int = 16_000
@@ -44,6 +48,7 @@ class AudioConfig:
     high: float = 8_000.0
     patch_frames: int = 2
     patch_mels: int = 40
+    pitch: bool = False
     chunk: int = 64
     network: NetworkConfig = field(default_factory=NetworkConfig)
 
@@ -72,13 +77,20 @@ class AudioTokenizer(Codec):
     def __init__(self, config: AudioConfig = AudioConfig()):
         super().__init__()
         self.config = config
-        self.network = PatchAutoencoder(config.patch_frames * config.patch_mels, config.network)
+        self.network = PatchAutoencoder(config.patch_frames * config.patch_mels + config.pitch * PITCHES,
+                                        config.network)
         self.vocoder: Vocoder | None = None
         self.register_buffer("hann", torch.hann_window(config.window), persistent=False)
 
     def new_vocoder(self, config: VocoderConfig) -> Vocoder:
         """An untrained vocoder for the spectrograms of this tokenizer."""
         return Vocoder(config, self._mel_matrix, self.rate, self.config.hop)
+
+    def values(self) -> dict:
+        values = super().values()
+        if not self.config.pitch:  # or tokenizers made before it was an option would have another fingerprint
+            del values["pitch"]
+        return values
 
     def files(self) -> dict[str, bytes]:
         files = super().files()
@@ -87,8 +99,7 @@ class AudioTokenizer(Codec):
         weights = {name: tensor.contiguous().cpu() for name, tensor in self.vocoder.state_dict().items()}
         return {
             **files,
-            "config.json": write_json({"kind": self.kind, **asdict(self.config),
-                                       "vocoder": asdict(self.vocoder.config)}),
+            "config.json": write_json({**self.values(), "vocoder": asdict(self.vocoder.config)}),
             "vocoder.safetensors": safetensors.torch.save(weights),
         }
 
@@ -130,7 +141,7 @@ class AudioTokenizer(Codec):
         return AF.melscale_fbanks(c.window // 2 + 1, c.low, c.high, c.mels, c.rate, norm="slaney", mel_scale="slaney")
 
     def forward(self, mel: Tensor) -> Reconstruction:
-        """Log-mel (B, F, M), F a multiple of patch_frames and at most a chunk -> its reconstruction, same shape."""
+        """Log-mel (B, F, N), F a multiple of patch_frames and at most a chunk -> its reconstruction, same shape."""
         latents = self.network.encode(self._to_grid(mel))
         return Reconstruction(self._to_mel(self.network.decode(latents)), self.network.quantizer.to_codes(latents))
 
@@ -140,14 +151,30 @@ class AudioTokenizer(Codec):
         return difference * SPREAD * 20 / math.log(10)
 
     def spectrogram(self, waveform: Tensor) -> Tensor:
-        """Waveform (..., S) -> log-mel (..., F, M), scaled to about [-2, 2]; silence fills the last patch."""
+        """Waveform (..., S) -> log-mel (..., F, N), scaled to about [-2, 2]; silence fills the last patch."""
+        return self._columns(self._padded(waveform))
+
+    def log_mel(self, waveform: Tensor) -> Tensor:
+        """Waveform (..., S) -> `spectrogram` without the pitch, (..., F, M)."""
+        return self._log_mel(self._padded(waveform))
+
+    def mel_part(self, mel: Tensor) -> Tensor:
+        """Spectrogram (..., F, N) -> without the pitch, (..., F, M)."""
+        return mel[..., :self.config.mels]
+
+    def _padded(self, waveform: Tensor) -> Tensor:
         c = self.config
         step = c.hop * c.patch_frames
         frames = max(1, math.ceil(waveform.shape[-1] / step)) * c.patch_frames
         # Frame i is centred on hop i: half a window of silence in front, and enough behind.
         missing = frames * c.hop - waveform.shape[-1]
-        padded = torch.nn.functional.pad(waveform, (c.window // 2, missing + c.window // 2 - c.hop))
-        return self._log_mel(padded)
+        return torch.nn.functional.pad(waveform, (c.window // 2, missing + c.window // 2 - c.hop))
+
+    def _columns(self, padded: Tensor) -> Tensor:
+        """Samples of whole windows (..., (F - 1) * hop + window) -> log-mel, and pitch if wanted, (..., F, N)."""
+        c = self.config
+        mel = self._log_mel(padded)
+        return torch.cat([mel, pitch_logits(padded.unfold(-1, c.window, c.hop), c.rate)], -1) if c.pitch else mel
 
     def _log_mel(self, padded: Tensor) -> Tensor:
         """Samples of whole windows (..., (F - 1) * hop + window) -> scaled log-mel (..., F, M)."""
@@ -157,23 +184,23 @@ class AudioTokenizer(Codec):
         mel = spectrum.transpose(-1, -2) @ self._mel_matrix.to(padded.device)             # (..., F, M)
         return (mel.clamp_min(FLOOR).log() - CENTRE) / SPREAD
 
-    @staticmethod
-    def to_log(mel: Tensor) -> Tensor:
-        """Scaled log-mel -> natural logarithms of mel magnitudes."""
-        return mel * SPREAD + CENTRE
+    def to_log(self, mel: Tensor) -> Tensor:
+        """Scaled log-mel (..., F, N) -> natural logarithms of mel magnitudes; the pitch stays as it is."""
+        mel, pitch = mel.tensor_split([self.config.mels], dim=-1)
+        return torch.cat([mel * SPREAD + CENTRE, pitch], -1)
 
     def waveform(self, mel: Tensor) -> Tensor:
-        """Log-mel (F, M) -> waveform (F * hop,) by the vocoder or, without one, by Griffin-Lim."""
+        """Log-mel (F, N) -> waveform (F * hop,) by the vocoder or, without one, by Griffin-Lim."""
         if self.vocoder is None:
             return self.griffin_lim(mel)
         return torch.cat([*self.vocoder.stream([self.to_log(mel)])]).cpu()
 
     def griffin_lim(self, mel: Tensor) -> Tensor:
-        """Log-mel (F, M) -> waveform (F * hop,) by Griffin-Lim (https://doi.org/10.1109/TASSP.1984.1164317)."""
+        """Log-mel (F, N) -> waveform (F * hop,) by Griffin-Lim (https://doi.org/10.1109/TASSP.1984.1164317)."""
         import torchaudio.functional as AF
 
         c = self.config
-        magnitude = self.to_log(mel).exp()
+        magnitude = self.to_log(self.mel_part(mel)).exp()
         spectrum = (magnitude @ torch.linalg.pinv(self._mel_matrix)).clamp_min(0).T       # (window/2+1, F)
         spectrum = torch.nn.functional.pad(spectrum, (0, 1))
         with torch.random.fork_rng(devices=[]):
@@ -217,14 +244,14 @@ class AudioTokenizer(Codec):
         for waveform in waveforms:
             held = torch.cat([held, waveform.to(held)])
             while len(held) >= seen:
-                yield self._encode_grid(self._log_mel(held[:(frames - 1) * c.hop + c.window]))
+                yield self._encode_grid(self._columns(held[:(frames - 1) * c.hop + c.window]))
                 held, started = held[frames * c.hop:], True
         rest = len(held) - c.window // 2
         if rest or not started:
             step = c.hop * c.patch_frames
             count = max(1, math.ceil(rest / step)) * c.patch_frames
             held = torch.nn.functional.pad(held, (0, (count - 1) * c.hop + c.window - len(held)))
-            for mel in self._log_mel(held).split(frames):
+            for mel in self._columns(held).split(frames):
                 yield self._encode_grid(mel)
 
     def _encode_grid(self, mel: Tensor) -> np.ndarray:
@@ -249,19 +276,30 @@ class AudioTokenizer(Codec):
         return self.waveform(self.decode_spectrogram(codes)).clamp(-1, 1)
 
     def decode_spectrogram(self, codes: np.ndarray) -> Tensor:
-        """Codes (t, bands) -> log-mel (F, M)."""
+        """Codes (t, bands) -> log-mel (F, N)."""
         codes = np.asarray(codes)
         chunk = self.config.chunk
         pieces = self.codes_to_grids([codes[i:i + chunk] for i in range(0, len(codes), chunk)])
         return self._to_mel(torch.cat(pieces))
 
     def _to_grid(self, mel: Tensor) -> Tensor:
+        """Log-mel (..., F, N) -> patches (..., t, bands, P); each patch of a time step says its pitch."""
         c = self.config
-        return rearrange(mel, "... (t f) (b m) -> ... t b (f m)", f=c.patch_frames, m=c.patch_mels)
+        mel, pitch = mel.tensor_split([c.mels], dim=-1)
+        patches = rearrange(mel, "... (t f) (b m) -> ... t b (f m)", f=c.patch_frames, m=c.patch_mels)
+        if not c.pitch:
+            return patches
+        pitch = reduce(pitch, "... (t f) n -> ... t 1 n", "mean", f=c.patch_frames).expand(*patches.shape[:-1], -1)
+        return torch.cat([patches, pitch], -1)
 
     def _to_mel(self, grid: Tensor) -> Tensor:
+        """Patches (..., t, bands, P) -> log-mel (..., F, N)."""
         c = self.config
-        return rearrange(grid, "... t b (f m) -> ... (t f) (b m)", f=c.patch_frames, m=c.patch_mels)
+        patches, pitch = grid.tensor_split([c.patch_frames * c.patch_mels], dim=-1)
+        mel = rearrange(patches, "... t b (f m) -> ... (t f) (b m)", f=c.patch_frames, m=c.patch_mels)
+        if not c.pitch:
+            return mel
+        return torch.cat([mel, repeat(pitch.mean(-2), "... t n -> ... (t f) n", f=c.patch_frames)], -1)
 
 
 def in_chunks(pieces: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:

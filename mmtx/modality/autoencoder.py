@@ -181,6 +181,10 @@ class Codec(Tokenizer, nn.Module):
                     results[i] = tuple(item)
         return results
 
+    def values(self) -> dict:
+        """What config.json holds."""
+        return {"kind": self.kind, **asdict(self.config)}
+
     def code_files(self) -> dict[str, bytes]:
         return self._files(ENCODING)
 
@@ -192,7 +196,7 @@ class Codec(Tokenizer, nn.Module):
         weights = {name: tensor.contiguous().cpu() for name, tensor in self.network.state_dict(prefix="network.").items()
                    if name.split(".")[1] in parts}
         return {
-            "config.json": write_json({"kind": self.kind, **asdict(self.config)}),
+            "config.json": write_json(self.values()),
             "model.safetensors": safetensors.torch.save(weights),
         }
 

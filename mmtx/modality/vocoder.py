@@ -6,6 +6,9 @@ pitch. As in neural source-filter models (https://arxiv.org/abs/1904.12088) the 
 frame, a train of pulses with a phase that runs on through the sound is made of it, and the magnitudes and phases that
 the network gives are those of filters: magnitude and phase for the pulses, magnitude for noise.
 
+A spectrogram may bring pitch logits of its own, in columns after its mel bands (those of `track_frames`, or a codec's
+memory of them): a few frames of mel bands do not tell a low note from its neighbours. The network then corrects them.
+
 Shapes: B batch, S samples, F frames, M mels, D width, K = window/2 + 1 frequencies.
 """
 
@@ -29,6 +32,9 @@ GRID = 5.0                # cents to which the pitch is rounded, so that roundin
 NOISE_FRAMES = 128        # the noise repeats after so many frames
 AT_ONCE = 1024            # frames of a long sound that go through the network together
 MAX_GAIN = 6.0            # nepers that a filter may be above or below the spectrum's envelope
+SOFT = 1500.0             # Hz above which the pitch tracker hears less and less
+CLARITY = 0.8             # share of a frame's energy that its period must explain to have a pitch
+SURE = 12.0               # logit of the pitch of a frame that has one; 0 a semitone away and further
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,7 @@ class Vocoder(nn.Module):
         return (self.config.depth + 1) * (self.config.kernel // 2) + 2 * self.overlap + 1
 
     def forward(self, log_mel: Tensor) -> Tensor:
-        """Log-mel (B, F, M) -> waveform (B, F * hop)."""
+        """Log-mel (B, F, M), perhaps with pitch logits (B, F, M + PITCHES) -> waveform (B, F * hop)."""
         return self.sound(self.filters(log_mel)).waveform
 
     @torch.no_grad()
@@ -136,11 +142,14 @@ class Vocoder(nn.Module):
 
         A frame is heard once `context` more frames have come, or the last; memory does not grow with the sound.
         """
-        held = self.hann.new_empty(0, len(self.total))  # frames from number `first` on; those before `done` are heard
+        held = None  # frames from number `first` on; those before `done` are heard
         first, done, cycles = 0, 0, 0.0
         for log_mel in chain(log_mels, (None,)):
             if log_mel is not None:
-                held = torch.cat([held, log_mel.to(held)])
+                log_mel = log_mel.to(self.hann)
+                held = log_mel if held is None else torch.cat([held, log_mel])
+            if held is None:
+                return
             end = first + len(held)
             ready = end - (self.context if log_mel is not None else 0)
             while done < ready:
@@ -153,7 +162,8 @@ class Vocoder(nn.Module):
                 held, first, done = held[max(0, stop - self.context - first):], max(first, stop - self.context), stop
 
     def filters(self, log_mel: Tensor) -> Filters:
-        """Log-mel (B, F, M) -> what to do with pulses and noise in each frame."""
+        """Log-mel (B, F, M or M + PITCHES) -> what to do with pulses and noise in each frame."""
+        log_mel, given = log_mel.tensor_split([len(self.total)], dim=-1)
         x = self.embed_norm(self.embed(log_mel.transpose(1, 2) - SILENCE).transpose(1, 2))
         for block in self.blocks:
             x = block(x)
@@ -161,7 +171,10 @@ class Vocoder(nn.Module):
         envelope = F.linear(log_mel - self.total, self.shares)                         # (B, F, K)
         pulses, phase, noise = self.to_filters(x).chunk(3, dim=-1)
         gain = (envelope + pulses.clamp(-MAX_GAIN, MAX_GAIN)).exp()
-        return Filters(self.to_pitch(x), torch.polar(gain, phase), (envelope + noise.clamp(-MAX_GAIN, MAX_GAIN)).exp())
+        pitch = self.to_pitch(x)
+        if given.shape[-1]:
+            pitch = pitch + given
+        return Filters(pitch, torch.polar(gain, phase), (envelope + noise.clamp(-MAX_GAIN, MAX_GAIN)).exp())
 
     def sound(self, filters: Filters, first: int = 0, anchor: int = 0, cycles: Tensor | float = 0.0) -> Sound:
         """Filters of F frames -> their sound.
@@ -213,3 +226,39 @@ def hertz(logits: Tensor) -> Tensor:
     near = (best + torch.arange(-2, 3, device=logits.device)).clamp(0, PITCHES - 1)
     cents = CENTS * (logits.gather(-1, near).softmax(-1) * near).sum(-1)
     return LOWEST * 2 ** ((cents / GRID).round() * GRID / 1200)
+
+
+def track_frames(frames: Tensor, rate: int) -> tuple[Tensor, Tensor]:
+    """Windows of sound (..., window) -> pitch in cents above `LOWEST`, and its clarity in [0, 1], (...) both.
+
+    The method of McLeod and Wyvill (A smarter way to find pitch, ICMC 2005): the first peak of the normalised
+    autocorrelation that is nearly as high as the highest.
+    """
+    window = frames.shape[-1]
+    longest = min(math.ceil(rate / LOWEST), window * 5 // 8)  # beyond that too little is left to compare
+    size = 2 ** math.ceil(math.log2(2 * window))
+    # Peaks of bright sounds are narrower than a sample, and one that lies between two would be missed.
+    tones = torch.fft.rfftfreq(size, 1 / rate, device=frames.device)
+    frames = torch.fft.irfft(torch.fft.rfft(frames, size) / (1 + (tones / SOFT) ** 2), size)[..., :window]
+    product = torch.fft.irfft(torch.fft.rfft(frames, size).abs().square(), size)[..., :longest + 1]
+    energy = F.pad(frames.square().cumsum(-1), (1, 0))
+    lags = torch.arange(longest + 1, device=frames.device)
+    both = energy[..., -1:] - energy[..., lags] + energy[..., window - lags]
+    likeness = 2 * product / both.clamp_min(1e-6)                                           # (..., longest + 1)
+    middle, left, right = likeness[..., 1:-1], likeness[..., :-2], likeness[..., 2:]
+    shortest = rate / (LOWEST * 2 ** (CENTS * (PITCHES - 1) / 1200))
+    peak = (middle > left) & (middle >= right) & (lags[1:-1] >= shortest)
+    heights = middle - (left - right).square() / (8 * (left - 2 * middle + right)).clamp_max(-1e-6)
+    heights = torch.where(peak, heights, 0.0)
+    best = heights.amax(-1, keepdim=True)
+    chosen = (peak & (heights >= 0.9 * best)).int().argmax(-1, keepdim=True)
+    a, b, c = (x.gather(-1, chosen) for x in (left, middle, right))
+    lag = chosen + 1 + ((a - c) / (2 * (a - 2 * b + c)).clamp_max(-1e-6)).clamp(-0.5, 0.5)
+    return 1200 * torch.log2(rate / lag / LOWEST)[..., 0], best[..., 0]
+
+
+def pitch_logits(frames: Tensor, rate: int) -> Tensor:
+    """Windows of sound (..., window) -> logits of their pitch (..., PITCHES); all 0 without a clear one."""
+    cents, clarity = track_frames(frames, rate)
+    away = (torch.arange(PITCHES, device=frames.device) - cents[..., None] / CENTS).abs() * CENTS / 100
+    return SURE * (1 - away).clamp_min(0) * (clarity > CLARITY)[..., None]

@@ -155,6 +155,7 @@ class ShowSamples(Callback):
             pictures = [((item.clamp(-1, 1) + 1) * 127.5).to(torch.uint8).cpu() for pair in zip(media, output) for item in pair]
         else:
             # A spectrogram as a grey picture: time to the right, low tones at the bottom.
+            media, output = module.shown(media), module.shown(output)
             pictures = [(item.clamp(-1, 3) + 1).div(4).mul(255).to(torch.uint8).T.flip(0).cpu().expand(3, -1, -1)
                         for pair in zip(media, output) for item in pair]
         contact_sheet([(p, "reconstruction" if i % 2 else "original") for i, p in enumerate(pictures)],

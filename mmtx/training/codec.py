@@ -27,6 +27,7 @@ from mmtx.modality.audio import AudioConfig, AudioTokenizer
 from mmtx.modality.autoencoder import ENCODING, Codec, Reconstruction
 from mmtx.modality.base import load_tokenizer
 from mmtx.modality.image import ImageConfig, ImageTokenizer, resize, to_float
+from mmtx.modality.vocoder import hertz
 from mmtx.training.critic import AdversarialConfig, Critic, Perceptual, PerceptualConfig, balance
 from mmtx.pipeline import find_shipped
 from mmtx.training.loader import ResumableLoader, loader
@@ -276,6 +277,10 @@ class CodecModule(LightningModule):
         error = output - media
         return error.square().mean() + self.absolute * error.abs().mean()
 
+    def shown(self, media: Tensor) -> Tensor:
+        """What of media a critic sees."""
+        return media
+
     def on_train_batch_start(self, batch: CodecBatch, index: int) -> None:
         torch.manual_seed(seed_of(self.trainer.datamodule.seed, index, self.global_rank))
 
@@ -295,7 +300,8 @@ class CodecModule(LightningModule):
         """The codec's and the critic's part in one number; neither reaches the weights of the other."""
         if self.global_step < self.adversarial.start:
             return self.critic.silence()
-        judged, mistake = self.critic.judge(output), self.critic.mistake(output, media)
+        shown = self.shown(output)
+        judged, mistake = self.critic.judge(shown), self.critic.mistake(shown, self.shown(media))
         scale = balance(judged, rest, output)
         self.log_dict({"train/adversarial": judged, "train/critic": mistake, "train/adversarial_scale": scale})
         return self.adversarial.weight * scale * judged + mistake
@@ -368,11 +374,31 @@ def picture_quality(media: Tensor, output: Tensor) -> dict[str, Tensor]:
     return found
 
 
+class Pitch(NamedTuple):
+    """Of a batch's frames with a clear pitch: mean cross-entropy, and share more than 50 cents off."""
+
+    loss: Tensor
+    wrong: Tensor
+
+
+@torch.no_grad()
+def grow(codec: Codec, smaller: Codec) -> None:
+    """Give a codec the weights of a finished one, and zeros where its own are larger."""
+    given = smaller.network.state_dict()
+    for name, own in codec.network.state_dict().items():
+        old = given.get(name)
+        if old is None or old.dim() != own.dim() or any(n > m for n, m in zip(old.shape, own.shape)):
+            raise InputError(f"start: {name} has the shape {None if old is None else list(old.shape)}, "
+                             f"expected {list(own.shape)} or smaller")
+        own.zero_()[tuple(slice(n) for n in old.shape)] = old
+
+
 class AudioCodecModule(CodecModule):
     """Training of an audio tokenizer."""
 
     def __init__(self, tokenizer: AudioConfig = AudioConfig(), optimizer: OptimizerConfig = OptimizerConfig(),
-                 absolute: float = 0.2, refine: str | None = None, adversarial: AdversarialConfig | None = None):
+                 absolute: float = 0.2, refine: str | None = None, start: str | None = None, pitch: float = 0.1,
+                 adversarial: AdversarialConfig | None = None):
         """
         Args:
             tokenizer: spectrogram, patches and network.
@@ -380,10 +406,35 @@ class AudioCodecModule(CodecModule):
             absolute: weight of the absolute error beside the squared one.
             refine: folder of a finished tokenizer of this configuration: only its way back from codes is trained
                 further. Its codes and its fingerprint stay, and so do the models that were trained with it.
+            start: folder of a finished tokenizer whose weights to start from, codes and all; parts of the network
+                that it lacks, as those for the pitch, start at zero.
+            pitch: weight of the cross-entropy of the pitch, for a tokenizer that has it.
             adversarial: a critic that learns to tell reconstructed spectrograms from originals, none by default.
         """
         super().__init__(AudioTokenizer(tokenizer), refine, optimizer, absolute, adversarial, channels=1)
+        self.pitch = pitch
+        if start is not None:
+            grow(self.tokenizer, load_tokenizer(find_shipped(start)))
+
+    def loss(self, media: Tensor, output: Tensor) -> Tensor:
+        loss = super().loss(self.shown(media), self.shown(output))
+        return loss + self.pitch * self._pitch(media, output).loss if self.tokenizer.config.pitch else loss
+
+    def shown(self, media: Tensor) -> Tensor:
+        return self.tokenizer.mel_part(media)
+
+    def _pitch(self, media: Tensor, output: Tensor) -> Pitch:
+        wanted, found = (x[..., self.tokenizer.config.mels:] for x in (media, output))
+        clear = wanted.amax(-1) > 0                                                     # (B, F)
+        total = clear.sum().clamp_min(1)
+        loss = -(wanted.softmax(-1) * found.log_softmax(-1)).sum(-1)
+        wrong = (hertz(found) / hertz(wanted)).log2().abs() * 1200 > 50
+        return Pitch((loss * clear).sum() / total, (wrong & clear).sum() / total)
 
     def quality(self, media: Tensor, result: Reconstruction) -> dict[str, Tensor]:
-        """Mean absolute error of the log-mel spectrogram in dB."""
-        return {"mel_error_db": AudioTokenizer.decibels((result.output - media).abs().mean())}
+        """Mean absolute error of the log-mel spectrogram in dB, and the share of frames whose pitch is 50 cents off."""
+        error = (self.shown(result.output) - self.shown(media)).abs().mean()
+        found = {"mel_error_db": AudioTokenizer.decibels(error)}
+        if self.tokenizer.config.pitch:
+            found["wrong_pitch"] = self._pitch(media, result.output).wrong
+        return found

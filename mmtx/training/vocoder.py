@@ -15,7 +15,7 @@ from mmtx.data.tokens import seed_of
 from mmtx.errors import InputError
 from mmtx.modality.audio import AudioTokenizer
 from mmtx.modality.base import load_tokenizer
-from mmtx.modality.vocoder import CENTS, LOWEST, PITCHES, VocoderConfig, hertz
+from mmtx.modality.vocoder import CENTS, CLARITY, LOWEST, PITCHES, VocoderConfig, hertz, track_frames
 from mmtx.pipeline import find_shipped
 from mmtx.training.codec import CodecBatch, CodecData
 from mmtx.training.optimizer import OptimizerConfig, configure
@@ -23,8 +23,6 @@ from mmtx.training.optimizer import OptimizerConfig, configure
 # (FFT size, hop, window) in samples. PUBLISHED are those of Parallel WaveGAN (https://arxiv.org/abs/1910.11480).
 PUBLISHED = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))
 TRAINING = ((512, 128, 512), (1024, 256, 1024), (2048, 512, 2048))  # a third of the work
-SOFT = 1500.0        # Hz above which the pitch tracker hears less and less
-CLARITY = 0.8        # share of a frame's energy that its period must explain to teach the pitch
 
 
 class VocoderData(CodecData):
@@ -91,7 +89,7 @@ class VocoderModule(LightningModule):
         output = vocoder.sound(filters).waveform
         parts = {
             "stft": stft_distance(output, true, TRAINING),
-            "mel": (self.tokenizer.spectrogram(output) - clean).abs().mean(),
+            "mel": (self.tokenizer.log_mel(output) - self.tokenizer.mel_part(clean)).abs().mean(),
             "pitch": pitch_loss(filters.pitch, cents, clarity > CLARITY),
         }
         self.log_dict({f"train/{name}": value for name, value in parts.items()}, prog_bar=True)
@@ -110,7 +108,8 @@ class VocoderModule(LightningModule):
         wrong = (1200 * (hertz(filters.pitch) / LOWEST).log2() - cents).abs() > 50
         figures = {
             "stft_distance": stft_distance(output, true),
-            "mel_error_db": AudioTokenizer.decibels((self.tokenizer.spectrogram(output) - mel).abs().mean()),
+            "mel_error_db": AudioTokenizer.decibels(
+                (self.tokenizer.log_mel(output) - self.tokenizer.mel_part(mel)).abs().mean()),
             "wrong_pitch": (wrong & (clarity > CLARITY)).sum() / (clarity > CLARITY).sum().clamp_min(1),
         }
         self.log_dict({f"val/{name}": value for name, value in figures.items()}, prog_bar=True, batch_size=len(true),
@@ -155,28 +154,8 @@ def pitch_loss(logits: Tensor, cents: Tensor, voiced: Tensor) -> Tensor:
 def track(waveform: Tensor, rate: int, hop: int) -> tuple[Tensor, Tensor]:
     """Waveform (B, S) -> pitch in cents above the vocoder's lowest, and its clarity in [0, 1], (B, F = S / hop) both.
 
-    The method of McLeod and Wyvill (A smarter way to find pitch, ICMC 2005): the first peak of the normalised
-    autocorrelation that is nearly as high as the highest. Frames are centred on their hop.
+    Frames are centred on their hop.
     """
-    # Peaks of bright sounds are narrower than a sample, and one that lies between two would be missed.
-    tones = torch.fft.rfftfreq(waveform.shape[-1], 1 / rate, device=waveform.device)
-    waveform = torch.fft.irfft(torch.fft.rfft(waveform) / (1 + (tones / SOFT) ** 2), waveform.shape[-1])
-    longest = math.ceil(rate / LOWEST)
-    window = 2 * longest
-    size = 2 ** math.ceil(math.log2(2 * window))
-    shortest = rate / (LOWEST * 2 ** (CENTS * (PITCHES - 1) / 1200))
+    window = 2 * math.ceil(rate / LOWEST)
     frames = F.pad(waveform, (window // 2, window // 2)).unfold(-1, window, hop)[:, :waveform.shape[-1] // hop]
-    product = torch.fft.irfft(torch.fft.rfft(frames, size).abs().square(), size)[..., :longest + 1]
-    energy = F.pad(frames.square().cumsum(-1), (1, 0))
-    lags = torch.arange(longest + 1, device=waveform.device)
-    both = energy[..., -1:] - energy[..., lags] + energy[..., window - lags]
-    likeness = 2 * product / both.clamp_min(1e-6)                                           # (B, F, longest + 1)
-    middle, left, right = likeness[..., 1:-1], likeness[..., :-2], likeness[..., 2:]
-    peak = (middle > left) & (middle >= right) & (lags[1:-1] >= shortest)
-    heights = middle - (left - right).square() / (8 * (left - 2 * middle + right)).clamp_max(-1e-6)
-    heights = torch.where(peak, heights, 0.0)
-    best = heights.amax(-1, keepdim=True)
-    chosen = (peak & (heights >= 0.9 * best)).int().argmax(-1, keepdim=True)
-    a, b, c = (x.gather(-1, chosen) for x in (left, middle, right))
-    lag = chosen + 1 + ((a - c) / (2 * (a - 2 * b + c)).clamp_max(-1e-6)).clamp(-0.5, 0.5)
-    return 1200 * torch.log2(rate / lag / LOWEST)[..., 0], best[..., 0]
+    return track_frames(frames, rate)
