@@ -1,9 +1,10 @@
 """Plant each bug of this folder in a copy of the tree, and see that the tests named in it fail: `make mutants`.
 
 A patch begins with what it plants, and a line `tests:` with the arguments of pytest that must notice. Names of patches
-as arguments choose among them.
+as arguments choose among them; a run of all is written to benchmarks/results/mutants.json.
 """
 
+import json
 import os
 import re
 import shlex
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +41,7 @@ def run(folder: Path, tests: list[str]) -> tuple[int, str]:
     threads = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(folder)}
     done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests], cwd=folder,
                           env=threads, capture_output=True, text=True)
-    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     return done.returncode, failed[0] if failed else " ".join((done.stdout + done.stderr).split())[-200:]
 
 
@@ -62,15 +64,27 @@ def main(names: list[str]) -> int:
     if status != 0:
         print(f"tests fail without any of the bugs: {told}", file=sys.stderr)
         return 1
-    caught = 0
+    table, begin = {}, time.monotonic()
     print("| planted | caught by | seconds |\n| --- | --- | ---: |", flush=True)
     for patch in chosen:
-        begin = time.monotonic()
-        good, told = verdict(patch)
-        caught += good
-        print(f"| {patch.stem} | {told} | {time.monotonic() - begin:.0f} |", flush=True)
-    print(f"\n{caught} of {len(chosen)} caught")
+        last = time.monotonic()
+        table[patch.stem] = verdict(patch)
+        print(f"| {patch.stem} | {table[patch.stem][1]} | {time.monotonic() - last:.0f} |", flush=True)
+    caught, seconds = sum(good for good, _ in table.values()), round(time.monotonic() - begin)
+    print(f"\n{caught} of {len(chosen)} caught in {seconds} s")
+    if not names:
+        save({"planted": len(chosen), "caught": caught, "seconds": seconds, "by": {name: by for name, (_, by) in table.items()}})
     return int(caught < len(chosen) or not chosen)
+
+
+def save(result: dict) -> None:
+    """Write a result beside those of the benchmarks, where there are any: not in a source archive."""
+    if (ROOT / "benchmarks").is_dir():
+        sys.path.insert(0, str(ROOT / "benchmarks"))
+        from measure import RESULTS, machine, versions
+
+        result = {"name": "mutants", "date": date.today().isoformat(), **result, "machine": machine(), "versions": versions()}
+        (RESULTS / "mutants.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
