@@ -3,8 +3,8 @@
     python benchmarks/media_speed.py
 
 Stages: reading and decoding files, what comes before the network (fitting and cutting pictures, spectrograms of sounds),
-and the encoder; then `Model.encode_parts`, which does them all, the first ones in a thread of its own. Media are those of
-the starter data. OMP_NUM_THREADS chooses the threads of the encoder.
+and the encoder, each alone on one thread; then `Model.encode_parts`, which does them all, several batches at a time in a
+thread each. Media are those of the starter data. OMP_NUM_THREADS chooses the threads.
 """
 
 import argparse
@@ -39,21 +39,25 @@ def measure(kind: str, folder: Path, options: argparse.Namespace) -> None:
     grids = [grid for medium in media for grid in prepare(medium)]
     codes = sum(grid.shape[0] * grid.shape[1] for grid in grids)
 
-    def rate(run: Callable[[], object]) -> Callable[[], float]:
+    def rate(run: Callable[[], object], threads: int = 1) -> Callable[[], float]:
         def timed() -> float:
+            torch.set_num_threads(threads)
             start = time.perf_counter()
             run()
             return codes / (time.perf_counter() - start)
         return timed
 
+    most = torch.get_num_threads()
+
     candidates = {
-        "raw media to codes": rate(lambda: model.encode_parts([mark(file) for file in files])),
+        "raw media to codes": rate(lambda: model.encode_parts([mark(file) for file in files]), most),
         "decode alone": rate(lambda: [read(file) for file in files]),
         "prepare alone": rate(lambda: [prepare(medium) for medium in media]),
         "encoder alone": rate(lambda: tokenizer.embed_grids(grids)),
     }
     interleave(candidates, 1)
     results = interleave(candidates, options.rounds)
+    torch.set_num_threads(most)
     slowest = min(list(results)[1:], key=lambda name: sorted(results[name])[options.rounds // 2])
     report(f"media_speed_{kind}", "codes/s", results, "raw media to codes", {slowest: BAR},
            {"files": len(files), "codes": codes, "threads": torch.get_num_threads()}, options.short)
