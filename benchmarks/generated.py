@@ -1,7 +1,7 @@
 """Is what a model draws and plays what was asked for, and is it its own? Judged on the starter data.
 
-    python benchmarks/generated.py runs/starter/any-to-any/model --guidance 3 --output generated.json
-    python benchmarks/generated.py runs/starter/any-to-any/model --short
+    python benchmarks/generated.py runs/starter/decoder/model --guidance 2 --output generated.json
+    python benchmarks/generated.py runs/starter/decoder/model --short
 
 A picture for a name known from training is right at rank 10 when, of the pictures of a style never trained on, that of
 the name is among the ten nearest: by histograms of oriented gradients (https://doi.org/10.1109/CVPR.2005.177) beside
