@@ -144,6 +144,7 @@ def main() -> None:
     points = sorted(random.Random(0).sample(range(1, 2 * EPOCH - 1), POINTS))
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
+        os.environ.pop("TQDM_DISABLE", None)  # litdata's progress bar fails without tqdm's
         os.environ |= {"DATA_OPTIMIZER_CACHE_FOLDER": name + "/cache", "DATA_OPTIMIZER_DATA_CACHE_FOLDER": name + "/cached"}
         make(root)
         for stream in STREAMS:
