@@ -18,14 +18,13 @@ import torch.nn.functional as F
 import yaml
 
 from mmtx.data.augment import AudioAugmentation, ImageAugmentation
-from mmtx.data.collection import read_source
+from mmtx.data.collection import read_config, read_source
 from mmtx.data.sample import Media
 from mmtx.data.tokens import load_media, seed_of
 from mmtx.layers import Packing
 from mmtx.modality.base import load_tokenizer
 from mmtx.model import CodeRange, Decoder, DecoderConfig
 from mmtx.pipeline import find_shipped
-from mmtx.report import config_sources
 from mmtx.sequence import Features
 from mmtx.vocabulary import Vocabulary
 
@@ -151,9 +150,9 @@ def main():
     options = parser.parse_args()
     tokenizers = {kind: load_tokenizer(find_shipped(f"tokenizers/{kind}")) for kind in ("text", "image", "audio")}
     vocabulary = Vocabulary.build(tokenizers)
-    learned, held_out = config_sources(CONFIG)
+    config = read_config(CONFIG)
     data = {}
-    for kind, train_source, test_source in zip(("image", "audio"), learned, held_out):
+    for kind, train_source, test_source in zip(("image", "audio"), config.train, config.validation):
         data[kind] = {}
         for name, source, views in (("train", train_source, options.views), ("held_out", test_source, 1)):
             samples = read_source(source)

@@ -275,13 +275,14 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from mmtx.report import config_sources, report
+    from mmtx.data.collection import DataSource, read_config
+    from mmtx.report import report
 
     if options.config:
-        train, held_out = config_sources(options.config)
+        config = read_config(options.config)
+        train, held_out = ([source for source in sources if source.task == "caption"]
+                           for sources in (config.train, config.validation))
     else:
-        from mmtx.data.collection import DataSource
-
         train, held_out = [DataSource(options.train)] if options.train else [], [DataSource([s]) for s in options.sources]
     if not held_out:
         raise InputError("found neither held-out sources nor --config, expected one of them")

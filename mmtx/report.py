@@ -3,13 +3,10 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import yaml
-
 from mmtx.data.collection import DataSource, progress, read_source
 from mmtx.data.media import load_audio, load_image
 from mmtx.data.sample import Media, Sample
 from mmtx.data.tokens import to_documents
-from mmtx.errors import InputError
 from mmtx.evaluation import (
     NAME_FIELDS,
     NOTE_FIELDS,
@@ -28,19 +25,6 @@ from mmtx.pipeline import Model
 
 WIDEST = 60            # characters of a predicted caption that are shown
 CONTROL_RATE = 16_000  # Hz; the control hears at one rate, whatever the model's is
-
-
-def config_sources(path: str) -> tuple[list[DataSource], list[DataSource]]:
-    """The `train` and `validation` sources of a training configuration, without those that train to generate."""
-    try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["data"]["init_args"]
-        train, held_out = ([DataSource(**source) for source in data[name]] for name in ("train", "validation"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a training configuration with data.init_args.train and validation "
-                         f"({type(error).__name__}: {error})") from None
-    return tuple([source for source in sources if source.task == "caption"] for sources in (train, held_out))
 
 
 def report(model: Model, held_out: Sequence[DataSource], train: Sequence[DataSource], show: int = 8) -> Iterator[str]:

@@ -145,7 +145,8 @@ def test_evaluate_takes_its_data_from_a_config(run, folder):
     source = {"paths": ["pictures.jsonl"]}
     turned = {**source, "task": "generate"}  # trains pictures, so there is no caption to compare
     held_out = [{**source, "limit": 1}, source, turned]
-    config = {"data": {"init_args": {"train": [source, turned], "validation": held_out}}}
+    data = {"tokenizers": {"text": "text"}, "train": [source, turned], "validation": held_out}
+    config = {"data": {"init_args": data}, "model": {"init_args": {}}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     out = run("evaluate", "--config", "config.yaml", "--show", "0")
     assert "pictures.jsonl: 1 samples" in out and out.count("pictures.jsonl: 2 samples") == 1
@@ -202,7 +203,7 @@ MISTAKES = [
     ("evaluate", ["held-out", "--config"]),
     ("evaluate nothing.jsonl", ["nothing.jsonl", "no such file"]),
     ("evaluate --config nothing.yaml", ["nothing.yaml", "No such file"]),
-    ("evaluate --config text.txt", ["text.txt", "not a training configuration"]),
+    ("evaluate --config text.txt", ["text.txt", "not the configuration of a decoder"]),
     ("evaluate pictures.jsonl --train nothing.jsonl", ["nothing.jsonl", "no such file"]),
 ]
 
@@ -231,4 +232,4 @@ def test_a_mistake_in_a_config_of_evaluate_is_told(folder, monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             main(["evaluate", "--config", "bad.yaml", "--model", "model", "--device", "cpu"])
         assert stop.value.code == 2
-        assert capsys.readouterr().err.startswith("mmtx: error: bad.yaml: not a training configuration")
+        assert capsys.readouterr().err.startswith("mmtx: error: bad.yaml: not the configuration of a decoder")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmtx.kernels import rotate
-from mmtx.layers import Attention, Block, BlockConfig, Packing, initialise, rotary
+from mmtx.layers import Block, BlockConfig, Packing, initialise, rotary
 
 CAUSAL = BlockConfig(width=24, heads=4, kv_heads=2, head_width=8, hidden=40, causal=True)
 # Two documents and the padding of row 0; three documents in row 1.

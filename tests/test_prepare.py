@@ -465,7 +465,7 @@ def test_the_command_says_how_far_it_is_and_how_to_train(media, folders, tmp_pat
     monkeypatch.setattr("mmtx.data.prepare.tqdm", functools.partial(tqdm, disable=False))
     source = {"paths": [str(media / "notes.tar")], "select": {"instrument": ["nothing"]}}
     config = {"model": {"init_args": {"continuous": True}}, "data": {"init_args": {
-        "tokenizers": dict(zip(("text", "image", "audio"), folders)), "train": [
+        "tokenizers": dict(zip(("text", "image", "audio"), folders)), "validation": [], "train": [
             {"paths": [str(media / "notes.tar")], "repeat": 3}, {"paths": [str(media / "notes.tar")], "task": "generate"},
             {"paths": [str(media / "rows.jsonl")], "limit": 2}]}}}
     path = tmp_path / "config.yaml"

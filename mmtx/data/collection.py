@@ -48,6 +48,7 @@ class TrainingData(NamedTuple):
     """What the configuration of a decoder says of its data."""
 
     train: list[DataSource]
+    validation: list[DataSource]
     tokenizers: list[str]  # folders
     continuous: bool       # whether the decoder takes features
 
@@ -58,7 +59,8 @@ def read_config(path: str | Path) -> TrainingData:
         config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         data, model = (config[name]["init_args"] for name in ("data", "model"))
         folders = [folder for folder in data["tokenizers"].values() if folder is not None]
-        return TrainingData([DataSource(**source) for source in data["train"]], folders, bool(model.get("continuous")))
+        train, held_out = ([DataSource(**source) for source in data[name]] for name in ("train", "validation"))
+        return TrainingData(train, held_out, folders, bool(model.get("continuous")))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
