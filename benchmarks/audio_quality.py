@@ -142,7 +142,7 @@ def measure(tokenizer: AudioTokenizer, limit: int | None, judges: list[str]) -> 
     figures["bits_per_second"] = tokenizer.codes_per_second * float(np.log2(tokenizer.size))
     mels = [tokenizer.decode_spectrogram(item) for item in codes]
     figures["mel_error_db"] = float(np.mean([
-        float(tokenizer.decibels((mel - tokenizer.spectrogram(waveform)).abs().mean()))
+        float(tokenizer.decibels((tokenizer.mel_part(mel) - tokenizer.log_mel(waveform)).abs().mean()))
         for mel, waveform in zip(mels, waveforms, strict=True)]))
     decoded = [sound[:len(waveform)] for sound, waveform in zip(decoded, waveforms, strict=True)]
 
