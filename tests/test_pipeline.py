@@ -119,6 +119,15 @@ def test_a_batch_answers_as_each_item_alone(lively_model, files, pixels, tone):
     assert lively_model.caption([]) == []
 
 
+def test_a_model_that_is_moved_forgets_what_it_made_of_its_weights(lively_model, pixels):
+    model = Model(copy.deepcopy(lively_model.decoder), lively_model.vocabulary, lively_model.tokenizers).fix()
+    before = model.caption(pixels)
+    with torch.no_grad():
+        model.decoder.norm.weight.normal_(generator=torch.Generator().manual_seed(1))
+    after = Model(model.decoder, model.vocabulary, model.tokenizers).caption(pixels)
+    assert model.to("cpu").caption(pixels) == after != before
+
+
 @pytest.fixture
 def three_threads():
     """Torch may use three threads, two of them too many for this machine."""
