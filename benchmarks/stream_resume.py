@@ -19,6 +19,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import date
+from functools import partial
 from importlib import metadata
 from io import BytesIO
 from itertools import islice
@@ -64,31 +65,22 @@ def litdata(root: Path, state: Any, skip: int, workers: int) -> Stream:
     return batches(), loader.state_dict
 
 
-def webdataset(root: Path, state: Any, skip: int, workers: int) -> Stream:
+def webdataset(root: Path, state: Any, skip: int, workers: int, seeded: bool = True) -> Stream:
+    """Skips what was read before: there is no state. Not `seeded`, it shuffles as its manual does."""
     import torch
-    from webdataset import WebDataset, detshuffle, split_by_worker
+    from webdataset import WebDataset, detshuffle, shuffle, split_by_worker
 
     shards = sorted(map(str, (root / "webdataset").glob("*.tar")))
-    data = WebDataset(shards, shardshuffle=SAMPLES // SHARD, workersplitter=split_by_worker, detshuffle=True, seed=0)
-    data = data.compose(detshuffle(100, seed=0)).decode().to_tuple("cls").batched(BATCH, partial=True)
-    loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=workers)
-    whole = ([int(number) for number in batch[0]] for _ in range(2) for batch in loader)
-    return islice(whole, skip, None), lambda: None
-
-
-def webdataset_stock(root: Path, state: Any, skip: int, workers: int) -> Stream:
-    import torch
-    from webdataset import WebDataset
-
-    shards = sorted(map(str, (root / "webdataset").glob("*.tar")))
-    data = WebDataset(shards, shardshuffle=SAMPLES // SHARD).shuffle(100).decode().to_tuple("cls").batched(BATCH, partial=True)
-    loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=workers)
+    given = {"workersplitter": split_by_worker, "detshuffle": True, "seed": 0} if seeded else {}
+    data = WebDataset(shards, shardshuffle=SAMPLES // SHARD, **given)
+    data = data.compose(detshuffle(100, seed=0) if seeded else shuffle(100)).decode().to_tuple("cls")
+    loader = torch.utils.data.DataLoader(data.batched(BATCH, partial=True), batch_size=None, num_workers=workers)
     whole = ([int(number) for number in batch[0]] for _ in range(2) for batch in loader)
     return islice(whole, skip, None), lambda: None
 
 
 STREAMS = {"mmtx": ours, "litdata": litdata, "webdataset, detshuffle, skipping": webdataset,
-           "webdataset, shuffle, skipping": webdataset_stock}
+           "webdataset, shuffle, skipping": partial(webdataset, seeded=False)}
 
 
 def number(index: int) -> int:

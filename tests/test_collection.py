@@ -57,6 +57,12 @@ def test_a_source_turned_round_asks_by_text_and_trains_the_medium(samples, store
         assert not spans  # of what is generated no feature is ever seen
 
 
+def test_what_is_to_be_made_is_learnt_as_it_is(samples, stores, tokenizers):
+    plain = to_documents(samples["generate"], tokenizers)
+    views = stores[0.0].render([(number, view) for number in range(6) for view in range(4)])
+    assert [parse(view.ids, stores[0.0].vocabulary) for view in views] == [document for document in plain for _ in range(4)]
+
+
 def test_both_directions_hold_the_same_parts(samples, tokenizers):
     forward, back = (to_documents(samples[task], tokenizers) for task in ("caption", "generate"))
     for one, other in zip(forward, back, strict=True):

@@ -125,6 +125,33 @@ def test_the_saved_config_repeats_the_run(root, run):
     assert (again / name).read_bytes() == (run / name).read_bytes()
 
 
+def test_a_run_starts_from_a_finished_model(root, run, decoder_data):
+    module = changed(DECODER_MODULE, "init_args.start", str(run / "model"))
+    module = changed(module, "init_args.optimizer", {"learning_rate": 1e-9})
+    retrained = fit(root / "image2", section("codec.ImageCodecModule", tokenizer={"patch": 16, "side": 32, "network": NETWORK}),
+                    section("codec.CodecData", train=FEW, validation=FEW, batch=4), {**TRAINER, "max_steps": 1})
+    data = changed(decoder_data, "init_args.tokenizers.image", str(retrained))
+    before, after = mmtx.load(run / "model", "cpu"), mmtx.load(fit(root / "started", module, data), "cpu")
+    assert before.tokenizers["image"].fingerprint != after.tokenizers["image"].fingerprint
+    for one, two in zip(before.decoder.parameters(), after.decoder.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("change, told", [
+    ({"model": ("decoder.hidden", 80)}, ["start", "found hidden 32", "expected 80"]),
+    ({"data": ("tokenizers.text", str(STARTER.parents[2] / "tokenizers" / "text"))}, ["start", "vocabulary_size"]),
+    ({"model": ("start", "no/such/folder")}, ["no/such/folder", "no such folder"]),
+])
+def test_what_does_not_fit_is_no_start(change, told, run, decoder_data, tmp_path, capsys):
+    parts = {"model": changed(DECODER_MODULE, "init_args.start", str(run / "model")), "data": decoder_data}
+    for part, (path, value) in change.items():
+        parts[part] = changed(parts[part], f"init_args.{path}", value)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        fit(tmp_path / "run", parts["model"], parts["data"])
+    check_mistake(stop, capsys, told)
+
+
 def test_a_resumed_run_is_the_run_that_was_interrupted(root, decoder_data, monkeypatch):
     steps = {**TRAINER, "max_steps": 6, "accumulate_grad_batches": 2, "limit_val_batches": 0}
     whole = fit(root / "whole", DECODER_MODULE, decoder_data, steps)

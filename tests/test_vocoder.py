@@ -412,6 +412,20 @@ def test_fit_trains_the_vocoder_and_leaves_the_codec_alone(tmp_path):
     assert len([value for value in of["val/stft_distance"] if value]) == 2
 
 
+def test_a_vocoder_starts_from_a_finished_one(tmp_path):
+    from mmtx.training.vocoder import VocoderModule
+
+    tokenizer(seed=1).save(tmp_path / "finished")
+    tokenizer(vocoder=None).save(tmp_path / "codec")
+    module = VocoderModule(str(tmp_path / "codec"), SMALL, start=str(tmp_path / "finished"))
+    given, taken = load_tokenizer(tmp_path / "finished").vocoder, module.tokenizer.vocoder
+    assert all(torch.equal(a, b) for a, b in zip(given.parameters(), taken.parameters(), strict=True))
+    with pytest.raises(InputError, match="start: .*codec has no vocoder"):
+        VocoderModule(str(tmp_path / "codec"), SMALL, start=str(tmp_path / "codec"))
+    with pytest.raises(InputError, match="start: .*finished has .*width=16.*, expected .*width=32"):
+        VocoderModule(str(tmp_path / "codec"), VocoderConfig(width=32), start=str(tmp_path / "finished"))
+
+
 def test_another_kind_of_tokenizer_is_refused():
     from mmtx.training.vocoder import VocoderModule
 

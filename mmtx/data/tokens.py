@@ -146,11 +146,12 @@ def encode_samples(samples, loaded, tokenizers, augmentation: Augmentation, seed
     for sample, tensors, seed in zip(samples, loaded, seeds, strict=True):
         generator = torch.Generator().manual_seed(seed)
         change = bool(torch.rand((), generator=generator) >= UNTOUCHED)
-        media = [part for turn in sample.turns for part in turn.parts if isinstance(part, Media)]
-        for part, tensor in zip(media, tensors, strict=True):
-            if part.kind == "image" and augmentation.image and change:
+        media = [(turn.role, part) for turn in sample.turns for part in turn.parts if isinstance(part, Media)]
+        for (role, part), tensor in zip(media, tensors, strict=True):
+            varied = change and role != "assistant"  # what is to be made is learnt as it is
+            if part.kind == "image" and augmentation.image and varied:
                 tensor = augmentation.image(tensor, generator)
-            if part.kind == "audio" and augmentation.audio and change:
+            if part.kind == "audio" and augmentation.audio and varied:
                 tensor = augmentation.audio(tensor, tokenizers["audio"].rate, generator)
             queues[part.kind].append(tensor)
     encodings = {kind: iter(tokenizers[kind].embed_batch(queue)) for kind, queue in queues.items() if queue}

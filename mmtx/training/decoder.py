@@ -21,7 +21,7 @@ from mmtx.errors import InputError
 from mmtx.loss import TokenLoss, next_token_loss
 from mmtx.modality.base import load_tokenizer
 from mmtx.model import CodeRange, Decoder, DecoderConfig
-from mmtx.pipeline import Model, find_shipped
+from mmtx.pipeline import Model, find_shipped, load
 from mmtx.training.loader import ResumableLoader, loader
 from mmtx.training.optimizer import OptimizerConfig, configure
 from mmtx.training.sharding import shard
@@ -77,8 +77,9 @@ class DecoderData(LightningDataModule):
             validation: held-out samples, for losses and shown captions.
             tokens: tokens of a batch on each device.
             context: longest document in tokens.
-            image_augmentation: changes to pictures, new ones each time; none by default, nor where `train` is prepared.
-            audio_augmentation: changes to sounds, new ones each time; none by default.
+            image_augmentation: changes to pictures, new ones each time; none by default, nor where `train` is prepared,
+                nor to what an assistant turn is to make.
+            audio_augmentation: changes to sounds, likewise.
             workers: processes that read and encode media and put batches together.
             max_bad: share of samples that may be unreadable.
             seed: fixes order and augmentation.
@@ -138,6 +139,7 @@ class DecoderModule(LightningModule):
         z_loss: float = 1e-5,
         continuous: bool = False,
         loss_weights: LossWeights = LossWeights(),
+        start: str | None = None,
     ):
         """
         Args:
@@ -147,8 +149,11 @@ class DecoderModule(LightningModule):
             continuous: let pictures and sounds of user turns enter as the features that their encoder saw before the
                 quantizer. What is generated is made of codes either way.
             loss_weights: what targets of each modality count for; the loss is the weighted mean over all targets.
+            start: folder of a finished model with this configuration and text tokenizer, whose weights to start from.
+                Its other tokenizers may have been retrained: what their codes stand for is then learnt anew.
         """
         super().__init__()
+        self.start = None if start is None else load(start, "cpu")
         self.config, self.optimizer_config = decoder, optimizer
         self.z_loss, self.continuous = z_loss, continuous
         weights = asdict(loss_weights)
@@ -166,8 +171,21 @@ class DecoderModule(LightningModule):
         self.config = replace(self.config, vocabulary_size=vocabulary.size, composed=tuple(ranges),
                               features=widths if self.continuous else {})
         self.decoder = Decoder(self.config)
+        if self.start is not None:
+            self._begin_with(self.start)
+            self.start = None
         if self.device_mesh is not None:
             shard(self.decoder, self.device_mesh["data_parallel"])
+
+    def _begin_with(self, model: Model) -> None:
+        given, wanted = asdict(model.decoder.config), asdict(self.config)
+        for name, value in wanted.items():
+            if given[name] != value:
+                raise InputError(f"start: found {name} {given[name]}, expected {value}")
+        found, expected = (some["text"].fingerprint[:12] for some in (model.tokenizers, self.trainer.datamodule.tokenizers))
+        if found != expected:
+            raise InputError(f"start: found a text tokenizer of fingerprint {found}, expected {expected}, tokenizers.text")
+        self.decoder.load_state_dict(model.decoder.state_dict())
 
     def configure_optimizers(self) -> dict:
         return configure(self.decoder, self.optimizer_config, self.trainer.max_steps)

@@ -51,7 +51,7 @@ class VocoderModule(LightningModule):
 
     def __init__(self, tokenizer: str, vocoder: VocoderConfig = VocoderConfig(),
                  optimizer: OptimizerConfig = OptimizerConfig(), clean: float = 0.25, mel: float = 1.0,
-                 pitch: float = 0.3):
+                 pitch: float = 0.3, start: str | None = None):
         """
         Args:
             tokenizer: folder of the audio tokenizer; it stays as it is.
@@ -60,6 +60,7 @@ class VocoderModule(LightningModule):
             clean: share of cuts whose spectrogram has not been through the codec.
             mel: weight of the log-mel error beside the multi-resolution STFT distance.
             pitch: weight of the cross-entropy of the pitch.
+            start: folder of an audio tokenizer with a vocoder of these sizes, whose weights to start from.
         """
         super().__init__()
         codec = load_tokenizer(find_shipped(tokenizer))
@@ -68,6 +69,11 @@ class VocoderModule(LightningModule):
         # `train`: no part acts otherwise in training, but Lightning warns of parts that are in eval mode.
         self.tokenizer = codec.requires_grad_(False).train()
         codec.vocoder = codec.new_vocoder(vocoder)
+        if start is not None:
+            given = getattr(load_tokenizer(find_shipped(start)), "vocoder", None)
+            if given is None or given.config != vocoder:
+                raise InputError(f"start: {start} has {'no vocoder' if given is None else given.config}, expected {vocoder}")
+            codec.vocoder.load_state_dict(given.state_dict())
         self.optimizer_config, self.clean, self.mel, self.pitch = optimizer, clean, mel, pitch
         self.griffin_lim: float | None = None  # its distance on the held-out cuts, once known
 
