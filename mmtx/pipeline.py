@@ -34,6 +34,7 @@ from mmtx.vocabulary import Vocabulary
 
 FORMAT = 1
 DEFAULT_MODEL = "demos/starter"
+AUDIO_TOKENIZER = "tokenizers/audio"
 PACKAGE = Path(__file__).parent
 BATCH = 32  # media that are encoded, and prompts that are answered, together
 MOST_THREADS = 4  # that do so at a time on a CPU
@@ -98,6 +99,7 @@ def load(folder: str | Path = DEFAULT_MODEL, device: str | torch.device | None =
     vocabulary = Vocabulary.load(folder / "vocabulary.json")
     tokenizers = {kind: load_tokenizer(folder / kind) for kind in vocabulary.kinds}
     vocabulary.check(tokenizers)
+    _lend_vocoder(tokenizers)
     path = folder / "model.safetensors"
     try:
         decoder = Decoder(DecoderConfig(**config["decoder"]))
@@ -116,6 +118,15 @@ def load(folder: str | Path = DEFAULT_MODEL, device: str | torch.device | None =
         return model.to(device).fix()
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
         raise InputError(f"device: {device} cannot be used ({str(error).splitlines()[0]})") from None
+
+
+def _lend_vocoder(tokenizers: Mapping[str, Tokenizer]) -> None:
+    """Let an audio tokenizer without a vocoder use that of the shipped one, if their codes mean the same."""
+    audio = tokenizers.get("audio")
+    if audio is not None and getattr(audio, "vocoder", audio) is None:
+        shipped = load_tokenizer(find_shipped(AUDIO_TOKENIZER))
+        if shipped.fingerprint == audio.fingerprint:
+            audio.vocoder = shipped.vocoder
 
 
 class Model:

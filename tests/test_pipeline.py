@@ -14,8 +14,8 @@ import torch
 from PIL import Image as PILImage
 
 import mmtx
-from mmtx.modality.image import ImageTokenizer
 from mmtx.modality.text import TextTokenizer
+from mmtx.modality.vocoder import VocoderConfig
 from mmtx.pipeline import Model
 from mmtx.sequence import Document, ImagePart, TextPart, Turn
 from mmtx.vocabulary import Vocabulary
@@ -63,12 +63,12 @@ def saved(tiny_model, tmp_path):
 
 
 def different(tokenizer):
-    """A copy of an image tokenizer with one weight changed."""
-    copy = ImageTokenizer(tokenizer.config)
-    copy.load_state_dict(tokenizer.state_dict())
+    """A copy of a codec with one weight changed."""
+    other = type(tokenizer)(tokenizer.config)
+    other.load_state_dict(tokenizer.state_dict())
     with torch.no_grad():
-        copy.network.embed.bias[0] += 1
-    return copy.eval()
+        other.network.embed.bias[0] += 1
+    return other.eval()
 
 
 # -- Captions ------------------------------------------------------------------------------------------------
@@ -521,3 +521,13 @@ def test_a_vocabulary_of_another_model_is_refused(saved, tokenizers):
 def test_a_device_that_is_not_there_is_refused(saved, device):
     with pytest.raises(mmtx.InputError, match=f"device: {device}"):
         mmtx.load(saved, device=device)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_sound_borrows_the_vocoder_of_the_shipped_tokenizer_with_the_same_codes(same, tiny_model, saved, tmp_path, monkeypatch):
+    shipped = copy.deepcopy(tiny_model.tokenizers["audio"]) if same else different(tiny_model.tokenizers["audio"])
+    shipped.vocoder = shipped.new_vocoder(VocoderConfig(width=16, depth=1))
+    shipped.save(tmp_path / "shipped")
+    assert tiny_model.tokenizers["audio"].vocoder is None
+    monkeypatch.setattr("mmtx.pipeline.AUDIO_TOKENIZER", str(tmp_path / "shipped"))
+    assert (mmtx.load(saved, device="cpu").tokenizers["audio"].vocoder is not None) == same
