@@ -531,3 +531,14 @@ def test_a_sound_borrows_the_vocoder_of_the_shipped_tokenizer_with_the_same_code
     assert tiny_model.tokenizers["audio"].vocoder is None
     monkeypatch.setattr("mmtx.pipeline.AUDIO_TOKENIZER", str(tmp_path / "shipped"))
     assert (mmtx.load(saved, device="cpu").tokenizers["audio"].vocoder is not None) == same
+
+
+def test_weights_that_were_saved_in_half_precision_load_as_float32(tiny_model, tmp_path, pixels):
+    half = copy.deepcopy(tiny_model)
+    half.decoder.half()
+    half.save(tmp_path / "half")
+    loaded = mmtx.load(tmp_path / "half", device="cpu")
+    for given, found in zip(tiny_model.decoder.parameters(), loaded.decoder.parameters(), strict=True):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, given, rtol=1e-3, atol=1e-6)
+    assert loaded.caption(pixels, **SHORT) is not None
