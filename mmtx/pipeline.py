@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,7 +100,6 @@ def load(folder: str | Path = DEFAULT_MODEL, device: str | torch.device | None =
     vocabulary = Vocabulary.load(folder / "vocabulary.json")
     tokenizers = {kind: load_tokenizer(folder / kind) for kind in vocabulary.kinds}
     vocabulary.check(tokenizers)
-    _lend_vocoder(tokenizers)
     path = folder / "model.safetensors"
     try:
         decoder = Decoder(DecoderConfig(**config["decoder"]))
@@ -118,15 +118,6 @@ def load(folder: str | Path = DEFAULT_MODEL, device: str | torch.device | None =
         return model.to(device).fix()
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
         raise InputError(f"device: {device} cannot be used ({str(error).splitlines()[0]})") from None
-
-
-def _lend_vocoder(tokenizers: Mapping[str, Tokenizer]) -> None:
-    """Let an audio tokenizer without a vocoder use that of the shipped one, if their codes mean the same."""
-    audio = tokenizers.get("audio")
-    if audio is not None and getattr(audio, "vocoder", audio) is None:
-        shipped = load_tokenizer(find_shipped(AUDIO_TOKENIZER))
-        if shipped.fingerprint == audio.fingerprint:
-            audio.vocoder = shipped.vocoder
 
 
 class Model:
@@ -375,7 +366,17 @@ class Model:
             return tokenizer.decode(part.ids.tolist())
         if isinstance(part, ImagePart):
             return PILImage.fromarray(tokenizer.decode(part.codes).permute(1, 2, 0).numpy())
-        return Sound(tokenizer.decode(part.codes).numpy(), tokenizer.rate)
+        return Sound(self._voice.decode(part.codes).numpy(), tokenizer.rate)
+
+    @cached_property
+    def _voice(self) -> Tokenizer:
+        """What makes sounds: the audio tokenizer or, where it lacks a vocoder and the codes are the same, the shipped one."""
+        own = self.tokenizers["audio"]
+        if getattr(own, "vocoder", own) is None:
+            shipped = load_tokenizer(find_shipped(AUDIO_TOKENIZER))
+            if shipped.fingerprint == own.fingerprint:
+                return shipped
+        return own
 
     def _as_media(self, item: Any) -> Image | Audio:
         """What something is when it is not marked as `Image` or `Audio`."""

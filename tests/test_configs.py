@@ -47,7 +47,8 @@ def built(tokenizers, tmp_path, monkeypatch):
 
 
 def test_there_are_configs():
-    assert {"starter/text.yaml", "starter/image.yaml", "starter/audio.yaml", "starter/decoder.yaml", *PARAMETERS,
+    assert {"starter/text.yaml", "starter/image.yaml", "starter/audio.yaml", "starter/decoder.yaml", "starter/generate.yaml",
+            *PARAMETERS,
             "quickstart/decoder.yaml"} <= set(CONFIGS)
 
 

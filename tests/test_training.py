@@ -14,6 +14,7 @@ from mmtx.cli import main
 from mmtx.data.collection import DataSource
 from mmtx.data.sources import open_source
 from mmtx.modality.base import load_tokenizer
+from mmtx.modality.text import TextTokenizer
 from mmtx.model import DecoderConfig
 from mmtx.training.decoder import DecoderData, DecoderModule, TokenizerFolders
 from mmtx.training.optimizer import OptimizerConfig
@@ -150,6 +151,17 @@ def test_what_does_not_fit_is_no_start(change, told, run, decoder_data, tmp_path
     with pytest.raises(SystemExit) as stop:
         fit(tmp_path / "run", parts["model"], parts["data"])
     check_mistake(stop, capsys, told)
+
+
+def test_a_text_tokenizer_of_the_same_size_but_other_pieces_is_no_start(run, decoder_data, tmp_path, capsys):
+    other = TextTokenizer.train(["pack my box with five dozen liquor jugs, then judge vexing fop quiz blitz"] * 9, 300)
+    assert other.size == mmtx.load(run / "model", "cpu").tokenizers["text"].size
+    other.save(tmp_path / "text")
+    data = changed(decoder_data, "init_args.tokenizers.text", str(tmp_path / "text"))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        fit(tmp_path / "run", changed(DECODER_MODULE, "init_args.start", str(run / "model")), data)
+    check_mistake(stop, capsys, ["start", "text tokenizer of fingerprint", "tokenizers.text"])
 
 
 def test_a_resumed_run_is_the_run_that_was_interrupted(root, decoder_data, monkeypatch):
