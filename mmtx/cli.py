@@ -266,8 +266,10 @@ def _prepare(options: argparse.Namespace) -> None:
                   f"{facts['skipped']:,} of {facts['rows']:,} rows skipped", flush=True)
         done.add(output)
     default = asdict(DataSource([]))
-    train = [{"paths": [str(output)], **{name: value for name, value in asdict(source).items()
-                                         if name not in ("paths", "select") and value != default[name]}}
+    # The command line goes on from each source of the configuration: a `select` that has done its work must be undone.
+    train = [{"paths": [str(output)], **{name: None if name == "select" else value
+                                         for name, value in asdict(source).items()
+                                         if name != "paths" and value != default[name]}}
              for source, output in zip(sources, outputs, strict=True)]
     train = yaml.safe_dump(train, default_flow_style=True, sort_keys=False, width=10**6).strip()
     print(f"mmtx fit --config {options.config or 'FILE'} --data.train '{train}' "

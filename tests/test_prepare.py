@@ -467,18 +467,21 @@ def test_the_command_says_how_far_it_is_and_how_to_train(media, folders, tmp_pat
     config = {"model": {"init_args": {"continuous": True}}, "data": {"init_args": {
         "tokenizers": dict(zip(("text", "image", "audio"), folders)), "validation": [], "train": [
             {"paths": [str(media / "notes.tar")], "repeat": 3}, {"paths": [str(media / "notes.tar")], "task": "generate"},
-            {"paths": [str(media / "rows.jsonl")], "limit": 2}]}}}
+            {"paths": [str(media / "rows.jsonl")], "limit": 2},
+            {"paths": [str(media / "notes.tar")], "select": {"soundfont": ["fluid", "timgm"]}, "drop": 0.1}]}}}
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     main(["prepare", "--config", str(path), "--output", str(tmp_path / "a"), "--workers", "1"])
     out, error = capsys.readouterr()
     lines = out.splitlines()
     assert re.search(r"prepare: 9\.00 rows \[.* [\d.]+ rows/s, shards=1, skipped=0\]", error), error
-    assert [line.split(",")[0] for line in lines[:-1]] == [f"{tmp_path}/a/0: 8 documents", f"{tmp_path}/a/1: 9 documents"]
+    assert [line.split(",")[0] for line in lines[:-1]] == [f"{tmp_path}/a/0: 8 documents", f"{tmp_path}/a/1: 9 documents",
+                                                          f"{tmp_path}/a/2: 8 documents"]
     assert "features.audio" in tensors(tmp_path / "a" / "0" / "shard-00000.safetensors")
     train = yaml.safe_load(lines[-1].split("'")[1])
     assert train == [{"paths": [f"{tmp_path}/a/0"], "repeat": 3}, {"paths": [f"{tmp_path}/a/0"], "task": "generate"},
-                     {"paths": [f"{tmp_path}/a/1"], "limit": 2}]
+                     {"paths": [f"{tmp_path}/a/1"], "limit": 2},
+                     {"paths": [f"{tmp_path}/a/2"], "select": None, "drop": 0.1}]
     config["data"]["init_args"]["train"] = [source]
     path.write_text(yaml.safe_dump(config))
     for arguments, told in (
