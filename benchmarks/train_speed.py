@@ -21,6 +21,7 @@ from torch import nn
 
 from mmtx.loss import next_token_loss
 from mmtx.model import Decoder, DecoderConfig
+from mmtx.training.memory import keep_memory
 from mmtx.training.optimizer import OptimizerConfig, configure
 
 # name: sizes, batch, context. Input and output matrix are apart: litgpt cannot share them.
@@ -117,6 +118,7 @@ def train(name: str, shape: str, device: str, precision: str, threads: int, comp
     sizes, batch, context = SHAPES[shape]
     model = CANDIDATES[name](Decoder(DecoderConfig(**sizes, tied=False)), context).to(device)
     if name == "mmtx":
+        keep_memory()  # as `mmtx fit` does
         optimizer = configure(model, OptimizerConfig(), 10 ** 6)["optimizer"]
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)

@@ -28,6 +28,16 @@ def test_a_benchmark_of_speed_runs_in_short_form(name):
     assert files() == before
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("what", "told"), [("training", "GFLOP/s"), ("decoding", "GB/s"), ("captions", "feed the prompt")])
+def test_time_shares_run_in_short_form(what, told):
+    before = files()
+    result = subprocess.run([sys.executable, "benchmarks/time_shares.py", what, "--short"], cwd=ROOT, capture_output=True,
+                            text=True)
+    assert result.returncode == 0 and told in result.stdout, result.stderr
+    assert files() == before
+
+
 def test_make_bench_runs_every_script_that_reports_speed():
     reporting = {path.stem for path in (ROOT / "benchmarks").glob("*.py")
                  if "measure import interleave" in path.read_text(encoding="utf-8")}

@@ -19,6 +19,7 @@ from mmtx.training.callbacks import Metrics, ProgressBar, SaveModel, ShowSamples
 from mmtx.training.checkpoint import AtomicCheckpointIO, Checkpoints, flatten, newest
 from mmtx.training.decoder import DecoderModule
 from mmtx.training.guard import SkipNonFinite, Telemetry
+from mmtx.training.memory import keep_memory
 from mmtx.training.sharding import Sharded
 from mmtx.training.signals import follow_launcher
 
@@ -198,6 +199,7 @@ def fit(arguments: list[str]) -> None:
     # `sys.argv` stays as it is: it is what the other processes of a run on several devices are started with.
     warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
     follow_launcher()
+    keep_memory()
     try:
         command_line(["fit", *shipped_configs(arguments)], run=True)
     except MisconfigurationException as error:

@@ -1,0 +1,193 @@
+"""Where does the time go in training, decoding and captions? What stays under its bar is explained by this.
+
+    python benchmarks/time_shares.py training --shape issue
+    python benchmarks/time_shares.py decoding --shape 384x6
+    python benchmarks/time_shares.py captions
+
+One thread. Training: shares of a step in bf16 by kind of operation, and the rate of its matrix products beside that of
+one large product in the same run. Decoding: a step beside its products alone, which read all weights. Captions: each
+stage for files one at a time and in batches.
+"""
+
+import argparse
+import json
+import os
+import tarfile
+import time
+from collections.abc import Callable
+from datetime import date
+from statistics import median
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from captions_speed import SOURCES  # noqa: E402
+from decode_speed import PROMPT, random_decoder  # noqa: E402
+from decode_speed import SHAPES as DECODERS  # noqa: E402
+from measure import RESULTS, machine, versions  # noqa: E402
+from train_speed import SHAPES as TRAINED  # noqa: E402
+from train_speed import Ours  # noqa: E402
+
+import mmtx  # noqa: E402
+from mmtx import generation  # noqa: E402
+from mmtx.decoding import Weights  # noqa: E402
+from mmtx.model import Decoder, DecoderConfig  # noqa: E402
+from mmtx.pipeline import BATCH, DEFAULT_MODEL  # noqa: E402
+from mmtx.row import Row, Screen, lay_out  # noqa: E402
+from mmtx.sequence import AudioPart, Document, ImagePart, Turn, prompt  # noqa: E402
+from mmtx.training.memory import keep_memory  # noqa: E402
+from mmtx.training.optimizer import OptimizerConfig, configure  # noqa: E402
+
+KINDS = {  # of operations of torch, by what their name holds; the first that fits
+    "matrix products": ("aten::mm", "aten::bmm", "aten::addmm"),
+    "optimizer": ("adamw", "Optimizer"),
+    "softmax of losses and attention": ("softmax", "logsumexp", "amax", "gather", "scatter", "_FusedLoss"),
+    "copies and casts": ("copy_", "cat", "index", "embedding"),
+    "making and clearing memory": ("zero_", "fill_", "empty"),
+}
+REST = "element by element"
+LARGE = 2048  # side of the product that shows the machine's rate
+
+
+def seconds(run: Callable[[], object], times: int) -> float:
+    """Median of the time that a call takes."""
+    run()
+    found = []
+    for _ in range(times):
+        start = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - start)
+    return median(found)
+
+
+def training(shape: str, times: int) -> dict:
+    """Shares of a step, its time, and the rates of products."""
+    keep_memory()
+    sizes, batch, context = TRAINED[shape]
+    torch.manual_seed(0)
+    model = Ours(Decoder(DecoderConfig(**sizes, tied=False)), context)
+    optimizer = configure(model, OptimizerConfig(), 10 ** 6)["optimizer"]
+    ids = torch.randint(0, sizes["vocabulary_size"], (batch, context + 1))
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    whole = seconds(step, times)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True) as profile:
+        step()
+    spent, flops = dict.fromkeys([*KINDS, REST], 0.0), 0
+    for event in profile.key_averages():
+        kind = next((kind for kind, words in KINDS.items() if any(word in event.key for word in words)), REST)
+        spent[kind] += event.self_cpu_time_total
+        flops += event.flops if kind == "matrix products" else 0
+    total = sum(spent.values())
+    square = torch.randn(LARGE, LARGE, dtype=torch.bfloat16)
+    large = 2 * LARGE ** 3 / seconds(lambda: square @ square, 2 * times)
+    products = spent["matrix products"] / total
+    return {
+        "shares": {kind: round(part / total, 3) for kind, part in spent.items()},
+        "ms of a step": round(1000 * whole, 1),
+        "GFLOP/s of the products": round(flops / (products * whole) / 1e9, 1),
+        "GFLOP/s of one large product": round(large / 1e9, 1),
+        "share of that rate, whole step": round(flops / whole / large, 3),
+    }
+
+
+@torch.inference_mode()
+def decoding(shape: str, times: int) -> dict:
+    """A step at batch 1, and what it is made of."""
+    decoder = random_decoder(DECODERS[shape], "cpu", torch.float32)
+    lay_out(decoder)
+    weights, new = Weights.of(decoder, fixed=True), 64
+    x = decoder.embedding(torch.arange(PROMPT)[None])
+    screen = Screen.of(weights.output)
+    hidden = np.random.default_rng(0).standard_normal(decoder.config.width, np.float32)
+    free = np.zeros(len(weights.output), np.float32)
+
+    def row() -> Row:
+        _, cache = generation.decoding.prefill(weights, x, torch.tensor([PROMPT]), PROMPT + new)
+        return Row(weights, cache)
+
+    def steps() -> None:
+        going = row()
+        for _ in range(new):
+            going.step(x[:, 0])
+
+    layers = row().layers
+    inputs = [[np.ones(matrix.shape[1], np.float32) for matrix in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+              for layer in layers]
+
+    def products() -> None:
+        for layer, given in zip(layers, inputs, strict=True):
+            for matrix, vector in zip((layer.qkv, layer.out, layer.gate_up, layer.down), given, strict=True):
+                np.dot(matrix, vector)
+
+    found = {"layers": (seconds(steps, times) - seconds(row, times)) / new, "their products alone": seconds(products, 8 * times),
+             "the best id": seconds(lambda: screen.candidates(hidden, free), 8 * times)}
+    read = sum(p.numel() for name, p in decoder.named_parameters() if name.startswith("blocks"))
+    return {"ms": {name: round(1000 * value, 3) for name, value in found.items()},
+            "MB of the layers": round(4 * read / 1e6, 1), "MB of the screen": round(screen.codes.numel() / 1e6, 1),
+            "GB/s of the products": round(4 * read / found["their products alone"] / 1e9, 1)}
+
+
+@torch.inference_mode()
+def captions(name: str, times: int, files: int = 2 * BATCH) -> dict:
+    """Milliseconds a file of each stage, alone and in batches."""
+    model = mmtx.load(name)
+    found: dict = {}
+    for kind, source in SOURCES.items():
+        with tarfile.open(source[0]) as tar:
+            media = [tar.extractfile(member).read() for member in tar if member.isfile() and not member.name.endswith("json")]
+        mark, make, tokenizer = ((mmtx.Image, ImagePart, "image") if kind == "pictures" else (mmtx.Audio, AudioPart, "audio"))
+        media = [mark(data) for data in media[:files]]
+        tensors = [model._read(item) for item in media]
+        embed = model.tokenizers[tokenizer].embed_batch
+        asked = [prompt(Document((Turn("user", (make(*encoding),)),)), model.vocabulary) for encoding in embed(tensors)]
+        weights = model._weights
+
+        def each(run: Callable[[list], object], items: list, size: int) -> float:
+            batches = [items[first:first + size] for first in range(0, len(items), size)]
+            return 1000 * seconds(lambda: [run(batch) for batch in batches], times) / len(items)
+
+        found[kind] = {}
+        for way, size in (("one at a time", 1), ("in batches", BATCH)):
+            stages = {
+                "read": each(lambda batch: [model._read(item) for item in batch], media, size),
+                "encode": each(embed, tensors, size),
+                "feed the prompt": each(lambda batch: generation.prefill(model.decoder, weights, batch, 64), asked, size),
+            }
+            whole = each(lambda batch: generation.generate(model.decoder, model.grammar, batch, weights=weights), asked, size)
+            stages["write"] = whole - stages["feed the prompt"]
+            found[kind][way] = {stage: round(value, 2) for stage, value in {**stages, "all": sum(stages.values())}.items()}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("of", choices=["training", "decoding", "captions"])
+    parser.add_argument("--shape", help=f"training: {', '.join(TRAINED)}; decoding: {', '.join(DECODERS)}")
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--times", type=int, default=5)
+    parser.add_argument("--short", action="store_true", help="only checks that it runs")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    times = 1 if options.short else options.times
+    if options.of == "captions":
+        name, found = "captions", captions(options.model, times, 4 if options.short else 2 * BATCH)
+    else:
+        shape = "short" if options.short else options.shape
+        name, found = f"{options.of}-{shape}", {"training": training, "decoding": decoding}[options.of](shape, times)
+    print(json.dumps(found, indent=1))
+    if not options.short:
+        result = {"name": f"time_shares-{name}", "date": date.today().isoformat(), **found, "machine": machine(),
+                  "versions": versions()}
+        (RESULTS / f"time_shares-{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
