@@ -220,7 +220,7 @@ def _shares(q: Tensor, k: Tensor, rows: slice, seen: int, causal: bool) -> Tenso
     scores = torch.bmm(q[:, rows] * q.shape[-1] ** -0.5, k[:, :seen].transpose(1, 2))
     if causal:
         own = scores[..., rows.start:]
-        own.masked_fill_(own.new_ones(own.shape[1:], dtype=torch.bool).triu_(1), -torch.inf)
+        own.add_(own.new_full(own.shape[1:], -torch.inf).triu_(1))
     return scores.softmax(-1)
 
 

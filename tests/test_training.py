@@ -300,6 +300,18 @@ def check_mistake(stop, capsys, told: list[str]) -> None:
     assert len(lines[0]) < 700
 
 
+@pytest.mark.parametrize(("option", "least"), [("samples", 0), ("save_every", 1), ("max_skipped", 1)])
+def test_options_of_a_run_are_counts(option, least, decoder_data, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        fit(tmp_path / "run", DECODER_MODULE, decoder_data, more=(f"--{option}", str(least - 1)))
+    check_mistake(stop, capsys, [f"{option}: found {least - 1}, expected {least} or more"])
+
+
+def test_a_run_shows_no_samples_when_told_so(decoder_data, tmp_path):
+    fit(tmp_path / "run", DECODER_MODULE, decoder_data, more=("--samples", "0"))
+    assert (tmp_path / "run" / "model").is_dir() and not (tmp_path / "run" / "samples").exists()
+
+
 def test_an_empty_manifest_ends_in_one_line(decoder_data, tmp_path, capsys):
     (tmp_path / "empty.jsonl").touch()
     data = changed(decoder_data, "init_args.train", [{"paths": [str(tmp_path / "empty.jsonl")]}])

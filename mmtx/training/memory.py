@@ -3,7 +3,7 @@
 import ctypes
 
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # parameters of mallopt(3)
-NEVER = 2 ** 31 - 1
+NEVER = -1
 
 
 def keep_memory() -> None:

@@ -44,7 +44,7 @@ class FitCLI(LightningCLI):
         parser.add_argument("--output", type=str, required=True,
                             help="folder for the run: the model, checkpoints, metrics, samples")
         parser.add_argument("--save_every", type=int, default=500, help="steps between two resume checkpoints")
-        parser.add_argument("--samples", type=int, default=16, help="held-out samples shown after each validation")
+        parser.add_argument("--samples", type=int, default=16, help="held-out samples shown after each validation, or 0")
         parser.add_argument("--ema", type=float | None, default=None,
                             help="decay of an average of the weights (0.999, say), which is validated and saved")
         parser.add_argument("--max_skipped", type=int, default=10,
@@ -52,19 +52,23 @@ class FitCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any):
         output, trainer = check_output(self._get(self.config_init, "output")), self._get(self.config_init, "trainer")
-        ema = self._get(self.config_init, "ema")
+        samples, save_every, max_skipped, ema = (
+            self._get(self.config_init, name) for name in ("samples", "save_every", "max_skipped", "ema"))
+        for name, value, least in (("samples", samples, 0), ("save_every", save_every, 1), ("max_skipped", max_skipped, 1)):
+            if value < least:
+                raise InputError(f"{name}: found {value}, expected {least} or more")
         if ema is not None and not 0 < ema < 1:
             raise InputError(f"ema: found {ema}, expected a number between 0 and 1")
         self.trainer_defaults["callbacks"] = [
             *([] if trainer.enable_progress_bar is False else [ProgressBar()]),
             # Samples are shown before, and the model is saved after, the average gives way and takes its place.
-            ShowSamples(output, self._get(self.config_init, "samples")),
+            *([ShowSamples(output, samples)] if samples else []),
             *([] if ema is None else [EMAWeightAveraging(decay=ema, use_buffers=False)]),
             SaveModel(output),
             LearningRateMonitor("step"),
-            SkipNonFinite(self._get(self.config_init, "max_skipped")),
+            SkipNonFinite(max_skipped),
             Telemetry(),
-            Checkpoints(output / "checkpoints", self._get(self.config_init, "save_every")),
+            Checkpoints(output / "checkpoints", save_every),
         ]
         self.checkpoint_io = AtomicCheckpointIO()
         kwargs["plugins"] = [*as_list(trainer.plugins), self.checkpoint_io]
