@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from mmtx.model import TokenEmbedding
 
 CHUNK = 2 ** 24  # scores that are held at a time
-NEAR = 2 ** 17   # scores that a core of a CPU keeps in its cache
+NEAR = 2 ** 19   # scores that a core of a CPU keeps in its caches
 
 
 class TokenLoss(NamedTuple):
