@@ -119,22 +119,25 @@ def decoding(shape: str, times: int) -> dict:
         going = row()
         for _ in range(new):
             going.step(x[:, 0])
+            screen.candidates(hidden, free)
 
-    layers = row().layers
-    inputs = [[np.ones(matrix.shape[1], np.float32) for matrix in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-              for layer in layers]
+    matrices = [matrix for layer in row().layers for matrix in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+    inputs = [np.ones(matrix.shape[1], np.float32) for matrix in matrices]
 
-    def products() -> None:
-        for layer, given in zip(layers, inputs, strict=True):
-            for matrix, vector in zip((layer.qkv, layer.out, layer.gate_up, layer.down), given, strict=True):
-                np.dot(matrix, vector)
+    def reading() -> None:
+        for matrix, vector in zip(matrices, inputs, strict=True):
+            np.dot(matrix, vector)
+        screen.scores(hidden)
 
-    found = {"layers": (seconds(steps, times) - seconds(row, times)) / new, "their products alone": seconds(products, 8 * times),
-             "the best id": seconds(lambda: screen.candidates(hidden, free), 8 * times)}
-    read = sum(p.numel() for name, p in decoder.named_parameters() if name.startswith("blocks"))
-    return {"ms": {name: round(1000 * value, 3) for name, value in found.items()},
-            "MB of the layers": round(4 * read / 1e6, 1), "MB of the screen": round(screen.codes.numel() / 1e6, 1),
-            "GB/s of the products": round(4 * read / found["their products alone"] / 1e9, 1)}
+    # The parts in turn, as in use: each alone would find its weights in the cache.
+    whole = (seconds(steps, times) - seconds(row, times)) / new
+    read, size = seconds(reading, 8 * times), sum(matrix.nbytes for matrix in matrices) + screen.codes.nbytes
+    large = np.ones((2 ** 15, 2 ** 12), np.float32)
+    rate = large.nbytes / seconds(lambda: large @ large[0], times)
+    return {"ms of a step": round(1000 * whole, 3), "ms of reading weights": round(1000 * read, 3),
+            "MB of the layers": round(sum(matrix.nbytes for matrix in matrices) / 1e6, 1),
+            "MB of the screen": round(screen.codes.nbytes / 1e6, 1), "GB/s of reading weights": round(size / read / 1e9, 1),
+            "GB/s of one large matrix": round(rate / 1e9, 1)}
 
 
 @torch.inference_mode()
