@@ -70,7 +70,7 @@ def test_a_dataset_can_be_prepared(folder, pictures, tokenizers, tmp_path):
     datasets.load_from_disk(str(folder / "saved")).select([1, 0, 2]).save_to_disk(tmp_path / "other")
     plan = json.loads((tmp_path / "a" / "plan.json").read_text())
     (tmp_path / "a" / "plan.json").write_text(json.dumps({**plan, "sources": [str(tmp_path / "other")]}))
-    with pytest.raises(InputError, match="shard-00000.safetensors: the sources changed"):
+    with pytest.raises(InputError, match=r"shard-0000\d.safetensors: the sources changed"):
         prepare(DataSource([str(tmp_path / "other")]), tokenizers, tmp_path / "a", rows=2)
 
 
