@@ -24,9 +24,8 @@ TEST_ARGS ?=
 MMTX := $(VENV)/bin/mmtx
 PACKAGE := pyproject.toml constraints.txt
 
-# Threads that wait must not spin: on two cores, spinning ones keep working ones from running.
-export OMP_WAIT_POLICY ?= PASSIVE
-export GOMP_SPINCOUNT ?= 0
+# As mmtx/__init__.py sets it, for programs that import torch before.
+export GOMP_SPINCOUNT ?= 1000
 
 .PHONY: quickstart test mutants bench starter environment clean
 .DELETE_ON_ERROR:

@@ -1,6 +1,8 @@
 """The order of the chain, what may be imported where, and what must not be loaded before it is needed."""
 
 import ast
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +83,18 @@ for arguments in (["--help"], ["caption", "--help"]):
 """)
     assert "mmtx" in loaded
     assert not loaded & {"torch", "torchaudio", "torchvision", "lightning", "jsonargparse", "numpy", "sentencepiece"}
+
+
+@pytest.mark.parametrize(("given", "count"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"),
+                                              ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")])
+def test_threads_of_torch_spin_for_a_short_while(given, count):
+    kept = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "-c", "import mmtx, torch"], cwd=ROOT, capture_output=True, text=True,
+                          env={**kept, **given, "OMP_DISPLAY_ENV": "VERBOSE"})
+    found = re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)
+    if not found:
+        pytest.skip("this torch was not built with GNU OpenMP")
+    assert set(found) == {count}
 
 
 def test_captions_load_no_lightning(tiny_model, tmp_path):
