@@ -3,8 +3,9 @@
     python benchmarks/prepare_kills.py --kills 30
 
 Pictures, notes and speech of the starter data with the shipped tokenizers, in shards of 32 rows, by 2 processes; kills come
-at moments uniform over the time that one undisturbed process takes. Each folder must end up the same byte for byte, and no
-process may outlive the one that started it. Writes results/prepare_kills.json; status 1 if a folder differs.
+when a number of shards is finished that is uniform from those that a process finds to all. Each folder must end up the same
+byte for byte, and no process may outlive the one that started it. Writes results/prepare_kills.json; status 1 if a folder
+differs.
 """
 
 import argparse
@@ -42,7 +43,7 @@ def main() -> None:
         rate = facts["rows"] / seconds
         print(f"undisturbed: {facts['documents']} documents in {seconds:.1f} s, {rate:.0f} rows/s, {facts['shards']} shards",
               flush=True)
-        outputs, partial = test.killed_and_finished(folders, root, sources, seconds, options.kills,
+        outputs, partial = test.killed_and_finished(folders, root, sources, facts["shards"], options.kills,
                                                     random.Random(options.seed), "--rows", "32", "--workers", "2")
         different = [output.name for output in outputs if test.content(output) != expected]
     print(f"{options.kills} kills of {len(outputs)} runs, at {sorted(partial)} finished shards: {len(different)} folders differ")

@@ -196,38 +196,43 @@ def ended(group: int) -> bool:
     return False
 
 
-def killed_and_finished(folders: list[str], root: Path, sources: list[str], seconds: float, kills: int, chance,
+def killed_and_finished(folders: list[str], root: Path, sources: list[str], shards: int, kills: int, chance,
                         *more: str) -> tuple[list[Path], list[int]]:
     """Folders that were finished by the same command after kills, `kills` in all, and finished shards at each kill.
 
-    Kills come at moments uniform over `seconds`.
+    A kill comes when a number of shards is finished that is uniform from those that the process finds to all.
     """
+    def finished() -> int:
+        return len(list(outputs[-1].glob("shard-*.safetensors")))
+
     outputs, partial = [], []
     while len(partial) < kills:
         outputs.append(root / f"run-{len(outputs)}")
         while True:
+            least = chance.randint(finished(), shards) if len(partial) < kills else shards
             process = start(folders, outputs[-1], *sources, *more)
-            process.join(chance.uniform(0, seconds) if len(partial) < kills else None)
+            while process.is_alive() and finished() < least:
+                time.sleep(0.0005)
+            process.join(chance.uniform(0, 0.005) if least < shards else None)
             if not process.is_alive():
                 assert process.exitcode == 0, outputs[-1].with_suffix(".log").read_text()
                 break
             os.kill(process.pid, signal.SIGKILL)
             process.join()
             assert ended(process.pid)  # no worker outlives it
-            partial.append(len(list(outputs[-1].glob("shard-*.safetensors"))))
+            partial.append(finished())
     return outputs, partial
 
 
 @pytest.mark.slow
 def test_kills_lose_and_double_nothing(media, folders, tmp_path):
     sources = [str(media / name) for name in ("pictures", "notes.tar", "rows.jsonl")]
-    begun = time.monotonic()
     process = start(folders, tmp_path / "one", *sources, "--rows", "1", "--workers", "1")
     process.join()
     assert process.exitcode == 0, (tmp_path / "one.log").read_text()
-    seconds, expected = time.monotonic() - begun, content(tmp_path / "one")
+    expected = content(tmp_path / "one")
     assert len(expected) == 3 + 38 and not any(name.endswith(".part") for name in expected)
-    outputs, partial = killed_and_finished(folders, tmp_path, sources, seconds, 10, random.Random(0), "--rows", "1",
+    outputs, partial = killed_and_finished(folders, tmp_path, sources, 38, 10, random.Random(0), "--rows", "1",
                                            "--workers", "2")
     assert all(content(output) == expected for output in outputs)
     assert len(set(partial) - {38}) >= 3, partial
