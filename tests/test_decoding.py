@@ -198,6 +198,16 @@ def test_a_screen_says_how_far_its_scores_may_be_wrong():
             assert wrong[row] > 0.4 * bound[row]
 
 
+def test_a_screen_leaves_the_number_of_threads():
+    screen, before = Screen.of(torch.randn(50, SIZES["width"])), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        screen.scores(np.ones(SIZES["width"], np.float32))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_best_id_is_the_same_with_and_without_a_screen():
     torch.manual_seed(0)
     decoder = Decoder(DecoderConfig(FEW_ROWS + 100, **SIZES)).requires_grad_(False)
