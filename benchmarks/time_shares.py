@@ -121,22 +121,22 @@ def decoding(shape: str, times: int) -> dict:
             going.step(x[:, 0])
             screen.candidates(hidden, free)
 
-    matrices = [matrix for layer in row().layers for matrix in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-    inputs = [np.ones(matrix.shape[1], np.float32) for matrix in matrices]
+    layers = row().layers
 
     def reading() -> None:
-        for matrix, vector in zip(matrices, inputs, strict=True):
-            np.dot(matrix, vector)
+        for layer in layers:
+            layer.qkv(), layer.out(), layer.gate_up(), layer.down()
         screen.scores(hidden)
 
     # The parts in turn, as in use: each alone would find its weights in the cache.
     whole = (seconds(steps, times) - seconds(row, times)) / new
-    read, size = seconds(reading, 8 * times), sum(matrix.nbytes for matrix in matrices) + screen.codes.nbytes
+    read, screened = seconds(reading, 8 * times), screen.packed.numel()
+    size = 4 * sum(each.numel() for layer in weights.layers for each in (layer.qkv, layer.out, layer.gate_up, layer.down))
     large = np.ones((2 ** 15, 2 ** 12), np.float32)
     rate = large.nbytes / seconds(lambda: large @ large[0], times)
     return {"ms of a step": round(1000 * whole, 3), "ms of reading weights": round(1000 * read, 3),
-            "MB of the layers": round(sum(matrix.nbytes for matrix in matrices) / 1e6, 1),
-            "MB of the screen": round(screen.codes.nbytes / 1e6, 1), "GB/s of reading weights": round(size / read / 1e9, 1),
+            "MB of the layers": round(size / 1e6, 1), "MB of the screen": round(screened / 1e6, 1),
+            "GB/s of reading weights": round((size + screened) / read / 1e9, 1),
             "GB/s of one large matrix": round(rate / 1e9, 1)}
 
 

@@ -1,23 +1,25 @@
 """Decoding one row on a CPU: the step of `decoding.step` in NumPy, and the best id without reading all of the output matrix.
 
 One token has so little to compute that a step costs what reading the weights and starting operations cost. Starting one
-in NumPy takes a third of the time, and its product of a vector and a matrix (OpenBLAS) reads memory at up to twice the
-rate of torch's (MKL) on the machines that we measured. It works on the same memory as the torch tensors. Tests compare it
-with the torch path.
+in NumPy takes a third of the time. It works on the same memory as the torch tensors. Tests compare it with the torch path.
 
 Shapes: D width, H heads, G key-value heads, K head width, C capacity of the cache, T tokens in it, R rows of the output.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtx.decoding import KVCache, Norm, Weights
 
 FEW_ROWS = 4096   # output matrices up to here are read as a whole
+SHORT = 9216      # numbers of a head's keys up to here are read by NumPy's products, which then stay on one thread
 SLACK = 1e-5      # what float32 rounds away in a score, as a share of the longest that it could be
 
 
@@ -50,16 +52,32 @@ class _Norm(NamedTuple):
         return out
 
 
+def _product(matrix: Tensor, x: np.ndarray, out: np.ndarray) -> Callable[[], object]:
+    """What puts the product of a matrix (O, I), as it is then, and `x` (I,) into `out` (O,) when it is called.
+
+    One thread of NumPy's (OpenBLAS) reads memory at up to 1.3 times the rate of torch's (MKL), on an AMD EPYC; on an Intel
+    Xeon they are equal. Threads of both would wait for more to do on cores that the other needs, so many are torch's only:
+    on two cores of that Xeon, 384 x 6, 91 ids a second with NumPy's and 294 so.
+    """
+    if torch.get_num_threads() == 1:
+        return partial(np.dot, _array(matrix), x, out)
+    return partial(torch.mv, matrix.detach(), torch.from_numpy(x), out=torch.from_numpy(out))
+
+
 class _Layer(NamedTuple):
-    """The weights of one block; matrices as (out, in), whichever side is contiguous."""
+    """The weights of one block, matrices as their products, and its part of the cache."""
 
     attention_norm: _Norm
-    qkv: np.ndarray
+    qkv: Callable[[], object]
     head_norm: _Norm        # weight (H + G, K), that of queries over sqrt(K)
-    out: np.ndarray
+    keys: Tensor            # (1, G, C, K)
+    values: Tensor          # the same
+    key_array: np.ndarray   # (G, C, K), the same memory: NumPy writes a slot in a fifth of the time
+    value_array: np.ndarray
+    out: Callable[[], object]
     feed_forward_norm: _Norm
-    gate_up: np.ndarray
-    down: np.ndarray
+    gate_up: Callable[[], object]
+    down: Callable[[], object]
 
 
 class Row:
@@ -70,28 +88,33 @@ class Row:
         c = self.config = weights.config
         self.used, self.position = int(cache.slot), int(cache.positions[0])
         # A row that comes out of a batch of prompts of many lengths has padding between its prompt and its answer.
-        self.gap = np.flatnonzero(~cache.seen[0, :self.used].numpy())
-        self.keys, self.values = ([each[0].numpy() for each in many] for many in (cache.keys, cache.values))
+        self.seen = None
+        if not cache.seen[0, :self.used].all():
+            self.seen = cache.seen[:, None, None].clone()                                          # (1, 1, 1, C)
+            self.seen[..., self.used:] = True
         turning, half = c.heads + c.kv_heads, c.head_width // 2
         self.cos, self.sin = (each.numpy().reshape(-1, 2, half) for each in (cache.cos, cache.sin))
-        scale = np.ones((turning, 1), np.float32)
-        scale[:c.heads] = c.head_width ** -0.5
-        self.layers = []
-        for layer in weights.layers:
-            head_norm = _Norm.of(layer.head_norm)
-            self.layers.append(_Layer(
-                _Norm.of(layer.attention_norm), _array(layer.qkv.T), head_norm._replace(weight=head_norm.weight * scale),
-                _array(layer.out.T), _Norm.of(layer.feed_forward_norm), _array(layer.gate_up.T), _array(layer.down.T)))
-        self.norm, self.table = _Norm.of(weights.norm), _array(weights.output)                    # (R, D)
-        self.screens = weights.screens
-        self.allowed = self.forbidden = None
         # Where the operations put what they make.
         empty = lambda *shape: np.empty(shape, np.float32)  # noqa: E731
         self.normed, self.added, self.hidden = empty(c.width), empty(c.width), empty(c.width)
-        self.qkv, self.gate_up, self.gate = empty((turning + c.kv_heads) * c.head_width), empty(2 * c.hidden), empty(c.hidden)
+        self.qkv, self.found = empty((turning + c.kv_heads) * c.head_width), empty(c.heads * c.head_width)
+        self.gate_up, self.gate = empty(2 * c.hidden), empty(c.hidden)
         self.turned, self.swapped = empty(turning, 2, half), empty(turning, 2, half)
         self.square, self.length = empty(turning, c.head_width), empty(turning, 1)
         self.ones = np.ones((c.head_width, 1), np.float32)
+        scale = np.ones((turning, 1), np.float32)
+        scale[:c.heads] = c.head_width ** -0.5
+        self.layers = []
+        for layer, keys, values in zip(weights.layers, cache.keys, cache.values, strict=True):
+            head_norm = _Norm.of(layer.head_norm)
+            self.layers.append(_Layer(
+                _Norm.of(layer.attention_norm), _product(layer.qkv.T, self.normed, self.qkv),
+                head_norm._replace(weight=head_norm.weight * scale), keys, values, keys[0].numpy(), values[0].numpy(),
+                _product(layer.out.T, self.found, self.added), _Norm.of(layer.feed_forward_norm),
+                _product(layer.gate_up.T, self.normed, self.gate_up), _product(layer.down.T, self.gate, self.added)))
+        self.norm, self.table = _Norm.of(weights.norm), weights.output.detach()                    # (R, D)
+        self.screens = weights.screens if Screen.pays() else None
+        self.allowed = self.forbidden = None
 
     @staticmethod
     def takes(weights: Weights, cache: KVCache) -> bool:
@@ -102,13 +125,13 @@ class Row:
         """Hidden state (1, D), and which of the first ids, all with a row of their own, may be chosen (1, R) -> the best."""
         if allowed is not self.allowed:
             self.allowed, self.forbidden = allowed, np.where(allowed.numpy()[0], np.float32(0), np.float32(-np.inf))
-        hidden, table = hidden.numpy()[0], self.table[:allowed.shape[1]]
+        table, (hidden,) = self.table[:allowed.shape[1]], hidden
         if self.screens is None or len(table) <= FEW_ROWS:
-            return torch.tensor([(table @ hidden + self.forbidden).argmax()])
+            return torch.tensor([(torch.mv(table, hidden).numpy() + self.forbidden).argmax()])
         if len(table) not in self.screens:
-            self.screens[len(table)] = Screen.of(torch.from_numpy(table))
-        few = self.screens[len(table)].candidates(hidden, self.forbidden)
-        return torch.from_numpy(few[(table[few] @ hidden).argmax(keepdims=True)])
+            self.screens[len(table)] = Screen.of(table)
+        few = torch.from_numpy(self.screens[len(table)].candidates(hidden.numpy(), self.forbidden))
+        return few[torch.mv(table[few], hidden).argmax(keepdim=True)]
 
     def step(self, x: Tensor) -> Tensor:
         """Feed one more token, as its input (1, D) -> its hidden state (1, D), good until the next step."""
@@ -118,15 +141,19 @@ class Row:
         heads = self.qkv.reshape(-1, c.head_width)
         raw, value = heads[:turning], heads[turning:]
         turned, swapped, length, square = self.turned, self.swapped, self.length, self.square
-        flat = turned.reshape(turning, c.head_width)
-        back, key = turned[:, ::-1], flat[c.heads:]
-        query = flat[:c.heads].reshape(c.kv_heads, -1, c.head_width).transpose(0, 2, 1)           # (G, K, H / G)
+        flat, back = turned.reshape(turning, c.head_width), turned[:, ::-1]
+        # The queries of a group share keys and values: they take the place of tokens, as in `decoding.attend`.
+        shape = c.kv_heads, c.heads // c.kv_heads, c.head_width
+        query, key, found = flat[:c.heads].reshape(shape), flat[c.heads:], self.found.reshape(shape)
         gate, up = self.gate_up[:c.hidden], self.gate_up[c.hidden:]
-        cos, sin, gap = self.cos[self.position], self.sin[self.position], self.gap
+        cos, sin = self.cos[self.position], self.sin[self.position]
+        mask = None if self.seen is None else self.seen[..., :slot + 1]
+        short = mask is None and (slot + 1) * c.head_width <= SHORT
         self.position += 1
         with np.errstate(over="ignore"):
-            for layer, keys, values in zip(self.layers, self.keys, self.values, strict=True):
-                np.dot(layer.qkv, layer.attention_norm(x, self.normed), out=self.qkv)
+            for layer in self.layers:
+                layer.attention_norm(x, self.normed)
+                layer.qkv()
                 np.multiply(raw, raw, out=square)
                 np.dot(square, self.ones, out=length)
                 length += layer.head_norm.floor
@@ -136,33 +163,45 @@ class Row:
                 np.multiply(back, sin, out=swapped)
                 turned *= cos
                 turned += swapped
-                keys[:, slot], values[:, slot] = key, value
-                scores = np.matmul(keys[:, :slot + 1], query)                                     # (G, T, H / G)
-                if len(gap):
-                    scores[:, gap] = -np.inf
-                scores -= scores.max(1, keepdims=True)
-                np.exp(scores, out=scores)
-                scores /= scores.sum(1, keepdims=True)
-                found = np.matmul(scores.transpose(0, 2, 1), values[:, :slot + 1])                # (G, H / G, K)
-                x += np.dot(layer.out, found.reshape(-1), out=self.added)
-                np.dot(layer.gate_up, layer.feed_forward_norm(x, self.normed), out=self.gate_up)
+                layer.key_array[:, slot], layer.value_array[:, slot] = key, value
+                if short:
+                    scores = np.matmul(query, layer.key_array[:, :slot + 1].transpose(0, 2, 1))     # (G, H / G, T)
+                    scores -= scores.max(2, keepdims=True)
+                    np.exp(scores, out=scores)
+                    scores /= scores.sum(2, keepdims=True)
+                    np.matmul(scores, layer.value_array[:, :slot + 1], out=found)
+                else:
+                    keys, values = layer.keys.narrow(2, 0, slot + 1), layer.values.narrow(2, 0, slot + 1)
+                    found[:] = F.scaled_dot_product_attention(torch.from_numpy(query)[None], keys, values, mask, scale=1.0)[0]
+                layer.out()
+                x += self.added
+                layer.feed_forward_norm(x, self.normed)
+                layer.gate_up()
                 # up * silu(gate); where exp overflows, silu is 0.
                 np.negative(gate, out=self.gate)
                 np.exp(self.gate, out=self.gate)
                 self.gate += 1
                 np.divide(gate, self.gate, out=self.gate)
                 self.gate *= up
-                x += np.dot(layer.down, self.gate, out=self.added)
+                layer.down()
+                x += self.added
         return torch.from_numpy(self.norm(x, self.hidden))[None]
 
 
 class Screen(NamedTuple):
     """The first rows of an output matrix in 8 bits, and the error that this makes: says which few can score best."""
 
-    codes: Tensor         # (R, D) int8
+    packed: Tensor        # (R, D) of int8, as oneDNN lays it out
     scale: Tensor         # (R,) a row is about its codes times this
-    length: np.ndarray    # (R,) of that
+    zero: Tensor          # (R,) of zeros
+    length: np.ndarray    # (R,) of what a row is about
     error: np.ndarray     # (R,) length of what it lacks, and SLACK of its own length
+
+    @staticmethod
+    def pays() -> bool:
+        """Whether the processor has instructions for products of 8 bits (VNNI): with others, reading all is as fast."""
+        has = torch.cpu.get_capabilities()
+        return torch.backends.mkldnn.is_available() and any(has.get(name) for name in ("avx512_vnni", "avx_vnni"))
 
     @classmethod
     def of(cls, rows: Tensor) -> "Screen":
@@ -172,27 +211,22 @@ class Screen(NamedTuple):
         near = codes * scale
         length = torch.linalg.vector_norm(near, dim=1)
         error = torch.linalg.vector_norm(near.sub_(rows), dim=1) + SLACK * length
-        return cls(codes.to(torch.int8), scale[:, 0], length.numpy(), error.numpy())
+        packed = torch.ops.onednn.qlinear_prepack(codes.to(torch.int8), [1, rows.shape[1]])
+        return cls(packed, scale[:, 0], torch.zeros(len(rows), dtype=torch.long), length.numpy(), error.numpy())
 
     def scores(self, hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """About what each row scores (R,) for a hidden state (D,), and how far from the truth that may be (R,).
 
-        With w a row, v what is here of it, h the hidden state and g what 8 bits keep of that, the score w h differs from
+        With w a row, v what is here of it, h the hidden state and g what 7 bits keep of that, the score w h differs from
         v g by no more than |w - v| |h| + |v| |h - g|.
         """
-        scale = float(max(hidden.max(), -hidden.min(), 1e-30)) / 127
+        # 7 bits, from 0 on: where oneDNN keeps to AVX2, it adds two products in 16 bits, which two of 255 and 127 do not fit.
+        scale = float(max(hidden.max(), -hidden.min(), 1e-30)) / 63
         codes = np.rint(hidden / scale)
         lack = hidden - codes * scale
-        given = torch.from_numpy(codes.astype(np.int8))[None]
-        # On one thread: torch's, waiting for more to do, would take cores from NumPy's, and the other way round. Two cores of
-        # an AMD EPYC, 384 x 6: 221 ids a second so, 109 on all threads where torch was imported before mmtx.
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            scores = torch._int_mm(given, self.codes.T)[0].mul(self.scale).numpy()
-        finally:
-            torch.set_num_threads(threads)
-        scores *= scale
+        given = torch.from_numpy((codes + 64).astype(np.uint8))[None]
+        scores = torch.ops.onednn.qlinear_pointwise(
+            given, scale, 64, self.packed, self.scale, self.zero, None, 1.0, 0, torch.float32, "none", [], "")[0].numpy()
         bound = self.error * math.sqrt(hidden.dot(hidden))
         bound += self.length * math.sqrt(lack.dot(lack))
         return scores, bound
