@@ -39,7 +39,7 @@ from mmtx.data.tokens import load_media  # noqa: E402
 from mmtx.errors import InputError  # noqa: E402
 from mmtx.modality.audio import AudioTokenizer  # noqa: E402
 from mmtx.modality.base import load_tokenizer  # noqa: E402
-from mmtx.pipeline import find_shipped  # noqa: E402
+from mmtx.files import find_shipped  # noqa: E402
 from mmtx.training.vocoder import stft_distance  # noqa: E402
 
 NOTES = "demos/data/starter/sounds-test-unseen-notes.tar.gz"

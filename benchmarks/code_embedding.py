@@ -24,7 +24,7 @@ from mmtx.data.tokens import load_media, seed_of
 from mmtx.layers import Packing
 from mmtx.modality.base import load_tokenizer
 from mmtx.model import CodeRange, Decoder, DecoderConfig
-from mmtx.pipeline import find_shipped
+from mmtx.files import find_shipped
 from mmtx.sequence import Features
 from mmtx.vocabulary import Vocabulary
 

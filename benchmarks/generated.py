@@ -36,7 +36,8 @@ from mmtx.data.media import load_audio, load_image  # noqa: E402
 from mmtx.data.sample import Media, Sample  # noqa: E402
 from mmtx.errors import InputError  # noqa: E402
 from mmtx.evaluation import confidence_interval, mel_features, pixel_features  # noqa: E402
-from mmtx.pipeline import BATCH, find_shipped  # noqa: E402
+from mmtx.files import find_shipped  # noqa: E402
+from mmtx.pipeline import BATCH  # noqa: E402
 
 DATA = "demos/data/starter"
 PICTURES, STYLE = "images-train-*.tar.gz", "images-test-unseen-style.tar.gz"

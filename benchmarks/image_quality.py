@@ -30,7 +30,7 @@ from mmtx.data.tokens import load_media  # noqa: E402
 from mmtx.errors import InputError  # noqa: E402
 from mmtx.modality.base import load_tokenizer  # noqa: E402
 from mmtx.modality.image import ImageTokenizer, resize, to_float  # noqa: E402
-from mmtx.pipeline import find_shipped  # noqa: E402
+from mmtx.files import find_shipped  # noqa: E402
 from mmtx.training.codec import Usage, picture_quality  # noqa: E402
 
 STARTER = "demos/data/starter"

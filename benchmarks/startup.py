@@ -19,7 +19,8 @@ from pathlib import Path
 from captions_speed import SOURCES
 from measure import interleave, report
 
-from mmtx.pipeline import DEFAULT_MODEL, find_shipped
+from mmtx.files import find_shipped
+from mmtx.pipeline import DEFAULT_MODEL
 
 FLOOR = "import torch and read the weights"
 READ = """

@@ -25,7 +25,7 @@ from mmtx.data.augment import ImageAugmentation  # noqa: E402
 from mmtx.data.tokens import seed_of  # noqa: E402
 from mmtx.modality.autoencoder import NetworkConfig, PatchAutoencoder  # noqa: E402
 from mmtx.modality.image import ImageConfig, ImageTokenizer, to_float  # noqa: E402
-from mmtx.pipeline import find_shipped  # noqa: E402
+from mmtx.files import find_shipped  # noqa: E402
 from mmtx.training.codec import picture_quality  # noqa: E402
 from mmtx.training.optimizer import OptimizerConfig, configure  # noqa: E402
 

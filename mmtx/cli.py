@@ -131,7 +131,8 @@ def _sampling(options: argparse.Namespace) -> dict:
 
 def media_files(names: Sequence[str]) -> list[str]:
     """Files, URLs, and all pictures and sounds in folders. Raises InputError on a missing or empty one."""
-    from mmtx.data.sample import is_url, kind_of
+    from mmtx.data.sample import kind_of
+    from mmtx.data.storage import is_url
 
     found = []
     for name in names:
@@ -149,7 +150,8 @@ def media_files(names: Sequence[str]) -> list[str]:
 
 def _parts(names: Sequence[str]) -> list:
     """Words of the command line: existing files and URLs are media, the rest is text."""
-    from mmtx.data.sample import is_url, kind_of
+    from mmtx.data.sample import kind_of
+    from mmtx.data.storage import is_url
 
     def part(name: str):
         if is_url(name) or Path(name).is_file():
@@ -241,7 +243,7 @@ def _prepare(options: argparse.Namespace) -> None:
     from mmtx.data.collection import DataSource, read_config
     from mmtx.data.prepare import prepare
     from mmtx.modality.base import load_tokenizer
-    from mmtx.pipeline import find_shipped
+    from mmtx.files import find_shipped
     from mmtx.vocabulary import KINDS
 
     if bool(options.sources) == bool(options.config):

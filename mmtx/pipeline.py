@@ -23,11 +23,12 @@ import torch
 from PIL import Image as PILImage
 
 from mmtx.data.media import kind_of, load_audio, load_image
-from mmtx.data.sample import FileSource, open_binary
+from mmtx.data.storage import FileSource, open_binary
 from mmtx.decoding import Weights
 from mmtx.errors import InputError
+from mmtx.files import find_shipped, read_json, replace_folder, write_json
 from mmtx.generation import Sampling, generate, steps
-from mmtx.modality.base import Tokenizer, load_tokenizer, read_json, replace_folder, write_json
+from mmtx.modality.base import Tokenizer, load_tokenizer
 from mmtx.model import Decoder, DecoderConfig
 from mmtx.row import lay_out
 from mmtx.sequence import AudioPart, Document, Grammar, ImagePart, Part, Prompt, TextPart, Turn, parse, prompt, render
@@ -36,7 +37,6 @@ from mmtx.vocabulary import Vocabulary
 FORMAT = 1
 DEFAULT_MODEL = "demos/starter"
 AUDIO_TOKENIZER = "tokenizers/audio"
-PACKAGE = Path(__file__).parent
 BATCH = 32  # media that are encoded, and prompts that are answered, together
 MOST_THREADS = 4  # that do so at a time on a CPU
 
@@ -70,17 +70,6 @@ class Sound(NamedTuple):
 
 
 Media = str | PILImage.Image | Sound
-
-
-def find_shipped(name: str | Path) -> Path:
-    """A folder or file by its path or, if there is none, among those that come with the package.
-
-    An installed package carries them inside itself, an editable one beside itself.
-    """
-    for base in (Path(), PACKAGE / "shipped", PACKAGE.parent):
-        if (base / name).exists():
-            return base / name
-    raise InputError(f"{name}: no such folder or file, neither here nor among those that come with mmtx")
 
 
 def load(folder: str | Path = DEFAULT_MODEL, device: str | torch.device | None = None) -> "Model":

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from mmtx.errors import InputError
-from mmtx.modality.base import Tokenizer, read_json, write_json
+from mmtx.files import read_json, write_json
+from mmtx.modality.base import Tokenizer
 
 FORMAT = 1
 SLOTS = 256  # reserved for special tokens; unused ones are for later, so that a new special moves no id

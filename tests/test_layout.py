@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CHAIN = ("kernels", "layers", "modality", "vocabulary", "sequence", "data", "model", "loss", "decoding", "row",
+CHAIN = ("files", "kernels", "layers", "modality", "vocabulary", "sequence", "data", "model", "loss", "decoding", "row",
          "generation", "pipeline", "evaluation", "report", "training", "cli")
 ANYWHERE = ("errors",)
 FILES = sorted((ROOT / "mmtx").rglob("*.py"))

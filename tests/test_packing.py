@@ -15,7 +15,8 @@ from mmtx.data import packing
 from mmtx.data.augment import AudioAugmentation, ImageAugmentation
 from mmtx.data.collection import DataSource, read_source
 from mmtx.data.packing import PackedBatches, best_fit, fill, in_order, pack
-from mmtx.data.sample import Media, MemorySource, Sample, SampleTurn, Text
+from mmtx.data.sample import Media, Sample, SampleTurn, Text
+from mmtx.data.storage import MemorySource
 from mmtx.data.tokens import Augmentation, Documents, load_media, seed_of, to_documents
 from mmtx.errors import InputError
 from mmtx.modality.base import load_tokenizer

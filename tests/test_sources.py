@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from mmtx.data.sample import FileSource, MemorySource, Text, display, kind_of
+from mmtx.data.sample import Text, kind_of
+from mmtx.data.storage import FileSource, MemorySource, display
 from mmtx.data.sources import SkipCounter, open_source, read, scan
 from mmtx.errors import InputError
 
@@ -309,8 +310,8 @@ def test_a_damaged_shard_is_an_error(tmp_path):
 
 
 def test_members_that_are_too_large(tmp_path, monkeypatch):
-    monkeypatch.setattr("mmtx.data.sources.MAX_BYTES", 500)
-    monkeypatch.setattr("mmtx.data.sample.MAX_BYTES", 500)
+    monkeypatch.setattr("mmtx.data.webdataset.MAX_BYTES", 500)
+    monkeypatch.setattr("mmtx.data.storage.MAX_BYTES", 500)
     with pytest.raises(InputError, match="000.png: 600 bytes, at most 500"):
         read(shard(tmp_path / "x.tar.gz", members(1)))
     (tmp_path / "big.png").write_bytes(bytes(501))

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from mmtx.data.sample import DatasetSource
+from mmtx.data.storage import DatasetSource
 from mmtx.errors import InputError
 
 PREFIX = "hf://"

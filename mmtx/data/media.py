@@ -15,7 +15,8 @@ import torch
 from PIL import Image, ImageOps
 from torchaudio.functional import resample
 
-from mmtx.data.sample import FileSource, display, kind_of, sniff
+from mmtx.data.sample import kind_of, sniff
+from mmtx.data.storage import FileSource, display
 from mmtx.errors import InputError
 
 __all__ = ["kind_of", "load_audio", "load_image", "sniff"]

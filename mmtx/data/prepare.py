@@ -27,7 +27,8 @@ from mmtx.data.sample import Media, Sample
 from mmtx.data.sources import PLAN, SkipCounter, is_selected, scan
 from mmtx.data.tokens import ENCODE_AT_ONCE, Augmentation, encode_samples, load_sample
 from mmtx.errors import InputError
-from mmtx.modality.base import Tokenizer, read_json, write_json
+from mmtx.files import read_json, write_json
+from mmtx.modality.base import Tokenizer
 from mmtx.sequence import Document, render
 from mmtx.vocabulary import Vocabulary
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from mmtx.data.collection import DataSource
-from mmtx.data.sample import display, is_url, open_binary
+from mmtx.data.storage import display, is_url, open_binary
 from mmtx.data.sources import SkipCounter
 from mmtx.data.tokens import Augmentation, seed_of
 from mmtx.errors import InputError

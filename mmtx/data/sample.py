@@ -4,88 +4,15 @@ Everything here is frozen and picklable, so that samples travel to the workers o
 """
 
 import os
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, BinaryIO, Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from mmtx.errors import InputError
+from mmtx.data.storage import MediaSource, display
 
-MAX_BYTES = 256 * 2**20  # of one medium: more than 600 s of stereo PCM at 48 kHz
 EXTENSIONS = {
     "image": (".webp", ".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff"),
     "audio": (".ogg", ".opus", ".wav", ".flac", ".mp3"),
 }
-
-
-@dataclass(frozen=True)
-class FileSource:
-    """A file or fsspec URL, or `size` bytes at `offset` of it (a member of a plain tar)."""
-
-    path: str
-    offset: int = 0
-    size: int | None = None
-
-    def read(self) -> bytes:
-        """Return the bytes. Raises InputError when they are missing, cut short or more than MAX_BYTES."""
-        with open_binary(self.path) as file:
-            if self.offset:
-                file.seek(self.offset)
-            data = file.read(MAX_BYTES + 1 if self.size is None else min(self.size, MAX_BYTES + 1))
-        if len(data) > MAX_BYTES:
-            raise InputError(f"{display(self.path)}: more than {MAX_BYTES} bytes, the most for one medium")
-        if self.size is not None and len(data) < self.size:
-            raise InputError(
-                f"{display(self.path)}: found {len(data)} bytes at byte {self.offset}, expected {self.size}"
-            )
-        return data
-
-    def stamp(self) -> bytes:
-        """What changes when the file does, as far as one can tell without reading it: size and time of a local one."""
-        try:
-            found = None if is_url(self.path) else os.stat(self.path)
-        except OSError:
-            found = None
-        return b"" if found is None else f"{found.st_size} {found.st_mtime_ns}".encode()
-
-
-@dataclass(frozen=True)
-class MemorySource:
-    """Bytes held in memory (a member of a compressed tar, which has no random access)."""
-
-    data: bytes = field(repr=False)
-
-    def read(self) -> bytes:
-        """Return the bytes."""
-        return self.data
-
-    def stamp(self) -> bytes:
-        """The bytes themselves."""
-        return self.data
-
-
-@dataclass(frozen=True)
-class DatasetSource:
-    """A picture or sound in a column of a Hugging Face dataset whose columns were cast to `decode=False`."""
-
-    dataset: Any = field(repr=False)
-    row: int
-    column: str
-
-    def read(self) -> bytes:
-        """Return the bytes, which lie in the dataset or in a file that it names."""
-        value = self.dataset.select_columns([self.column])[self.row][self.column]
-        if value is None:
-            raise InputError(f"row {self.row + 1}, column {self.column!r}: found nothing, expected a picture or sound")
-        return FileSource(value["path"]).read() if value["bytes"] is None else value["bytes"]
-
-    def stamp(self) -> bytes:
-        """The fingerprint that the library gives to a dataset."""
-        return self.dataset._fingerprint.encode()
-
-
-MediaSource = FileSource | MemorySource | DatasetSource
 
 
 @dataclass(frozen=True)
@@ -162,40 +89,3 @@ def sniff(data: bytes) -> Literal["image", "audio"] | None:
 def suffix(path: str) -> str:
     """The last extension in lower case with its dot, '' if there is none."""
     return os.path.splitext(display(path))[1].lower()
-
-
-def is_url(path: str) -> bool:
-    """Whether fsspec opens `path`, rather than the local file system."""
-    return "://" in path or path.startswith("data:")
-
-
-def display(path: str) -> str:
-    """A path for messages: a URL without password, query (which may hold a signature) or inline data."""
-    if path.startswith("data:"):
-        return path.split(",")[0]
-    return re.sub(r"//[^/@]*@", "//", path).split("?")[0] if is_url(path) else path
-
-
-@contextmanager
-def open_binary(path: str) -> Iterator[BinaryIO]:
-    """Open a local file or fsspec URL; what fails while it is open becomes an InputError that names it."""
-    # Every fsspec back end raises classes of its own; local files raise OSError alone.
-    failures = Exception if is_url(path) else OSError
-    try:
-        if is_url(path):
-            import fsspec
-
-            opened = fsspec.open(path, "rb")
-        else:
-            opened = open(path, "rb")
-        with opened as file:
-            yield file
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{display(path)}: no such file") from None
-    except failures as error:
-        # The texts of remote errors may hold addresses and signatures; a missing package is worth telling.
-        remote = str(error) if isinstance(error, ImportError) else type(error).__name__
-        reason = getattr(error, "strerror", None) or (remote if is_url(path) else str(error))
-        raise InputError(f"{display(path)}: cannot be read ({reason})") from None

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mmtx.errors import InputError
 from mmtx.modality.autoencoder import Codec, Encoding, NetworkConfig, PatchAutoencoder, Reconstruction
-from mmtx.modality.base import read_json, write_json
+from mmtx.files import read_json, write_json
 from mmtx.modality.vocoder import PITCHES, Vocoder, VocoderConfig, pitch_logits
 
 FLOOR = 1e-3              # mel magnitudes below it count as silence: 70 dB under a full-scale tone

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from mmtx.errors import InputError
 from mmtx.layers import Block, BlockConfig, RMSNorm, initialise, rotary
-from mmtx.modality.base import Tokenizer, read_json, write_json
+from mmtx.files import read_json, write_json
+from mmtx.modality.base import Tokenizer
 from mmtx.modality.fsq import FSQ
 
 NORM_EPS = torch.finfo(torch.float32).eps

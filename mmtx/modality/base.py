@@ -5,16 +5,12 @@ Codes are local: they start at 0 in every modality. `mmtx.vocabulary` gives them
 
 import hashlib
 import importlib
-import json
-import os
-import shutil
-import uuid
 from abc import ABC, abstractmethod
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 from mmtx.errors import InputError
+from mmtx.files import read_json, replace_folder
 
 CLASSES = {
     "text": ("mmtx.modality.text", "TextTokenizer"),
@@ -91,42 +87,3 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise InputError(f"{folder / 'config.json'}: field 'kind' is {kind!r}, expected one of {sorted(CLASSES)}")
     module, name = CLASSES[kind]
     return getattr(importlib.import_module(module), name).from_folder(folder)
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file; a missing or broken one is an InputError."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from None
-
-
-def write_json(value: Any) -> bytes:
-    """The one way that mmtx writes JSON, so that equal values give equal bytes."""
-    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
-
-
-@contextmanager
-def replace_folder(folder: str | Path):
-    """Yield an empty folder beside `folder` that takes its place when the block ends without an error.
-
-    A crash or an error leaves the old folder as it was, never a half-written one.
-    """
-    folder = Path(folder)
-    staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
-    try:
-        yield staging
-        old = folder.with_name(staging.name + ".old")
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(staging, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

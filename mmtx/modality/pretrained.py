@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from mmtx.errors import InputError
 from mmtx.modality.autoencoder import Encoding
-from mmtx.modality.base import Tokenizer, read_json, write_json
+from mmtx.files import read_json, write_json
+from mmtx.modality.base import Tokenizer
 from mmtx.modality.image import ImageConfig, ImageTokenizer
 
 AUDIO = {"encodec": "EncodecModel", "dac": "DacModel", "mimi": "MimiModel"}

@@ -14,7 +14,8 @@ from typing import ClassVar
 import sentencepiece
 
 from mmtx.errors import InputError
-from mmtx.modality.base import Tokenizer, read_json, write_json
+from mmtx.files import read_json, write_json
+from mmtx.modality.base import Tokenizer
 
 SPACE = "\u2581"  # SentencePiece writes a space as this character
 RESERVED = {SPACE, "\u2585"}  # the trainer takes the first for a space and drops texts with the second

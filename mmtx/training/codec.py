@@ -29,7 +29,7 @@ from mmtx.modality.base import load_tokenizer
 from mmtx.modality.image import ImageConfig, ImageTokenizer, resize, to_float
 from mmtx.modality.vocoder import hertz
 from mmtx.training.critic import AdversarialConfig, Critic, Perceptual, PerceptualConfig, balance
-from mmtx.pipeline import find_shipped
+from mmtx.files import find_shipped
 from mmtx.training.loader import ResumableLoader, loader
 from mmtx.training.optimizer import OptimizerConfig, configure
 

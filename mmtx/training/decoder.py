@@ -21,7 +21,8 @@ from mmtx.errors import InputError
 from mmtx.loss import TokenLoss, next_token_loss
 from mmtx.modality.base import load_tokenizer
 from mmtx.model import CodeRange, Decoder, DecoderConfig
-from mmtx.pipeline import Model, find_shipped, load
+from mmtx.files import find_shipped
+from mmtx.pipeline import Model, load
 from mmtx.training.loader import ResumableLoader, loader
 from mmtx.training.optimizer import OptimizerConfig, configure
 from mmtx.training.sharding import shard

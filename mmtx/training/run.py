@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mmtx.errors import InputError
-from mmtx.pipeline import find_shipped
+from mmtx.files import find_shipped
 from mmtx.training.callbacks import Metrics, ProgressBar, SaveModel, ShowSamples
 from mmtx.training.checkpoint import AtomicCheckpointIO, Checkpoints, flatten, newest
 from mmtx.training.decoder import DecoderModule

@@ -16,7 +16,7 @@ from mmtx.errors import InputError
 from mmtx.modality.audio import AudioTokenizer
 from mmtx.modality.base import load_tokenizer
 from mmtx.modality.vocoder import CENTS, CLARITY, LOWEST, PITCHES, VocoderConfig, hertz, track_frames
-from mmtx.pipeline import find_shipped
+from mmtx.files import find_shipped
 from mmtx.training.codec import CodecBatch, CodecData
 from mmtx.training.optimizer import OptimizerConfig, configure
 
