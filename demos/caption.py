@@ -10,20 +10,16 @@ import argparse
 import base64
 import html
 import io
-import re
+import os
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import soundfile
 from PIL import Image, ImageOps
 
 import mmtx
-from mmtx.cli import media_files
 
-TOGETHER = 16           # files captioned at once
 INLINE = 1_000_000      # bytes; larger files are put on the page smaller, or cut
 SIDE = 640              # pixels: longest side of a picture that was made smaller
 EXCERPT = 20            # seconds of a long sound that the page plays
@@ -98,91 +94,78 @@ def main() -> None:
     except mmtx.InputError as error:
         sys.exit(f"error: {error}")
 
-    cards: dict[str, list[str]] = {"pictures": [], "sounds": []}
-    errors = []
-    files = find(options.files, errors)
-    for name, caption in captions(model, files, errors):
-        print(f"{shown(name)}\t{' '.join(caption.split())}", flush=True)
-        try:
-            kind, card = make_card(name, caption)
-        except Exception as error:  # of all sorts: the file or the connection went between the two readings
-            report(f"{shown(name)}: not on the page ({type(error).__name__})", errors)
-        else:
-            cards[kind].append(card)
+    page = Page(by=f"model {html.escape(options.model)}" if options.model else "the model that comes with mmtx")
     try:
-        options.page.write_text(make_page(cards, errors, options.model), encoding="utf-8")
-    except OSError as error:
-        sys.exit(f"error: --page {options.page}: cannot be written ({error.strerror})")
-    print(f"page: {options.page}", file=sys.stderr)
-    sys.exit(1 if errors else 0)
-
-
-def find(names: Sequence[str], errors: list[str]) -> list[str]:
-    """Files and URLs, with folders replaced by what is in them."""
-    files = []
-    for name in names:
-        try:
-            files += media_files([name])
-        except mmtx.InputError as error:
-            report(error, errors)
-    return files
-
-
-def captions(model: "mmtx.Model", files: Sequence[str], errors: list[str]) -> Iterator[tuple[str, str]]:
-    """Name and caption of every file that can be read."""
-    for first in range(0, len(files), TOGETHER):
-        chunk = files[first:first + TOGETHER]
-        try:
-            yield from zip(chunk, model.caption(chunk), strict=True)
-        except mmtx.InputError:  # one of them is bad: find out which
-            for name in chunk:
-                try:
-                    yield name, model.caption(name)
-                except mmtx.InputError as error:
-                    report(error, errors)
-
-
-def report(error: Exception | str, errors: list[str]) -> None:
-    line = " ".join(str(error).split())
-    errors.append(line)
-    print(f"error: {line}", file=sys.stderr)
-
-
-def shown(name: str) -> str:
-    """A name to show: a URL without password, query (which may hold a key) or inline data."""
-    if name.startswith("data:"):
-        return name.split(",")[0]
-    return re.sub(r"//[^/@]*@", "//", name).split("?")[0] if "://" in name else name
+        for name, caption, error in mmtx.caption_files(model, mmtx.find_media(options.files)):
+            if error is not None:
+                page.report(str(error))
+                continue
+            print(f"{mmtx.escape(mmtx.display(name))}\t{mmtx.escape(caption)}", flush=True)
+            page.add(name, caption)
+    except KeyboardInterrupt:
+        page.report("interrupted: the files that follow have no captions")
+    finally:  # what is captioned is shown, whatever ends this
+        page.write(options.page)
+    sys.exit(1 if page.errors else 0)
 
 
 # The page.
 
 
-def make_card(name: str, caption: str) -> tuple[str, str]:
-    """"pictures" or "sounds", and the HTML of one captioned file, which is read again for it."""
-    with fsspec.open(name, "rb") if "://" in name or name.startswith("data:") else open(name, "rb") as file:
-        data = file.read()
+class Page:
+    """Cards of captioned files, and what is wrong with the others."""
+
+    def __init__(self, by: str):
+        self.by = by
+        self.cards: dict[str, list[str]] = {"pictures": [], "sounds": []}
+        self.errors: list[str] = []
+
+    def report(self, line: str) -> None:
+        """Tell what is wrong, here and on stderr."""
+        self.errors.append(line)
+        print(f"error: {line}", file=sys.stderr)
+
+    def add(self, name: str, caption: str) -> None:
+        """Add the card of a captioned file, which is read again for it."""
+        try:
+            kind, media = media_html(mmtx.read_file(name))
+        except (mmtx.InputError, OSError, soundfile.SoundFileError) as error:  # it went, or changed, between the readings
+            self.report(f"{mmtx.display(name)}: not on the page ({type(error).__name__})")
+            return
+        caption, path = html.escape(mmtx.escape(caption)) or "(empty)", html.escape(mmtx.escape(mmtx.display(name)))
+        self.cards[kind].append(f'<figure>{media}<figcaption><b title="{caption}">{caption}</b>'
+                                f'<small title="{path}">{path.rsplit("/", 1)[-1]}</small></figcaption></figure>')
+
+    def write(self, path: Path) -> None:
+        """Write the page, which replaces the one before when it is whole."""
+        part = path.with_name(f".{path.name[:64]}.{os.getpid()}")
+        try:
+            part.write_text(self.html(), encoding="utf-8")
+            os.replace(part, path)
+        except OSError as error:
+            sys.exit(f"error: --page {path}: cannot be written ({error.strerror})")
+        finally:
+            part.unlink(missing_ok=True)
+        print(f"page: {path}", file=sys.stderr)
+
+    def html(self) -> str:
+        counts = [f"{len(found)} {kind if len(found) > 1 else kind[:-1]}" for kind, found in self.cards.items() if found]
+        body = [f'<h2>{kind.capitalize()}</h2>\n<section class="{kind}">\n' + "\n".join(found) + "\n</section>"
+                for kind, found in self.cards.items() if found]
+        if self.errors:
+            body.append("<h2>Not captioned</h2>\n<ul>\n"
+                        + "\n".join(f"<li>{html.escape(line)}</li>" for line in self.errors) + "\n</ul>")
+        return PAGE.format(icon=FAVICON, summary=f"{' and '.join(counts) or 'nothing'}, captioned by {self.by}",
+                           body="\n".join(body))
+
+
+def media_html(data: bytes) -> tuple[str, str]:
+    """"pictures" or "sounds", and what shows one of them."""
     try:
         picture = Image.open(io.BytesIO(data))
     except Image.UnidentifiedImageError:
-        kind, media = "sounds", sound_html(data)
-    else:
-        kind, media = "pictures", f'<img alt="" src="{picture_uri(picture, data)}">'
-    caption, path = html.escape(caption) or "(empty)", html.escape(shown(name))
-    return kind, (f'<figure>{media}<figcaption><b title="{caption}">{caption}</b>'
-                  f'<small title="{path}">{path.rsplit("/", 1)[-1]}</small></figcaption></figure>')
-
-
-def make_page(cards: dict[str, list[str]], errors: Sequence[str], model: str | None) -> str:
-    counts = [f"{len(found)} {kind if len(found) > 1 else kind[:-1]}" for kind, found in cards.items() if found]
-    by = f"model {html.escape(model)}" if model else "the model that comes with mmtx"
-    body = [f'<h2>{kind.capitalize()}</h2>\n<section class="{kind}">\n' + "\n".join(found) + "\n</section>"
-            for kind, found in cards.items() if found]
-    if errors:
-        body.append("<h2>Not captioned</h2>\n<ul>\n"
-                    + "\n".join(f"<li>{html.escape(line)}</li>" for line in errors) + "\n</ul>")
-    return PAGE.format(icon=FAVICON, summary=f"{' and '.join(counts) or 'nothing'}, captioned by {by}",
-                       body="\n".join(body))
+        return "sounds", sound_html(data)
+    return "pictures", f'<img alt="" src="{picture_uri(picture, data)}">'
 
 
 def uri(data: bytes, media_type: str) -> str:

@@ -25,6 +25,11 @@ HOMES = {
     "Audio": "mmtx.pipeline",
     "Sound": "mmtx.pipeline",
     "InputError": "mmtx.errors",
+    "escape": "mmtx.errors",
+    "display": "mmtx.data.storage",
+    "read_file": "mmtx.data.storage",
+    "find_media": "mmtx.captioning",
+    "caption_files": "mmtx.captioning",
 }
 __all__ = sorted(HOMES)
 

@@ -1,36 +1,86 @@
 """The command `mmtx`. Each subcommand imports what it needs, so that `mmtx --help` answers at once."""
 
 import argparse
+import errno
+import io
 import os
+import re
+import signal
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from mmtx.errors import InputError
+from mmtx.errors import InputError, escape
 
+INTERRUPTED = 128 + signal.SIGINT  # what a shell reports for a command that Ctrl-C ended
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 DESCRIPTION = "One model for text, pictures and sound: train it, ask it, look inside."
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+|data:\S+,\S*")  # "see https://example.org" is text
 COLOURS = {"special": "90", "text": "32", "image": "34", "audio": "35"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command line. A user's mistake ends with one line on stderr and status 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Names that are no UTF-8, and letters that the encoding of the terminal lacks, are shown escaped.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        _run(arguments)
+    except InputError as error:
+        _tell(error)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("mmtx: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def _run(arguments: list[str]) -> None:
     try:
         if arguments[:1] == ["fit"]:
             from mmtx.training.run import fit
 
             fit(arguments[1:])
-            return
-        options = _parser().parse_args(arguments)
-        options.run(options)
-    except InputError as error:
-        print(f"mmtx: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:
-        # The reader (head, less) has gone: what Python still holds for it must not become an error at exit.
+        else:
+            options = _parser().parse_args(arguments)
+            options.run(options)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError) and (error.errno not in NO_ROOM or error.filename is not None):
+            raise
+        # What Python still holds for a reader that has gone (head, less), or a full disk, must not become an error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        if isinstance(error, BrokenPipeError):
+            sys.exit(1)
+        raise InputError(f"standard output: cannot be written ({error.strerror})") from None
+
+
+def _tell(error: InputError) -> None:
+    """One line on stderr; with MMTX_DEBUG=1, before it, where the error comes from and what is behind it."""
+    if os.environ.get("MMTX_DEBUG", "0") not in ("", "0"):
+        behind: BaseException | None = error
+        while behind is not None:
+            behind.__suppress_context__ = False
+            behind = behind.__cause__ or behind.__context__
+        traceback.print_exception(error)
+    print(f"mmtx: error: {error}", file=sys.stderr)
+
+
+def _count(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Whole numbers from `least` to `most`, as the type of an option."""
+    def number(word: str) -> int:
+        try:
+            if (value := int(word)) >= least and (most is None or value <= most):
+                return value
+        except ValueError:
+            pass
+        bound = f"of {least} or more" if most is None else f"from {least} to {most}"
+        raise argparse.ArgumentTypeError(f"found {word!r}, expected a whole number {bound}")
+    return number
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--out", choices=("text", "image", "audio"), default="text", help="default: text")
     generate.add_argument("--file", type=Path, help="where a picture or a sound goes, e.g. out.png, out.wav")
     generate.add_argument("--begin", metavar="FILE", help="a picture to be completed, or a sound that shall go on")
-    generate.add_argument("--rows", type=int, help="pixel rows that are kept of that picture, default: the upper half")
+    generate.add_argument("--rows", type=_count(0), help="pixel rows that are kept of that picture, default: the upper half")
     generate.add_argument("--seconds", type=float, default=1.0, help="the most that is added to that sound, default: 1")
     _model_options(generate)
     _sampling_options(generate)
@@ -72,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = commands.add_parser("inspect", help="show documents as coloured ids, and which of them train")
     inspect.add_argument("sources", nargs="+", help="manifests, folders or shards")
-    inspect.add_argument("--rows", type=int, default=1, help="documents to show, default: 1")
+    inspect.add_argument("--rows", type=_count(1), default=1, help="documents to show, default: 1")
     _model_options(inspect)
     inspect.set_defaults(run=_inspect)
 
@@ -88,9 +138,9 @@ def _parser() -> argparse.ArgumentParser:
                          default=["tokenizers/text", "tokenizers/image", "tokenizers/audio"])
     prepare.add_argument("--features", action="store_true", help="also store what decoders with continuous: true take, 2 "
                          "bytes a number: 16 kB a picture of 64 codes with the tokenizer that comes with mmtx")
-    prepare.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
+    prepare.add_argument("--workers", type=_count(1), default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
                          else os.cpu_count(), help="processes, default: one a core")
-    prepare.add_argument("--rows", type=int, default=2048, help="rows of a shard, default: 2048")
+    prepare.add_argument("--rows", type=_count(1), default=2048, help="rows of a shard, default: 2048")
     prepare.add_argument("--max-bad", type=float, default=0.01, help="share of rows that may be unusable, default: 0.01")
     prepare.set_defaults(run=_prepare)
 
@@ -99,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--train", nargs="+", default=[], metavar="SOURCE",
                           help="training samples, for the nearest-neighbour control")
     evaluate.add_argument("--config", help="take both from the data of this training configuration")
-    evaluate.add_argument("--show", type=int, default=8, help="examples to print, default: 8")
+    evaluate.add_argument("--show", type=_count(0), default=8, help="examples to print, default: 8")
     _model_options(evaluate)
     evaluate.set_defaults(run=_evaluate)
     return parser
@@ -112,10 +162,10 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
 
 def _sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the best id")
-    parser.add_argument("--top-k", type=int, default=None, help="sample from the best K ids")
+    parser.add_argument("--top-k", type=_count(1), default=None, help="sample from the best K ids")
     parser.add_argument("--top-p", type=float, default=None, help="sample from the ids that hold this probability")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="default: 256")
-    parser.add_argument("--seed", type=int, default=None, help="fixes the random choices")
+    parser.add_argument("--max-new-tokens", type=_count(1), default=256, help="default: 256")
+    parser.add_argument("--seed", type=_count(0, 2**64 - 1), default=None, help="fixes the random choices")
 
 
 def _load(options: argparse.Namespace):
@@ -129,49 +179,41 @@ def _sampling(options: argparse.Namespace) -> dict:
     return {name: getattr(options, name) for name in names}
 
 
-def media_files(names: Sequence[str]) -> list[str]:
-    """Files, URLs, and all pictures and sounds in folders. Raises InputError on a missing or empty one."""
-    from mmtx.data.sample import kind_of
-    from mmtx.data.storage import is_url
-
-    found = []
-    for name in names:
-        if is_url(name) or Path(name).is_file():
-            found.append(name)
-        elif Path(name).is_dir():
-            inside = sorted(str(path) for path in Path(name).rglob("*") if path.is_file() and kind_of(path.name))
-            if not inside:
-                raise InputError(f"{name}: found no pictures or sounds in this folder")
-            found += inside
-        else:
-            raise InputError(f"{name}: no such file or folder")
-    return found
-
-
 def _parts(names: Sequence[str]) -> list:
-    """Words of the command line: existing files and URLs are media, the rest is text."""
+    """Words of the command line: files and URLs are media, the rest is text."""
     from mmtx.data.sample import kind_of
-    from mmtx.data.storage import is_url
+    from mmtx.pipeline import Audio, Image
 
     def part(name: str):
-        if is_url(name) or Path(name).is_file():
-            return Path(name) if not is_url(name) else _marked(name)
+        if URL.fullmatch(name):
+            return Audio(name) if kind_of(name) == "audio" else Image(name)
+        try:
+            if Path(name).is_file():
+                return Path(name)
+        except (OSError, ValueError):  # too long for a name, or with a NUL: text
+            return name
         if kind_of(name):
             raise InputError(f"{name}: no such file")
         return name
-
-    def _marked(url: str):
-        from mmtx.pipeline import Audio, Image
-
-        return Audio(url) if kind_of(url) == "audio" else Image(url)
 
     return [part(name) for name in names]
 
 
 def _caption(options: argparse.Namespace) -> None:
-    files = media_files(options.files)
-    for file, caption in zip(files, _load(options).caption(files, **_sampling(options)), strict=True):
-        print(f"{file}\t{caption}" if len(files) > 1 else caption)
+    from mmtx.captioning import caption_files, find_media
+    from mmtx.data.storage import display
+
+    files = list(find_media(options.files))
+    alone, done, failed = len(files) == 1 and files == options.files, 0, 0
+    for name, caption, error in caption_files(_load(options), files, **_sampling(options)):
+        if error is None:
+            done += 1
+            print(escape(caption) if alone else f"{escape(display(name))}\t{escape(caption)}", flush=True)
+        else:
+            failed += 1
+            _tell(error)
+    if failed:
+        sys.exit(1 if done else 2)
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -184,7 +226,7 @@ def _generate(options: argparse.Namespace) -> None:
     model, parts, sampling = _load(options), _parts(options.parts), {**_sampling(options), "guidance": options.guidance}
     if options.out == "text":
         for piece in model.stream(parts, **sampling):
-            print(piece, end="", flush=True)
+            print(escape(piece, keep="\n\t"), end="", flush=True)
         print()
         return
     if options.begin is None:
@@ -194,11 +236,23 @@ def _generate(options: argparse.Namespace) -> None:
     else:
         del sampling["max_new_tokens"]  # --seconds say it
         result = model.extend(options.begin, options.seconds, parts, **sampling)
-    try:
-        result.save(options.file)
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
-        raise InputError(f"--file {options.file}: cannot be written ({error})") from None
+    _write(result, options.file)
     print(options.file)
+
+
+def _write(result, path: Path) -> None:
+    """Save a picture or a sound, which appears whole or not at all."""
+    special = path.exists() and not path.is_file()  # a pipe or a device gets it straight
+    part = path if special else path.with_name(f".{path.stem[:64]}.{os.getpid()}{path.suffix}")
+    try:
+        result.save(part)
+        if not special:
+            os.replace(part, path)
+    except (OSError, ValueError, RuntimeError, TypeError) as error:  # of what the extension chose
+        raise InputError(f"--file {path}: cannot be written ({str(error).replace(str(part), str(path))})") from None
+    finally:
+        if not special:
+            part.unlink(missing_ok=True)
 
 
 def _tokenize(options: argparse.Namespace) -> None:

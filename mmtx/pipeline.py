@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 from PIL import Image as PILImage
 
-from mmtx.data.media import kind_of, load_audio, load_image
+from mmtx.data.media import MAX_SECONDS, kind_of, load_audio, load_image
 from mmtx.data.storage import FileSource, open_binary
 from mmtx.decoding import Weights
 from mmtx.errors import InputError
@@ -251,8 +251,8 @@ class Model:
             parts: what the sound shall be, as in `generate`; by default nothing is said.
             **sampling: fields of `Sampling` but `max_new_tokens`; greedy by default.
         """
-        if not 0 < seconds < math.inf:
-            raise InputError(f"seconds: found {seconds}, expected more than 0")
+        if not 0 < seconds <= MAX_SECONDS:
+            raise InputError(f"seconds: found {seconds}, expected more than 0, up to {MAX_SECONDS}")
         given, v, tokenizer = self._given(sound, AudioPart), self.vocabulary, self.tokenizers["audio"]
         times = math.ceil(seconds * tokenizer.codes_per_second / tokenizer.bands)
         limited = Sampling(**sampling, max_new_tokens=times * tokenizer.bands)

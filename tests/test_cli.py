@@ -1,6 +1,14 @@
 """The command line on a saved tiny model: what each command prints, and one line for each mistake of a user."""
 
+import base64
 import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +18,7 @@ from PIL import Image
 
 import mmtx
 from mmtx.cli import main
+from mmtx.errors import escape
 
 RATE = 16_000
 
@@ -57,27 +66,26 @@ def model(folder):
 
 def test_caption_of_one_file_is_the_caption(run, model, folder):
     assert run("caption", "media/a.png", "--max-new-tokens", "4") == (
-        model.caption(folder / "media" / "a.png", max_new_tokens=4) + "\n")
+        escape(model.caption(folder / "media" / "a.png", max_new_tokens=4)) + "\n")
 
 
 def test_caption_of_a_folder_names_each_file(run, model, folder):
-    lines = run("caption", "media", "--max-new-tokens", "4", "--temperature", "1", "--seed", "2").split("\nmedia/")
+    told = run("caption", "media", "--max-new-tokens", "4", "--temperature", "1", "--seed", "2")
     names = ["media/a.png", "media/b.png", "media/c.wav"]
     captions = model.caption([folder / name for name in names], max_new_tokens=4, temperature=1.0, seed=2)
-    expected = "".join(f"{name}\t{caption}\n" for name, caption in zip(names, captions, strict=True))
-    assert "\nmedia/".join(lines) == expected
+    assert told == "".join(f"{name}\t{escape(caption)}\n" for name, caption in zip(names, captions, strict=True))
 
 
 def test_generate_writes_text(run, model):
     options = ("--temperature", "1", "--seed", "3", "--max-new-tokens", "9", "--top-k", "50", "--top-p", "0.9")
     expected = model.generate("what is it?", temperature=1.0, seed=3, max_new_tokens=9, top_k=50, top_p=0.9)
-    assert run("generate", "what is it?", *options) == expected + "\n"
+    assert run("generate", "what is it?", *options) == escape(expected, keep="\n\t") + "\n"
 
 
 def test_generate_takes_parts_in_order(run, model, folder):
     expected = model.generate(["what is", folder / "media" / "a.png"], max_new_tokens=9, temperature=1.0, seed=1)
     assert run("generate", "what is", "media/a.png", "--max-new-tokens", "9", "--temperature", "1", "--seed",
-               "1") == expected + "\n"
+               "1") == escape(expected, keep="\n\t") + "\n"
 
 
 def test_generate_writes_a_picture_and_a_sound(run, folder, tmp_path):
@@ -167,7 +175,6 @@ MISTAKES = [
     ("paint", ["paint", "caption"]),
     ("caption", ["required", "files"]),
     ("caption nothing.png", ["nothing.png", "no such file"]),
-    ("caption media/a.png nothing.wav", ["nothing.wav", "no such file"]),
     ("caption empty", ["empty", "no pictures or sounds"]),
     ("caption text.txt", ["text.txt", "neither a picture nor a sound"]),
     ("caption broken.png", ["broken.png", "not a whole picture"]),
@@ -177,8 +184,8 @@ MISTAKES = [
     ("caption media/a.png --device cuda:99", ["device", "cuda:99"]),
     ("caption media/a.png --temperature hot", ["--temperature", "hot"]),
     ("caption media/a.png --temperature -1", ["temperature", "-1.0"]),
-    ("caption media/a.png --top-k 0", ["top_k", "0"]),
-    ("caption media/a.png --max-new-tokens 0", ["max_new_tokens", "0"]),
+    ("caption media/a.png --top-k 0", ["--top-k", "'0'", "1 or more"]),
+    ("caption media/a.png --max-new-tokens 0", ["--max-new-tokens", "'0'"]),
     ("caption media/a.png --colour red", ["--colour red"]),
     ("generate", ["required", "parts"]),
     ("generate a --out image", ["--file", "image"]),
@@ -200,6 +207,16 @@ MISTAKES = [
     ("inspect empty", ["empty", "no samples"]),
     ("inspect text.txt", ["text.txt", "unknown kind of data"]),
     ("inspect all.jsonl --rows many", ["--rows", "many"]),
+    ("inspect all.jsonl --rows -1", ["--rows", "-1", "1 or more"]),
+    ("inspect all.jsonl --rows 1.5", ["--rows", "1.5", "whole number"]),
+    ("caption media/a.png --seed -1", ["--seed", "-1"]),
+    ("caption media/a.png --seed 18446744073709551616", ["--seed", "18446744073709551616", "from 0 to 18446744073709551615"]),
+    ("evaluate pictures.jsonl --show -1", ["--show", "-1", "0 or more"]),
+    ("generate --begin media/c.wav --seconds 1e9 --out audio --file out.wav", ["seconds", "1000000000"]),
+    ("generate --begin media/c.wav --seconds nan --out audio --file out.wav", ["seconds", "nan"]),
+    ("generate --begin media/a.png --rows -8 --out image --file out.png", ["--rows", "-8"]),
+    ("prepare pictures.jsonl --output out --workers 0", ["--workers", "'0'"]),
+    ("prepare pictures.jsonl --output out --rows -1", ["--rows", "-1"]),
     ("evaluate", ["held-out", "--config"]),
     ("evaluate nothing.jsonl", ["nothing.jsonl", "no such file"]),
     ("evaluate --config nothing.yaml", ["nothing.yaml", "No such file"]),
@@ -233,3 +250,158 @@ def test_a_mistake_in_a_config_of_evaluate_is_told(folder, monkeypatch, capsys):
             main(["evaluate", "--config", "bad.yaml", "--model", "model", "--device", "cpu"])
         assert stop.value.code == 2
         assert capsys.readouterr().err.startswith("mmtx: error: bad.yaml: not the configuration of a decoder")
+
+
+# -- Many files, and names and terminals of all kinds ---------------------------------------------------------
+
+
+def command(*arguments: str | bytes, **options) -> subprocess.CompletedProcess:
+    """`mmtx ARGUMENTS` in a process of its own, on one thread."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
+    return subprocess.run([sys.executable, "-m", "mmtx", *arguments], capture_output=True, timeout=120, env=environment,
+                          **options)
+
+
+def test_one_bad_file_of_many_is_named_and_the_others_are_captioned(folder, model, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    files = ["media/a.png", "broken.png", "media", "nothing.wav", "text.txt", "empty", "media/b.png"]
+    with pytest.raises(SystemExit) as stop:
+        main(["caption", *files, "--model", "model", "--device", "cpu", "--max-new-tokens", "3"])
+    captured = capsys.readouterr()
+    names = ["media/a.png", "media/a.png", "media/b.png", "media/c.wav", "media/b.png"]
+    captions = [model.caption(folder / name, max_new_tokens=3) for name in names]
+    assert captured.out == "".join(f"{name}\t{escape(caption)}\n" for name, caption in zip(names, captions, strict=True))
+    errors = captured.err.splitlines()
+    assert [line.split(": ")[2] for line in errors] == ["broken.png", "nothing.wav", "text.txt", "empty"]
+    assert all(line.startswith("mmtx: error: ") for line in errors)
+    assert stop.value.code == 1
+
+
+def test_where_no_file_can_be_captioned_the_status_is_2(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit) as stop:
+        main(["caption", "broken.png", "nothing.png", "--model", "model", "--device", "cpu"])
+    captured = capsys.readouterr()
+    assert (stop.value.code, captured.out, captured.err.count("\n")) == (2, "", 2)
+
+
+def test_a_wrong_option_is_told_once_and_not_of_each_file(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit) as stop:
+        main(["caption", "media", "--model", "model", "--device", "cpu", "--temperature", "-1"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_every_group_of_files_is_captioned_once(folder, model, monkeypatch):
+    """Whatever the groups that are asked for together, and wherever in them the bad ones lie."""
+    from mmtx import captioning
+
+    good, bad = str(folder / "media" / "a.png"), str(folder / "broken.png")
+    truth = model.caption(good, max_new_tokens=2)
+    for together in (1, 2, 3, 7):
+        monkeypatch.setattr(captioning, "TOGETHER", together)
+        for pattern in ("", "b", "g", "gbg", "bbgbb", "ggggg", "gggbggg", "bgggggb"):
+            files = [good if letter == "g" else bad for letter in pattern]
+            found = list(captioning.caption_files(model, files, max_new_tokens=2))
+            assert [item.name for item in found] == files
+            assert [item.caption for item in found] == [truth if letter == "g" else None for letter in pattern]
+            assert [item.error is None for item in found] == [letter == "g" for letter in pattern]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii", "latin-1", "cp1252"])
+def test_names_of_any_bytes_and_terminals_of_any_encoding(encoding, folder, tmp_path):
+    """Linux allows names that are no UTF-8, and old archives have them; a terminal may lack letters of a name."""
+    picture = (folder / "media" / "a.png").read_bytes()
+    for name in (b"caf\xe9.png", "\u6f22.png".encode(), b"line\nbreak.png", b"red\x1b[31m.png"):
+        (tmp_path / os.fsdecode(name)).write_bytes(picture)
+    (tmp_path / os.fsdecode(b"bad\xff.png")).write_bytes(picture[:60])
+    done = command("caption", os.fsencode(tmp_path), "--model", str(folder / "model"), "--max-new-tokens", "1",
+                   env={"PYTHONIOENCODING": encoding})
+    out, err = done.stdout.decode(encoding.split(":")[0]), done.stderr.decode(encoding.split(":")[0])
+    assert done.returncode == 1 and err.count("\n") == 1 and "bad\\udcff.png" in err
+    lines = out.splitlines()
+    assert len(lines) == 4 and "\x1b" not in out
+    letter = "\u6f22" if encoding.startswith("utf") else "\\u6f22"
+    names = sorted(line.split("\t")[0].rsplit("/", 1)[1] for line in lines)
+    assert names == sorted(["caf\\udce9.png", f"{letter}.png", "line\\nbreak.png", "red\\x1b[31m.png"])
+
+
+def test_a_reader_that_has_gone_is_no_error(folder):
+    for arguments in (["inspect", "all.jsonl", "--rows", "3"], ["tokenize", "a red circle " * 9_000]):
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run([sys.executable, "-m", "mmtx", *arguments, "--model", "model"], stdout=writer,
+                              stderr=subprocess.PIPE, cwd=folder, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no device that is always full")
+def test_a_full_standard_output_is_one_line(folder):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "mmtx", "inspect", "all.jsonl", "--model", "model"], stdout=full,
+                              stderr=subprocess.PIPE, cwd=folder, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr == b"mmtx: error: standard output: cannot be written (No space left on device)\n"
+
+
+def test_debug_shows_where_a_mistake_was_found(folder):
+    plain = command("caption", "broken.png", "--model", "model", cwd=folder)
+    debug = command("caption", "broken.png", "--model", "model", cwd=folder, env={"MMTX_DEBUG": "1"})
+    assert plain.returncode == debug.returncode == 2
+    assert plain.stderr.count(b"\n") == 1
+    told = debug.stderr.decode()
+    assert told.endswith(plain.stderr.decode())
+    assert "Traceback" in told and "load_image" in told and "PIL" in told
+
+
+def test_ctrl_c_ends_in_one_line_and_status_130(folder):
+    """In a command that waits for a server, so that there is time to press it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(60)
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/rows.jsonl"
+        process = subprocess.Popen([sys.executable, "-m", "mmtx", "inspect", address, "--model", "model"], cwd=folder,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        try:
+            asking, _ = server.accept()
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=30)
+            asking.close()
+        finally:
+            process.kill()
+    assert (process.returncode, out, err) == (130, b"", b"mmtx: interrupted\n")
+
+
+# -- Words that are text, and files that are written whole ----------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["see https://example.org for more", "a://b c", "data: what is it?", "data:", "x" * 300,
+                                  "a\nred\ncircle", "/" * 5000, "say :// twice"])
+def test_words_that_name_no_file_are_text(run, model, text):
+    assert [int(word) for word in run("tokenize", text).split()] == model.tokenize(text)
+
+
+def test_a_word_that_is_a_url_is_a_medium(run):
+    with pytest.raises(SystemExit):
+        run("tokenize", "file:///nothing/here.png")
+    picture = base64.b64encode((Path("media") / "a.png").read_bytes()).decode()
+    assert run("tokenize", f"data:image/png;base64,{picture}") == run("tokenize", "media/a.png")
+
+
+def test_what_cannot_be_written_whole_leaves_nothing(run, tmp_path, capsys):
+    target = tmp_path / "small" / "out.png"
+    target.parent.mkdir()
+    target.write_bytes(b"what was there")
+
+    before, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            run("generate", "a red circle", "--out", "image", "--file", str(target))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert stop.value.code == 2 and "cannot be written" in capsys.readouterr().err
+    assert [path.name for path in target.parent.iterdir()] == ["out.png"]
+    assert target.read_bytes() == b"what was there"

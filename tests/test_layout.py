@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CHAIN = ("files", "kernels", "layers", "modality", "vocabulary", "sequence", "data", "model", "loss", "decoding", "row",
-         "generation", "pipeline", "evaluation", "report", "training", "cli")
+         "generation", "pipeline", "captioning", "evaluation", "report", "training", "cli")
 ANYWHERE = ("errors",)
 FILES = sorted((ROOT / "mmtx").rglob("*.py"))
 
@@ -46,8 +46,8 @@ def test_imports_only_from_the_left(path):
     assert not used & set(right)
 
 
-def test_errors_import_nothing():
-    assert not imported(ROOT / "mmtx" / "errors.py")
+def test_errors_import_nothing_of_ours():
+    assert imported(ROOT / "mmtx" / "errors.py") <= {"re"}
 
 
 def test_lightning_is_imported_in_training_only():

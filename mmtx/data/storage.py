@@ -81,6 +81,11 @@ class DatasetSource:
         return self.dataset._fingerprint.encode()
 
 
+def read_file(path: str) -> bytes:
+    """The bytes of a file or URL, up to MAX_BYTES. Raises InputError where they cannot be had."""
+    return FileSource(path).read()
+
+
 MediaSource = FileSource | MemorySource | DatasetSource
 
 

@@ -1,0 +1,78 @@
+"""Captions of many files: whatever is wrong with one of them, the others are captioned."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mmtx.data.sample import kind_of
+from mmtx.data.storage import is_url
+from mmtx.errors import InputError
+from mmtx.generation import Sampling
+from mmtx.pipeline import Model
+
+TOGETHER = 64  # files that are asked for at once: each thread of a CPU gets a batch, and captions appear as they come
+
+
+class Captioned(NamedTuple):
+    """A file with its caption, or with the reason why it has none."""
+
+    name: str
+    caption: str | None
+    error: InputError | None = None
+
+
+def find_media(names: Sequence[str]) -> Iterator[str | InputError]:
+    """Files, URLs, and all pictures and sounds in folders, in order; what is missing or empty as its error."""
+    for name in names:
+        path = Path(name)
+        try:
+            if is_url(name) or path.is_file():
+                yield name
+            elif path.is_dir():
+                inside = sorted(str(file) for file in path.rglob("*") if kind_of(file.name) and file.is_file())
+                yield from inside or [InputError(f"{name}: found no pictures or sounds in this folder")]
+            elif path.exists():
+                yield InputError(f"{name}: found neither a file nor a folder")
+            else:
+                yield InputError(f"{name}: no such file or folder")
+        except (OSError, ValueError) as error:  # a folder that may not be listed, a name that is none
+            yield InputError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})")
+
+
+def caption_files(model: Model, files: Iterable[str | InputError], **sampling: Any) -> Iterator[Captioned]:
+    """Caption files and URLs, many at a time -> each in order, with its caption or its error.
+
+    Args:
+        model: what `mmtx.load` gives.
+        files: what `find_media` finds.
+        **sampling: fields of `Sampling`; greedy by default.
+    """
+    Sampling(**sampling)  # a wrong option is no mistake of each file
+    waiting: list[str] = []
+    for found in files:
+        if isinstance(found, InputError):
+            yield from _captions(model, waiting, sampling)
+            yield Captioned(str(found).partition(": ")[0], None, found)
+            waiting = []
+            continue
+        waiting.append(found)
+        if len(waiting) == TOGETHER:
+            yield from _captions(model, waiting, sampling)
+            waiting = []
+    yield from _captions(model, waiting, sampling)
+
+
+def _captions(model: Model, names: list[str], sampling: dict[str, Any]) -> Iterator[Captioned]:
+    """The captions of files together; where one cannot be read, halves are tried apart, down to that one."""
+    if not names:
+        return
+    try:
+        captions = model.caption(names, **sampling)
+    except InputError as error:
+        if len(names) == 1:
+            yield Captioned(names[0], None, error)
+            return
+        for half in (names[:len(names) // 2], names[len(names) // 2:]):
+            yield from _captions(model, half, sampling)
+    else:
+        yield from map(Captioned, names, captions)

@@ -1,0 +1,76 @@
+"""The demo: captions on the terminal, and a page that shows them, whatever is wrong with a file or ends the run."""
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+import mmtx
+
+DEMO = Path(__file__).parents[1] / "demos" / "caption.py"
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    tiny_model.save(folder / "model")
+    (folder / "media").mkdir()
+    random = np.random.default_rng(0)
+    for name in ("a.png", "<b>&.png"):
+        Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / "media" / name)
+    soundfile.write(folder / "media" / "c.wav", 0.5 * random.standard_normal(4000).clip(-1, 1), 16_000)
+    (folder / "media" / "broken.png").write_bytes((folder / "media" / "a.png").read_bytes()[:60])
+    return folder
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, DEMO, *arguments, "--model", "model"], cwd=folder, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
+
+
+def test_the_page_shows_all_files_and_names_the_bad_one(folder):
+    process = start(folder, "media")
+    out, err = process.communicate(timeout=120)
+    names = ["media/<b>&.png", "media/a.png", "media/c.wav"]
+    model = mmtx.load(folder / "model", device="cpu")
+    assert out == "".join(f"{name}\t{mmtx.escape(model.caption(folder / name))}\n" for name in names)
+    assert process.returncode == 1
+    assert err.splitlines()[0].startswith("error: media/broken.png: not a whole picture") and err.count("\n") == 2
+    page = (folder / "captions.html").read_text()
+    assert re.findall(r"<small[^>]*>([^<]*)</small>", page) == ["&lt;b&gt;&amp;.png", "a.png", "c.wav"]
+    assert page.count('src="data:image/png') == 3 and page.count('src="data:audio/wav') == 1  # a spectrogram among them
+    assert "2 pictures and 1 sound, captioned by" in page
+    assert "<li>media/broken.png: not a whole picture" in page
+
+
+def test_what_is_captioned_is_on_the_page_when_ctrl_c_ends_the_run(folder):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(100)
+        silent = f"http://127.0.0.1:{server.getsockname()[1]}/picture.png"
+        # The folder that is empty ends a group, so that what is before it is captioned first.
+        (folder / "empty").mkdir()
+        process = start(folder, "media/a.png", "empty", silent, "--page", "interrupted.html")
+        try:
+            asking, _ = server.accept()
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=30)
+            asking.close()
+        finally:
+            process.kill()
+    assert out.startswith("media/a.png\t") and process.returncode == 1
+    assert "Traceback" not in err
+    page = (folder / "interrupted.html").read_text()
+    assert page.count("<figure>") == 1 and "interrupted: the files that follow have no captions" in page
+
+
+def test_a_page_that_cannot_be_written_is_told_before_any_work(folder):
+    process = start(folder, "media/a.png", "--page", "nowhere/page.html")
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (2, "") and "cannot be written" in err
