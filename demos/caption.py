@@ -10,18 +10,17 @@ import argparse
 import base64
 import html
 import io
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import soundfile
 from PIL import Image, ImageOps
 
 import mmtx
 from mmtx.cli import media_files
+from mmtx.data.storage import display, read
 
 TOGETHER = 16           # files captioned at once
 INLINE = 1_000_000      # bytes; larger files are put on the page smaller, or cut
@@ -102,11 +101,11 @@ def main() -> None:
     errors = []
     files = find(options.files, errors)
     for name, caption in captions(model, files, errors):
-        print(f"{shown(name)}\t{' '.join(caption.split())}", flush=True)
+        print(f"{display(name)}\t{' '.join(caption.split())}", flush=True)
         try:
             kind, card = make_card(name, caption)
         except Exception as error:  # of all sorts: the file or the connection went between the two readings
-            report(f"{shown(name)}: not on the page ({type(error).__name__})", errors)
+            report(f"{display(name)}: not on the page ({type(error).__name__})", errors)
         else:
             cards[kind].append(card)
     try:
@@ -148,27 +147,19 @@ def report(error: Exception | str, errors: list[str]) -> None:
     print(f"error: {line}", file=sys.stderr)
 
 
-def shown(name: str) -> str:
-    """A name to show: a URL without password, query (which may hold a key) or inline data."""
-    if name.startswith("data:"):
-        return name.split(",")[0]
-    return re.sub(r"//[^/@]*@", "//", name).split("?")[0] if "://" in name else name
-
-
 # The page.
 
 
 def make_card(name: str, caption: str) -> tuple[str, str]:
     """"pictures" or "sounds", and the HTML of one captioned file, which is read again for it."""
-    with fsspec.open(name, "rb") if "://" in name or name.startswith("data:") else open(name, "rb") as file:
-        data = file.read()
+    data = read(name)
     try:
         picture = Image.open(io.BytesIO(data))
     except Image.UnidentifiedImageError:
         kind, media = "sounds", sound_html(data)
     else:
         kind, media = "pictures", f'<img alt="" src="{picture_uri(picture, data)}">'
-    caption, path = html.escape(caption) or "(empty)", html.escape(shown(name))
+    caption, path = html.escape(caption) or "(empty)", html.escape(display(name))
     return kind, (f'<figure>{media}<figcaption><b title="{caption}">{caption}</b>'
                   f'<small title="{path}">{path.rsplit("/", 1)[-1]}</small></figcaption></figure>')
 
