@@ -10,7 +10,7 @@ import re
 import unicodedata
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -148,7 +148,7 @@ def _without_secrets(path: str) -> str:
     if path[:5].lower() == "data:":
         return re.match(r"data:[\w/+.;=-]{0,60}(?=,)|data:", path, re.IGNORECASE)[0]
     shown = []
-    for part in re.split(r"::(?=[a-zA-Z][a-zA-Z0-9+.-]*://)", path):
+    for part in re.split(r"::(?=[a-zA-Z][a-zA-Z0-9+.-]*:(?://|:))", path):
         scheme, mark, rest = part.partition("://")
         authority, tail = re.match(r"([^/?#]*)(.*)", rest, re.DOTALL).groups()
         if "@" in authority:
@@ -266,7 +266,8 @@ def save(source: BinaryIO, path: Path) -> None:
     except OSError as error:
         raise InputError(f"{display(str(path))}: cannot be written ({error.strerror})") from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def cache() -> Path:

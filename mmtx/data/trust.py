@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from urllib.parse import unquote, urlsplit
 
 SCHEMES = ("https", "http", "s3", "gs", "gcs", "az", "abfs", "abfss", "hf")
-OPTION = "`trusted: true` or --trusted allows it"
+OPTION = " (`trusted: true` or --trusted allows it)"
 # Two letters at least: "C://data" is a path of Windows.
 URL = re.compile(r"(?:[a-z][a-z0-9+.-]+::)*[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # some of these are left out where a URL is read
@@ -131,6 +131,7 @@ class Base:
     trusted: bool = False   # the user's word for it
     caches: tuple[str, ...] = ()  # local folders where a library keeps the files of a remote data set
     plain: bool = False     # public http will do as well as https
+    option: str = OPTION    # how a refusal says what allows more
 
     def join(self, name: str) -> str:
         """The path or URL that a row means by `name`."""
@@ -147,18 +148,18 @@ class Base:
         by `address_refusal`."""
         if not is_url(path):
             return None if not self.remote or self.trusted or self._is_cached(path) else (
-                f"found a local path in a source at a URL, expected one below its own address or https ({OPTION})")
+                f"found a local path in a source at a URL, expected one below its own address or https{self.option}")
         scheme = scheme_of(path)
         if scheme == "data":
             return None
-        if scheme in PORTS and not _is_whole(path):
+        if scheme in PORTS and not is_whole(path):
             return "not a whole URL"
         if self.remote and is_below(_unversioned(path), self.folder) and (scheme in PORTS or "::" not in path.removeprefix(self.folder)):
             return self._literal_refusal(path)
         if is_chained(path) or scheme not in SCHEMES:
             return f"found the scheme {scheme[:40]!r}, expected {', '.join(SCHEMES[:4])}, az, hf or data"
         if self.remote and not self.trusted and scheme != "https" and not (self.plain and scheme == "http"):
-            return f"found another address than its source's, expected one below that or https ({OPTION})"
+            return f"found another address than its source's, expected one below that or https{self.option}"
         return self._literal_refusal(path)
 
     def _literal_refusal(self, path: str) -> str | None:
@@ -172,10 +173,10 @@ class Base:
         if self.trusted or is_public(address):
             return None
         if not self.remote:
-            return f"found a link-local address ({OPTION})" if is_link_local(address) else None
+            return f"found a link-local address{self.option}" if is_link_local(address) else None
         if self.private and is_below(url, self.folder):
             return None
-        return f"found a private address, expected a public one ({OPTION})"
+        return f"found a private address, expected a public one{self.option}"
 
     def _is_cached(self, path: str) -> bool:
         path = os.path.realpath(path)
@@ -191,7 +192,7 @@ def after_redirect(base: Base | None, asked: str, private: bool) -> Base:
         return base if base.remote else replace(base, folder=asked)
     scheme, host, port = origin(asked)
     host = f"[{host}]" if ":" in host else host
-    return Base(f"{scheme}://{host}:{port}", private, plain=scheme == "http")
+    return Base(f"{scheme}://{host}:{port}", private, plain=scheme == "http", option="" if base is None else OPTION)
 
 
 def _unversioned(url: str) -> str:
@@ -199,7 +200,8 @@ def _unversioned(url: str) -> str:
     return re.sub("@[^/]*", "", url, count=1) if scheme_of(url) == "hf" else url
 
 
-def _is_whole(url: str) -> bool:
+def is_whole(url: str) -> bool:
+    """Whether a URL names a host, and has nothing in it that another reader would leave out."""
     try:
         return bool(origin(url)) and not CONTROL.search(url)
     except ValueError:

@@ -20,7 +20,7 @@ from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
-from mmtx.data.trust import PORTS, Base, after_redirect, is_public, origin, scheme_of
+from mmtx.data.trust import PORTS, Base, after_redirect, is_public, is_whole, origin, scheme_of
 
 CONNECT = 5.0        # seconds to find a host, and to connect to it
 IDLE = 10.0          # seconds without a byte
@@ -264,10 +264,9 @@ def ask(url: str, base: Base | None, start: int | None, stop: int | None, deadli
     asked, secret, wire = url, None, None
     allowed = base
     for _ in range(REDIRECTS + 1):
-        try:
-            scheme, host, port = origin(url)
-        except ValueError:
-            raise Failure("not a whole URL") from None
+        if not is_whole(url):
+            raise Failure("not a whole URL")
+        scheme, host, port = origin(url)
         secret = credentials(url) or secret
         headers = {"User-Agent": "mmtx", "Accept": "*/*", "Accept-Encoding": "identity", **(secret or {})}
         if start is not None:
@@ -282,12 +281,12 @@ def ask(url: str, base: Base | None, start: int | None, stop: int | None, deadli
                 start = stop = None
                 wire.close()
                 continue
-            target = urljoin(url, place)
+            target = joined(url, place)
             if base is None or not base.remote:
                 allowed = after_redirect(base, asked, wire.private) if allowed is base else allowed
             refusal = allowed.refusal(target) if scheme_of(target) in PORTS else "found another scheme, expected https"
             if refusal:
-                raise Failure(f"redirected: {plainly(refusal, base)}")
+                raise Failure(f"redirected: {refusal}")
         except Failure:
             wire.close()
             raise
@@ -298,9 +297,11 @@ def ask(url: str, base: Base | None, start: int | None, stop: int | None, deadli
     raise Failure(f"redirected more than {REDIRECTS} times")
 
 
-def plainly(refusal: str, base: Base | None) -> str:
-    """Why something is refused, without the option that says otherwise where it is not about rows."""
-    return refusal if base is not None else refusal.partition(" (`")[0]
+def joined(url: str, place: str) -> str:
+    try:
+        return urljoin(url, place)
+    except ValueError:
+        raise Failure("redirected to no URL") from None
 
 
 def credentials(url: str) -> dict[str, str] | None:
@@ -346,7 +347,7 @@ def exchange(url: str, scheme: str, host: str, port: int, headers: dict[str, str
     """Send one request, over a connection that is open still or a new one, and read the head of the answer."""
     parts = urlsplit(url)
     name = f"[{host}]" if ":" in host else ascii_host(host)
-    target = quoted(parts.path or "/") + (f"?{quoted(parts.query)}" if parts.query else "")
+    target = quoted(without_dots(parts.path)) + (f"?{quoted(parts.query)}" if parts.query else "")
     lines = [f"GET {target} HTTP/1.1", f"Host: {name}" + ("" if port == PORTS[scheme] else f":{port}"),
              *(f"{field}: {value}" for field, value in headers.items()), "", ""]
     request = "\r\n".join(lines).encode("ascii")
@@ -377,6 +378,20 @@ def exchange(url: str, scheme: str, host: str, port: int, headers: dict[str, str
 def quoted(text: str) -> str:
     """A path or query as it is sent: what is percent-encoded stays, what must be becomes so."""
     return re.sub(r"%(?![0-9A-Fa-f]{2})", "%25", quote(text, safe="%/:@!$&'()*+,;=~?[]"))
+
+
+def without_dots(path: str) -> str:
+    """A path whose "." and ".." are done, as servers expect it."""
+    kept: list[str] = []
+    *folders, last = path.removeprefix("/").split("/")
+    for name in folders:
+        if name == "..":
+            del kept[-1:]
+        elif name != ".":
+            kept.append(name)
+    if last == "..":
+        del kept[-1:]
+    return "/" + "/".join([*kept, "" if last in (".", "..") else last])
 
 
 def ascii_host(host: str) -> str:
@@ -414,7 +429,9 @@ class Wire:
         try:
             return run(argument)
         except TimeoutError:
-            raise Failure(f"no answer within {min(IDLE, TOTAL):g} s", passing=left > IDLE) from None
+            if left <= IDLE:
+                raise Failure(f"no whole answer within {TOTAL:g} s") from None
+            raise Failure(f"no answer within {IDLE:g} s", passing=True) from None
         except OSError:
             raise Failure("the connection was lost", passing=True) from None
 
