@@ -100,7 +100,7 @@ def main() -> None:
             if error is not None:
                 page.report(str(error))
                 continue
-            print(f"{mmtx.escape(mmtx.display(name))}\t{mmtx.escape(caption)}", flush=True)
+            print(f"{mmtx.display(name)}\t{mmtx.escape(caption)}", flush=True)
             page.add(name, caption)
     except KeyboardInterrupt:
         page.report("interrupted: the files that follow have no captions")
@@ -128,11 +128,11 @@ class Page:
     def add(self, name: str, caption: str) -> None:
         """Add the card of a captioned file, which is read again for it."""
         try:
-            kind, media = media_html(mmtx.read_file(name))
+            kind, media = media_html(mmtx.read(name))
         except (mmtx.InputError, OSError, soundfile.SoundFileError) as error:  # it went, or changed, between the readings
             self.report(f"{mmtx.display(name)}: not on the page ({type(error).__name__})")
             return
-        caption, path = html.escape(mmtx.escape(caption)) or "(empty)", html.escape(mmtx.escape(mmtx.display(name)))
+        caption, path = html.escape(mmtx.escape(caption)) or "(empty)", html.escape(mmtx.display(name))
         self.cards[kind].append(f'<figure>{media}<figcaption><b title="{caption}">{caption}</b>'
                                 f'<small title="{path}">{path.rsplit("/", 1)[-1]}</small></figcaption></figure>')
 

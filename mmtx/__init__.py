@@ -27,7 +27,7 @@ HOMES = {
     "InputError": "mmtx.errors",
     "escape": "mmtx.errors",
     "display": "mmtx.data.storage",
-    "read_file": "mmtx.data.storage",
+    "read": "mmtx.data.storage",
     "find_media": "mmtx.captioning",
     "caption_files": "mmtx.captioning",
 }

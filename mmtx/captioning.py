@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmtx.data.sample import kind_of
-from mmtx.data.storage import is_url
+from mmtx.data.trust import is_url
 from mmtx.errors import InputError
 from mmtx.generation import Sampling
 from mmtx.pipeline import Model

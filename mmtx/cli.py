@@ -124,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("sources", nargs="+", help="manifests, folders or shards")
     inspect.add_argument("--rows", type=_count(1), default=1, help="documents to show, default: 1")
     _model_options(inspect)
+    _trust_option(inspect)
     inspect.set_defaults(run=_inspect)
 
     prepare = commands.add_parser("prepare", help="turn media into tokenized shards, from which the decoder trains faster",
@@ -142,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
                          else os.cpu_count(), help="processes, default: one a core")
     prepare.add_argument("--rows", type=_count(1), default=2048, help="rows of a shard, default: 2048")
     prepare.add_argument("--max-bad", type=float, default=0.01, help="share of rows that may be unusable, default: 0.01")
+    _trust_option(prepare)
     prepare.set_defaults(run=_prepare)
 
     evaluate = commands.add_parser("evaluate", help="caption held-out samples and compare with the true captions")
@@ -151,8 +153,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--config", help="take both from the data of this training configuration")
     evaluate.add_argument("--show", type=_count(0), default=8, help="examples to print, default: 8")
     _model_options(evaluate)
+    _trust_option(evaluate)
     evaluate.set_defaults(run=_evaluate)
     return parser
+
+
+def _trust_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--trusted", action="store_true", help="let rows of a source at a URL name local files and private "
+                        "addresses; default: what lies below its own address, and public https")
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
@@ -208,7 +216,7 @@ def _caption(options: argparse.Namespace) -> None:
     for name, caption, error in caption_files(_load(options), files, **_sampling(options)):
         if error is None:
             done += 1
-            print(escape(caption) if alone else f"{escape(display(name))}\t{escape(caption)}", flush=True)
+            print(escape(caption) if alone else f"{display(name)}\t{escape(caption)}", flush=True)
         else:
             failed += 1
             _tell(error)
@@ -277,7 +285,7 @@ def _inspect(options: argparse.Namespace) -> None:
     legend = ", ".join(paint(kind, kind, False) for kind in COLOURS)
     legend += f"; trained ids are {'underlined' if coloured else 'marked *'}\n"
     for source in options.sources:
-        for sample in islice(open_source(source), options.rows):
+        for sample in islice(open_source(source, options.trusted), options.rows):
             rendered = render(to_documents([sample], model.tokenizers)[0], v)
             print(f"{legend}\n{sample.where}: {len(rendered.ids)} ids, {int(rendered.trained.sum())} trained")
             legend = ""
@@ -290,7 +298,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     import yaml
 
@@ -303,7 +311,7 @@ def _prepare(options: argparse.Namespace) -> None:
     if bool(options.sources) == bool(options.config):
         raise InputError("found both sources and --config, expected one of them" if options.config
                          else "found neither sources nor --config, expected one of them")
-    folders, features, sources = options.tokenizers, options.features, [DataSource(options.sources)]
+    folders, features, sources = options.tokenizers, options.features, [DataSource(options.sources, trusted=options.trusted)]
     outputs = [options.output]
     if options.config:
         config = read_config(find_shipped(options.config))
@@ -311,6 +319,8 @@ def _prepare(options: argparse.Namespace) -> None:
         # The same samples are prepared once, however often they are used.
         distinct = {repr((source.paths, source.select)): source for source in sources}
         outputs = [options.output / str(list(distinct).index(repr((s.paths, s.select)))) for s in sources]
+        if options.trusted:
+            sources = [replace(source, trusted=True) for source in sources]
     loaded = {tokenizer.kind: tokenizer for tokenizer in (load_tokenizer(find_shipped(folder)) for folder in folders)}
     tokenizers = {kind: loaded[kind] for kind in KINDS if kind in loaded}
     done = set()
@@ -325,7 +335,7 @@ def _prepare(options: argparse.Namespace) -> None:
     # The command line goes on from each source of the configuration: a `select` that has done its work must be undone.
     train = [{"paths": [str(output)], **{name: None if name == "select" else value
                                          for name, value in asdict(source).items()
-                                         if name != "paths" and value != default[name]}}
+                                         if name not in ("paths", "trusted") and value != default[name]}}
              for source, output in zip(sources, outputs, strict=True)]
     train = yaml.safe_dump(train, default_flow_style=True, sort_keys=False, width=10**6).strip()
     print(f"mmtx fit --config {options.config or 'FILE'} --data.train '{train}' "
@@ -333,6 +343,8 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from dataclasses import replace
+
     from mmtx.data.collection import DataSource, read_config
     from mmtx.report import report
 
@@ -340,8 +352,11 @@ def _evaluate(options: argparse.Namespace) -> None:
         config = read_config(options.config)
         train, held_out = ([source for source in sources if source.task == "caption"]
                            for sources in (config.train, config.validation))
+        if options.trusted:
+            train, held_out = ([replace(source, trusted=True) for source in sources] for sources in (train, held_out))
     else:
-        train, held_out = [DataSource(options.train)] if options.train else [], [DataSource([s]) for s in options.sources]
+        train = [DataSource(options.train, trusted=options.trusted)] if options.train else []
+        held_out = [DataSource([source], trusted=options.trusted) for source in options.sources]
     if not held_out:
         raise InputError("found neither held-out sources nor --config, expected one of them")
     for section in report(_load(options), held_out, train, options.show):

@@ -1,9 +1,10 @@
 """The one exception for mistakes that a user can mend, and text that is safe to show on one line."""
 
-import re
+import unicodedata
 
 LONGEST = 1000  # characters of a message: what was found may be anything
-UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+UNSAFE = ("Cc", "Cf", "Cs", "Zl", "Zp")
+JOINERS = "\u200c\u200d"  # parts of letters and emoji
 
 
 class InputError(ValueError):
@@ -28,9 +29,14 @@ def one_line(text: str) -> str:
 
 
 def escape(text: str, keep: str = "") -> str:
-    """Text that a terminal can show, whatever is in it.
+    """Text that a terminal can show, whatever is in it: control characters, line breaks, marks that turn the direction of
+    writing and bytes that are no UTF-8 as Python escapes them, but for the characters to `keep`."""
+    if text.isprintable():
+        return text
+    return "".join(_escaped(letter) if unicodedata.category(letter) in UNSAFE and letter not in keep + JOINERS else letter
+                   for letter in text)
 
-    Line breaks, escape sequences, marks that turn the direction of writing, and bytes that are no UTF-8 are written as
-    Python writes them in a string, but for the characters to `keep`.
-    """
-    return UNSAFE.sub(lambda found: found.group() if found.group() in keep else repr(found.group())[1:-1], text)
+
+def _escaped(letter: str) -> str:
+    stray = 0xDC80 <= ord(letter) <= 0xDCFF  # a byte of a name that is no UTF-8
+    return f"\\x{ord(letter) - 0xDC00:02x}" if stray else letter.encode("unicode_escape", "backslashreplace").decode()

@@ -22,8 +22,13 @@ import safetensors.torch
 import torch
 from PIL import Image as PILImage
 
+<<<<<<< HEAD
 from mmtx.data.media import MAX_SECONDS, kind_of, load_audio, load_image
 from mmtx.data.storage import FileSource, open_binary
+=======
+from mmtx.data.media import kind_of, load_audio, load_image
+from mmtx.data.storage import FileSource, display, open_binary
+>>>>>>> storage
 from mmtx.decoding import Weights
 from mmtx.errors import InputError
 from mmtx.files import find_shipped, read_json, replace_folder, write_json
@@ -343,8 +348,8 @@ class Model:
     def _read(self, item: Image | Audio) -> torch.Tensor:
         data, name = item.data, None
         if isinstance(data, (str, Path)):
-            name = str(data)
-            data = FileSource(name).read()
+            name = display(str(data))
+            data = FileSource(str(data)).read()
         if isinstance(item, Image):
             return load_image(data, name)
         return load_audio(data, self.tokenizers["audio"].rate, name, item.rate)
@@ -381,7 +386,7 @@ class Model:
             with open_binary(str(item)) as file:
                 kind = kind_of(str(item), file.read(64))
             if kind is None:
-                raise InputError(f"{item}: found neither a picture nor a sound that can be read")
+                raise InputError(f"{display(str(item))}: found neither a picture nor a sound that can be read")
             return (Image if kind == "image" else Audio)(str(item))
         raise InputError(f"found {type(item).__name__}, expected a path, PIL image, array, tensor, Image or Audio")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from mmtx.data.collection import DataSource, progress, read_source
 from mmtx.data.media import load_audio, load_image
 from mmtx.data.sample import Media, Sample
+from mmtx.data.storage import display
 from mmtx.data.tokens import to_documents
 from mmtx.evaluation import (
     NAME_FIELDS,
@@ -52,7 +53,7 @@ def report(model: Model, held_out: Sequence[DataSource], train: Sequence[DataSou
         figures = _figures(samples, known, predicted)
         control = _figures(samples, known, nearest) if nearest else {}
         rows = [(name, score, control.get(name)) for name, score in figures.items()]
-        yield "\n".join([f"\n{', '.join(Path(path).name for path in source.paths)}: {len(samples)} samples",
+        yield "\n".join([f"\n{', '.join(Path(display(path)).name for path in source.paths)}: {len(samples)} samples",
                          *_examples(predicted, true, show), "", table(rows)])
 
 

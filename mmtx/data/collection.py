@@ -24,7 +24,8 @@ class DataSource:
     repeat: how often an epoch shows each sample. limit: keep this many samples, evenly spread.
     task: "caption" reads samples as they are, the medium asked and the text answered; "generate" turns them round. List
     a source twice to train both. drop: share of the views of a sample that leave its user turn empty, by which a model
-    learns to do without it, as classifier-free guidance needs.
+    learns to do without it, as classifier-free guidance needs. trusted: rows of a source at a URL may name local files,
+    private addresses and other schemes than https; by default what lies below its own address, and public https.
     """
 
     paths: list[str]
@@ -33,6 +34,7 @@ class DataSource:
     limit: int | None = None
     task: Task = "caption"
     drop: float = 0.0
+    trusted: bool = False
 
     def __post_init__(self):
         if self.task not in get_args(Task):
@@ -69,7 +71,7 @@ def read_config(path: str | Path) -> TrainingData:
 
 def read_source(source: DataSource, max_bad: float = 0.01) -> list[Sample]:
     """The samples of one source, in order. Raises InputError as `mmtx.data.sources.read` does."""
-    samples = read(source.paths, max_bad, source.select, lambda line: print(line, file=sys.stderr))
+    samples = read(source.paths, max_bad, source.select, lambda line: print(line, file=sys.stderr), source.trusted)
     if source.limit is not None and source.limit < len(samples):
         samples = [samples[i * len(samples) // source.limit] for i in range(source.limit)]
     if source.task == "generate":

@@ -10,6 +10,7 @@ from mmtx.data.collection import DataSource, read_sources
 from mmtx.data.prepared import Prepared
 from mmtx.data.sample import Sample
 from mmtx.data.sources import expand, is_prepared
+from mmtx.data.storage import display
 from mmtx.data.tokens import Augmentation, Documents
 from mmtx.errors import InputError
 from mmtx.modality.base import Tokenizer
@@ -93,7 +94,7 @@ def _is_prepared(source: DataSource) -> bool:
     """Raises InputError where only some of the paths are prepared, or where `limit` would count for each alone."""
     prepared = [path for path in source.paths if is_prepared(path)]
     if prepared and len(prepared) < len(source.paths):
-        raise InputError(f"paths: found {prepared[0]}, which is prepared, beside media; expected a source for each")
+        raise InputError(f"paths: found {display(prepared[0])}, which is prepared, beside media; expected a source for each")
     if len(prepared) > 1 and source.limit is not None:
         raise InputError(f"limit: found {len(prepared)} prepared folders in one source, expected a source for each")
     return bool(prepared)

@@ -8,7 +8,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from mmtx.data.storage import DatasetSource
+from mmtx.data.storage import DatasetSource, display, scrub
+from mmtx.data.trust import Base
 from mmtx.errors import InputError
 
 PREFIX = "hf://"
@@ -21,25 +22,45 @@ def is_dataset(path: str) -> bool:
     return path.startswith(PREFIX) or inside("dataset_dict.json") or inside("state.json") and inside("dataset_info.json")
 
 
-def rows(path: str) -> Iterator[dict[str, Any]]:
+def base_of(path: str, trusted: bool = False) -> Base:
+    """What the rows of a dataset may name: as those of a manifest, at a URL where it comes from the hub.
+
+    Of local files, a dataset of the hub has those that the library keeps for it.
+    """
+    name = path.removeprefix(PREFIX).partition(":")[0]
+    if not path.startswith(PREFIX) or os.path.isdir(name):
+        return Base(trusted=trusted)
+    try:
+        from datasets.config import DOWNLOADED_DATASETS_PATH
+        from huggingface_hub.constants import HF_HUB_CACHE
+    except ImportError:
+        return Base(f"{PREFIX}datasets/{name}", trusted=trusted)
+    caches = str(DOWNLOADED_DATASETS_PATH), os.path.join(HF_HUB_CACHE, f"datasets--{name.replace('/', '--')}")
+    return Base(f"{PREFIX}datasets/{name}", trusted=trusted, caches=caches)
+
+
+def rows(path: str, base: Base | None = None) -> Iterator[dict[str, Any]]:
     """The rows of a dataset, in order; pictures and sounds as `DatasetSource`, columns without a value left out.
 
-    Raises InputError when it cannot be opened, or has several splits and none is named.
+    `base`: what they may name. Raises InputError when it cannot be opened, or has several splits and none is named.
     """
     try:
         import datasets
     except ImportError:
-        raise InputError(f'{path}: needs the package datasets (pip install "mmtx[hf]")') from None
+        raise InputError(f'{display(path)}: needs the package datasets (pip install "mmtx[hf]")') from None
     name, _, split = path.removeprefix(PREFIX).partition(":")
+    failure = None
     try:
         found = datasets.load_dataset(name, split=split or None) if path.startswith(PREFIX) else datasets.load_from_disk(path)
     except Exception as error:  # the library, pyarrow and the hub raise classes of their own
-        raise InputError(f"{path}: cannot be opened as a dataset ({type(error).__name__}: "
-                         f"{' '.join(str(error).split())[:200]})") from None
+        failure = (f"{display(path)}: cannot be opened as a dataset ({type(error).__name__}: "
+                   f"{' '.join(scrub(str(error)).split())[:200]})")
+    if failure:
+        raise InputError(failure)
     if isinstance(found, dict):
         if len(found) > 1:
             how = f"{PREFIX}{name}:{next(iter(found))}" if path.startswith(PREFIX) else os.path.join(path, next(iter(found)))
-            raise InputError(f"{path}: found the splits {', '.join(found)}, expected the name of one, as in {how}")
+            raise InputError(f"{display(path)}: found the splits {', '.join(found)}, expected the name of one, as in {how}")
         found = next(iter(found.values()))
     media = [column for column, kind in found.features.items() if isinstance(kind, (datasets.Image, datasets.Audio))]
     for column in media:
@@ -52,5 +73,5 @@ def rows(path: str) -> Iterator[dict[str, Any]]:
         there = found.select_columns(given).with_format("arrow")[batch] if given else None
         rows = texts.select(batch) if texts.column_names else ({} for _ in batch)
         for place, (number, row) in enumerate(zip(batch, rows)):
-            row |= {column: DatasetSource(found, number, column) for column in given if there[column][place].is_valid}
+            row |= {column: DatasetSource(found, number, column, base) for column in given if there[column][place].is_valid}
             yield {column: value for column, value in row.items() if value is not None}

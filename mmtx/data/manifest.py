@@ -8,25 +8,26 @@ from typing import Any
 from mmtx.data.fields import attempt, json_object, pop_text, shown, text_of
 from mmtx.data.folder import answered
 from mmtx.data.sample import Media, Part, Sample, SampleTurn, Text, kind_of
-from mmtx.data.storage import DatasetSource, FileSource, display, is_url, open_binary
+from mmtx.data.storage import DatasetSource, FileSource, bare, display, is_url, open_binary, uncached
+from mmtx.data.trust import Base
 from mmtx.errors import InputError
 
 CONTENT = {"image": "image", "image_url": "image", "audio": "audio", "audio_url": "audio"}  # part -> kind
 
 
-def read_manifest(path: str) -> Iterator[Sample | InputError]:
-    base = os.path.dirname(path.split("?")[0] if is_url(path) else path)
+def read_manifest(path: str, trusted: bool = False) -> Iterator[Sample | InputError]:
     with open_binary(path) as file:
+        base = Base(os.path.dirname(bare(uncached(path))), file.private, trusted)
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield attempt(partial(_row, line, base, number, f"{display(path)} row {number}"))
 
 
-def _row(line: bytes, base: str, number: int, where: str) -> Sample:
+def _row(line: bytes, base: Base, number: int, where: str) -> Sample:
     return parse_row(json_object(line, where), base, number, where)
 
 
-def parse_row(row: dict[str, Any], base: str, number: int, where: str) -> Sample:
+def parse_row(row: dict[str, Any], base: Base, number: int, where: str) -> Sample:
     key = next((row.pop(name) for name in ("key", "id") if name in row), number)
     if not isinstance(key, (str, int)):
         raise InputError(f"{where}: the key is {shown(key)}, expected a string or a number")
@@ -43,7 +44,7 @@ def parse_row(row: dict[str, Any], base: str, number: int, where: str) -> Sample
     return Sample(str(key), turns, row, where)
 
 
-def _chat(messages: Any, base: str, where: str) -> tuple[SampleTurn, ...]:
+def _chat(messages: Any, base: Base, where: str) -> tuple[SampleTurn, ...]:
     if not isinstance(messages, list) or not messages:
         raise InputError(f"{where}: field 'messages' is {shown(messages)}, expected a list of messages")
     turns = []
@@ -64,7 +65,7 @@ def _chat(messages: Any, base: str, where: str) -> tuple[SampleTurn, ...]:
     return tuple(turns)
 
 
-def _part(item: Any, base: str, where: str, at: str) -> Part:
+def _part(item: Any, base: Base, where: str, at: str) -> Part:
     kind = item.get("type") if isinstance(item, dict) else None
     if kind == "text":
         return Text(text_of(item.get("text"), where, f"{at}.text"))
@@ -76,14 +77,16 @@ def _part(item: Any, base: str, where: str, at: str) -> Part:
     return _media(value, CONTENT[kind], base, where, f"{at}.{kind}")
 
 
-def _media(value: Any, kind: str, base: str, where: str, at: str) -> Media:
+def _media(value: Any, kind: str, base: Base, where: str, at: str) -> Media:
     if isinstance(value, DatasetSource):
         return Media(kind, where, value)
     if not isinstance(value, str) or not value:
         raise InputError(f"{where}: field {at!r} is {shown(value)}, expected a path or URL")
-    path = value if is_url(value) else os.path.join(base, value)
+    path = base.join(value)
+    if refusal := base.refusal(path):
+        raise InputError(f"{where}: field {at!r} names {display(path)}: {refusal}")
     if kind_of(path) not in (kind, None):
         raise InputError(f"{where}: field {at!r} names {display(path)}, which is no {kind} file")
     if not is_url(path) and not os.path.isfile(path):
-        raise InputError(f"{where}: field {at!r} names {path}: no such file")
-    return Media(kind, f"{where}: {display(path)}", FileSource(path))
+        raise InputError(f"{where}: field {at!r} names {display(path)}: no such file")
+    return Media(kind, f"{where}: {display(path)}", FileSource(path, base=base))

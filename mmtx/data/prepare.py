@@ -25,6 +25,7 @@ from mmtx.data.collection import DataSource
 from mmtx.data.prepared import DONE, FORMAT, INDEX, shard_name, tensors
 from mmtx.data.sample import Media, Sample
 from mmtx.data.sources import PLAN, SkipCounter, is_selected, scan
+from mmtx.data.storage import recorded
 from mmtx.data.tokens import ENCODE_AT_ONCE, Augmentation, encode_samples, load_sample
 from mmtx.errors import InputError
 from mmtx.files import read_json, write_json
@@ -66,7 +67,7 @@ def prepare(
         if value < 1:
             raise InputError(f"{name}: found {value}, expected 1 or more")
     folder, vocabulary = Path(output), Vocabulary.build(tokenizers)
-    plan = {"format": FORMAT, "sources": source.paths, "select": source.select, "shard_rows": rows, "features": features,
+    plan = {"format": FORMAT, "sources": [recorded(path) for path in source.paths], "select": source.select, "shard_rows": rows, "features": features,
             "vocabulary": json.loads(vocabulary.to_json())}
     SkipCounter(max_bad)  # refuses a share that is none
     _begin(folder, plan)
@@ -130,7 +131,7 @@ def _blocks(source: DataSource, rows: int) -> Iterator[list[Sample | InputError]
     """The rows of a source in blocks, those that cannot be read as their errors."""
     block: list[Sample | InputError] = []
     for path in source.paths:
-        for row in scan(path):
+        for row in scan(path, source.trusted):
             if isinstance(row, InputError) or is_selected(row, source.select or {}):
                 block.append(row)
             if len(block) == rows:

@@ -15,7 +15,6 @@ Shapes: T tokens of a document, D width of features, S shards.
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 
 from mmtx.data.collection import DataSource
-from mmtx.data.storage import display, is_url, open_binary
+from mmtx.data.storage import MAX_BYTES, cache, display, download, is_url, join, read
 from mmtx.data.sources import SkipCounter
 from mmtx.data.tokens import Augmentation, seed_of
 from mmtx.errors import InputError
@@ -84,13 +83,12 @@ class Prepared:
         """
         self.path, self.vocabulary, self.seed, self.drop = display(path).rstrip("/"), vocabulary, seed, source.drop
         self.turned = source.task == "generate"
-        self.remote = path.rstrip("/") if is_url(path) else None
+        self.remote = path if is_url(path) else None
         if self.remote is None and not os.path.isfile(os.path.join(path, DONE)):
             raise InputError(f"{self.path}: prepared in part only, expected a whole folder: the same `mmtx prepare` "
                              "finishes it")
-        with open_binary(f"{path.rstrip('/')}/{DONE}") as file:
-            whole = file.read()
-        self.folder = Path(path) if self.remote is None else _cache_of(whole)
+        whole = read(join(path, DONE), MAX_BYTES)
+        self.folder = Path(path) if self.remote is None else cache() / hashlib.sha256(whole).hexdigest()[:32]
         try:
             facts = json.loads(whole)
         except ValueError:
@@ -198,7 +196,7 @@ class Prepared:
         """Download a file that is not there yet; whether it was."""
         if self.remote is None or (self.folder / name).is_file():
             return False
-        download(f"{self.remote}/{name}", self.folder / name)
+        download(join(self.remote, name), self.folder / name)
         return True
 
     def _check_size(self, shard: int) -> None:
@@ -237,27 +235,3 @@ def _spans(kind: str, values: np.ndarray, whole: np.ndarray, order: np.ndarray, 
     places = np.flatnonzero(coded[order] & in_user_turns(ids, v))
     runs = np.split(places, np.flatnonzero(np.diff(places) != 1) + 1)
     return [Span(kind, int(run[0]), torch.from_numpy(np.array(values[rows[run]]))) for run in runs if len(run)]
-
-
-def download(url: str, path: Path) -> None:
-    """Copy a remote file, which appears whole or not at all. Raises InputError that names it."""
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file, open_binary(url) as source:
-            while data := source.read(2**20):
-                try:
-                    file.write(data)
-                except OSError as error:  # or it would be taken for one of the source
-                    raise InputError(f"{path}: cannot be written ({error.strerror})") from None
-        os.replace(part, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _cache_of(facts: bytes) -> Path:
-    """Where the files of a remote folder are kept: by its contents, so that a new one at the same place is another."""
-    cache = Path(os.environ.get("MMTX_CACHE") or Path.home() / ".cache" / "mmtx")
-    return cache / hashlib.sha256(facts).hexdigest()[:32]

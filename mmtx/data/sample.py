@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mmtx.data.storage import MediaSource, display
+from mmtx.data.storage import MediaSource, bare
 
 EXTENSIONS = {
     "image": (".webp", ".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff"),
@@ -88,4 +88,4 @@ def sniff(data: bytes) -> Literal["image", "audio"] | None:
 
 def suffix(path: str) -> str:
     """The last extension in lower case with its dot, '' if there is none."""
-    return os.path.splitext(display(path))[1].lower()
+    return os.path.splitext(bare(path))[1].lower()

@@ -22,7 +22,8 @@ from mmtx.data.fields import attempt, shown
 from mmtx.data.folder import read_folder
 from mmtx.data.manifest import parse_row, read_manifest
 from mmtx.data.sample import Sample, suffix
-from mmtx.data.storage import display, is_url
+from mmtx.data.storage import bare, display, is_url, listed
+from mmtx.data.trust import scheme_of
 from mmtx.data.webdataset import SHARDS, read_tar
 from mmtx.errors import InputError
 
@@ -61,11 +62,13 @@ def read(
     max_bad: float = 0.01,
     select: dict[str, list] | None = None,
     report: Callable[[str], None] | None = None,
+    trusted: bool = False,
 ) -> list[Sample]:
     """Read all samples of all sources into memory (media stay on disk, except those of compressed tars).
 
     Bad rows are skipped up to the share `max_bad` of all rows, and told to `report` in one line. `select`
-    keeps the samples whose metadata field (or "key", or "caption") is one of the listed values.
+    keeps the samples whose metadata field (or "key", or "caption") is one of the listed values. `trusted`: rows of a
+    URL may name local files and private addresses.
     Raises InputError for a missing or empty source, too many bad rows, or when nothing is left.
     """
     sources = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
@@ -73,7 +76,7 @@ def read(
         raise InputError("no data source is given, expected at least one manifest, folder or shard")
     skipped, samples = SkipCounter(max_bad), []
     for source in sources:
-        for row in scan(source):
+        for row in scan(source, trusted):
             if isinstance(row, InputError):
                 skipped.skip(row)
             else:
@@ -112,22 +115,22 @@ def _facts(sample: Sample) -> dict[str, Any]:
     return {"key": sample.key, "caption": sample.caption, **sample.metadata}
 
 
-def open_source(source: str) -> Iterator[Sample]:
+def open_source(source: str, trusted: bool = False) -> Iterator[Sample]:
     """Yield the samples of one source, in a fixed order; the first bad row raises InputError."""
-    for row in scan(source):
+    for row in scan(source, trusted):
         if isinstance(row, InputError):
             raise row
         yield row
 
 
-def scan(source: str) -> Iterator[Sample | InputError]:
+def scan(source: str, trusted: bool = False) -> Iterator[Sample | InputError]:
     """Like `open_source`, but a bad row is yielded as its InputError, so that the caller may go on.
 
     Raises InputError when the source as a whole is missing, empty, damaged or of no known kind.
     """
     for path in expand(os.fspath(source)):
         empty = True
-        for row in _reader(path):
+        for row in _reader(path, trusted):
             empty = False
             yield row
         if empty:
@@ -137,7 +140,7 @@ def scan(source: str) -> Iterator[Sample | InputError]:
 def is_prepared(path: str) -> bool:
     """Whether a path is what `mmtx prepare` wrote, also in part: a folder with its plan, or a URL of any folder."""
     if is_url(path):
-        return not path.startswith((hub.PREFIX, "data:")) and (path.endswith("/") or not suffix(path)) and "*" not in path
+        return scheme_of(path) not in ("hf", "data") and (bare(path).endswith("/") or not suffix(path)) and "*" not in path
     return os.path.isfile(os.path.join(path, PLAN))
 
 
@@ -146,13 +149,7 @@ def expand(source: str) -> list[str]:
     if is_url(source):
         if "*" not in source:
             return [source]
-        import fsspec
-
-        try:
-            files, pattern = fsspec.core.url_to_fs(source)
-            found = sorted(files.unstrip_protocol(path) for path in files.glob(pattern))
-        except Exception as error:  # every back end raises classes of its own
-            raise InputError(f"{display(source)}: cannot be listed ({type(error).__name__})") from None
+        found = listed(source)
     elif os.path.exists(source) or not glob.has_magic(source):
         return [source]
     else:
@@ -162,24 +159,25 @@ def expand(source: str) -> list[str]:
     return found
 
 
-def _reader(path: str) -> Iterator[Sample | InputError]:
-    name = display(path).lower()
+def _reader(path: str, trusted: bool) -> Iterator[Sample | InputError]:
+    name = bare(path).lower()
     if name.endswith(".jsonl"):
-        return read_manifest(path)
+        return read_manifest(path, trusted)
     if name.endswith(SHARDS):
         return read_tar(path)
     if hub.is_dataset(path):
-        return _dataset(path)
+        return _dataset(path, trusted)
     if is_prepared(path):
         raise InputError(f"{display(path)}: found shards of `mmtx prepare`, which only the training of a decoder reads, "
                          "expected pictures, sounds or texts")
     if not is_url(path) and os.path.isdir(path):
         return read_folder(path)
     if not is_url(path) and not os.path.exists(path):
-        raise InputError(f"{path}: no such file or folder")
+        raise InputError(f"{display(path)}: no such file or folder")
     raise InputError(f"{display(path)}: unknown kind of data, expected a folder, .jsonl, {', '.join(SHARDS)}")
 
 
-def _dataset(path: str) -> Iterator[Sample | InputError]:
-    for number, row in enumerate(hub.rows(path), 1):
-        yield attempt(partial(parse_row, row, "", number, f"{path} row {number}"))
+def _dataset(path: str, trusted: bool) -> Iterator[Sample | InputError]:
+    base = hub.base_of(path, trusted)
+    for number, row in enumerate(hub.rows(path, base), 1):
+        yield attempt(partial(parse_row, row, base, number, f"{display(path)} row {number}"))

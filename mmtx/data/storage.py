@@ -1,41 +1,42 @@
-"""Where bytes lie: local files and URLs, what may be opened and how they are read, and how a path is shown.
+"""Where bytes lie: local files and URLs, how they are opened and read to the end, and how a path is shown.
 
 Everything here is frozen and picklable, so that samples travel to the workers of a data loader.
 """
 
+import hashlib
+import io
 import os
 import re
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, BinaryIO
 
-from mmtx.errors import InputError
+from mmtx.data.trust import Base, is_url, is_web
+from mmtx.errors import InputError, escape
 
 MAX_BYTES = 256 * 2**20  # of one medium: more than 600 s of stereo PCM at 48 kHz
+LONGEST = 200            # characters of a name in a message
+CACHING = re.compile(r"(?:(?<=::)|^)(?:simple|file|block)cache::", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class FileSource:
-    """A file or fsspec URL, or `size` bytes at `offset` of it (a member of a plain tar)."""
+    """A file or URL, or `size` bytes at `offset` of it (a member of a plain tar).
+
+    `base` is where the row comes from that names it, and so what it may reach; None for what the user wrote.
+    """
 
     path: str
     offset: int = 0
     size: int | None = None
+    base: Base | None = field(default=None, repr=False)
 
     def read(self) -> bytes:
         """Return the bytes. Raises InputError when they are missing, cut short or more than MAX_BYTES."""
-        with open_binary(self.path) as file:
-            if self.offset:
-                file.seek(self.offset)
-            data = file.read(MAX_BYTES + 1 if self.size is None else min(self.size, MAX_BYTES + 1))
-        if len(data) > MAX_BYTES:
-            raise InputError(f"{display(self.path)}: more than {MAX_BYTES} bytes, the most for one medium")
-        if self.size is not None and len(data) < self.size:
-            raise InputError(
-                f"{display(self.path)}: found {len(data)} bytes at byte {self.offset}, expected {self.size}"
-            )
-        return data
+        return read(self.path, MAX_BYTES, self.base, self.offset, self.size)
 
     def stamp(self) -> bytes:
         """What changes when the file does, as far as one can tell without reading it: size and time of a local one."""
@@ -68,59 +69,260 @@ class DatasetSource:
     dataset: Any = field(repr=False)
     row: int
     column: str
+    base: Base | None = field(default=None, repr=False)
 
     def read(self) -> bytes:
         """Return the bytes, which lie in the dataset or in a file that it names."""
         value = self.dataset.select_columns([self.column])[self.row][self.column]
         if value is None:
             raise InputError(f"row {self.row + 1}, column {self.column!r}: found nothing, expected a picture or sound")
-        return FileSource(value["path"]).read() if value["bytes"] is None else value["bytes"]
+        if value["bytes"] is not None:
+            return value["bytes"]
+        path = "" if value["path"] is None else value["path"]
+        if refusal := self.base and self.base.refusal(path):
+            raise InputError(f"row {self.row + 1}, column {self.column!r} names {display(path)}: {refusal}")
+        return read(path, MAX_BYTES, self.base)
 
     def stamp(self) -> bytes:
         """The fingerprint that the library gives to a dataset."""
         return self.dataset._fingerprint.encode()
 
 
-def read_file(path: str) -> bytes:
-    """The bytes of a file or URL, up to MAX_BYTES. Raises InputError where they cannot be had."""
-    return FileSource(path).read()
-
-
 MediaSource = FileSource | MemorySource | DatasetSource
 
 
-def is_url(path: str) -> bool:
-    """Whether fsspec opens `path`, rather than the local file system."""
-    return "://" in path or path.startswith("data:")
+def bare(path: str) -> str:
+    """A path without what is no part of its name: query and fragment of a URL, the content of an inline one."""
+    if path[:5].lower() == "data:":
+        return path.partition(",")[0]
+    return re.split("[?#]" if is_web(path) else "[?]", path)[0] if is_url(path) else path
+
+
+def uncached(path: str) -> str:
+    """A chained URL without the layers that copy a whole file before its first byte can be read, or its length be told."""
+    return CACHING.sub("", path) if is_url(path) else path
+
+
+def join(folder: str, name: str) -> str:
+    """A file of a folder, which may be a URL: its query stays behind the name."""
+    path, mark, query = folder.partition("?") if is_url(folder) else (folder, "", "")
+    return f"{path.rstrip('/')}/{name}{mark}{query}"
 
 
 def display(path: str) -> str:
-    """A path for messages: a URL without password, query (which may hold a signature) or inline data."""
-    if path.startswith("data:"):
-        return path.split(",")[0]
-    return re.sub(r"//[^/@]*@", "//", path).split("?")[0] if is_url(path) else path
+    """A path for messages, on one line: without password, query (which may hold a signature), fragment or inline data, what a
+    terminal would take for an order escaped, the middle of a long one left out."""
+    path = escape(_without_secrets(path))
+    return path if len(path) <= LONGEST else f"{path[:LONGEST // 2]}...{path[3 - LONGEST // 2:]}"
+
+
+def recorded(path: str) -> str:
+    """A path for files that outlive the run: as it is or, where that would give away a secret, shown with a digest of all."""
+    shown = _without_secrets(path)
+    return path if shown == path else f"{shown} (sha256 {hashlib.sha256(path.encode('utf-8', 'surrogatepass')).hexdigest()[:16]})"
+
+
+def scrub(text: str) -> str:
+    """A text of others, with all URLs in it as `display` shows them."""
+    return re.sub(r"(?:[a-zA-Z][a-zA-Z0-9+.-]+::)*[a-zA-Z][a-zA-Z0-9+.-]+://[^\s'\"<>]+|data:[^\s'\"<>]{40,}",
+                  lambda found: display(found[0]), text)
+
+
+def _without_secrets(path: str) -> str:
+    if not is_url(path):
+        return path
+    if path[:5].lower() == "data:":
+        return re.match(r"data:[\w/+.;=-]{0,60}(?=,)|data:", path, re.IGNORECASE)[0]
+    shown = []
+    for part in re.split(r"::(?=[a-zA-Z][a-zA-Z0-9+.-]*:(?://|:))", path):
+        scheme, mark, rest = part.partition("://")
+        authority, tail = re.match(r"([^/?#]*)(.*)", rest, re.DOTALL).groups()
+        if "@" in authority:
+            authority = authority.rpartition("@")[2]
+        elif re.search(r":(?!\d*$)|%", re.sub(r"^\[[^]]*\]", "", authority)) or "@" in tail.split("/")[0]:
+            authority, tail = "...", ""  # a password with a slash or a question mark in it, or a host that is none
+        name = re.split("[?#]", tail)[0]
+        shown.append(scheme + mark + authority + re.sub(r";[^/]*=[^/]*", "", name))
+        if name != tail:  # what looks like another part may belong to the query
+            break
+    return "::".join(shown)
+
+
+# -- Opening and reading -------------------------------------------------------------------------------------
+
+
+def read(path: str, limit: int = MAX_BYTES, base: Base | None = None, offset: int = 0, size: int | None = None) -> bytes:
+    """All bytes of a local file or URL, or `size` of them from `offset`.
+
+    Raises InputError when they are missing, cut short or more than `limit`.
+    """
+    wanted = limit + 1 if size is None else min(size, limit + 1)
+    path = path if size is not None else uncached(path)
+    if is_web(path) and size is None and not offset:
+        from mmtx.data import web
+
+        data = _told(path, web.read, path, limit, base)
+    else:
+        with open_binary(path, base, seek=size is not None, start=offset, stop=None if size is None else offset + size) as file:
+            if offset:
+                file.seek(offset)
+            data = file.read(wanted)
+    if len(data) > limit:
+        raise InputError(f"{display(path)}: more than {limit} bytes, the most for one medium")
+    if size is not None and len(data) < size:
+        raise InputError(f"{display(path)}: found {len(data)} bytes at byte {offset}, expected {size}")
+    return data
 
 
 @contextmanager
-def open_binary(path: str) -> Iterator[BinaryIO]:
-    """Open a local file or fsspec URL; what fails while it is open becomes an InputError that names it."""
-    # Every fsspec back end raises classes of its own; local files raise OSError alone.
-    failures = Exception if is_url(path) else OSError
-    try:
-        if is_url(path):
-            import fsspec
+def open_binary(path: str, base: Base | None = None, *, seek: bool = False, start: int = 0,
+                stop: int | None = None) -> Iterator[BinaryIO]:
+    """Open a local file or URL; what goes wrong in opening and reading it becomes an InputError that names it.
 
-            opened = fsspec.open(path, "rb")
-        else:
-            opened = open(path, "rb")
-        with opened as file:
-            yield file
+    Args:
+        path: for a URL of the user all that fsspec knows.
+        base: what rows may reach, None for what the user wrote.
+        seek: whether its reader goes back and forth. A URL whose server cannot do that is then copied to `cache()` first.
+        start: the first byte that will be read, a hint for servers, as is `stop`.
+    """
+    path = path if seek else uncached(path)
+    raw = _told(path, _opened, path, base, seek, start, stop)
+    with io.BufferedReader(_Reader(path, raw), 2**16) as file:
+        file.private = getattr(raw, "private", False)
+        yield file
+
+
+def _opened(path: str, base: Base | None, seek: bool, start: int, stop: int | None) -> Any:
+    if is_web(path):
+        from mmtx.data.web import Stream
+
+        stream = Stream(path, base, start, stop)
+        return _copied(path, stream) if seek and not stream.ranged else stream
+    if is_url(path):
+        import fsspec
+
+        return fsspec.open(path, "rb").open()
+    return open(path, "rb", buffering=0)
+
+
+def listed(pattern: str) -> list[str]:
+    """The URLs that a pattern stands for, sorted. Raises InputError when its folder cannot be listed."""
+    return _told(pattern, _listed, pattern)
+
+
+def _listed(pattern: str) -> list[str]:
+    import fsspec
+
+    options = {}
+    if is_web(pattern):
+        import aiohttp
+
+        from mmtx.data.web import CONNECT, IDLE, TOTAL
+
+        options = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(TOTAL, sock_connect=CONNECT, sock_read=IDLE)}}
+    files, path = fsspec.core.url_to_fs(pattern, **options)
+    return sorted(files.unstrip_protocol(found) for found in files.glob(path))
+
+
+def _copied(url: str, stream: Any) -> BinaryIO:
+    """A copy of what a server gives only as a whole, made once for each state of it that the server tells apart."""
+    state = repr((url, stream.version))
+    path = cache() / hashlib.sha256(state.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    with stream:
+        if stream.version[:2] == (None, None) and stream.size is None or not path.is_file():
+            save(stream, path)
+    return open(path, "rb", buffering=0)
+
+
+def download(url: str, path: Path) -> None:
+    """Copy a remote file, which appears whole or not at all. Raises InputError that names it."""
+    with open_binary(url) as source:
+        save(source, path)
+
+
+def save(source: BinaryIO, path: Path) -> None:
+    """Write all that `source` has to a file, which appears whole or not at all."""
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            while data := source.read(2**20):
+                file.write(data)
+        os.replace(part, path)
+    except OSError as error:
+        raise InputError(f"{display(str(path))}: cannot be written ({error.strerror})") from None
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def cache() -> Path:
+    """Where copies of remote files are kept: $MMTX_CACHE or ~/.cache/mmtx."""
+    return Path(os.environ.get("MMTX_CACHE") or Path.home() / ".cache" / "mmtx")
+
+
+class _Reader(io.RawIOBase):
+    """A file of any back end, whose failures are InputErrors and whose end is its end."""
+
+    def __init__(self, path: str, file: Any):
+        super().__init__()
+        self.path, self.file = path, file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self.file.seekable()
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return _told(self.path, self.file.seek, offset, whence)
+
+    def readinto(self, buffer) -> int:
+        if (count := _told(self.path, self.file.readinto, buffer)) or not is_url(self.path):
+            return count
+        size = getattr(self.file, "size", None)  # what the back end was told
+        if isinstance(size, int) and (found := self.file.tell()) < size and len(buffer):
+            raise InputError(f"{display(self.path)}: cut short, found {found} of {size} bytes")
+        return 0
+
+    def close(self) -> None:
+        if not self.closed:
+            self.file.close()
+        super().close()
+
+
+def _told(path: str, run: Any, *arguments: Any) -> Any:
+    """`run`, whose failure becomes an InputError that names `path`."""
+    # Every fsspec back end raises classes of its own; local files raise OSError alone.
+    try:
+        return run(*arguments)
     except InputError:
         raise
-    except FileNotFoundError:
-        raise InputError(f"{display(path)}: no such file") from None
-    except failures as error:
-        # The texts of remote errors may hold addresses and signatures; a missing package is worth telling.
-        remote = str(error) if isinstance(error, ImportError) else type(error).__name__
-        reason = getattr(error, "strerror", None) or (remote if is_url(path) else str(error))
-        raise InputError(f"{display(path)}: cannot be read ({reason})") from None
+    except (Exception if is_url(path) else (OSError, ValueError, OverflowError)) as error:
+        reason = _reason(error, is_url(path))
+    # Out here, since the errors of back ends hold addresses and signatures, and this one would lead to them.
+    raise InputError(f"{display(path)}: {reason}")
+
+
+def _reason(error: Exception, remote: bool) -> str:
+    from mmtx.data import web
+
+    if isinstance(error, web.Failure):
+        return str(error)
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    answer = getattr(error, "response", None)
+    status = next((value for value in (getattr(error, "status", None), getattr(answer, "status_code", None),
+                                       getattr(error, "code", None)) if isinstance(value, int)), None)
+    if remote and status in web.STATUS:
+        return web.told(status)
+    if remote and isinstance(error, PermissionError):
+        return "no right to read it"
+    if remote and isinstance(error, TimeoutError):
+        return "no answer in time"
+    # The texts of remote errors may hold addresses and signatures; a missing package is worth telling.
+    text = scrub(str(error)) if isinstance(error, ImportError) or not remote else type(error).__name__
+    return f"cannot be read ({getattr(error, 'strerror', None) or text})"

@@ -10,7 +10,7 @@ from functools import partial
 from mmtx.data.folder import captioned, is_wanted
 from mmtx.data.fields import attempt
 from mmtx.data.sample import Sample, kind_of
-from mmtx.data.storage import MAX_BYTES, FileSource, MediaSource, MemorySource, display, open_binary
+from mmtx.data.storage import MAX_BYTES, FileSource, MediaSource, MemorySource, bare, display, open_binary
 from mmtx.errors import InputError
 
 SHARDS = (".tar", ".tar.gz", ".tgz")
@@ -29,8 +29,8 @@ def read_tar(path: str) -> Iterator[Sample | InputError]:
 
 def _members(path: str) -> Iterator[tuple[str, MediaSource]]:
     """Name and bytes of each medium and caption in a tar. Media of a plain tar are not read, only located."""
-    compressed = not display(path).lower().endswith(".tar")
-    with open_binary(path) as file:
+    compressed = not bare(path).lower().endswith(".tar")
+    with open_binary(path, seek=True) as file:
         stream = gzip.GzipFile(fileobj=file) if compressed else file
         try:
             # "r:" over our own GzipFile, not "r|gz", which takes a truncated file for a whole one.

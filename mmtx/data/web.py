@@ -1,0 +1,527 @@
+"""Reading over http and https: each answer is told as what it is, within bounds of time, from addresses that may be asked.
+
+The addresses that a name stands for are looked up once, checked, and connected to, so that a name whose meaning changes
+between the check and the connection is no way around the check.
+"""
+
+import contextlib
+import http.client
+import io
+import os
+import re
+import socket
+import ssl
+import threading
+import time
+import zlib
+from base64 import b64encode
+from collections.abc import Iterator
+from email.utils import parsedate_to_datetime
+from functools import lru_cache
+from urllib.parse import quote, unquote, urljoin, urlsplit
+
+from mmtx.data.trust import PORTS, Base, after_redirect, is_public, is_whole, origin, scheme_of
+
+CONNECT = 5.0        # seconds to find a host, and to connect to it
+IDLE = 10.0          # seconds without a byte
+TOTAL = 40.0         # seconds for a medium, with all retries
+SLOWEST = 2**14      # bytes a second that make up for time when a whole source is read: it may take longer than TOTAL
+RETRIES = 3          # of what may pass: a busy server, a lost connection
+PAUSE = 0.5          # seconds before the first retry, twice as long before each other
+LONGEST_PAUSE = 10.0  # what a server may ask for
+REDIRECTS = 5
+SKIP = 2**20         # bytes that are read past rather than asked for anew
+KEPT = 8             # connections that a thread keeps open
+
+STATUS = {
+    400: "not understood", 401: "needs a name and password, or a token", 402: "must be paid for", 403: "no right to read it",
+    404: "no such file", 405: "not for reading", 407: "needs a proxy", 408: "no answer in time", 410: "no longer there",
+    416: "shorter than expected", 429: "asked too often", 451: "not available here", 500: "a fault of the server",
+    502: "a fault of the server", 503: "the server is busy", 504: "no answer in time",
+}
+PASSING = {408, 425, 429, 500, 502, 503, 504}
+
+
+class Failure(Exception):
+    """What went wrong, in words without any address; `passing` where another attempt may help, `pause` seconds from now."""
+
+    def __init__(self, told: str, passing: bool = False, pause: float | None = None):
+        super().__init__(told)
+        self.passing, self.pause = passing, pause
+
+
+def told(status: int) -> str:
+    """An HTTP status in words: "HTTP 403 (no right to read it)"."""
+    return f"HTTP {status} ({STATUS.get(status) or ('not possible' if status < 500 else 'a fault of the server')})"
+
+
+def read(url: str, limit: int, base: Base | None = None) -> bytes:
+    """All bytes of a URL, but no more than `limit` + 1. `base`: what rows may reach, None for what the user wrote.
+
+    Raises Failure.
+    """
+    budget = Budget()
+    with budget.running():
+        while True:
+            try:
+                with contextlib.closing(ask(url, base, None, None, budget.end)) as answer:
+                    return answer.read(limit + 1)
+            except Failure as failure:
+                budget.wait(failure)
+
+
+class Stream(io.RawIOBase):
+    """The bytes `start` to `stop` of a URL. Where the server has byte ranges it can seek, and goes on after a lost connection;
+    where it has none, all bytes come in order (`ranged` is false).
+
+    Raises Failure. Time counts while the server is waited for, not while the reader is busy.
+    """
+
+    def __init__(self, url: str, base: Base | None = None, start: int = 0, stop: int | None = None):
+        super().__init__()
+        self.url, self.base, self.position, self.stop = url, base, start, stop
+        self.budget, self.answer, self.version = Budget(), None, None
+        self._retried(self._open)
+        self.ranged, self.size, self.version = self.answer.ranged, self.answer.total, self.answer.version
+        self.private = self.answer.wire.private
+        if not self.ranged:
+            self.position, self.stop = 0, None
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self.ranged
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        target = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size or 0}[whence]
+        if target != self.position and not self.ranged:
+            raise io.UnsupportedOperation("the server has no byte ranges")
+        if self.answer is not None and 0 < target - self.position <= SKIP:
+            while self.position < target and self.readinto(bytearray(min(2**16, target - self.position))):
+                pass
+        if self.position != target:
+            self._drop()
+            self.position = target
+        return target
+
+    def readinto(self, buffer) -> int:
+        ends = [end - self.position for end in (self.stop, self.size if self.ranged else None) if end is not None]
+        room = max(0, min([len(buffer), *ends]))
+        count = self._retried(self._read, memoryview(buffer)[:room]) if room else 0
+        self.position += count
+        self.budget.earn(count)
+        return count
+
+    def close(self) -> None:
+        self._drop()
+        super().close()
+
+    def _read(self, buffer: memoryview) -> int:
+        if self.answer is None:
+            self._open()
+        self.answer.wire.deadline = self.budget.end
+        try:
+            if count := self.answer.readinto(buffer):
+                return count
+            if not self.ranged:
+                return 0
+            if self.position == self.opened:
+                raise Failure("sent other bytes than those asked for")
+            self._drop()  # some servers give large ranges in pieces
+            return self._read(buffer)
+        except Failure as failure:
+            self._drop()
+            # What came so far cannot be gone on with where it may be another file by now.
+            failure.passing &= self.ranged and self.version[:2] != (None, None)
+            raise
+
+    def _open(self) -> None:
+        answer = ask(self.url, self.base, self.position, self.stop, self.budget.end)
+        if self.version is not None and (answer.version != self.version or not answer.ranged):
+            answer.close()
+            raise Failure("changed while it was read")
+        self.answer, self.opened = answer, self.position
+
+    def _drop(self) -> None:
+        if self.answer is not None:
+            self.answer.close()
+            self.answer = None
+
+    def _retried(self, run, *arguments):
+        with self.budget.running():
+            while True:
+                try:
+                    return run(*arguments)
+                except Failure as failure:
+                    self.budget.wait(failure)
+
+
+class Budget:
+    """Time that may be spent on a server, and how often it may fail."""
+
+    def __init__(self):
+        self.seconds, self.end, self.failed, self.since = TOTAL, 0.0, 0, 0
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """The clock runs, until `end` at the latest."""
+        self.end = time.monotonic() + self.seconds
+        try:
+            yield
+        finally:
+            self.seconds = max(0.0, self.end - time.monotonic())
+
+    def earn(self, count: int) -> None:
+        """Bytes that came make up for time, so that a large source is read to its end, but not by drops."""
+        self.seconds = min(TOTAL, self.seconds + count / SLOWEST)
+        self.since += count
+        if self.since > SKIP:
+            self.failed = self.since = 0
+
+    def wait(self, failure: Failure) -> None:
+        """Sleep before the next attempt, or raise the failure where none would help."""
+        pause = PAUSE * 2**self.failed if failure.pause is None else failure.pause
+        self.failed, self.since = self.failed + 1, 0
+        if not failure.passing or self.failed > RETRIES or pause > min(LONGEST_PAUSE, self.end - time.monotonic()):
+            raise failure
+        time.sleep(pause)
+
+
+class Answer:
+    """A good answer to one request, whose body is still to be read."""
+
+    def __init__(self, wire: "Wire", response: http.client.HTTPResponse, ranged: bool, total: int | None):
+        """`ranged`: it is the range that was asked for. `total`: length of the whole, where it is known."""
+        self.wire, self.response, self.ranged, self.total = wire, response, ranged, total
+        self.version = (response.getheader("ETag"), response.getheader("Last-Modified"), total)
+        self.encoded = encoding_of(response)
+        self.unpacked = zlib.decompressobj(47) if self.encoded else None  # gzip or zlib, by its header
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Fill the buffer, or what the body has; 0 at its end. Raises Failure where it was cut short."""
+        if self.unpacked is None:
+            return self._raw(buffer)
+        while not self.unpacked.eof:
+            packed = self.unpacked.unconsumed_tail
+            if not packed:
+                piece = bytearray(2**14)
+                packed = piece[:self._raw(memoryview(piece))]
+            try:
+                data = self.unpacked.decompress(packed, len(buffer))
+            except zlib.error:
+                raise Failure("its compressed transfer is damaged") from None
+            if data:
+                buffer[:len(data)] = data
+                return len(data)
+            if not packed:
+                raise Failure("cut short, its compressed transfer has no end", passing=True)
+        return 0
+
+    def read(self, most: int) -> bytes:
+        """The body, but no more than `most` bytes of it."""
+        pieces, left = [], most
+        while left:
+            piece = bytearray(min(left, 2**20 if self.total is None else max(1, min(2**20, self.total))))
+            count = self.readinto(memoryview(piece))
+            if not count:
+                break
+            pieces.append(piece[:count])
+            left -= count
+        return b"".join(pieces)
+
+    def close(self) -> None:
+        """Keep the connection for the next request, where the body has been read to its end."""
+        done = self.response.isclosed() and not self.response.will_close
+        self.response.close()
+        (keep if done else Wire.close)(self.wire)
+
+    def _raw(self, buffer: memoryview) -> int:
+        try:
+            count = self.response.readinto(buffer)
+        except http.client.IncompleteRead:
+            raise Failure("cut short, the connection was lost", passing=True) from None
+        except (http.client.HTTPException, ValueError):
+            raise Failure("not a valid HTTP answer") from None
+        if not count and self.response.length:
+            raise Failure(f"cut short, {self.response.length} bytes are missing", passing=True)
+        return count
+
+
+def encoding_of(response: http.client.HTTPResponse) -> bool:
+    """Whether a body is compressed for its transfer. Raises Failure for a compression that was not asked for."""
+    encoding = (response.getheader("Content-Encoding") or "identity").strip().lower()
+    if encoding not in ("identity", "", "gzip", "x-gzip", "deflate"):
+        raise Failure(f"its transfer is compressed with {encoding[:20]!r}, expected none or gzip")
+    return encoding not in ("identity", "")
+
+
+def ask(url: str, base: Base | None, start: int | None, stop: int | None, deadline: float) -> Answer:
+    """Ask for bytes `start` to `stop` of a URL (None: for all of it), where redirects lead to. Raises Failure."""
+    asked, secret, wire = url, None, None
+    allowed = base
+    for _ in range(REDIRECTS + 1):
+        if not is_whole(url):
+            raise Failure("not a whole URL")
+        scheme, host, port = origin(url)
+        secret = credentials(url) or secret
+        headers = {"User-Agent": "mmtx", "Accept": "*/*", "Accept-Encoding": "identity", **(secret or {})}
+        if start is not None:
+            headers["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
+        wire, response = exchange(url, scheme, host, port, headers, allowed, deadline)
+        try:
+            place = response.getheader("Location")
+            if response.status not in (301, 302, 303, 307, 308) or place is None:
+                answer = checked(wire, response, start)
+                if answer is not None:
+                    return answer
+                start = stop = None
+                wire.close()
+                continue
+            target = joined(url, place)
+            if base is None or not base.remote:
+                allowed = after_redirect(base, asked, wire.private) if allowed is base else allowed
+            refusal = allowed.refusal(target) if scheme_of(target) in PORTS else "found another scheme, expected https"
+            if refusal:
+                raise Failure(f"redirected: {refusal}")
+        except Failure:
+            wire.close()
+            raise
+        wire.close()
+        # What was meant for one server is told to no other.
+        secret = secret if origin(target) == (scheme, host, port) else None
+        url = target
+    raise Failure(f"redirected more than {REDIRECTS} times")
+
+
+def joined(url: str, place: str) -> str:
+    try:
+        return urljoin(url, place)
+    except ValueError:
+        raise Failure("redirected to no URL") from None
+
+
+def credentials(url: str) -> dict[str, str] | None:
+    """The header for the name and the password in a URL."""
+    parts = urlsplit(url)
+    if parts.username is None:
+        return None
+    pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    return {"Authorization": "Basic " + b64encode(pair.encode()).decode()}
+
+
+def checked(wire: "Wire", response: http.client.HTTPResponse, start: int | None) -> Answer | None:
+    """The answer; None where all of it must be asked for, since the server is at odds with ranges."""
+    total = response.length
+    if response.status == 206 and start is not None:
+        found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", (response.getheader("Content-Range") or "").strip())
+        if found and int(found[1]) == start and found[2] != "*" and not encoding_of(response):
+            return Answer(wire, response, True, int(found[2]))
+        if start == 0:
+            return None
+        raise Failure("sent other bytes than those asked for")
+    if response.status == 416 and start == 0:
+        return None
+    if response.status in (200, 203):
+        return Answer(wire, response, False, None if encoding_of(response) else total)
+    raise Failure(told(response.status), response.status in PASSING, retry_after(response.getheader("Retry-After")))
+
+
+def retry_after(value: str | None) -> float | None:
+    """Seconds that a server asks for, as a number or as a date."""
+    if value is None:
+        return None
+    if re.fullmatch(r"\d{1,9}", value.strip()):
+        return float(value)
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def exchange(url: str, scheme: str, host: str, port: int, headers: dict[str, str], base: Base | None,
+             deadline: float) -> tuple["Wire", http.client.HTTPResponse]:
+    """Send one request, over a connection that is open still or a new one, and read the head of the answer."""
+    parts = urlsplit(url)
+    name = f"[{host}]" if ":" in host else ascii_host(host)
+    target = quoted(without_dots(parts.path)) + (f"?{quoted(parts.query)}" if parts.query else "")
+    lines = [f"GET {target} HTTP/1.1", f"Host: {name}" + ("" if port == PORTS[scheme] else f":{port}"),
+             *(f"{field}: {value}" for field, value in headers.items()), "", ""]
+    request = "\r\n".join(lines).encode("ascii")
+    while True:
+        wire = kept(scheme, host, port)
+        if wire is not None and base is not None and base.address_refusal(url, wire.address):
+            wire.close()
+            wire = None
+        used = wire is not None
+        wire = wire or connect(url, scheme, host, port, base, deadline)
+        wire.deadline = deadline
+        try:
+            wire.send(request)
+            response = http.client.HTTPResponse(wire, method="GET")
+            try:
+                response.begin()
+            except http.client.RemoteDisconnected:
+                raise Failure("the connection was lost", passing=True) from None
+            except (http.client.HTTPException, ValueError):
+                raise Failure("not a valid HTTP answer") from None
+            return wire, response
+        except Failure as failure:
+            wire.close()
+            if not (used and failure.passing):  # a connection that was kept may have been closed meanwhile
+                raise
+
+
+def quoted(text: str) -> str:
+    """A path or query as it is sent: what is percent-encoded stays, what must be becomes so."""
+    return re.sub(r"%(?![0-9A-Fa-f]{2})", "%25", quote(text, safe="%/:@!$&'()*+,;=~?[]"))
+
+
+def without_dots(path: str) -> str:
+    """A path whose "." and ".." are done, as servers expect it."""
+    kept: list[str] = []
+    *folders, last = path.removeprefix("/").split("/")
+    for name in folders:
+        if name == "..":
+            del kept[-1:]
+        elif name != ".":
+            kept.append(name)
+    if last == "..":
+        del kept[-1:]
+    return "/" + "/".join([*kept, "" if last in (".", "..") else last])
+
+
+def ascii_host(host: str) -> str:
+    try:
+        return host if host.isascii() else host.encode("idna").decode()
+    except UnicodeError:
+        raise Failure("not a host name") from None
+
+
+# -- Connections ---------------------------------------------------------------------------------------------
+
+
+class Wire:
+    """A connection: what `http.client.HTTPResponse` reads from, each byte before the `deadline`."""
+
+    def __init__(self, connection: socket.socket, address: str, place: tuple[str, str, int]):
+        self.socket, self.address, self.place, self.pid = connection, address, place, os.getpid()
+        self.private = not is_public(address)
+        self.deadline = 0.0
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(_Incoming(self), 2**16)
+
+    def send(self, data: bytes) -> None:
+        self._call(self.socket.sendall, data)
+
+    def receive(self, buffer) -> int:
+        return self._call(self.socket.recv_into, buffer)
+
+    def _call(self, run, argument):
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise Failure(f"no whole answer within {TOTAL:g} s")
+        self.socket.settimeout(min(IDLE, left))
+        try:
+            return run(argument)
+        except TimeoutError:
+            if left <= IDLE:
+                raise Failure(f"no whole answer within {TOTAL:g} s") from None
+            raise Failure(f"no answer within {IDLE:g} s", passing=True) from None
+        except OSError:
+            raise Failure("the connection was lost", passing=True) from None
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+class _Incoming(io.RawIOBase):
+    def __init__(self, wire: Wire):
+        super().__init__()
+        self.wire = wire
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        return self.wire.receive(buffer)
+
+
+_open = threading.local()  # connections of a thread by scheme, host and port
+
+
+def keep(wire: Wire) -> None:
+    """Leave a connection open for the next request of this thread."""
+    wires = _open.__dict__.setdefault("wires", {})
+    if (old := wires.pop(wire.place, None)) is not None:
+        old.close()
+    wires[wire.place] = wire
+    while len(wires) > KEPT:
+        wires.pop(next(iter(wires))).close()
+
+
+def kept(*place) -> Wire | None:
+    """The open connection to a place, if this thread of this process has one."""
+    wire = _open.__dict__.get("wires", {}).pop(place, None)
+    return wire if wire is None or wire.pid == os.getpid() else None
+
+
+def connect(url: str, scheme: str, host: str, port: int, base: Base | None, deadline: float) -> Wire:
+    """Connect to the first address of a host that may be asked and that answers."""
+    failure = Failure("no such host")
+    for family, place in addresses(host, port, min(CONNECT, deadline - time.monotonic())):
+        refusal = base and base.address_refusal(url, place[0])
+        if refusal:
+            failure = Failure(refusal)
+            continue
+        connection = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            connection.settimeout(max(0.001, min(CONNECT, deadline - time.monotonic())))
+            connection.connect(place)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if scheme == "https":
+                connection = tls().wrap_socket(connection, server_hostname=ascii_host(host))
+            return Wire(connection, place[0], (scheme, host, port))
+        except TimeoutError:
+            failure = Failure(f"no connection within {CONNECT:g} s", passing=True)
+        except ConnectionRefusedError:
+            failure = Failure("the connection was refused")
+        except ssl.SSLCertVerificationError as error:
+            failure = Failure(f"its certificate is not valid ({error.verify_message.split(', ')[0].split(' for ')[0]})")
+        except ssl.SSLError as error:
+            failure = Failure(f"no TLS connection ({(error.reason or 'unknown').lower().replace('_', ' ')})")
+        except ConnectionError:
+            failure = Failure("the connection was lost", passing=True)
+        except OSError as error:
+            failure = Failure(f"no connection ({error.strerror or type(error).__name__})")
+        connection.close()
+    raise failure
+
+
+def addresses(host: str, port: int, seconds: float) -> list[tuple[int, tuple]]:
+    """What a host's name stands for, within a time that the system's own look-up does not keep."""
+    found: list = []
+
+    def look_up() -> None:
+        try:
+            found.append(socket.getaddrinfo(ascii_host(host), port, type=socket.SOCK_STREAM))
+        except (OSError, UnicodeError, Failure) as error:
+            found.append(error)
+
+    thread = threading.Thread(target=look_up, daemon=True)
+    thread.start()
+    thread.join(max(0.0, seconds))
+    if not found:
+        raise Failure(f"its host was not found within {CONNECT:g} s", passing=True)
+    if isinstance(found[0], Exception):
+        raise Failure("no such host", getattr(found[0], "errno", None) == socket.EAI_AGAIN) from None
+    return [(family, place) for family, _, _, _, place in found[0]]
+
+
+@lru_cache
+def tls() -> ssl.SSLContext:
+    return ssl.create_default_context()
