@@ -22,13 +22,8 @@ import safetensors.torch
 import torch
 from PIL import Image as PILImage
 
-<<<<<<< HEAD
 from mmtx.data.media import MAX_SECONDS, kind_of, load_audio, load_image
-from mmtx.data.storage import FileSource, open_binary
-=======
-from mmtx.data.media import kind_of, load_audio, load_image
 from mmtx.data.storage import FileSource, display, open_binary
->>>>>>> storage
 from mmtx.decoding import Weights
 from mmtx.errors import InputError
 from mmtx.files import find_shipped, read_json, replace_folder, write_json

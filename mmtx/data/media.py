@@ -1,7 +1,8 @@
 """Bytes, files and arrays to the tensors that the tokenizers take.
 
 Pictures become uint8 (C=3, H, W), sounds float32 (S,) mono at a given rate, peak 0.7. Headers are checked
-against limits before anything is decoded: a PNG of 20 kB can unfold to 800 MB.
+against limits before anything is decoded: a PNG of 20 kB can unfold to 800 MB. Colours are taken as they are
+stored: a profile (ICC) or gamma is not applied.
 """
 
 import io
@@ -10,65 +11,119 @@ import os
 from typing import Any
 
 import numpy as np
-import soundfile
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, UnidentifiedImageError
 from torchaudio.functional import resample
 
+from mmtx.data.formats import IMAGE_FORMATS, format_of
+from mmtx.data.picture_files import ORIENTATION, PictureFile, check_size, orientation, picture_file
 from mmtx.data.sample import kind_of, sniff
+from mmtx.data.sound_files import MAX_CHANNELS, check_sound, cut, read_sound
 from mmtx.data.storage import FileSource, display
 from mmtx.errors import InputError
 
 __all__ = ["kind_of", "load_audio", "load_image", "sniff"]
 
-MAX_PIXELS = 64_000_000
-MAX_SECONDS = 600
-MAX_CHANNELS = 8
-MAX_VALUES = MAX_SECONDS * 48_000 * 2  # samples times channels: 230 MB as float32
-RATES = (1_000, 192_000)  # Hz, the source rates that are believed
 PEAK = 0.7
 SILENCE = 1e-4  # peak (-80 dB, three steps of 16 bit) up to which a sound is left alone: raised, it is noise
-# Image formats whose decoders read pixels only; Pillow's others include PostScript.
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-BLOCK = 65_536  # frames
+TURN = Image.Transpose
+UPRIGHT = {  # how a picture is stored, as EXIF counts -> what turns it upright
+    2: TURN.FLIP_LEFT_RIGHT,
+    3: TURN.ROTATE_180,
+    4: TURN.FLIP_TOP_BOTTOM,
+    5: TURN.TRANSPOSE,
+    6: TURN.ROTATE_270,
+    7: TURN.TRANSVERSE,
+    8: TURN.ROTATE_90,
+}
+NUMBERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool, torch.uint16, torch.uint32,
+           torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def load_image(data: Any, name: str | None = None) -> torch.Tensor:
-    """Return a picture as uint8 (C=3, H, W), upright, transparency laid on white; an animation's first frame.
+    """Return a picture as uint8 (C=3, H, W), upright, transparency laid on white; the first of several.
 
     `data` is one of: encoded bytes; a path or URL; a PIL image; a numpy array (H, W) or (H, W, 1|3|4);
     a tensor (H, W) or (1|3|4, H, W). Arrays are uint8, or floats in [0, 1]. `name` is what errors call it.
-    Raises InputError for anything that is not a whole picture of at most MAX_PIXELS.
+    Raises InputError for anything that is not a whole picture of at most 64 megapixels.
     """
-    name = name or _name(data, "image")
+    name = _name(data, name, "image")
     if isinstance(data, (np.ndarray, torch.Tensor)):
-        data = Image.fromarray(_pixels(data, name))
-    encoded = None if isinstance(data, Image.Image) else _bytes(data, name)
+        return _tensor(Image.fromarray(_pixels(data, name)), name)
+    if isinstance(data, Image.Image):
+        return _tensor(_decoded(data, None, name), name)
+    encoded = _bytes(data, name)
+    format = format_of(encoded)
+    if format not in IMAGE_FORMATS:
+        raise InputError(f"{name}: not a whole picture that can be decoded, expected {', '.join(IMAGE_FORMATS)}")
+    file = picture_file(encoded, format, name)
+    return _tensor(_decoded(_opened(file.data, format, name), file, name), name)
+
+
+def _opened(data: bytes, format: str, name: str) -> Image.Image:
+    """The header alone is read."""
+    if format == "HEIC":
+        try:
+            from pillow_heif import HeifImageFile
+        except ImportError:
+            raise InputError(f'{name}: reading HEIC needs pillow-heif: pip install "mmtx[media]"') from None
     try:
-        picture = data if encoded is None else Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS)
-        width, height = picture.size
-        if not 0 < width * height <= MAX_PIXELS:
-            raise InputError(f"{name}: {width} x {height} pixels, expected 1 to {MAX_PIXELS} in all")
-        pixels = np.array(_rgb(ImageOps.exif_transpose(picture), name))  # (H, W, C)
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # (C, H, W)
-    except InputError:
+        return HeifImageFile(io.BytesIO(data)) if format == "HEIC" else Image.open(io.BytesIO(data), formats=[format])
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{name}: too many pixels ({_line(error)})") from None
+    except MemoryError:
         raise
     except Exception as error:  # on damaged files Pillow raises anything from SyntaxError to struct.error
-        reason = "" if isinstance(error, Image.UnidentifiedImageError) else f" ({error})"
-        raise InputError(
-            f"{name}: not a whole picture that can be decoded{reason}, expected {', '.join(IMAGE_FORMATS)}"
-        ) from None
+        raise _not_whole(name, error) from None
+
+
+def _decoded(picture: Image.Image, file: PictureFile | None, name: str) -> Image.Image:
+    """A picture with its pixels, upright."""
+    check_size(*picture.size, name)
+    try:
+        picture.load()
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _not_whole(name, error) from None
+    if file is None:  # the orientation of a picture that the caller opened
+        try:
+            found = picture.getexif().get(ORIENTATION, 1)
+        except Exception:  # EXIF that Pillow cannot read
+            found = 1
+    else:
+        found = orientation(file.exif or picture.info.get("exif") or b"", file.xmp or picture.info.get("xmp") or b"")
+    return picture.transpose(UPRIGHT[found]) if found in UPRIGHT else picture
+
+
+def _not_whole(name: str, error: Exception) -> InputError:
+    reason = "" if isinstance(error, UnidentifiedImageError) or not str(error) else f" ({_line(error)})"
+    return InputError(f"{name}: not a whole picture that can be decoded{reason}, expected {', '.join(IMAGE_FORMATS)}")
+
+
+def _tensor(picture: Image.Image, name: str) -> torch.Tensor:
+    pixels = torch.from_numpy(np.array(_rgb(picture, name)))  # (H, W, C)
+    return pixels.permute(2, 0, 1).contiguous()  # (C, H, W)
 
 
 def _rgb(picture: Image.Image, name: str) -> Image.Image:
     """Any mode to 8-bit RGB. Pillow itself clips 16-bit grey to white and drops transparency to black."""
     if picture.mode.startswith("I"):  # "I;16" and its byte orders; "I" is how some tools pass 16 bit
-        values = np.asarray(picture).astype(np.int64)
-        if values.min() < 0 or values.max() > 65_535:
+        values, transparent = np.asarray(picture), picture.info.get("transparency")
+        if picture.mode == "I" and (values.min() < 0 or values.max() > 65_535):
             raise InputError(f"{name}: pixels from {values.min()} to {values.max()}, expected 8 or 16 bit")
-        picture = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        if isinstance(transparent, int):
+            grey[values == transparent] = 255
+        picture = Image.fromarray(grey)
     elif picture.mode == "F":
         picture = Image.fromarray(_pixels(np.asarray(picture), name))
+    elif picture.mode == "LAB":
+        picture = ImageCms.profileToProfile(
+            picture, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB"
+        )
+    elif picture.mode == "La":  # premultiplied
+        picture = picture.convert("LA")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -77,40 +132,57 @@ def _rgb(picture: Image.Image, name: str) -> Image.Image:
 
 def _pixels(data: np.ndarray | torch.Tensor, name: str) -> np.ndarray:
     """Array or tensor to uint8 (H, W) or (H, W, 3|4)."""
-    array, layout = _array(data), "(H, W) or (H, W, 1|3|4)"
+    array, layout = _array(data, name), "(H, W) or (H, W, 1|3|4)"
     if isinstance(data, torch.Tensor):
         layout = "(H, W) or (1|3|4, H, W)"
         array = np.moveaxis(array, 0, -1) if array.ndim == 3 else array
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)) or not array.size:
         raise InputError(f"{name}: {type(data).__name__} of shape {tuple(data.shape)}, expected {layout}")
+    check_size(array.shape[1], array.shape[0], name)
     if array.dtype.kind == "f":
         low, high = array.min(), array.max()
         if not (low >= 0 and high <= 1):  # also true for NaN
-            raise InputError(f"{name}: values from {low:g} to {high:g}, expected floats from 0 to 1")
-        array = np.rint(array * 255).astype(np.uint8)
+            hint = " (divide by 255?)" if low >= 0 and 1 < high <= 255 else ""
+            raise InputError(f"{name}: values from {low:g} to {high:g}, expected floats from 0 to 1{hint}")
+        array = np.rint(array * np.float32(255)).astype(np.uint8)
     if array.dtype != np.uint8:
-        raise InputError(f"{name}: {type(data).__name__} of {data.dtype}, expected uint8 or floats in [0, 1]")
+        hint = " (divide by 65535?)" if array.dtype == np.uint16 else ""
+        raise InputError(f"{name}: {type(data).__name__} of {data.dtype}, expected uint8 or floats in [0, 1]{hint}")
     return np.ascontiguousarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
 
 
-def load_audio(data: Any, rate: int, name: str | None = None, source_rate: int | None = None) -> torch.Tensor:
+def load_audio(
+    data: Any,
+    rate: int,
+    name: str | None = None,
+    source_rate: int | None = None,
+    start: float = 0.0,
+    seconds: float | None = None,
+) -> torch.Tensor:
     """Return a sound as float32 (S,) at `rate` Hz, peak 0.7: the louder channel, resampled; silence stays.
 
     `data` is one of: encoded bytes; a path or URL; a numpy array (S,) or (S, C), as soundfile reads; a tensor
     (S,) or (C, S), as torchaudio reads. Arrays hold int16, int32 or floats at `source_rate` (default `rate`).
-    Raises InputError for anything that is not a finite sound of at most MAX_SECONDS.
+    `start` and `seconds` cut a piece out, of which the rest of the sound need not fit the limits.
+    Raises InputError for anything that is not a finite sound of at most 600 s.
     """
-    name = name or _name(data, "sound")
+    name = _name(data, name, "sound")
+    if not (0 <= start < math.inf and (seconds is None or 0 < seconds < math.inf)):  # also true for NaN
+        raise InputError(f"{name}: a cut of {seconds} s from {start} s on, expected a start from 0 on and a length above 0")
     if isinstance(data, (np.ndarray, torch.Tensor)):
         samples, source_rate = _waveform(data, name), rate if source_rate is None else source_rate
-        _check_header(len(samples), source_rate, samples.shape[1], name)
+        check_sound(1 if start or seconds else len(samples), source_rate, samples.shape[1], name)
+        first, last = cut(len(samples), source_rate, name, start, seconds)
+        samples = samples[first:last]
+        check_sound(len(samples), source_rate, samples.shape[1], name)
     else:
-        samples, source_rate = _decode_audio(_bytes(data, name), name)
+        samples, source_rate = read_sound(_bytes(data, name), name, start, seconds)
     if not np.isfinite(samples).all():
         raise InputError(f"{name}: NaN or infinite samples, expected a finite sound")
     # Some recordings carry the voice on one channel only, where a mean would halve it.
-    loudest = np.square(samples, dtype=np.float64).mean(axis=0).argmax()
+    loudest = np.argmax([np.square(samples[:, c], dtype=np.float64).mean() for c in range(samples.shape[1])])
     mono = torch.from_numpy(np.ascontiguousarray(samples[:, loudest]))
+    del samples
     if source_rate != rate:
         # The filter grows as rate / gcd: 44101 to 16000 Hz would take 3 GB. Usual rates are multiples of 25.
         mono = resample(mono, round(source_rate / 25) * 25, rate)
@@ -118,41 +190,9 @@ def load_audio(data: Any, rate: int, name: str | None = None, source_rate: int |
     return mono * (PEAK / peak) if peak > SILENCE else mono
 
 
-def _decode_audio(data: bytes, name: str) -> tuple[np.ndarray, int]:
-    """Encoded bytes to float32 (S, C) and their rate."""
-    try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
-            _check_header(file.frames, file.samplerate, file.channels, name)
-            blocks, read = [], 0
-            # Block by block: memory follows what is really there, whatever the header says.
-            while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):
-                blocks.append(block)
-                read += len(block)
-                _check_header(read, file.samplerate, file.channels, name)
-            if not blocks:
-                raise InputError(f"{name}: no samples of {file.frames} are there: the file is cut short")
-            return np.concatenate(blocks), file.samplerate
-    except soundfile.SoundFileError:
-        raise InputError(f"{name}: no sound that can be decoded, expected wav, flac, ogg or mp3") from None
-
-
-def _check_header(frames: int, rate: int, channels: int, name: str) -> None:
-    if not RATES[0] <= rate <= RATES[1]:
-        raise InputError(f"{name}: {rate} Hz, expected {RATES[0]} to {RATES[1]}")
-    if not 1 <= channels <= MAX_CHANNELS:
-        raise InputError(f"{name}: {channels} channels, expected 1 to {MAX_CHANNELS}")
-    if frames <= 0:
-        raise InputError(f"{name}: no samples in it, expected a sound")
-    if frames > MAX_SECONDS * rate or frames * channels > MAX_VALUES:
-        raise InputError(
-            f"{name}: {math.ceil(frames / rate)} seconds of {channels} channels at {rate} Hz, "
-            f"expected at most {MAX_SECONDS} seconds and {MAX_VALUES} values"
-        )
-
-
 def _waveform(data: np.ndarray | torch.Tensor, name: str) -> np.ndarray:
     """Array or tensor to float32 (S, C)."""
-    array, layout = _array(data), "(S,) or (S, C)"
+    array, layout = _array(data, name), "(S,) or (S, C)"
     if isinstance(data, torch.Tensor):
         layout = "(S,) or (C, S)"
         array = array.T if array.ndim == 2 else array
@@ -166,11 +206,19 @@ def _waveform(data: np.ndarray | torch.Tensor, name: str) -> np.ndarray:
         return (array[:, None] if array.ndim == 1 else array).astype(np.float32)
 
 
-def _array(data: np.ndarray | torch.Tensor) -> np.ndarray:
+def _array(data: np.ndarray | torch.Tensor, name: str) -> np.ndarray:
+    """A plain array in the byte order of the machine. Raises InputError for what has no values, or hides some."""
     if isinstance(data, torch.Tensor):
-        data = data.detach().cpu()
+        sort = ("nested" if data.is_nested else "sparse" if data.layout != torch.strided else
+                "quantized" if data.is_quantized else "meta" if data.is_meta else None)
+        if sort or data.dtype not in NUMBERS:
+            raise InputError(f"{name}: a {sort + ' ' if sort else ''}tensor of {data.dtype}, expected a dense one of real numbers")
+        data = data.detach().resolve_neg().cpu()
         return (data.float() if data.dtype == torch.bfloat16 else data).numpy()
-    return data
+    if np.ma.is_masked(data):
+        raise InputError(f"{name}: an array with masked values, expected all of them")
+    data = np.asarray(data)
+    return data if data.dtype.isnative else data.astype(data.dtype.newbyteorder("="))
 
 
 def _bytes(data: Any, name: str) -> bytes:
@@ -183,5 +231,14 @@ def _bytes(data: Any, name: str) -> bytes:
     return bytes(data)
 
 
-def _name(data: Any, default: str) -> str:
-    return display(os.fspath(data)) if isinstance(data, (str, os.PathLike)) else default
+def _name(data: Any, name: str | None, default: str) -> str:
+    """What errors call it, in one line."""
+    return _line(name or (display(os.fspath(data)) if isinstance(data, (str, os.PathLike)) else default), 150)
+
+
+def _line(text: Any, most: int = 60) -> str:
+    """What others wrote, for a message: control characters escaped, the middle of a long one left out."""
+    text = str(text)
+    if len(text) > most:
+        text = f"{text[: most // 2]}...{text[-most // 2 :]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -7,11 +7,14 @@ import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mmtx.data.formats import IMAGE_FORMATS, format_of
 from mmtx.data.storage import MediaSource, bare
 
+# Without .mp4, .mov and .mkv: a folder's videos are not its sounds.
 EXTENSIONS = {
-    "image": (".webp", ".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff"),
-    "audio": (".ogg", ".opus", ".wav", ".flac", ".mp3"),
+    "image": (".webp", ".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"),
+    "audio": (".ogg", ".oga", ".opus", ".wav", ".flac", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".sph",
+              ".m4a", ".m4b", ".aac", ".webm", ".weba", ".mka"),
 }
 
 
@@ -74,16 +77,9 @@ def kind_of(name: str, data: bytes = b"") -> Literal["image", "audio"] | None:
 
 
 def sniff(data: bytes) -> Literal["image", "audio"] | None:
-    """Tell pictures from sounds by the first 12 bytes; None for anything else."""
-    if data[:4] == b"RIFF":
-        return {b"WEBP": "image", b"WAVE": "audio"}.get(bytes(data[8:12]))
-    if data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")):
-        return "image"
-    if data[:2] == b"BM" and data[6:10] == bytes(4):
-        return "image"
-    if data.startswith((b"OggS", b"fLaC", b"ID3", b"\xff\xfb", b"\xff\xfa", b"\xff\xf3", b"\xff\xf2")):
-        return "audio"
-    return None
+    """Tell pictures from sounds by the first bytes, 64 at most; None for anything else."""
+    found = format_of(data[:64])
+    return None if found is None else "image" if found in IMAGE_FORMATS else "audio"
 
 
 def suffix(path: str) -> str:

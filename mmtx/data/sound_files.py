@@ -1,0 +1,327 @@
+"""Encoded sounds to samples: the whole sound, or the cut that is asked for, whatever a header says of its length.
+
+A file that is cut short is refused where the format can tell: what a header promises must be there, a stream must say
+its end, a checksum must hold. A header that does not know (of a file that was written to a pipe) is no fault.
+"""
+
+import io
+import math
+import re
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+import soundfile
+
+from mmtx.data.formats import AUDIO_FORMATS, format_of, id3_size
+from mmtx.data.mpeg import mpeg_sound
+from mmtx.errors import InputError
+
+MAX_SECONDS = 600
+MAX_CHANNELS = 8
+MAX_VALUES = MAX_SECONDS * 48_000 * 2  # samples times channels: 230 MB as float32
+RATES = (1_000, 192_000)  # Hz, the source rates that are believed
+BLOCK = 65_536  # frames
+LEAP = 30  # seconds up to which decoding what lies before a cut costs less than it is worth to leap
+SLACK = 0.05  # seconds that a cut may reach beyond the end: lengths in manifests are rounded
+UNKNOWN = 0x7F000000  # sizes from here on are what programs write that do not know it yet
+FFMPEG = {  # format: the reader of FFmpeg that may open it
+    "MP4": "mov", "AAC": "aac", "WEBM": "matroska",
+}
+CODECS = ("aac", "alac", "mp3", "mp3float", "opus", "vorbis", "flac")
+MP4_BOXES = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"uuid", b"meta", b"udta", b"moof", b"mfra", b"sidx",
+             b"styp", b"pdin", b"ssix", b"prft", b"emsg"}
+EBML = b"\x1a\x45\xdf\xa3"
+EBML_ELEMENT = re.compile(  # the file's head, and what lies in it and in its segment
+    rb"\x1a\x45\xdf\xa3|\x18\x53\x80\x67|\x11\x4d\x9b\x74|\x15\x49\xa9\x66|\x16\x54\xae\x6b|\x1f\x43\xb6\x75"
+    rb"|\x1c\x53\xbb\x6b|\x19\x41\xa4\x69|\x10\x43\xa7\x70|\x12\x54\xc3\x67|\xec|\xbf|[\xe7\xa3\xa0\xab\xa7]"
+)
+REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+
+
+def read_sound(data: bytes, name: str, start: float = 0.0, seconds: float | None = None) -> tuple[np.ndarray, int]:
+    """Samples as float32 (S, C) and their rate, from second `start` on and `seconds` long. Raises InputError."""
+    format = format_of(data)
+    if format != "MP3":
+        data = data[id3_size(data):]
+    if format in FFMPEG:
+        blocks = _ffmpeg(_whole_file(data, format, name), format, name, start)
+    elif format == "MP3":
+        whole, samples = mpeg_sound(data, name)
+        blocks = _libsndfile([whole], name, start, samples)
+    elif format == "OGG":
+        blocks = _libsndfile(_ogg_links(data, name), name, start)
+    elif format in AUDIO_FORMATS:
+        blocks = _libsndfile([data if format == "FLAC" else _whole_file(data, format, name)], name, start)
+    else:
+        raise InputError(f"{name}: no sound that can be decoded, expected {', '.join(AUDIO_FORMATS)}")
+    return _cut(blocks, name, start, seconds)
+
+
+def check_sound(frames: int, rate: int, channels: int, name: str) -> None:
+    """Raise InputError for a sound that is not taken: its rate, channels or length."""
+    if not RATES[0] <= rate <= RATES[1]:
+        raise InputError(f"{name}: {rate} Hz, expected {RATES[0]} to {RATES[1]}")
+    if not 1 <= channels <= MAX_CHANNELS:
+        raise InputError(f"{name}: {channels} channels, expected 1 to {MAX_CHANNELS}")
+    if frames <= 0:
+        raise InputError(f"{name}: no samples in it, expected a sound")
+    if frames > MAX_SECONDS * rate or frames * channels > MAX_VALUES:
+        raise InputError(
+            f"{name}: {math.ceil(frames / rate)} seconds of {channels} channels at {rate} Hz, "
+            f"expected at most {MAX_SECONDS} seconds and {MAX_VALUES} values"
+        )
+
+
+def cut(frames: int, rate: int, name: str, start: float, seconds: float | None) -> tuple[int, int]:
+    """First frame of a cut and the one behind its last, in a sound of so many frames."""
+    first = round(start * rate)
+    last = frames if seconds is None else round((start + seconds) * rate)
+    if first and first >= frames or last > frames + SLACK * rate:
+        until = "its end" if seconds is None else f"{start + seconds:g} s"
+        raise InputError(f"{name}: from {start:g} s to {until} is asked for, but it lasts {frames / rate:.3f} s")
+    return first, min(last, frames)
+
+
+class _Forward(soundfile.SoundFile):
+    """Read forward only: soundfile seeks behind each block, which fails where the header does not know the length."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+Blocks = Iterator[tuple[int, int, np.ndarray]]  # rate, place in the sound, float32 (S, C)
+
+
+def _cut(blocks: Blocks, name: str, start: float, seconds: float | None) -> tuple[np.ndarray, int]:
+    """The blocks of a cut as one. Memory follows what is really there, whatever the header says."""
+    kept, read, end, sort = [], 0, 0, None
+    for rate, place, block in blocks:
+        if sort not in (None, (rate, block.shape[1])):
+            raise InputError(
+                f"{name}: changes from {sort[1]} channels at {sort[0]} Hz to {block.shape[1]} at {rate} Hz, expected one sound"
+            )
+        sort, end = (rate, block.shape[1]), place + len(block)
+        first, last = round(start * rate), end if seconds is None else round((start + seconds) * rate)
+        block = block[max(first - place, 0) : max(last - place, 0)]
+        if len(block):
+            kept.append(block)
+            read += len(block)
+            check_sound(read, *sort, name)
+        if last < end:
+            return np.concatenate(kept), rate
+    if sort is None:
+        raise InputError(f"{name}: no samples in it, expected a sound")
+    cut(end, sort[0], name, start, seconds)
+    return np.concatenate(kept), sort[0]
+
+
+def _libsndfile(parts: list[bytes], name: str, start: float, samples: int | None = None) -> Blocks:
+    """Files that follow one another; `samples`: how many of them there are at least, but for the delay of an encoder."""
+    place = 0
+    for part in parts:
+        opened = False
+        try:
+            with _Forward(io.BytesIO(part)) as file:
+                opened, frames, rate = True, file.frames, file.samplerate
+                known = frames < 2**62
+                skipped = min(max(round(start * rate) - place, 0), frames)
+                check_sound(frames - skipped if known and not start and len(parts) == 1 else 1, rate, file.channels, name)
+                if samples is not None and frames < samples - 5 * 1_152:
+                    raise InputError(f"{name}: {frames / rate:.1f} s of {samples / rate:.1f} s can be decoded")
+                end = place + frames
+                if skipped > LEAP * rate and samples is None:  # MP3 would lack what its frames keep in those before
+                    try:
+                        place += file.seek(skipped)
+                    except soundfile.SoundFileError:  # some codecs do not leap
+                        pass
+                while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):
+                    yield rate, place, block
+                    place += len(block)
+                if known and place < end:
+                    raise InputError(f"{name}: damaged or cut short after {place / rate:.1f} s of {end / rate:.1f} s")
+        except soundfile.SoundFileError:
+            if opened:
+                raise InputError(f"{name}: damaged or cut short after {place / rate:.1f} s") from None
+            raise InputError(f"{name}: no sound that can be decoded, expected {', '.join(AUDIO_FORMATS)}") from None
+
+
+def _ffmpeg(data: bytes, format: str, name: str, start: float) -> Blocks:
+    """The one sound of a file that libsndfile does not read."""
+    try:
+        import av
+    except ImportError:
+        raise InputError(f'{name}: reading {format} needs PyAV: pip install "mmtx[media]"') from None
+    # Neither another file nor another decoder is opened, whatever the file says.
+    options = {"codec_whitelist": ",".join(CODECS), "protocol_whitelist": "none"}
+    try:
+        with av.open(io.BytesIO(data), format=FFMPEG[format], metadata_errors="replace", options=options) as file:
+            sounds = file.streams.audio
+            if any(not video.disposition & av.stream.Disposition.attached_pic for video in file.streams.video):
+                raise InputError(f"{name}: a video, expected a picture or a sound")
+            if len(sounds) != 1:
+                raise InputError(f"{name}: {len(sounds)} sounds in one {format} file, expected one")
+            sound, begin = sounds[0], float((sounds[0].start_time or 0) * sounds[0].time_base)
+            length = float(sound.duration * sound.time_base) if sound.duration else 0.0
+            if not start and length:
+                check_sound(round(length * sound.rate), sound.rate, sound.channels, name)
+            place, rate = 0, 0
+            if start > LEAP and format == "MP4":  # the others have no exact places
+                file.seek(round((begin + start - 1) * av.time_base))  # what comes first after a leap is wrong
+                place = None
+            planar = av.AudioResampler(format="fltp")
+            for frame in file.decode(sound):
+                rate = frame.sample_rate
+                check_sound(frame.samples, rate, frame.layout.nb_channels, name)
+                if place is None:
+                    place = round((frame.time - begin) * rate)
+                for part in planar.resample(frame):
+                    block = part.to_ndarray().T  # (S, C)
+                    yield rate, place, block
+                    place += len(block)
+            if rate and place < (length - 0.25) * rate:
+                raise InputError(f"{name}: damaged or cut short after {place / rate:.1f} s of {length:.1f} s")
+    except av.FFmpegError as error:
+        reason = error.strerror or type(error).__name__
+        raise InputError(f"{name}: no whole {format} sound that can be decoded ({reason})") from None
+
+
+def _whole_file(data: bytes, format: str, name: str) -> bytes:
+    """`data`, all that its headers promise being there; a WAV that does not know its length gets it."""
+    if format == "WAV":
+        data, end = _wav_end(data)
+    else:
+        end = {"AIFF": _aiff_end, "AU": _au_end, "CAF": _caf_end, "W64": _w64_end, "NIST": _nist_end, "MP4": _mp4_end,
+               "WEBM": _webm_end, "AAC": _aac_end}[format](data)
+    if end > len(data):
+        raise InputError(f"{name}: cut short: {len(data)} bytes of {end} are there")
+    if end and format_of(data[end : end + 64]) == format:
+        raise InputError(f"{name}: another {format} file follows at byte {end}, expected one sound")
+    return data[:end] if end and format not in ("WAV", "AIFF") else data  # whose other parts may follow the samples
+
+
+def _wav_end(data: bytes) -> tuple[bytes, int]:
+    order = "big" if data[:4] == b"RIFX" else "little"
+    place, wide = 12, None  # where RF64 has the length that 32 bit do not hold
+    while place + 8 <= len(data):
+        kind, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], order)
+        if kind == b"ds64":
+            wide = place + 16
+        elif kind == b"data":
+            start = place + 8
+            if wide and size == 0xFFFFFFFF:
+                size = int.from_bytes(data[wide : wide + 8], order)
+            ends = int.from_bytes(data[4:8], order) + 8  # where the file says that it ends
+            if size < UNKNOWN and (size or ends > start and not wide):
+                return data, start + size
+            known = bytearray(data)
+            known[place + 4 : start] = (len(data) - start).to_bytes(4, order)
+            if not wide:
+                known[4:8] = (len(data) - 8).to_bytes(4, order)
+            return bytes(known), len(data)
+        place += 8 + size + size % 2
+    return data, 0
+
+
+def _aiff_end(data: bytes) -> int:
+    place = 12
+    while place + 8 <= len(data):
+        size = int.from_bytes(data[place + 4 : place + 8], "big")
+        if data[place : place + 4] == b"SSND":
+            return place + 8 + size if size < UNKNOWN else 0
+        place += 8 + size + size % 2
+    return 0
+
+
+def _au_end(data: bytes) -> int:
+    offset, size = (int.from_bytes(data[i : i + 4], "big") for i in (4, 8))
+    return offset + size if size < UNKNOWN else 0
+
+
+def _caf_end(data: bytes) -> int:
+    place = 8
+    while place + 12 <= len(data):
+        size = int.from_bytes(data[place + 4 : place + 12], "big", signed=True)
+        if data[place : place + 4] == b"data" or size < 0:
+            return place + 12 + size if size >= 0 else 0  # -1 where it is not known
+        place += 12 + size
+    return 0
+
+
+def _w64_end(data: bytes) -> int:
+    place = data.find(b"data\xf3\xac\xd3\x11\x8c\xd1\x00\xc0\x4f\x8e\xdb\x8a")
+    size = int.from_bytes(data[place + 16 : place + 24], "little")
+    return place + size if place >= 0 and size < UNKNOWN else 0
+
+
+def _nist_end(data: bytes) -> int:
+    fields = dict(re.findall(rb"(\w+) -i (\d{1,12})\s", data[:1024]))
+    size = 1
+    for field in (b"sample_count", b"channel_count", b"sample_n_bytes"):
+        size *= int(fields.get(field, 0))
+    return 1024 + size if size else 0
+
+
+def _mp4_end(data: bytes) -> int:
+    place, boxes = 0, set()
+    while data[place + 4 : place + 8] in MP4_BOXES - (boxes & {b"ftyp"}):
+        boxes.add(data[place + 4 : place + 8])
+        size = int.from_bytes(data[place : place + 4], "big")
+        if size == 1:
+            size = int.from_bytes(data[place + 8 : place + 16], "big")
+        if size < 8:  # 0: to the end of the file
+            return 0
+        place += size
+    return place
+
+
+def _webm_end(data: bytes) -> int:
+    place = 0
+    while (element := EBML_ELEMENT.match(data, place)) and not (place and element[0] == EBML):
+        place = element.end()
+        wide = 9 - data[place].bit_length() if place < len(data) else 0
+        size = int.from_bytes(data[place : place + wide], "big") & (1 << 7 * wide) - 1
+        place += wide
+        if size != (1 << 7 * wide) - 1:  # else it is not known, and its parts follow
+            place += size
+    return place
+
+
+def _aac_end(data: bytes) -> int:
+    place = 0
+    while place + 7 <= len(data) and data[place] == 0xFF and data[place + 1] & 0xF6 == 0xF0:
+        place += max((data[place + 3] & 3) << 11 | data[place + 4] << 3 | data[place + 5] >> 5, 7)
+    return place
+
+
+def _ogg_links(data: bytes, name: str) -> list[bytes]:
+    """The sounds of an Ogg file, which may follow one another; each page is whole, and each sound has its end."""
+    links, place, last, pages, start = [], 0, None, 0, 0
+    while (place := data.find(b"OggS", place)) >= 0:
+        head = data[place : place + 27]
+        segments = data[place + 27 : place + 27 + head[26]] if len(head) == 27 else b""
+        end = place + 27 + len(segments) + sum(segments)
+        if len(head) < 27 or len(segments) < head[26] or end > len(data):
+            raise InputError(f"{name}: cut short within its page {pages + 1}")
+        flags, serial, number = head[5], head[14:18], int.from_bytes(head[18:22], "little")
+        if _ogg_checksum(data[place : place + 22] + bytes(4) + data[place + 26 : end]) != head[22:26]:
+            raise InputError(f"{name}: damaged: the checksum of its page {pages + 1} differs")
+        if flags & 2:  # begin of a stream
+            if last is not None and not last[2]:
+                raise InputError(f"{name}: its page {pages + 1} begins another stream before the first ends")
+            start = place
+        elif last is None or last[:2] != (serial, number - 1) or last[2]:
+            raise InputError(f"{name}: damaged: a page is missing before its page {pages + 1}")
+        last = serial, number, flags & 4
+        pages, place = pages + 1, end
+        if last[2]:  # end of the stream
+            links.append(data[start:end])
+    if last is None or not last[2]:
+        raise InputError(f"{name}: cut short: its stream has no end")
+    return links
+
+
+def _ogg_checksum(page: bytes) -> bytes:
+    """The CRC of a page, whose bits run the other way round than those of zlib, without its inversions."""
+    crc = zlib.crc32(page.translate(REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
+    return crc.to_bytes(4, "big").translate(REVERSED)
