@@ -18,9 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from mmtx.data.augment import AudioAugmentation, ImageAugmentation
-from mmtx.data.collection import DataSource, progress, read_sources
-from mmtx.data.sample import Media, Sample
-from mmtx.data.sources import SkipCounter
+from mmtx.data.collection import Collected, DataSource, progress, read_sources
+from mmtx.data.sample import Media
 from mmtx.data.tokens import load_media, seed_of
 from mmtx.errors import InputError
 from mmtx.modality.audio import AudioConfig, AudioTokenizer
@@ -98,7 +97,7 @@ class CodecData(LightningDataModule):
             image_augmentation: changes to every second picture, none by default.
             audio_augmentation: changes to every second cut of sound, none by default.
             workers: processes that put batches together.
-            max_bad: share of samples that may be unreadable.
+            max_bad: share of the rows of each source that may be unusable.
             seed: fixes order, cuts and augmentation.
         """
         super().__init__()
@@ -110,29 +109,27 @@ class CodecData(LightningDataModule):
         if hasattr(self, "train_media"):
             return
         self.tokenizer: Codec = self.trainer.lightning_module.tokenizer
-        samples, repeats = read_sources(self.train_sources, self.max_bad)
-        held_out, _ = read_sources(self.validation_sources, self.max_bad)
-        self.validation_media, _, _ = self._load(held_out, [1] * len(held_out), "read validation")
-        self.train_media, self.weights, self.names = self._load(samples, repeats, "read train")
+        train, held_out = (read_sources(sources, self.max_bad) for sources in (self.train_sources, self.validation_sources))
+        self.validation_media, _, _ = self._load(held_out, "read validation")
+        self.train_media, self.weights, self.names = self._load(train, "read train")
 
-    def _load(self, samples: list[Sample], repeats, name: str) -> tuple[list[Tensor], Tensor, list[str]]:
-        skipped, media, weights, names = SkipCounter(self.max_bad), [], [], []
-        for sample, repeat in progress(name)(list(zip(samples, repeats, strict=True))):
-            for part in (part for turn in sample.turns for part in turn.parts if isinstance(part, Media)):
-                if part.kind != self.tokenizer.kind:
-                    continue
-                try:
-                    tensor = load_media(part, {part.kind: self.tokenizer})
-                except InputError as error:
-                    skipped.skip(error)
-                    continue
-                media.append(tensor)
-                names.append(part.name)
-                # Long sounds have more to show than short ones.
-                weights.append(float(repeat) * (tensor.shape[-1] if part.kind == "audio" else 1))
-        skipped.check(len(samples))
+    def _load(self, found: Collected, name: str) -> tuple[list[Tensor], Tensor, list[str]]:
+        media, weights, names = [], [], []
+        for sample, repeat, skipped in progress(name)(list(zip(*found, strict=True))):
+            parts = [part for turn in sample.turns for part in turn.parts
+                     if isinstance(part, Media) and part.kind == self.tokenizer.kind]
+            try:
+                loaded = [load_media(part, {part.kind: self.tokenizer}) for part in parts]
+            except InputError as error:
+                skipped.skip(error)
+                continue
+            media += loaded
+            names += [part.name for part in parts]
+            # Long sounds have more to show than short ones.
+            weights += [float(repeat) * (tensor.shape[-1] if self.tokenizer.kind == "audio" else 1) for tensor in loaded]
+        found.finish()
         if not media:
-            raise InputError(f"{name}: no {self.tokenizer.kind} among {len(samples)} samples")
+            raise InputError(f"{name}: no {self.tokenizer.kind} among {len(found.samples)} samples")
         return media, torch.tensor(weights, dtype=torch.float64), names
 
     def sample_names(self, batch: CodecBatch) -> list[str]:
