@@ -18,6 +18,8 @@ INTERRUPTED = 128 + signal.SIGINT  # what a shell reports for a command that Ctr
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 DESCRIPTION = "One model for text, pictures and sound: train it, ask it, look inside."
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+|data:\S+,\S*")  # "see https://example.org" is text
+MAX_BAD_HELP = ("share of all rows of a source, selected or not, that may be unusable, as data.max_bad of mmtx fit; default: "
+                "that of --config, else 0.01")
 COLOURS = {"special": "90", "text": "32", "image": "34", "audio": "35"}
 
 
@@ -142,15 +144,17 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--workers", type=_count(1), default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
                          else os.cpu_count(), help="processes, default: one a core")
     prepare.add_argument("--rows", type=_count(1), default=2048, help="rows of a shard, default: 2048")
-    prepare.add_argument("--max-bad", type=float, default=0.01, help="share of rows that may be unusable, default: 0.01")
+    prepare.add_argument("--max-bad", type=float, help=MAX_BAD_HELP)
     _trust_option(prepare)
     prepare.set_defaults(run=_prepare)
 
     evaluate = commands.add_parser("evaluate", help="caption held-out samples and compare with the true captions")
     evaluate.add_argument("sources", nargs="*", help="held-out manifests, folders or shards")
     evaluate.add_argument("--train", nargs="+", default=[], metavar="SOURCE",
-                          help="training samples, for the nearest-neighbour control")
+                          help="training samples, for the nearest-neighbour control and for what only they can tell of a "
+                               "caption")
     evaluate.add_argument("--config", help="take both from the data of this training configuration")
+    evaluate.add_argument("--max-bad", type=float, help=MAX_BAD_HELP)
     evaluate.add_argument("--show", type=_count(0), default=8, help="examples to print, default: 8")
     _model_options(evaluate)
     _trust_option(evaluate)
@@ -268,10 +272,9 @@ def _tokenize(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from itertools import islice
-
-    from mmtx.data.sources import open_source
-    from mmtx.data.tokens import to_documents
+    from mmtx.data.collection import to_stderr
+    from mmtx.data.sources import SkipCounter, scan
+    from mmtx.data.tokens import usable
     from mmtx.sequence import render
 
     model = _load(options)
@@ -285,16 +288,28 @@ def _inspect(options: argparse.Namespace) -> None:
     legend = ", ".join(paint(kind, kind, False) for kind in COLOURS)
     legend += f"; trained ids are {'underlined' if coloured else 'marked *'}\n"
     for source in options.sources:
-        for sample in islice(open_source(source, options.trusted), options.rows):
-            rendered = render(to_documents([sample], model.tokenizers)[0], v)
-            print(f"{legend}\n{sample.where}: {len(rendered.ids)} ids, {int(rendered.trained.sum())} trained")
-            legend = ""
-            words = []
-            for ident, trained in zip(rendered.ids.tolist(), rendered.trained.tolist(), strict=True):
-                kind = v.kind(ident)
-                word = {"special": v.name, "text": model.tokenizers["text"].piece}.get(kind, str)(ident)
-                words.append(paint(word, kind, trained))
-            print(" ".join(words))
+        skipped, left = SkipCounter(1.0), options.rows  # a few rows tell no share, so each bad one is told
+        for row in scan(source, options.trusted):
+            if not left:
+                break
+            skipped.rows += 1
+            if isinstance(row, InputError):
+                skipped.skip(row)
+                continue
+            for sample, document in usable([row], model.tokenizers, skipped):
+                left -= 1
+                rendered = render(document, v)
+                print(f"{legend}\n{sample.where}: {len(rendered.ids)} ids, {int(rendered.trained.sum())} trained")
+                legend = ""
+                words = []
+                for ident, trained in zip(rendered.ids.tolist(), rendered.trained.tolist(), strict=True):
+                    kind = v.kind(ident)
+                    word = {"special": v.name, "text": model.tokenizers["text"].piece}.get(kind, str)(ident)
+                    words.append(paint(word, kind, trained))
+                print(" ".join(words))
+        if skipped.rows and skipped.count == skipped.rows:
+            raise InputError(f"no sample can be used: {skipped.summary()}")
+        skipped.tell(to_stderr)
 
 
 def _prepare(options: argparse.Namespace) -> None:
@@ -304,6 +319,7 @@ def _prepare(options: argparse.Namespace) -> None:
 
     from mmtx.data.collection import DataSource, read_config
     from mmtx.data.prepare import prepare
+    from mmtx.data.sources import MAX_BAD
     from mmtx.modality.base import load_tokenizer
     from mmtx.files import find_shipped
     from mmtx.vocabulary import KINDS
@@ -312,10 +328,11 @@ def _prepare(options: argparse.Namespace) -> None:
         raise InputError("found both sources and --config, expected one of them" if options.config
                          else "found neither sources nor --config, expected one of them")
     folders, features, sources = options.tokenizers, options.features, [DataSource(options.sources, trusted=options.trusted)]
+    max_bad = MAX_BAD
     outputs = [options.output]
     if options.config:
         config = read_config(find_shipped(options.config))
-        sources, folders, features = config.train, config.tokenizers, config.continuous
+        sources, folders, features, max_bad = config.train, config.tokenizers, config.continuous, config.max_bad
         # The same samples are prepared once, however often they are used.
         distinct = {repr((source.paths, source.select)): source for source in sources}
         outputs = [options.output / str(list(distinct).index(repr((s.paths, s.select)))) for s in sources]
@@ -327,7 +344,7 @@ def _prepare(options: argparse.Namespace) -> None:
     for source, output in zip(sources, outputs, strict=True):
         if output not in done:
             facts = prepare(source, tokenizers, output, features=features, rows=options.rows, workers=options.workers,
-                            max_bad=options.max_bad)
+                            max_bad=max_bad if options.max_bad is None else options.max_bad)
             print(f"{output}: {facts['documents']:,} documents, {facts['tokens']:,} tokens, {facts['shards']:,} shards, "
                   f"{facts['skipped']:,} of {facts['rows']:,} rows skipped", flush=True)
         done.add(output)
@@ -346,18 +363,23 @@ def _evaluate(options: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from mmtx.data.collection import DataSource, read_config
+    from mmtx.data.sources import MAX_BAD
     from mmtx.report import report
 
     if options.config:
         config = read_config(options.config)
         train, held_out = ([source for source in sources if source.task == "caption"]
                            for sources in (config.train, config.validation))
+        max_bad = config.max_bad
         if options.trusted:
             train, held_out = ([replace(source, trusted=True) for source in sources] for sources in (train, held_out))
     else:
+        max_bad = MAX_BAD
         train = [DataSource(options.train, trusted=options.trusted)] if options.train else []
         held_out = [DataSource([source], trusted=options.trusted) for source in options.sources]
     if not held_out:
         raise InputError("found neither held-out sources nor --config, expected one of them")
-    for section in report(_load(options), held_out, train, options.show):
+    if options.max_bad is not None:
+        max_bad = options.max_bad
+    for section in report(_load(options), held_out, train, options.show, max_bad):
         print(section, flush=True)

@@ -23,19 +23,24 @@ from mmtx.model import Decoder, DecoderConfig
 TOKENS = 1024  # that go through the layers together on a CPU
 
 
+def precise(like: Tensor) -> torch.dtype:
+    """The type in which lengths are computed."""
+    return torch.promote_types(like.dtype, torch.float32)
+
+
 class Norm(NamedTuple):
     """RMSNorm over the last n numbers, as x / hypot(|x|, floor) * weight: half the operations of torch's on a CPU."""
 
-    weight: Tensor  # sqrt(n) times the norm's weight, float32
+    weight: Tensor  # sqrt(n) times the norm's weight, float32 at least
     floor: Tensor   # sqrt(n * eps), ()
 
     @classmethod
     def of(cls, weight: Tensor, eps: float) -> "Norm":
-        weight, n = weight.float(), weight.shape[-1]
+        weight, n = weight.to(precise(weight)), weight.shape[-1]
         return cls(weight * n ** 0.5, weight.new_tensor((n * eps) ** 0.5))
 
     def __call__(self, x: Tensor, length: Tensor, out: Tensor) -> Tensor:
-        torch.linalg.vector_norm(x, 2, -1, True, dtype=torch.float32, out=length)
+        torch.linalg.vector_norm(x, 2, -1, True, dtype=length.dtype, out=length)
         return torch.div(x, torch.hypot(length, self.floor, out=length), out=out).mul_(self.weight)
 
 
@@ -67,8 +72,8 @@ class Scratch(NamedTuple):
         low, high = turned.chunk(2, dim=-1)
         gate_up = like.new_empty(tokens, 2 * c.hidden)
         return cls(
-            like.new_empty(tokens, c.width), like.new_empty(tokens, 1, dtype=torch.float32),
-            qkv, heads[:, :turning], heads[:, turning:], like.new_empty(tokens, turning, 1, dtype=torch.float32),
+            like.new_empty(tokens, c.width), like.new_empty(tokens, 1, dtype=precise(like)),
+            qkv, heads[:, :turning], heads[:, turning:], like.new_empty(tokens, turning, 1, dtype=precise(like)),
             turned, turned[:, :c.heads], turned[:, c.heads:], high, low, swapped, gate_up, *gate_up.chunk(2, dim=1))
 
     def keep(self, tokens: int) -> "Scratch":

@@ -122,10 +122,10 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         x, weight = ctx.saved_tensors
         normed, factor = _normed(x, ctx.eps)
-        dy = dy.to(normed.dtype)
+        dy, precise = dy.to(normed.dtype), weight.to(normed.dtype)
         d = dy * normed
-        d_weight = d.flatten(0, -2).sum(0)
-        d_x = _normed_backward((d @ weight)[..., None], dy * weight, normed, factor)
+        d_weight = d.flatten(0, -2).sum(0).to(weight.dtype)
+        d_x = _normed_backward((d @ precise)[..., None], dy * precise, normed, factor)
         return d_x.to(x.dtype), d_weight, None, None
 
 
@@ -174,7 +174,8 @@ class _TurnHeads(torch.autograd.Function):
         d_qkv = torch.empty_like(x)
         d_qkv[..., :heads + kv_heads, :] = _normed_backward(along, dy.mul_(weight), normed, factor)
         d_qkv[..., heads + kv_heads:, :] = d_value
-        return (d_qkv.flatten(-2), d_weight[:heads].sum(0), d_weight[heads:].sum(0), None, None, None, None, None)
+        d_query_weight, d_key_weight = (part.sum(0).to(query_weight.dtype) for part in d_weight.split([heads, kv_heads]))
+        return d_qkv.flatten(-2), d_query_weight, d_key_weight, None, None, None, None, None
 
 
 class _Attend(torch.autograd.Function):

@@ -41,7 +41,8 @@ def next_token_loss(output: TokenEmbedding, hidden: Tensor, targets: Tensor, pla
         weights: what each target counts for, (M,); 1 by default.
         z_loss: weight of the squared log-sum-exp, which keeps scores from drifting (https://arxiv.org/abs/2204.02311).
     """
-    weights = hidden.new_ones(len(targets), dtype=torch.float32) if weights is None else weights.float()
+    precise = torch.promote_types(hidden.dtype, torch.float32)
+    weights = hidden.new_ones(len(targets), dtype=precise) if weights is None else weights.to(precise)
     parts = []
     for chosen, rows, groups in (
         (slice(None, plain), output.weight[:output.plain], output.groups[:1]),

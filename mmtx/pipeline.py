@@ -22,7 +22,8 @@ import safetensors.torch
 import torch
 from PIL import Image as PILImage
 
-from mmtx.data.media import MAX_SECONDS, kind_of, load_audio, load_image
+from mmtx.data.media import kind_of, load_audio, load_image
+from mmtx.data.sound_files import MAX_SECONDS
 from mmtx.data.storage import FileSource, display, open_binary
 from mmtx.decoding import Weights
 from mmtx.errors import InputError

@@ -3,11 +3,13 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mmtx.data.collection import DataSource, progress, read_source
+from mmtx.data.collection import Collected, DataSource, progress, read_sources
 from mmtx.data.media import load_audio, load_image
 from mmtx.data.sample import Media, Sample
+from mmtx.data.sources import MAX_BAD
 from mmtx.data.storage import display
-from mmtx.data.tokens import to_documents
+from mmtx.data.tokens import usable
+from mmtx.errors import InputError
 from mmtx.evaluation import (
     NAME_FIELDS,
     NOTE_FIELDS,
@@ -28,33 +30,56 @@ WIDEST = 60            # characters of a predicted caption that are shown
 CONTROL_RATE = 16_000  # Hz; the control hears at one rate, whatever the model's is
 
 
-def report(model: Model, held_out: Sequence[DataSource], train: Sequence[DataSource], show: int = 8) -> Iterator[str]:
+def report(model: Model, held_out: Sequence[DataSource], train: Sequence[DataSource], show: int = 8,
+           max_bad: float = MAX_BAD) -> Iterator[str]:
     """Yield a section for each held-out source: examples, then a table of figures.
 
     Figures are the exact caption, the fields that the samples' metadata allow (names of the starter data: group and
     subgroup; notes: instrument, family and note) and the word error rate. With `train` a nearest-neighbour control
-    answers the same samples with the caption of the training sample that looks or sounds most alike.
+    answers the same samples with the caption of the training sample that looks or sounds most alike. Fields that only
+    training samples can tell of a caption (the group of a name, the family of an instrument) are left out without them.
+    Up to `max_bad` of the rows of a source may be unusable.
     """
-    known = [sample for source in train for sample in read_source(source)]
+    training = read_sources(train, max_bad)
+    known = training.samples
     controls: dict[str, NearestNeighbour] = {}
     for source in held_out:
-        samples = read_source(source)
-        documents = to_documents(samples, model.tokenizers, progress("encode"))
+        found = read_sources([source], max_bad)
+        pairs = usable(found.samples, model.tokenizers, found.counters[0], progress("encode"))
+        found.finish()
+        if not pairs:
+            raise InputError(f"no sample can be used: {found.counters[0].summary()}")
+        samples, documents = zip(*pairs, strict=True)
         predicted = model.caption_documents(documents)
         true = [sample.caption for sample in samples]
         kind = _kind(samples)
         nearest = None
         if known and kind:
             if kind not in controls:
-                alike = [sample for sample in known if _kind([sample]) == kind]
-                controls[kind] = NearestNeighbour.fit(
-                    [_features(sample, kind) for sample in progress("control")(alike)], [s.caption for s in alike])
+                controls[kind] = _control(training, kind)
             nearest = controls[kind].predict([_features(sample, kind) for sample in samples])
-        figures = _figures(samples, known, predicted)
-        control = _figures(samples, known, nearest) if nearest else {}
+        figures, unknown = _figures(samples, known, predicted)
+        control = _figures(samples, known, nearest)[0] if nearest else {}
         rows = [(name, score, control.get(name)) for name, score in figures.items()]
+        told = [f"left out: {', '.join(unknown)} (only training samples tell {'it' if len(unknown) == 1 else 'them'} of a "
+                "caption, see --train)"] if unknown else []
         yield "\n".join([f"\n{', '.join(Path(display(path)).name for path in source.paths)}: {len(samples)} samples",
-                         *_examples(predicted, true, show), "", table(rows)])
+                         *_examples(predicted, true, show), "", table(rows), *told])
+
+
+def _control(training: Collected, kind: str) -> NearestNeighbour:
+    """What remembers the training samples of a kind that can be used."""
+    features, captions = [], []
+    alike = [(sample, skipped) for sample, skipped in zip(training.samples, training.counters, strict=True)
+             if _kind([sample]) == kind]
+    for sample, skipped in progress("control")(alike):
+        try:
+            features.append(_features(sample, kind))
+            captions.append(sample.caption)
+        except InputError as error:
+            skipped.skip(error)
+    training.finish()
+    return NearestNeighbour.fit(features, captions)
 
 
 def _examples(predicted: list[str], true: list[str], show: int) -> list[str]:
@@ -68,19 +93,22 @@ def _examples(predicted: list[str], true: list[str], show: int) -> list[str]:
     return [f"    {'predicted':<{width}}  true", *lines]
 
 
-def _figures(samples: list[Sample], known: list[Sample], predicted: list[str]) -> dict[str, Score]:
-    """Name of each figure -> its score; the metadata say which figures there are."""
+def _figures(samples: Sequence[Sample], known: list[Sample], predicted: list[str]) -> tuple[dict[str, Score], list[str]]:
+    """Name of each figure -> its score, and names of those that nothing is known of; the metadata say what there are."""
     facts = [{**sample.metadata, "caption": sample.caption} for sample in samples]
     learned = [{**sample.metadata, "caption": sample.caption} for sample in known]
-    fields, reader = ("caption",), (lambda caption: {"caption": caption})
-    for names, make in ((NAME_FIELDS, name_reader), (NOTE_FIELDS, note_reader)):
+    fields, reader, unknown = ("caption",), (lambda caption: {"caption": caption}), []
+    for names, make, taught in ((NAME_FIELDS, name_reader, ("group", "subgroup")), (NOTE_FIELDS, note_reader, ("family",))):
         if all(name in fact for fact in facts for name in names):
-            fields = names
-            reader = make([fact for fact in learned if all(name in fact for name in names)] or facts)
+            teachers = [fact for fact in learned if all(name in fact for name in names)]
+            reader, unknown = make(teachers), [] if teachers else list(taught)
+            fields = [name for name in names if name not in unknown]
     scores = {f"exact {name}": confidence_interval(values)
               for name, values in field_scores(predicted, facts, reader, fields).items()}
-    scores["word error rate"] = confidence_interval(*word_errors(predicted, [fact["caption"] for fact in facts]))
-    return scores
+    errors, counts = word_errors(predicted, [fact["caption"] for fact in facts])
+    if sum(counts):  # or there is no rate
+        scores["word error rate"] = confidence_interval(errors, counts)
+    return scores, [f"exact {name}" for name in unknown]
 
 
 def _kind(samples: Sequence[Sample]) -> str | None:

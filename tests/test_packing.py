@@ -17,6 +17,7 @@ from mmtx.data.collection import DataSource, read_source
 from mmtx.data.packing import PackedBatches, best_fit, fill, in_order, pack
 from mmtx.data.sample import Media, Sample, SampleTurn, Text
 from mmtx.data.storage import MemorySource
+from mmtx.data.sources import SkipCounter
 from mmtx.data.tokens import Augmentation, Documents, load_media, seed_of, to_documents
 from mmtx.errors import InputError
 from mmtx.modality.base import load_tokenizer
@@ -472,19 +473,23 @@ BAD = {
 @pytest.mark.parametrize("bad", BAD)
 def test_bad_samples_are_skipped_up_to_the_limit(bad, samples, tokenizers, vocabulary):
     mixed = [samples[0], BAD[bad], *samples[1:]]
-    documents = Documents(mixed, tokenizers, vocabulary, context=200, max_bad=0.25)
+    def made(samples, limit):
+        counters = [SkipCounter(limit, len(samples))] * len(samples)
+        return Documents(samples, tokenizers, vocabulary, context=200, counters=counters)
+
+    documents = made(mixed, 0.25)
     assert documents.numbers == [0, 2, 3] and documents.samples == samples
     with pytest.raises(InputError, match=r"1 of 4 rows cannot be used; first: rows.jsonl row 7.*at most 24.000%"):
-        Documents(mixed, tokenizers, vocabulary, context=200, max_bad=0.24)
+        made(mixed, 0.24)
     with pytest.raises(InputError, match="no sample can be used"):
-        Documents([BAD[bad]], tokenizers, vocabulary, context=200, max_bad=1.0)
+        made([BAD[bad]], 1.0)
 
 
 def test_context_counts_what_a_batch_holds(samples, tokenizers, vocabulary):
     length = int(Documents(samples[:1], tokenizers, vocabulary, context=200).lengths[0])
-    Documents(samples[:1], tokenizers, vocabulary, context=length - 1, max_bad=0.0)
+    Documents(samples[:1], tokenizers, vocabulary, context=length - 1)
     with pytest.raises(InputError, match=f"row 0: found {length} tokens, expected at most context . 1 = {length - 1}"):
-        Documents(samples[:1], tokenizers, vocabulary, context=length - 2, max_bad=0.0)
+        Documents(samples[:1], tokenizers, vocabulary, context=length - 2)
 
 
 def test_a_kind_without_a_tokenizer_is_named(samples, tokenizers, vocabulary):

@@ -496,8 +496,8 @@ def test_the_command_says_how_far_it_is_and_how_to_train(media, folders, tmp_pat
         (["a.jsonl", "--config", str(path)], "found both sources and --config"),
         (["nothing.jsonl"], "nothing.jsonl: no such file"),
         (["nothing.tar"], "nothing.tar: no such file"),  # the folder of the mistake before is no other's
-        ([str(media / "notes.tar"), "--workers", "0"], "workers: found 0"),
-        ([str(media / "notes.tar"), "--rows", "0"], "rows: found 0"),
+        ([str(media / "notes.tar"), "--workers", "0"], "workers: found '0'"),
+        ([str(media / "notes.tar"), "--rows", "0"], "rows: found '0'"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(["prepare", *arguments, "--output", str(tmp_path / ("b" if "b: " in told or "left" in told else "c"))])

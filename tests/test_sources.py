@@ -170,12 +170,13 @@ def test_read_skips_the_allowed_share_and_reports(tmp_path):
 
 
 def test_skip_counter_keeps_only_the_first_errors():
-    counter = SkipCounter(0.5)
+    counter = SkipCounter(0.5, 2000)
     for index in range(1000):
         counter.skip(InputError(f"error {index}"))
-    counter.check(2000)
+    counter.check()
+    counter.rows = 1999
     with pytest.raises(InputError, match="1000 of 1999 rows.*error 2 ") as caught:
-        counter.check(1999)
+        counter.check()
     assert "error 3" not in str(caught.value)
     for limit in (-0.1, 1.5, float("nan")):
         with pytest.raises(InputError, match="max_bad"):

@@ -1,7 +1,7 @@
 """Which samples a run trains on and is judged by: the `train` and `validation` lists of every config."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
@@ -10,7 +10,7 @@ import yaml
 from tqdm import tqdm
 
 from mmtx.data.sample import Sample
-from mmtx.data.sources import read
+from mmtx.data.sources import MAX_BAD, SkipCounter, read_rows
 from mmtx.errors import InputError
 
 Task = Literal["caption", "generate"]
@@ -53,6 +53,7 @@ class TrainingData(NamedTuple):
     validation: list[DataSource]
     tokenizers: list[str]  # folders
     continuous: bool       # whether the decoder takes features
+    max_bad: float         # share of the rows of a source that may be unusable
 
 
 def read_config(path: str | Path) -> TrainingData:
@@ -62,16 +63,23 @@ def read_config(path: str | Path) -> TrainingData:
         data, model = (config[name]["init_args"] for name in ("data", "model"))
         folders = [folder for folder in data["tokenizers"].values() if folder is not None]
         train, held_out = ([DataSource(**source) for source in data[name]] for name in ("train", "validation"))
-        return TrainingData(train, held_out, folders, bool(model.get("continuous")))
+        return TrainingData(train, held_out, folders, bool(model.get("continuous")), float(data.get("max_bad", MAX_BAD)))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not the configuration of a decoder ({type(error).__name__}: {error})") from None
 
 
-def read_source(source: DataSource, max_bad: float = 0.01) -> list[Sample]:
+def read_source(source: DataSource, max_bad: float = MAX_BAD) -> list[Sample]:
     """The samples of one source, in order. Raises InputError as `mmtx.data.sources.read` does."""
-    samples = read(source.paths, max_bad, source.select, lambda line: print(line, file=sys.stderr), source.trusted)
+    skipped = SkipCounter(max_bad)
+    samples = _read(source, skipped)
+    skipped.tell(to_stderr)
+    return samples
+
+
+def _read(source: DataSource, skipped: SkipCounter) -> list[Sample]:
+    samples = read_rows(source.paths, skipped, source.select, source.trusted)
     if source.limit is not None and source.limit < len(samples):
         samples = [samples[i * len(samples) // source.limit] for i in range(source.limit)]
     if source.task == "generate":
@@ -89,15 +97,32 @@ def turned_round(sample: Sample) -> Sample:
     return replace(sample, turns=(replace(question, parts=answer.parts), replace(answer, parts=question.parts)))
 
 
-def read_sources(sources: list[DataSource], max_bad: float) -> tuple[list[Sample], list[int]]:
-    """The samples of all sources in order, and how often an epoch shows each."""
-    samples: list[Sample] = []
-    repeats: list[int] = []
+class Collected(NamedTuple):
+    """The samples of several sources, in order."""
+
+    samples: list[Sample]
+    repeats: list[int]            # how often an epoch shows each
+    counters: list[SkipCounter]   # of the source of each, for those that turn out to be unusable; `finish` tells of them
+
+    def finish(self) -> None:
+        """Raise InputError if in one of the sources too many rows were bad, else tell of them on stderr."""
+        for skipped in dict.fromkeys(self.counters):
+            skipped.tell(to_stderr)
+
+
+def read_sources(sources: Sequence[DataSource], max_bad: float) -> Collected:
+    """Read all sources. Raises InputError as `mmtx.data.sources.read` does."""
+    whole = Collected([], [], [])
     for source in sources:
-        found = read_source(source, max_bad)
-        samples += found
-        repeats += [source.repeat] * len(found)
-    return samples, repeats
+        skipped = SkipCounter(max_bad)
+        found = _read(source, skipped)
+        for values, more in zip(whole, (found, [source.repeat] * len(found), [skipped] * len(found)), strict=True):
+            values += more
+    return whole
+
+
+def to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def progress(name: str) -> Callable[[Iterable], Iterable]:

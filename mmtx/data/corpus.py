@@ -9,7 +9,7 @@ import numpy as np
 from mmtx.data.collection import DataSource, read_sources
 from mmtx.data.prepared import Prepared
 from mmtx.data.sample import Sample
-from mmtx.data.sources import expand, is_prepared
+from mmtx.data.sources import MAX_BAD, expand, is_prepared
 from mmtx.data.storage import display
 from mmtx.data.tokens import Augmentation, Documents
 from mmtx.errors import InputError
@@ -67,24 +67,26 @@ def read_corpus(
     context: int,
     augmentation: Augmentation = Augmentation(),
     seed: int = 0,
-    max_bad: float = 0.01,
+    max_bad: float = MAX_BAD,
     features: bool = False,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Corpus:
     """Open all sources. Raises InputError as `Documents` and `Prepared` do; `features`: whether the decoder takes them."""
     parts, repeats, number = [], [], 0
-    common = dict(context=context, augmentation=augmentation, seed=seed, max_bad=max_bad)
+    common = dict(context=context, augmentation=augmentation, seed=seed)
     whole = [replace(source, paths=[path for pattern in source.paths for path in expand(pattern)]) for source in sources]
     for prepared, group in groupby(whole, _is_prepared):
         if not prepared:
-            samples, counts = read_sources(list(group), max_bad)
-            parts.append(Documents(samples, tokenizers, vocabulary, first=number, progress=progress, **common))
-            repeats.append(np.array(counts)[np.array(parts[-1].numbers) - number])
-            number += len(samples)
+            found = read_sources(list(group), max_bad)
+            parts.append(Documents(found.samples, tokenizers, vocabulary, counters=found.counters, first=number,
+                                   progress=progress, **common))
+            found.finish()
+            repeats.append(np.array(found.repeats)[np.array(parts[-1].numbers) - number])
+            number += len(found.samples)
             continue
         for source in group:
             for path in source.paths:
-                parts.append(Prepared(source, path, vocabulary, first=number, features=features, **common))
+                parts.append(Prepared(source, path, vocabulary, max_bad=max_bad, first=number, features=features, **common))
                 repeats.append(source.repeat)
                 number += parts[-1].samples
     return Corpus(parts, repeats)

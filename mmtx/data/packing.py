@@ -33,7 +33,7 @@ class Batch(NamedTuple):
     plain: int           # number of places behind which the grammar allows no code of a picture or sound
     targets: Tensor      # (M,) those next ids
     modality: Tensor     # (M,) modality of each target, an index into vocabulary.MODALITIES
-    samples: Tensor      # (documents,) numbers of the samples, for error messages
+    samples: Tensor      # (documents,) numbers of the samples; none in a batch that only keeps a rank in step
     features: dict[str, Features]  # what may stand in for codes of pictures and sounds of user turns
 
 
@@ -51,7 +51,8 @@ class PackedBatches(torch.utils.data.Dataset):
 
     Each epoch is a new permutation of all samples, each `repeats[i]` times and each time as another view. It is cut into
     windows, and `pack` lays each into batches when one of them is asked for. Ranks take turns: rank r of `world` gets
-    every world-th batch.
+    every world-th batch. Where the batches of one epoch do not divide, the last ranks get a batch without samples: ranks
+    must take as many steps, and nothing of it counts.
     """
 
     def __init__(self, documents: Packable, vocabulary: Vocabulary, tokens: int, *,
@@ -70,7 +71,8 @@ class PackedBatches(torch.utils.data.Dataset):
         self.order: tuple[int, np.ndarray] | None = None  # the epoch that was asked for last, and its permutation
         self.plans: dict[int, list[list[tuple[int, int]]]] = {}  # of the window that was asked for last
         self.first = [0]  # number of the first batch of each window of all epochs, as far as they are known
-        self.steps = steps if steps is not None else -(-self._known(self.windows) // world)
+        self.once = None if steps is not None else self._known(self.windows)  # the number of batches of one epoch
+        self.steps = steps if steps is not None else -(-self.once // world)
 
     def __len__(self) -> int:
         return self.steps
@@ -79,6 +81,9 @@ class PackedBatches(torch.utils.data.Dataset):
         if not 0 <= k < self.steps:
             raise IndexError(k)
         index = k * self.world + self.rank
+        if self.once is not None and index >= self.once:
+            batch = self._batch(self.plan(self.windows - 1)[-1])
+            return batch._replace(samples=batch.samples[:0])
         while index >= self.first[-1]:
             self._known(len(self.first))
         window = bisect_right(self.first, index) - 1

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from mmtx.data.collection import DataSource
 from mmtx.data.prepared import DONE, FORMAT, INDEX, shard_name, tensors
 from mmtx.data.sample import Media, Sample
-from mmtx.data.sources import PLAN, SkipCounter, is_selected, scan
+from mmtx.data.sources import MAX_BAD, PLAN, SkipCounter, is_selected, scan
 from mmtx.data.storage import recorded
 from mmtx.data.tokens import ENCODE_AT_ONCE, Augmentation, encode_samples, load_sample
 from mmtx.errors import InputError
@@ -46,7 +46,7 @@ def prepare(
     features: bool = False,
     rows: int = ROWS,
     workers: int = 1,
-    max_bad: float = 0.01,
+    max_bad: float = MAX_BAD,
 ) -> dict[str, Any]:
     """Write `output`, or finish what is there already of the same sources and tokenizers -> what its prepared.json says.
 
@@ -57,7 +57,7 @@ def prepare(
         features: store the encoder's features of all pictures and sounds, for decoders with `continuous: true`.
         rows: rows of a shard.
         workers: processes that read and encode.
-        max_bad: share of rows that may be unusable.
+        max_bad: share of the rows of the source that may be unusable.
 
     Raises:
         InputError: the folder holds something else, sources or tokenizers changed since it was begun, it cannot be
@@ -69,7 +69,7 @@ def prepare(
     folder, vocabulary = Path(output), Vocabulary.build(tokenizers)
     plan = {"format": FORMAT, "sources": [recorded(path) for path in source.paths], "select": source.select, "shard_rows": rows, "features": features,
             "vocabulary": json.loads(vocabulary.to_json())}
-    SkipCounter(max_bad)  # refuses a share that is none
+    skipped = SkipCounter(max_bad)
     _begin(folder, plan)
     shards: dict[int, dict] = {}
     running: set[Future] = set()
@@ -86,7 +86,7 @@ def prepare(
                         bar.update(facts["rows"])
 
             number = samples = 0
-            for number, block in enumerate(_blocks(source, rows), 1):
+            for number, block in enumerate(_blocks(source, rows, skipped), 1):
                 running.add(pool.submit(_make, number - 1, samples, block))
                 samples += sum(isinstance(row, Sample) for row in block)
                 collect(AHEAD * workers)
@@ -98,7 +98,7 @@ def prepare(
     if (folder / shard_name(number)).exists():
         raise InputError(f"{folder / shard_name(number)}: the sources have no rows for it, they changed since it was "
                          "written; expected the same sources, or another --output")
-    return _finish(folder, plan, [shards[i] for i in range(number)], samples, max_bad)
+    return _finish(folder, plan, [shards[i] for i in range(number)], samples, skipped)
 
 
 def _begin(folder: Path, plan: dict) -> None:
@@ -127,11 +127,12 @@ def _fingerprints(vocabulary: Any) -> str:
     return ", ".join(f"{entry['kind']} {entry['fingerprint'][:12]}" for entry in entries) or "none"
 
 
-def _blocks(source: DataSource, rows: int) -> Iterator[list[Sample | InputError]]:
-    """The rows of a source in blocks, those that cannot be read as their errors."""
+def _blocks(source: DataSource, rows: int, skipped: SkipCounter) -> Iterator[list[Sample | InputError]]:
+    """The rows of a source in blocks, those that cannot be read as their errors; all rows are counted."""
     block: list[Sample | InputError] = []
     for path in source.paths:
         for row in scan(path, source.trusted):
+            skipped.rows += 1
             if isinstance(row, InputError) or is_selected(row, source.select or {}):
                 block.append(row)
             if len(block) == rows:
@@ -141,15 +142,14 @@ def _blocks(source: DataSource, rows: int) -> Iterator[list[Sample | InputError]
         yield block
 
 
-def _finish(folder: Path, plan: dict, shards: Sequence[dict], samples: int, max_bad: float) -> dict[str, Any]:
+def _finish(folder: Path, plan: dict, shards: Sequence[dict], samples: int,
+            skipped: SkipCounter) -> dict[str, Any]:
     """Write the index and the totals."""
-    skipped = SkipCounter(max_bad)
     skipped.count = sum(shard["skipped"] for shard in shards)
     skipped.first = [error for shard in shards for error in shard["errors"]][:3]
-    count = sum(shard["rows"] for shard in shards)
-    skipped.check(count)
-    if skipped.count == count:
-        raise InputError(f"{', '.join(plan['sources'])}: no sample is left of {count} rows")
+    skipped.check()
+    if skipped.count == sum(shard["rows"] for shard in shards):
+        raise InputError(f"{', '.join(plan['sources'])}: no sample is left of {skipped.rows} rows")
     numbers, lengths, features = [], [], {}
     for number in range(len(shards)):
         # One at a time: a process can hold some ten thousand maps, and a large corpus has more tensors than that.
@@ -169,7 +169,7 @@ def _finish(folder: Path, plan: dict, shards: Sequence[dict], samples: int, max_
         for kind, codes in shard["media"].items():
             media[kind] = media.get(kind, 0) + codes
     facts = {
-        **plan, "rows": count, "samples": samples, "documents": len(index["lengths"]), "tokens": int(index["lengths"].sum()),
+        **plan, "rows": skipped.rows, "samples": samples, "documents": len(index["lengths"]), "tokens": int(index["lengths"].sum()),
         "skipped": skipped.count, "errors": skipped.first, "media": media,
         "features": features,
         "exchanges": all(shard["exchanges"] for shard in shards), "shards": len(shards),

@@ -24,7 +24,7 @@ import torch
 
 from mmtx.data.collection import DataSource
 from mmtx.data.storage import MAX_BYTES, cache, display, download, is_url, join, read
-from mmtx.data.sources import SkipCounter
+from mmtx.data.sources import MAX_BAD, SkipCounter
 from mmtx.data.tokens import Augmentation, seed_of
 from mmtx.errors import InputError
 from mmtx.sequence import Rendered, Span, trained
@@ -73,7 +73,7 @@ class Prepared:
         context: int,
         augmentation: Augmentation = Augmentation(),
         seed: int = 0,
-        max_bad: float = 0.01,
+        max_bad: float = MAX_BAD,
         first: int = 0,
         features: bool = False,
     ):
@@ -108,7 +108,9 @@ class Prepared:
             wanted = np.arange(source.limit) * facts["samples"] // source.limit  # as of the samples of media
             chosen = np.flatnonzero(np.isin(numbers, wanted, assume_unique=True))
             numbers = np.searchsorted(wanted, numbers[chosen])
-        skipped, room = SkipCounter(max_bad), context + 1
+        # The count goes on from that of `mmtx prepare`, so that a folder is taken where its media would be.
+        skipped, room = SkipCounter(max_bad, facts["rows"]), context + 1
+        skipped.count, skipped.first = facts["skipped"], facts["errors"][:3]
         total, fits = len(lengths[chosen]), lengths[chosen] <= room
         self.rows: np.ndarray | None = None if isinstance(chosen, slice) else chosen  # documents of the folder; None: all
         if not fits.all():
@@ -116,14 +118,14 @@ class Prepared:
             for row in rows[~fits][:3].tolist():
                 skipped.skip(InputError(f"{self._name(row)}: found {lengths[row]} tokens, "
                                         f"expected at most context + 1 = {room}"))
-            skipped.count = int(np.count_nonzero(~fits))
-            skipped.check(total)
+            skipped.count = facts["skipped"] + int(np.count_nonzero(~fits))
             self.rows, numbers = rows[fits], numbers[fits]
         self.lengths = lengths if self.rows is None else lengths[self.rows]  # (documents,) tokens of each
         self.numbers, self.samples = numbers, min(source.limit or facts["samples"], facts["samples"])
         self.first = first
+        skipped.check()
         if not len(self.lengths):
-            raise InputError(f"{self.path}: no sample can be used: {skipped.summary(total)}")
+            raise InputError(f"{self.path}: no sample can be used: {skipped.summary()}")
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -27,17 +27,23 @@ from mmtx.data.trust import scheme_of
 from mmtx.data.webdataset import SHARDS, read_tar
 from mmtx.errors import InputError
 
+MAX_BAD = 0.01      # share of the rows of a source that may be unusable, where nothing else is said
 PLAN = "plan.json"  # in a folder of `mmtx prepare`, from the first moment on
 
 
 class SkipCounter:
-    """Counts rows that cannot be used and says when they are too many."""
+    """Rows of a source that cannot be used, and when they are too many: more than a share (`max_bad`) of all its rows.
 
-    def __init__(self, limit: float):
-        """`limit` is the share of rows that may be bad, 0 to 1."""
+    This is the one definition, for all commands. A row is bad, once, whether it cannot be read, one of its media turns
+    out to be damaged, or it needs too many tokens: one counter goes through all stages. All rows of a source count, those
+    too that `select` or `limit` leave out, since a row that cannot be read has no fields by which it could be selected.
+    """
+
+    def __init__(self, limit: float, rows: int = 0):
+        """`limit` is the share of rows that may be bad, 0 to 1; `rows` how many there are so far."""
         if not 0 <= limit <= 1:
             raise InputError(f"max_bad is {limit}, expected a share from 0 to 1")
-        self.limit = limit
+        self.limit, self.rows = limit, rows
         self.count = 0
         self.first: list[str] = []
 
@@ -47,19 +53,25 @@ class SkipCounter:
         if len(self.first) < 3:
             self.first.append(str(error))
 
-    def summary(self, total: int) -> str:
-        """One line: how many rows of `total` were bad, and the first of them."""
-        return f"{self.count} of {total} rows cannot be used; first: {'; '.join(self.first)}"
+    def summary(self) -> str:
+        """One line: how many rows were bad, and the first of them."""
+        return f"{self.count} of {self.rows} rows cannot be used; first: {'; '.join(self.first)}"
 
-    def check(self, total: int) -> None:
-        """Raise InputError when more than the share `limit` of `total` rows were bad."""
-        if self.count > self.limit * total:
-            raise InputError(f"{self.summary(total)} (at most {self.limit:.3%} may be bad)")
+    def check(self) -> None:
+        """Raise InputError when more than the share `limit` of the rows were bad."""
+        if self.count > self.limit * self.rows:
+            raise InputError(f"{self.summary()} (at most {self.limit:.3%} may be bad)")
+
+    def tell(self, report: Callable[[str], None] | None) -> None:
+        """`check`, at the end of the last stage, and one line to `report` if any were bad."""
+        self.check()
+        if self.count and report is not None:
+            report("skipped: " + self.summary())
 
 
 def read(
     sources: str | Iterable[str],
-    max_bad: float = 0.01,
+    max_bad: float = MAX_BAD,
     select: dict[str, list] | None = None,
     report: Callable[[str], None] | None = None,
     trusted: bool = False,
@@ -71,24 +83,31 @@ def read(
     URL may name local files and private addresses.
     Raises InputError for a missing or empty source, too many bad rows, or when nothing is left.
     """
+    skipped = SkipCounter(max_bad)
+    samples = read_rows(sources, skipped, select, trusted)
+    skipped.tell(report)
+    return samples
+
+
+def read_rows(sources: str | Iterable[str], skipped: SkipCounter, select: dict[str, list] | None = None,
+              trusted: bool = False) -> list[Sample]:
+    """`read` with the counter of a source that has further stages to go through, whose last one tells of it."""
     sources = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     if not sources:
         raise InputError("no data source is given, expected at least one manifest, folder or shard")
-    skipped, samples = SkipCounter(max_bad), []
+    samples = []
     for source in sources:
         for row in scan(source, trusted):
+            skipped.rows += 1
             if isinstance(row, InputError):
                 skipped.skip(row)
             else:
                 samples.append(row)
-    total = len(samples) + skipped.count
-    skipped.check(total)
-    if skipped.count and report is not None:
-        report("skipped: " + skipped.summary(total))
+    skipped.check()
     kept = _select(samples, select or {})
     if not kept:
         names = ", ".join(display(os.fspath(source)) for source in sources)
-        raise InputError(f"{names}: no sample is left of {total} rows")
+        raise InputError(f"{names}: no sample is left of {skipped.rows} rows")
     return kept
 
 

@@ -13,7 +13,7 @@ import torch
 from mmtx.data.augment import AudioAugmentation, ImageAugmentation
 from mmtx.data.media import load_audio, load_image
 from mmtx.data.sample import Media, Sample, Text
-from mmtx.data.sources import SkipCounter
+from mmtx.data.sources import MAX_BAD, SkipCounter
 from mmtx.errors import InputError
 from mmtx.modality.autoencoder import Encoding
 from mmtx.modality.base import Tokenizer
@@ -46,30 +46,34 @@ class Documents:
         context: int,
         augmentation: Augmentation = Augmentation(),
         seed: int = 0,
-        max_bad: float = 0.01,
+        counters: Sequence[SkipCounter] | None = None,
         first: int = 0,
         progress: Callable[[Iterable], Iterable] = iter,
     ):
-        """Samples that cannot be read, or that need more than `context` tokens, are skipped up to the share `max_bad`.
+        """Samples that cannot be read, or that need more than `context` tokens, are skipped.
 
+        `counters` are those of the source of each sample, and say how many may be; without them all are of one source.
         `first` is the number of the first sample, by which its views are seeded.
         """
+        if counters is None:
+            counters = [SkipCounter(MAX_BAD, len(samples))] * len(samples)
         self.tokenizers, self.vocabulary, self.augmentation, self.seed = tokenizers, vocabulary, augmentation, seed
         self.samples: list[Sample] = []  # those that can be used
         self.numbers: list[int] = []     # which of the given samples they are, from `first`
-        lengths, skipped = [], SkipCounter(max_bad)
+        lengths = []
         for number, sample in enumerate(progress(samples), first):
             try:
                 rendered = self._measure(sample, context)
             except InputError as error:
-                skipped.skip(error)
+                counters[number - first].skip(error)
                 continue
             self.samples.append(sample)
             self.numbers.append(number)
             lengths.append(len(rendered.ids))
-        skipped.check(len(samples))
+        for skipped in dict.fromkeys(counters):
+            skipped.check()
         if not self.samples:
-            raise InputError(f"no sample can be used: {skipped.summary(len(samples))}")
+            raise InputError(f"no sample can be used: {counters[0].summary()}")
         self.lengths = np.array(lengths)  # (samples,) tokens of each document
 
     def __len__(self) -> int:
@@ -119,12 +123,26 @@ def load_media(media: Media, tokenizers: Mapping[str, Tokenizer]) -> torch.Tenso
 def to_documents(samples: Sequence[Sample], tokenizers: Mapping[str, Tokenizer],
                  progress: Callable[[Iterable], Iterable] = iter) -> list[Document]:
     """Samples as documents of codes, as they are. Raises InputError on the first that cannot be read."""
-    documents = []
+    return [document for _, document in usable(samples, tokenizers, None, progress)]
+
+
+def usable(samples: Sequence[Sample], tokenizers: Mapping[str, Tokenizer], skipped: SkipCounter | None,
+           progress: Callable[[Iterable], Iterable] = iter) -> list[tuple[Sample, Document]]:
+    """Samples with their documents of codes; those that cannot be read are left out and counted, or raise InputError."""
+    found = []
     for first in progress(range(0, len(samples), ENCODE_AT_ONCE)):
-        chunk = samples[first:first + ENCODE_AT_ONCE]
-        loaded = [load_sample(sample, tokenizers) for sample in chunk]
-        documents += encode_samples(chunk, loaded, tokenizers, Augmentation(), [0] * len(chunk))
-    return documents
+        chunk, loaded = [], []
+        for sample in samples[first:first + ENCODE_AT_ONCE]:
+            try:
+                loaded.append(load_sample(sample, tokenizers))
+                chunk.append(sample)
+            except InputError as error:
+                if skipped is None:
+                    raise
+                skipped.skip(error)
+        documents = encode_samples(chunk, loaded, tokenizers, Augmentation(), [0] * len(chunk))
+        found += zip(chunk, documents, strict=True)
+    return found
 
 
 def _drop(sample: Sample, seed: int) -> Sample:

@@ -18,9 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from mmtx.data.augment import AudioAugmentation, ImageAugmentation
-from mmtx.data.collection import DataSource, progress, read_sources
-from mmtx.data.sample import Media, Sample
-from mmtx.data.sources import SkipCounter
+from mmtx.data.collection import Collected, DataSource, progress, read_sources
+from mmtx.data.sample import Media
 from mmtx.data.tokens import load_media, seed_of
 from mmtx.errors import InputError
 from mmtx.modality.audio import AudioConfig, AudioTokenizer
@@ -31,6 +30,7 @@ from mmtx.modality.vocoder import hertz
 from mmtx.training.critic import AdversarialConfig, Critic, Perceptual, PerceptualConfig, balance
 from mmtx.files import find_shipped
 from mmtx.training.loader import ResumableLoader, loader
+from mmtx.training.means import Means
 from mmtx.training.optimizer import OptimizerConfig, configure
 
 COLLAPSED = 1 / 3  # share of the bits that codes could carry below which a codec is said to have collapsed
@@ -41,7 +41,7 @@ class CodecBatch(NamedTuple):
     """Media of one size, as the codec's `forward` takes them."""
 
     media: Tensor    # (B, 3, H, W) in [-1, 1] or log-mel (B, F, M)
-    samples: Tensor  # (B,) numbers of the media, for error messages
+    samples: Tensor  # (B,) numbers of the media; none in a batch that only keeps a rank in step
 
 
 class CodecBatches(Dataset):
@@ -49,7 +49,11 @@ class CodecBatches(Dataset):
 
     def __init__(self, media: list[Tensor], collate: Callable[[list[Tensor], Generator], Tensor], batch: int,
                  seed: int, steps: int, rank: int, world: int, weights: Tensor | None):
-        """`collate` makes one tensor of what the codec takes; without `weights` each medium comes once, in order."""
+        """`collate` makes one tensor of what the codec takes; without `weights` each medium comes once, in order.
+
+        Where these do not divide among the ranks, the last batches are smaller or without samples, as those of
+        `PackedBatches` are: ranks must take as many steps.
+        """
         self.media, self.collate, self.batch, self.steps = media, collate, batch, steps
         self.seed, self.rank, self.world, self.weights = seed, rank, world, weights
 
@@ -61,6 +65,8 @@ class CodecBatches(Dataset):
         if self.weights is None:
             chosen = range((k * self.world + self.rank) * self.batch, (k * self.world + self.rank + 1) * self.batch)
             chosen = [i for i in chosen if i < len(self.media)]
+            if not chosen:
+                return CodecBatch(self.collate(self.media[:1], generator), torch.tensor([], dtype=torch.long))
         else:
             chosen = torch.multinomial(self.weights, self.batch, replacement=True, generator=generator).tolist()
         return CodecBatch(self.collate([self.media[i] for i in chosen], generator), torch.tensor(chosen))
@@ -91,7 +97,7 @@ class CodecData(LightningDataModule):
             image_augmentation: changes to every second picture, none by default.
             audio_augmentation: changes to every second cut of sound, none by default.
             workers: processes that put batches together.
-            max_bad: share of samples that may be unreadable.
+            max_bad: share of the rows of each source that may be unusable.
             seed: fixes order, cuts and augmentation.
         """
         super().__init__()
@@ -103,29 +109,27 @@ class CodecData(LightningDataModule):
         if hasattr(self, "train_media"):
             return
         self.tokenizer: Codec = self.trainer.lightning_module.tokenizer
-        samples, repeats = read_sources(self.train_sources, self.max_bad)
-        held_out, _ = read_sources(self.validation_sources, self.max_bad)
-        self.validation_media, _, _ = self._load(held_out, [1] * len(held_out), "read validation")
-        self.train_media, self.weights, self.names = self._load(samples, repeats, "read train")
+        train, held_out = (read_sources(sources, self.max_bad) for sources in (self.train_sources, self.validation_sources))
+        self.validation_media, _, _ = self._load(held_out, "read validation")
+        self.train_media, self.weights, self.names = self._load(train, "read train")
 
-    def _load(self, samples: list[Sample], repeats, name: str) -> tuple[list[Tensor], Tensor, list[str]]:
-        skipped, media, weights, names = SkipCounter(self.max_bad), [], [], []
-        for sample, repeat in progress(name)(list(zip(samples, repeats, strict=True))):
-            for part in (part for turn in sample.turns for part in turn.parts if isinstance(part, Media)):
-                if part.kind != self.tokenizer.kind:
-                    continue
-                try:
-                    tensor = load_media(part, {part.kind: self.tokenizer})
-                except InputError as error:
-                    skipped.skip(error)
-                    continue
-                media.append(tensor)
-                names.append(part.name)
-                # Long sounds have more to show than short ones.
-                weights.append(float(repeat) * (tensor.shape[-1] if part.kind == "audio" else 1))
-        skipped.check(len(samples))
+    def _load(self, found: Collected, name: str) -> tuple[list[Tensor], Tensor, list[str]]:
+        media, weights, names = [], [], []
+        for sample, repeat, skipped in progress(name)(list(zip(*found, strict=True))):
+            parts = [part for turn in sample.turns for part in turn.parts
+                     if isinstance(part, Media) and part.kind == self.tokenizer.kind]
+            try:
+                loaded = [load_media(part, {part.kind: self.tokenizer}) for part in parts]
+            except InputError as error:
+                skipped.skip(error)
+                continue
+            media += loaded
+            names += [part.name for part in parts]
+            # Long sounds have more to show than short ones.
+            weights += [float(repeat) * (tensor.shape[-1] if self.tokenizer.kind == "audio" else 1) for tensor in loaded]
+        found.finish()
         if not media:
-            raise InputError(f"{name}: no {self.tokenizer.kind} among {len(samples)} samples")
+            raise InputError(f"{name}: no {self.tokenizer.kind} among {len(found.samples)} samples")
         return media, torch.tensor(weights, dtype=torch.float64), names
 
     def sample_names(self, batch: CodecBatch) -> list[str]:
@@ -174,21 +178,25 @@ class CodecData(LightningDataModule):
         if kind == "image" and len({tuple(picture.shape) for picture in media}) > 1:
             raise InputError("validation pictures of different sizes: expected a tokenizer with `side` and fit "
                              '"pad" or "crop"')
-        steps = len(media) // (self.batch * self.trainer.world_size)
-        collate = held_out_pictures if kind == "image" else self._held_out_sounds
-        return loader(self._batches(media, collate, max(1, steps), None), self.workers)
+        if kind == "audio":
+            # The cut of a sound depends on its own number alone, not on the batch that it comes in.
+            media = [cut for number, waveform in enumerate(media) for cut in self._cuts(
+                [waveform], self.held_out_steps(), Generator().manual_seed(seed_of(self.seed, number)))]
+        steps = -(-len(media) // (self.batch * self.trainer.world_size))
+        return loader(self._batches(media, self.held_out, steps, None), self.workers)
 
-    def _held_out_sounds(self, waveforms: list[Tensor], generator: Generator) -> Tensor:
-        return self.tokenizer.spectrogram(torch.stack([*self._cuts(waveforms, self.tokenizer.config.chunk, generator)]))
+    def held_out_steps(self) -> int:
+        """Time steps of the codec in a held-out cut of sound."""
+        return self.tokenizer.config.chunk
+
+    def held_out(self, media: list[Tensor], generator: Generator) -> Tensor:
+        """Pictures, or cuts of sound, of a validation batch, as they are."""
+        batch = torch.stack(media)
+        return to_float(batch) if self.tokenizer.kind == "image" else self.tokenizer.spectrogram(batch)
 
     def _batches(self, media: list[Tensor], collate, steps: int, weights: Tensor | None) -> CodecBatches:
         return CodecBatches(media, collate, self.batch, self.seed, steps, self.trainer.global_rank,
                             self.trainer.world_size, weights)
-
-
-def held_out_pictures(pictures: list[Tensor], generator: Generator) -> Tensor:
-    """Pictures of a validation batch, as they are."""
-    return to_float(torch.stack(pictures))
 
 
 def cut_out(picture: Tensor, height: int, width: int, generator: Generator) -> Tensor:
@@ -274,7 +282,11 @@ class CodecModule(LightningModule):
             clip([parameter for group in groups for parameter in group["params"]], gradient_clip_val)
 
     def loss(self, media: Tensor, output: Tensor) -> Tensor:
-        error = output - media
+        return self.distance(media, output)
+
+    def distance(self, media: Tensor, output: Tensor) -> Tensor:
+        """Squared error plus a share of absolute error."""
+        error = self.shown(output) - self.shown(media)
         return error.square().mean() + self.absolute * error.abs().mean()
 
     def shown(self, media: Tensor) -> Tensor:
@@ -307,21 +319,24 @@ class CodecModule(LightningModule):
         return self.adversarial.weight * scale * judged + mistake
 
     def on_validation_epoch_start(self) -> None:
-        self.used = torch.zeros(self.tokenizer.size, device=self.device)
+        self.used = torch.zeros(self.tokenizer.size, dtype=torch.long, device=self.device)
+        self.means = Means()
 
     def validation_step(self, batch: CodecBatch, index: int) -> None:
         result = self.tokenizer(batch.media)
+        if not len(batch.samples):
+            return
         self.used += torch.bincount(result.codes.flatten(), minlength=len(self.used))
-        size = len(batch.media)
-        self.log("val/loss", self.loss(batch.media, result.output), batch_size=size, sync_dist=True)
-        for name, value in self.quality(batch.media, result).items():
-            self.log(f"val/{name}", value, prog_bar=True, batch_size=size, sync_dist=True)
+        for name, (total, count) in self.quality(batch.media, result).items():
+            self.means.add(name, total, count)
 
     def on_validation_epoch_end(self) -> None:
+        for name, value in self.figures(self.means.whole()).items():
+            self.log(f"val/{name}", value, prog_bar=name != "loss", sync_dist=True)
         used = self.all_gather(self.used).reshape(-1, len(self.used)).sum(0)
         usage = Usage.of(used, self.tokenizer.levels)
-        self.log("val/perplexity", usage.perplexity, prog_bar=True)
-        self.log("val/dead_codes", usage.dead)
+        self.log("val/perplexity", usage.perplexity, prog_bar=True, sync_dist=True)
+        self.log("val/dead_codes", usage.dead, sync_dist=True)
         if usage.carried < COLLAPSED and self.trainer.is_global_zero:
             print(f"mmtx: step {self.global_step}: {self.tokenizer.kind} codes collapse: {int((used > 0).sum())} of "
                   f"{len(used)} in use on {int(used.sum())} held-out patches, perplexity {usage.perplexity:.1f}, "
@@ -329,9 +344,13 @@ class CodecModule(LightningModule):
                   "optimizer.muon, take fewer levels in tokenizer.network.levels, or see whether the data vary enough",
                   file=sys.stderr)
 
-    def quality(self, media: Tensor, result: Reconstruction) -> dict[str, Tensor]:
-        """Figures of a batch by name, the means over its media."""
-        raise NotImplementedError
+    def quality(self, media: Tensor, result: Reconstruction) -> dict[str, tuple[Tensor, Tensor | int]]:
+        """Figures of a batch by name: sums, and over how many."""
+        return {"loss": (self.distance(media, result.output) * len(media), len(media))}
+
+    def figures(self, means: dict[str, float]) -> dict[str, float]:
+        """The means over all that was held out -> what is logged."""
+        return means
 
     def save(self, folder: Path) -> None:
         self.tokenizer.save(folder)
@@ -356,29 +375,32 @@ class ImageCodecModule(CodecModule):
         super().__init__(ImageTokenizer(tokenizer), refine, optimizer, absolute, adversarial, channels=3)
         self.perceptual = Perceptual(perceptual) if perceptual else None
 
-    def quality(self, media: Tensor, result: Reconstruction) -> dict[str, Tensor]:
-        """Peak signal-to-noise ratio in dB and structural similarity."""
-        return picture_quality(media, result.output)
+    def quality(self, media: Tensor, result: Reconstruction) -> dict[str, tuple[Tensor, Tensor | int]]:
+        """Loss, peak signal-to-noise ratio in dB and structural similarity."""
+        found = {name: (mean * len(media), len(media)) for name, mean in picture_quality(media, result.output).items()}
+        return {**super().quality(media, result), **found}
 
 
 def picture_quality(media: Tensor, output: Tensor) -> dict[str, Tensor]:
     """PSNR in dB, at most 100, and SSIM of pictures (B, 3, H, W) in [-1, 1], means over pictures.
 
-    Pictures smaller than the window of SSIM have none.
+    Both are of intensities in [0, 1]: the luminance term of SSIM means nothing where they are negative. Pictures smaller
+    than its window have no SSIM.
     """
-    output = output.clamp(-1, 1)
-    found = {"psnr_db": peak_signal_noise_ratio(output, media, data_range=2.0, reduction="none",
-                                                dim=(1, 2, 3)).clamp_max(100).mean()}
+    wanted, found = (media + 1) / 2, (output.clamp(-1, 1) + 1) / 2
+    figures = {"psnr_db": peak_signal_noise_ratio(found, wanted, data_range=1.0, reduction="none",
+                                                  dim=(1, 2, 3)).clamp_max(100).mean()}
     if min(media.shape[-2:]) > WINDOW:
-        found["ssim"] = structural_similarity_index_measure(output, media, data_range=2.0, kernel_size=WINDOW)
-    return found
+        figures["ssim"] = structural_similarity_index_measure(found, wanted, data_range=1.0, kernel_size=WINDOW)
+    return figures
 
 
 class Pitch(NamedTuple):
-    """Of a batch's frames with a clear pitch: mean cross-entropy, and share more than 50 cents off."""
+    """Of a batch's frames with a clear pitch: sum of their cross-entropy, and how many are more than 50 cents off."""
 
     loss: Tensor
     wrong: Tensor
+    frames: Tensor  # how many there are
 
 
 @torch.no_grad()
@@ -417,8 +439,11 @@ class AudioCodecModule(CodecModule):
             grow(self.tokenizer, load_tokenizer(find_shipped(start)))
 
     def loss(self, media: Tensor, output: Tensor) -> Tensor:
-        loss = super().loss(self.shown(media), self.shown(output))
-        return loss + self.pitch * self._pitch(media, output).loss if self.tokenizer.config.pitch else loss
+        loss = self.distance(media, output)
+        if not self.tokenizer.config.pitch:
+            return loss
+        pitch = self._pitch(media, output)
+        return loss + self.pitch * pitch.loss / pitch.frames.clamp_min(1)
 
     def shown(self, media: Tensor) -> Tensor:
         return self.tokenizer.mel_part(media)
@@ -426,15 +451,19 @@ class AudioCodecModule(CodecModule):
     def _pitch(self, media: Tensor, output: Tensor) -> Pitch:
         wanted, found = (x[..., self.tokenizer.config.mels:] for x in (media, output))
         clear = wanted.amax(-1) > 0                                                     # (B, F)
-        total = clear.sum().clamp_min(1)
         loss = -(wanted.softmax(-1) * found.log_softmax(-1)).sum(-1)
         wrong = (hertz(found) / hertz(wanted)).log2().abs() * 1200 > 50
-        return Pitch((loss * clear).sum() / total, (wrong & clear).sum() / total)
+        return Pitch((loss * clear).sum(), (wrong & clear).sum(), clear.sum())
 
-    def quality(self, media: Tensor, result: Reconstruction) -> dict[str, Tensor]:
-        """Mean absolute error of the log-mel spectrogram in dB, and the share of frames whose pitch is 50 cents off."""
+    def quality(self, media: Tensor, result: Reconstruction) -> dict[str, tuple[Tensor, Tensor | int]]:
+        """Loss, mean absolute error of the log-mel spectrogram in dB, and of the clear frames what is wrong of the pitch."""
         error = (self.shown(result.output) - self.shown(media)).abs().mean()
-        found = {"mel_error_db": AudioTokenizer.decibels(error)}
+        found = {**super().quality(media, result), "mel_error_db": (AudioTokenizer.decibels(error) * len(media), len(media))}
         if self.tokenizer.config.pitch:
-            found["wrong_pitch"] = self._pitch(media, result.output).wrong
+            pitch = self._pitch(media, result.output)
+            found |= {"pitch_loss": (pitch.loss, pitch.frames), "wrong_pitch": (pitch.wrong, pitch.frames)}
         return found
+
+    def figures(self, means: dict[str, float]) -> dict[str, float]:
+        pitch = self.pitch * means.get("pitch_loss", 0.0)
+        return {name: value + pitch if name == "loss" else value for name, value in means.items() if name != "pitch_loss"}

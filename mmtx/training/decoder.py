@@ -24,6 +24,7 @@ from mmtx.model import CodeRange, Decoder, DecoderConfig
 from mmtx.files import find_shipped
 from mmtx.pipeline import Model, load
 from mmtx.training.loader import ResumableLoader, loader
+from mmtx.training.means import Means
 from mmtx.training.optimizer import OptimizerConfig, configure
 from mmtx.training.sharding import shard
 from mmtx.vocabulary import MODALITIES, Vocabulary
@@ -82,7 +83,7 @@ class DecoderData(LightningDataModule):
                 nor to what an assistant turn is to make.
             audio_augmentation: changes to sounds, likewise.
             workers: processes that read and encode media and put batches together.
-            max_bad: share of samples that may be unreadable.
+            max_bad: share of the rows of each source that may be unusable.
             seed: fixes order and augmentation.
         """
         super().__init__()
@@ -157,8 +158,8 @@ class DecoderModule(LightningModule):
         self.start = None if start is None else load(start, "cpu")
         self.config, self.optimizer_config = decoder, optimizer
         self.z_loss, self.continuous = z_loss, continuous
-        weights = asdict(loss_weights)
-        self.register_buffer("loss_weights", torch.tensor([weights[kind] for kind in MODALITIES]), persistent=False)
+        # No buffer, or a run in bfloat16 would round them.
+        self.loss_weights = tuple(asdict(loss_weights)[kind] for kind in MODALITIES)
         self.decoder: Decoder | None = None
 
     def configure_model(self) -> None:
@@ -192,7 +193,7 @@ class DecoderModule(LightningModule):
         return configure(self.decoder, self.optimizer_config, self.trainer.max_steps)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
-        weights = self.loss_weights[batch.modality]
+        weights = batch.modality.new_tensor(self.loss_weights, dtype=torch.float32)[batch.modality]
         total, loss, log_sum = self._losses(batch, weights)
         self.seen = loss, log_sum  # for telemetry
         self.total += weights.sum()
@@ -204,7 +205,7 @@ class DecoderModule(LightningModule):
 
     def on_train_batch_start(self, batch: Batch, index: int) -> None:
         if index % self.trainer.accumulate_grad_batches == 0:
-            self.total = torch.zeros((), device=self.device)
+            self.total = torch.zeros((), dtype=torch.float32, device=self.device)
         torch.manual_seed(seed_of(self.trainer.datamodule.seed, index, self.global_rank))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -217,19 +218,21 @@ class DecoderModule(LightningModule):
                 parameter.grad.mul_(self.gradient_scale)
 
     def on_validation_epoch_start(self) -> None:
-        self.sums = torch.zeros(2, len(MODALITIES), device=self.device)  # losses, and targets, of each modality
+        self.means = Means()
 
     def validation_step(self, batch: Batch, index: int) -> None:
-        loss = self._losses(batch).loss
-        self.sums.index_add_(1, batch.modality, torch.stack([loss, torch.ones_like(loss)]).float())
+        loss = self._losses(batch).loss.double().cpu()
+        if not len(batch.samples):
+            return
+        targets = batch.modality.bincount(minlength=len(MODALITIES)).tolist()
+        losses = torch.zeros(len(MODALITIES), dtype=torch.double).index_add_(0, batch.modality.cpu(), loss).tolist()
+        for kind, weight, total, count in zip(MODALITIES, self.loss_weights, losses, targets, strict=True):
+            self.means.add(f"loss_{kind}", total, count)
+            self.means.add("loss", weight * total, weight * count)
 
     def on_validation_epoch_end(self) -> None:
-        losses, targets = self.all_gather(self.sums).view(-1, *self.sums.shape).sum(0)
-        mean = ratio((self.loss_weights * losses).sum(), (self.loss_weights * targets).sum())
-        self.log("val/loss", mean, sync_dist=True)
-        for number, kind in enumerate(MODALITIES):
-            if targets[number]:
-                self.log(f"val/loss_{kind}", losses[number] / targets[number], prog_bar=True, sync_dist=True)
+        for name, value in self.means.whole().items():
+            self.log(f"val/{name}", value, prog_bar=name != "loss", sync_dist=True)
 
     def _losses(self, batch: Batch, weights: Tensor | None = None) -> TokenLoss:
         """The loss of each target, which counts for its weight (M,).

@@ -21,14 +21,15 @@ class TextData(LightningDataModule):
         """
         Args:
             train: whose texts to learn from.
-            max_bad: share of samples that may be unreadable.
+            max_bad: share of the rows of each source that may be unusable.
         """
         super().__init__()
         self.train_sources, self.max_bad = train, max_bad
 
     def setup(self, stage: str) -> None:
-        samples, _ = read_sources(self.train_sources, self.max_bad)
-        self.texts = [part.text for sample in samples for turn in sample.turns for part in turn.parts
+        found = read_sources(self.train_sources, self.max_bad)
+        found.finish()
+        self.texts = [part.text for sample in found.samples for turn in sample.turns for part in turn.parts
                       if isinstance(part, Text)]
 
     def train_dataloader(self) -> DataLoader:

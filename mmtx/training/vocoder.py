@@ -18,6 +18,7 @@ from mmtx.modality.base import load_tokenizer
 from mmtx.modality.vocoder import CENTS, CLARITY, LOWEST, PITCHES, VocoderConfig, hertz, track_frames
 from mmtx.files import find_shipped
 from mmtx.training.codec import CodecBatch, CodecData
+from mmtx.training.means import Means
 from mmtx.training.optimizer import OptimizerConfig, configure
 
 # (FFT size, hop, window) in samples. PUBLISHED are those of Parallel WaveGAN (https://arxiv.org/abs/1910.11480).
@@ -42,8 +43,11 @@ class VocoderData(CodecData):
             if self.audio_augmentation and torch.rand((), generator=generator) < 0.5 else cut
             for cut in self._cuts(waveforms, self.steps, generator)])
 
-    def _held_out_sounds(self, waveforms: list[Tensor], generator: Generator) -> Tensor:
-        return torch.stack([*self._cuts(waveforms, self.steps, generator)])
+    def held_out_steps(self) -> int:
+        return self.steps
+
+    def held_out(self, cuts: list[Tensor], generator: Generator) -> Tensor:
+        return torch.stack(cuts)
 
 
 class VocoderModule(LightningModule):
@@ -103,7 +107,7 @@ class VocoderModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.first_validation = self.griffin_lim is None and not self.trainer.sanity_checking
-        self.distances: list[float] = []
+        self.means = Means()
 
     def validation_step(self, batch: CodecBatch, index: int) -> None:
         true = batch.media
@@ -112,21 +116,23 @@ class VocoderModule(LightningModule):
         output = self.tokenizer.vocoder.sound(filters).waveform
         cents, clarity = track(true, self.tokenizer.rate, self.tokenizer.config.hop)
         wrong = (1200 * (hertz(filters.pitch) / LOWEST).log2() - cents).abs() > 50
-        figures = {
-            "stft_distance": stft_distance(output, true),
-            "mel_error_db": AudioTokenizer.decibels(
-                (self.tokenizer.log_mel(output) - self.tokenizer.mel_part(mel)).abs().mean()),
-            "wrong_pitch": (wrong & (clarity > CLARITY)).sum() / (clarity > CLARITY).sum().clamp_min(1),
-        }
-        self.log_dict({f"val/{name}": value for name, value in figures.items()}, prog_bar=True, batch_size=len(true),
-                      sync_dist=True)
+        clear, count = clarity > CLARITY, len(batch.samples)
+        if not count:
+            return
+        error = AudioTokenizer.decibels((self.tokenizer.log_mel(output) - self.tokenizer.mel_part(mel)).abs().mean())
+        self.means.add("stft_distance", stft_distance(output, true) * count, count)
+        self.means.add("mel_error_db", error * count, count)
+        self.means.add("wrong_pitch", (wrong & clear).sum(), clear.sum())
         if self.first_validation:
-            fallback = torch.stack([self.tokenizer.griffin_lim(item) for item in mel.cpu()]).to(true)
-            self.distances.append(float(stft_distance(fallback, true)))
+            with torch.autocast("cpu", enabled=False):
+                fallback = torch.stack([self.tokenizer.griffin_lim(item) for item in mel.float().cpu()]).to(true)
+            self.means.add("griffin_lim_stft_distance", stft_distance(fallback, true) * count, count)
 
     def on_validation_epoch_end(self) -> None:
+        figures = self.means.whole()
         if self.first_validation:
-            self.griffin_lim = sum(self.distances) / len(self.distances)
+            self.griffin_lim = figures.pop("griffin_lim_stft_distance", None)
+        self.log_dict({f"val/{name}": value for name, value in figures.items()}, prog_bar=True, sync_dist=True)
         if self.griffin_lim is not None:
             self.log("val/griffin_lim_stft_distance", self.griffin_lim, sync_dist=True)
 

@@ -1,0 +1,32 @@
+"""Figures of a validation: means over all that was held out, whatever the batches and however many the ranks."""
+
+import torch
+from torch import Tensor
+
+
+class Means:
+    """Sums and counts by name, in double precision; they are divided once, when all batches of all ranks are in.
+
+    A mean of the means of batches would give another figure for each size of a batch.
+    """
+
+    def __init__(self):
+        self.sums: dict[str, tuple[float, float]] = {}
+
+    def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
+        """`total` is a sum over `count` items, not a mean."""
+        before, items = self.sums.get(name, (0.0, 0.0))
+        self.sums[name] = before + float(total), items + float(count)
+
+    def whole(self) -> dict[str, float]:
+        """The mean of each name over all ranks, which must all ask; names for which nothing was counted are left out."""
+        parts = [self.sums]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            parts = [{}] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(parts, self.sums)
+        found = {}
+        for name in dict.fromkeys(name for part in parts for name in part):
+            total, count = (sum(part[name][i] for part in parts if name in part) for i in range(2))
+            if count:
+                found[name] = total / count
+        return found
