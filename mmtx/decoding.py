@@ -3,13 +3,13 @@
 At batch 1 the time of a step is that of reading the weights and of starting operations, so there are as few of these as
 can be: no modules, a norm in four operations, one slot of the cache for all rows, and every result goes to a place that
 was made before. All state lies in tensors on the device and is changed in place, and on a GPU no shape changes from step
-to step. Tests compare it with full passes.
+to step but where the cache grows. Tests compare it with full passes.
 
 Shapes: B batch, T tokens, N tokens of all rows, D width, H heads, G key-value heads, K head width, C capacity of the
 cache, R rows of the embedding, V vocabulary.
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from mmtx.model import Decoder, DecoderConfig
 
 
 TOKENS = 1024  # that go through the layers together on a CPU
+ROOM = 512  # slots for new tokens that a cache starts with
 
 
 def precise(like: Tensor) -> torch.dtype:
@@ -159,50 +160,90 @@ class Weights(NamedTuple):
         return torch.cat(scores, dim=1)
 
 
-class KVCache(NamedTuple):
-    """Keys and values of a batch. A step writes all rows at the same slot, though their positions may differ."""
+@dataclass
+class KVCache:
+    """Keys and values of a batch. A step writes all rows at the same slot, though their positions may differ.
 
-    keys: tuple[Tensor, ...]       # one a layer, (B, G, C, K)
-    values: tuple[Tensor, ...]     # the same
+    It doubles when it is full, so that its memory follows what is written and not what may be.
+    """
+
+    config: DecoderConfig
+    keys: list[Tensor]             # one a layer, (B, G, C, K)
+    values: list[Tensor]           # the same
     seen: Tensor                   # (B, C) bool: slots that hold a token of the row, not padding
-    slot: Tensor                   # (1,) where the next tokens go
+    used: int                      # slots that are taken, so where the next tokens go
+    slot: Tensor                   # (1,) the same number on the device
     positions: Tensor              # (B,) of the next tokens
     cos: Tensor                    # (C, K) of the rotary angles at each position
     sin: Tensor                    # (C, K), negative in the lower half
     scratch: Scratch               # of B tokens
 
     @classmethod
-    def of(cls, config: DecoderConfig, lengths: Tensor, slot: int, capacity: int, like: Tensor) -> "KVCache":
-        """A cache of prompts of `lengths` (B,), whose keys and values are still to be written, up to `slot`."""
+    def of(cls, config: DecoderConfig, lengths: Tensor, used: int, capacity: int, like: Tensor) -> "KVCache":
+        """A cache of prompts of `lengths` (B,), whose keys and values are still to be written, up to slot `used`."""
         c, batch, device = config, len(lengths), like.device
-        # Slots that no row has reached are read on a GPU, where the masked ones must not be NaN.
-        make, shape = (like.new_zeros if like.is_cuda else like.new_empty), (batch, c.kv_heads, capacity, c.head_width)
-        cos, sin = rotary(torch.arange(capacity, device=device), c.head_width, c.rope_theta)
-        sin[:, :c.head_width // 2] *= -1
+        shape = batch, c.kv_heads, capacity, c.head_width
         return cls(
-            tuple(make(shape) for _ in range(c.depth)), tuple(make(shape) for _ in range(c.depth)),
-            torch.arange(capacity, device=device) < lengths[:, None], torch.tensor([slot], device=device),
-            lengths.clone(), cos.to(like.dtype), sin.to(like.dtype), Scratch.of(c, batch, like))
+            c, *([_empty(like, shape) for _ in range(c.depth)] for _ in range(2)),
+            torch.arange(capacity, device=device) < lengths[:, None], used, torch.tensor([used], device=device),
+            lengths.clone(), *_angles(c, capacity, like), Scratch.of(c, batch, like))
+
+    @property
+    def capacity(self) -> int:
+        return self.seen.shape[1]
+
+    def grow(self) -> None:
+        """Twice the room."""
+        more = self.capacity
+        for tensors in (self.keys, self.values):
+            for layer, each in enumerate(tensors):
+                tensors[layer] = _empty(each, (*each.shape[:2], 2 * more, each.shape[3]))
+                tensors[layer][:, :, :self.used] = each[:, :, :self.used]
+        self.seen = F.pad(self.seen, (0, more))
+        self.cos, self.sin = _angles(self.config, 2 * more, self.keys[0])
 
     def keep(self, rows: Tensor) -> "KVCache":
-        """The cache of some rows, in place: of the whole batch nothing is left."""
-        used = int(self.slot)
-
-        def kept(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-            for each in tensors:
+        """Only some rows, in ascending order, from now on."""
+        used = self.used
+        for tensors in (self.keys, self.values):
+            for layer, each in enumerate(tensors):
                 each[:len(rows), :, :used] = each[rows, :, :used]
-            return tuple(each[:len(rows)] for each in tensors)
-        return self._replace(keys=kept(self.keys), values=kept(self.values), seen=self.seen[rows],
-                             positions=self.positions[rows], scratch=self.scratch.keep(len(rows)))
+                tensors[layer] = each[:len(rows)]
+        self.seen, self.positions, self.scratch = self.seen[rows], self.positions[rows], self.scratch.keep(len(rows))
+        return self
+
+    def close_gaps(self) -> None:
+        """Take the padding out of a cache of one row: what comes out of a batch lies as if it had always been alone."""
+        chosen = self.seen[0, :self.used].nonzero()[:, 0]
+        if len(chosen) < self.used:
+            for each in (*self.keys, *self.values):
+                each[:, :, :len(chosen)] = each[:, :, chosen]
+            self.seen[:, len(chosen):] = False
+            self.seen[:, :len(chosen)] = True
+            self.used = len(chosen)
+            self.slot.fill_(self.used)
 
 
-def prefill(weights: Weights, x: Tensor, lengths: Tensor, capacity: int) -> tuple[Tensor, KVCache]:
-    """Feed rows of inputs (B, T, D), of which `lengths` (B,) are real -> the last hidden state of each (B, D), a cache.
+def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Slots that no row has reached: they are read on a GPU, where the masked ones must not be NaN."""
+    return like.new_zeros(shape) if like.is_cuda else like.new_empty(shape)
+
+
+def _angles(config: DecoderConfig, capacity: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of `rotary`, the latter negative in the lower half, so that the halves can be swapped as they are."""
+    cos, sin = rotary(torch.arange(capacity, device=like.device), config.head_width, config.rope_theta)
+    sin[:, :config.head_width // 2] *= -1
+    return cos.to(like.dtype), sin.to(like.dtype)
+
+
+def prefill(weights: Weights, x: Tensor, lengths: Tensor, room: int = ROOM) -> tuple[Tensor, KVCache]:
+    """Feed rows of inputs (B, T, D), of which `lengths` (B,) are real -> the last hidden state of each (B, D) and a cache,
+    which has `room` for more tokens before it grows.
 
     Rows are padded on the right. Padding is never seen: each row gets what it would get alone.
     """
     batch, length, _ = x.shape
-    cache = KVCache.of(weights.config, lengths, length, capacity, x)
+    cache = KVCache.of(weights.config, lengths, length, length + room, x)
     # A few rows at a time go through all layers, so that what the operations make stays in the cache of a CPU.
     size = batch if x.is_cuda else max(1, TOKENS // length)
     scratch = Scratch.of(weights.config, min(batch, size) * length, x)
@@ -238,24 +279,27 @@ def _prefill(weights: Weights, x: Tensor, lengths: Tensor, cache: KVCache, first
 
 def step(weights: Weights, x: Tensor, cache: KVCache) -> Tensor:
     """Feed one more token a row, as inputs (B, D) -> hidden states (B, D); inputs and cache change in place."""
+    if cache.used == cache.capacity:
+        cache.grow()
     s = cache.scratch
     cos, sin = (each.index_select(0, cache.positions)[:, None] for each in (cache.cos, cache.sin))
     key, value = s.key[:, :, None], s.value[:, :, None]
     cache.seen.index_fill_(1, cache.slot, True)
-    # Reading the slot does not wait on a CPU; on a GPU shapes stay as they are, and masked slots are read.
-    span = cache.seen.shape[1] if x.is_cuda else int(cache.slot) + 1
-    mask = None if len(x) == 1 and not x.is_cuda else cache.seen[:, None, None, :span]
+    # On a GPU shapes stay as they are, and masked slots are read. One row, too, has padding where it comes out of a batch.
+    span = cache.capacity if x.is_cuda else cache.used + 1
+    mask = cache.seen[:, None, None, :span]
     for layer, keys, values in zip(weights.layers, cache.keys, cache.values, strict=True):
         layer.project(x, cos, sin, s)
         keys.index_copy_(2, cache.slot, key)
         values.index_copy_(2, cache.slot, value)
         layer.finish(x, attend(s.query, keys.narrow(2, 0, span), values.narrow(2, 0, span), mask), s)
+    cache.used += 1
     cache.slot.add_(1)
     cache.positions.add_(1)
     return weights.norm(x, s.length, torch.empty_like(x))
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     """One query a row (B, H, K) over keys and values (B, G, T, K), mask (B, 1, 1, T) -> what it found (B, H * K)."""
     # The queries of a group share keys and values: they take the place of tokens.
     query = query.unflatten(1, (keys.shape[1], -1))                                            # (B, G, H / G, K)

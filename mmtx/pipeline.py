@@ -163,7 +163,7 @@ class Model:
             return self.caption([media], **sampling)[0]
         parts = self.encode_parts([self._as_media(item) for item in media])
         documents = [Document((Turn("user", (part,)),)) for part in parts]
-        return self._answer_texts(documents, Sampling(**sampling))
+        return self._answer_texts(documents, Sampling.of(**sampling))
 
     def caption_documents(self, documents: Sequence[Document], sampling: Sampling = Sampling()) -> list[str]:
         """Answer documents of codes (everything up to the last user turn) in text."""
@@ -184,7 +184,7 @@ class Model:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
         answers: list[list[int]] = [[]] * len(prompts)
         write = lambda chosen: generate(self.decoder, self.grammar, [prompts[i] for i in chosen], out, sampling,  # noqa: E731
-                                        prefix, self._weights)
+                                        prefix, self._weights, chosen)
         for i, ids in self._in_batches(write, order):
             answers[i] = ids[:-1].tolist()
         return answers
@@ -222,7 +222,7 @@ class Model:
                        **sampling: Any) -> list[Any]:
         """`generate` for each prompt: many at once are much faster than one by one."""
         asked, prefix = [self._prompt(parts) for parts in prompts], self._size_prefix(out, size)
-        answers = [self._to_media(ids) for ids in self._answer(asked, out, Sampling(**sampling), prefix)]
+        answers = [self._to_media(ids) for ids in self._answer(asked, out, Sampling.of(**sampling), prefix)]
         return answers if out == "any" else [answer[0] if answer else "" for answer in answers]
 
     def complete(self, picture: Any, rows: int | None = None, parts: Any = (), **sampling: Any) -> PILImage.Image:
@@ -241,7 +241,7 @@ class Model:
         if rows is not None and (rows % patch or not 0 <= kept <= height):
             raise InputError(f"rows: found {rows}, expected a multiple of {patch} from 0 to {height * patch}")
         prefix = [v.image, v.height(height), v.width(width), *v.to_global("image", given.codes[:kept]).ravel()]
-        return self._to_media(self._answer([self._prompt(parts)], "image", Sampling(**sampling), prefix)[0])[0]
+        return self._to_media(self._answer([self._prompt(parts)], "image", Sampling.of(**sampling), prefix)[0])[0]
 
     def extend(self, sound: Any, seconds: float = 1.0, parts: Any = (), **sampling: Any) -> Sound:
         """Let a sound go on: its reconstruction, and what the model hears behind it.
@@ -256,7 +256,7 @@ class Model:
             raise InputError(f"seconds: found {seconds}, expected more than 0, up to {MAX_SECONDS}")
         given, v, tokenizer = self._given(sound, AudioPart), self.vocabulary, self.tokenizers["audio"]
         times = math.ceil(seconds * tokenizer.codes_per_second / tokenizer.bands)
-        limited = Sampling(**sampling, max_new_tokens=times * tokenizer.bands)
+        limited = Sampling.of(**sampling, max_new_tokens=times * tokenizer.bands)
         prefix = [v.audio, *v.to_global("audio", given.codes).ravel()]
         return self._to_media(self._answer([self._prompt(parts)], "audio", limited, prefix)[0])[0]
 
@@ -272,7 +272,7 @@ class Model:
         v, decode = self.vocabulary, self.tokenizers["text"].decode
         prefix = self._size_prefix(out, size)
         pending, shown = list(prefix), 0
-        for step in steps(self.decoder, self.grammar, [self._prompt(parts)], out, Sampling(**sampling), prefix, self._weights):
+        for step in steps(self.decoder, self.grammar, [self._prompt(parts)], out, Sampling.of(**sampling), prefix, self._weights):
             ident = int(step[0])
             writing = bool(pending) and v.kind(pending[0]) == "text"
             if writing and v.kind(ident) != "text":

@@ -65,35 +65,36 @@ def _product(matrix: Tensor, x: np.ndarray, out: np.ndarray) -> Callable[[], obj
 
 
 class _Layer(NamedTuple):
-    """The weights of one block, matrices as their products, and its part of the cache."""
+    """The weights of one block, with matrices as their products."""
 
     attention_norm: _Norm
     qkv: Callable[[], object]
     head_norm: _Norm        # weight (H + G, K), that of queries over sqrt(K)
-    keys: Tensor            # (1, G, C, K)
-    values: Tensor          # the same
-    key_array: np.ndarray   # (G, C, K), the same memory: NumPy writes a slot in a fifth of the time
-    value_array: np.ndarray
     out: Callable[[], object]
     feed_forward_norm: _Norm
     gate_up: Callable[[], object]
     down: Callable[[], object]
 
 
+class _Slots(NamedTuple):
+    """One layer's part of the cache."""
+
+    keys: Tensor            # (1, G, C, K)
+    values: Tensor          # the same
+    key_array: np.ndarray   # (G, C, K), the same memory: NumPy writes a slot in a fifth of the time
+    value_array: np.ndarray
+
+
 class Row:
     """One row's way through the decoder, token by token."""
 
     def __init__(self, weights: Weights, cache: KVCache):
-        """Go on from a cache of one row."""
+        """Go on from a cache of one row, which is its own from now on."""
         c = self.config = weights.config
-        self.used, self.position = int(cache.slot), int(cache.positions[0])
-        # A row that comes out of a batch of prompts of many lengths has padding between its prompt and its answer.
-        self.seen = None
-        if not cache.seen[0, :self.used].all():
-            self.seen = cache.seen[:, None, None].clone()                                          # (1, 1, 1, C)
-            self.seen[..., self.used:] = True
+        self.cache = cache
+        cache.close_gaps()
+        self._bind()
         turning, half = c.heads + c.kv_heads, c.head_width // 2
-        self.cos, self.sin = (each.numpy().reshape(-1, 2, half) for each in (cache.cos, cache.sin))
         # Where the operations put what they make.
         empty = lambda *shape: np.empty(shape, np.float32)  # noqa: E731
         self.normed, self.added, self.hidden = empty(c.width), empty(c.width), empty(c.width)
@@ -105,16 +106,23 @@ class Row:
         scale = np.ones((turning, 1), np.float32)
         scale[:c.heads] = c.head_width ** -0.5
         self.layers = []
-        for layer, keys, values in zip(weights.layers, cache.keys, cache.values, strict=True):
+        for layer in weights.layers:
             head_norm = _Norm.of(layer.head_norm)
             self.layers.append(_Layer(
                 _Norm.of(layer.attention_norm), _product(layer.qkv.T, self.normed, self.qkv),
-                head_norm._replace(weight=head_norm.weight * scale), keys, values, keys[0].numpy(), values[0].numpy(),
+                head_norm._replace(weight=head_norm.weight * scale),
                 _product(layer.out.T, self.found, self.added), _Norm.of(layer.feed_forward_norm),
                 _product(layer.gate_up.T, self.normed, self.gate_up), _product(layer.down.T, self.gate, self.added)))
         self.norm, self.table = _Norm.of(weights.norm), weights.output.detach()                    # (R, D)
         self.screens = weights.screens if Screen.pays() else None
         self.allowed = self.forbidden = None
+
+    def _bind(self) -> None:
+        """Look at the cache where it now lies."""
+        cache = self.cache
+        self.cos, self.sin = (each.numpy().reshape(-1, 2, self.config.head_width // 2) for each in (cache.cos, cache.sin))
+        self.slots = [_Slots(keys, values, keys[0].numpy(), values[0].numpy())
+                      for keys, values in zip(cache.keys, cache.values, strict=True)]
 
     @staticmethod
     def takes(weights: Weights, cache: KVCache) -> bool:
@@ -136,8 +144,11 @@ class Row:
     def step(self, x: Tensor) -> Tensor:
         """Feed one more token, as its input (1, D) -> its hidden state (1, D), good until the next step."""
         x = x.numpy()[0].copy()
-        c, slot = self.config, self.used
-        self.used, turning = slot + 1, c.heads + c.kv_heads
+        if self.cache.used == self.cache.capacity:
+            self.cache.grow()
+            self._bind()
+        c, slot, turning = self.config, self.cache.used, self.config.heads + self.config.kv_heads  # the slot is the position
+        self.cache.used += 1
         heads = self.qkv.reshape(-1, c.head_width)
         raw, value = heads[:turning], heads[turning:]
         turned, swapped, length, square = self.turned, self.swapped, self.length, self.square
@@ -146,12 +157,10 @@ class Row:
         shape = c.kv_heads, c.heads // c.kv_heads, c.head_width
         query, key, found = flat[:c.heads].reshape(shape), flat[c.heads:], self.found.reshape(shape)
         gate, up = self.gate_up[:c.hidden], self.gate_up[c.hidden:]
-        cos, sin = self.cos[self.position], self.sin[self.position]
-        mask = None if self.seen is None else self.seen[..., :slot + 1]
-        short = mask is None and (slot + 1) * c.head_width <= SHORT
-        self.position += 1
+        cos, sin = self.cos[slot], self.sin[slot]
+        short = (slot + 1) * c.head_width <= SHORT
         with np.errstate(over="ignore"):
-            for layer in self.layers:
+            for layer, slots in zip(self.layers, self.slots, strict=True):
                 layer.attention_norm(x, self.normed)
                 layer.qkv()
                 np.multiply(raw, raw, out=square)
@@ -163,16 +172,16 @@ class Row:
                 np.multiply(back, sin, out=swapped)
                 turned *= cos
                 turned += swapped
-                layer.key_array[:, slot], layer.value_array[:, slot] = key, value
+                slots.key_array[:, slot], slots.value_array[:, slot] = key, value
                 if short:
-                    scores = np.matmul(query, layer.key_array[:, :slot + 1].transpose(0, 2, 1))     # (G, H / G, T)
+                    scores = np.matmul(query, slots.key_array[:, :slot + 1].transpose(0, 2, 1))     # (G, H / G, T)
                     scores -= scores.max(2, keepdims=True)
                     np.exp(scores, out=scores)
                     scores /= scores.sum(2, keepdims=True)
-                    np.matmul(scores, layer.value_array[:, :slot + 1], out=found)
+                    np.matmul(scores, slots.value_array[:, :slot + 1], out=found)
                 else:
-                    keys, values = layer.keys.narrow(2, 0, slot + 1), layer.values.narrow(2, 0, slot + 1)
-                    found[:] = F.scaled_dot_product_attention(torch.from_numpy(query)[None], keys, values, mask, scale=1.0)[0]
+                    keys, values = slots.keys.narrow(2, 0, slot + 1), slots.values.narrow(2, 0, slot + 1)
+                    found[:] = F.scaled_dot_product_attention(torch.from_numpy(query)[None], keys, values, scale=1.0)[0]
                 layer.out()
                 x += self.added
                 layer.feed_forward_norm(x, self.normed)

@@ -1,5 +1,6 @@
 """Decoding with a cache against full passes of the decoder: any lengths, any order of rows, any shape of the network."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmtx.decoding import Weights, prefill, step
+from mmtx.decoding import ROOM, Weights, prefill, step
 from mmtx.model import CodeRange, Decoder, DecoderConfig
 from mmtx.row import FEW_ROWS, SHORT, Row, Screen, lay_out
 
@@ -49,13 +50,13 @@ def full(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
     return decoder.logits(decoder(ids[None], torch.arange(len(ids))[None]))[0, -1]
 
 
-def begin(decoder: Decoder, rows: list[torch.Tensor], capacity: int = 40):
+def begin(decoder: Decoder, rows: list[torch.Tensor], room: int = ROOM):
     lengths = torch.tensor([len(row) - NEW for row in rows])
     ids = torch.full((len(rows), int(lengths.max())), 43)
     for row, length, given in zip(ids, lengths, rows, strict=True):
         row[:length] = given[:length]
     weights = Weights.of(decoder)
-    return weights, *prefill(weights, decoder.embed(ids), lengths, capacity)
+    return weights, *prefill(weights, decoder.embed(ids), lengths, room)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -95,13 +96,53 @@ def test_rows_that_are_kept_go_on_as_before(rows, kept):
             assert torch.allclose(found, full(decoder, row[:length + new + 1]), atol=1e-4)
 
 
-def test_a_cache_is_filled_to_its_last_slot(rows):
+@pytest.fixture(scope="module")
+def expected(rows):
+    """Hidden states (NEW, D) behind each new id of each row, by full passes of a decoder alone."""
     decoder = random_decoder()
-    weights, _, cache = begin(decoder, rows, max(LENGTHS) + 2)
-    for new in range(2):
-        step(weights, decoder.embedding(torch.tensor([1, 2, 3, 4])), cache)
-    with pytest.raises((IndexError, RuntimeError)):
-        step(weights, decoder.embedding(torch.tensor([1, 2, 3, 4])), cache)
+    return [decoder(row[None], torch.arange(len(row))[None])[0, length:] for row, length in zip(rows, LENGTHS, strict=True)]
+
+
+@pytest.mark.parametrize("moment", range(NEW))
+@pytest.mark.parametrize("engine", [step, Row], ids=["torch", "one row"])
+def test_rows_that_are_left_at_any_moment_go_on_as_in_full_passes(rows, expected, moment, engine):
+    decoder = random_decoder()
+    subsets = [list(kept) for count in (1, 2, 3) for kept in itertools.combinations(range(4), count)]
+    for first in subsets:
+        # Later, of those that are left, each alone.
+        for later, last in [(NEW, first)] if len(first) == 1 else [(moment + 2, [row]) for row in first]:
+            weights, _, cache = begin(decoder, rows)
+            left, alone = list(range(4)), None
+            for new in range(NEW):
+                for when, kept in ((moment, first), (later, last)):
+                    if new == when:
+                        cache.keep(torch.tensor([left.index(row) for row in kept]))
+                        left = kept
+                if engine is Row and len(left) == 1 and alone is None:
+                    alone = Row(weights, cache)
+                inputs = decoder.embedding(torch.stack([rows[row][LENGTHS[row] + new] for row in left]))
+                hidden = step(weights, inputs, cache) if alone is None else alone.step(inputs)
+                for row, found in zip(left, hidden, strict=True):
+                    assert (found - expected[row][new]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("room", [0, 1, 3])
+@pytest.mark.parametrize("kept", [[0, 1, 2, 3], [0, 2], [0]])
+def test_a_cache_grows_when_it_is_full(rows, room, kept):
+    decoder = random_decoder()
+    weights, _, cache = begin(decoder, rows, room)
+    cache.keep(torch.tensor(kept))
+    alone = Row(weights, cache) if len(kept) == 1 else None
+    for new in range(60):
+        ids = torch.full((len(kept),), 7)
+        hidden = alone.step(decoder.embedding(ids)) if alone else step(weights, decoder.embedding(ids), cache)
+        if new % 20 == 19 or new < 5:
+            for place, found in zip(kept, weights.scores(hidden), strict=True):
+                expected = full(decoder, torch.cat([rows[place][:LENGTHS[place]], torch.full((new + 1,), 7)]))
+                assert torch.allclose(found, expected, atol=1e-4)
+    taken = LENGTHS[0] + 60 if alone else max(LENGTHS) + 60
+    assert cache.used == taken and taken <= cache.capacity < 2 * taken
+    assert {tensor.shape[2] for tensor in (*cache.keys, *cache.values)} == {cache.capacity} == {len(cache.cos)}
 
 
 def test_bfloat16_follows_the_decoder(rows):

@@ -1,17 +1,29 @@
 """Generation: ids against full passes, rows against themselves alone, sampling, and output that parses."""
 
+import itertools
+import subprocess
+import sys
+import tarfile
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import mmtx
 from mmtx import decoding
+from mmtx.data.media import load_audio
 from mmtx.decoding import Weights
 from mmtx.errors import InputError
-from mmtx.generation import Sampling, generate, prefill, sample, steps, without_user_turns
+from mmtx.generation import DRAWN, Draws, Sampling, generate, prefill, sample, steps, without_user_turns
 from mmtx.model import CodeRange, Decoder, DecoderConfig
-from mmtx.sequence import AudioPart, Grammar, ImagePart, Prompt, Span, TextPart, gather_features, parse
+from mmtx.pipeline import Model
+from mmtx.sequence import AudioPart, Document, Grammar, ImagePart, Prompt, Span, TextPart, Turn, gather_features, parse, prompt
+from mmtx.vocabulary import Vocabulary
 
 OUTS = ("text", "image", "audio", "any", "document")
 
@@ -92,7 +104,7 @@ def test_features_of_a_padded_batch_equal_each_prompt_alone(vocabulary):
         ids = [v.bos, v.user, *[codes] * size, v.end, v.assistant]
         prompts.append(Prompt(np.array(ids), (Span(kind, 2, torch.randn(size, 8)),)))
     with torch.no_grad():
-        last, _ = prefill(decoder, Weights.of(decoder), prompts, 1)
+        last, _ = prefill(decoder, Weights.of(decoder), prompts)
         for row, prompt in enumerate(prompts):
             ids = torch.tensor(prompt.ids)[None]
             x = decoder.embedding(ids)
@@ -103,6 +115,182 @@ def test_features_of_a_padded_batch_equal_each_prompt_alone(vocabulary):
             alone = decoder(ids, torch.arange(ids.shape[1])[None], features=gather_features([(0, prompt.spans)]))
             assert torch.allclose(last[row], alone[0, -1], atol=1e-5)
             assert not torch.allclose(alone, decoder(ids, torch.arange(ids.shape[1])[None]), atol=1e-3)
+
+
+# -- Each answer is the one that the prompt gets alone --------------------------------------------------------
+
+SHOWN = 16  # ids of an answer that are compared: a picture may have thousands
+CLOSE = 3e-5  # what rounding may decide: chances, or scores, that are no further apart
+
+
+@pytest.fixture(scope="module")
+def restless(vocabulary):
+    """A random decoder whose answers are of many lengths: what ends something, and small pictures, are often chosen."""
+    torch.manual_seed(5)
+    v = vocabulary
+    ranges = tuple(CodeRange(v.range(kind).start, v.levels(kind)) for kind in ("image", "audio"))
+    decoder = Decoder(DecoderConfig(v.size, width=24, depth=2, heads=4, kv_heads=2, head_width=8, hidden=32,
+                                    composed=ranges))
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.3)
+    often = [v.end, v.eos, v.image, v.audio, v.image_end, v.audio_end, *map(v.height, (1, 2, 3)), *map(v.width, (1, 2, 3))]
+    decoder.embedding.weight.data[often] *= 4
+    return decoder.eval().requires_grad_(False)
+
+
+def reference(decoder, grammar, prompt, out, sampling, prefix, place) -> list[int]:
+    """The answer by a full pass for each id, in float64 behind the scores; it ends before the first close call."""
+    v, state, answer = grammar.vocabulary, grammar.start(1, out, prefix=prefix or None), []
+    random = sampling.seed is not None and np.random.Philox(np.random.SeedSequence(sampling.seed, spawn_key=(place,)))
+    emptied = without_user_turns(Prompt(prompt), v).ids
+    while len(answer) < SHOWN and not grammar.finished(state):
+        written = [*prefix, *answer]
+        scores = full_scores(decoder, np.concatenate([prompt, written]).astype(int))[-1].double().numpy()
+        if sampling.guidance != 1:
+            free = full_scores(decoder, np.concatenate([emptied, written]).astype(int))[-1].double().numpy()
+            scores = free + sampling.guidance * (scores - free)
+        allowed = grammar.allowed(state)
+        if len(answer) >= sampling.max_new_tokens:
+            allowed = grammar.closing(allowed)
+        left = allowed[0].nonzero()[:, 0].numpy()
+        left = left[np.argsort(-scores[left], kind="stable")]                         # the best first
+        gaps, kept = -np.diff(scores[left]), len(left)
+        if sampling.temperature == 0:
+            if len(left) > 1 and gaps[0] < CLOSE * (1 + sampling.guidance):
+                break
+            chosen = left[0]
+        else:
+            number = ((int(random.random_raw()) >> 40) + 1) / 2 ** 24
+            if sampling.top_k is not None and sampling.top_k < kept:
+                kept = sampling.top_k
+                if gaps[kept - 1] < CLOSE * (1 + sampling.guidance):
+                    break
+            heights = np.exp((scores[left[:kept]] - scores[left[0]]) / sampling.temperature)
+            if sampling.top_p is not None:
+                before = np.cumsum(heights) / heights.sum() - heights / heights.sum()
+                if np.abs(before - sampling.top_p).min() < CLOSE:
+                    break
+                kept = int((before < sampling.top_p).sum())
+            left = np.sort(left[:kept])
+            heights = np.exp((scores[left] - scores[left].max()) / sampling.temperature)
+            edges = np.cumsum(heights) / heights.sum()
+            if np.abs(edges[:-1] - number).min(initial=1) < CLOSE:
+                break
+            chosen = left[np.argmax(edges >= number)]
+        answer.append(int(chosen))
+        state = grammar.advance(state, torch.tensor([chosen]))
+    return answer
+
+
+def first_ids(decoder, grammar, prompts, out, sampling, prefix, places) -> list[list[int]]:
+    """The first SHOWN ids of each answer."""
+    columns = list(itertools.islice(steps(decoder, grammar, asked(prompts), out, sampling, prefix, None, places), SHOWN))
+    return [row[row != grammar.vocabulary.pad].tolist() for row in torch.stack(columns, 1)]
+
+
+REQUESTS = st.fixed_dictionaries({
+    "lengths": st.lists(st.integers(0, 30), min_size=1, max_size=6),
+    "out": st.sampled_from(("text", "audio", *OUTS)),
+    "sized": st.booleans(),
+    "longest": st.integers(1, 12),
+    "temperature": st.sampled_from([0.0, 0.0, 0.7, 1.5]),
+    "top_k": st.sampled_from([None, 3]),
+    "top_p": st.sampled_from([None, 0.8]),
+    "guidance": st.sampled_from([1.0, 1.0, 0.0, 2.5]),
+    "seed": st.integers(0, 2 ** 64 - 1),
+})
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(request=REQUESTS, random=st.randoms(use_true_random=False))
+def test_answers_are_those_of_the_prompt_alone_and_of_full_passes(restless, grammar, request, random):
+    v, r = grammar.vocabulary, request
+    words = np.random.default_rng(r["seed"])
+    prompts = [np.array([v.bos, v.user, *words.integers(0, 20, length), v.end, v.assistant]) for length in r["lengths"]]
+    prefix = [v.image, v.height(2), v.width(3)] if r["sized"] and r["out"] not in ("text", "audio") else []
+    seed = r["seed"] if r["temperature"] else None
+    sampling = Sampling(r["temperature"], r["top_k"], r["top_p"], r["longest"], seed, r["guidance"])
+    count = len(prompts)
+    expected = [reference(restless, grammar, prompt, r["out"], sampling, prefix, place)
+                for place, prompt in enumerate(prompts)]
+
+    def check(places):
+        found = first_ids(restless, grammar, [prompts[place] for place in places], r["out"], sampling, prefix, places)
+        for place, ids in zip(places, found, strict=True):
+            assert ids[:len(expected[place])] == expected[place]
+
+    check(range(count))
+    check(random.sample(range(count), random.randint(1, count)))
+    for place in range(count):
+        check([place])
+
+
+def test_few_ids_are_close_calls(restless, grammar, prompts):
+    # Otherwise the test above would compare nothing.
+    for temperature, seed in ((0.0, None), (1.5, 3)):
+        sampling, told, written = Sampling(temperature, max_new_tokens=16, seed=seed), 0, 0
+        for out in OUTS:
+            for place, prompt in enumerate(prompts):
+                told += len(reference(restless, grammar, prompt, out, sampling, [], place))
+                written += len(first_ids(restless, grammar, [prompt], out, sampling, [], [place])[0])
+        assert written > 100 and told > 0.9 * written
+
+
+def test_answers_of_the_restless_decoder_are_of_many_lengths(restless, grammar, prompts):
+    many = [np.concatenate([prompt[:2], [n], prompt[2:]]) for n in range(5) for prompt in prompts]
+    for out in ("text", "audio"):
+        assert len({len(ids) for ids in generate(restless, grammar, asked(many), out, Sampling(max_new_tokens=16))}) > 3
+
+
+@pytest.fixture(scope="module")
+def model(tokenizers):
+    """A random decoder with tokenizers, whose answers differ much."""
+    torch.manual_seed(1)
+    vocabulary = Vocabulary.build(tokenizers)
+    decoder = Decoder(DecoderConfig(vocabulary.size, width=32, depth=2, heads=4, kv_heads=2, head_width=16, hidden=64))
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.3)
+    return Model(decoder, vocabulary, tokenizers).to("cpu")
+
+
+SAID = ["a", "a red circle", "", "a" * 60, "trumpet, C 4", "a red circle", "b", "violin", "blue", "a", "square", "a", "a"]
+
+
+@pytest.mark.parametrize(("out", "threads"), [("text", 1), ("image", 1), ("audio", 1), ("text", 2)])
+def test_the_size_of_batches_changes_no_answer(model, monkeypatch, request, out, threads):
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(threads)   # so many batches run at a time
+    asked_for = {"out": out, "temperature": 1.0, "seed": 2 ** 63 + 1, "max_new_tokens": 12}
+
+    def plain(answer):
+        return answer if isinstance(answer, str) else np.asarray(getattr(answer, "samples", answer)).tolist()
+
+    found = []
+    for size in (1, 2, 5, 32):
+        monkeypatch.setattr("mmtx.pipeline.BATCH", size)
+        found.append([plain(answer) for answer in model.generate_batch(SAID, **asked_for)])
+    assert found[1:] == found[:1] * 3
+    assert found[0][0] == plain(model.generate(SAID[0], **asked_for))
+    same = [found[0][place] for place, said in enumerate(SAID) if said == "a"]
+    assert all(a != b for a, b in itertools.combinations(same, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 4}], ids=["greedy", "sampled"])
+def test_captions_of_the_shipped_model_are_those_of_each_sound_alone(sampling):
+    model = mmtx.load(device="cpu")
+    with tarfile.open(Path(__file__).parents[1] / "demos" / "data" / "starter" / "speech-test.tar.gz") as tar:
+        sounds = [mmtx.Audio(load_audio(tar.extractfile(member).read(), 16000)) for member in tar
+                  if member.name.endswith(".ogg")]
+    parts = model.encode_parts(sounds)
+    prompts = [prompt(Document((Turn("user", (part,)),)), model.vocabulary) for part in parts]
+    assert len(prompts) == 52
+    alone = [generate(model.decoder, model.grammar, [asked], "text", Sampling(**sampling), places=[place])[0]
+             for place, asked in enumerate(prompts)]
+    together = model.caption(sounds, **sampling)
+    assert together == [model.tokenizers["text"].decode(ids[:-1].tolist()) for ids in alone]
+    if not sampling:
+        assert together == [model.caption(sound) for sound in sounds]
 
 
 # -- Guidance ------------------------------------------------------------------------------------------------
@@ -228,14 +416,15 @@ def test_rows_that_finish_early_are_no_longer_computed(decoder, grammar, prompts
         return decoding.step(weights, x, cache)
     monkeypatch.setattr("mmtx.generation.decoding", SimpleNamespace(step=step, prefill=decoding.prefill))
     many = [np.concatenate([prompt[:2], [n], prompt[2:]]) for n in range(5) for prompt in prompts]
-    for guidance in (1.0, 0.5):
+    for guidance, temperature in ((1.0, 0.0), (0.5, 0.0), (1.0, 1.0)):
         widths.clear()
-        sampling = Sampling(max_new_tokens=60, guidance=guidance)
+        sampling = Sampling(temperature, max_new_tokens=60, guidance=guidance, seed=3)
         answers = generate(decoder, grammar, asked(many), "text", sampling)
         rows = 20 if guidance == 1 else 40
-        assert widths[0] == rows and widths[-1] <= rows // 2 and len(widths) == max(map(len, answers)) - 1
-        for prompt, answer in zip(many, answers, strict=True):
-            assert np.array_equal(answer, generate(decoder, grammar, asked([prompt]), "text", sampling)[0])
+        assert widths[0] == rows and widths[-1] <= rows // 2 and len(widths) <= max(map(len, answers)) - 1
+        for place, (prompt, answer) in enumerate(zip(many, answers, strict=True)):
+            alone = generate(decoder, grammar, asked([prompt]), "text", sampling, places=[place])[0]
+            assert np.array_equal(answer, alone)
 
 
 def test_steps_stop_when_all_rows_are_finished(vocabulary, grammar, prompts):
@@ -260,9 +449,9 @@ def test_prefix_comes_first_and_is_continued(decoder, grammar, vocabulary, promp
 
 def draw(logits: list[float], count: int = 4000, seed: int = 0, **sampling) -> torch.Tensor:
     """Shares of each id among `count` draws."""
-    generator = torch.Generator().manual_seed(seed)
+    draws = 1 - torch.rand(count, generator=torch.Generator().manual_seed(seed))
     rows = torch.tensor(logits).expand(count, -1)
-    return sample(rows, Sampling(**sampling), generator).bincount(minlength=len(logits)) / count
+    return sample(rows, Sampling(**sampling), draws).bincount(minlength=len(logits)) / count
 
 
 LOGITS = torch.tensor([0.1, 0.4, 0.3, 0.2]).log().tolist()
@@ -319,12 +508,139 @@ def test_the_seed_fixes_the_choices(decoder, grammar, prompts):
     assert run(None) != run(None)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")), ("top_k", 0),
-     ("top_p", 0.0), ("top_p", 1.5), ("max_new_tokens", 0), ("guidance", -1.0), ("guidance", float("inf")),
-     ("guidance", float("nan"))],
-)
+def test_one_prompt_many_times_gives_as_many_draws(decoder, grammar, prompts):
+    sampling = Sampling(temperature=4.0, seed=1, max_new_tokens=20)
+    answers = [tuple(ids) for ids in generate(decoder, grammar, asked([prompts[0]] * 96), "text", sampling) if len(ids) > 6]
+    assert len(set(answers)) == len(answers) > 60
+
+
+def test_random_numbers_depend_on_seed_place_and_step_alone():
+    device, count = torch.device("cpu"), 2 * DRAWN + 5
+
+    def numbers(seed, places):
+        draws = Draws(seed, places, device)
+        return torch.stack([draws.next() for _ in range(count)])
+
+    together = numbers(7, range(5))
+    assert together.unique().numel() == 5 * count
+    for place in range(5):
+        assert torch.equal(numbers(7, [place])[:, 0], together[:, place])
+    assert torch.equal(numbers(7, [3, 0, 4]), together[:, [3, 0, 4]])
+    # Words of 32 bits that are joined would take seed 2^32 + 5 at place 0 for seed 5 at place 1.
+    others = [numbers(seed, range(3)) for seed in (0, 1, 5, 2 ** 32 + 5, 2 ** 64 - 1)]
+    assert torch.cat(others, 1).unique(dim=1).shape[1] == 15
+    assert not torch.equal(numbers(None, [0]), numbers(None, [0]))
+    assert 0 < together.min() and together.max() <= 1
+    assert abs(float(together.mean()) - 0.5) < 0.05
+
+
+@pytest.mark.parametrize("kept_at", [0, 1, DRAWN - 1, DRAWN, DRAWN + 1])
+def test_random_numbers_of_rows_that_are_kept_go_on(kept_at):
+    whole, draws = (Draws(7, range(5), torch.device("cpu")) for _ in range(2))
+    expected = torch.stack([whole.next() for _ in range(2 * DRAWN + 5)])
+    for step, row in enumerate(expected):
+        if step == kept_at:
+            draws.keep(torch.tensor([1, 4]))
+        assert torch.equal(draws.next(), row[[1, 4]] if step >= kept_at else row)
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_draws_leave_the_global_random_state_alone(decoder, grammar, prompts, seed):
+    torch.manual_seed(0)
+    np.random.seed(0)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    generate(decoder, grammar, asked(prompts), "text", Sampling(temperature=1.0, seed=seed, max_new_tokens=5))
+    assert torch.equal(before[0], torch.get_rng_state()) and np.array_equal(before[1], np.random.get_state()[1])
+
+
+@pytest.mark.parametrize("number", [2.0 ** -24, 0.5, 1 - 2.0 ** -24, 1.0])
+def test_no_random_number_draws_a_forbidden_id(number):
+    for scores in ([-torch.inf, 0.0, -torch.inf, -40.0, -torch.inf], [-torch.inf, 3.0], [2.0, -torch.inf], [0.1] * 2000):
+        (ident,) = sample(torch.tensor([scores]), Sampling(temperature=1.0), torch.tensor([number]))
+        assert scores[ident] > -torch.inf
+        if number == 2.0 ** -24:
+            assert ident == int(np.isfinite(scores).argmax())
+
+
+@pytest.mark.parametrize("options", [{"guidance": 1e300}, {"temperature": 1e300}, {"temperature": 1e39, "top_p": 0.5},
+                                     {"guidance": 1e300, "temperature": 1e-300}, {"top_k": 10 ** 30}], ids=str)
+@pytest.mark.parametrize("out", ["text", "audio"])
+def test_extreme_options_write_what_parses(decoder, grammar, vocabulary, prompts, options, out):
+    sampling = Sampling(**{"temperature": 1.0, "seed": 1, "max_new_tokens": 9, **options})
+    for prompt, ids in zip(prompts, generate(decoder, grammar, asked(prompts), out, sampling), strict=True):
+        assert ids[-1] == vocabulary.end and media(ids, prompt, vocabulary)
+
+
+WRONG = {
+    "temperature": [-0.1, float("nan"), float("inf"), "1", True, None, 10 ** 400, [1.0], 1j],
+    "guidance": [-1.0, float("inf"), float("nan"), "2", False, None],
+    "top_k": [0, -1, 1.5, 2.0, True, "3", float("nan")],
+    "top_p": [0.0, 1.5, -1, float("nan"), True, "0.5"],
+    "max_new_tokens": [0, -5, 1.0, "3", True, None, float("inf")],
+    "seed": [-1, 2 ** 64, 2 ** 70, 10 ** 5000, 1.0, True, "1", np.bool_(True), "x" * 5000],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in WRONG.items() for value in values],
+                         ids=lambda value: str(value)[:12] if not isinstance(value, int) else "int")
 def test_sampling_is_checked(field, value):
-    with pytest.raises(InputError, match=f"{field}: found {value}"):
-        Sampling(**{field: value})
+    for make in (Sampling, Sampling.of):
+        with pytest.raises(InputError, match=f"^{field}: found .*, expected a ") as raised:
+            make(**{field: value})
+        assert len(str(raised.value)) < 150 and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("name", "told"), [
+    ("temprature", "did you mean temperature?"), ("max_tokens", "did you mean max_new_tokens?"), ("topk", "did you mean top_k?"),
+    ("Seed", "did you mean seed?"),
+    ("zzz", "expected one of temperature, top_k, top_p, max_new_tokens, seed, guidance")])
+def test_an_unknown_option_names_the_nearest(name, told):
+    with pytest.raises(InputError) as raised:
+        Sampling.of(**{"temperature": 1.0, name: 1})
+    assert str(raised.value) == f"{name}: unknown option, {told}"
+
+
+def test_numbers_of_numpy_are_options(decoder, grammar, prompts):
+    given = Sampling(np.float32(0.5), np.int64(3), np.float64(0.5), np.int32(9), np.uint64(2 ** 64 - 1), 2)
+    plain = Sampling(0.5, 3, 0.5, 9, 2 ** 64 - 1, 2.0)
+    assert given == plain
+    assert [type(value) for value in vars(given).values()] == [float, int, float, int, int, float]
+
+
+# -- What is left behind -------------------------------------------------------------------------------------
+
+
+def test_room_follows_what_is_written(decoder, grammar, prompts, monkeypatch):
+    made = []
+    prefilled = decoding.prefill
+
+    def prefill(*arguments):
+        hidden, cache = prefilled(*arguments)
+        made.append(cache)
+        return hidden, cache
+    monkeypatch.setattr("mmtx.generation.decoding", SimpleNamespace(step=decoding.step, prefill=prefill))
+    for count in (1, 3):
+        written = steps(decoder, grammar, asked(prompts[:count]), "text", Sampling(max_new_tokens=10 ** 9))
+        for _ in range(3):
+            next(written)
+        assert made[-1].capacity <= max(map(len, prompts)) + decoding.ROOM
+        written.close()
+
+
+LEFT = """
+import mmtx
+
+streams = [mmtx.load(device="cpu").stream("x", out=out, temperature=1.0, seed=1, max_new_tokens=40) for out in ("text", "any")]
+for stream in streams:
+    next(stream, None)
+"""
+
+
+def test_a_stream_that_is_left_at_exit_says_nothing():
+    done = subprocess.run([sys.executable, "-c", LEFT], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+def test_a_caller_of_steps_is_not_in_inference_mode(decoder, grammar, prompts):
+    for _ in steps(decoder, grammar, asked(prompts), "text", Sampling(max_new_tokens=3)):
+        assert not torch.is_inference_mode_enabled()
