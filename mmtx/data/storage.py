@@ -107,7 +107,10 @@ def open_binary(path: str) -> Iterator[BinaryIO]:
 
             opened = fsspec.open(path, "rb")
         else:
-            opened = open(path, "rb")
+            try:
+                opened = open(path, "rb")
+            except ValueError as error:  # a NUL, or half of a surrogate pair
+                raise InputError(f"{path!r:.200}: no path ({error})") from None
         with opened as file:
             yield file
     except InputError:
