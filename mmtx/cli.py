@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from mmtx import brief_spins
 from mmtx.errors import InputError
 
 DESCRIPTION = "One model for text, pictures and sound: train it, ask it, look inside."
 COLOURS = {"special": "90", "text": "32", "image": "34", "audio": "35"}
 
 
+@brief_spins()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command line. A user's mistake ends with one line on stderr and status 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -84,8 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--output", required=True, type=Path, help="a new folder, or one of a run that did not end")
     prepare.add_argument("--config", help="take sources, tokenizers and --features from this training configuration; each "
                                           "source gets a folder of its own in --output")
-    prepare.add_argument("--tokenizers", nargs="+", metavar="FOLDER", help="default: those that come with mmtx",
-                         default=["tokenizers/text", "tokenizers/image", "tokenizers/audio"])
+    prepare.add_argument("--tokenizers", nargs="+", metavar="FOLDER", help="default: those that come with mmtx")
     prepare.add_argument("--features", action="store_true", help="also store what decoders with continuous: true take, 2 "
                          "bytes a number: 16 kB a picture of 64 codes with the tokenizer that comes with mmtx")
     prepare.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
@@ -119,9 +120,9 @@ def _sampling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _load(options: argparse.Namespace):
-    from mmtx.pipeline import DEFAULT_MODEL, load
+    from mmtx.pipeline import load
 
-    return load(options.model or DEFAULT_MODEL, options.device)
+    return load(options.model, options.device)
 
 
 def _sampling(options: argparse.Namespace) -> dict:
@@ -243,21 +244,23 @@ def _prepare(options: argparse.Namespace) -> None:
     from mmtx.data.collection import DataSource, read_config
     from mmtx.data.prepare import prepare
     from mmtx.modality.base import load_tokenizer
-    from mmtx.files import find_shipped
+    from mmtx.files import find_shipped, shipped
     from mmtx.vocabulary import KINDS
 
     if bool(options.sources) == bool(options.config):
         raise InputError("found both sources and --config, expected one of them" if options.config
                          else "found neither sources nor --config, expected one of them")
-    folders, features, sources = options.tokenizers, options.features, [DataSource(options.sources)]
+    features, sources = options.features, [DataSource(options.sources)]
     outputs = [options.output]
     if options.config:
         config = read_config(find_shipped(options.config))
-        sources, folders, features = config.train, config.tokenizers, config.continuous
+        sources, features = config.train, config.continuous
         # The same samples are prepared once, however often they are used.
         distinct = {repr((source.paths, source.select)): source for source in sources}
         outputs = [options.output / str(list(distinct).index(repr((s.paths, s.select)))) for s in sources]
-    loaded = {tokenizer.kind: tokenizer for tokenizer in (load_tokenizer(find_shipped(folder)) for folder in folders)}
+    named = config.tokenizers if options.config else options.tokenizers
+    folders = map(find_shipped, named) if named else (shipped(f"tokenizers/{kind}") for kind in KINDS)
+    loaded = {tokenizer.kind: tokenizer for tokenizer in map(load_tokenizer, folders)}
     tokenizers = {kind: loaded[kind] for kind in KINDS if kind in loaded}
     done = set()
     for source, output in zip(sources, outputs, strict=True):
