@@ -247,20 +247,19 @@ def _prepare(options: argparse.Namespace) -> None:
     from mmtx.files import find_shipped, shipped
     from mmtx.vocabulary import KINDS
 
+    options.tokenizers = options.tokenizers or [shipped(f"tokenizers/{kind}") for kind in KINDS]
     if bool(options.sources) == bool(options.config):
         raise InputError("found both sources and --config, expected one of them" if options.config
                          else "found neither sources nor --config, expected one of them")
-    features, sources = options.features, [DataSource(options.sources)]
+    folders, features, sources = options.tokenizers, options.features, [DataSource(options.sources)]
     outputs = [options.output]
     if options.config:
         config = read_config(find_shipped(options.config))
-        sources, features = config.train, config.continuous
+        sources, folders, features = config.train, config.tokenizers, config.continuous
         # The same samples are prepared once, however often they are used.
         distinct = {repr((source.paths, source.select)): source for source in sources}
         outputs = [options.output / str(list(distinct).index(repr((s.paths, s.select)))) for s in sources]
-    named = config.tokenizers if options.config else options.tokenizers
-    folders = map(find_shipped, named) if named else (shipped(f"tokenizers/{kind}") for kind in KINDS)
-    loaded = {tokenizer.kind: tokenizer for tokenizer in map(load_tokenizer, folders)}
+    loaded = {tokenizer.kind: tokenizer for tokenizer in (load_tokenizer(find_shipped(folder)) for folder in folders)}
     tokenizers = {kind: loaded[kind] for kind in KINDS if kind in loaded}
     done = set()
     for source, output in zip(sources, outputs, strict=True):

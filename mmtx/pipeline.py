@@ -26,7 +26,7 @@ import torch
 from PIL import Image as PILImage
 
 from mmtx.ambient import MOST_THREADS, in_threads, neutral, neutral_steps, unfilled
-from mmtx.data.media import IMAGE_FORMATS, MAX_CHANNELS, MAX_SECONDS, kind_of, load_medium
+from mmtx.data.media import IMAGE_FORMATS, MAX_CHANNELS, MAX_SECONDS, kind_of, load_audio, load_image
 from mmtx.data.storage import FileSource, open_binary
 from mmtx.decoding import Weights
 from mmtx.errors import InputError
@@ -427,9 +427,11 @@ class Model:
         if isinstance(data, (str, Path)):
             name = str(data)
             data = FileSource(name).read()
-        if isinstance(item, Image):
-            return load_medium(self.tokenizers["image"], data, name)
-        return load_medium(self.tokenizers["audio"], data, name, item.rate)
+        if isinstance(item, Audio):
+            return load_audio(data, self.tokenizers["audio"].rate, name, item.rate)
+        if isinstance(data, PILImage.Image):
+            _check_open(data)
+        return self.tokenizers["image"].fit(load_image(data, name))  # so that no photograph is held as it was
 
     def _decode(self, part: Part) -> Media:
         tokenizer = self.tokenizers[part.kind]
@@ -497,6 +499,15 @@ def could_be_sound(item: np.ndarray | torch.Tensor) -> bool:
         return False
     *_, short, long = sorted(item.shape)
     return 0 < short <= MAX_CHANNELS and long >= THIN * short
+
+
+def _check_open(picture: PILImage.Image) -> None:
+    """Raise InputError where the file of a PIL image was closed before its pixels were read."""
+    if getattr(picture, "fp", None) is None:  # all are read, or no more can be
+        try:
+            picture.load()
+        except (ValueError, AttributeError, AssertionError):  # which of them depends on the format
+            raise InputError("found a PIL image that was closed before its pixels were read, expected an open one") from None
 
 
 @contextmanager

@@ -195,6 +195,22 @@ def test_calls_that_overlap_give_the_default_dtype_back_when_the_last_ends():
         assert torch.get_default_dtype() == torch.float64
 
 
+@pytest.mark.parametrize("name", SETTINGS)
+def test_nothing_of_the_program_is_set_within(name):
+    def seen():
+        kinds = [torch.is_autocast_enabled(kind) for kind in ambient.AUTOCAST]
+        return (torch.get_default_dtype(), torch.get_default_device(), torch.is_inference_mode_enabled(), kinds, np.geterr(),
+                torch.zeros(1).device)
+
+    usual = seen()
+    with SETTINGS[name]():
+        with neutral():
+            assert seen() == usual
+        (within,) = neutral_steps(lambda: (seen() for _ in range(1)))()
+        assert name in ("no_grad", "deterministic") or seen() != usual
+        assert within == usual
+
+
 # -- Random state --------------------------------------------------------------------------------------------
 
 

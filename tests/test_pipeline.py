@@ -1,6 +1,7 @@
 """The Python API on a tiny random model: what goes in, what comes out, and folders that are not whole."""
 
 import copy
+import io
 import json
 import shutil
 import subprocess
@@ -297,24 +298,10 @@ def test_caption_documents_ask_up_to_the_last_user_turn(tiny_model, monkeypatch)
     (np.full((4, 4, 3), 2.0), ["2"]),
     (np.zeros((0,), np.float32), ["sound"]),
     (np.array([np.nan], np.float32), ["NaN"]),
-    (torch.empty(3, 8, 8, device="meta"), ["image", "a meta tensor"]),
-    (torch.empty(99, device="meta"), ["sound", "a meta tensor"]),
-    (torch.eye(9).to_sparse(), ["sparse_coo tensor"]),
-    (torch.ones(99).to_sparse(), ["sound", "sparse_coo"]),
-    (torch.nested.nested_tensor([torch.zeros(3), torch.zeros(2)], layout=torch.jagged), ["nested tensor"]),
-    (torch._empty_affine_quantized((9, 9), scale=0.1, zero_point=0, dtype=torch.quint8), ["quantized tensor"]),
-    (torch.zeros(9, 9, dtype=torch.complex64), ["complex64"]),
-    (np.zeros(9, complex), ["complex128"]),
-    (np.array([None, 1.0], object), ["object"]),
-    (np.array([[None] * 9] * 9, object), ["object"]),
-    (np.zeros((9, 9), np.uint16), ["uint16", "expected uint8"]),
-    (torch.zeros(9, dtype=torch.uint16), ["uint16", "expected int16"]),
     (np.array(0.5), ["shape ()"]),
+    (np.array([None, 1.0], object), ["object"]),
     (b"abc", ["bytes", "expected a path"]),
-    ("a\0b.png", ["embedded null"]),
-    (Path("\ud800.png"), ["surrogates"]),
     ("x" * 5000, ["xxx", "too long"]),
-    (mmtx.Image("a\0b.png"), ["embedded null"]),
     (mmtx.Image(None), ["NoneType"]),
     (mmtx.Audio(np.zeros(99, np.float32), -1), ["-1 Hz"]),
     (torch.zeros(1, 900), ["(1, 900)", "mmtx.Audio", "mmtx.Image"]),
@@ -330,15 +317,25 @@ def test_caption_names_what_it_cannot_read(tiny_model, media, told):
     assert all(word in str(error.value) for word in told), error.value
 
 
-@pytest.mark.parametrize("close", [lambda file: PILImage.open(file).close(), lambda file: PILImage.open(file).__exit__()])
-def test_a_picture_that_was_closed_is_told_as_that(tiny_model, files, close, monkeypatch):
-    opened = []
-    given = PILImage.open
-    monkeypatch.setattr(PILImage, "open", lambda *all: opened.append(given(*all)) or opened[0])
-    close(files / "picture.png")
-    monkeypatch.undo()
-    with pytest.raises(mmtx.InputError, match="closed before its pixels were read"):
-        tiny_model.caption(opened[0])
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", None])
+def test_a_picture_that_was_closed_is_told_as_that(tiny_model, pixels, form):
+    picture, file = PILImage.fromarray(pixels), io.BytesIO()
+    if form:
+        picture.save(file, form)
+        picture = PILImage.open(file)
+    tiny_model.caption(picture.copy(), **SHORT)
+    if form:
+        picture = PILImage.open(file)
+    picture.close()
+    for given in (picture, mmtx.Image(picture)):
+        with pytest.raises(mmtx.InputError, match="closed before its pixels were read"):
+            tiny_model.caption(given)
+
+
+def test_an_open_picture_that_is_cut_short_is_told_as_that(tiny_model, files):
+    picture = PILImage.open(io.BytesIO((files / "picture.png").read_bytes()[:200]))
+    with pytest.raises(mmtx.InputError, match="not a whole picture"):
+        tiny_model.caption(picture)
 
 
 def test_tensors_of_other_types_are_taken_by_their_values(lively_model, pixels, tone):
@@ -347,9 +344,9 @@ def test_tensors_of_other_types_are_taken_by_their_values(lively_model, pixels, 
     # Halves of bfloat16 are exact where 8 bits of it hold the value.
     coarse = (picture * 4).round() / 4
     for form in (coarse.bfloat16(), coarse.half(), coarse.double(), coarse.half().numpy().transpose(1, 2, 0),
-                 coarse.to(torch.float8_e4m3fn), torch._neg_view(-coarse), coarse.requires_grad_()):
+                 coarse.requires_grad_()):
         assert asked(form) == asked(coarse.float())
-    for form in (torch._neg_view(-sound), sound.double(), sound[None], torch.stack([0 * sound, sound]), sound[:, None].numpy()):
+    for form in (sound.double(), sound[None], torch.stack([0 * sound, sound]), sound[:, None].numpy()):
         assert asked(mmtx.Audio(form)) == asked(sound)
     assert asked(pixels[:4, :4]) != asked(pixels[:, :4])  # small pictures are pictures
     assert asked(mmtx.Image(torch.zeros(1, 900))) == asked(np.zeros((1, 900, 3), np.uint8))

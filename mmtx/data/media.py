@@ -19,7 +19,7 @@ from mmtx.data.sample import kind_of, sniff
 from mmtx.data.storage import FileSource, display
 from mmtx.errors import InputError
 
-__all__ = ["kind_of", "load_audio", "load_image", "load_medium", "sniff"]
+__all__ = ["kind_of", "load_audio", "load_image", "sniff"]
 
 MAX_PIXELS = 64_000_000
 MAX_SECONDS = 600
@@ -43,8 +43,6 @@ def load_image(data: Any, name: str | None = None) -> torch.Tensor:
     name = name or _name(data, "image")
     if isinstance(data, (np.ndarray, torch.Tensor)):
         data = Image.fromarray(_pixels(data, name))
-    if isinstance(data, Image.Image):
-        _check_open(data, name)
     encoded = None if isinstance(data, Image.Image) else _bytes(data, name)
     try:
         picture = data if encoded is None else Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS)
@@ -60,16 +58,6 @@ def load_image(data: Any, name: str | None = None) -> torch.Tensor:
         raise InputError(
             f"{name}: not a whole picture that can be decoded{reason}, expected {', '.join(IMAGE_FORMATS)}"
         ) from None
-
-
-def _check_open(picture: Image.Image, name: str) -> None:
-    """Raise InputError where the file of a PIL image was closed before its pixels were read."""
-    try:
-        picture.load()
-    except (ValueError, AttributeError, AssertionError) as error:
-        if getattr(picture, "fp", None) is None:
-            raise InputError(f"{name}: a PIL image that was closed before its pixels were read ({type(error).__name__}), "
-                             "expected an open one") from None
 
 
 def _rgb(picture: Image.Image, name: str) -> Image.Image:
@@ -89,7 +77,7 @@ def _rgb(picture: Image.Image, name: str) -> Image.Image:
 
 def _pixels(data: np.ndarray | torch.Tensor, name: str) -> np.ndarray:
     """Array or tensor to uint8 (H, W) or (H, W, 3|4)."""
-    array, layout = _array(data, name), "(H, W) or (H, W, 1|3|4)"
+    array, layout = _array(data), "(H, W) or (H, W, 1|3|4)"
     if isinstance(data, torch.Tensor):
         layout = "(H, W) or (1|3|4, H, W)"
         array = np.moveaxis(array, 0, -1) if array.ndim == 3 else array
@@ -130,13 +118,6 @@ def load_audio(data: Any, rate: int, name: str | None = None, source_rate: int |
     return mono * (PEAK / peak) if peak > SILENCE else mono
 
 
-def load_medium(tokenizer: Any, data: Any, name: str | None = None, rate: int | None = None) -> torch.Tensor:
-    """A picture or a sound as its tokenizer takes it: a photograph is made small as soon as it is read."""
-    if tokenizer.kind == "image":
-        return tokenizer.fit(load_image(data, name))
-    return load_audio(data, tokenizer.rate, name, rate)
-
-
 def _decode_audio(data: bytes, name: str) -> tuple[np.ndarray, int]:
     """Encoded bytes to float32 (S, C) and their rate."""
     try:
@@ -171,7 +152,7 @@ def _check_header(frames: int, rate: int, channels: int, name: str) -> None:
 
 def _waveform(data: np.ndarray | torch.Tensor, name: str) -> np.ndarray:
     """Array or tensor to float32 (S, C)."""
-    array, layout = _array(data, name), "(S,) or (S, C)"
+    array, layout = _array(data), "(S,) or (S, C)"
     if isinstance(data, torch.Tensor):
         layout = "(S,) or (C, S)"
         array = array.T if array.ndim == 2 else array
@@ -185,19 +166,11 @@ def _waveform(data: np.ndarray | torch.Tensor, name: str) -> np.ndarray:
         return (array[:, None] if array.ndim == 1 else array).astype(np.float32)
 
 
-def _array(data: np.ndarray | torch.Tensor, name: str) -> np.ndarray:
-    """As an array. Raises InputError for a tensor that has no values, or not one number for each place."""
-    if not isinstance(data, torch.Tensor):
-        return data
-    layout = str(data.layout).removeprefix("torch.")
-    found = ("nested" if data.is_nested else layout if data.layout != torch.strided else "quantized" if data.is_quantized
-             else "meta" if data.is_meta else None)
-    if found:
-        raise InputError(f"{name}: a {found} tensor of {data.dtype}, expected a dense one with values")
-    data = data.detach().cpu().resolve_conj().resolve_neg()
-    if data.is_floating_point() and data.dtype not in (torch.float16, torch.float32, torch.float64):
-        data = data.float()  # bfloat16 and those of 8 bits, which NumPy lacks
-    return data.numpy()
+def _array(data: np.ndarray | torch.Tensor) -> np.ndarray:
+    if isinstance(data, torch.Tensor):
+        data = data.detach().cpu()
+        return (data.float() if data.dtype == torch.bfloat16 else data).numpy()
+    return data
 
 
 def _bytes(data: Any, name: str) -> bytes:

@@ -107,10 +107,7 @@ def open_binary(path: str) -> Iterator[BinaryIO]:
 
             opened = fsspec.open(path, "rb")
         else:
-            try:
-                opened = open(path, "rb")
-            except ValueError as error:  # a NUL, or half of a surrogate pair
-                raise InputError(f"{path!r:.200}: no path ({error})") from None
+            opened = open(path, "rb")
         with opened as file:
             yield file
     except InputError:

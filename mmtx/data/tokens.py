@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mmtx.data.augment import AudioAugmentation, ImageAugmentation
-from mmtx.data.media import load_medium
+from mmtx.data.media import load_audio, load_image
 from mmtx.data.sample import Media, Sample, Text
 from mmtx.data.sources import SkipCounter
 from mmtx.errors import InputError
@@ -111,7 +111,9 @@ def load_media(media: Media, tokenizers: Mapping[str, Tokenizer]) -> torch.Tenso
     """Read a picture or a sound in the form that its tokenizer takes."""
     if media.kind not in tokenizers:
         raise InputError(f"{media.name}: found {media.kind}, but there is no {media.kind} tokenizer")
-    return load_medium(tokenizers[media.kind], media.source.read(), media.name)
+    if media.kind == "image":
+        return tokenizers["image"].fit(load_image(media.source.read(), media.name))
+    return load_audio(media.source.read(), tokenizers["audio"].rate, media.name)
 
 
 def to_documents(samples: Sequence[Sample], tokenizers: Mapping[str, Tokenizer],
