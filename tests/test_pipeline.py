@@ -328,7 +328,7 @@ def test_a_picture_that_was_closed_is_told_as_that(tiny_model, pixels, form):
         picture = PILImage.open(file)
     picture.close()
     for given in (picture, mmtx.Image(picture)):
-        with pytest.raises(mmtx.InputError, match="closed before its pixels were read"):
+        with pytest.raises(mmtx.InputError, match="closed"):
             tiny_model.caption(given)
 
 
