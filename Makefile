@@ -24,7 +24,7 @@ TEST_ARGS ?=
 MMTX := $(VENV)/bin/mmtx
 PACKAGE := pyproject.toml constraints.txt
 
-# As mmtx/__init__.py sets it, for programs that import torch before.
+# As mmtx.brief_spins sets it, for programs that import torch before.
 export GOMP_SPINCOUNT ?= 1000
 
 .PHONY: quickstart test mutants bench starter environment clean

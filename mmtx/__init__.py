@@ -8,15 +8,12 @@ Nothing heavy is imported until it is used.
 """
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 
 __version__ = "0.1.0"
-
-# torch's threads spin for a while when they wait for one another, which keeps a core that other jobs share from the one they
-# wait for. Steps a second of the quickstart's decoder, two cores of an AMD EPYC, alone and beside two busy processes: 6.9 and
-# 1.7 as it comes, 5.2 to 7.0 and 2.7 so, 4.0 and 3.3 without any spinning. Read once, when torch is first imported.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 HOMES = {
     "load": "mmtx.pipeline",
@@ -34,10 +31,30 @@ HOMES = {
 __all__ = sorted(HOMES)
 
 
+@contextmanager
+def brief_spins() -> Iterator[None]:
+    """Where torch is first imported in this block, its threads spin only briefly when they wait for one another.
+
+    Spinning keeps a core that other jobs share from the thread they wait for. Steps a second of the quickstart's decoder, two
+    cores of an AMD EPYC, alone and beside two busy processes: 6.9 and 1.7 as it comes, 5.2 to 7.0 and 2.7 so, 4.0 and 3.3
+    without any spinning. GNU OpenMP reads the variable once, when it is loaded, so the program's environment is left as it
+    was. A program that imports torch before, or parts of mmtx by their own names, sets it itself where it wants it.
+    """
+    if "torch" in sys.modules or {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        yield
+        return
+    os.environ["GOMP_SPINCOUNT"] = "1000"
+    try:
+        yield
+    finally:
+        os.environ.pop("GOMP_SPINCOUNT", None)
+
+
 def __getattr__(name: str):
     if name not in HOMES:
         raise AttributeError(f"module 'mmtx' has no attribute {name!r}")
-    return getattr(import_module(HOMES[name]), name)
+    with brief_spins():
+        return getattr(import_module(HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

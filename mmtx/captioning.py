@@ -47,7 +47,7 @@ def caption_files(model: Model, files: Iterable[str | InputError], **sampling: A
         files: what `find_media` finds.
         **sampling: fields of `Sampling`; greedy by default.
     """
-    Sampling(**sampling)  # a wrong option is no mistake of each file
+    Sampling.of(**sampling)  # a wrong option is no mistake of each file
     waiting: list[str] = []
     for found in files:
         if isinstance(found, InputError):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from mmtx import brief_spins
 from mmtx.errors import InputError, escape
 
 INTERRUPTED = 128 + signal.SIGINT  # what a shell reports for a command that Ctrl-C ended
@@ -23,6 +24,7 @@ MAX_BAD_HELP = ("share of all rows of a source, selected or not, that may be unu
 COLOURS = {"special": "90", "text": "32", "image": "34", "audio": "35"}
 
 
+@brief_spins()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command line. A user's mistake ends with one line on stderr and status 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -137,8 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--output", required=True, type=Path, help="a new folder, or one of a run that did not end")
     prepare.add_argument("--config", help="take sources, tokenizers and --features from this training configuration; each "
                                           "source gets a folder of its own in --output")
-    prepare.add_argument("--tokenizers", nargs="+", metavar="FOLDER", help="default: those that come with mmtx",
-                         default=["tokenizers/text", "tokenizers/image", "tokenizers/audio"])
+    prepare.add_argument("--tokenizers", nargs="+", metavar="FOLDER", help="default: those that come with mmtx")
     prepare.add_argument("--features", action="store_true", help="also store what decoders with continuous: true take, 2 "
                          "bytes a number: 16 kB a picture of 64 codes with the tokenizer that comes with mmtx")
     prepare.add_argument("--workers", type=_count(1), default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
@@ -181,9 +182,9 @@ def _sampling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _load(options: argparse.Namespace):
-    from mmtx.pipeline import DEFAULT_MODEL, load
+    from mmtx.pipeline import load
 
-    return load(options.model or DEFAULT_MODEL, options.device)
+    return load(options.model, options.device)
 
 
 def _sampling(options: argparse.Namespace) -> dict:
@@ -321,9 +322,10 @@ def _prepare(options: argparse.Namespace) -> None:
     from mmtx.data.prepare import prepare
     from mmtx.data.sources import MAX_BAD
     from mmtx.modality.base import load_tokenizer
-    from mmtx.files import find_shipped
+    from mmtx.files import find_shipped, shipped
     from mmtx.vocabulary import KINDS
 
+    options.tokenizers = options.tokenizers or [shipped(f"tokenizers/{kind}") for kind in KINDS]
     if bool(options.sources) == bool(options.config):
         raise InputError("found both sources and --config, expected one of them" if options.config
                          else "found neither sources nor --config, expected one of them")

@@ -53,11 +53,22 @@ def replace_folder(folder: str | Path):
 
 
 def find_shipped(name: str | Path) -> Path:
-    """A folder or file by its path or, if there is none, among those that come with the package.
-
-    An installed package carries them inside itself, an editable one beside itself.
+    """A folder or file that a user named, also in a configuration: his own by its path or, if there is none, among those
+    that come with the package. What nobody named is `shipped`, whatever lies in the current directory.
     """
-    for base in (Path(), PACKAGE / "shipped", PACKAGE.parent):
-        if (base / name).exists():
+    if not isinstance(name, (str, os.PathLike)):
+        raise InputError(f"found {type(name).__name__}, expected the path of a folder or file")
+    if os.path.exists(name):
+        return Path(name)
+    try:
+        return shipped(name)
+    except InputError:
+        raise InputError(f"{name}: no such folder or file, neither here nor among those that come with mmtx") from None
+
+
+def shipped(name: str) -> Path:
+    """A folder or file that comes with the package: an installed one carries it inside itself, an editable one beside."""
+    for base in (PACKAGE / "shipped", PACKAGE.parent):
+        if os.path.exists(base / name):
             return base / name
-    raise InputError(f"{name}: no such folder or file, neither here nor among those that come with mmtx")
+    raise InputError(f"{name}: not among what comes with mmtx, which must be whole")

@@ -10,10 +10,13 @@ Shapes: C channels, H height, W width, S samples.
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from numbers import Integral, Real
+from operator import index
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +25,16 @@ import safetensors.torch
 import torch
 from PIL import Image as PILImage
 
+from mmtx.ambient import MOST_THREADS, in_threads, neutral, neutral_steps, unfilled
+from mmtx.data.formats import AUDIO_FORMATS, IMAGE_FORMATS
 from mmtx.data.media import kind_of, load_audio, load_image
-from mmtx.data.sound_files import MAX_SECONDS
+from mmtx.data.sound_files import MAX_CHANNELS, MAX_SECONDS
 from mmtx.data.storage import FileSource, display, open_binary
 from mmtx.decoding import Weights
 from mmtx.errors import InputError
-from mmtx.files import find_shipped, read_json, replace_folder, write_json
+from mmtx.files import find_shipped, read_json, replace_folder, shipped, write_json
 from mmtx.generation import Sampling, generate, steps
+from mmtx.modality.autoencoder import Encoding
 from mmtx.modality.base import Tokenizer, load_tokenizer
 from mmtx.model import Decoder, DecoderConfig
 from mmtx.row import lay_out
@@ -39,7 +45,12 @@ FORMAT = 1
 DEFAULT_MODEL = "demos/starter"
 AUDIO_TOKENIZER = "tokenizers/audio"
 BATCH = 32  # media that are encoded, and prompts that are answered, together
-MOST_THREADS = 4  # that do so at a time on a CPU
+# A batch never holds more than this, but for one medium or prompt that is larger alone: memory follows the longest of
+# many, not their number. On a CPU up to MOST_THREADS batches are under way.
+BATCH_TOKENS = 16_384   # of prompts, padding included
+BATCH_VALUES = 2 ** 21  # numbers of media as their tokenizer reads them: 131 s of sound, or 170 pictures of 64 pixels a side
+SHORT = 64              # tokens of a prompt up to which padding costs less than one more batch
+THIN = 32               # times as long as wide: what is no picture
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,10 @@ class Audio:
 
     data: Any
     rate: int | None = None
+
+    def __post_init__(self):
+        if self.rate is not None and not (isinstance(self.rate, Real) and math.isfinite(self.rate)):
+            raise InputError(f"rate: found {self.rate!r:.100}, expected a number of Hz")
 
 
 class Sound(NamedTuple):
@@ -73,17 +88,19 @@ class Sound(NamedTuple):
 Media = str | PILImage.Image | Sound
 
 
-def load(folder: str | Path = DEFAULT_MODEL, device: str | torch.device | None = None) -> "Model":
+@unfilled()
+def load(folder: str | Path | None = None, device: str | torch.device | None = None) -> "Model":
     """Load a model folder.
 
     Args:
-        folder: what training wrote; by default the small model that comes with the package.
+        folder: what training wrote; by default the small model that comes with the package, whatever lies in the
+            current directory.
         device: by default the GPU if there is one.
 
     Raises:
         InputError: the folder is not a whole model, or does not fit its tokenizers.
     """
-    folder = find_shipped(folder)
+    folder = shipped(DEFAULT_MODEL) if folder is None else find_shipped(folder)
     config = read_json(folder / "config.json")
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise InputError(f"{folder / 'config.json'}: not a model of mmtx (expected \"format\": {FORMAT})")
@@ -103,21 +120,34 @@ def load(folder: str | Path = DEFAULT_MODEL, device: str | torch.device | None =
     if decoder.config.vocabulary_size != vocabulary.size:
         raise InputError(f"{folder}: the decoder has {decoder.config.vocabulary_size} ids, "
                          f"its vocabulary {vocabulary.size}")
-    model, device = Model(decoder, vocabulary, tokenizers), device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return model.to(device).fix()
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        raise InputError(f"device: {device} cannot be used ({str(error).splitlines()[0]})") from None
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Model(decoder, vocabulary, tokenizers).to(device).fix()
 
 
 class Model:
-    """A decoder with its tokenizers. Make one with `mmtx.load`."""
+    """A decoder with its tokenizers. Make one with `mmtx.load`.
+
+    Many threads may ask one model at the same time, and each gets the answers that it would get alone; only `to`, `fix` and
+    changes of the weights must wait until nobody asks. A model can be copied (`copy.deepcopy`), pickled, and given to other
+    processes: spawned, or forked. In the thread that comes out of a fork torch gets one thread with the first call, since
+    its threads are not there any more. What the program set in torch (`mmtx.ambient`) changes no answer.
+    """
 
     def __init__(self, decoder: Decoder, vocabulary: Vocabulary, tokenizers: Mapping[str, Tokenizer]):
         self.decoder, self.vocabulary, self.tokenizers = decoder, vocabulary, dict(tokenizers)
         self.grammar = Grammar(vocabulary)
         self._weights: Weights | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # They are views of parameters, which can be made again but not copied.
+        return {**self.__dict__, "_weights": self._weights is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _weights=None)
+        if state["_weights"]:
+            self.fix()
+
+    @neutral()
     def fix(self) -> "Model":
         """Promise that the decoder will not change any more, or not before `fix` or `to` is called again, which makes
         long answers of one prompt on a CPU up to twice as fast. `mmtx.load` does it.
@@ -127,12 +157,19 @@ class Model:
         self._weights = Weights.of(self.decoder, fixed=True)
         return self
 
+    @neutral()
     def to(self, device: str | torch.device) -> "Model":
         """Move the decoder and the codecs to a device."""
         self._weights = None
-        for module in (self.decoder, *self.tokenizers.values()):
-            if isinstance(module, torch.nn.Module):
-                module.to(device).eval()
+        try:
+            place = torch.device(device)
+            if place.type == "meta":
+                raise RuntimeError("it holds no values")
+            for module in (self.decoder, *self.tokenizers.values()):
+                if isinstance(module, torch.nn.Module):
+                    module.to(place).eval()
+        except (RuntimeError, TypeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+            raise InputError(f"device: {device} cannot be used ({str(error).splitlines()[0]})") from None
         return self
 
     def save(self, folder: str | Path) -> None:
@@ -148,23 +185,27 @@ class Model:
 
     # -- Captions --------------------------------------------------------------------------------------------
 
+    @neutral()
     def caption(self, media: Any, **sampling: Any) -> str | list[str]:
         """Say what a picture or a sound is.
 
         Args:
             media: a path or URL, PIL image, array, tensor, `Image` or `Audio`, or a list of these. A 1-D array is a
-                sound at the model's rate (use `Audio` to give another), any other array a picture.
+                sound at the model's rate (use `Audio` to give another), any other array a picture; one that could be
+                a sound of some channels must be marked.
             **sampling: fields of `Sampling`; greedy by default.
 
         Returns:
-            A caption, or a list of captions for a list. Many at once are much faster than one by one.
+            A caption, or a list of captions for a list. Many at once are much faster than one by one: up to 32 of
+            about the same length share a batch, within a bound of memory (`BATCH_TOKENS`, `BATCH_VALUES`).
         """
         if not _is_list(media):
             return self.caption([media], **sampling)[0]
-        parts = self.encode_parts([self._as_media(item) for item in media])
+        parts = self.encode_parts(self._as_list(media, self._as_media))
         documents = [Document((Turn("user", (part,)),)) for part in parts]
         return self._answer_texts(documents, Sampling.of(**sampling))
 
+    @neutral()
     def caption_documents(self, documents: Sequence[Document], sampling: Sampling = Sampling()) -> list[str]:
         """Answer documents of codes (everything up to the last user turn) in text."""
         asked = []
@@ -180,30 +221,29 @@ class Model:
     def _answer(self, prompts: Sequence[Prompt], out: str, sampling: Sampling,
                 prefix: Sequence[int] = ()) -> list[list[int]]:
         """The ids of each answer, `prefix` first, without <end>."""
-        # Neighbours in length share a batch, so that little is padded.
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
         answers: list[list[int]] = [[]] * len(prompts)
         write = lambda chosen: generate(self.decoder, self.grammar, [prompts[i] for i in chosen], out, sampling,  # noqa: E731
                                         prefix, self._weights, chosen)
-        for i, ids in self._in_batches(write, order):
+        for i, ids in self._in_batches(write, by_length([len(prompt.ids) for prompt in prompts])):
             answers[i] = ids[:-1].tolist()
         return answers
 
-    def _in_batches(self, run: Callable[[Sequence[int]], Sequence[Any]], numbers: Sequence[int]) -> Iterator[tuple[int, Any]]:
+    def _in_batches(self, run: Callable[[Sequence[int]], Sequence[Any]],
+                    batches: Sequence[Sequence[int]]) -> Iterator[tuple[int, Any]]:
         """Run batches of numbers -> each number with its result.
 
         On a CPU several batches run at a time in a thread each, where torch would share the work of single operations
         among as many threads: these are too small for that, and reading media would wait for none of it.
         """
         on_cpu = self.decoder.embedding.weight.device.type == "cpu"
-        batches = [numbers[first:first + BATCH] for first in range(0, len(numbers), BATCH)]
         threads = min(torch.get_num_threads(), MOST_THREADS, len(batches)) if on_cpu else 1
-        results = map(run, batches) if threads < 2 else _in_threads(run, batches, threads)
+        results = map(run, batches) if threads < 2 else in_threads(run, batches, threads)
         for batch, items in zip(batches, results, strict=True):
             yield from zip(batch, items, strict=True)
 
     # -- Generation ------------------------------------------------------------------------------------------
 
+    @neutral()
     def generate(self, parts: Any, out: str = "text", size: tuple[int, int] | None = None, **sampling: Any) -> Any:
         """Answer a prompt with text, a picture or a sound.
 
@@ -218,13 +258,17 @@ class Model:
         """
         return self.generate_batch([parts], out, size, **sampling)[0]
 
+    @neutral()
     def generate_batch(self, prompts: Sequence[Any], out: str = "text", size: tuple[int, int] | None = None,
                        **sampling: Any) -> list[Any]:
         """`generate` for each prompt: many at once are much faster than one by one."""
-        asked, prefix = [self._prompt(parts) for parts in prompts], self._size_prefix(out, size)
+        if isinstance(prompts, str):
+            raise InputError("prompts: found str, expected a list of prompts")
+        asked, prefix = self._as_list(prompts, self._prompt, "prompt"), self._size_prefix(out, size)
         answers = [self._to_media(ids) for ids in self._answer(asked, out, Sampling.of(**sampling), prefix)]
         return answers if out == "any" else [answer[0] if answer else "" for answer in answers]
 
+    @neutral()
     def complete(self, picture: Any, rows: int | None = None, parts: Any = (), **sampling: Any) -> PILImage.Image:
         """Keep the top of a picture and draw the rest.
 
@@ -235,14 +279,17 @@ class Model:
             parts: what the picture shall show, as in `generate`; by default nothing is said.
             **sampling: fields of `Sampling`; greedy by default.
         """
+        if rows is not None and not isinstance(rows, Integral):
+            raise InputError(f"rows: found {rows!r:.100}, expected a whole number")
         given, v = self._given(picture, ImagePart), self.vocabulary
         patch, (height, width) = self.tokenizers["image"].config.patch, given.codes.shape
         kept = height // 2 if rows is None else rows // patch
-        if rows is not None and (rows % patch or not 0 <= kept <= height):
+        if not 0 <= kept <= height or (rows is not None and rows % patch):
             raise InputError(f"rows: found {rows}, expected a multiple of {patch} from 0 to {height * patch}")
         prefix = [v.image, v.height(height), v.width(width), *v.to_global("image", given.codes[:kept]).ravel()]
         return self._to_media(self._answer([self._prompt(parts)], "image", Sampling.of(**sampling), prefix)[0])[0]
 
+    @neutral()
     def extend(self, sound: Any, seconds: float = 1.0, parts: Any = (), **sampling: Any) -> Sound:
         """Let a sound go on: its reconstruction, and what the model hears behind it.
 
@@ -252,8 +299,8 @@ class Model:
             parts: what the sound shall be, as in `generate`; by default nothing is said.
             **sampling: fields of `Sampling` but `max_new_tokens`; greedy by default.
         """
-        if not 0 < seconds <= MAX_SECONDS:
-            raise InputError(f"seconds: found {seconds}, expected more than 0, up to {MAX_SECONDS}")
+        if not (isinstance(seconds, Real) and 0 < seconds <= MAX_SECONDS):
+            raise InputError(f"seconds: found {seconds!r:.100}, expected more than 0, up to {MAX_SECONDS}")
         given, v, tokenizer = self._given(sound, AudioPart), self.vocabulary, self.tokenizers["audio"]
         times = math.ceil(seconds * tokenizer.codes_per_second / tokenizer.bands)
         limited = Sampling.of(**sampling, max_new_tokens=times * tokenizer.bands)
@@ -267,6 +314,7 @@ class Model:
             raise InputError(f"found {part.kind}, expected {kind.kind}")
         return part
 
+    @neutral_steps
     def stream(self, parts: Any, out: str = "text", size: tuple[int, int] | None = None, **sampling: Any) -> Iterator[Media]:
         """Like `generate`, but yields text in pieces as it is written, and pictures and sounds when they are whole."""
         v, decode = self.vocabulary, self.tokenizers["text"].decode
@@ -294,10 +342,25 @@ class Model:
                 pending = []
 
     def _prompt(self, parts: Any) -> Prompt:
-        media = [item if isinstance(item, str) else self._as_media(item) for item in (parts if _is_list(parts) else [parts])]
-        return prompt(Document((Turn("user", tuple(self.encode_parts(media))),)), self.vocabulary)
+        return prompt(Document((Turn("user", self._parts(parts)),)), self.vocabulary)
+
+    def _parts(self, parts: Any) -> tuple[Part, ...]:
+        """What `generate` takes, in which a str is text, whatever it says."""
+        as_media = lambda item: item if isinstance(item, str) else self._as_media(item)  # noqa: E731
+        return tuple(self.encode_parts(self._as_list(parts if _is_list(parts) else [parts], as_media)))
+
+    @staticmethod
+    def _as_list(items: Sequence[Any], make: Callable[[Any], Any], name: str = "item") -> list[Any]:
+        """`make` of each, errors with its number."""
+        made = []
+        for number, item in enumerate(items):
+            with numbered(name, number, len(items)):
+                made.append(make(item))
+        return made
 
     def _size_prefix(self, out: str, size: tuple[int, int] | None) -> list[int]:
+        if not isinstance(out, str):
+            raise InputError(f"out: found {type(out).__name__}, expected text, image, audio or any")
         if out != "image" or "image" not in self.tokenizers:
             return []
         config = self.tokenizers["image"].config
@@ -305,6 +368,8 @@ class Model:
             if config.side is None:
                 return []
             size = (config.side, config.side)
+        if not (isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(edge, Integral) for edge in size)):
+            raise InputError(f"size: found {size!r:.100}, expected height and width in pixels")
         if any(edge % config.patch for edge in size):
             raise InputError(f"size: found {size}, expected multiples of {config.patch}")
         v = self.vocabulary
@@ -312,20 +377,25 @@ class Model:
 
     # -- Media and ids ---------------------------------------------------------------------------------------
 
+    @neutral()
     def tokenize(self, parts: Any) -> list[int]:
         """Text, pictures and sounds (as in `generate`) -> ids of a plain document, <bos> and <eos> included."""
-        media = [item if isinstance(item, str) else self._as_media(item) for item in (parts if _is_list(parts) else [parts])]
-        document = Document((Turn(None, tuple(self.encode_parts(media))),))
-        return render(document, self.vocabulary).ids.tolist()
+        return render(Document((Turn(None, self._parts(parts)),)), self.vocabulary).ids.tolist()
 
+    @neutral()
     def detokenize(self, ids: Sequence[int]) -> list[Media]:
         """Ids of a document -> its text (str), pictures (PIL) and sounds (`Sound`) in order."""
+        try:
+            ids = [max(-1, min(index(ident), sys.maxsize)) for ident in ids]
+        except TypeError as error:
+            raise InputError(f"ids: expected a list of whole numbers ({error})") from None
         return [self._decode(part) for turn in parse(ids, self.vocabulary).turns for part in turn.parts]
 
     def _to_media(self, ids: Sequence[int]) -> list[Media]:
         v = self.vocabulary
         return self.detokenize([v.bos, *map(int, ids), v.eos])
 
+    @neutral()
     def encode_parts(self, media: Sequence[str | Image | Audio]) -> list[Part]:
         """Text, pictures and sounds -> parts of codes and features; media of a kind go through their tokenizer together."""
         parts: list[Part | None] = [None] * len(media)
@@ -333,22 +403,37 @@ class Model:
             places = [i for i, item in enumerate(media) if isinstance(item, mark)]
             if places and kind not in self.tokenizers:
                 raise InputError(f"found {kind}, but this model has tokenizers for {', '.join(self.tokenizers)} only")
-            embed = lambda chosen: self.tokenizers[kind].embed_batch([self._read(media[i]) for i in chosen])  # noqa: B023, E731
-            for i, encoding in self._in_batches(embed, places):
+            embed = lambda chosen: self._embed(kind, media, chosen)  # noqa: B023, E731
+            batches = [places[first:first + BATCH] for first in range(0, len(places), BATCH)]
+            for i, encoding in self._in_batches(embed, batches):
                 parts[i] = make(*encoding)
         for i, item in enumerate(media):
             if isinstance(item, str):
                 parts[i] = TextPart(self.tokenizers["text"].encode(item))
         return parts
 
+    def _embed(self, kind: str, media: Sequence[Any], chosen: Sequence[int]) -> list[Encoding]:
+        """The encodings of some media of a kind, of which no more than BATCH_VALUES are held at a time."""
+        encodings: list[Encoding] = []
+        held: list[torch.Tensor] = []
+        for i in chosen:
+            with numbered("item", i, len(media)):
+                held.append(self._read(media[i]))
+            if sum(medium.numel() for medium in held) >= BATCH_VALUES or i == chosen[-1]:
+                encodings += self.tokenizers[kind].embed_batch(held)
+                held.clear()
+        return encodings
+
     def _read(self, item: Image | Audio) -> torch.Tensor:
         data, name = item.data, None
         if isinstance(data, (str, Path)):
             name = display(str(data))
             data = FileSource(str(data)).read()
-        if isinstance(item, Image):
-            return load_image(data, name)
-        return load_audio(data, self.tokenizers["audio"].rate, name, item.rate)
+        if isinstance(item, Audio):
+            return load_audio(data, self.tokenizers["audio"].rate, name, item.rate)
+        if isinstance(data, PILImage.Image):
+            _check_open(data)
+        return self.tokenizers["image"].fit(load_image(data, name))  # so that no photograph is held as it was
 
     def _decode(self, part: Part) -> Media:
         tokenizer = self.tokenizers[part.kind]
@@ -363,9 +448,9 @@ class Model:
         """What makes sounds: the audio tokenizer or, where it lacks a vocoder and the codes are the same, the shipped one."""
         own = self.tokenizers["audio"]
         if getattr(own, "vocoder", own) is None:
-            shipped = load_tokenizer(find_shipped(AUDIO_TOKENIZER))
-            if shipped.fingerprint == own.fingerprint:
-                return shipped
+            other = load_tokenizer(shipped(AUDIO_TOKENIZER))
+            if other.fingerprint == own.fingerprint:
+                return other
         return own
 
     def _as_media(self, item: Any) -> Image | Audio:
@@ -377,24 +462,65 @@ class Model:
         if isinstance(item, PILImage.Image):
             return Image(item)
         if isinstance(item, (np.ndarray, torch.Tensor)):
+            if could_be_sound(item):
+                raise InputError(f"{type(item).__name__} of shape {tuple(item.shape)}: a sound or a picture? Expected it in "
+                                 "mmtx.Audio(...) or mmtx.Image(...)")
             return Audio(item) if item.ndim == 1 else Image(item)
         if isinstance(item, (str, Path)):
             with open_binary(str(item)) as file:
                 kind = kind_of(str(item), file.read(64))
             if kind is None:
-                raise InputError(f"{display(str(item))}: found neither a picture nor a sound that can be read")
+                raise InputError(f"{display(str(item))}: found neither a picture nor a sound that can be read, expected "
+                                 f"{', '.join(IMAGE_FORMATS + AUDIO_FORMATS)}")
             return (Image if kind == "image" else Audio)(str(item))
         raise InputError(f"found {type(item).__name__}, expected a path, PIL image, array, tensor, Image or Audio")
 
 
-def _in_threads(run: Callable[[Any], Any], items: Sequence[Any], threads: int) -> list[Any]:
-    """`run` each item, `threads` of them at a time, each of which lets torch use one thread only."""
-    before = torch.get_num_threads()
+def by_length(lengths: Sequence[int]) -> list[list[int]]:
+    """Numbers of prompts in batches: neighbours in length, so that little more than half of a batch is padding at most, and
+    within BATCH and BATCH_TOKENS.
+    """
+    batches: list[list[int]] = []
+    for number in sorted(range(len(lengths)), key=lengths.__getitem__):
+        length = lengths[number]
+        fits = batches and len(batches[-1]) < BATCH and (len(batches[-1]) + 1) * length <= BATCH_TOKENS
+        if not fits or length > 2 * max(SHORT, lengths[batches[-1][0]]):
+            batches.append([])
+        batches[-1].append(number)
+    return batches
+
+
+def could_be_sound(item: np.ndarray | torch.Tensor) -> bool:
+    """Whether an array that is no plain sound (S,) is too thin for a picture, and few enough channels for a sound, as
+    torchaudio (C, S) and soundfile (S, C) read it.
+    """
+    if item.ndim not in (2, 3) or getattr(item, "is_nested", False):
+        return False
+    coloured = item.ndim == 3 and item.shape[0 if isinstance(item, torch.Tensor) else 2] in (3, 4)
+    if coloured and item.dtype in (np.uint8, torch.uint8):
+        return False
+    *_, short, long = sorted(item.shape)
+    return 0 < short <= MAX_CHANNELS and long >= THIN * short
+
+
+def _check_open(picture: PILImage.Image) -> None:
+    """Raise InputError where the file of a PIL image was closed before its pixels were read."""
+    if getattr(picture, "fp", None) is None:  # all are read, or no more can be
+        try:
+            picture.load()
+        except (ValueError, AttributeError, AssertionError):  # which of them depends on the format
+            raise InputError("found a PIL image that was closed before its pixels were read, expected an open one") from None
+
+
+@contextmanager
+def numbered(name: str, number: int, count: int) -> Iterator[None]:
+    """Errors say which of several things is meant."""
     try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(run, items))
-    finally:
-        torch.set_num_threads(before)   # what the threads set is also what new ones of the caller would start with
+        yield
+    except InputError as error:
+        if count == 1:
+            raise
+        raise InputError(f"{name} {number + 1} of {count}: {error}") from error
 
 
 def _is_list(item: Any) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CHAIN = ("files", "kernels", "layers", "modality", "vocabulary", "sequence", "data", "model", "loss", "decoding", "row",
+CHAIN = ("files", "ambient", "kernels", "layers", "modality", "vocabulary", "sequence", "data", "model", "loss", "decoding", "row",
          "generation", "pipeline", "captioning", "evaluation", "report", "training", "cli")
 ANYWHERE = ("errors",)
 FILES = sorted((ROOT / "mmtx").rglob("*.py"))
@@ -85,11 +85,15 @@ for arguments in (["--help"], ["caption", "--help"]):
     assert not loaded & {"torch", "torchaudio", "torchvision", "lightning", "jsonargparse", "numpy", "sentencepiece"}
 
 
-@pytest.mark.parametrize(("given", "count"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"),
-                                              ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")])
-def test_threads_of_torch_spin_for_a_short_while(given, count):
+@pytest.mark.parametrize(("code", "given", "count"), [
+    ("import mmtx; mmtx.load", {}, "1000"),
+    ("import mmtx.cli; mmtx.cli.main(['tokenize', 'a'])", {}, "1000"),
+    ("import mmtx; mmtx.load", {"GOMP_SPINCOUNT": "7"}, "7"),
+    ("import mmtx; mmtx.load", {"OMP_WAIT_POLICY": "PASSIVE"}, "0"),
+])
+def test_threads_of_torch_spin_for_a_short_while(code, given, count):
     kept = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    done = subprocess.run([sys.executable, "-c", "import mmtx, torch"], cwd=ROOT, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                           env={**kept, **given, "OMP_DISPLAY_ENV": "VERBOSE"})
     found = re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)
     if not found:

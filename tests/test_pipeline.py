@@ -1,8 +1,11 @@
 """The Python API on a tiny random model: what goes in, what comes out, and folders that are not whole."""
 
 import copy
+import io
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,12 +14,19 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 import mmtx
+from mmtx import decoding
+from mmtx.files import find_shipped, shipped
+from mmtx.modality import image
+from mmtx.modality.audio import CHUNKS
 from mmtx.modality.text import TextTokenizer
 from mmtx.modality.vocoder import VocoderConfig
-from mmtx.pipeline import Model
+from mmtx.pipeline import BATCH, BATCH_TOKENS, DEFAULT_MODEL, Model, by_length
+from mmtx.pipeline import SHORT as SHORT_PROMPT
 from mmtx.sequence import AudioPart, Document, ImagePart, TextPart, Turn, render
 from mmtx.vocabulary import Vocabulary
 
@@ -160,11 +170,116 @@ def test_batches_run_in_threads_of_one_thread_each(tiny_model, monkeypatch, thre
         with ThreadPoolExecutor(1) as pool:
             return pool.submit(torch.get_num_threads).result()
 
-    assert list(tiny_model._in_batches(run, range(6))) == [(n, (n * n, 1)) for n in range(6)]
+    assert list(tiny_model._in_batches(run, [[0, 1], [2, 3], [4, 5]])) == [(n, (n * n, 1)) for n in range(6)]
     assert torch.get_num_threads() == threads_of_a_new_thread() == 3
     with pytest.raises(mmtx.InputError, match="fourth"):
         tiny_model.caption([np.zeros((9, 9, 3), np.uint8)] * 3 + [mmtx.Image("fourth.png")])
     assert torch.get_num_threads() == threads_of_a_new_thread() == 3
+
+
+# -- Batches -------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 3 * BATCH_TOKENS) | st.integers(1, 300), max_size=150))
+def test_prompts_share_a_batch_with_those_of_about_their_length(lengths):
+    batches = by_length(lengths)
+    assert sorted(number for batch in batches for number in batch) == list(range(len(lengths)))
+    for batch in batches:
+        longest, real = max(lengths[i] for i in batch), sum(lengths[i] for i in batch)
+        assert 0 < len(batch) <= BATCH
+        assert longest * len(batch) <= BATCH_TOKENS or len(batch) == 1
+        assert longest <= 2 * max(SHORT_PROMPT, min(lengths[i] for i in batch))
+        assert longest * len(batch) <= 2 * real or longest <= 2 * SHORT_PROMPT
+
+
+def test_prompts_of_one_length_are_not_torn_apart():
+    assert [len(batch) for batch in by_length([70] * 100)] == [32, 32, 32, 4]
+    assert by_length([5, 100, 30]) == [[0, 2, 1]]
+    assert by_length([]) == []
+
+
+@pytest.fixture
+def work(lively_model, monkeypatch):
+    """Tokens that the decoder is fed as prompts, and numbers of media that an encoder holds at a time."""
+    prefilled, held = [], []
+    prefill, tokenizer = decoding.prefill, lively_model.tokenizers["audio"]
+    embed = tokenizer.embed_batch
+    monkeypatch.setattr(decoding, "prefill", lambda weights, x, *more: (prefilled.append(x[..., 0].numel()),
+                                                                       prefill(weights, x, *more))[1])
+    monkeypatch.setattr(tokenizer, "embed_batch", lambda media: (held.append(sum(map(len, media))), embed(media))[1])
+    return prefilled, held
+
+
+def test_a_long_sound_costs_short_ones_nothing(lively_model, work):
+    prefilled, held = work
+    random = np.random.default_rng(0)
+    short, long = [random.normal(0, 0.1, 1600) for _ in range(31)], [random.normal(0, 0.1, 300_000)]
+    costs = []
+    for media in (short, long, short[:9] + long + short[9:]):
+        prefilled.clear(), held.clear()
+        answers = lively_model.caption(media, max_new_tokens=4)
+        costs.append((sum(prefilled), sum(held)))
+    apart = sum(tokens for tokens, _ in costs[:2])
+    assert costs[2] == (apart, 31 * 1600 + 300_000) and apart > 1000
+    assert answers[9] == lively_model.caption(long, max_new_tokens=4)[0]
+
+
+def test_sounds_that_are_held_at_a_time_are_bounded(lively_model, work, monkeypatch):
+    _, held = work
+    monkeypatch.setattr("mmtx.pipeline.BATCH_VALUES", 8_000)
+    sounds = [np.random.default_rng(0).normal(0, 0.1, length) for length in (3000, 3000, 3000, 20_000, 500, 600)]
+    together = lively_model.caption(sounds, **SHORT)
+    assert held == [9_000, 20_000, 1_100]
+    assert together == [lively_model.caption(sound, **SHORT) for sound in sounds]
+
+
+def test_the_spectrogram_of_a_long_sound_is_made_in_pieces(tiny_model):
+    tokenizer = tiny_model.tokenizers["audio"]
+    c = tokenizer.config
+    sound = torch.from_numpy(np.random.default_rng(0).normal(0, 0.1, 2 * CHUNKS * c.chunk * c.patch_frames * c.hop + 777)).float()
+    pieces = list(tokenizer._column_pieces(tokenizer._padded(sound)))
+    assert len(pieces) == 3 and max(map(len, pieces)) == CHUNKS * c.chunk * c.patch_frames
+    torch.testing.assert_close(torch.cat(pieces), tokenizer.spectrogram(sound))
+    assert len(tokenizer.encode(sound)) == tokenizer.grid(sound)[0]
+
+
+PHOTOGRAPHS = """
+import io, sys
+import torch, mmtx
+from PIL import Image
+
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1000
+
+torch.set_num_threads(1)
+file = io.BytesIO()
+Image.new("L", (6000, 4000)).save(file, "PNG", compress_level=1)
+model, photograph = mmtx.load(sys.argv[1], "cpu"), mmtx.Image(file.getvalue())
+before = peak()
+model.caption(photograph, max_new_tokens=1)
+one = peak()
+model.caption([photograph] * 3, max_new_tokens=1)
+print(one - before, peak() - one)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak of a process is told otherwise")
+def test_photographs_are_held_small(saved):
+    done = subprocess.run([sys.executable, "-c", PHOTOGRAPHS, saved], capture_output=True, text=True, timeout=240,
+                          cwd=Path(__file__).parents[1])
+    one, more = map(float, done.stdout.split())
+    assert one > 72  # MB: the picture in 8 bits, so the measure works
+    assert more < 40
+
+
+def test_a_large_picture_is_resized_to_the_same_values(monkeypatch):
+    picture = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 90, 61), np.uint8))
+    whole = image.resize(picture, 24, 17)
+    monkeypatch.setattr(image, "LARGE", 0)
+    assert torch.equal(image.resize(picture, 24, 17), whole)
+
+
+# -- Wrong values --------------------------------------------------------------------------------------------
 
 
 def test_caption_documents_ask_up_to_the_last_user_turn(tiny_model, monkeypatch):
@@ -183,11 +298,112 @@ def test_caption_documents_ask_up_to_the_last_user_turn(tiny_model, monkeypatch)
     (np.full((4, 4, 3), 2.0), ["2"]),
     (np.zeros((0,), np.float32), ["sound"]),
     (np.array([np.nan], np.float32), ["NaN"]),
+    (np.array(0.5), ["shape ()"]),
+    (np.array([None, 1.0], object), ["object"]),
+    (b"abc", ["bytes", "expected a path"]),
+    ("x" * 5000, ["xxx", "too long"]),
+    (mmtx.Image(None), ["NoneType"]),
+    (mmtx.Audio(np.zeros(99, np.float32), -1), ["-1 Hz"]),
+    (torch.zeros(1, 900), ["(1, 900)", "mmtx.Audio", "mmtx.Image"]),
+    (torch.zeros(2, 900) - 0.5, ["mmtx.Audio"]),
+    (torch.zeros(1, 900, dtype=torch.int16), ["mmtx.Audio"]),
+    (torch.zeros(1, 1, 900), ["mmtx.Audio"]),
+    (np.zeros((900, 2), np.float32), ["mmtx.Audio"]),
+    ({}, ["dict"]),
 ])
 def test_caption_names_what_it_cannot_read(tiny_model, media, told):
     with pytest.raises(mmtx.InputError) as error:
         tiny_model.caption(media)
     assert all(word in str(error.value) for word in told), error.value
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", None])
+def test_a_picture_that_was_closed_is_told_as_that(tiny_model, pixels, form):
+    picture, file = PILImage.fromarray(pixels), io.BytesIO()
+    if form:
+        picture.save(file, form)
+        picture = PILImage.open(file)
+    tiny_model.caption(picture.copy(), **SHORT)
+    if form:
+        picture = PILImage.open(file)
+    picture.close()
+    for given in (picture, mmtx.Image(picture)):
+        with pytest.raises(mmtx.InputError, match="closed"):
+            tiny_model.caption(given)
+
+
+def test_an_open_picture_that_is_cut_short_is_told_as_that(tiny_model, files):
+    picture = PILImage.open(io.BytesIO((files / "picture.png").read_bytes()[:200]))
+    with pytest.raises(mmtx.InputError, match="not a whole picture"):
+        tiny_model.caption(picture)
+
+
+def test_tensors_of_other_types_are_taken_by_their_values(lively_model, pixels, tone):
+    picture, sound = torch.from_numpy(pixels).permute(2, 0, 1) / 255, torch.from_numpy(tone)
+    asked = lively_model.tokenize
+    # Halves of bfloat16 are exact where 8 bits of it hold the value.
+    coarse = (picture * 4).round() / 4
+    for form in (coarse.bfloat16(), coarse.half(), coarse.double(), coarse.half().numpy().transpose(1, 2, 0),
+                 coarse.requires_grad_()):
+        assert asked(form) == asked(coarse.float())
+    for form in (sound.double(), sound[None], torch.stack([0 * sound, sound]), sound[:, None].numpy()):
+        assert asked(mmtx.Audio(form)) == asked(sound)
+    assert asked(pixels[:4, :4]) != asked(pixels[:, :4])  # small pictures are pictures
+    assert asked(mmtx.Image(torch.zeros(1, 900))) == asked(np.zeros((1, 900, 3), np.uint8))
+
+
+def test_an_error_of_a_list_names_the_item(tiny_model, pixels, tone, files):
+    for call, told in {
+        lambda: tiny_model.caption([pixels] * 26 + [pixels + 300.0] + [pixels] * 13): "^item 27 of 40: image: values from 3",
+        lambda: tiny_model.caption([pixels, pixels, None]): "^item 3 of 3: found NoneType",
+        lambda: tiny_model.caption([pixels, tone, tone * np.nan, None, pixels]): "^item 4 of 5: found None",
+        lambda: tiny_model.caption([pixels, tone, tone * np.nan, pixels]): "^item 3 of 4: sound: NaN",
+        lambda: tiny_model.caption([files / "sound.wav", "nothing.png"]): "^item 2 of 2: nothing.png: no such file",
+        lambda: tiny_model.caption([None]): "^found NoneType",
+        lambda: tiny_model.generate(["a", 3]): "^item 2 of 2: found int",
+        lambda: tiny_model.tokenize(["a", "b", pixels[0, 0, 0]]): "^item 3 of 3: found uint8",
+        lambda: tiny_model.generate_batch(["a", ["b", None]]): "^prompt 2 of 2: item 2 of 2: found None",
+        lambda: tiny_model.generate_batch(["a", mmtx.Image("x.png")]): "^prompt 2 of 2: x.png: no such file",
+    }.items():
+        with pytest.raises(mmtx.InputError, match=told):
+            call()
+
+
+@pytest.mark.parametrize("text", ["x" * 300, "a\nb " * 100, "a\0b", "what does https://example.com say?", "data:,x", "cat.png",
+                                  "/etc/passwd", "http://x/y.png"])
+def test_a_str_of_a_prompt_is_text_whatever_it_says(tiny_model, text):
+    assert tiny_model.detokenize(tiny_model.tokenize(text)) == [text]
+    assert isinstance(tiny_model.generate(text, **SHORT), str)
+
+
+@pytest.mark.parametrize("call, told", [
+    (lambda model, _: mmtx.Audio(np.zeros(9), "16000"), "rate: found '16000'"),
+    (lambda model, _: mmtx.Audio(np.zeros(9), float("nan")), "rate: found nan"),
+    (lambda model, _: model.generate("a", out="image", size=8), "size: found 8"),
+    (lambda model, _: model.generate("a", out="image", size=(8, "8")), "size: found"),
+    (lambda model, _: model.generate("a", out="image", size=(8, 8, 8)), "size: found"),
+    (lambda model, _: model.generate("a", out="image", size=(8.0, 8.0)), "size: found"),
+    (lambda model, _: model.generate("a", out=None), "out: found NoneType"),
+    (lambda model, _: next(model.stream("a", out=["text"])), "out: found list"),
+    (lambda model, _: model.generate_batch("ab"), "prompts: found str"),
+    (lambda model, _: model.complete(np.zeros((16, 16, 3)), "8"), "rows: found '8'"),
+    (lambda model, _: model.complete(np.zeros((16, 16, 3)), 8.0), "rows: found 8.0"),
+    (lambda model, tone: model.extend(tone, "1"), "seconds: found '1'"),
+    (lambda model, tone: model.extend(tone, 1e9), "seconds: found 1000000000.0"),
+    (lambda model, _: model.detokenize("abc"), "ids: "),
+    (lambda model, _: model.detokenize([1.5]), "ids: "),
+    (lambda model, _: model.detokenize(None), "ids: "),
+    (lambda model, _: model.detokenize([2 ** 70]), "position 0"),
+    (lambda model, _: model.to("meta"), "device: meta"),
+    (lambda model, _: model.to(3.5), "device: 3.5"),
+    (lambda model, _: mmtx.load(3), "found int, expected the path"),
+    (lambda model, _: mmtx.load(b"x"), "found bytes"),
+    (lambda model, _: mmtx.load("x" * 300), "xxx.*: no such folder"),
+    (lambda model, _: mmtx.load("a\0b"), "no such folder"),
+])
+def test_a_wrong_option_is_named(tiny_model, tone, call, told):
+    with pytest.raises(mmtx.InputError, match=told):
+        call(tiny_model, tone)
 
 
 def test_caption_names_a_file_of_no_known_kind(tiny_model, tmp_path):
@@ -391,6 +607,24 @@ def test_stream_of_mixed_parts_adds_up_to_generate(tiny_model, monkeypatch):
         assert np.array_equal(np.asarray(found), np.asarray(part))
 
 
+# -- What comes with the package -----------------------------------------------------------------------------
+
+
+def test_a_folder_of_the_shipped_name_is_not_taken_for_the_default(saved, tiny_model, tmp_path, monkeypatch, pixels):
+    tiny_model.save(tmp_path / "here" / DEFAULT_MODEL)
+    monkeypatch.chdir(tmp_path / "here")
+    assert mmtx.load(device="cpu").vocabulary != tiny_model.vocabulary
+    assert mmtx.load(DEFAULT_MODEL, "cpu").vocabulary == tiny_model.vocabulary  # who names it means his own
+    monkeypatch.chdir(tmp_path)
+    assert mmtx.load(DEFAULT_MODEL, "cpu").vocabulary != tiny_model.vocabulary
+    monkeypatch.chdir(tmp_path / "here")
+    (Path("tokenizers/text")).mkdir(parents=True)
+    assert find_shipped("tokenizers/text") == Path("tokenizers/text") != shipped("tokenizers/text")
+    assert (shipped("tokenizers/text") / "tokenizer.model").exists()
+    with pytest.raises(mmtx.InputError, match="nothing: no such folder or file"):
+        find_shipped("nothing")
+
+
 # -- Ids -----------------------------------------------------------------------------------------------------
 
 
@@ -529,7 +763,7 @@ def test_sound_comes_from_the_shipped_vocoder_if_the_codes_are_the_same(same, ti
     shipped = copy.deepcopy(own) if same else different(own)
     shipped.vocoder = shipped.new_vocoder(VocoderConfig(width=16, depth=1))
     shipped.save(tmp_path / "shipped")
-    monkeypatch.setattr("mmtx.pipeline.AUDIO_TOKENIZER", str(tmp_path / "shipped"))
+    monkeypatch.setattr("mmtx.pipeline.AUDIO_TOKENIZER", tmp_path / "shipped")
     codes = np.arange(12).reshape(6, 2)
     ids = render(Document((Turn(None, (AudioPart(codes),)),)), tiny_model.vocabulary).ids
     [sound] = mmtx.load(saved, device="cpu").detokenize(ids)

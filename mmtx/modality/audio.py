@@ -20,6 +20,7 @@ import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
+from mmtx.ambient import neutral, neutral_steps
 from mmtx.errors import InputError
 from mmtx.modality.autoencoder import Codec, Encoding, NetworkConfig, PatchAutoencoder, Reconstruction
 from mmtx.files import read_json, write_json
@@ -28,6 +29,8 @@ from mmtx.modality.vocoder import PITCHES, Vocoder, VocoderConfig, pitch_logits
 FLOOR = 1e-3              # mel magnitudes below it count as silence: 70 dB under a full-scale tone
 CENTRE, SPREAD = -4.5, 2  # brings the log magnitudes of peak-normalised sound to about [-1, 3]
 GRIFFIN_LIM_ROUNDS = 32
+GRIFFIN_LIM_MOMENTUM = 0.99
+CHUNKS = 16               # of which the spectrogram is made together: what it takes beside its result does not grow with the sound
 
 
 @dataclass(frozen=True)
@@ -176,6 +179,14 @@ class AudioTokenizer(Codec):
         mel = self._log_mel(padded)
         return torch.cat([mel, pitch_logits(padded.unfold(-1, c.window, c.hop), c.rate)], -1) if c.pitch else mel
 
+    def _column_pieces(self, padded: Tensor) -> Iterator[Tensor]:
+        """`_columns` of one sound, some chunks at a time."""
+        c = self.config
+        total, frames = (len(padded) - c.window) // c.hop + 1, CHUNKS * c.chunk * c.patch_frames
+        for first in range(0, total, frames):
+            last = min(first + frames, total) - 1
+            yield self._columns(padded[first * c.hop:last * c.hop + c.window])
+
     def _log_mel(self, padded: Tensor) -> Tensor:
         """Samples of whole windows (..., (F - 1) * hop + window) -> scaled log-mel (..., F, M)."""
         c = self.config
@@ -196,18 +207,22 @@ class AudioTokenizer(Codec):
         return torch.cat([*self.vocoder.stream([self.to_log(mel)])]).cpu()
 
     def griffin_lim(self, mel: Tensor) -> Tensor:
-        """Log-mel (F, N) -> waveform (F * hop,) by Griffin-Lim (https://doi.org/10.1109/TASSP.1984.1164317)."""
-        import torchaudio.functional as AF
-
+        """Log-mel (F, N) -> waveform (F * hop,) by Griffin-Lim (https://doi.org/10.1109/TASSP.1984.1164317), the fast form
+        of it (https://doi.org/10.1109/WASPAA.2013.6701851): torchaudio's, whose first phases are drawn for all threads.
+        """
         c = self.config
         magnitude = self.to_log(self.mel_part(mel)).exp()
         spectrum = (magnitude @ torch.linalg.pinv(self._mel_matrix)).clamp_min(0).T       # (window/2+1, F)
         spectrum = torch.nn.functional.pad(spectrum, (0, 1))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return AF.griffinlim(spectrum, self.hann.cpu(), c.window, c.hop, c.window, power=1.0,
-                                 n_iter=GRIFFIN_LIM_ROUNDS, momentum=0.99, length=mel.shape[0] * c.hop,
-                                 rand_init=True)
+        hann, share = self.hann.cpu(), GRIFFIN_LIM_MOMENTUM / (1 + GRIFFIN_LIM_MOMENTUM)
+        phases = torch.rand(spectrum.shape, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+        before = torch.zeros(())
+        for _ in range(GRIFFIN_LIM_ROUNDS + 1):
+            waveform = torch.istft(spectrum * phases, c.window, c.hop, window=hann, length=mel.shape[0] * c.hop)
+            heard = torch.stft(waveform, c.window, c.hop, window=hann, return_complex=True)
+            phases = heard - before * share
+            phases, before = phases / (phases.abs() + 1e-16), heard
+        return waveform
 
     def grid(self, waveform: Tensor) -> tuple[int, int]:
         """Time steps and bands of the codes of a waveform (S,)."""
@@ -217,11 +232,13 @@ class AudioTokenizer(Codec):
         """Waveform (S,) of any length -> codes (t, bands)."""
         return self.encode_batch([waveform])[0]
 
+    @neutral()
     def embed_batch(self, waveforms: Sequence[Tensor]) -> list[Encoding]:
         """Waveforms of any lengths -> codes (t, bands) and features (t, bands, D) of each."""
         chunks, counts = [], []
         for waveform in waveforms:
-            pieces = self._to_grid(self.spectrogram(waveform)).split(self.config.chunk)
+            pieces = [piece for columns in self._column_pieces(self._padded(waveform))
+                      for piece in self._to_grid(columns).split(self.config.chunk)]
             chunks.extend(pieces)
             counts.append(len(pieces))
         pieces = iter(self.embed_grids(chunks))
@@ -231,6 +248,7 @@ class AudioTokenizer(Codec):
             encodings.append(Encoding(np.concatenate(codes), torch.cat(features)))
         return encodings
 
+    @neutral_steps
     def encode_stream(self, waveforms: Iterable[Tensor]) -> Iterator[np.ndarray]:
         """One sound in pieces (S,) of any lengths, 0 included -> its codes in pieces (t, bands): those of `encode`.
 
@@ -257,6 +275,7 @@ class AudioTokenizer(Codec):
     def _encode_grid(self, mel: Tensor) -> np.ndarray:
         return self.embed_grids([self._to_grid(mel)])[0].codes
 
+    @neutral_steps
     def decode_stream(self, codes: Iterable[np.ndarray]) -> Iterator[Tensor]:
         """The codes of one sound in pieces (t, bands) of any lengths -> its waveform in pieces: that of `decode`.
 
@@ -271,6 +290,7 @@ class AudioTokenizer(Codec):
         for waveform in self.vocoder.stream(mels):
             yield waveform.clamp(-1, 1).cpu()
 
+    @neutral()
     def decode(self, codes: np.ndarray) -> Tensor:
         """Codes (t, bands) -> waveform (t * patch_frames * hop,)."""
         return self.waveform(self.decode_spectrogram(codes)).clamp(-1, 1)

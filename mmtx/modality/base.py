@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
+from mmtx.ambient import unfilled
 from mmtx.errors import InputError
 from mmtx.files import read_json, replace_folder
 
@@ -78,6 +79,7 @@ class Tokenizer(ABC):
                 (staging / name).write_bytes(content)
 
 
+@unfilled()
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Load a tokenizer of any kind; `config.json` in the folder names the kind."""
     folder = Path(folder)

@@ -1,0 +1,163 @@
+"""The ambient state of torch and NumPy: what the surrounding program set must not change an answer, nor be changed by one.
+
+| the program's | here |
+| --- | --- |
+| default dtype and device, autocast, inference mode, NumPy's error handling | pinned while a call runs: `neutral` |
+| random state | not drawn from: `unfilled` builds modules without their initial values |
+| number of torch's threads | left alone: `in_threads` has threads of its own |
+| a fork, which torch's threads do not survive | the thread that comes out of it uses one: `neutral` |
+
+The default dtype belongs to the process: where it is not float32, other threads see float32 while a call runs.
+"""
+
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+
+MOST_THREADS = 4  # of ours in a process
+AUTOCAST = ("cpu", "cuda", "mps", "xpu")  # kinds of devices whose autocast may be on
+DRAWING = {"normal_", "uniform_", "kaiming_uniform_"}  # what the initial values of modules are drawn with
+
+
+class _State:
+    """What all threads of a process share; a fork starts anew, since a lock may be held and no thread is there."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.calls, self.dtype = 0, torch.float32  # that pin the default dtype, and the program's own
+        self.pool: ThreadPoolExecutor | None = None
+
+
+_state, _thread = _State(), threading.local()
+
+
+def _forked() -> None:
+    global _state
+    if _state.calls:
+        torch.set_default_dtype(_state.dtype)
+    _state, _thread.forked = _State(), True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
+@contextmanager
+def neutral() -> Iterator[None]:
+    """Compute as in a program that has set nothing; also a decorator, for functions that are no generators."""
+    if getattr(_thread, "forked", False):
+        one_thread()
+        _thread.forked = False
+    with ExitStack() as stack:
+        stack.enter_context(_float32())
+        stack.enter_context(np.errstate(divide="warn", over="warn", under="ignore", invalid="warn"))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        for kind in AUTOCAST:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def neutral_steps(generator: Callable[..., Iterator]) -> Callable[..., Iterator]:
+    """`neutral` for a generator function: around each step, so that the caller's code between two of them is as it was."""
+    @functools.wraps(generator)
+    def stepped(*args: Any, **options: Any) -> Iterator:
+        # No context is open at a `yield`: what is left at exit is closed when torch may be gone.
+        steps, over = generator(*args, **options), object()
+        while True:
+            with neutral():
+                item = next(steps, over)
+            if item is over:
+                return
+            yield item
+    return stepped
+
+
+@contextmanager
+def unfilled() -> Iterator[None]:
+    """`neutral`, and modules made here are not filled with random values, for weights that are read from a file."""
+    with neutral(), _Unfilled():
+        yield
+
+
+class _Unfilled(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in DRAWING:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _float32() -> Iterator[None]:
+    """The default dtype float32, until the last of all calls that overlap has ended."""
+    state = _state
+    with state.lock:
+        pinned = state.calls > 0 or torch.get_default_dtype() != torch.float32
+        if pinned:
+            if not state.calls:
+                state.dtype = torch.get_default_dtype()
+                torch.set_default_dtype(torch.float32)
+            state.calls += 1
+    try:
+        yield
+    finally:
+        if pinned:
+            with state.lock:
+                state.calls -= 1
+                if not state.calls:
+                    torch.set_default_dtype(state.dtype)
+
+
+def one_thread() -> None:
+    """Give this thread one thread of torch's, and those to come what they would have got.
+
+    torch remembers the number that was set last, in whatever thread, for all that have not used it yet.
+    """
+    torch.get_num_threads()  # a thread that has not asked yet takes the common number with its first work
+    with _state.lock, ThreadPoolExecutor(1) as fresh:
+        count = fresh.submit(torch.get_num_threads).result()
+        torch.set_num_threads(1)
+        fresh.submit(torch.set_num_threads, count).result()
+
+
+def in_threads(run: Callable[[Any], Any], items: Sequence[Any], threads: int) -> list[Any]:
+    """`run` each item, `threads` of them at a time, each of which lets torch use one thread only.
+
+    Of several errors, that of the first item is raised. The threads serve all callers in turn and stay for later calls.
+    """
+    with _state.lock:
+        if _state.pool is None:
+            _state.pool = ThreadPoolExecutor(MOST_THREADS, "mmtx", initializer=one_thread)
+        pool = _state.pool
+    numbers, running, failed = iter(range(len(items))), {}, {}
+    results: list[Any] = [None] * len(items)
+    try:
+        while True:
+            while len(running) < threads and not failed and (number := next(numbers, None)) is not None:
+                running[pool.submit(run, items[number])] = number
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                number = running.pop(future)
+                if error := future.exception():
+                    failed[number] = error
+                else:
+                    results[number] = future.result()
+    finally:
+        for future in running:  # only where the caller is interrupted
+            future.cancel()
+        wait(running)
+    if failed:
+        raise failed[min(failed)]
+    return results
