@@ -113,13 +113,13 @@ def join(folder: str, name: str) -> str:
 def display(path: str) -> str:
     """A path for messages, on one line: without password, query (which may hold a signature), fragment or inline data, what a
     terminal would take for an order escaped, the middle of a long one left out."""
-    path = escaped(_without_secrets(path))
+    path = escaped(redacted(path))
     return path if len(path) <= LONGEST else f"{path[:LONGEST // 2]}...{path[3 - LONGEST // 2:]}"
 
 
 def recorded(path: str) -> str:
     """A path for files that outlive the run: as it is or, where that would give away a secret, shown with a digest of all."""
-    shown = _without_secrets(path)
+    shown = redacted(path)
     return path if shown == path else f"{shown} (sha256 {hashlib.sha256(path.encode('utf-8', 'surrogatepass')).hexdigest()[:16]})"
 
 
@@ -142,7 +142,8 @@ def _escape(letter: str) -> str:
     return f"\\x{ord(letter) - 0xDC00:02x}" if stray else letter.encode("unicode_escape", "backslashreplace").decode()
 
 
-def _without_secrets(path: str) -> str:
+def redacted(path: str) -> str:
+    """A path as it is or, of a URL, without what may be secret."""
     if not is_url(path):
         return path
     if path[:5].lower() == "data:":
