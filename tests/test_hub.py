@@ -148,7 +148,7 @@ def test_a_data_set_of_the_hub_names_nothing_of_the_readers(strangers, tmp_path,
         good, *bad = outcomes(read("hf://some/body"))
         assert good == b"A" and all(isinstance(text, str) and "column 'image' names" in text for text in bad)
         assert not server.asked
-        assert outcomes(read("hf://some/body", trusted=True))[:6] == [b"A", b"own", b"other", b"own", b"own", b"B"]
+        assert outcomes(read("hf://some/body", trusted=True)[:6]) == [b"A", b"own", b"other", b"own", b"own", b"B"]
 
 
 def test_names_in_a_column_of_texts_are_judged_alike(tmp_path, monkeypatch):

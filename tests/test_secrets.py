@@ -5,6 +5,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -186,18 +187,22 @@ def test_fit(secret, tmp_path, monkeypatch):
     import runs
 
     monkeypatch.setenv("MMTX_CACHE", str(tmp_path / "cache"))
-    config = runs.prepare(tmp_path / "parts", steps=2)
+    config = runs.prepare(tmp_path / "parts", steps=40)
     data = config["data"]["init_args"]
     data |= {"train": [{"paths": [secret("/m.jsonl")]}, {"paths": [secret("/x.tar")]}], "validation": [{"paths": [secret("/x.tar.gz")]}],
              "max_bad": 0.5}
-    assert runs.fit(config, tmp_path / "run") == [0], (tmp_path / "run.log").read_text()
+    processes = runs.start(config, tmp_path / "run")
+    runs.wait_for(lambda: runs.latest(tmp_path / "run") >= 2, processes)
+    assert runs.kill(processes), (tmp_path / "run.log").read_text()
+    kept = tmp_path / "kept"
+    shutil.copytree(tmp_path / "run" / "checkpoints", kept)
     assert runs.fit(config, tmp_path / "run", "--ckpt_path", "last") == [0], (tmp_path / "run.log").read_text()
     (saved,) = (tmp_path / "run").rglob("config.yaml")
     assert yaml.safe_load(saved.read_text())["data"]["init_args"]["train"][1]["paths"][0].endswith("/x.tar")
-    assert list((tmp_path / "run" / "checkpoints").iterdir())
     # Another token is another source, as far as one can tell.
     data["validation"] = [{"paths": [secret("/x.tar.gz").replace("token=", "other=")]}]
-    assert runs.fit(config, tmp_path / "run", "--ckpt_path", "last") == [2]
+    assert runs.fit(config, tmp_path / "run", "--ckpt_path", str(next(kept.glob("step-*.ckpt")))) == [2]
+    assert "x.tar.gz (sha256 " in (tmp_path / "run.log").read_text()
     data["train"] = [{"paths": [secret("/refused.jsonl")]}]
     assert runs.fit(config, tmp_path / "refused") == [2]
     data["train"] = [{"paths": secret("/x.tar"), "limit": "many"}]

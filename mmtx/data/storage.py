@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import re
+import stat
 import unicodedata
 import uuid
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mmtx.data.trust import Base, is_url, is_web
+from mmtx.data.trust import Base, is_url, is_web, scheme_of
 from mmtx.errors import InputError
 
 MAX_BYTES = 256 * 2**20  # of one medium: more than 600 s of stereo PCM at 48 kHz
@@ -178,15 +179,32 @@ def read(path: str, limit: int = MAX_BYTES, base: Base | None = None, offset: in
 
         data = _told(path, web.read, path, limit, base)
     else:
-        with open_binary(path, base, seek=size is not None, start=offset, stop=None if size is None else offset + size) as file:
-            if offset:
-                file.seek(offset)
-            data = file.read(wanted)
+        data = _bounded(path, _part, path, wanted, base, offset, size)
     if len(data) > limit:
         raise InputError(f"{display(path)}: more than {limit} bytes, the most for one medium")
     if size is not None and len(data) < size:
         raise InputError(f"{display(path)}: found {len(data)} bytes at byte {offset}, expected {size}")
     return data
+
+
+def _part(path: str, wanted: int, base: Base | None, offset: int, size: int | None) -> bytes:
+    with open_binary(path, base, seek=size is not None, start=offset, stop=None if size is None else offset + size) as file:
+        if offset:
+            file.seek(offset)
+        return file.read(wanted)
+
+
+def _bounded(path: str, run: Any, *arguments: Any) -> Any:
+    """`run`, within the time for one medium where a back end of fsspec reads it, which may know no such limit."""
+    if not is_url(path) or is_web(path) or scheme_of(path) == "data":
+        return run(*arguments)
+    from mmtx.data import web
+
+    try:
+        return web.within(web.TOTAL, run, *arguments)
+    except TimeoutError:
+        pass
+    raise InputError(f"{display(path)}: no whole answer within {web.TOTAL:g} s")
 
 
 @contextmanager
@@ -217,7 +235,15 @@ def _opened(path: str, base: Base | None, seek: bool, start: int, stop: int | No
         import fsspec
 
         return fsspec.open(path, "rb").open()
+    _check_regular(path)
     return open(path, "rb", buffering=0)
+
+
+def _check_regular(path: str) -> None:
+    """Raise InputError for what must not be opened: a pipe would be waited for, a device may act."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # of a folder `open` says what it is
+        raise InputError(f"{display(path)}: found a pipe, a socket or a device, expected a file")
 
 
 def listed(pattern: str) -> list[str]:
@@ -323,21 +349,22 @@ def _told(path: str, run: Any, *arguments: Any) -> Any:
 
 
 def _reason(error: Exception, remote: bool) -> str:
-    from mmtx.data import web
-
-    if isinstance(error, web.Failure):
-        return str(error)
     if isinstance(error, FileNotFoundError):
         return "no such file"
-    answer = getattr(error, "response", None)
-    status = next((value for value in (getattr(error, "status", None), getattr(answer, "status_code", None),
-                                       getattr(error, "code", None)) if isinstance(value, int)), None)
-    if remote and status in web.STATUS:
-        return web.told(status)
-    if remote and isinstance(error, PermissionError):
-        return "no right to read it"
-    if remote and isinstance(error, TimeoutError):
-        return "no answer in time"
-    # The texts of remote errors may hold addresses and signatures; a missing package is worth telling.
-    text = scrub(str(error)) if isinstance(error, ImportError) or not remote else type(error).__name__
+    text = scrub(str(error))
+    if remote:
+        from mmtx.data import web
+
+        if isinstance(error, web.Failure):
+            return str(error)
+        answer = getattr(error, "response", None)
+        codes = getattr(error, "status", None), getattr(answer, "status_code", None), getattr(error, "code", None)
+        if status := next((code for code in codes if isinstance(code, int) and code in web.STATUS), None):
+            return web.told(status)
+        if isinstance(error, PermissionError):
+            return "no right to read it"
+        if isinstance(error, TimeoutError):
+            return "no answer in time"
+        # The texts of other remote errors may hold addresses and signatures; a missing package is worth telling.
+        text = text if isinstance(error, ImportError) else type(error).__name__
     return f"cannot be read ({getattr(error, 'strerror', None) or text})"
