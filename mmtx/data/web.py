@@ -33,6 +33,7 @@ LONGEST_PAUSE = 10.0  # what a server may ask for
 REDIRECTS = 5
 SKIP = 2**20         # bytes that are read past rather than asked for anew
 KEPT = 8             # connections that a thread keeps open
+QUICK = getattr(socket, "TCP_QUICKACK", None)
 
 STATUS = {
     400: "not understood", 401: "needs a name and password, or a token", 402: "must be paid for", 403: "no right to read it",
@@ -424,6 +425,9 @@ class Wire:
         self._call(self.socket.sendall, data)
 
     def receive(self, buffer) -> int:
+        if QUICK is not None:  # or servers that send the head and the body apart wait 40 ms in between
+            with contextlib.suppress(OSError):
+                self.socket.setsockopt(socket.IPPROTO_TCP, QUICK, 1)
         return self._call(self.socket.recv_into, buffer)
 
     def _call(self, run, argument):
