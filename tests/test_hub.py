@@ -11,6 +11,7 @@ from mmtx.data.sample import Text
 from mmtx.data.sources import read, scan
 from mmtx.data.tokens import to_documents
 from mmtx.errors import InputError
+from servers import serving
 
 datasets = pytest.importorskip("datasets")
 pyarrow = pytest.importorskip("pyarrow")
@@ -82,6 +83,84 @@ def test_chats_and_plain_texts(tmp_path):
     assert sample.key == "a" and [turn.role for turn in sample.turns] == ["user", "assistant"]
     good, bad = scan(str(tmp_path / "texts"))
     assert good.turns[0].parts == (Text("one"),) and "texts row 2: field 'text'" in str(bad)
+
+
+@pytest.fixture
+def strangers(tmp_path):
+    """A data set whose pictures are what `names` say, saved on the disk; and as a loaded one."""
+    kinds = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+
+    def make(*names):
+        rows = {"image": [{"bytes": None, "path": name} for name in names], "caption": ["x"] * len(names)}
+        found = stored(rows, kinds)
+        # The library itself would open what the names say, to save it.
+        stored({**rows, "image": [None] * len(names)}, kinds).save_to_disk(tmp_path / "strangers")
+        with pyarrow.OSFile(str(next((tmp_path / "strangers").glob("*.arrow"))), "wb") as file:
+            with pyarrow.ipc.new_stream(file, found.data.schema) as writer:
+                writer.write_table(found.data.table)
+        return str(tmp_path / "strangers"), found
+
+    return make
+
+
+def outcomes(samples):
+    """The bytes of each sample's picture, or why it cannot be read."""
+    found = []
+    for sample in samples:
+        try:
+            found.append(sample.turns[0].parts[0].source.read())
+        except InputError as error:
+            found.append(str(error))
+    return found
+
+
+def test_a_data_set_on_the_disk_names_what_a_local_manifest_may(strangers, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"A")
+    with serving({"/a.png": lambda request: request.answer(b"B")}) as server:
+        names = [str(tmp_path / "a.png"), server.address + "/a.png", f"reference://k::{server.address}/refs.json", "file:///etc/hostname",
+                 f"Reference://k::{server.address}/refs.json", f"simplecache::{server.address}/a.png", "http://169.254.169.254/a.png"]
+        folder, _ = strangers(*names)
+        for trusted in (False, True):
+            good, url, *bad = outcomes(read(folder, trusted=trusted))
+            assert (good, url) == (b"A", b"B")
+            assert all("column 'image' names" in text and "found the scheme" in text for text in bad[:4])
+        assert "found a link-local address" in outcomes(read(folder))[-1]
+        assert server.paths() == ["/a.png"] * 3
+
+
+def test_a_data_set_of_the_hub_names_nothing_of_the_readers(strangers, tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    kept = tmp_path / "hub" / "datasets--some--body" / "snapshots" / "1"
+    kept.mkdir(parents=True)
+    (kept / "a.png").write_bytes(b"A")
+    (tmp_path / "own.png").write_bytes(b"own")
+    (tmp_path / "hub" / "datasets--other--body").mkdir()
+    (tmp_path / "hub" / "datasets--other--body" / "a.png").write_bytes(b"other")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", str(tmp_path / "downloads"))
+    with serving({"/a.png": lambda request: request.answer(b"B")}) as server:
+        names = [str(kept / "a.png"), str(tmp_path / "own.png"), str(tmp_path / "hub" / "datasets--other--body" / "a.png"),
+                 f"{kept}/../../../../own.png", "own.png", server.address + "/a.png", server.address.replace("http", "https") + "/a.png",
+                 f"reference://k::{server.address}/refs.json", "hf://datasets/other/body/a.png", "s3://bucket/a.png"]
+        monkeypatch.setattr(datasets, "load_dataset", lambda name, split: strangers(*names)[1])
+        monkeypatch.chdir(tmp_path)
+        good, *bad = outcomes(read("hf://some/body"))
+        assert good == b"A" and all(isinstance(text, str) and "column 'image' names" in text for text in bad)
+        assert not server.asked
+        assert outcomes(read("hf://some/body", trusted=True)[:6]) == [b"A", b"own", b"other", b"own", b"own", b"B"]
+
+
+def test_names_in_a_column_of_texts_are_judged_alike(tmp_path, monkeypatch):
+    (tmp_path / "own.png").write_bytes(b"own")
+    found = datasets.Dataset.from_dict({"image": [str(tmp_path / "own.png"), "own.png"], "caption": ["x", "x"]})
+    found.save_to_disk(tmp_path / "saved")
+    monkeypatch.chdir(tmp_path)
+    assert outcomes(read(str(tmp_path / "saved"))) == [b"own", b"own"]
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: found)
+    (absolute, relative) = scan("hf://some/body")
+    assert "found a local path in a source at a URL" in str(absolute)
+    assert relative.turns[0].parts[0].source.path == "hf://datasets/some/body/own.png"
 
 
 def test_what_cannot_be_read_is_named(folder, tokenizers, tmp_path):

@@ -15,6 +15,7 @@ import tarfile
 import threading
 import time
 import traceback
+import types
 import zlib
 from pathlib import Path
 
@@ -257,6 +258,38 @@ def test_a_large_source_may_take_longer_than_one_medium(server, monkeypatch):
                                                           if not time.sleep(0.1))
     assert stream(server.address + "/a") == DATA
     assert refused(server.address + "/a").startswith("no whole answer within 0.6 s")
+
+
+class Stuck(fsspec.AbstractFileSystem):
+    protocol = "stuck"
+
+    def _open(self, path, mode="rb", **options):
+        time.sleep(5)
+
+
+def test_a_back_end_that_does_not_go_on_is_left_in_time(monkeypatch):
+    fsspec.register_implementation("stuck", Stuck, clobber=True)
+    monkeypatch.setattr(web, "TOTAL", 0.2)
+    assert refused("stuck://me:secret@x") == "no whole answer within 0.2 s"
+
+
+@pytest.mark.parametrize(("error", "told"), [
+    (FileNotFoundError("secret"), "no such file"), (PermissionError(13, "secret"), "no right to read it"),
+    (TimeoutError("secret"), "no answer in time"), (ImportError("Install s3fs"), "cannot be read (Install s3fs)"),
+    (ValueError("secret"), "cannot be read (ValueError)"), (OSError(5, "Input/output error"), "cannot be read (Input/output error)"),
+    (types.new_class("Answered", (Exception,), {}, lambda body: body.update(status=403))("secret"), "HTTP 403 (no right to read it)"),
+    (types.new_class("Coded", (Exception,), {}, lambda body: body.update(code=429))("secret"), "HTTP 429 (asked too often)"),
+    (types.new_class("Responded", (Exception,), {}, lambda body: body.update(response=types.SimpleNamespace(status_code=503)))("secret"),
+     "HTTP 503 (the server is busy)"),
+])
+def test_errors_of_back_ends_are_told_as_what_they_are(monkeypatch, error, told):
+    fsspec.register_implementation("stuck", Stuck, clobber=True)
+
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(Stuck, "_open", fail)
+    assert refused("stuck://me:secret@x") == told
 
 
 # -- What servers answer -------------------------------------------------------------------------------------
@@ -617,6 +650,27 @@ def test_a_name_that_stands_for_a_private_address(server, monkeypatch):
         FileSource(url, base=public).read()
     monkeypatch.setattr("mmtx.data.web.is_public", lambda address: True)
     assert FileSource(url, base=Base(trusted=True)).read() == DATA
+
+
+def test_a_manifest_that_is_kept_elsewhere(server, monkeypatch):
+    """It is the address of the user that says what is below it, not the one that it redirects to."""
+    with serving({"/m.jsonl": lambda request: request.answer(rows("a.png"))}) as other:
+        server.routes |= {"/set/m.jsonl": to(other.address + "/m.jsonl"), "/set/a.png": both}
+        monkeypatch.setattr("mmtx.data.trust.is_public", lambda address: True)  # else the redirect is refused
+        assert bytes_of(read_samples(server.address + "/set/m.jsonl")) == [DATA]
+
+
+def test_a_pipe_or_a_device_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (str(tmp_path / "pipe.png"), "/dev/zero"):
+        with pytest.raises(InputError, match="found a pipe, a socket or a device, expected a file"):
+            read(path)
+
+
+def test_bytes_behind_an_answer_are_not_the_next_one(server):
+    server.routes["/a"] = lambda request: (request.answer(DATA[:5]), time.sleep(0.02), request.send("more"))
+    for _ in range(3):
+        assert read(server.address + "/a") == DATA[:5]
 
 
 def test_a_manifest_of_the_users_own_server(server):

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from mmtx.data.sample import Sample
 from mmtx.data.sources import MAX_BAD, SkipCounter, read_rows
+from mmtx.data.storage import scrub
 from mmtx.errors import InputError
 
 Task = Literal["caption", "generate"]
@@ -67,7 +68,7 @@ def read_config(path: str | Path) -> TrainingData:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not the configuration of a decoder ({type(error).__name__}: {error})") from None
+        raise InputError(f"{path}: not the configuration of a decoder ({type(error).__name__}: {scrub(str(error))})") from None
 
 
 def read_source(source: DataSource, max_bad: float = MAX_BAD) -> list[Sample]:

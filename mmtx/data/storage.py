@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import re
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mmtx.data.trust import Base, is_url, is_web
+from mmtx.data.trust import Base, is_url, is_web, scheme_of
 from mmtx.errors import InputError, escape
 
 MAX_BYTES = 256 * 2**20  # of one medium: more than 600 s of stereo PCM at 48 kHz
@@ -112,13 +113,13 @@ def join(folder: str, name: str) -> str:
 def display(path: str) -> str:
     """A path for messages, on one line: without password, query (which may hold a signature), fragment or inline data, what a
     terminal would take for an order escaped, the middle of a long one left out."""
-    path = escape(_without_secrets(path))
+    path = escape(redacted(path))
     return path if len(path) <= LONGEST else f"{path[:LONGEST // 2]}...{path[3 - LONGEST // 2:]}"
 
 
 def recorded(path: str) -> str:
     """A path for files that outlive the run: as it is or, where that would give away a secret, shown with a digest of all."""
-    shown = _without_secrets(path)
+    shown = redacted(path)
     return path if shown == path else f"{shown} (sha256 {hashlib.sha256(path.encode('utf-8', 'surrogatepass')).hexdigest()[:16]})"
 
 
@@ -128,7 +129,8 @@ def scrub(text: str) -> str:
                   lambda found: display(found[0]), text)
 
 
-def _without_secrets(path: str) -> str:
+def redacted(path: str) -> str:
+    """A path as it is or, of a URL, without what may be secret."""
     if not is_url(path):
         return path
     if path[:5].lower() == "data:":
@@ -163,15 +165,32 @@ def read(path: str, limit: int = MAX_BYTES, base: Base | None = None, offset: in
 
         data = _told(path, web.read, path, limit, base)
     else:
-        with open_binary(path, base, seek=size is not None, start=offset, stop=None if size is None else offset + size) as file:
-            if offset:
-                file.seek(offset)
-            data = file.read(wanted)
+        data = _bounded(path, _part, path, wanted, base, offset, size)
     if len(data) > limit:
         raise InputError(f"{display(path)}: more than {limit} bytes, the most for one medium")
     if size is not None and len(data) < size:
         raise InputError(f"{display(path)}: found {len(data)} bytes at byte {offset}, expected {size}")
     return data
+
+
+def _part(path: str, wanted: int, base: Base | None, offset: int, size: int | None) -> bytes:
+    with open_binary(path, base, seek=size is not None, start=offset, stop=None if size is None else offset + size) as file:
+        if offset:
+            file.seek(offset)
+        return file.read(wanted)
+
+
+def _bounded(path: str, run: Any, *arguments: Any) -> Any:
+    """`run`, within the time for one medium where a back end of fsspec reads it, which may know no such limit."""
+    if not is_url(path) or is_web(path) or scheme_of(path) == "data":
+        return run(*arguments)
+    from mmtx.data import web
+
+    try:
+        return web.within(web.TOTAL, run, *arguments)
+    except TimeoutError:
+        pass
+    raise InputError(f"{display(path)}: no whole answer within {web.TOTAL:g} s")
 
 
 @contextmanager
@@ -202,7 +221,15 @@ def _opened(path: str, base: Base | None, seek: bool, start: int, stop: int | No
         import fsspec
 
         return fsspec.open(path, "rb").open()
+    _check_regular(path)
     return open(path, "rb", buffering=0)
+
+
+def _check_regular(path: str) -> None:
+    """Raise InputError for what must not be opened: a pipe would be waited for, a device may act."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # of a folder `open` says what it is
+        raise InputError(f"{display(path)}: found a pipe, a socket or a device, expected a file")
 
 
 def listed(pattern: str) -> list[str]:
@@ -308,21 +335,22 @@ def _told(path: str, run: Any, *arguments: Any) -> Any:
 
 
 def _reason(error: Exception, remote: bool) -> str:
-    from mmtx.data import web
-
-    if isinstance(error, web.Failure):
-        return str(error)
     if isinstance(error, FileNotFoundError):
         return "no such file"
-    answer = getattr(error, "response", None)
-    status = next((value for value in (getattr(error, "status", None), getattr(answer, "status_code", None),
-                                       getattr(error, "code", None)) if isinstance(value, int)), None)
-    if remote and status in web.STATUS:
-        return web.told(status)
-    if remote and isinstance(error, PermissionError):
-        return "no right to read it"
-    if remote and isinstance(error, TimeoutError):
-        return "no answer in time"
-    # The texts of remote errors may hold addresses and signatures; a missing package is worth telling.
-    text = scrub(str(error)) if isinstance(error, ImportError) or not remote else type(error).__name__
+    text = scrub(str(error))
+    if remote:
+        from mmtx.data import web
+
+        if isinstance(error, web.Failure):
+            return str(error)
+        answer = getattr(error, "response", None)
+        codes = getattr(error, "status", None), getattr(answer, "status_code", None), getattr(error, "code", None)
+        if status := next((code for code in codes if isinstance(code, int) and code in web.STATUS), None):
+            return web.told(status)
+        if isinstance(error, PermissionError):
+            return "no right to read it"
+        if isinstance(error, TimeoutError):
+            return "no answer in time"
+        # The texts of other remote errors may hold addresses and signatures; a missing package is worth telling.
+        text = text if isinstance(error, ImportError) else type(error).__name__
     return f"cannot be read ({getattr(error, 'strerror', None) or text})"

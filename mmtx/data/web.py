@@ -15,9 +15,10 @@ import threading
 import time
 import zlib
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from email.utils import parsedate_to_datetime
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from mmtx.data.trust import PORTS, Base, after_redirect, is_public, is_whole, origin, scheme_of
@@ -32,6 +33,7 @@ LONGEST_PAUSE = 10.0  # what a server may ask for
 REDIRECTS = 5
 SKIP = 2**20         # bytes that are read past rather than asked for anew
 KEPT = 8             # connections that a thread keeps open
+QUICK = getattr(socket, "TCP_QUICKACK", None)
 
 STATUS = {
     400: "not understood", 401: "needs a name and password, or a token", 402: "must be paid for", 403: "no right to read it",
@@ -65,6 +67,8 @@ def read(url: str, limit: int, base: Base | None = None) -> bytes:
         while True:
             try:
                 with contextlib.closing(ask(url, base, None, None, budget.end)) as answer:
+                    if answer.total is not None and answer.total > limit:
+                        raise Failure(f"more than {limit} bytes, the most for one medium")
                     return answer.read(limit + 1)
             except Failure as failure:
                 budget.wait(failure)
@@ -83,7 +87,7 @@ class Stream(io.RawIOBase):
         self.budget, self.answer, self.version = Budget(), None, None
         self._retried(self._open)
         self.ranged, self.size, self.version = self.answer.ranged, self.answer.total, self.answer.version
-        self.private = self.answer.wire.private
+        self.private = self.answer.private
         if not self.ranged:
             self.position, self.stop = 0, None
 
@@ -194,6 +198,8 @@ class Budget:
 class Answer:
     """A good answer to one request, whose body is still to be read."""
 
+    private = False  # whether the URL that was asked for, not one that it redirects to, lies at a private address
+
     def __init__(self, wire: "Wire", response: http.client.HTTPResponse, ranged: bool, total: int | None):
         """`ranged`: it is the range that was asked for. `total`: length of the whole, where it is known."""
         self.wire, self.response, self.ranged, self.total = wire, response, ranged, total
@@ -261,8 +267,7 @@ def encoding_of(response: http.client.HTTPResponse) -> bool:
 
 def ask(url: str, base: Base | None, start: int | None, stop: int | None, deadline: float) -> Answer:
     """Ask for bytes `start` to `stop` of a URL (None: for all of it), where redirects lead to. Raises Failure."""
-    asked, secret, wire = url, None, None
-    allowed = base
+    asked, allowed, secret, private = url, base, None, None
     for _ in range(REDIRECTS + 1):
         if not is_whole(url):
             raise Failure("not a whole URL")
@@ -272,18 +277,19 @@ def ask(url: str, base: Base | None, start: int | None, stop: int | None, deadli
         if start is not None:
             headers["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
         wire, response = exchange(url, scheme, host, port, headers, allowed, deadline)
+        private = wire.private if private is None else private
         try:
             place = response.getheader("Location")
             if response.status not in (301, 302, 303, 307, 308) or place is None:
                 answer = checked(wire, response, start)
                 if answer is not None:
+                    answer.private = private
                     return answer
                 start = stop = None
                 wire.close()
                 continue
             target = joined(url, place)
-            if base is None or not base.remote:
-                allowed = after_redirect(base, asked, wire.private) if allowed is base else allowed
+            allowed = after_redirect(base, asked, private)
             refusal = allowed.refusal(target) if scheme_of(target) in PORTS else "found another scheme, expected https"
             if refusal:
                 raise Failure(f"redirected: {refusal}")
@@ -369,9 +375,9 @@ def exchange(url: str, scheme: str, host: str, port: int, headers: dict[str, str
             except (http.client.HTTPException, ValueError):
                 raise Failure("not a valid HTTP answer") from None
             return wire, response
-        except Failure as failure:
+        except Failure:
             wire.close()
-            if not (used and failure.passing):  # a connection that was kept may have been closed meanwhile
+            if not used:  # one that was kept may have been closed meanwhile, or left in disorder
                 raise
 
 
@@ -419,6 +425,9 @@ class Wire:
         self._call(self.socket.sendall, data)
 
     def receive(self, buffer) -> int:
+        if QUICK is not None:  # or servers that send the head and the body apart wait 40 ms in between
+            with contextlib.suppress(OSError):
+                self.socket.setsockopt(socket.IPPROTO_TCP, QUICK, 1)
         return self._call(self.socket.recv_into, buffer)
 
     def _call(self, run, argument):
@@ -503,23 +512,37 @@ def connect(url: str, scheme: str, host: str, port: int, base: Base | None, dead
 
 
 def addresses(host: str, port: int, seconds: float) -> list[tuple[int, tuple]]:
-    """What a host's name stands for, within a time that the system's own look-up does not keep."""
-    found: list = []
+    """What a host's name stands for: families and addresses."""
+    try:
+        found = within(seconds, socket.getaddrinfo, ascii_host(host), port, 0, socket.SOCK_STREAM)
+    except TimeoutError:
+        raise Failure(f"its host was not found within {CONNECT:g} s", passing=True) from None
+    except (OSError, ValueError) as error:
+        raise Failure("no such host", getattr(error, "errno", None) == socket.EAI_AGAIN) from None
+    return [(family, place) for family, _, _, _, place in found]
 
-    def look_up() -> None:
+
+def within(seconds: float, run: Callable[..., Any], *arguments: Any) -> Any:
+    """What `run` gives. Raises TimeoutError where that takes too long, and leaves it to itself: for calls without a limit."""
+    found: list[Callable[[], Any]] = []
+
+    def work() -> None:
         try:
-            found.append(socket.getaddrinfo(ascii_host(host), port, type=socket.SOCK_STREAM))
-        except (OSError, UnicodeError, Failure) as error:
-            found.append(error)
+            result = run(*arguments)
+            found.append(lambda: result)
+        except BaseException as error:
+            found.append(partial(_raise, error))
 
-    thread = threading.Thread(target=look_up, daemon=True)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(max(0.0, seconds))
     if not found:
-        raise Failure(f"its host was not found within {CONNECT:g} s", passing=True)
-    if isinstance(found[0], Exception):
-        raise Failure("no such host", getattr(found[0], "errno", None) == socket.EAI_AGAIN) from None
-    return [(family, place) for family, _, _, _, place in found[0]]
+        raise TimeoutError
+    return found[0]()
+
+
+def _raise(error: BaseException) -> None:
+    raise error
 
 
 @lru_cache

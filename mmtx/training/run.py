@@ -7,12 +7,14 @@ import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jsonargparse import Namespace
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from mmtx.data.storage import recorded, redacted, scrub
 from mmtx.errors import InputError
 from mmtx.files import find_shipped
 from mmtx.training.callbacks import Metrics, ProgressBar, SaveModel, ShowSamples
@@ -35,6 +37,24 @@ class Parser(LightningArgumentParser):
         if not self.exit_on_error:  # a parser within the parser, whose message the outer one quotes
             super().error(message, ex)
         raise input_error_in(ex) or InputError(one_line(message)) from None
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes config.yaml without the passwords and signatures of URLs: who runs it again gives them again."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, **options: Any):
+        super().__init__(parser, without_secrets(config), **options)
+
+
+def without_secrets(value: Any) -> Any:
+    """A configuration whose URLs are as they may be seen."""
+    if isinstance(value, Namespace):
+        return Namespace(**{name: without_secrets(inside) for name, inside in vars(value).items()})
+    if isinstance(value, dict):
+        return {name: without_secrets(inside) for name, inside in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(without_secrets(inside) for inside in value)
+    return redacted(value) if isinstance(value, str) else value
 
 
 class FitCLI(LightningCLI):
@@ -109,7 +129,8 @@ class FitCLI(LightningCLI):
             "processes": self.trainer.world_size,
             **({"sharded": True} if isinstance(self.trainer.strategy, Sharded) else {}),
         })
-        return {name: value for name, value in record.items() if name not in MAY_CHANGE}
+        return {name: recorded(value) if isinstance(value, str) else value for name, value in record.items()
+                if name not in MAY_CHANGE and not name.endswith(".trusted")}
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """What `Trainer.fit` gets: the newest checkpoint that is sound in place of "last"."""
@@ -153,7 +174,7 @@ def one_line(message: str) -> str:
     lines = [line.strip(" -") for line in facts.splitlines()]
     told = [f"found {value}" for value in found[:1] if len(value) < 80]
     told += [line for line in lines if line and not line.startswith(noise)]
-    return ": ".join(filter(None, [".".join(keys), ", ".join(told)]))
+    return scrub(": ".join(filter(None, [".".join(keys), ", ".join(told)])))
 
 
 def input_error_in(error: BaseException | None) -> InputError | None:
@@ -171,6 +192,7 @@ def command_line(arguments: list[str], run: bool) -> FitCLI:
         subclass_mode_model=True,
         subclass_mode_data=True,
         parser_class=Parser,
+        save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},
         auto_configure_optimizers=False,
         trainer_defaults={"use_distributed_sampler": False, "num_sanity_val_steps": 0,
