@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
-from mmtx.data import sound_files
+from mmtx.data import media, sound_files
 from mmtx.data.media import kind_of, load_audio, load_image, sniff
 from mmtx.data.sound_files import MAX_SECONDS
 from mmtx.data.sources import read
@@ -27,11 +27,12 @@ def encode(picture, format="PNG", **options):
     return file.getvalue()
 
 
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def png(width, height):
     """A PNG of this size by its header, without any pixels."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
@@ -83,6 +84,92 @@ def test_every_orientation_comes_out_upright():
         assert pixel(image, 2, 2) == GREEN and pixel(image, 2, 13) == pixel(image, 29, 2) == RED
 
 
+def exif_of(*entries, order="<"):
+    """EXIF of one directory; entries are (tag, type, count, four bytes of value or offset)."""
+    head = struct.pack(order + "2sHIH", b"II" if order == "<" else b"MM", 42, 8, len(entries))
+    return head + b"".join(struct.pack(order + "HHI", *entry[:3]) + entry[3] for entry in entries) + bytes(4)
+
+
+def with_exif(format, exif):
+    """A picture of 16 x 32 pixels with these bytes as its EXIF, as they are."""
+    picture = Image.new("RGB", (16, 32), RED)
+    if format == "JPEG":
+        data = encode(picture, "JPEG")
+        return data[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 8) + b"Exif\0\0" + exif + data[2:]
+    if format == "PNG":
+        data = encode(picture)
+        return data[:33] + chunk(b"eXIf", exif) + data[33:]
+    return encode(picture, "WEBP", exif=exif, lossless=True)
+
+
+TURNED = (0x0112, 3, 1, b"\6\0\0\0")
+ODD_ENTRIES = {
+    "none": (),
+    "rational -1/0": ((0x011A, 10, 1, struct.pack("<I", 38)),),
+    "rational 0/0": ((0x011A, 5, 1, struct.pack("<I", 50)),),
+    "beyond the end": ((0x010F, 2, 100_000, struct.pack("<I", 60_000)),),
+    "of unknown type": ((0x010F, 99, 1, bytes(4)),),
+    "bytes that are no text": ((0x010F, 2, 4, b"\xff\xfe\xff\xfe"),),
+    "a directory in itself": ((0x8769, 4, 1, struct.pack("<I", 8)),),
+    "a directory beyond the end": ((0x8825, 4, 1, struct.pack("<I", 2**31)),),
+    "a directory that is a text": ((0x8769, 2, 4, b"abc\0"),),
+    "many times the same": ((0x010F, 7, 60_000, struct.pack("<I", 0)),) * 900,
+}
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("name", ODD_ENTRIES)
+@pytest.mark.filterwarnings("error")
+def test_odd_exif_neither_refuses_a_picture_nor_hides_its_orientation(format, name):
+    image = load_image(with_exif(format, exif_of(TURNED, *ODD_ENTRIES[name]) + struct.pack("<iiii", -1, 0, 0, 0)))
+    assert image.shape == (3, 16, 32)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_orientations_that_are_none_leave_the_picture_as_it_is(format):
+    for exif in (exif_of((0x0112, 3, 1, b"\0\0\0\0")), exif_of((0x0112, 3, 1, b"\x09\0\0\0")), exif_of((0x0112, 2, 4, b"6\0\0\0")),
+                 exif_of((0x0112, 3, 1, b"\6\0\0\0"))[:-12], b"II*\0\xff\xff\xff\xff", b"II*\0", b"MM", b"nonsense", bytes(50)):
+        assert load_image(with_exif(format, exif)).shape == (3, 32, 16), exif
+    big_endian = exif_of((0x0112, 3, 1, b"\0\6\0\0"), order=">")
+    assert load_image(with_exif(format, big_endian)).shape == (3, 16, 32)
+    assert load_image(with_exif(format, exif_of((0x0112, 4, 1, b"\6\0\0\0")))).shape == (3, 16, 32)
+
+
+def test_orientation_in_other_places():
+    upright, exif = Image.new("RGB", (16, 32), RED), Image.Exif()
+    exif[0x0112] = 6
+    profile = b"\nexif\n%8d\n" % len(exif.tobytes()) + exif.tobytes().hex().encode() + b"\n"  # as ImageMagick writes it
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    plain = encode(upright)
+    for added in (chunk(b"tEXt", b"Raw profile type exif\0" + profile),
+                  chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(profile)),
+                  chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp),
+                  chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(xmp))):
+        assert load_image(plain[:33] + added + plain[33:]).shape == (3, 16, 32)
+    jpeg = encode(upright, "JPEG", xmp=xmp)
+    assert load_image(jpeg).shape == (3, 16, 32)
+    assert load_image(encode(upright, "WEBP", xmp=xmp)).shape == (3, 16, 32)
+    for compression in ("raw", "tiff_lzw", "jpeg"):
+        for bytes_of in (lambda: encode(upright, "TIFF", compression=compression, exif=exif),  # noqa: B023
+                         lambda: encode(upright, "TIFF", compression=compression, exif=exif, big_tiff=True)):  # noqa: B023
+            assert load_image(bytes_of()).shape == (3, 16, 32)
+    opened = Image.open(io.BytesIO(with_exif("JPEG", exif_of(TURNED, *ODD_ENTRIES["rational -1/0"]) + struct.pack("<ii", -1, 0))))
+    assert load_image(opened).shape == (3, 16, 32)
+    upright.getexif()[0x0112] = 6
+    assert load_image(upright).shape == (3, 16, 32)
+
+
+def test_a_tiff_with_odd_exif_is_read_upright():
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72
+    data = bytearray(encode(Image.new("RGB", (16, 32), RED), "TIFF", exif=exif))
+    at = data.index(struct.pack("<HHI", 0x011A, 5, 1))
+    data[at : at + 8] = struct.pack("<HHI", 0x8769, 4, 1)  # a directory in its place
+    for offset in (2**31, 8, len(data) - 3):
+        data[at + 8 : at + 12] = struct.pack("<I", offset)
+        assert load_image(bytes(data)).shape == (3, 16, 32)
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "RGB", "L"])
 def test_transparency_lies_on_white(mode):
     if mode in ("P", "RGB", "L"):  # one colour is the transparent one
@@ -92,6 +179,40 @@ def test_transparency_lies_on_white(mode):
     else:
         picture = Image.new("RGBA", (4, 4), (0, 0, 0, 0)).convert(mode)
         assert pixel(load_image(picture)) == WHITE
+
+
+def png_of(depth, colour, row, *chunks, transparent=None):
+    """A PNG of one row by its packed samples; the colour that is transparent by its samples."""
+    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    header = struct.pack(">IIBBBBB", len(row) * 8 // (depth * channels), 1, depth, colour, 0, 0, 0)
+    chunks = [*chunks, *([chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent))] if transparent else [])]
+    body = chunk(b"IHDR", header) + b"".join(chunks) + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+def test_the_transparent_grey_of_a_png_is_white_at_every_depth(depth):
+    most = 2**depth - 1
+    for grey in {0, 1, most // 2, most}:
+        row = bytes([grey >> 8, grey & 255]) if depth == 16 else bytes([sum(grey << i for i in range(0, 8, depth))])
+        shown = round(grey * 255 / most)
+        assert pixel(load_image(png_of(depth, 0, row))) == (shown,) * 3
+        assert pixel(load_image(png_of(depth, 0, row, transparent=[grey]))) == WHITE
+        other = grey - 1 if grey else 1
+        assert pixel(load_image(png_of(depth, 0, row, transparent=[other]))) == (shown,) * 3
+
+
+def test_transparent_colours_of_8_and_16_bit():
+    assert pixel(load_image(png_of(8, 2, b"\x12\x34\x56"))) == (0x12, 0x34, 0x56)
+    assert pixel(load_image(png_of(8, 2, b"\x12\x34\x56", transparent=[0x12, 0x34, 0x56]))) == WHITE
+    assert pixel(load_image(png_of(16, 2, b"\x12\x34\x56\x78\x9a\xbc"))) == (0x12, 0x56, 0x9A)
+    assert pixel(load_image(png_of(16, 2, b"\x12\x34\x56\x78\x9a\xbc", transparent=[0x1234, 0x5678, 0x9ABC]))) == WHITE
+    assert pixel(load_image(png_of(16, 2, b"\x12\x34\x56\x78\x9a\xbc", transparent=[0x1234, 0x5678, 0xFABC]))) != WHITE
+    assert pixel(load_image(png_of(16, 4, b"\x12\x34\0\0"))) == WHITE
+    assert pixel(load_image(png_of(16, 6, b"\x12\x34" * 3 + b"\xff\xff"))) == (0x12,) * 3
+    palette = chunk(b"PLTE", bytes(RED + GREEN)) + chunk(b"tRNS", b"\0\x33")
+    image = load_image(png_of(8, 3, b"\0\1", palette))
+    assert pixel(image) == WHITE and pixel(image, 0, 1) == (204, 255, 204)
 
 
 def test_half_transparency_is_blended():
@@ -117,8 +238,35 @@ def test_other_modes():
     assert pixel(load_image(encode(Image.new("1", (4, 4), 1)))) == WHITE
     assert pixel(load_image(encode(Image.new("L", (4, 4), 9)))) == (9, 9, 9)
     assert pixel(load_image(Image.fromarray(np.full((4, 4), 0.2, np.float32)))) == (51, 51, 51)
-    frames = [Image.new("RGB", (4, 4), color) for color in (RED, GREEN)]
-    assert pixel(load_image(encode(frames[0], "GIF", save_all=True, append_images=frames[1:]))) == RED
+    assert pixel(load_image(Image.new("HSV", (4, 4), (0, 255, 255)))) == RED
+    assert pixel(load_image(Image.new("YCbCr", (4, 4), (9, 128, 128)))) == (9, 9, 9)
+    assert pixel(load_image(Image.new("La", (4, 4), (51, 128)))) == (178, 178, 178)  # 51 + 255 - 128
+    assert pixel(load_image(Image.new("RGBa", (4, 4), (51, 0, 0, 128)))) == (178, 127, 127)
+    srgb, lab = (ImageCms.createProfile(name) for name in ("sRGB", "LAB"))
+    picture = ImageCms.profileToProfile(Image.new("RGB", (4, 4), (200, 30, 40)), srgb, lab, outputMode="LAB")
+    for data in (picture, encode(picture, "TIFF")):
+        assert (load_image(data)[:, 0, 0] - torch.tensor([200, 30, 40])).abs().max() <= 3
+    values = np.array([[0, 257, 128 * 257, 65_535]], np.uint16)
+    big = Image.frombytes("I;16B", (4, 1), values.astype(">u2").tobytes())
+    for data in (big, encode(big, "TIFF")):
+        assert load_image(data)[0, 0].tolist() == [0, 1, 128, 255]
+    assert pixel(load_image(encode(Image.fromarray(np.full((4, 4), 0.2, np.float32)), "TIFF"))) == (51, 51, 51)
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF", "AVIF"])
+def test_of_several_pictures_the_first_is_taken(format):
+    frames = [Image.new("RGB", (16, 16), color) for color in (RED, GREEN)]
+    image = load_image(encode(frames[0], format, save_all=True, append_images=frames[1:]))
+    assert image.shape == (3, 16, 16) and (image[:, 8, 8] - torch.tensor(RED)).abs().max() <= 1
+    if format == "GIF":  # a frame smaller than the canvas, whose rest has the background's colour
+        data = bytearray(encode(frames[0], "GIF"))
+        data[6:10] = struct.pack("<HH", 24, 20)
+        assert load_image(bytes(data)).shape == (3, 20, 24) and pixel(load_image(bytes(data)), 15, 15) == RED
+
+
+def test_inks_stored_inverted_as_adobe_does():
+    inverted = encode(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG")
+    assert b"Adobe" in inverted and (load_image(inverted)[:, 8, 8] - torch.tensor(RED)).abs().max() <= 3
 
 
 def test_array_layouts():
@@ -187,6 +335,155 @@ def test_pixels_are_counted_before_decoding(side):
         load_image(png(side, side), "bomb.png")
     with pytest.raises(InputError, match="not a whole picture"):
         load_image(png(8_000, 8_000))
+
+
+def progressive(picture, scans):
+    """A progressive JPEG whose last scan is there again and again."""
+    data = encode(picture, "JPEG", progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + last * (scans - data.count(b"\xff\xda")) + b"\xff\xd9"
+
+
+def test_a_jpeg_of_many_scans_is_refused_before_decoding():
+    small, large = Image.new("L", (64, 64)), Image.new("L", (4_000, 2_000))
+    assert load_image(progressive(small, 100)).shape == (3, 64, 64)
+    for data in (progressive(small, 501), progressive(large, 161)):
+        with pytest.raises(InputError, match="x.jpg: a JPEG of (501|161) scans"):
+            load_image(data, "x.jpg")
+    thumbnail = progressive(small, 400)  # in the metadata, which are not decoded
+    data = encode(large, "JPEG")
+    data = data[:2] + b"\xff\xe1" + struct.pack(">H", len(thumbnail) + 2) + thumbnail + data[2:] + thumbnail
+    assert load_image(data).shape == (3, 2_000, 4_000)
+
+
+def gif_with(blocks):
+    """A GIF with these bytes before its frame."""
+    data = encode(Image.new("RGB", (4, 4), RED), "GIF")
+    at = data.index(b",", 13)
+    return data[:at] + blocks + data[at:]
+
+
+def test_metadata_without_a_bound_is_passed_over():
+    bomb = zlib.compress(bytes(80_000_000))
+    plain = encode(Image.new("RGB", (4, 4), RED))
+    for added in (chunk(b"zTXt", b"a\0\0" + bomb), chunk(b"iCCP", b"a\0\0" + bomb), chunk(b"eXIf", bytes(1_000_000)),
+                  chunk(b"zTXt", b"Raw profile type exif\0\0" + bomb), chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + bomb)):
+        assert pixel(load_image(plain[:33] + added + plain[33:])) == RED
+    for kind in (b"\xfe", b"\xff"):  # 10 MB, which Pillow adds up block by block
+        assert pixel(load_image(gif_with(b"!" + kind + (b"\xff" + b"x" * 255) * 40_000 + b"\0"))) == RED
+
+
+def tiff_with(tag, *entry):
+    """A TIFF in which this field stands in place of the one with that tag."""
+    data = bytearray(entry[4] if len(entry) > 4 else encode(Image.new("L", (4, 4)), "TIFF"))
+    start = int.from_bytes(data[4:8], "little")
+    for place in range(start + 2, start + 2 + 12 * int.from_bytes(data[start : start + 2], "little"), 12):
+        if data[place : place + 2] == struct.pack("<H", tag):
+            data[place : place + 12] = struct.pack("<HHII", *entry[:4])
+            return bytes(data)
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (png_of(8, 0, b"\0", *[chunk(b"tEXt", b"")] * 2**18), "chunks"),
+        (encode(Image.new("L", (4, 4)), "JPEG")[:2] + b"\xff\xfe\0\2" * 2**18 + encode(Image.new("L", (4, 4)), "JPEG")[2:], "segments"),
+        (gif_with(b"!\xf9\0" * (2**18 + 1)), "GIF of more"),
+        (tiff_with(0x0111, 0x0111, 4, 10**6, 8), "strips"),
+        (tiff_with(0x0116, 0x0142, 4, 1, 60_000, tiff_with(0x0117, 0x0143, 4, 1, 60_000)), "60000 x 60000"),
+        (b"BM" + bytes(28) + b"\1\0\0\0" + bytes(9_000_000), "run-length"),
+        (png(70_000, 10), "at most 65535 a side"),
+    ],
+    ids=["chunks", "segments", "blocks", "strips", "tiles", "runs", "side"],
+)
+def test_parts_without_a_bound_are_refused(data, words):
+    with pytest.raises(InputError) as caught:
+        load_image(data, "x")
+    assert words in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_names_and_reasons_are_one_short_line():
+    for name in ("a\nb\x1b[31m.png", "x" * 5_000, "caf\udce9.png", "\u202egnp.exe"):
+        for read, data in ((load_image, b"nothing"), (lambda data, name: load_audio(data, 16_000, name), b"nothing")):
+            with pytest.raises(InputError) as caught:
+                read(data, name)
+            assert str(caught.value).isprintable() and len(str(caught.value)) <= 300
+            str(caught.value).encode()
+
+
+def test_what_is_no_damage_is_not_told_as_such(monkeypatch):
+    for error in (MemoryError, KeyboardInterrupt):
+        def fail(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(Image.Image, "load", fail)
+        with pytest.raises(error):
+            load_image(Image.new("RGB", (4, 4)))
+    monkeypatch.undo()
+    monkeypatch.setattr(media, "_rgb", lambda *_: 1 / 0)  # a fault of ours
+    with pytest.raises(ZeroDivisionError):
+        load_image(encode(Image.new("RGB", (4, 4))))
+
+
+def test_a_closed_picture_is_refused():
+    for picture in (Image.new("RGB", (4, 4)), Image.open(io.BytesIO(encode(Image.new("RGB", (4, 4)))))):
+        picture.close()
+        with pytest.raises(InputError, match="image: not a whole picture .*closed"):
+            load_image(picture)
+
+
+# Arrays and tensors.
+
+
+def test_tensors_of_every_sort_that_has_values():
+    values = torch.linspace(0, 1, 24).reshape(2, 12)
+    wanted = (values * 255).round()
+    for data in (values.half(), values.bfloat16(), values.double(), values.T.contiguous().T, torch._neg_view(-values),
+                 values.requires_grad_()):
+        assert (load_image(data)[0] - wanted).abs().max() <= 1
+    array = values.detach().numpy()
+    for data in (array.astype(">f4"), array.astype(">f8"), array.astype(np.longdouble), np.flipud(np.flipud(array)),
+                 np.ma.masked_array(array), np.matrix(array)):
+        assert torch.equal(load_image(data)[0], wanted.to(torch.uint8))
+    wave16 = (wave() * 32_767).astype(np.int16)
+    for data in (wave16.astype(">i2"), torch.from_numpy(wave16), wave().astype(">f4"), torch._neg_view(torch.from_numpy(-wave()))):
+        assert torch.allclose(load_audio(data, 16_000), torch.from_numpy(wave(peak=0.7)), atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (torch.rand(4, 4).to_sparse(), "a sparse tensor of torch.float32"),
+        (torch.rand(4, 4).to_sparse_csr(), "a sparse tensor"),
+        (torch.empty(4, 4, device="meta"), "a meta tensor"),
+        (torch.quantize_per_tensor(torch.rand(4, 4), 0.1, 0, torch.quint8), "a quantized tensor"),
+        (torch.nested.nested_tensor([torch.rand(2), torch.rand(3)]), "a nested tensor"),
+        (torch.rand(4, 4, dtype=torch.complex64).conj(), "a tensor of torch.complex64"),
+        (torch.rand(4, 4).to(torch.float8_e4m3fn), "a tensor of torch.float8_e4m3fn"),
+        (np.ma.masked_array(np.zeros((4, 4)), mask=np.eye(4)), "masked values"),
+        (np.zeros((4, 4), object), "of object"),
+        (np.zeros((4, 4), "U1"), "of <U1"),
+        (np.zeros((4, 4), [("a", "f4")]), "expected"),
+        (np.zeros((), np.float32), "()"),
+        (torch.tensor(1.0), "()"),
+    ],
+)
+def test_arrays_without_plain_values_are_refused(data, words):
+    for read in (load_image, lambda data, name: load_audio(data, 16_000, name)):
+        with pytest.raises(InputError) as caught:
+            read(data, "row 3")
+        assert str(caught.value).startswith("row 3: ") and words in str(caught.value) and str(caught.value).isprintable()
+
+
+def test_ranges_that_are_easily_mixed_up_are_told():
+    with pytest.raises(InputError, match=r"values from 0 to 255, expected floats from 0 to 1 \(divide by 255\?\)"):
+        load_image(np.array([[0.0, 255.0]]))
+    with pytest.raises(InputError, match=r"of uint16, expected uint8 or floats in \[0, 1\] \(divide by 65535\?\)"):
+        load_image(np.zeros((4, 4), np.uint16))
+    with pytest.raises(InputError, match="9000 x 9000 pixels"):
+        load_image(np.broadcast_to(np.uint8(0), (9_000, 9_000)))
 
 
 # Sounds.

@@ -23,12 +23,15 @@ MAX_VALUES = MAX_SECONDS * 48_000 * 2  # samples times channels: 230 MB as float
 RATES = (1_000, 192_000)  # Hz, the source rates that are believed
 BLOCK = 65_536  # frames
 LEAP = 30  # seconds up to which decoding what lies before a cut costs less than it is worth to leap
+INEXACT = ("VORBIS", "MPEG_LAYER_I", "MPEG_LAYER_II", "MPEG_LAYER_III")  # libsndfile lands some samples off
 SLACK = 0.05  # seconds that a cut may reach beyond the end: lengths in manifests are rounded
 UNKNOWN = 0x7F000000  # sizes from here on are what programs write that do not know it yet
 FFMPEG = {  # format: the reader of FFmpeg that may open it
     "MP4": "mov", "AAC": "aac", "WEBM": "matroska",
 }
 CODECS = ("aac", "alac", "mp3", "mp3float", "opus", "vorbis", "flac")
+CAF_CHUNKS = {b"desc", b"data", b"pakt", b"kuki", b"chan", b"free", b"info", b"strg", b"mark", b"regn", b"inst", b"midi",
+              b"ovvw", b"peak", b"umid", b"uuid", b"edct"}
 MP4_BOXES = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"uuid", b"meta", b"udta", b"moof", b"mfra", b"sidx",
              b"styp", b"pdin", b"ssix", b"prft", b"emsg"}
 EBML = b"\x1a\x45\xdf\xa3"
@@ -130,7 +133,7 @@ def _libsndfile(parts: list[bytes], name: str, start: float, samples: int | None
                 if samples is not None and frames < samples - 5 * 1_152:
                     raise InputError(f"{name}: {frames / rate:.1f} s of {samples / rate:.1f} s can be decoded")
                 end = place + frames
-                if skipped > LEAP * rate and samples is None:  # MP3 would lack what its frames keep in those before
+                if skipped > LEAP * rate and file.subtype not in INEXACT:
                     try:
                         place += file.seek(skipped)
                     except soundfile.SoundFileError:  # some codecs do not leap
@@ -161,10 +164,12 @@ def _ffmpeg(data: bytes, format: str, name: str, start: float) -> Blocks:
                 raise InputError(f"{name}: a video, expected a picture or a sound")
             if len(sounds) != 1:
                 raise InputError(f"{name}: {len(sounds)} sounds in one {format} file, expected one")
-            sound, begin = sounds[0], float((sounds[0].start_time or 0) * sounds[0].time_base)
-            length = float(sound.duration * sound.time_base) if sound.duration else 0.0
-            if not start and length:
-                check_sound(round(length * sound.rate), sound.rate, sound.channels, name)
+            sound = sounds[0]
+            if sound.codec_context is None or sound.codec_context.name not in CODECS:
+                raise InputError(f"{name}: sound in {format} of another kind than {', '.join(CODECS)}")
+            begin, length = (float((ticks or 0) * sound.time_base) for ticks in (sound.start_time, sound.duration))
+            if not start and length > 0:
+                check_sound(max(round(length * sound.rate), 1), sound.rate, sound.channels, name)
             place, rate = 0, 0
             if start > LEAP and format == "MP4":  # the others have no exact places
                 file.seek(round((begin + start - 1) * av.time_base))  # what comes first after a leap is wrong
@@ -195,7 +200,8 @@ def _whole_file(data: bytes, format: str, name: str) -> bytes:
                "WEBM": _webm_end, "AAC": _aac_end}[format](data)
     if end > len(data):
         raise InputError(f"{name}: cut short: {len(data)} bytes of {end} are there")
-    if end and format_of(data[end : end + 64]) == format:
+    following = data[end : end + 64] if end else b""
+    if format in (format_of(following), format_of(following.lstrip(b"\0"))):
         raise InputError(f"{name}: another {format} file follows at byte {end}, expected one sound")
     return data[:end] if end and format not in ("WAV", "AIFF") else data  # whose other parts may follow the samples
 
@@ -240,12 +246,12 @@ def _au_end(data: bytes) -> int:
 
 def _caf_end(data: bytes) -> int:
     place = 8
-    while place + 12 <= len(data):
+    while data[place : place + 4] in CAF_CHUNKS:
         size = int.from_bytes(data[place + 4 : place + 12], "big", signed=True)
-        if data[place : place + 4] == b"data" or size < 0:
-            return place + 12 + size if size >= 0 else 0  # -1 where it is not known
+        if size < 0:  # that of the samples, where it is not known
+            return 0
         place += 12 + size
-    return 0
+    return place
 
 
 def _w64_end(data: bytes) -> int:
