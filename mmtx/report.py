@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mmtx.data.collection import DataSource, progress, read_source
-from mmtx.data.media import load_audio, load_image
+from mmtx.data.media import load_image
 from mmtx.data.sample import Media, Sample
-from mmtx.data.tokens import to_documents
+from mmtx.data.tokens import load_sound, to_documents
 from mmtx.evaluation import (
     NAME_FIELDS,
     NOTE_FIELDS,
@@ -91,7 +91,6 @@ def _kind(samples: Sequence[Sample]) -> str | None:
 
 def _features(sample: Sample, kind: str):
     media = next(part for turn in sample.turns for part in turn.parts if isinstance(part, Media))
-    data = media.source.read()
     if kind == "image":
-        return pixel_features(load_image(data, media.name))
-    return mel_features(load_audio(data, CONTROL_RATE, media.name))
+        return pixel_features(load_image(media.source.read(), media.name))
+    return mel_features(load_sound(media, CONTROL_RATE))

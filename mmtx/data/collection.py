@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, get_args
 import yaml
 from tqdm import tqdm
 
+from mmtx.data.forms import READ
 from mmtx.data.sample import Sample
 from mmtx.data.sources import read
 from mmtx.errors import InputError
@@ -24,7 +25,9 @@ class DataSource:
     repeat: how often an epoch shows each sample. limit: keep this many samples, evenly spread.
     task: "caption" reads samples as they are, the medium asked and the text answered; "generate" turns them round. List
     a source twice to train both. drop: share of the views of a sample that leave its user turn empty, by which a model
-    learns to do without it, as classifier-free guidance needs.
+    learns to do without it, as classifier-free guidance needs. fields: names under which rows have what is read, as in
+    {"image": "img_path", "text": "label"}; null for a field that shall not be read though it looks like a medium.
+    follow_links: read also what links in a folder lead to outside of it.
     """
 
     paths: list[str]
@@ -33,8 +36,15 @@ class DataSource:
     limit: int | None = None
     task: Task = "caption"
     drop: float = 0.0
+    fields: dict[str, str | None] | None = None
+    follow_links: bool = False
 
     def __post_init__(self):
+        given = {name: value for name, value in (self.fields or {}).items() if value is not None}
+        if wrong := sorted(set(given) - set(READ)):
+            raise InputError(f"fields: found {wrong[0]!r}, expected one of {', '.join(READ)}")
+        if len(set(given.values())) < len(given):
+            raise InputError(f"fields: found {list(given.values())}, expected a different field for each")
         if self.task not in get_args(Task):
             raise InputError(f"task: found {self.task!r}, expected one of {', '.join(get_args(Task))}")
         if not 0 <= self.drop <= 1:
@@ -67,9 +77,15 @@ def read_config(path: str | Path) -> TrainingData:
         raise InputError(f"{path}: not the configuration of a decoder ({type(error).__name__}: {error})") from None
 
 
+def tell(line: str) -> None:
+    """Say on stderr what was left out of the data."""
+    print(line, file=sys.stderr)
+
+
 def read_source(source: DataSource, max_bad: float = 0.01) -> list[Sample]:
     """The samples of one source, in order. Raises InputError as `mmtx.data.sources.read` does."""
-    samples = read(source.paths, max_bad, source.select, lambda line: print(line, file=sys.stderr))
+    samples = read(source.paths, max_bad, source.select, tell,
+                   fields=source.fields, follow_links=source.follow_links)
     if source.limit is not None and source.limit < len(samples):
         samples = [samples[i * len(samples) // source.limit] for i in range(source.limit)]
     if source.task == "generate":

@@ -2,7 +2,8 @@
 
 | source | rows |
 | --- | --- |
-| `.jsonl` | JSON objects: {"image"|"audio": path, "text": ...}, {"text": ...} or {"messages": [...]} |
+| `.jsonl`, `.json` | JSON objects, a line each or in a list, in the forms of `mmtx.data.forms` |
+| `.csv`, `.tsv` | the same as a table with a header |
 | folder | media with a caption beside: x.png + x.txt or x.json, in all subfolders |
 | `.tar`, `.tar.gz`, `.tgz` | WebDataset shard: KEY.webp + KEY.json with "caption" or "text", or KEY.txt |
 | `hf://NAME[:SPLIT]`, folder of `save_to_disk` | Hugging Face dataset, its columns named like the fields of a manifest |
@@ -20,7 +21,7 @@ from typing import Any
 from mmtx.data import hub
 from mmtx.data.fields import attempt, shown
 from mmtx.data.folder import read_folder
-from mmtx.data.manifest import parse_row, read_manifest
+from mmtx.data.manifest import MANIFESTS, Fields, parse_row, read_manifest
 from mmtx.data.sample import Sample, suffix
 from mmtx.data.storage import display, is_url
 from mmtx.data.webdataset import SHARDS, read_tar
@@ -61,11 +62,14 @@ def read(
     max_bad: float = 0.01,
     select: dict[str, list] | None = None,
     report: Callable[[str], None] | None = None,
+    fields: Fields = None,
+    follow_links: bool = False,
 ) -> list[Sample]:
     """Read all samples of all sources into memory (media stay on disk, except those of compressed tars).
 
     Bad rows are skipped up to the share `max_bad` of all rows, and told to `report` in one line. `select`
-    keeps the samples whose metadata field (or "key", or "caption") is one of the listed values.
+    keeps the samples whose metadata field (or "key", or "caption") is one of the listed values. `fields` and
+    `follow_links` are those of a `DataSource`.
     Raises InputError for a missing or empty source, too many bad rows, or when nothing is left.
     """
     sources = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
@@ -73,7 +77,7 @@ def read(
         raise InputError("no data source is given, expected at least one manifest, folder or shard")
     skipped, samples = SkipCounter(max_bad), []
     for source in sources:
-        for row in scan(source):
+        for row in scan(source, fields=fields, follow_links=follow_links, report=report):
             if isinstance(row, InputError):
                 skipped.skip(row)
             else:
@@ -112,22 +116,24 @@ def _facts(sample: Sample) -> dict[str, Any]:
     return {"key": sample.key, "caption": sample.caption, **sample.metadata}
 
 
-def open_source(source: str) -> Iterator[Sample]:
+def open_source(source: str, fields: Fields = None, follow_links: bool = False) -> Iterator[Sample]:
     """Yield the samples of one source, in a fixed order; the first bad row raises InputError."""
-    for row in scan(source):
+    for row in scan(source, fields=fields, follow_links=follow_links):
         if isinstance(row, InputError):
             raise row
         yield row
 
 
-def scan(source: str) -> Iterator[Sample | InputError]:
+def scan(source: str, fields: Fields = None, follow_links: bool = False,
+         report: Callable[[str], None] | None = None) -> Iterator[Sample | InputError]:
     """Like `open_source`, but a bad row is yielded as its InputError, so that the caller may go on.
 
+    What is left out of a source and is no row is told to `report`, in one line.
     Raises InputError when the source as a whole is missing, empty, damaged or of no known kind.
     """
     for path in expand(os.fspath(source)):
         empty = True
-        for row in _reader(path):
+        for row in _reader(path, fields, follow_links, report):
             empty = False
             yield row
         if empty:
@@ -162,24 +168,26 @@ def expand(source: str) -> list[str]:
     return found
 
 
-def _reader(path: str) -> Iterator[Sample | InputError]:
+def _reader(path: str, fields: Fields, follow_links: bool,
+            report: Callable[[str], None] | None) -> Iterator[Sample | InputError]:
     name = display(path).lower()
-    if name.endswith(".jsonl"):
-        return read_manifest(path)
-    if name.endswith(SHARDS):
-        return read_tar(path)
+    folder = not is_url(path) and os.path.isdir(path)
+    if suffix(path) in MANIFESTS and not folder:
+        return read_manifest(path, fields)
+    if name.endswith(SHARDS) and not folder:
+        return read_tar(path, fields)
     if hub.is_dataset(path):
-        return _dataset(path)
+        return _dataset(path, fields)
     if is_prepared(path):
         raise InputError(f"{display(path)}: found shards of `mmtx prepare`, which only the training of a decoder reads, "
                          "expected pictures, sounds or texts")
-    if not is_url(path) and os.path.isdir(path):
-        return read_folder(path)
+    if folder:
+        return read_folder(path, fields, follow_links, report)
     if not is_url(path) and not os.path.exists(path):
         raise InputError(f"{path}: no such file or folder")
-    raise InputError(f"{display(path)}: unknown kind of data, expected a folder, .jsonl, {', '.join(SHARDS)}")
+    raise InputError(f"{display(path)}: unknown kind of data, expected a folder, {', '.join((*MANIFESTS, *SHARDS))}")
 
 
-def _dataset(path: str) -> Iterator[Sample | InputError]:
+def _dataset(path: str, fields: Fields) -> Iterator[Sample | InputError]:
     for number, row in enumerate(hub.rows(path), 1):
-        yield attempt(partial(parse_row, row, "", number, f"{path} row {number}"))
+        yield attempt(partial(parse_row, row, "", number, f"{path} row {number}", fields))

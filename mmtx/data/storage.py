@@ -5,6 +5,7 @@ Everything here is frozen and picklable, so that samples travel to the workers o
 
 import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -68,10 +69,13 @@ class DatasetSource:
     dataset: Any = field(repr=False)
     row: int
     column: str
+    place: int | None = field(default=None, repr=False)  # in a column of lists
 
     def read(self) -> bytes:
         """Return the bytes, which lie in the dataset or in a file that it names."""
         value = self.dataset.select_columns([self.column])[self.row][self.column]
+        if self.place is not None:
+            value = value[self.place]
         if value is None:
             raise InputError(f"row {self.row + 1}, column {self.column!r}: found nothing, expected a picture or sound")
         return FileSource(value["path"]).read() if value["bytes"] is None else value["bytes"]
@@ -96,6 +100,13 @@ def display(path: str) -> str:
     return re.sub(r"//[^/@]*@", "//", path).split("?")[0] if is_url(path) else path
 
 
+def _check_regular(path: str) -> None:
+    """Raise InputError for what must not be opened: a pipe would be waited for, a device may act."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # of a folder `open` says what it is
+        raise InputError(f"{path}: found a pipe, a socket or a device, expected a file")
+
+
 @contextmanager
 def open_binary(path: str) -> Iterator[BinaryIO]:
     """Open a local file or fsspec URL; what fails while it is open becomes an InputError that names it."""
@@ -107,6 +118,7 @@ def open_binary(path: str) -> Iterator[BinaryIO]:
 
             opened = fsspec.open(path, "rb")
         else:
+            _check_regular(path)
             opened = open(path, "rb")
         with opened as file:
             yield file
