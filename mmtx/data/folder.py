@@ -48,7 +48,7 @@ def _files(path: str, follow_links: bool) -> Iterator[tuple[str, Found]]:
         folder = folders.pop()
         try:
             with os.scandir(os.path.join(path, folder)) as found:
-                entries = list(found)
+                entries = sorted(found, key=lambda entry: entry.name)
         except OSError as error:
             reason = InputError(f"{os.path.join(path, folder)}: a folder that cannot be read ({error.strerror})")
             if not folder:
@@ -58,16 +58,16 @@ def _files(path: str, follow_links: bool) -> Iterator[tuple[str, Found]]:
         for entry in entries:
             name = os.path.join(folder, entry.name)
             linked = entry.is_symlink()
-            target = os.path.realpath(entry.path) if linked or follow_links and entry.is_dir() else entry.path
-            outside = linked and not follow_links and os.path.commonpath([root, target]) != root
-            if entry.is_dir():
-                if not linked or follow_links and target not in seen:
-                    folders.append(name)  # a linked folder of the source is read where it is
-                    seen.add(target)
-                elif outside:
+            target = os.path.realpath(entry.path) if linked or follow_links else entry.path
+            outside = linked and os.path.commonpath([root, target]) != root
+            if os.path.isdir(entry.path) if linked else entry.is_dir(follow_symlinks=False):
+                if outside and not follow_links:
                     yield name + os.sep, _link(entry.path, target)
+                elif (outside or not linked) and target not in seen:  # a linked folder of the source is read where it is
+                    folders.append(name)
+                    seen.add(target)
             elif is_wanted(name):
-                yield name, _link(entry.path, target) if outside else _file(entry, name)
+                yield name, _link(entry.path, target) if outside and not follow_links else _file(entry, name)
 
 
 def _file(entry: os.DirEntry, name: str) -> Found:
