@@ -3,18 +3,21 @@
 import base64
 import json
 import re
-from pathlib import Path
+from inspect import signature
 
 import numpy as np
 import pytest
 import soundfile
+import yaml
+from PIL import Image
 
 from mmtx.data import fields
-from mmtx.data.collection import DataSource, read_source
-from mmtx.data.prepare import stamp_of
-from mmtx.data.sample import Media, Text
+from mmtx.data.collection import DataSource, read_config, read_source
+from mmtx.data.media import load_audio
+from mmtx.data.prepare import prepare, stamp_of
+from mmtx.data.sample import Text
 from mmtx.data.sources import read, scan
-from mmtx.data.storage import MemorySource
+from mmtx.data.tokens import load_sample
 from mmtx.errors import InputError
 
 FILES = ("a.png", "b.png", "a.wav", "b.wav", "a.heic", "plain")
@@ -226,6 +229,40 @@ def test_a_cut_of_a_sound(folder):
     assert [sample.metadata for sample in samples] == [{"speaker": 4}, {}, {"duration": 2.25}]
     # Another cut is another sample to a run that goes on.
     assert stamp_of(rows_of(folder, row)) != stamp_of(rows_of(folder, row | {"offset": 1.25}))
+
+
+@pytest.mark.skipif("start" not in signature(load_audio).parameters, reason="load_audio reads no cuts yet")
+def test_only_the_cut_is_heard(tmp_path, tokenizers):
+    rate = tokenizers["audio"].rate
+    silence, tone = np.zeros(rate), 0.5 * np.sin(np.arange(rate) / 7)
+    soundfile.write(tmp_path / "a.wav", np.concatenate([silence, tone, silence]), rate)
+    rows = [{"audio_filepath": "a.wav", "text": "a", "offset": offset, "duration": 0.5} for offset in (0.25, 1.25)]
+    quiet, loud = (load_sample(sample, tokenizers)[0] for sample in rows_of(tmp_path, *rows))
+    assert len(quiet) == len(loud) == rate // 2 and quiet.abs().max() == 0 and loud.abs().max() > 0.6
+
+
+def test_fields_and_links_are_part_of_what_is_prepared(folder, tokenizers, tmp_path):
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "data" / "x.png")
+    path = rows_of_file(tmp_path / "data", {"img_path": "x.png", "label": "a red square", "score": float("nan")})
+    given = {"fields": {"image": "img_path", "text": "label"}}
+    facts = prepare(DataSource([path], **given), tokenizers, tmp_path / "out")
+    assert (facts["documents"], facts["skipped"], facts["fields"]) == (1, 0, given["fields"]) and "follow_links" not in facts
+    with pytest.raises(InputError, match="was begun with fields"):
+        prepare(DataSource([path], fields={"image": "img_path", "caption": "label"}), tokenizers, tmp_path / "out")
+    with pytest.raises(InputError, match="'img_path'.*looks like a medium"):
+        prepare(DataSource([path], fields={"text": "label"}), tokenizers, tmp_path / "other")
+
+
+def test_the_command_line_takes_fields(folder, tmp_path):
+    rows_of_file(folder, {"img_path": "a.png", "label": "a"})
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({
+        "data": {"init_args": {"tokenizers": {}, "validation": [], "train": [
+            {"paths": [str(folder / "rows.jsonl")], "fields": {"image": "img_path", "text": "label"}, "follow_links": True}]}},
+        "model": {"init_args": {}}}))
+    (source,) = read_config(config).train
+    assert said(read_source(source)[0]) == [("user", [A]), ("assistant", ["a"])] and source.follow_links
 
 
 def test_samples_without_a_cut_have_the_stamp_that_they_had(folder):
