@@ -366,6 +366,18 @@ def test_captions_without_a_medium_are_told(tmp_path, capsys):
     assert told[0] in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_a_folder_with_a_manifest_in_it_says_so(tmp_path, name):
+    write(tmp_path, "train/a.png")
+    (tmp_path / name).write_text('{"file_name": "train/a.png", "text": "caption a"}' if name.endswith("jsonl")
+                                 else "file_name,text\ntrain/a.png,caption a\n")
+    with pytest.raises(InputError, match=f"found {name} and no captions beside the media, expected {tmp_path}/{name} as the source"):
+        found_in(tmp_path)
+    assert found_in(tmp_path / name) == [("1", b"picture", "caption a")]
+    write(tmp_path, "train/a.txt")
+    assert found_in(tmp_path) == [("train/a", b"picture", "caption a")]
+
+
 def test_links_that_stay_inside_are_read(tmp_path):
     folder = tmp_path / "data"
     write(folder, "a.png", "a.txt", "store/b.png", "store/b.txt")

@@ -24,6 +24,10 @@ def read_folder(path: str, fields: Mapping[str, str | None] | None = None, follo
     for name, found in sorted(_files(path, follow_links), key=lambda file: file[0]):
         # Folders that cannot be read end in a separator: a key of their own.
         groups.setdefault(os.path.splitext(name)[0], []).append((name, found))
+    tables = [name for name in METADATA if os.path.isfile(os.path.join(path, name))]
+    if tables and not any(known_kind(name) is None for group in groups.values() if len(group) > 1 for name, _ in group):
+        raise InputError(f"{path}: found {tables[0]} and no captions beside the media, expected {os.path.join(path, tables[0])} "
+                         "as the source")
     alone = []
     for key, group in groups.items():
         # A text without a medium is a README or a licence here, no sample.
