@@ -42,7 +42,8 @@ def begins_as(head: bytes) -> str | None:
             return name
     # Text in a wide encoding without a mark: every other byte is zero, or three of four.
     zeros = [place for place in range(min(len(head), 4)) if head[place] == 0]
-    return {(1, 3): "UTF-16 text", (0, 2): "UTF-16 text", (1, 2, 3): "UTF-32 text", (0, 1, 2): "UTF-32 text"}.get(tuple(zeros))
+    return {(1, 3): "UTF-16 text", (0, 2): "UTF-16 text",
+            (1, 2, 3): "UTF-32 text", (0, 1, 2): "UTF-32 text"}.get(tuple(zeros))
 
 
 def lines(file: BinaryIO, where: str) -> Iterator[bytes | None]:
@@ -111,7 +112,8 @@ def objects(file: BinaryIO, where: str) -> Iterator[bytes | None]:
                 except (ValueError, RecursionError) as error:
                     # An object that is not whole yet looks like one that is none.
                     if ended or len(text) - place > MAX_ROW or isinstance(error, RecursionError):
-                        raise InputError(f"{at}: not JSON ({reason(error)}), found {shown(text[place:place + 60])}") from None
+                        found = shown(text[place:place + 60])
+                        raise InputError(f"{at}: not JSON ({reason(error)}), found {found}") from None
                 text, place, had = text[place:], 0, len(text) - place
                 while len(text) < had + want and not ended:
                     more = next(chunks, None)

@@ -37,7 +37,8 @@ def read_folder(path: str, fields: Mapping[str, str | None] | None = None, follo
         else:
             alone += [name for name, _ in group]
     if alone and report is not None:
-        report(f"{path}: left out {len(alone)} .txt and .json files without a picture or sound of their name; first: {alone[0]}")
+        report(f"{path}: left out {len(alone)} .txt and .json files without a picture or sound of their name; "
+               f"first: {alone[0]}")
 
 
 def _files(path: str, follow_links: bool) -> Iterator[tuple[str, Found]]:
@@ -82,7 +83,8 @@ def _file(entry: os.DirEntry, name: str) -> Found:
     except OSError as error:  # a link to nothing, or to itself
         return InputError(f"{entry.path}: cannot be read ({error.strerror})")
     if not stat.S_ISREG(found.st_mode):
-        return InputError(f"{entry.path}: found {SPECIAL.get(stat.S_IFMT(found.st_mode), 'something else')}, expected a file")
+        kind = SPECIAL.get(stat.S_IFMT(found.st_mode), "something else")
+        return InputError(f"{entry.path}: found {kind}, expected a file")
     if not known_kind(name) and found.st_size > MAX_CAPTION:
         return too_long(entry.path, found.st_size)
     return FileSource(entry.path)

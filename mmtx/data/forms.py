@@ -4,8 +4,8 @@
 | --- | --- |
 | caption | media, and "text", "caption", "transcription", "transcript" or "sentence" |
 | plain document | "text" alone; with <image> and <audio> in it, media stand there |
-| chat (LLaMA-Factory, ms-swift, TRL, LLaVA, ShareGPT, OpenAI, Qwen) | "messages" or "conversations", media beside or inside |
-| question and answer | "instruction" + "input" + "output", "query" + "response", "prompt" + "completion" or "response", "question" + "answer", after "history" |
+| chat | "messages" or "conversations" (LLaMA-Factory, ms-swift, TRL, LLaVA, ShareGPT, OpenAI, Qwen), media beside or inside |
+| question and answer | "instruction" + "input" + "output" or another of PAIRS, after "history" |
 
 Media are "image", "images", "audio", "audios", "file_name" (image folders), or "audio_filepath" with "offset" and "duration"
 (NeMo). Where <image> or <audio> in the texts of a row say where media go, they must be as many as the media; where none does,
@@ -27,12 +27,15 @@ from mmtx.data.storage import DatasetSource, MemorySource
 from mmtx.errors import InputError
 
 # Field -> kind of the media in it; None: what its extension says.
-FIELDS = {"image": "image", "images": "image", "audio": "audio", "audios": "audio", "audio_filepath": "audio", "file_name": None}
+FIELDS = {"image": "image", "images": "image", "audio": "audio", "audios": "audio", "audio_filepath": "audio",
+          "file_name": None}
 TEXTS = ("text", "caption", "transcription", "transcript", "sentence")
 CHATS = ("messages", "conversations")
-PAIRS = (("instruction", "output"), ("query", "response"), ("prompt", "completion"), ("prompt", "response"), ("question", "answer"))
-READ = (*FIELDS, *TEXTS, *CHATS, *dict.fromkeys(name for pair in PAIRS for name in pair), "input", "history", "system", "offset",
-        "duration", "key", "id")  # all names that a row is read by
+PAIRS = (("instruction", "output"), ("query", "response"), ("prompt", "completion"), ("prompt", "response"),
+         ("question", "answer"))
+# All names that a row is read by.
+READ = (*FIELDS, *TEXTS, *CHATS, *dict.fromkeys(name for pair in PAIRS for name in pair), "input", "history", "system",
+        "offset", "duration", "key", "id")
 
 # Type of a part of a message -> kind of the medium.
 CONTENT = {"image": "image", "image_url": "image", "input_image": "image", "audio": "audio", "audio_url": "audio",
@@ -44,12 +47,12 @@ EMBEDDED = re.compile(r"<(img|image|audio|video)>[^<>\n]{1,1000}</\1>")  # as th
 LOOKED_AT = 64  # items of a list or object in an unread field
 
 # Names of fields that hold a medium, or say where it lies: words, and words that mean other things too without an ending.
-_WORDS = {"image": ("image|img|picture|photo", "pic|frame"), "audio": ("audio|sound|wav", "speech|voice|music|song|recording"),
-          "video": ("video", "movie|clip|film")}
+_WORDS = {"image": ("image|img|picture|photo", "pic|frame"), "video": ("video", "movie|clip|film"),
+          "audio": ("audio|sound|wav", "speech|voice|music|song|recording")}
 _NUMBER = r"[_-]?(?:\d+|[a-d])"
 _ENDING = r"[_-]?(?:path|file|file_?name|file_?path|url|uri|link|src|bytes|data|content|b64|base64|list|array)s?"
-_NAMES = [(kind, re.compile(rf"(?:[a-z]+[_-])?(?:(?:{sure})s?(?P<number>{_NUMBER})?(?:{_ENDING})?|(?:{other})s?{_ENDING})"))
-          for kind, (sure, other) in _WORDS.items()]
+_NAMES = {kind: re.compile(rf"(?:[a-z]+[_-])?(?:(?:{sure})s?(?P<number>{_NUMBER})?(?:{_ENDING})?|(?:{other})s?{_ENDING})")
+          for kind, (sure, other) in _WORDS.items()}
 
 Reader = Callable[[Any, str, str], Media]  # what a row says of a medium, its kind and its field -> the medium
 
@@ -214,8 +217,9 @@ def _chat(messages: Any, name: str, where: str, read: Reader | None, marked: boo
 def _part(item: Any, where: str, at: str, read: Reader | None, marked: bool) -> list[Part | Slot]:
     kind = item.get("type") if isinstance(item, dict) else None
     if kind == "text":
-        refuse_unread({name: value for name, value in item.items() if name not in ("type", "text")}, where, set(), at + ".")
         text = text_of(item.get("text"), where, f"{at}.text")
+        rest = {name: value for name, value in item.items() if name not in ("type", "text")}
+        refuse_unread(rest, where, set(), at + ".")
         return _pieces(text) if marked else [Text(text)]
     if not isinstance(kind, str) or kind not in CONTENT:
         raise InputError(f"{where}: field '{at}.type' is {shown(kind)}, expected text, {', '.join(CONTENT)}")
@@ -265,8 +269,8 @@ def _filled(messages: Sequence[Message], beside: Sequence[Media], where: str) ->
     queues = {kind: deque(medium for medium in waiting if medium.kind == kind) for kind in slots}
     for kind, queue in queues.items():
         if len(queue) != slots.count(kind):
-            raise InputError(f"{where}: found {slots.count(kind)} of the placeholder <{kind}> and {len(queue)} of {kind} to stand "
-                             "there, expected as many")
+            raise InputError(f"{where}: found {slots.count(kind)} of the placeholder <{kind}> and {len(queue)} of {kind} to "
+                             "stand there, expected as many")
     turns = []
     for message in messages:
         # The stream has no system role: an instruction is a user turn of its own.
@@ -289,8 +293,8 @@ def refuse_unread(row: dict[str, Any], where: str, kinds: set[str], prefix: str 
         if isinstance(value, (str, list, dict, bytes, DatasetSource)) and value and (found := _unread(name, value, kinds)):
             kind, at, value = found
             what = "a video, which is" if kind == "video" else "which looks like a medium and is"
-            raise InputError(f"{where}: field {prefix + at!r} is {shown(value)}, {what} not read; expected pictures and sounds in "
-                             f"{', '.join(FIELDS)}, or in what `fields` names")
+            raise InputError(f"{where}: field {prefix + at!r} is {shown(value)}, {what} not read; expected pictures and "
+                             f"sounds in {', '.join(FIELDS)}, or in what `fields` names")
 
 
 def _unread(name: str, value: Any, kinds: set[str]) -> tuple[str | None, str, Any] | None:
@@ -307,7 +311,7 @@ def _kind_by_name(name: str) -> tuple[str | None, bool]:
     name = name.lower()
     if kind := known_kind("x." + name):  # columns of WebDataset shards: "jpg", "wav"
         return kind, False
-    for kind, pattern in _NAMES:
+    for kind, pattern in _NAMES.items():
         if match := pattern.fullmatch(name):
             return kind, bool(match["number"])
     return None, False

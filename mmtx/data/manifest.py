@@ -1,4 +1,4 @@
-"""Manifests: rows of JSON, or of a table with a header, in the forms of `mmtx.data.forms`; paths are relative to the file."""
+"""Manifests: rows of JSON, or of a table with a header, in the forms of `mmtx.data.forms`; their paths start beside them."""
 
 import csv
 import os
@@ -70,7 +70,7 @@ def _table(delimiter: str, file: BinaryIO, name: str) -> Iterator[tuple[int, dic
             continue
         number += 1
         if len(cells) != len(header):
-            yield number, InputError(f"{name} row {number}: found {len(cells)} cells, expected {len(header)} as in the header")
+            yield number, InputError(f"{name} row {number}: found {len(cells)} cells, expected {len(header)} as the header has")
         else:
             yield number, {column: cell for column, cell in zip(header, cells) if cell}
 

@@ -13,13 +13,14 @@ EXTENSIONS = {
     "image": (".webp", ".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff"),
     "audio": (".ogg", ".opus", ".wav", ".flac", ".mp3"),
 }
-# What is known to be a picture, a sound or a video by its name, but has no place in EXTENSIONS: such a file is counted as
-# one that cannot be used, and never left out without a word.
+# What is known to be a picture, a sound or a video by its name, but has no place in EXTENSIONS: such a file is counted
+# as one that cannot be used, and never left out without a word.
 UNREAD = {
-    "image": (".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".svg", ".ico", ".icns", ".psd", ".tga", ".dds", ".exr", ".hdr",
-              ".pbm", ".pgm", ".ppm", ".pnm", ".jfif", ".jpe", ".apng", ".dib", ".xcf", ".dng", ".cr2", ".cr3", ".nef", ".arw"),
-    "audio": (".m4a", ".m4b", ".aac", ".aif", ".aiff", ".aifc", ".oga", ".spx", ".webm", ".weba", ".mka", ".wma", ".amr", ".caf",
-              ".au", ".snd", ".mp2", ".ac3", ".ape", ".wv", ".w64", ".rf64", ".mid", ".midi"),
+    "image": (".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".svg", ".ico", ".icns", ".psd", ".tga", ".dds", ".exr",
+              ".hdr", ".pbm", ".pgm", ".ppm", ".pnm", ".jfif", ".jpe", ".apng", ".dib", ".xcf", ".dng", ".cr2", ".cr3",
+              ".nef", ".arw"),
+    "audio": (".m4a", ".m4b", ".aac", ".aif", ".aiff", ".aifc", ".oga", ".spx", ".webm", ".weba", ".mka", ".wma", ".amr",
+              ".caf", ".au", ".snd", ".mp2", ".ac3", ".ape", ".wv", ".w64", ".rf64", ".mid", ".midi"),
     "video": (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".3gp"),
 }
 _READ, _KNOWN = ({extension: kind for table in tables for kind, some in table.items() for extension in some}

@@ -71,8 +71,8 @@ def _members(path: str) -> Iterator[tuple[int, str, Found]]:
                 else:
                     held += member.size
                     if held > MAX_HELD:
-                        raise InputError(f"{name}: more than {MAX_HELD} bytes in memory, expected a plain .tar, of which media "
-                                         "stay on the disk, or shards of less")
+                        raise InputError(f"{name}: more than {MAX_HELD} bytes in memory, expected a plain .tar, of which "
+                                         "media stay on the disk, or smaller shards")
                     found = MemorySource(reader.read(member.size))
                 yield member.archive, member.name, found
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -94,8 +94,10 @@ def _trouble(member: Member, where: str) -> InputError | None:
 
 TROUBLE = {
     tarfile.LNKTYPE: "a link to another member", tarfile.SYMTYPE: "a symbolic link", tarfile.CHRTYPE: "a device",
-    tarfile.BLKTYPE: "a device", tarfile.FIFOTYPE: "a named pipe", tarfile.GNUTYPE_SPARSE: "a file stored with holes (tar --sparse)",
+    tarfile.BLKTYPE: "a device", tarfile.FIFOTYPE: "a named pipe",
+    tarfile.GNUTYPE_SPARSE: "a file stored with holes (tar --sparse)",
 }
+LONG = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
 WITHOUT_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE)
 
 
@@ -123,7 +125,7 @@ def _headers(reader: "_Reader", name: str) -> Iterator[Member]:
                 raise InputError(f"{name}: not a whole plain tar ({error})") from None
             raise InputError(f"{name}: damaged or cut short at byte {place} of the tar ({error})") from None
         zeros, ended = 0, False
-        if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE):
+        if info.type in LONG:
             if not 0 <= info.size <= MAX_HEADER:
                 raise InputError(f"{name}: {info.size} bytes of a header at byte {place} of the tar, at most {MAX_HEADER}")
             data = reader.read(info.size)
