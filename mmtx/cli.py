@@ -336,8 +336,8 @@ def _prepare(options: argparse.Namespace) -> None:
         config = read_config(find_shipped(options.config))
         sources, folders, features, max_bad = config.train, config.tokenizers, config.continuous, config.max_bad
         # The same samples are prepared once, however often they are used.
-        distinct = {repr((source.paths, source.select)): source for source in sources}
-        outputs = [options.output / str(list(distinct).index(repr((s.paths, s.select)))) for s in sources]
+        read = [repr((source.paths, source.select, source.fields, source.follow_links)) for source in sources]
+        outputs = [options.output / str(list(dict.fromkeys(read)).index(what)) for what in read]
         if options.trusted:
             sources = [replace(source, trusted=True) for source in sources]
     loaded = {tokenizer.kind: tokenizer for tokenizer in (load_tokenizer(find_shipped(folder)) for folder in folders)}
@@ -352,7 +352,8 @@ def _prepare(options: argparse.Namespace) -> None:
         done.add(output)
     default = asdict(DataSource([]))
     # The command line goes on from each source of the configuration: a `select` that has done its work must be undone.
-    train = [{"paths": [str(output)], **{name: None if name == "select" else value
+    done_with = ("select", "fields", "follow_links")
+    train = [{"paths": [str(output)], **{name: default[name] if name in done_with else value
                                          for name, value in asdict(source).items()
                                          if name not in ("paths", "trusted") and value != default[name]}}
              for source, output in zip(sources, outputs, strict=True)]

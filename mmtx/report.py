@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mmtx.data.collection import Collected, DataSource, progress, read_sources
-from mmtx.data.media import load_audio, load_image
+from mmtx.data.media import load_image
 from mmtx.data.sample import Media, Sample
 from mmtx.data.sources import MAX_BAD
 from mmtx.data.storage import display
-from mmtx.data.tokens import usable
+from mmtx.data.tokens import load_sound, usable
 from mmtx.errors import InputError
 from mmtx.evaluation import (
     NAME_FIELDS,
@@ -120,7 +120,6 @@ def _kind(samples: Sequence[Sample]) -> str | None:
 
 def _features(sample: Sample, kind: str):
     media = next(part for turn in sample.turns for part in turn.parts if isinstance(part, Media))
-    data = media.source.read()
     if kind == "image":
-        return pixel_features(load_image(data, media.name))
-    return mel_features(load_audio(data, CONTROL_RATE, media.name))
+        return pixel_features(load_image(media.source.read(), media.name))
+    return mel_features(load_sound(media, CONTROL_RATE))

@@ -161,6 +161,25 @@ def test_names_in_a_column_of_texts_are_judged_alike(tmp_path, monkeypatch):
     (absolute, relative) = scan("hf://some/body")
     assert "found a local path in a source at a URL" in str(absolute)
     assert relative.turns[0].parts[0].source.path == "hf://datasets/some/body/own.png"
+def test_media_of_other_columns_are_read_or_refused(pictures, tokenizers, tmp_path):
+    media = [sample.turns[0].parts[0].source.read() for sample in pictures]
+    cell = lambda data: {"bytes": data, "path": None}  # noqa: E731
+    pixels, lists = datasets.Image(), datasets.List(datasets.Image())
+    chat = [{"role": "user", "content": "<image> and <image>?"}, {"role": "assistant", "content": "two"}]
+    kinds = datasets.Features({"images": lists, "messages": [{"role": datasets.Value("string"), "content": datasets.Value("string")}]})
+    stored({"images": [[cell(media[1]), cell(media[0])]], "messages": [chat]}, kinds).save_to_disk(tmp_path / "chats")
+    (sample,) = read(str(tmp_path / "chats"))
+    first, words, second, end = sample.turns[0].parts
+    assert [first.source.read(), words, second.source.read(), end] == [media[1], Text(" and "), media[0], Text("?")]
+    assert first.name == f"{sample.where}: images[0]" and second.name == f"{sample.where}: images[1]"
+    (turn, _), = [document.turns for document in to_documents([sample], tokenizers)]
+    assert [part.kind for part in turn.parts] == ["image", "text", "image", "text"]
+    kinds = datasets.Features({"img": pixels, "mask": pixels, "text": datasets.Value("string")})
+    stored({"img": [cell(media[0]), None], "mask": [None, cell(media[1])], "text": ["a", "b"]}, kinds).save_to_disk(tmp_path / "named")
+    first, second = scan(str(tmp_path / "named"))
+    assert "named row 1: field 'img' is DatasetSource" in str(first) and "named row 2: field 'mask'" in str(second)
+    first, second = scan(str(tmp_path / "named"), fields={"image": "img", "mask": None})
+    assert first.turns[0].parts[0].source.read() == media[0] and second.turns[0].parts == (Text("b"),)
 
 
 def test_what_cannot_be_read_is_named(folder, tokenizers, tmp_path):

@@ -122,7 +122,7 @@ def chat(content, role="user"):
         ({"messages": []}, ["'messages'", "[]"]),
         ({"messages": "hi"}, ["'messages'", "hi"]),
         ({"messages": ["hi"]}, ["messages[0]", "hi"]),
-        (chat("hi") | {"image": "a.png"}, ["'messages'", "image"]),
+        (chat("hi") | {"text": "a"}, ["'messages'", "text"]),
         (chat("hi", role="tool"), ["messages[0]", "'tool'", "assistant"]),
         (chat("hi", role=["user"]), ["messages[0]", "['user']"]),
         (chat(""), ["messages[0].content", "''"]),
@@ -212,9 +212,9 @@ def test_missing_source(tmp_path, name):
 
 
 def test_unknown_source(tmp_path):
-    (tmp_path / "x.csv").write_text("a,b")
-    with pytest.raises(InputError, match="x.csv: unknown kind.*jsonl"):
-        read(tmp_path / "x.csv")
+    (tmp_path / "x.xlsx").write_text("a,b")
+    with pytest.raises(InputError, match="x.xlsx: unknown kind.*jsonl.*json.*csv.*tsv.*tar.gz"):
+        read(tmp_path / "x.xlsx")
     with pytest.raises(InputError, match="no file matches"):
         read(f"{tmp_path}/*.jsonl")
 

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, get_args
 import yaml
 from tqdm import tqdm
 
+from mmtx.data.forms import READ
 from mmtx.data.sample import Sample
 from mmtx.data.sources import MAX_BAD, SkipCounter, read_rows
 from mmtx.data.storage import scrub
@@ -26,7 +27,9 @@ class DataSource:
     task: "caption" reads samples as they are, the medium asked and the text answered; "generate" turns them round. List
     a source twice to train both. drop: share of the views of a sample that leave its user turn empty, by which a model
     learns to do without it, as classifier-free guidance needs. trusted: rows of a source at a URL may name local files,
-    private addresses and other schemes than https; by default what lies below its own address, and public https.
+    private addresses and other schemes than https; by default what lies below its own address, and public https. fields:
+    names under which rows have what is read, as in {"image": "img_path", "text": "label"}; null for a field that shall not be
+    read though it looks like a medium. follow_links: read also what links in a folder lead to outside of it.
     """
 
     paths: list[str]
@@ -36,8 +39,15 @@ class DataSource:
     task: Task = "caption"
     drop: float = 0.0
     trusted: bool = False
+    fields: dict[str, str | None] | None = None
+    follow_links: bool = False
 
     def __post_init__(self):
+        given = {name: value for name, value in (self.fields or {}).items() if value is not None}
+        if wrong := sorted(set(given) - set(READ)):
+            raise InputError(f"fields: found {wrong[0]!r}, expected one of {', '.join(READ)}")
+        if len(set(given.values())) < len(given):
+            raise InputError(f"fields: found {list(given.values())}, expected a different field for each")
         if self.task not in get_args(Task):
             raise InputError(f"task: found {self.task!r}, expected one of {', '.join(get_args(Task))}")
         if not 0 <= self.drop <= 1:
@@ -80,7 +90,8 @@ def read_source(source: DataSource, max_bad: float = MAX_BAD) -> list[Sample]:
 
 
 def _read(source: DataSource, skipped: SkipCounter) -> list[Sample]:
-    samples = read_rows(source.paths, skipped, source.select, source.trusted)
+    samples = read_rows(source.paths, skipped, source.select, to_stderr, trusted=source.trusted, fields=source.fields,
+                        follow_links=source.follow_links)
     if source.limit is not None and source.limit < len(samples):
         samples = [samples[i * len(samples) // source.limit] for i in range(source.limit)]
     if source.task == "generate":

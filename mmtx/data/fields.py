@@ -1,11 +1,31 @@
-"""Fields of a row: text and JSON that are what they should be, or an error that names the row and the field."""
+"""Fields of a row: text and JSON that are what they should be, or an error that names the row and the field.
 
+Whatever a row says is bounded before it is kept: its bytes, how deep its values lie in one another, and captions.
+"""
+
+import codecs
 import json
-from collections.abc import Callable
-from typing import Any
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, BinaryIO
 
 from mmtx.data.sample import Sample
 from mmtx.errors import InputError
+
+MAX_ROW = 32 * 2**20  # bytes of a row of a manifest: a picture of 24 MB may lie in it
+MAX_CAPTION = 2**20   # bytes of a caption or of the JSON beside a medium
+MAX_DEPTH = 32        # lists and objects in one another: pickle and repr end in an error at a few hundred
+CHUNK = 2**20         # bytes that are read together
+SPACE = re.compile(r"[ \t\n\r]*")
+
+# How files begin that are often taken for text or for a tar.
+BEGINNINGS = {
+    b"\xff\xfe\0\0": "UTF-32 text", b"\0\0\xfe\xff": "UTF-32 text", b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text",
+    b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "Zstandard", b"\xfd7zXZ\0": "xz", b"BZh": "bzip2", b"\x04\x22\x4d\x18": "LZ4",
+    b"PK\x03\x04": "a zip archive", b"7z\xbc\xaf\x27\x1c": "a 7z archive", b"Rar!": "a RAR archive",
+    b"PAR1": "Parquet", b"ARROW1": "Arrow", b"SQLite format 3": "an SQLite database",
+}
 
 
 def attempt(parse: Callable[[], Sample]) -> Sample | InputError:
@@ -15,40 +35,206 @@ def attempt(parse: Callable[[], Sample]) -> Sample | InputError:
         return error
 
 
+def begins_as(head: bytes) -> str | None:
+    """What a file is by its first bytes, if that is neither UTF-8 text nor a plain tar."""
+    for beginning, name in BEGINNINGS.items():
+        if head.startswith(beginning):
+            return name
+    # Text in a wide encoding without a mark: every other byte is zero, or three of four.
+    zeros = [place for place in range(min(len(head), 4)) if head[place] == 0]
+    return {(1, 3): "UTF-16 text", (0, 2): "UTF-16 text",
+            (1, 2, 3): "UTF-32 text", (0, 1, 2): "UTF-32 text"}.get(tuple(zeros))
+
+
+def lines(file: BinaryIO, where: str) -> Iterator[bytes | None]:
+    """The lines of a file of UTF-8 text without their ends; None stands for one of more than MAX_ROW bytes.
+
+    Raises InputError when the file is something else as a whole.
+    """
+    rest, skipping, first = b"", False, True
+    while chunk := file.read(CHUNK):
+        if first and (found := begins_as(chunk[:16])):
+            raise InputError(f"{where}: found {found}, expected UTF-8 text")
+        first = False
+        *whole, tail = chunk.split(b"\n")
+        if whole and skipping:
+            yield None
+            del whole[0]
+            skipping, rest = False, b""
+        elif whole:
+            whole[0] = rest + whole[0]
+            rest = b""
+        yield from (line if len(line) <= MAX_ROW else None for line in whole)
+        rest = b"" if skipping else rest + tail
+        if len(rest) > MAX_ROW:
+            rest, skipping = b"", True
+    if skipping:
+        yield None
+    elif rest:
+        yield rest
+
+
+def objects(file: BinaryIO, where: str) -> Iterator[bytes | None]:
+    """The objects of a JSON list, or those that stand one behind another, as they are written; None for one of more than
+    MAX_ROW bytes. One is in memory at a time.
+
+    Raises InputError where what follows is no object, or has no end within MAX_ROW bytes.
+    """
+    decoder = json.JSONDecoder(parse_int=str, parse_float=str)  # only ends are looked for here
+    text, place, number, ended = "", 0, 0, False
+    chunks = _texts(file, where)
+    listed = closed = False
+    while True:
+        place = SPACE.match(text, place).end()
+        if place == len(text):
+            text, place = next(chunks, None), 0
+            if text is None:
+                break
+            continue
+        at = f"{where} row {number + 1}"
+        if closed:
+            raise InputError(f"{where}: found {shown(text[place:place + 60])} behind the end of the list")
+        letter = text[place]
+        if not number and not listed and letter == "[":
+            listed, place = True, place + 1
+        elif listed and letter == "]":
+            closed, place = True, place + 1
+        elif number and letter == ",":
+            place += 1
+        elif letter != "{":
+            raise InputError(f"{at}: found {shown(text[place:place + 60])}, expected a JSON object")
+        else:
+            want = CHUNK
+            while True:
+                try:
+                    _, end = decoder.raw_decode(text, place)
+                    break
+                except (ValueError, RecursionError) as error:
+                    # An object that is not whole yet looks like one that is none.
+                    if ended or len(text) - place > MAX_ROW or isinstance(error, RecursionError):
+                        found = shown(text[place:place + 60])
+                        raise InputError(f"{at}: not JSON ({reason(error)}), found {found}") from None
+                text, place, had = text[place:], 0, len(text) - place
+                while len(text) < had + want and not ended:
+                    more = next(chunks, None)
+                    ended, text = more is None, text + (more or "")
+                want = len(text)
+            yield text[place:end].encode() if end - place <= MAX_ROW else None
+            number, place = number + 1, end
+    if listed and not closed:
+        raise InputError(f"{where}: ends behind row {number}, expected the end of the list")
+
+
+def _texts(file: BinaryIO, where: str) -> Iterator[str]:
+    """A file of UTF-8 in pieces of text."""
+    decoder, place = codecs.getincrementaldecoder("utf-8-sig")(), 0
+    try:
+        while chunk := file.read(CHUNK):
+            if not place and (found := begins_as(chunk[:16])):
+                raise InputError(f"{where}: found {found}, expected UTF-8 text")
+            yield decoder.decode(chunk)
+            place += len(chunk)
+        yield decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8 behind byte {place} ({error.reason})") from None
+
+
 def json_object(data: bytes, where: str) -> dict[str, Any]:
     """A JSON object without its null fields, which stand for absent ones."""
     try:
-        row = json.loads(decode(data, where))
+        row = _JSON.decode(decode(data, where))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON ({error}), found {shown(data[:60])}") from None
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{where}: not JSON ({reason(error)}), found {shown(data[:60])}") from None
+    if data.count(b"[") + data.count(b"{") > MAX_DEPTH and _depth(row) > MAX_DEPTH:
+        raise InputError(f"{where}: not JSON that can be used (more than {MAX_DEPTH} lists and objects in one another)")
     if not isinstance(row, dict):
         raise InputError(f"{where}: found {shown(row)}, expected a JSON object")
     return {name: value for name, value in row.items() if value is not None}
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; of two values of one name, which json itself takes the last of, neither may be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the field {shown(twice)} is there {names.count(twice)} times")
+    return found
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_distinct)
+
+
+def _depth(value: Any) -> int:
+    """How many lists and objects lie in one another."""
+    depth, level = 0, [value]
+    while level and depth <= MAX_DEPTH:
+        inside = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list))]
+        depth, level = depth + bool(inside), [item for items in inside for item in items]
+    return depth
+
+
+def reason(error: Exception) -> str:
+    """What a parser says, short and on one line."""
+    return "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:120]
 
 
 def decode(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not UTF-8 at byte {error.start}") from None
+        found = begins_as(data[:16])
+        raise InputError(f"{where}: found {found}, expected UTF-8 text" if found else
+                         f"{where}: not UTF-8 at byte {error.start}") from None
+
+
+def renamed(row: dict[str, Any], fields: Mapping[str, str | None] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The row with its fields under the names by which they are read, and those that shall not be read.
+
+    `fields` is that of a `DataSource`: name by which a field is read -> its name in the row, None for none.
+    """
+    fields = fields or {}
+    taken = {name: row.pop(given) for name, given in fields.items() if given in row}
+    aside = {name: row.pop(name) for name in fields if name in row}
+    return row | taken, aside
 
 
 def pop_text(row: dict[str, Any], names: tuple[str, ...], where: str) -> str:
     for name in names:
         if name in row:
             return text_of(row.pop(name), where, name)
-    raise InputError(f"{where}: no field {' or '.join(map(repr, names))}, found the fields {sorted(row)}")
+    raise InputError(f"{where}: no field {' or '.join(map(repr, names))}, found the fields {shown(sorted(row))}")
+
+
+def pop_number(row: dict[str, Any], name: str, least: float, where: str) -> float | None:
+    """A number of at least `least`, also one that is written as text, as all values of a table are; None if there is none."""
+    if name not in row:
+        return None
+    found = row.pop(name)
+    try:
+        value = math.nan if isinstance(found, bool) else float(found)
+    except (TypeError, ValueError, OverflowError):
+        value = math.nan
+    if not least <= value < math.inf:
+        raise InputError(f"{where}: field {name!r} is {shown(found)}, expected a number of at least {least:g}")
+    return value
 
 
 def text_of(value: Any, where: str, at: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"{where}: field {at!r} is {shown(value)}, expected text")
-    if any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise InputError(f"{where}: field {at!r} holds half a surrogate pair, expected Unicode text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: field {at!r} holds half a surrogate pair, expected Unicode text") from None
     return value
 
 
 def shown(value: Any) -> str:
     """What was found, on one line of bounded length."""
+    if isinstance(value, (str, bytes)):
+        value = value[:200]
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -1,54 +1,131 @@
 """Folders of media with captions beside them: x.png + x.txt or x.json, in all subfolders."""
 
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
-from mmtx.data.fields import attempt, decode, json_object, pop_text
-from mmtx.data.sample import Media, Sample, SampleTurn, Text, kind_of, suffix
+from mmtx.data.fields import MAX_CAPTION, attempt, decode, json_object, renamed
+from mmtx.data.forms import CHATS, turns_of
+from mmtx.data.sample import EXTENSIONS, Media, Sample, kind_of, known_kind, suffix
 from mmtx.data.storage import FileSource, MediaSource
 from mmtx.errors import InputError
 
+CAPTIONS = ("caption", "text", "transcription", "transcript", "sentence")  # of KEY.json, the first that is there
+METADATA = ("metadata.jsonl", "metadata.csv")  # a manifest inside a folder of media, as `datasets` has it
+SPECIAL = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFBLK: "a device", stat.S_IFCHR: "a device"}
 
-def read_folder(path: str) -> Iterator[Sample | InputError]:
-    files = sorted(
-        os.path.relpath(os.path.join(folder, name), path)
-        for folder, _, names in os.walk(path)
-        for name in names
-        if is_wanted(name)
-    )
-    groups: dict[str, list[tuple[str, MediaSource]]] = {}
-    for name in files:
-        source = FileSource(os.path.join(path, name))
-        groups.setdefault(os.path.splitext(name)[0], []).append((name, source))
+Found = MediaSource | InputError  # where a file or member lies, or why it cannot be used
+
+
+def read_folder(path: str, fields: Mapping[str, str | None] | None = None, follow_links: bool = False,
+                report: Callable[[str], None] | None = None) -> Iterator[Sample | InputError]:
+    groups: dict[str, list[tuple[str, Found]]] = {}
+    for name, found in sorted(_files(path, follow_links), key=lambda file: file[0]):
+        # Folders that cannot be read end in a separator: a key of their own.
+        groups.setdefault(os.path.splitext(name)[0], []).append((name, found))
+    tables = [name for name in METADATA if os.path.isfile(os.path.join(path, name))]
+    if tables and not any(known_kind(name) is None for group in groups.values() if len(group) > 1 for name, _ in group):
+        raise InputError(f"{path}: found {tables[0]} and no captions beside the media, expected {os.path.join(path, tables[0])} "
+                         "as the source")
+    alone = []
     for key, group in groups.items():
         # A text without a medium is a README or a licence here, no sample.
-        if any(kind_of(name) for name, _ in group):
+        if any(known_kind(name) or isinstance(found, InputError) for name, found in group):
             where = os.path.join(path, key)
-            yield attempt(partial(captioned, key, group, where, name_prefix=os.path.join(path, "")))
+            yield attempt(partial(captioned, key, group, where, os.path.join(path, ""), fields))
+        else:
+            alone += [name for name, _ in group]
+    if alone and report is not None:
+        report(f"{path}: left out {len(alone)} .txt and .json files without a picture or sound of their name; "
+               f"first: {alone[0]}")
+
+
+def _files(path: str, follow_links: bool) -> Iterator[tuple[str, Found]]:
+    """Media and captions in a folder and those below it, by their names in `path`, and what cannot be used of them.
+
+    A link may lead to where the folder itself leads; what lies elsewhere is read with `follow_links` only: data of
+    strangers must not say which files of the reader are looked at.
+    """
+    root = os.path.realpath(path)
+    folders, seen = [""], {root}
+    while folders:
+        folder = folders.pop()
+        try:
+            with os.scandir(os.path.join(path, folder)) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError as error:
+            reason = InputError(f"{os.path.join(path, folder)}: a folder that cannot be read ({error.strerror})")
+            if not folder:
+                raise reason from None
+            yield folder + os.sep, reason
+            continue
+        for entry in entries:
+            name = os.path.join(folder, entry.name)
+            linked = entry.is_symlink()
+            target = os.path.realpath(entry.path) if linked or follow_links else entry.path
+            outside = linked and os.path.commonpath([root, target]) != root
+            if os.path.isdir(entry.path) if linked else entry.is_dir(follow_symlinks=False):
+                if outside and not follow_links:
+                    yield name + os.sep, _link(entry.path, target)
+                elif (outside or not linked) and target not in seen:  # a linked folder of the source is read where it is
+                    folders.append(name)
+                    seen.add(target)
+            elif is_wanted(name):
+                yield name, _link(entry.path, target) if outside and not follow_links else _file(entry, name)
+
+
+def _file(entry: os.DirEntry, name: str) -> Found:
+    if known_kind(name) and entry.is_file(follow_symlinks=False):
+        return FileSource(entry.path)
+    try:
+        found = entry.stat()
+    except OSError as error:  # a link to nothing, or to itself
+        return InputError(f"{entry.path}: cannot be read ({error.strerror})")
+    if not stat.S_ISREG(found.st_mode):
+        kind = SPECIAL.get(stat.S_IFMT(found.st_mode), "something else")
+        return InputError(f"{entry.path}: found {kind}, expected a file")
+    if not known_kind(name) and found.st_size > MAX_CAPTION:
+        return too_long(entry.path, found.st_size)
+    return FileSource(entry.path)
+
+
+def _link(path: str, target: str) -> InputError:
+    return InputError(f"{path}: found a link to {target}, which is outside of the source; expected what is inside, or "
+                      "follow_links: true for links of your own")
+
+
+def too_long(where: str, size: int) -> InputError:
+    return InputError(f"{where}: {size} bytes, at most {MAX_CAPTION} for a caption and what stands beside it")
 
 
 def is_wanted(name: str) -> bool:
     """Media and captions, but no hidden files: macOS puts a "._x.png" beside each "x.png" of a tar."""
-    known = kind_of(name) is not None or suffix(name) in (".json", ".txt")
-    return known and not os.path.basename(name).startswith(".")
+    return (known_kind(name) is not None or suffix(name) in (".json", ".txt")) and not os.path.basename(name).startswith(".")
 
 
-def captioned(key: str, files: list[tuple[str, MediaSource]], where: str, name_prefix: str) -> Sample:
+def captioned(key: str, files: list[tuple[str, Found]], where: str, name_prefix: str,
+              fields: Mapping[str, str | None] | None = None) -> Sample:
     """One medium with KEY.json, KEY.txt or both (JSON fields win)."""
-    media = [(name, source) for name, source in files if kind_of(name)]
+    for _, found in files:
+        if isinstance(found, InputError):
+            raise found
+    media = [(name, source) for name, source in files if known_kind(name)]
     if len(media) != 1:
         found = ", ".join(os.path.basename(name) for name, _ in media) or "none"
         raise InputError(f"{where}: found {found}, expected one picture or sound")
+    name, source = media[0]
+    if not kind_of(name):
+        known = ", ".join(extension for extensions in EXTENSIONS.values() for extension in extensions)
+        raise InputError(f"{where}: found {os.path.basename(name)}, which is not read, expected one of {known}")
     beside = {suffix(name): source for name, source in files}
+    if len(beside) < len(files):
+        raise InputError(f"{where}: found {', '.join(os.path.basename(name) for name, _ in files)}, expected one of each")
     row = json_object(beside[".json"].read(), f"{where}.json") if ".json" in beside else {}
+    row, aside = renamed(row, fields)
     if ".txt" in beside and not {"caption", "text"} & row.keys():
         row["caption"] = decode(beside[".txt"].read(), f"{where}.txt").strip()
-    name, source = media[0]
-    caption = pop_text(row, ("caption", "text"), where)
-    medium = Media(kind_of(name), name_prefix + name, source)
-    return Sample(key, answered((medium,), caption), row, where)
-
-
-def answered(media: tuple[Media, ...], text: str) -> tuple[SampleTurn, ...]:
-    return SampleTurn("user", media), SampleTurn("assistant", (Text(text),))
+    if {"caption", "text"} & row.keys():  # a chat is read where there is no caption
+        aside |= {name: row.pop(name) for name in CHATS if name in row}
+    turns = turns_of(row, where, None, (Media(kind_of(name), name_prefix + name, source),), CAPTIONS)
+    return Sample(key, turns, row | aside, where)

@@ -62,16 +62,33 @@ def rows(path: str, base: Base | None = None) -> Iterator[dict[str, Any]]:
             how = f"{PREFIX}{name}:{next(iter(found))}" if path.startswith(PREFIX) else os.path.join(path, next(iter(found)))
             raise InputError(f"{display(path)}: found the splits {', '.join(found)}, expected the name of one, as in {how}")
         found = next(iter(found.values()))
-    media = [column for column, kind in found.features.items() if isinstance(kind, (datasets.Image, datasets.Audio))]
-    for column in media:
-        found = found.cast_column(column, type(found.features[column])(decode=False))
-    given = [column for column in ("image", "audio") if column in media]
-    texts = found.remove_columns(media)
+    single, listed = ({column for column, kind in found.features.items() if is_media(kind)}
+                      for is_media in (_is_media, lambda kind: _is_media(getattr(kind, "feature", None))))
+    for column in (*single, *listed):
+        found = found.cast_column(column, _encoded(found.features[column]))
+    given = [column for column in found.column_names if column in single or column in listed]
+    texts = found.remove_columns(given)
     for start in range(0, len(found), BATCH):
         batch = range(start, min(start + BATCH, len(found)))
         # As tables of Arrow: nothing is decoded, and bytes stay on the disk.
         there = found.select_columns(given).with_format("arrow")[batch] if given else None
         rows = texts.select(batch) if texts.column_names else ({} for _ in batch)
         for place, (number, row) in enumerate(zip(batch, rows)):
-            row |= {column: DatasetSource(found, number, column, base) for column in given if there[column][place].is_valid}
+            for column in given:
+                cell = there[column][place]
+                if cell.is_valid and column in single:
+                    row[column] = DatasetSource(found, number, column, base)
+                elif cell.is_valid:
+                    row[column] = [DatasetSource(found, number, column, base, at) for at in range(len(cell))]
             yield {column: value for column, value in row.items() if value is not None}
+
+
+def _is_media(kind: Any) -> bool:
+    import datasets
+
+    return isinstance(kind, (datasets.Image, datasets.Audio)) or type(kind).__name__ in ("Video", "Pdf")
+
+
+def _encoded(kind: Any) -> Any:
+    """The same kind of column, of which nothing is decoded."""
+    return type(kind)(_encoded(kind.feature)) if hasattr(kind, "feature") else type(kind)(decode=False)

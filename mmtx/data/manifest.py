@@ -1,91 +1,103 @@
-"""Manifests: rows of JSON, {"image"|"audio": path, "text": ...}, {"text": ...} or {"messages": [...]}."""
+"""Manifests: rows of JSON, or of a table with a header, in the forms of `mmtx.data.forms`; their paths start beside them."""
 
+import csv
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, BinaryIO
 
-from mmtx.data.fields import attempt, json_object, pop_text, shown, text_of
-from mmtx.data.folder import answered
-from mmtx.data.sample import Media, Part, Sample, SampleTurn, Text, kind_of
+from mmtx.data.fields import MAX_ROW, attempt, decode, json_object, lines, objects, reason, renamed, shown
+from mmtx.data.forms import turns_of
+from mmtx.data.sample import Media, Sample, known_kind, suffix
 from mmtx.data.storage import DatasetSource, FileSource, bare, display, is_url, open_binary, uncached
 from mmtx.data.trust import Base
 from mmtx.errors import InputError
 
-CONTENT = {"image": "image", "image_url": "image", "audio": "audio", "audio_url": "audio"}  # part -> kind
+Fields = Mapping[str, str | None] | None  # that of a `DataSource`
 
 
-def read_manifest(path: str, trusted: bool = False) -> Iterator[Sample | InputError]:
+def read_manifest(path: str, trusted: bool = False, fields: Fields = None) -> Iterator[Sample | InputError]:
+    name = display(path)
     with open_binary(path) as file:
         base = Base(os.path.dirname(bare(uncached(path))), file.private, trusted)
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield attempt(partial(_row, line, base, number, f"{display(path)} row {number}"))
+        for number, row in MANIFESTS[suffix(path)](file, name):
+            yield attempt(partial(_row, row, base, number, f"{name} row {number}", fields))
 
 
-def _row(line: bytes, base: Base, number: int, where: str) -> Sample:
-    return parse_row(json_object(line, where), base, number, where)
+def _row(row: bytes | dict[str, Any] | InputError | None, base: Base, number: int, where: str, fields: Fields) -> Sample:
+    if isinstance(row, InputError):
+        raise row
+    if row is None:
+        raise InputError(f"{where}: found more than {MAX_ROW} bytes, the most for a row")
+    return parse_row(json_object(row, where) if isinstance(row, bytes) else row, base, number, where, fields)
 
 
-def parse_row(row: dict[str, Any], base: Base, number: int, where: str) -> Sample:
+def _json_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes | None]]:
+    for number, line in enumerate(lines(file, name), 1):
+        if line is None or line.strip():
+            yield number, line
+
+
+def _json_list(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes | None]]:
+    yield from enumerate(objects(file, name), 1)
+
+
+def _table(delimiter: str, file: BinaryIO, name: str) -> Iterator[tuple[int, dict[str, str] | InputError]]:
+    """Rows behind the header, of which empty cells are absent fields."""
+    def texts() -> Iterator[str]:
+        for number, line in enumerate(lines(file, name), 1):
+            if line is None:
+                raise InputError(f"{name} line {number}: found more than {MAX_ROW} bytes, the most for a row")
+            yield decode(line, f"{name} line {number}") + "\n"
+
+    reader, header, number = csv.reader(texts(), delimiter=delimiter, strict=True), None, 0
+    while True:
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            if header is None:
+                raise InputError(f"{name}: no header that can be read ({reason(error)})") from None
+            number += 1
+            yield number, InputError(f"{name} row {number}: not a row of a table ({reason(error)})")
+            continue
+        if cells is None:
+            return
+        if not cells:
+            continue
+        if header is None:
+            header = [cell.strip() for cell in cells]
+            if "" in header or len(set(header)) < len(header):
+                raise InputError(f"{name}: found the header {shown(header)}, expected a different name in each column")
+            continue
+        number += 1
+        if len(cells) != len(header):
+            yield number, InputError(f"{name} row {number}: found {len(cells)} cells, expected {len(header)} as the header has")
+        else:
+            yield number, {column: cell for column, cell in zip(header, cells) if cell}
+
+
+# Extension -> how its rows are read.
+MANIFESTS = {".jsonl": _json_lines, ".json": _json_list, ".csv": partial(_table, ","), ".tsv": partial(_table, "\t")}
+
+
+def parse_row(row: dict[str, Any], base: Base, number: int, where: str, fields: Fields = None) -> Sample:
+    row, aside = renamed(row, fields)
     key = next((row.pop(name) for name in ("key", "id") if name in row), number)
     if not isinstance(key, (str, int)):
         raise InputError(f"{where}: the key is {shown(key)}, expected a string or a number")
-    if "messages" in row:
-        clash = sorted({"text", "image", "audio"} & row.keys())
-        if clash:
-            raise InputError(f"{where}: field 'messages' beside {clash}, expected these inside the messages")
-        turns = _chat(row.pop("messages"), base, where)
-    else:
-        kinds = [kind for kind in ("image", "audio") if kind in row]
-        media = tuple(_media(row.pop(kind), kind, base, where, kind) for kind in kinds)
-        text = pop_text(row, ("text", "caption") if media else ("text",), where)
-        turns = answered(media, text) if media else (SampleTurn(None, (Text(text),)),)
-    return Sample(str(key), turns, row, where)
-
-
-def _chat(messages: Any, base: Base, where: str) -> tuple[SampleTurn, ...]:
-    if not isinstance(messages, list) or not messages:
-        raise InputError(f"{where}: field 'messages' is {shown(messages)}, expected a list of messages")
-    turns = []
-    for index, message in enumerate(messages):
-        at = f"messages[{index}]"
-        if not isinstance(message, dict):
-            raise InputError(f"{where}: field {at!r} is {shown(message)}, expected an object with a role")
-        role, content = message.get("role"), message.get("content")
-        if role not in ("user", "assistant", "system"):
-            known = "user, assistant or system"
-            raise InputError(f"{where}: field {at!r} has role {shown(role)}, expected {known}")
-        if isinstance(content, list) and content:
-            parts = tuple(_part(item, base, where, f"{at}.content[{n}]") for n, item in enumerate(content))
-        else:
-            parts = (Text(text_of(content, where, f"{at}.content")),)
-        # The stream has no system role: an instruction is a user turn of its own.
-        turns.append(SampleTurn("assistant" if role == "assistant" else "user", parts))
-    return tuple(turns)
-
-
-def _part(item: Any, base: Base, where: str, at: str) -> Part:
-    kind = item.get("type") if isinstance(item, dict) else None
-    if kind == "text":
-        return Text(text_of(item.get("text"), where, f"{at}.text"))
-    if kind not in CONTENT:
-        raise InputError(f"{where}: field '{at}.type' is {shown(kind)}, expected text, {', '.join(CONTENT)}")
-    value = item.get(kind)
-    if kind.endswith("_url") and isinstance(value, dict):
-        value = value.get("url")
-    return _media(value, CONTENT[kind], base, where, f"{at}.{kind}")
+    turns = turns_of(row, where, lambda value, kind, at: _media(value, kind, base, where, at))
+    return Sample(str(key), turns, row | aside, where)
 
 
 def _media(value: Any, kind: str, base: Base, where: str, at: str) -> Media:
     if isinstance(value, DatasetSource):
-        return Media(kind, where, value)
+        return Media(kind, where if value.place is None else f"{where}: {at}", value)
     if not isinstance(value, str) or not value:
         raise InputError(f"{where}: field {at!r} is {shown(value)}, expected a path or URL")
     path = base.join(value)
     if refusal := base.refusal(path):
         raise InputError(f"{where}: field {at!r} names {display(path)}: {refusal}")
-    if kind_of(path) not in (kind, None):
+    if known_kind(path) not in (kind, None):
         raise InputError(f"{where}: field {at!r} names {display(path)}, which is no {kind} file")
     if not is_url(path) and not os.path.isfile(path):
         raise InputError(f"{where}: field {at!r} names {display(path)}: no such file")

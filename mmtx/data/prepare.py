@@ -21,7 +21,7 @@ import safetensors.numpy
 import torch
 from tqdm import tqdm
 
-from mmtx.data.collection import DataSource
+from mmtx.data.collection import DataSource, to_stderr
 from mmtx.data.prepared import DONE, FORMAT, INDEX, shard_name, tensors
 from mmtx.data.sample import Media, Sample
 from mmtx.data.sources import MAX_BAD, PLAN, SkipCounter, is_selected, scan
@@ -51,7 +51,8 @@ def prepare(
     """Write `output`, or finish what is there already of the same sources and tokenizers -> what its prepared.json says.
 
     Args:
-        source: what is read: its `paths` and `select`. Its other fields are for the training, which finds all samples.
+        source: what is read: its `paths`, `select`, `fields` and `follow_links`. The rest is for the training, which finds
+            all samples.
         tokenizers: by kind; all that the sources need.
         output: a new folder, or one that was begun with the same arguments (other `workers` and `max_bad` are fine).
         features: store the encoder's features of all pictures and sounds, for decoders with `continuous: true`.
@@ -67,8 +68,9 @@ def prepare(
         if value < 1:
             raise InputError(f"{name}: found {value}, expected 1 or more")
     folder, vocabulary = Path(output), Vocabulary.build(tokenizers)
-    plan = {"format": FORMAT, "sources": [recorded(path) for path in source.paths], "select": source.select, "shard_rows": rows, "features": features,
-            "vocabulary": json.loads(vocabulary.to_json())}
+    reading = {name: value for name in ("fields", "follow_links") if (value := getattr(source, name))}
+    plan = {"format": FORMAT, "sources": [recorded(path) for path in source.paths], "select": source.select, "shard_rows": rows,
+            "features": features, "vocabulary": json.loads(vocabulary.to_json()), **reading}
     skipped = SkipCounter(max_bad)
     _begin(folder, plan)
     shards: dict[int, dict] = {}
@@ -131,7 +133,7 @@ def _blocks(source: DataSource, rows: int, skipped: SkipCounter) -> Iterator[lis
     """The rows of a source in blocks, those that cannot be read as their errors; all rows are counted."""
     block: list[Sample | InputError] = []
     for path in source.paths:
-        for row in scan(path, source.trusted):
+        for row in scan(path, source.trusted, source.fields, source.follow_links, to_stderr):
             skipped.rows += 1
             if isinstance(row, InputError) or is_selected(row, source.select or {}):
                 block.append(row)

@@ -4,7 +4,7 @@ Everything here is frozen and picklable, so that samples travel to the workers o
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mmtx.data.formats import IMAGE_FORMATS, format_of
@@ -16,6 +16,18 @@ EXTENSIONS = {
     "audio": (".ogg", ".oga", ".opus", ".wav", ".flac", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".sph",
               ".m4a", ".m4b", ".aac", ".webm", ".weba", ".mka"),
 }
+# What is known to be a picture, a sound or a video by its name, but has no place in EXTENSIONS: such a file is counted
+# as one that cannot be used, and never left out without a word.
+UNREAD = {
+    "image": (".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".svg", ".ico", ".icns", ".psd", ".tga", ".dds", ".exr",
+              ".hdr", ".pbm", ".pgm", ".ppm", ".pnm", ".jfif", ".jpe", ".apng", ".dib", ".xcf", ".dng", ".cr2", ".cr3",
+              ".nef", ".arw"),
+    "audio": (".m4a", ".m4b", ".aac", ".aif", ".aiff", ".aifc", ".oga", ".spx", ".webm", ".weba", ".mka", ".wma", ".amr",
+              ".caf", ".au", ".snd", ".mp2", ".ac3", ".ape", ".wv", ".w64", ".rf64", ".mid", ".midi"),
+    "video": (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".3gp"),
+}
+_READ, _KNOWN = ({extension: kind for table in tables for kind, some in table.items() for extension in some}
+                 for tables in ([EXTENSIONS], [UNREAD, EXTENSIONS]))
 
 
 @dataclass(frozen=True)
@@ -29,12 +41,16 @@ class Text:
 class Media:
     """A picture or a sound: `load_image(media.source.read(), media.name)`.
 
-    `name` is what error messages call it: it names the file, and the row or member.
+    `name` is what error messages call it: it names the file, the row or member, and what is cut out of a sound: the
+    `seconds` (None: all that follow) from `start`.
     """
 
     kind: Literal["image", "audio"]
     name: str
     source: MediaSource
+    # Left out of the repr, of which stamps are made: the name tells them.
+    start: float = field(default=0.0, repr=False)
+    seconds: float | None = field(default=None, repr=False)
 
 
 Part = Text | Media
@@ -70,10 +86,12 @@ class Sample:
 
 def kind_of(name: str, data: bytes = b"") -> Literal["image", "audio"] | None:
     """Tell pictures from sounds by the extension of `name`, else by the first bytes; None if unknown."""
-    for kind, extensions in EXTENSIONS.items():
-        if suffix(name) in extensions:
-            return kind
-    return sniff(data)
+    return _READ.get(suffix(name)) or sniff(data)
+
+
+def known_kind(name: str) -> Literal["image", "audio", "video"] | None:
+    """What a file must be by its extension, whether it is read or not; None if unknown."""
+    return _KNOWN.get(suffix(name))
 
 
 def sniff(data: bytes) -> Literal["image", "audio"] | None:

@@ -2,7 +2,8 @@
 
 | source | rows |
 | --- | --- |
-| `.jsonl` | JSON objects: {"image"|"audio": path, "text": ...}, {"text": ...} or {"messages": [...]} |
+| `.jsonl`, `.json` | JSON objects, a line each or in a list, in the forms of `mmtx.data.forms` |
+| `.csv`, `.tsv` | the same as a table with a header |
 | folder | media with a caption beside: x.png + x.txt or x.json, in all subfolders |
 | `.tar`, `.tar.gz`, `.tgz` | WebDataset shard: KEY.webp + KEY.json with "caption" or "text", or KEY.txt |
 | `hf://NAME[:SPLIT]`, folder of `save_to_disk` | Hugging Face dataset, its columns named like the fields of a manifest |
@@ -20,7 +21,7 @@ from typing import Any
 from mmtx.data import hub
 from mmtx.data.fields import attempt, shown
 from mmtx.data.folder import read_folder
-from mmtx.data.manifest import parse_row, read_manifest
+from mmtx.data.manifest import MANIFESTS, Fields, parse_row, read_manifest
 from mmtx.data.sample import Sample, suffix
 from mmtx.data.storage import bare, display, is_url, listed
 from mmtx.data.trust import scheme_of
@@ -75,29 +76,32 @@ def read(
     select: dict[str, list] | None = None,
     report: Callable[[str], None] | None = None,
     trusted: bool = False,
+    fields: Fields = None,
+    follow_links: bool = False,
 ) -> list[Sample]:
     """Read all samples of all sources into memory (media stay on disk, except those of compressed tars).
 
     Bad rows are skipped up to the share `max_bad` of all rows, and told to `report` in one line. `select`
-    keeps the samples whose metadata field (or "key", or "caption") is one of the listed values. `trusted`: rows of a
-    URL may name local files and private addresses.
+    keeps the samples whose metadata field (or "key", or "caption") is one of the listed values. `trusted`, `fields` and
+    `follow_links` are those of a `DataSource`.
     Raises InputError for a missing or empty source, too many bad rows, or when nothing is left.
     """
     skipped = SkipCounter(max_bad)
-    samples = read_rows(sources, skipped, select, trusted)
+    samples = read_rows(sources, skipped, select, report, trusted=trusted, fields=fields, follow_links=follow_links)
     skipped.tell(report)
     return samples
 
 
 def read_rows(sources: str | Iterable[str], skipped: SkipCounter, select: dict[str, list] | None = None,
-              trusted: bool = False) -> list[Sample]:
+              report: Callable[[str], None] | None = None, *, trusted: bool = False, fields: Fields = None,
+              follow_links: bool = False) -> list[Sample]:
     """`read` with the counter of a source that has further stages to go through, whose last one tells of it."""
     sources = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     if not sources:
         raise InputError("no data source is given, expected at least one manifest, folder or shard")
     samples = []
     for source in sources:
-        for row in scan(source, trusted):
+        for row in scan(source, trusted, fields, follow_links, report):
             skipped.rows += 1
             if isinstance(row, InputError):
                 skipped.skip(row)
@@ -134,22 +138,24 @@ def _facts(sample: Sample) -> dict[str, Any]:
     return {"key": sample.key, "caption": sample.caption, **sample.metadata}
 
 
-def open_source(source: str, trusted: bool = False) -> Iterator[Sample]:
+def open_source(source: str, trusted: bool = False, fields: Fields = None, follow_links: bool = False) -> Iterator[Sample]:
     """Yield the samples of one source, in a fixed order; the first bad row raises InputError."""
-    for row in scan(source, trusted):
+    for row in scan(source, trusted, fields, follow_links):
         if isinstance(row, InputError):
             raise row
         yield row
 
 
-def scan(source: str, trusted: bool = False) -> Iterator[Sample | InputError]:
+def scan(source: str, trusted: bool = False, fields: Fields = None, follow_links: bool = False,
+         report: Callable[[str], None] | None = None) -> Iterator[Sample | InputError]:
     """Like `open_source`, but a bad row is yielded as its InputError, so that the caller may go on.
 
+    What is left out of a source and is no row is told to `report`, in one line.
     Raises InputError when the source as a whole is missing, empty, damaged or of no known kind.
     """
     for path in expand(os.fspath(source)):
         empty = True
-        for row in _reader(path, trusted):
+        for row in _reader(path, trusted, fields, follow_links, report):
             empty = False
             yield row
         if empty:
@@ -178,25 +184,27 @@ def expand(source: str) -> list[str]:
     return found
 
 
-def _reader(path: str, trusted: bool) -> Iterator[Sample | InputError]:
+def _reader(path: str, trusted: bool, fields: Fields, follow_links: bool,
+            report: Callable[[str], None] | None) -> Iterator[Sample | InputError]:
     name = bare(path).lower()
-    if name.endswith(".jsonl"):
-        return read_manifest(path, trusted)
-    if name.endswith(SHARDS):
-        return read_tar(path)
+    folder = not is_url(path) and os.path.isdir(path)
+    if suffix(path) in MANIFESTS and not folder:
+        return read_manifest(path, trusted, fields)
+    if name.endswith(SHARDS) and not folder:
+        return read_tar(path, fields)
     if hub.is_dataset(path):
-        return _dataset(path, trusted)
+        return _dataset(path, trusted, fields)
     if is_prepared(path):
         raise InputError(f"{display(path)}: found shards of `mmtx prepare`, which only the training of a decoder reads, "
                          "expected pictures, sounds or texts")
-    if not is_url(path) and os.path.isdir(path):
-        return read_folder(path)
+    if folder:
+        return read_folder(path, fields, follow_links, report)
     if not is_url(path) and not os.path.exists(path):
         raise InputError(f"{display(path)}: no such file or folder")
-    raise InputError(f"{display(path)}: unknown kind of data, expected a folder, .jsonl, {', '.join(SHARDS)}")
+    raise InputError(f"{display(path)}: unknown kind of data, expected a folder, {', '.join((*MANIFESTS, *SHARDS))}")
 
 
-def _dataset(path: str, trusted: bool) -> Iterator[Sample | InputError]:
+def _dataset(path: str, trusted: bool, fields: Fields) -> Iterator[Sample | InputError]:
     base = hub.base_of(path, trusted)
     for number, row in enumerate(hub.rows(path, base), 1):
-        yield attempt(partial(parse_row, row, base, number, f"{display(path)} row {number}"))
+        yield attempt(partial(parse_row, row, base, number, f"{display(path)} row {number}", fields))

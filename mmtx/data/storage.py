@@ -71,10 +71,13 @@ class DatasetSource:
     row: int
     column: str
     base: Base | None = field(default=None, repr=False)
+    place: int | None = field(default=None, repr=False)  # in a column of lists
 
     def read(self) -> bytes:
         """Return the bytes, which lie in the dataset or in a file that it names."""
         value = self.dataset.select_columns([self.column])[self.row][self.column]
+        if self.place is not None:
+            value = value[self.place]
         if value is None:
             raise InputError(f"row {self.row + 1}, column {self.column!r}: found nothing, expected a picture or sound")
         if value["bytes"] is not None:

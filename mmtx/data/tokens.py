@@ -117,7 +117,13 @@ def load_media(media: Media, tokenizers: Mapping[str, Tokenizer]) -> torch.Tenso
         raise InputError(f"{media.name}: found {media.kind}, but there is no {media.kind} tokenizer")
     if media.kind == "image":
         return tokenizers["image"].fit(load_image(media.source.read(), media.name))
-    return load_audio(media.source.read(), tokenizers["audio"].rate, media.name)
+    return load_sound(media, tokenizers["audio"].rate)
+
+
+def load_sound(media: Media, rate: int) -> torch.Tensor:
+    """Read a sound, or what its row cuts out of it."""
+    cut = {} if media.start == 0 and media.seconds is None else {"start": media.start, "seconds": media.seconds}
+    return load_audio(media.source.read(), rate, media.name, **cut)
 
 
 def to_documents(samples: Sequence[Sample], tokenizers: Mapping[str, Tokenizer],

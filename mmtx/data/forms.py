@@ -1,0 +1,344 @@
+"""The field's forms of a row: which of its fields are media, texts and turns. All that is read leaves the row.
+
+| form | fields |
+| --- | --- |
+| caption | media, and "text", "caption", "transcription", "transcript" or "sentence" |
+| plain document | "text" alone; with <image> and <audio> in it, media stand there |
+| chat | "messages" or "conversations" (LLaMA-Factory, ms-swift, TRL, LLaVA, ShareGPT, OpenAI, Qwen), media beside or inside |
+| question and answer | "instruction" + "input" + "output" or another of PAIRS, after "history" |
+
+Media are "image", "images", "audio", "audios", "file_name" (image folders), or "audio_filepath" with "offset" and "duration"
+(NeMo). Where <image> or <audio> in the texts of a row say where media go, they must be as many as the media; where none does,
+media come first in the first user turn. A field that looks like a medium and is not read is an error.
+"""
+
+import base64
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from itertools import islice
+from typing import Any, NamedTuple
+
+from mmtx.data.fields import pop_number, pop_text, shown, text_of
+from mmtx.data.sample import Media, Part, SampleTurn, Text, known_kind, suffix
+from mmtx.data.storage import DatasetSource, MemorySource
+from mmtx.errors import InputError
+
+# Field -> kind of the media in it; None: what its extension says.
+FIELDS = {"image": "image", "images": "image", "audio": "audio", "audios": "audio", "audio_filepath": "audio",
+          "file_name": None}
+TEXTS = ("text", "caption", "transcription", "transcript", "sentence")
+CHATS = ("messages", "conversations")
+PAIRS = (("instruction", "output"), ("query", "response"), ("prompt", "completion"), ("prompt", "response"),
+         ("question", "answer"))
+# All names that a row is read by.
+READ = (*FIELDS, *TEXTS, *CHATS, *dict.fromkeys(name for pair in PAIRS for name in pair), "input", "history", "system",
+        "offset", "duration", "key", "id")
+
+# Type of a part of a message -> kind of the medium.
+CONTENT = {"image": "image", "image_url": "image", "input_image": "image", "audio": "audio", "audio_url": "audio",
+           "input_audio": "audio"}
+ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+
+PLACEHOLDER = re.compile(r"<(image|audio|video)>")
+EMBEDDED = re.compile(r"<(img|image|audio|video)>[^<>\n]{1,1000}</\1>")  # as the first Qwen-VL had it
+LOOKED_AT = 64  # items of a list or object in an unread field
+
+# Names of fields that hold a medium, or say where it lies: words, and words that mean other things too without an ending.
+_WORDS = {"image": ("image|img|picture|photo", "pic|frame"), "video": ("video", "movie|clip|film"),
+          "audio": ("audio|sound|wav", "speech|voice|music|song|recording")}
+_NUMBER = r"[_-]?(?:\d+|[a-d])"
+_ENDING = r"[_-]?(?:path|file|file_?name|file_?path|url|uri|link|src|bytes|data|content|b64|base64|list|array)s?"
+_NAMES = {kind: re.compile(rf"(?:[a-z]+[_-])?(?:(?:{sure})s?(?P<number>{_NUMBER})?(?:{_ENDING})?|(?:{other})s?{_ENDING})")
+          for kind, (sure, other) in _WORDS.items()}
+
+Reader = Callable[[Any, str, str], Media]  # what a row says of a medium, its kind and its field -> the medium
+
+
+class Slot(NamedTuple):
+    """Where a text says that a medium of this kind stands."""
+
+    kind: str
+
+
+class Message(NamedTuple):
+    """A turn whose media may still be slots."""
+
+    role: str | None
+    parts: list[Part | Slot]
+
+
+def turns_of(row: dict[str, Any], where: str, read: Reader | None, given: Sequence[Media] = (),
+             texts: Sequence[str] = TEXTS) -> tuple[SampleTurn, ...]:
+    """Take the turns out of a row, and leave its metadata there.
+
+    `read` makes media of what a row says of them; None: all are `given`, for they lie beside the row. A caption is the first
+    of `texts`. Raises InputError for a row of none of the forms, and where a medium would be lost.
+    """
+    beside = list(given) or _beside(row, where, read)
+    chats = [name for name in CHATS if name in row]
+    if chats and (clash := [name for name in (*CHATS, "text") if name in row and name != chats[0]]):
+        raise InputError(f"{where}: field {chats[0]!r} beside {clash}, expected one of them")
+    named = tuple(texts) if beside else ("text",)
+    text = next((name for name in named if name in row), None)
+    pair = next((pair for pair in PAIRS if all(name in row for name in pair)), None)
+    if chats:
+        messages = _system(row, where) + _chat(row.pop(chats[0]), chats[0], where, read, bool(beside))
+    elif text is None and pair:
+        messages = _system(row, where) + _pair(row, pair, where, read, bool(beside))
+    else:
+        messages = _captioned(pop_text(row, named, where), beside)
+    turns = _filled(messages, beside, where)
+    refuse_unread(row, where, {part.kind for turn in turns for part in turn.parts if isinstance(part, Media)})
+    return turns
+
+
+def _beside(row: dict[str, Any], where: str, read: Reader) -> list[Media]:
+    """The media that the fields of a row name, pictures first."""
+    media: list[Media] = []
+    if FIELDS.keys().isdisjoint(row):
+        return media
+    nemo = "audio_filepath" in row
+    for kind in ("image", "audio"):
+        names = [name for name in FIELDS if FIELDS[name] == kind and name in row]
+        if len(names) > 1:
+            raise InputError(f"{where}: found the fields {names}, expected one of them")
+        for name in names:
+            media += _media_of(row.pop(name), kind, name, where, read)
+    name = row.get("file_name")
+    if isinstance(name, str) and not media:
+        kind = known_kind(name)
+        if kind or not suffix(name):
+            media = _media_of(row.pop("file_name"), kind or "image", "file_name", where, read)
+    sounds = [place for place, medium in enumerate(media) if medium.kind == "audio"]
+    if sounds and (nemo or "offset" in row):
+        if len(sounds) > 1:
+            raise InputError(f"{where}: found {len(sounds)} sounds beside 'offset' or 'duration', expected one")
+        media[sounds[0]] = _cut(row, media[sounds[0]], where)
+    return media
+
+
+def _media_of(value: Any, kind: str, at: str, where: str, read: Reader) -> list[Media]:
+    if isinstance(value, list):
+        return [_medium(item, kind, f"{at}[{place}]", where, read) for place, item in enumerate(value)]
+    return [_medium(value, kind, at, where, read)]
+
+
+def _medium(value: Any, kind: str, at: str, where: str, read: Reader | None) -> Media:
+    """A path or URL, or an object that holds one, or the bytes themselves in base64."""
+    if isinstance(value, dict):
+        if isinstance(data := value.get("data"), str) and data:
+            return Media(kind, f"{where}: field {at!r}", MemorySource(_base64(data, at, where)))
+        value = value.get("url") or value.get("path") or value
+    if read is None:
+        raise InputError(f"{where}: field {at!r} is {shown(value)}, expected only the medium that lies beside the row")
+    return read(value, kind, at)
+
+
+def _base64(data: str, at: str, where: str) -> bytes:
+    try:
+        return base64.b64decode(data, validate=True)
+    except ValueError:
+        raise InputError(f"{where}: field {at!r} is {shown(data)}, expected base64") from None
+
+
+def _cut(row: dict[str, Any], medium: Media, where: str) -> Media:
+    """The part of a sound that a row of a NeMo manifest means."""
+    start, seconds = pop_number(row, "offset", 0, where) or 0.0, pop_number(row, "duration", 0, where)
+    if seconds == 0:
+        raise InputError(f"{where}: field 'duration' is 0, expected more")
+    if not start and seconds is None:
+        return medium
+    long = "the rest" if seconds is None else f"{seconds} s"
+    return replace(medium, name=f"{medium.name} ({long} from {start} s)", start=start, seconds=seconds)
+
+
+# -- The forms -----------------------------------------------------------------------------------------------
+
+
+def _captioned(text: str, media: Sequence[Media]) -> list[Message]:
+    if media and PLACEHOLDER.search(text):
+        return [Message(None, _pieces(text))]
+    return [Message("user", list(media)), Message("assistant", [Text(text)])] if media else [Message(None, [Text(text)])]
+
+
+def _system(row: dict[str, Any], where: str) -> list[Message]:
+    """An instruction beside a chat; blank ones are as good as none."""
+    text = row.pop("system", "")
+    return [] if isinstance(text, str) and not text.strip() else [Message("system", [Text(text_of(text, where, "system"))])]
+
+
+def _pair(row: dict[str, Any], pair: tuple[str, str], where: str, read: Reader | None, marked: bool) -> list[Message]:
+    question, answer = (row.pop(name) for name in pair)
+    if isinstance(question, list) and isinstance(answer, list):  # messages, as TRL has them
+        return [message for name, some in zip(pair, (question, answer))
+                for message in _chat(some, name, where, read, marked)]
+    messages = []
+    past = row.pop("history", [])
+    if not isinstance(past, list) or any(not isinstance(item, list) or len(item) != 2 for item in past):
+        raise InputError(f"{where}: field 'history' is {shown(past)}, expected a list of [question, answer]")
+    for place, item in enumerate(past):
+        messages += [Message(role, _words(text, role, where, f"history[{place}]", marked))
+                     for role, text in zip(("user", "assistant"), item)]
+    added = row.pop("input", "") if pair[0] == "instruction" else ""
+    if isinstance(added, str) and isinstance(question, str):
+        question = "\n".join(piece for piece in (question, added) if piece.strip())
+    asked = [] if marked and question == "" else _words(question, "user", where, pair[0], marked)
+    return [*messages, Message("user", asked), Message("assistant", _words(answer, "assistant", where, pair[1], marked))]
+
+
+def _chat(messages: Any, name: str, where: str, read: Reader | None, marked: bool) -> list[Message]:
+    if not isinstance(messages, list) or not messages:
+        raise InputError(f"{where}: field {name!r} is {shown(messages)}, expected a list of messages")
+    found = []
+    for index, message in enumerate(messages):
+        at = f"{name}[{index}]"
+        if not isinstance(message, dict):
+            raise InputError(f"{where}: field {at!r} is {shown(message)}, expected an object with a role")
+        rest = dict(message)
+        speaker = rest.pop("role", None) or rest.pop("from", None)
+        told = "content" if rest.get("content") is not None or "value" not in rest else "value"
+        content = rest.pop(told, None)
+        role = ROLES.get(speaker) if isinstance(speaker, str) else None
+        if role is None:
+            raise InputError(f"{where}: field {at!r} has role {shown(speaker)}, expected user, assistant or system")
+        if isinstance(content, list) and content:
+            parts = [part for n, item in enumerate(content)
+                     for part in _part(item, where, f"{at}.{told}[{n}]", read, marked and role != "system")]
+        else:
+            parts = _words(content, role, where, f"{at}.{told}", marked)
+        refuse_unread(rest, where, set(), at + ".")
+        found.append(Message(role, parts))
+    return found
+
+
+def _part(item: Any, where: str, at: str, read: Reader | None, marked: bool) -> list[Part | Slot]:
+    kind = item.get("type") if isinstance(item, dict) else None
+    if kind == "text":
+        text = text_of(item.get("text"), where, f"{at}.text")
+        rest = {name: value for name, value in item.items() if name not in ("type", "text")}
+        refuse_unread(rest, where, set(), at + ".")
+        return _pieces(text) if marked else [Text(text)]
+    if not isinstance(kind, str) or kind not in CONTENT:
+        raise InputError(f"{where}: field '{at}.type' is {shown(kind)}, expected text, {', '.join(CONTENT)}")
+    medium = CONTENT[kind]
+    given = [name for name in dict.fromkeys((kind, medium, f"{medium}_url", "url", "path", "base64", "source"))
+             if item.get(name) is not None]
+    if not given:
+        return [Slot(medium)]  # of a medium beside the messages
+    value = {"data": item[given[0]]} if given[0] == "base64" else item[given[0]]
+    rest = {name: value for name, value in item.items() if name not in ("type", given[0])}
+    refuse_unread(rest, where, set(), at + ".")
+    return [_medium(value, medium, f"{at}.{given[0]}", where, read)]
+
+
+def _words(text: Any, role: str, where: str, at: str, marked: bool) -> list[Part | Slot]:
+    """A text that is all of a turn. What the user says has placeholders also where no media are, for then they are lost."""
+    text = text_of(text, where, at)
+    if role == "user" and (found := EMBEDDED.search(text)):
+        raise InputError(f"{where}: field {at!r} has {shown(found[0])} in its text, expected <image> or <audio> there and the "
+                         "path in a field 'images' or 'audios'")
+    return _pieces(text) if role == "user" or marked and role != "system" else [Text(text)]
+
+
+def _pieces(text: str) -> list[Part | Slot]:
+    """A text cut at its placeholders; a line break between the two belongs to neither."""
+    parts: list[Part | Slot] = []
+    for place, piece in enumerate(PLACEHOLDER.split(text)):
+        if place % 2:
+            parts.append(Slot(piece))
+            continue
+        if place:
+            piece = piece.removeprefix("\n")
+        if piece.strip():
+            parts.append(Text(piece))
+    return [Text(part.text.removesuffix("\n")) if isinstance(part, Text) and isinstance(after, Slot) else part
+            for part, after in zip(parts, [*parts[1:], None])]
+
+
+def _filled(messages: Sequence[Message], beside: Sequence[Media], where: str) -> tuple[SampleTurn, ...]:
+    """Messages as turns, with the media beside them where the slots are, or first in the first user turn."""
+    slots = [part.kind for message in messages for part in message.parts if isinstance(part, Slot)]
+    if not slots and not beside:
+        return tuple(SampleTurn("user" if role == "system" else role, tuple(parts)) for role, parts in messages)
+    there = {id(part) for message in messages for part in message.parts}
+    waiting = [medium for medium in beside if id(medium) not in there]
+    first = [medium for medium in waiting if medium.kind not in slots]
+    queues = {kind: deque(medium for medium in waiting if medium.kind == kind) for kind in slots}
+    for kind, queue in queues.items():
+        if len(queue) != slots.count(kind):
+            raise InputError(f"{where}: found {slots.count(kind)} of the placeholder <{kind}> and {len(queue)} of {kind} to "
+                             "stand there, expected as many")
+    turns = []
+    for message in messages:
+        # The stream has no system role: an instruction is a user turn of its own.
+        role = "user" if message.role == "system" else message.role
+        if message.role == "user":
+            message, first = Message(role, [*first, *message.parts]), []
+        turns.append(SampleTurn(role, tuple(queues[p.kind].popleft() if isinstance(p, Slot) else p for p in message.parts)))
+    return (SampleTurn("user", tuple(first)), *turns) if first else tuple(turns)
+
+
+# -- What must not be left out -------------------------------------------------------------------------------
+
+
+def refuse_unread(row: dict[str, Any], where: str, kinds: set[str], prefix: str = "") -> None:
+    """Raise InputError when a field that was not read looks like a medium; `kinds` are those of the media that were read.
+
+    Beside a medium that was read stand its name and address in other fields, and stay metadata.
+    """
+    for name, value in row.items():
+        if isinstance(value, (str, list, dict, bytes, DatasetSource)) and value and (found := _unread(name, value, kinds)):
+            kind, at, value = found
+            what = "a video, which is" if kind == "video" else "which looks like a medium and is"
+            raise InputError(f"{where}: field {prefix + at!r} is {shown(value)}, {what} not read; expected pictures and "
+                             f"sounds in {', '.join(FIELDS)}, or in what `fields` names")
+
+
+def _unread(name: str, value: Any, kinds: set[str]) -> tuple[str | None, str, Any] | None:
+    """Kind, name and value of a medium in a field, if there is one."""
+    kind, numbered = _kind_by_name(name)
+    if kind and (kind not in kinds or numbered or isinstance(value, list) and len(value) > 1):
+        return kind, name, value
+    return _by_value(name, value, kinds)
+
+
+@lru_cache(4096)
+def _kind_by_name(name: str) -> tuple[str | None, bool]:
+    """The kind of medium that a field holds by its name, and whether it is one of several."""
+    name = name.lower()
+    if kind := known_kind("x." + name):  # columns of WebDataset shards: "jpg", "wav"
+        return kind, False
+    for kind, pattern in _NAMES.items():
+        if match := pattern.fullmatch(name):
+            return kind, bool(match["number"])
+    return None, False
+
+
+def _by_value(name: str, value: Any, kinds: set[str], depth: int = 0) -> tuple[str | None, str, Any] | None:
+    if isinstance(value, str):
+        kind = _kind_by_value(value)
+        return (kind, name, value) if kind and kind not in kinds else None
+    if isinstance(value, (bytes, DatasetSource)):
+        return None, name, value
+    if isinstance(value, dict):
+        items: Iterable = ((f"{name}.{key}", item) for key, item in value.items())
+    else:
+        items = ((f"{name}[{place}]", item) for place, item in enumerate(value))
+    for at, item in islice(items, LOOKED_AT):
+        if isinstance(item, (str, list, dict, bytes, DatasetSource)) and depth < 4:
+            if found := _by_value(at, item, kinds, depth + 1):
+                return found
+    return None
+
+
+def _kind_by_value(text: str) -> str | None:
+    """The kind of medium that a text names, if it is a path or URL of one, or a medium itself."""
+    if text.startswith("data:"):
+        kind = text[5:].partition("/")[0]
+        return kind if kind in ("image", "audio", "video") else None
+    if "." not in text[-6:] and "?" not in text and "#" not in text or len(text) > 4096 or "\n" in text:
+        return None
+    return known_kind(text.partition("#")[0])

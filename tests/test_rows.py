@@ -1,0 +1,417 @@
+"""The field's forms of rows: what is read as which turn, and that no medium of a row is ever left out without a word."""
+
+import base64
+import json
+import re
+from inspect import signature
+
+import numpy as np
+import pytest
+import soundfile
+import yaml
+from PIL import Image
+
+from mmtx.data import fields
+from mmtx.data.collection import DataSource, read_config, read_source
+from mmtx.data.media import load_audio
+from mmtx.data.prepare import prepare, stamp_of
+from mmtx.data.sample import Text
+from mmtx.data.sources import read, scan
+from mmtx.data.tokens import load_sample
+from mmtx.errors import InputError
+
+FILES = ("a.png", "b.png", "a.wav", "b.wav", "a.heic", "plain")
+INLINE = base64.b64encode(b"inline").decode()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Files that are never decoded here: each holds its own name."""
+    for name in FILES:
+        (tmp_path / name).write_bytes(name.encode())
+    return tmp_path
+
+
+def rows_of(folder, *rows, name="rows.jsonl", **options):
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return list(scan(str(path), **options))
+
+
+def said(sample):
+    """A sample as role and parts, media as what their bytes are."""
+    if isinstance(sample, InputError):
+        raise sample
+    return [(turn.role, [part.text if isinstance(part, Text) else (part.kind, part.source.read().decode())
+                         for part in turn.parts]) for turn in sample.turns]
+
+
+A, B, W, V = ("image", "a.png"), ("image", "b.png"), ("audio", "a.wav"), ("audio", "b.wav")
+INSIDE = {kind: (kind, "inline") for kind in ("image", "audio")}
+ASKED = [("user", [A, "What?"]), ("assistant", ["a"])]
+
+
+def chat(*texts, content="content", role="role", names=("user", "assistant")):
+    return [{role: name, content: text} for name, text in zip(names, texts)]
+
+
+def gpt(*texts):
+    return chat(*texts, content="value", role="from", names=("human", "gpt", "human", "gpt"))
+
+
+FORMS = {
+    # LLaMA-Factory, ms-swift, TRL.
+    "placeholder": ({"messages": chat("<image>What?", "a"), "images": ["a.png"]}, ASKED),
+    "a line break behind it": ({"messages": chat("<image>\nWhat?", "a"), "images": ["a.png"]}, ASKED),
+    "one path, not a list": ({"messages": chat("<image>What?", "a"), "image": "a.png"}, ASKED),
+    "no placeholder": ({"messages": chat("What?", "a"), "images": ["a.png"]}, ASKED),
+    "first in the user turn, not in the instruction": (
+        {"messages": chat("Be brief.", "What?", "a", names=("system", "user", "assistant")), "images": ["a.png"]},
+        [("user", ["Be brief."]), *ASKED]),
+    "in order, among words": (
+        {"messages": chat("Is <image> or\n<image> better, <audio>?", "a"), "images": ["b.png", "a.png"], "audios": ["a.wav"]},
+        [("user", ["Is ", B, " or", A, " better, ", W, "?"]), ("assistant", ["a"])]),
+    "over several turns": (
+        {"messages": chat("<image>One?", "a", "<image>Two?", "b", names=("user", "assistant") * 2), "images": ["a.png", "b.png"]},
+        [("user", [A, "One?"]), ("assistant", ["a"]), ("user", [B, "Two?"]), ("assistant", ["b"])]),
+    "one kind marked, the other first": (
+        {"messages": chat("What? <image>", "a"), "images": ["a.png"], "audios": ["a.wav"]},
+        [("user", [W, "What? ", A]), ("assistant", ["a"])]),
+    "to be made": ({"messages": chat("Draw.", "<image>"), "images": ["a.png"]}, [("user", ["Draw."]), ("assistant", [A])]),
+    "no user turn": ({"messages": chat("a", names=("assistant",)), "images": ["a.png"]}, [("user", [A]), ("assistant", ["a"])]),
+    "empty lists": ({"messages": chat("Hello", "a"), "images": [], "audios": [], "videos": []},
+                    [("user", ["Hello"]), ("assistant", ["a"])]),
+    "parts without a value": (
+        {"messages": chat([{"type": "text", "text": "What?"}, {"type": "image"}], "a"), "images": ["a.png"]},
+        [("user", ["What?", A]), ("assistant", ["a"])]),
+    "datasets fills parts with nulls": (
+        {"messages": chat([{"type": "image", "image": "a.png", "text": None}, {"type": "text", "text": "What?", "image": None}],
+                          [{"type": "text", "text": "a", "image": None}])}, ASKED),
+    "prompt and completion as messages": (
+        {"prompt": chat("What?"), "completion": chat("a", names=("assistant",)), "images": ["a.png"]}, ASKED),
+    "structures of datasets": ({"messages": chat("What?", "a"), "images": [{"bytes": None, "path": "a.png"}]}, ASKED),
+    # ShareGPT, LLaVA.
+    "LLaVA": ({"id": "0", "image": "a.png", "conversations": gpt("<image>\nWhat?", "a")}, ASKED),
+    "LLaVA, several": ({"image": ["a.png", "b.png"], "conversations": gpt("<image>\n<image>\nWhat?", "a")},
+                       [("user", [A, B, "What?"]), ("assistant", ["a"])]),
+    "ShareGPT": ({"conversations": gpt("Hi", "a"), "system": "Be brief.", "tools": "[]"},
+                 [("user", ["Be brief."]), ("user", ["Hi"]), ("assistant", ["a"])]),
+    "a blank instruction": ({"conversations": gpt("Hi", "a"), "system": ""}, [("user", ["Hi"]), ("assistant", ["a"])]),
+    # Question and answer.
+    "alpaca": ({"instruction": "Say.", "input": "x", "output": "a", "history": [["p", "q"]], "images": ["a.png"]},
+               [("user", [A, "p"]), ("assistant", ["q"]), ("user", ["Say.\nx"]), ("assistant", ["a"])]),
+    "alpaca without input": ({"instruction": "Say.", "input": "", "output": "a"}, [("user", ["Say."]), ("assistant", ["a"])]),
+    "ms-swift": ({"system": "Be brief.", "query": "<audio>What?", "response": "a", "audios": ["a.wav"]},
+                 [("user", ["Be brief."]), ("user", [W, "What?"]), ("assistant", ["a"])]),
+    "no question": ({"query": "", "response": "a", "images": ["a.png"]}, [("user", [A]), ("assistant", ["a"])]),
+    "VQA": ({"image": "a.png", "question": "What?", "answer": "a"}, ASKED),
+    "text wins": ({"instruction": "Say.", "output": "a", "text": "all"}, [(None, ["all"])]),
+    # Captions.
+    "image folder": ({"file_name": "a.png", "text": "a", "additional_feature": "b"}, [("user", [A]), ("assistant", ["a"])]),
+    "audio folder": ({"file_name": "a.wav", "transcription": "a"}, [("user", [W]), ("assistant", ["a"])]),
+    "file_name beside a medium": ({"image": "a.png", "file_name": "b.png", "text": "a"}, [("user", [A]), ("assistant", ["a"])]),
+    "file_name of a text": ({"file_name": "a.pdf", "text": "a"}, [(None, ["a"])]),
+    "several": ({"images": ["a.png", "b.png"], "text": "a"}, [("user", [A, B]), ("assistant", ["a"])]),
+    "NeMo": ({"audio_filepath": "a.wav", "text": "a", "duration": 1.5}, [("user", [W]), ("assistant", ["a"])]),
+    "an interleaved document": ({"text": "See <image> and <image>.", "images": ["a.png", "b.png"]},
+                                [(None, ["See ", A, " and ", B, "."])]),
+    "a document about tags": ({"text": "<image> is a tag"}, [(None, ["<image> is a tag"])]),
+    # Parts of messages.
+    "OpenAI": ({"messages": chat([{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{INLINE}", "detail": "low"}},
+                                  {"type": "input_audio", "input_audio": {"data": INLINE, "format": "wav"}}], "a")},
+               [("user", [INSIDE["image"], INSIDE["audio"]]), ("assistant", ["a"])]),
+    "OpenAI responses": ({"messages": chat([{"type": "input_image", "image_url": "a.png"}], "a")},
+                         [("user", [A]), ("assistant", ["a"])]),
+    "Qwen": ({"messages": chat([{"type": "image", "image": "a.png", "max_pixels": 9}, {"type": "audio", "audio_url": "a.wav"}], "a")},
+             [("user", [A, W]), ("assistant", ["a"])]),
+    "transformers": ({"messages": chat([{"type": "image", "url": "a.png"}, {"type": "image", "base64": INLINE},
+                                        {"type": "audio", "path": "b.wav"}], "a")},
+                     [("user", [A, INSIDE["image"], V]), ("assistant", ["a"])]),
+    "Anthropic": ({"messages": chat([{"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": INLINE}}],
+                                    "a")}, [("user", [INSIDE["image"]]), ("assistant", ["a"])]),
+    # The answer may speak of placeholders where there are no media.
+    "an answer about tags": ({"messages": chat("How?", "use <image>")}, [("user", ["How?"]), ("assistant", ["use <image>"])]),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forms(folder, name):
+    row, expected = FORMS[name]
+    (sample,) = rows_of(folder, row)
+    assert said(sample) == expected
+
+
+LOST = {
+    # More or fewer placeholders than media.
+    "more placeholders": ({"messages": chat("<image><image>", "a"), "images": ["a.png"]}, ["2 of the placeholder <image>", "1 of"]),
+    "fewer": ({"messages": chat("<image>", "a"), "images": ["a.png", "b.png"]}, ["1 of the placeholder <image>", "2 of"]),
+    "no media": ({"messages": chat("<image>What?", "a")}, ["1 of the placeholder <image>", "0 of"]),
+    "another kind": ({"messages": chat("<audio>", "a"), "images": ["a.png"]}, ["<audio>", "0 of"]),
+    "a part without a value": ({"messages": chat([{"type": "image"}], "a")}, ["1 of the placeholder <image>", "0 of"]),
+    "LLaVA": ({"conversations": gpt("<image>\nWhat?", "a"), "picture_id": 3}, ["<image>", "0 of"]),
+    "query": ({"query": "<audio>What?", "response": "a"}, ["<audio>", "0 of"]),
+    "text": ({"text": "<image><image>", "image": "a.png"}, ["2 of the placeholder <image>", "1 of"]),
+    "a path in the text": ({"messages": chat("Picture 1: <img>a.png</img>\nWhat?", "a")}, ["messages[0].content", "<img>a.png</img>"]),
+    # Fields that look like media.
+    "a name": ({"text": "a", "image_path": "x"}, ["'image_path'", "'x'"]),
+    "camel case": ({"text": "a", "imageUrl": "x"}, ["'imageUrl'"]),
+    "a value": ({"text": "a", "where": "a.png"}, ["'where'", "a.png"]),
+    "upper case": ({"text": "a", "where": "A.PNG"}, ["'where'"]),
+    "a URL": ({"text": "a", "link": "https://x.org/a.JPG?size=2#top"}, ["'link'"]),
+    "inline": ({"text": "a", "where": "data:image/png;base64,AA"}, ["'where'"]),
+    "a list": ({"text": "a", "files": ["x", "a.wav"]}, ["'files[1]'", "a.wav"]),
+    "nested": ({"text": "a", "meta": {"files": [{"at": "a.flac"}]}}, ["'meta.files[0].at'", "a.flac"]),
+    "a column of a shard": ({"text": "a", "jpg": "AAAA"}, ["'jpg'"]),
+    "a format that is not read": ({"text": "a", "where": "a.cr2"}, ["'where'", "a.cr2"]),
+    "pixels": ({"text": "a", "img": [[0, 1], [1, 0]]}, ["'img'"]),
+    "videos": ({"messages": chat("What?", "a"), "videos": ["a.mp4"]}, ["'videos'", "a video"]),
+    "a video of another name": ({"image": "a.png", "text": "a", "where": "a.mp4"}, ["'where'", "a video"]),
+    "a video as file_name": ({"file_name": "a.mp4", "text": "a"}, ["'file_name'", "a.mp4"]),
+    "a video as a sound": ({"audio": "a.mp4", "text": "a"}, ["'audio'", "a.mp4", "no audio file"]),
+    "<video>": ({"messages": chat("<video>What?", "a")}, ["<video>", "0 of"]),
+    "a second picture": ({"image": "a.png", "image_2": "b.png", "text": "a"}, ["'image_2'"]),
+    "more pictures": ({"image": "a.png", "photos": ["a.png", "b.png"], "text": "a"}, ["'photos'"]),
+    "another kind beside": ({"image": "a.png", "wav": "a.wav", "text": "a"}, ["'wav'"]),
+    "in a message": ({"messages": [{"role": "user", "content": "What?", "images": ["a.png"]}, *chat("a", names=("assistant",))]},
+                     ["messages[0].images"]),
+    "in a part": ({"messages": chat([{"type": "text", "text": "What?", "image": "a.png"}], "a")}, ["messages[0].content[0].image"]),
+    "of another kind in a part": ({"messages": chat([{"type": "image", "image": "a.png", "audio": "a.wav"}], "a")},
+                                  ["messages[0].content[0].audio"]),
+    "file_name without an extension": ({"file_name": "gone", "text": "a"}, ["'file_name'", "no such file"]),
+    "both": ({"image": "a.png", "images": ["b.png"], "text": "a"}, ["'image', 'images'"]),
+    "messages and conversations": ({"messages": chat("a"), "conversations": gpt("a")}, ["'messages'", "conversations"]),
+    # What is read must be what it should be.
+    "a path that is gone": ({"messages": chat("<image>", "a"), "images": ["gone.png"]}, ["'images[0]'", "gone.png: no such file"]),
+    "the wrong kind": ({"messages": chat("<audio>", "a"), "audios": ["a.png"]}, ["'audios[0]'", "no audio file"]),
+    "no base64": ({"messages": chat([{"type": "input_audio", "input_audio": {"data": "?", "format": "wav"}}], "a")},
+                  ["input_audio", "'?'", "base64"]),
+    "a list in a list": ({"messages": chat("<image>", "a"), "images": [["a.png"]]}, ["'images[0]'", "a path or URL"]),
+    "an unknown role": ({"conversations": [{"from": "tool", "value": "a"}]}, ["conversations[0]", "'tool'"]),
+    "history": ({"query": "a", "response": "b", "history": "no"}, ["'history'", "'no'"]),
+    "an answer that is none": ({"query": "a", "response": 3}, ["'response'", "3"]),
+    "an instruction that is none": ({"query": "a", "response": "b", "system": 3}, ["'system'", "3"]),
+    "an offset below 0": ({"audio_filepath": "a.wav", "text": "a", "offset": -1, "duration": 1}, ["'offset'", "-1"]),
+    "NaN": ({"audio_filepath": "a.wav", "text": "a", "offset": float("nan"), "duration": 1}, ["'offset'", "nan"]),
+    "no seconds": ({"audio_filepath": "a.wav", "text": "a", "duration": 0}, ["'duration'", "0"]),
+    "no number": ({"audio_filepath": "a.wav", "text": "a", "duration": True}, ["'duration'", "True"]),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_no_medium_is_left_out(folder, name):
+    row, words = LOST[name]
+    (error,) = rows_of(folder, row)
+    assert isinstance(error, InputError), said(error)
+    assert len(str(error)) < 600 and "\n" not in str(error)
+    for word in [f"{folder}/rows.jsonl row 1", *words]:
+        assert word in str(error)
+
+
+@pytest.mark.parametrize("row", [
+    {"text": "a", "url": "https://x.org/page", "path": "src/a.py", "source": "book.pdf", "image_id": 3, "images_count": 2,
+     "audio_duration": 2.5, "voice": "low", "movie": "Jaws", "image_caption": "x", "videos": [], "title": "A.B", "video": False},
+    {"image": "a.png", "text": "a", "image_url": "https://x.org/a.png", "original": "b.png", "thumbnail": {"url": "b.jpg"}},
+    {"messages": chat("Hi", "a"), "tools": "[]", "score": float("inf"), "meta": {"url": "x.html", "n": [1, [2, 3]]}},
+])
+def test_unknown_fields_stay_metadata(folder, row):
+    (sample,) = rows_of(folder, row)
+    assert sample.metadata == {name: value for name, value in row.items() if name not in ("text", "image", "messages")}
+
+
+def test_a_cut_of_a_sound(folder):
+    row = {"audio_filepath": "a.wav", "text": "a", "offset": 1.5, "duration": 2.25, "speaker": 4}
+    rest = {"audio_filepath": "a.wav", "text": "a", "offset": 1}
+    plain = {"audio": "a.wav", "text": "a", "duration": 2.25}
+    samples = rows_of(folder, row, rest, plain)
+    cuts = [(sample.turns[0].parts[0].start, sample.turns[0].parts[0].seconds) for sample in samples]
+    assert cuts == [(1.5, 2.25), (1.0, None), (0.0, None)]
+    assert samples[0].turns[0].parts[0].name == f"{folder}/rows.jsonl row 1: {folder}/a.wav (2.25 s from 1.5 s)"
+    assert [sample.metadata for sample in samples] == [{"speaker": 4}, {}, {"duration": 2.25}]
+    # Another cut is another sample to a run that goes on.
+    assert stamp_of(rows_of(folder, row)) != stamp_of(rows_of(folder, row | {"offset": 1.25}))
+
+
+@pytest.mark.skipif("start" not in signature(load_audio).parameters, reason="load_audio reads no cuts yet")
+def test_only_the_cut_is_heard(tmp_path, tokenizers):
+    rate = tokenizers["audio"].rate
+    silence, tone = np.zeros(rate), 0.5 * np.sin(np.arange(rate) / 7)
+    soundfile.write(tmp_path / "a.wav", np.concatenate([silence, tone, silence]), rate)
+    rows = [{"audio_filepath": "a.wav", "text": "a", "offset": offset, "duration": 0.5} for offset in (0.25, 1.25)]
+    quiet, loud = (load_sample(sample, tokenizers)[0] for sample in rows_of(tmp_path, *rows))
+    assert len(quiet) == len(loud) == rate // 2 and quiet.abs().max() == 0 and loud.abs().max() > 0.6
+
+
+def test_fields_and_links_are_part_of_what_is_prepared(folder, tokenizers, tmp_path):
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "data" / "x.png")
+    path = rows_of_file(tmp_path / "data", {"img_path": "x.png", "label": "a red square", "score": float("nan")})
+    given = {"fields": {"image": "img_path", "text": "label"}}
+    facts = prepare(DataSource([path], **given), tokenizers, tmp_path / "out")
+    assert (facts["documents"], facts["skipped"], facts["fields"]) == (1, 0, given["fields"]) and "follow_links" not in facts
+    with pytest.raises(InputError, match="was begun with fields"):
+        prepare(DataSource([path], fields={"image": "img_path", "caption": "label"}), tokenizers, tmp_path / "out")
+    with pytest.raises(InputError, match="'img_path'.*looks like a medium"):
+        prepare(DataSource([path], fields={"text": "label"}), tokenizers, tmp_path / "other")
+
+
+def test_the_command_line_takes_fields(folder, tmp_path):
+    rows_of_file(folder, {"img_path": "a.png", "label": "a"})
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({
+        "data": {"init_args": {"tokenizers": {}, "validation": [], "train": [
+            {"paths": [str(folder / "rows.jsonl")], "fields": {"image": "img_path", "text": "label"}, "follow_links": True}]}},
+        "model": {"init_args": {}}}))
+    (source,) = read_config(config).train
+    assert said(read_source(source)[0]) == [("user", [A]), ("assistant", ["a"])] and source.follow_links
+
+
+def test_samples_without_a_cut_have_the_stamp_that_they_had(folder):
+    medium = read(rows_of_file(folder, {"image": "a.png", "text": "a"}))[0].turns[0].parts[0]
+    assert repr(medium) == (f"Media(kind='image', name='{folder}/rows.jsonl row 1: {folder}/a.png', "
+                            f"source={medium.source!r})")
+
+
+def rows_of_file(folder, *rows, name="rows.jsonl"):
+    rows_of(folder, *rows, name=name)
+    return str(folder / name)
+
+
+def test_fields_of_other_names(folder):
+    row = {"img_path": "a.png", "label": "a", "text": "not read", "style": 3}
+    source = DataSource([rows_of_file(folder, row)], fields={"image": "img_path", "text": "label"})
+    (sample,) = read_source(source)
+    assert said(sample) == [("user", [A]), ("assistant", ["a"])]
+    assert sample.metadata == {"text": "not read", "style": 3}
+    # What looks like a medium and is none is named with null.
+    row = {"text": "a", "image": "ubuntu.iso", "thumbnail": "b.png"}
+    assert isinstance(rows_of(folder, row)[0], InputError)
+    (sample,) = rows_of(folder, row, fields={"image": None, "thumbnail": None})
+    assert said(sample) == [(None, ["a"])] and sample.metadata == {"image": "ubuntu.iso", "thumbnail": "b.png"}
+    (folder / "sub").mkdir()
+    (folder / "sub" / "x.png").write_bytes(b"x")
+    (folder / "sub" / "x.json").write_text('{"label": "a", "style": 1}')
+    (sample,) = scan(str(folder / "sub"), fields={"caption": "label"})
+    assert sample.caption == "a" and sample.metadata == {"style": 1}
+
+
+@pytest.mark.parametrize("given, told", [({"imge": "x"}, "fields: found 'imge', expected one of image, images, audio"),
+                                         ({"image": "x", "text": "x"}, "fields: found .*a different field for each")])
+def test_fields_that_are_none(given, told):
+    with pytest.raises(InputError, match=told):
+        DataSource(["a.jsonl"], fields=given)
+
+
+# Files of rows.
+
+
+def test_a_list_of_rows(folder, monkeypatch):
+    monkeypatch.setattr(fields, "CHUNK", 7)  # rows lie over many pieces
+    rows = [{"text": f"ä{n} [,{{}}]"} for n in range(5)] + [{"image": "a.png", "text": "😀" * 30}]
+    (folder / "x.json").write_text("\ufeff" + json.dumps(rows, indent=1, ensure_ascii=False))
+    samples = read(str(folder / "x.json"))
+    assert [sample.caption for sample in samples] == [row["text"] for row in rows]
+    assert samples[5].where == f"{folder}/x.json row 6" and samples[5].turns[0].parts[0].source.read() == b"a.png"
+    (folder / "x.json").write_text("\n".join(json.dumps(row) for row in rows))  # lines of JSON under this name
+    assert [sample.caption for sample in read(str(folder / "x.json"))] == [row["text"] for row in rows]
+
+
+@pytest.mark.parametrize("text, told", [
+    ('[{"text": "a"}, {"text"', "x.json row 2: not JSON"), ('[{"text": "a"},', "x.json: ends behind row 1"),
+    ('[{"text": "a"}, 3]', "x.json row 2: found '3]', expected a JSON object"), ('"a"', "x.json row 1: found"),
+    ('[{"text": "a"}] {"text": "b"}', "x.json: found .* behind the end of the list"),
+    ('[{"text": ' + "[" * 5000 + "]" * 5000 + "}]", "x.json row 1: not JSON"),
+])
+def test_a_list_that_is_none(tmp_path, text, told):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(InputError, match=told):
+        list(scan(str(tmp_path / "x.json")))
+
+
+def test_a_list_with_a_bad_row(tmp_path):
+    (tmp_path / "x.json").write_text('[{"text": 5}, {"text": "b", "text": "c"}, {"text": "d"}]')
+    first, second, third = scan(str(tmp_path / "x.json"))
+    assert "row 1: field 'text' is 5" in str(first) and "row 2: not JSON (the field 'text' is there 2 times)" in str(second)
+    assert third.caption == "d"
+
+
+@pytest.mark.parametrize("name, between", [("metadata.csv", ","), ("x.tsv", "\t")])
+def test_a_table(folder, name, between):
+    table = [["file_name", "text", "style", "offset", "duration"], ["a.png", '"an, a"', "", "", ""], ["gone.png", "b", "", "", ""],
+             ["short"], ["a.wav", '"two\nlines"', "flat", "0.5", "2"], ['"open"end', "x", "", "", ""]]
+    (folder / name).write_text("\ufeff" + "\r\n".join(between.join(row) for row in table) + "\r\n\r\n")
+    first, gone, short, last, quoted = scan(str(folder / name))
+    assert said(first) == [("user", [A]), ("assistant", ["an, a"])] and first.metadata == {}
+    assert f"{name} row 2" in str(gone) and "gone.png: no such file" in str(gone)
+    assert f"{name} row 3: found 1 cells, expected 5" in str(short)
+    assert said(last) == [("user", [W]), ("assistant", ["two\nlines"])] and last.metadata == {"style": "flat"}
+    assert (last.turns[0].parts[0].start, last.turns[0].parts[0].seconds) == (0.5, 2.0)
+    assert f"{name} row 5: not a row of a table" in str(quoted)
+
+
+@pytest.mark.parametrize("text, told", [("file_name,file_name\na,b\n", "found the header .*, expected a different name"),
+                                        ("file_name,,text\n", "found the header"), ("file_name,text\n", "no samples in it"),
+                                        ('file_name,"te"xt\n', "no header")])
+def test_a_table_without_a_header(tmp_path, text, told):
+    (tmp_path / "x.csv").write_text(text)
+    with pytest.raises(InputError, match=f"x.csv: {told}"):
+        list(scan(str(tmp_path / "x.csv")))
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv"])
+@pytest.mark.parametrize("data, found", [
+    ('{"text": "a"}\n'.encode("utf-16"), "UTF-16"), ('{"text": "a"}\n'.encode("utf-16-be"), "UTF-16"),
+    ('{"text": "a"}\n'.encode("utf-16-le"), "UTF-16"), ('{"text": "a"}\n'.encode("utf-32"), "UTF-32"),
+    ('{"text": "a"}\n'.encode("utf-32-be"), "UTF-32"), (b"\x1f\x8b\x08\0rest", "gzip"), (b"\x28\xb5\x2f\xfdrest", "Zstandard"),
+    (b"PK\x03\x04rest", "a zip archive"), (b"PAR1rest", "Parquet"),
+])
+def test_other_encodings_are_named(tmp_path, name, data, found):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(InputError, match=f"{name}: found {found}.*expected UTF-8"):
+        list(scan(str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.csv"])
+def test_bytes_that_are_no_utf8_name_their_place(tmp_path, name):
+    (tmp_path / name).write_bytes(b'text\n{"text": "\xff"}' if name == "x.csv" else b'[{"text": "\xff"}]')
+    with pytest.raises(InputError, match=f"{name}.*not UTF-8"):
+        list(scan(str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("row, words", [
+    ('{"text": "a", "text": "b"}', ["'text'", "2 times"]), ('{"text": "a", "meta": {"x": 1, "x": 2}}', ["'x'", "2 times"]),
+    ('{"text": "a", "meta": ' + "[" * 40 + "]" * 40 + "}", ["more than 32"]),
+    ('{"text": "a", "meta": ' + '{"x": ' * 500 + "1" + "}" * 500 + "}", ["more than 32"]),
+    ("[" * 500 + "]" * 500, ["more than 32"]), ('{"text": "a", "n": ' + "9" * 5000 + "}", ["not JSON"]),
+    ('{"text": "a", "b": "\\ud800", "caption": 3, "text2": "' + "x" * 3000 + '"}', None),
+    ('{"text": "a", "score": NaN, "brackets": "' + "[" * 500 + '"}', None),
+])
+def test_what_rows_may_hold(tmp_path, row, words):
+    path = tmp_path / "x.jsonl"
+    path.write_text(row + '\n{"text": "after"}\n')
+    first, after = scan(str(path))
+    assert after.caption == "after"
+    if words is None:
+        assert first.caption == "a" and stamp_of([first])
+        return
+    for word in [f"{path} row 1", *words]:
+        assert word in str(first)
+    assert len(str(first)) < 600
+
+
+def test_long_rows_are_left_out_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(fields, "MAX_ROW", 100)
+    monkeypatch.setattr("mmtx.data.manifest.MAX_ROW", 100)
+    for chunk in (16, 64, 101, 1000):
+        monkeypatch.setattr(fields, "CHUNK", chunk)
+        long = json.dumps({"text": "x" * 150})
+        path = tmp_path / "x.jsonl"
+        path.write_text(f'{long}\n{{"text": "b"}}\n{long}{long}{long}\n\n{{"text": "c"}}\n{long}')
+        rows = list(scan(str(path)))
+        assert [row.caption if not isinstance(row, InputError) else re.search(r"row (\d): (.*),", str(row)).groups() for row in rows] == [
+            ("1", "found more than 100 bytes"), "b", ("3", "found more than 100 bytes"), "c", ("6", "found more than 100 bytes")]
+    (tmp_path / "x.json").write_text(f'[{long}, {{"text": "b"}}]')
+    first, second = scan(str(tmp_path / "x.json"))
+    assert "x.json row 1: found more than 100 bytes" in str(first) and second.caption == "b"
+    (tmp_path / "x.json").write_text('[{"text": "' + "x" * 9000)
+    with pytest.raises(InputError, match="x.json row 1: not JSON"):
+        list(scan(str(tmp_path / "x.json")))
