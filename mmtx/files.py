@@ -1,55 +1,95 @@
-"""JSON, what ships with the package, and folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all, and never take away what is not ours; JSON; what ships with mmtx.
 
+A save writes everything beside its target, waits until it lies on the disk, and then lets the two change places in one
+step of the file system (`renameat2`), or in two renames where it has no such step. Whenever a save is killed, the old or
+the new folder is at the target, or, between those two renames, beside it: then the next load or save puts it back. What
+a killed save leaves behind is removed by the next save to the same target.
+"""
+
+import ctypes
+import errno
 import json
 import os
+import re
 import shutil
+import stat
 import uuid
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from mmtx.errors import InputError
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
 PACKAGE = Path(__file__).parent
+MOST_JSON = 2**20  # bytes of a JSON file, unless the reader expects more
+CONFIG = "config.json"
+# All that saving a model or a tokenizer writes. A folder that holds anything else is not only ours.
+WRITTEN = {CONFIG, "vocabulary.json", "model.safetensors", "vocoder.safetensors", "tokenizer.model"}
+PARTS = {"text", "image", "audio"}  # subfolders of a model
+NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.ENOTSUP}  # file systems and kernels that lack it
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file; a missing or broken one is an InputError."""
+# -- Reading -------------------------------------------------------------------------------------------------
+
+
+def open_regular(path: str | Path) -> int:
+    """A descriptor of a regular file: no folder, and no pipe or device, which could be read for ever.
+
+    Raises InputError that says what it is instead.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # opening a pipe would wait for a writer
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if not stat.S_ISREG(mode := os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise InputError(f"{path}: found {'a folder' if stat.S_ISDIR(mode) else 'a pipe or device'}, expected a file")
+    return descriptor
+
+
+def read_bytes(path: str | Path, most: int) -> bytes:
+    """The content of a regular file. Raises InputError when it cannot be read, or has more than `most` bytes."""
+    try:
+        with open(open_regular(path), "rb") as file:
+            if (size := os.fstat(file.fileno()).st_size) <= most and len(data := file.read(most + 1)) <= most:
+                return data
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    raise InputError(f"{path}: found {max(size, most + 1)} bytes, expected at most {most}")
+
+
+def read_json(path: str | Path, most: int = MOST_JSON) -> Any:
+    """Read a JSON file; a missing or broken one is an InputError."""
+    return parse_json(read_bytes(path, most), path)
+
+
+def parse_json(data: bytes, where: str | Path) -> Any:
+    """The value of JSON in UTF-8, each name of an object once. Raises InputError that names `where`."""
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not readable as JSON ({str(error)[:100]})") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"found {next(name for name in names if names.count(name) > 1)[:40]!r} twice")
+    return found
 
 
 def write_json(value: Any) -> bytes:
     """The one way that mmtx writes JSON, so that equal values give equal bytes."""
     return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
-
-
-@contextmanager
-def replace_folder(folder: str | Path):
-    """Yield an empty folder beside `folder` that takes its place when the block ends without an error.
-
-    A crash or an error leaves the old folder as it was, never a half-written one.
-    """
-    folder = Path(folder)
-    staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
-    try:
-        yield staging
-        old = folder.with_name(staging.name + ".old")
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(staging, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def find_shipped(name: str | Path) -> Path:
@@ -58,17 +98,265 @@ def find_shipped(name: str | Path) -> Path:
     """
     if not isinstance(name, (str, os.PathLike)):
         raise InputError(f"found {type(name).__name__}, expected the path of a folder or file")
-    if os.path.exists(name):
-        return Path(name)
     try:
+        with suppress(RuntimeError):  # "~name" of nobody
+            put_back(Path(name).expanduser())
+            if (found := Path(name).expanduser()).exists():
+                return found
         return shipped(name)
-    except InputError:
-        raise InputError(f"{name}: no such folder or file, neither here nor among those that come with mmtx") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        if isinstance(error, InputError):
+            raise InputError(f"{name}: no such folder or file, neither here nor among those that come with mmtx") from None
+        raise InputError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
-def shipped(name: str) -> Path:
+def shipped(name: str | Path) -> Path:
     """A folder or file that comes with the package: an installed one carries it inside itself, an editable one beside."""
     for base in (PACKAGE / "shipped", PACKAGE.parent):
-        if os.path.exists(base / name):
+        if (base / name).exists():
             return base / name
     raise InputError(f"{name}: not among what comes with mmtx, which must be whole")
+
+
+# -- Writing -------------------------------------------------------------------------------------------------
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file beside its target, wait until it is on the disk, and rename. Raises OSError; the old file then stays."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        _write(part, content)
+        os.replace(part, path)
+        _sync(path.parent)
+    except OSError:
+        with suppress(OSError):
+            part.unlink()
+        raise
+
+
+def replace_folder(folder: str | Path, files: Iterable[tuple[str, bytes]]) -> None:
+    """Put a folder with `files` (paths below it, and contents) in the place of `folder`; a link to it stays.
+
+    Raises InputError, and leaves everything as it was, when `folder` is anything but new, empty or what an earlier save
+    wrote, or when there is no room. An error while `files` are made leaves the old folder, too.
+    """
+    target = check_target(folder)
+    put_back(target)
+    _clear(target)
+    staging = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    lock = None
+    try:
+        lock = _begin(target, staging)
+        for name, content in files:
+            try:
+                (staging / name).parent.mkdir(exist_ok=True)
+                _write(staging / name, content)
+            except OSError as error:
+                raise _unwritten(folder, error) from None
+        try:
+            _put_in_place(staging, target, folder)
+        except OSError as error:
+            raise _unwritten(folder, error) from None
+    finally:
+        if os.path.lexists(target) or not os.path.lexists(_old(staging)):
+            _remove(staging)
+        if lock is not None:
+            os.close(lock)
+
+
+def check_target(folder: str | Path) -> Path:
+    """The place of a folder that may be written, with links resolved. Raises InputError for one that may not.
+
+    It may be new, empty, or hold what an earlier save wrote and nothing else.
+    """
+    try:
+        if not os.fspath(folder) or "\0" in os.fspath(folder):
+            raise InputError(f"{str(folder)!r}: found no name of a folder, expected one")
+        target = Path(os.path.realpath(Path(folder).expanduser()))
+        if target == (here := Path.cwd()) or target in here.parents:
+            raise InputError(f"{folder}: is the current folder or holds it, expected a folder of its own, as in "
+                             f"{Path(folder) / 'model'}")
+        if not os.path.lexists(target):
+            return target
+        if not target.is_dir():
+            raise InputError(f"{folder}: found {'a file' if target.is_file() else 'no folder'}, expected a folder")
+        if any(target.iterdir()):
+            found = foreign(target)
+            if found is None and not is_ours(target):
+                found = CONFIG if (target / CONFIG).exists() else next(iter(sorted(os.listdir(target))))
+            if found is not None:
+                raise InputError(f"{folder}: holds {found[:80]!r}, which mmtx did not write, and is left as it is; "
+                                 "expected a new folder or one of an earlier save")
+    except (OSError, RuntimeError) as error:  # RuntimeError: "~name" of nobody
+        raise _unwritten(folder, error) from None
+    return target
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether the configuration of a folder is one that saving a model or a tokenizer writes."""
+    try:
+        config = read_json(folder / CONFIG)
+    except InputError:
+        return False
+    return isinstance(config, dict) and (isinstance(config.get("kind"), str) or
+                                         isinstance(config.get("format"), int) and "decoder" in config)
+
+
+def foreign(folder: Path, top: bool = True) -> str | None:
+    """The path below `folder` of something that no save writes, None if there is none. Links are never ours."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.is_dir(follow_symlinks=False) and top and entry.name in PARTS:
+            if (found := foreign(Path(entry.path), top=False)) is not None:
+                return f"{entry.name}/{found}"
+        elif entry.name not in WRITTEN or not entry.is_file(follow_symlinks=False):
+            return entry.name
+    return None
+
+
+def put_back(folder: Path) -> None:
+    """Undo the first of two renames if a save was killed between them: nothing is at `folder`, the old one beside it."""
+    with suppress(OSError, ValueError):
+        if os.path.exists(folder):
+            return
+        target = Path(os.path.realpath(folder))
+        for old in _beside(target, r"\.old"):
+            if is_ours(old) and foreign(old) is None and not os.path.lexists(target):
+                with _Lock(old) as free:  # or another process is between the two
+                    if free and not os.path.lexists(target):
+                        os.rename(old, target)
+
+
+def _beside(target: Path, tail: str) -> list[Path]:
+    """Folders that saves to `target` have made beside it."""
+    name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}{tail}")
+    if not target.parent.is_dir():
+        return []
+    return [Path(entry.path) for entry in os.scandir(target.parent)
+            if name.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)]
+
+
+def _clear(target: Path) -> None:
+    """Remove what saves that were killed have left beside `target`, if it is certainly theirs."""
+    with suppress(OSError):
+        for left in _beside(target, r"(\.old)?"):
+            with _Lock(left) as free:
+                if free and foreign(left) is None:
+                    _remove(left)
+
+
+class _Lock:
+    """Whether no living process holds a folder: the system gives up the lock of one that ends, whatever ends it."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.descriptor = folder, None
+
+    def __enter__(self) -> bool:
+        if fcntl is None:
+            return False
+        try:
+            self.descriptor = os.open(self.folder, os.O_RDONLY)
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+    def __exit__(self, *_: Any) -> None:
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+
+
+def _begin(target: Path, staging: Path) -> int | None:
+    """Make `staging` and hold its lock, with the rights of the folder whose place it takes."""
+    try:
+        missing = [parent for parent in (target.parent, *target.parent.parents) if not parent.exists()]
+        for parent in reversed(missing):
+            parent.mkdir(exist_ok=True)
+            _sync(parent.parent)
+        staging.mkdir()
+        if fcntl is None:
+            return None
+        lock = os.open(staging, os.O_RDONLY)
+    except OSError as error:
+        raise _unwritten(target, error) from None
+    with suppress(OSError):  # some network file systems have no locks; then nothing is ever cleared there
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return lock
+
+
+def _put_in_place(staging: Path, target: Path, shown: str | Path) -> None:
+    """Let `staging`, which is whole, take the place of `target`. Raises OSError, and `target` then is as it was."""
+    for path in (*(path for path in staging.iterdir() if path.is_dir()), staging):
+        _sync(path)
+    if not os.path.lexists(target):
+        os.rename(staging, target)
+        _sync(target.parent)
+        return
+    kept = target.stat()
+    os.chmod(staging, stat.S_IMODE(kept.st_mode))
+    with suppress(OSError):
+        os.chown(staging, kept.st_uid, kept.st_gid)
+    old = _swap(staging, target)
+    _sync(target.parent)
+    if (found := foreign(old)) is not None:  # put there since it was looked at
+        _remove(_swap(old, target))
+        raise InputError(f"{shown}: holds {found[:80]!r}, which mmtx did not write, and is left as it is")
+    _remove(old)
+
+
+def _swap(new: Path, target: Path) -> Path:
+    """Let two folders change places -> where the one that was at `target` is now."""
+    try:
+        exchange(new, target)
+        return new
+    except OSError as error:
+        if error.errno not in NO_EXCHANGE:
+            raise
+    old = _old(new)
+    with _Lock(target):  # or a load would put it back before the second rename
+        os.rename(target, old)
+        try:
+            os.rename(new, target)
+        except OSError:
+            os.rename(old, target)
+            raise
+    return old
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Two names of a file system change places in one step. Raises OSError, ENOSYS where there is no such step."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    if call is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    here, both = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if call(here, os.fsencode(one), here, os.fsencode(other), both):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def _old(staging: Path) -> Path:
+    return staging.with_name(staging.name + ".old")
+
+
+def _remove(folder: Path) -> None:
+    with suppress(OSError):
+        os.chmod(folder, 0o700)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Put the names in a folder on the disk, too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _unwritten(folder: str | Path, error: Exception) -> InputError:
+    return InputError(f"{folder}: cannot be written ({getattr(error, 'strerror', None) or error})")

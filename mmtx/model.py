@@ -17,7 +17,11 @@ from torch import Tensor, nn
 
 from mmtx.errors import InputError
 from mmtx.layers import Block, BlockConfig, Packing, RMSNorm, initialise, rotary
+from mmtx.schema import within
 from mmtx.sequence import Features
+from mmtx.vocabulary import MODALITIES
+
+MOST_COMPOSED = 2**26  # entries of the table that composes them
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,11 @@ class CodeRange:
 
     start: int
     levels: tuple[int, ...]
+
+    def __post_init__(self):
+        if self.start < 0 or min(self.levels, default=0) < 1 or math.prod(self.levels) > 2**31:
+            raise InputError(f"composed: found start {self.start} and {len(self.levels)} levels, expected a start of 0 or "
+                             "more, levels of 1 or more, and 2**31 codes at most")
 
     @property
     def stop(self) -> int:
@@ -56,9 +65,18 @@ class DecoderConfig:
     def __post_init__(self):
         ranges = tuple(r if isinstance(r, CodeRange) else CodeRange(r["start"], tuple(r["levels"])) for r in self.composed)
         object.__setattr__(self, "composed", ranges)
-        for name in ("width", "depth", "heads", "kv_heads", "head_width", "hidden"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: found {getattr(self, name)}, expected 1 or more")
+        for name, most in (("width", 2**16), ("depth", 2**12), ("heads", 2**12), ("kv_heads", 2**12), ("head_width", 2**12),
+                           ("hidden", 2**20)):
+            within(name, getattr(self, name), 1, most)
+        within("vocabulary_size", self.vocabulary_size, 0, 2**31)
+        within("rope_theta", self.rope_theta, 1e-3, 1e12)
+        within("norm_eps", self.norm_eps, 0, 1)
+        for kind, size in self.features.items():
+            if kind not in MODALITIES[1:]:
+                raise InputError(f"features: found {kind[:40]!r}, expected {', '.join(MODALITIES[1:])}")
+            within(f"features.{kind}", size, 1, 2**16)
+        digits = sum(level for r in ranges for level in r.levels)
+        within("composed: ids times digits", sum(r.stop - r.start for r in ranges) * digits, 0, MOST_COMPOSED)
         if self.heads % self.kv_heads:
             raise InputError(f"heads: found {self.heads}, expected a multiple of kv_heads={self.kv_heads}")
         if self.head_width % 2:

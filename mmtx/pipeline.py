@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import safetensors.torch
 import torch
 from PIL import Image as PILImage
 
@@ -32,14 +31,16 @@ from mmtx.data.sound_files import MAX_CHANNELS, MAX_SECONDS
 from mmtx.data.storage import FileSource, display, open_binary
 from mmtx.decoding import Weights
 from mmtx.errors import InputError
-from mmtx.files import find_shipped, read_json, replace_folder, shipped, write_json
+from mmtx.files import CONFIG, find_shipped, read_json, replace_folder, shipped, write_json
 from mmtx.generation import Sampling, generate, steps
 from mmtx.modality.autoencoder import Encoding
 from mmtx.modality.base import Tokenizer, load_tokenizer
 from mmtx.model import Decoder, DecoderConfig
 from mmtx.row import lay_out
+from mmtx.schema import build, shown
 from mmtx.sequence import AudioPart, Document, Grammar, ImagePart, Part, Prompt, TextPart, Turn, parse, prompt, render
 from mmtx.vocabulary import Vocabulary
+from mmtx.weights import load_module, to_bytes
 
 FORMAT = 1
 DEFAULT_MODEL = "demos/starter"
@@ -101,27 +102,39 @@ def load(folder: str | Path | None = None, device: str | torch.device | None = N
         InputError: the folder is not a whole model, or does not fit its tokenizers.
     """
     folder = shipped(DEFAULT_MODEL) if folder is None else find_shipped(folder)
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise InputError(f"{folder / 'config.json'}: not a model of mmtx (expected \"format\": {FORMAT})")
+    config = _read_config(folder)
     vocabulary = Vocabulary.load(folder / "vocabulary.json")
     tokenizers = {kind: load_tokenizer(folder / kind) for kind in vocabulary.kinds}
     vocabulary.check(tokenizers)
-    path = folder / "model.safetensors"
-    try:
-        decoder = Decoder(DecoderConfig(**config["decoder"]))
-        decoder.load_state_dict(safetensors.torch.load(path.read_bytes()))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{path}: does not fit {folder / 'config.json'} ({str(error).splitlines()[0]})") from None
-    if decoder.config.vocabulary_size != vocabulary.size:
-        raise InputError(f"{folder}: the decoder has {decoder.config.vocabulary_size} ids, "
-                         f"its vocabulary {vocabulary.size}")
+    if config.vocabulary_size != vocabulary.size:
+        raise InputError(f"{folder}: the decoder has {config.vocabulary_size} ids, its vocabulary {vocabulary.size}")
+    for part in config.composed:
+        if (part.start, part.levels) not in [(entry.start, entry.levels) for entry in vocabulary.entries]:
+            raise InputError(f"{folder}: the decoder composes ids from {part.start} on of other digits than its vocabulary")
+    for kind, width in config.features.items():
+        if width != (found := getattr(tokenizers.get(kind), "feature_width", 0)):
+            raise InputError(f"{folder}: the decoder takes features of {kind} of width {width}, its tokenizer gives {found}")
+    decoder = load_module(lambda: Decoder(config), folder / "model.safetensors")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Model(decoder, vocabulary, tokenizers).to(device).fix()
+
+
+def _read_config(folder: Path) -> DecoderConfig:
+    """What config.json of a model says. Raises InputError that tells what the folder is instead, and where a model is."""
+    path = folder / CONFIG
+    if not folder.is_dir():
+        raise InputError(f"{folder}: found a file, expected the folder of a model")
+    for inner in ("model", "../model"):  # of a run, or of its checkpoints
+        if not path.exists() and (folder / inner / CONFIG).exists():
+            raise InputError(f"{path}: no such file; did you mean {(folder / inner).resolve() if '..' in inner else folder / inner}?")
+    values = read_json(path)
+    if isinstance(values, dict) and "kind" in values and "decoder" not in values:
+        raise InputError(f"{folder}: found a tokenizer, expected a model")
+    if not isinstance(values, dict) or type(values.get("format")) is not int or values["format"] != FORMAT:
+        raise InputError(f"{path}: not a model of mmtx (expected \"format\": {FORMAT})")
+    if values.keys() != {"format", "decoder"}:
+        raise InputError(f"{path}: found the fields {shown(', '.join(values))}, expected decoder, format")
+    return build(DecoderConfig, values["decoder"], path, "decoder")
 
 
 class Model:
@@ -173,15 +186,20 @@ class Model:
         return self
 
     def save(self, folder: str | Path) -> None:
-        """Write a self-contained model folder, which appears whole or not at all."""
-        with replace_folder(folder) as staging:
-            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.decoder.state_dict().items()}
-            (staging / "model.safetensors").write_bytes(safetensors.torch.save(weights))
-            config = {"format": FORMAT, "decoder": asdict(self.decoder.config)}
-            (staging / "config.json").write_bytes(write_json(config))
-            self.vocabulary.save(staging / "vocabulary.json")
-            for kind, tokenizer in self.tokenizers.items():
-                tokenizer.save(staging / kind)
+        """Write a self-contained model folder, which appears whole or not at all.
+
+        Raises InputError when there is something that mmtx did not write, or no room.
+        """
+        replace_folder(folder, self._files())
+
+    def _files(self) -> Iterator[tuple[str, bytes]]:
+        """What `save` writes, one file after another."""
+        yield "model.safetensors", to_bytes(self.decoder.state_dict())
+        yield CONFIG, write_json({"format": FORMAT, "decoder": asdict(self.decoder.config)})
+        yield "vocabulary.json", self.vocabulary.to_json()
+        for kind, tokenizer in self.tokenizers.items():
+            for name, content in tokenizer.files().items():
+                yield f"{kind}/{name}", content
 
     # -- Captions --------------------------------------------------------------------------------------------
 

@@ -7,6 +7,8 @@
 Shape letters: V vocabulary.
 """
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -16,10 +18,12 @@ from typing import Any
 import numpy as np
 
 from mmtx.errors import InputError
-from mmtx.files import read_json, write_json
+from mmtx.files import read_json, write_json, write_whole
 from mmtx.modality.base import Tokenizer
+from mmtx.schema import build, shown, within
 
 FORMAT = 1
+MOST_IDS = 2**30  # of a kind; ids are 32 bits
 SLOTS = 256  # reserved for special tokens; unused ones are for later, so that a new special moves no id
 MAX_SIDE = 64  # patch rows or columns of a picture
 KINDS = ("text", "image", "audio")
@@ -44,6 +48,15 @@ class Entry:
     fingerprint: str
     levels: tuple[int, ...] | None = None  # FSQ levels of a codec, None where there are none
     bands: int | None = None  # audio codes a time step, None for the other kinds
+
+
+@dataclass(frozen=True)
+class _Told:
+    """A vocabulary as its file has it."""
+
+    format: int
+    slots: int
+    modalities: tuple[Entry, ...]
 
 
 def _special(name: str) -> property:
@@ -173,6 +186,9 @@ class Vocabulary:
                     f"{kind} tokenizer: found fingerprint {found.fingerprint[:12]} with {found.size} codes, "
                     f"the vocabulary expects {entry.fingerprint[:12]} with {entry.size} codes"
                 )
+            if (found.levels, found.bands) != (entry.levels, entry.bands):
+                raise InputError(f"{kind} tokenizer: found levels {found.levels} and {found.bands} bands, the vocabulary "
+                                 f"expects {entry.levels} and {entry.bands}")
 
     def to_json(self) -> bytes:
         """What `save` writes."""
@@ -182,31 +198,32 @@ class Vocabulary:
     def save(self, path: str | Path) -> None:
         """Write a JSON file."""
         try:
-            Path(path).write_bytes(self.to_json())
+            write_whole(Path(path), self.to_json())
         except OSError as error:
             raise InputError(f"{path}: cannot be written ({error.strerror})") from None
 
     @classmethod
     def load(cls, path: str | Path) -> "Vocabulary":
         """Read what `save` wrote. Raises InputError when it is missing, damaged or of another format."""
-        value = read_json(Path(path))
-        if not isinstance(value, dict) or (value.get("format"), value.get("slots")) != (FORMAT, SLOTS):
+        return cls.of(read_json(path), path)
+
+    @classmethod
+    def of(cls, value: Any, path: str | Path) -> "Vocabulary":
+        """What `to_json` told, as a value read from `path`. Raises InputError for anything that no vocabulary says."""
+        found = build(_Told, value, path)
+        if (found.format, found.slots) != (FORMAT, SLOTS):
             raise InputError(f"{path}: expected a vocabulary of format {FORMAT} with {SLOTS} special slots")
-        try:
-            entries = tuple(
-                Entry(**{**row, "levels": None if row["levels"] is None else tuple(row["levels"])})
-                for row in value["modalities"]
-            )
-            starts = [entry.start for entry in entries]
-            ends = [entry.start + entry.size for entry in entries]
-            kinds = [entry.kind for entry in entries]
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{path}: field 'modalities' is damaged ({error})") from None
+        entries = found.modalities
+        starts = [entry.start for entry in entries]
+        ends = [entry.start + entry.size for entry in entries]
+        kinds = [entry.kind for entry in entries]
         if kinds[:1] != ["text"] or len(set(kinds)) < len(kinds) or not set(kinds) <= set(KINDS):
-            raise InputError(f"{path}: field 'kind' reads {kinds}, expected text, then other kinds once each")
+            raise InputError(f"{path}: field 'kind' reads {shown(', '.join(kinds))}, expected text, then other kinds once each")
+        for entry in entries:
+            _check_entry(entry, path)
         ends[0] += SLOTS  # the special tokens sit between text and the rest
         if starts != [0, *ends[:-1]]:
-            raise InputError(f"{path}: field 'start' reads {starts}, expected ranges without gaps")
+            raise InputError(f"{path}: field 'start' reads {starts}, expected {[0, *ends[:-1]]}, ranges without gaps")
         return cls(entries)
 
     def _entry(self, kind: str) -> Entry:
@@ -231,6 +248,20 @@ def _entry(kind: str, tokenizer: Tokenizer, start: int) -> Entry:
     bands = int(tokenizer.bands) if kind == "audio" else None
     levels = None if levels is None else tuple(int(level) for level in levels)
     return Entry(kind, start, tokenizer.size, tokenizer.fingerprint, levels, bands)
+
+
+def _check_entry(entry: Entry, path: str | Path) -> None:
+    """Raise InputError for a range that `_entry` would not make."""
+    at, levels = f"{path}: {entry.kind}:", entry.levels
+    within(f"{at} size", entry.size, 1, MOST_IDS)
+    if not re.fullmatch("[0-9a-f]{64}", entry.fingerprint):
+        raise InputError(f"{at} field 'fingerprint' is {shown(entry.fingerprint)}, expected 64 hexadecimal digits")
+    if levels is not None and (entry.kind == "text" or min(levels, default=0) < 2 or math.prod(levels) != entry.size):
+        raise InputError(f"{at} field 'levels' is {shown(str(levels))}, expected {'null' if entry.kind == 'text' else ''}"
+                         f"{'' if entry.kind == 'text' else f'numbers whose product is size={entry.size}'}")
+    if (entry.bands is None) == (entry.kind == "audio") or entry.bands is not None and not 1 <= entry.bands <= entry.size:
+        raise InputError(f"{at} field 'bands' is {shown(entry.bands)}, expected "
+                         f"{'1 or more' if entry.kind == 'audio' else 'null'}")
 
 
 def _check_bounds(values: np.ndarray, low: int, high: int, what: str) -> None:

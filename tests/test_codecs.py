@@ -187,7 +187,7 @@ def test_image_config_is_checked(config, message):
 
 @pytest.mark.parametrize(("width", "heads"), [(30, 2), (16, 3), (16, 0)])
 def test_network_config_is_checked(width, heads):
-    with pytest.raises(InputError, match="network.width: found"):
+    with pytest.raises(InputError, match="network.(width|heads): found"):
         NetworkConfig(width=width, heads=heads)
 
 

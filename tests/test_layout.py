@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CHAIN = ("files", "ambient", "kernels", "layers", "modality", "vocabulary", "sequence", "data", "model", "loss", "decoding", "row",
-         "generation", "pipeline", "captioning", "evaluation", "report", "training", "cli")
+CHAIN = ("files", "schema", "ambient", "weights", "kernels", "layers", "modality", "vocabulary", "sequence", "data", "model", "loss",
+         "decoding", "row", "generation", "pipeline", "captioning", "evaluation", "report", "training", "cli")
 ANYWHERE = ("errors",)
 FILES = sorted((ROOT / "mmtx").rglob("*.py"))
 

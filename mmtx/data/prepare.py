@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from mmtx.data.collection import DataSource, to_stderr
 from mmtx.data.prepared import DONE, FORMAT, INDEX, shard_name, tensors
+from mmtx.data.prepared import digest as _digest
 from mmtx.data.sample import Media, Sample
 from mmtx.data.sources import MAX_BAD, PLAN, SkipCounter, is_selected, scan
 from mmtx.data.storage import recorded
@@ -293,14 +294,6 @@ def _joined(parts: list[np.ndarray], kind: type) -> np.ndarray:
 def _ends(sizes: Iterable[int]) -> np.ndarray:
     """Where each of several things of these sizes ends when they lie end to end, 0 first."""
     return np.cumsum([0, *sizes], dtype=np.uint64)
-
-
-def _digest(made: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name, values in sorted(made.items()):
-        digest.update(f"{name} {values.dtype} {values.shape}".encode())
-        digest.update(np.ascontiguousarray(values))
-    return digest.hexdigest()
 
 
 def _facts(path: Path) -> dict | None:

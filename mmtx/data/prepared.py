@@ -13,25 +13,30 @@ Shapes: T tokens of a document, D width of features, S shards.
 """
 
 import hashlib
-import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from mmtx.data.collection import DataSource
-from mmtx.data.storage import MAX_BYTES, cache, display, download, is_url, join, read
+from mmtx.data.storage import cache, display, download, is_url, join, read
 from mmtx.data.sources import MAX_BAD, SkipCounter
 from mmtx.data.tokens import Augmentation, seed_of
 from mmtx.errors import InputError
+from mmtx.files import open_regular, parse_json
+from mmtx.schema import build, shown, within
 from mmtx.sequence import Rendered, Span, trained
 from mmtx.vocabulary import Vocabulary
+from mmtx.weights import Header, read_header
 
 FORMAT = 1
 INDEX, DONE = "index.safetensors", "prepared.json"
+MOST_FACTS = 64 * 2**20  # bytes of prepared.json, which names all sources
 OPEN = 256  # shards that a process keeps mapped
 TYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "U64": np.uint64, "F16": np.float16}
 
@@ -43,19 +48,59 @@ def shard_name(number: int) -> str:
 @lru_cache(maxsize=OPEN)
 def tensors(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a safetensors file as memory maps. Raises InputError when it is missing or damaged."""
+    header = header_of(path)
     try:
-        with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
-        header.pop("__metadata__", None)
         # A map of no bytes is refused by the system.
-        return {name: np.memmap(path, TYPES[fact["dtype"]], "r", 8 + size + fact["data_offsets"][0], tuple(fact["shape"]))
-                if 0 not in fact["shape"] else np.empty(fact["shape"], TYPES[fact["dtype"]])
-                for name, fact in header.items()}
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
+        return {name: np.memmap(path, TYPES[place.dtype], "r", header.data + place.start, place.shape)
+                if place.stop > place.start else np.empty(place.shape, TYPES[place.dtype])
+                for name, place in header.tensors.items()}
+    except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{path}: not a whole shard ({type(error).__name__})") from None
+
+
+def header_of(path: Path) -> Header:
+    """What a safetensors file says about itself. Raises InputError unless it is all there."""
+    try:
+        with open(open_regular(path), "rb") as file:
+            return read_header(file, os.fstat(file.fileno()).st_size, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def digest(made: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over the tensors of a shard."""
+    found = hashlib.sha256()
+    for name, values in sorted(made.items()):
+        found.update(f"{name} {values.dtype} {values.shape}".encode())
+        found.update(np.ascontiguousarray(values))
+    return found.hexdigest()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What training takes from prepared.json."""
+
+    format: int
+    vocabulary: Any
+    samples: int
+    documents: int
+    tokens: int
+    shards: int
+    media: Mapping[str, int]
+    features: Mapping[str, int]  # widths
+    exchanges: bool
+    sha256: str
+
+    @classmethod
+    def of(cls, data: bytes, where: str) -> "Facts":
+        """Raises InputError for anything that `mmtx prepare` does not write."""
+        values = parse_json(data, where)
+        if not isinstance(values, dict) or type(values.get("format")) is not int or values["format"] != FORMAT:
+            raise InputError(f"{where}: expected a prepared folder of format {FORMAT}")
+        facts = build(cls, {field.name: values[field.name] for field in fields(cls) if field.name in values}, where)
+        for name in ("samples", "documents", "tokens", "shards"):
+            within(f"{where}: {name}", getattr(facts, name), 0, 2**48)
+        return replace(facts, vocabulary=Vocabulary.of(facts.vocabulary, f"{where}: field 'vocabulary'"))
 
 
 class Prepared:
@@ -87,25 +132,27 @@ class Prepared:
         if self.remote is None and not os.path.isfile(os.path.join(path, DONE)):
             raise InputError(f"{self.path}: prepared in part only, expected a whole folder: the same `mmtx prepare` "
                              "finishes it")
-        whole = read(join(path, DONE), MAX_BYTES)
+        whole = read(join(path, DONE), MOST_FACTS)
         self.folder = Path(path) if self.remote is None else cache() / hashlib.sha256(whole).hexdigest()[:32]
-        try:
-            facts = json.loads(whole)
-        except ValueError:
-            facts = {}
-        if facts.get("format") != FORMAT:
-            raise InputError(f"{self.path}/{DONE}: expected a prepared folder of format {FORMAT}")
+        self.facts = facts = Facts.of(whole, f"{self.path}/{DONE}")
         self._check(source, facts, augmentation, features)
         self._fetch(INDEX)
-        index = tensors(self.folder / INDEX)
+        self.index = index = tensors(self.folder / INDEX)
+        self._check_index(index)
         self.starts, self.sizes = np.array(index["starts"], np.int64), index["sizes"]  # (S + 1,), (S,)
+        # Which shards have been compared with their digests, by any of the processes that read them.
+        self.compared = torch.zeros(facts.shards, dtype=torch.uint8).share_memory_()
         if self.remote is None:
             for shard in range(len(self.sizes)):
                 self._check_size(shard)
+            found = hashlib.sha256("".join(self._digest(shard) for shard in range(facts.shards)).encode()).hexdigest()
+            if found != facts.sha256:
+                raise InputError(f"{self.path}: found shards of the checksum {found[:12]}, expected {shown(facts.sha256[:12])} as "
+                                 f"in {DONE}: one of them has been changed or exchanged")
         lengths, numbers = index["lengths"], index["numbers"]
         chosen = slice(None)
-        if source.limit is not None and source.limit < facts["samples"]:
-            wanted = np.arange(source.limit) * facts["samples"] // source.limit  # as of the samples of media
+        if source.limit is not None and source.limit < facts.samples:
+            wanted = np.arange(source.limit) * facts.samples // source.limit  # as of the samples of media
             chosen = np.flatnonzero(np.isin(numbers, wanted, assume_unique=True))
             numbers = np.searchsorted(wanted, numbers[chosen])
         # The count goes on from that of `mmtx prepare`, so that a folder is taken where its media would be.
@@ -121,7 +168,7 @@ class Prepared:
             skipped.count = facts["skipped"] + int(np.count_nonzero(~fits))
             self.rows, numbers = rows[fits], numbers[fits]
         self.lengths = lengths if self.rows is None else lengths[self.rows]  # (documents,) tokens of each
-        self.numbers, self.samples = numbers, min(source.limit or facts["samples"], facts["samples"])
+        self.numbers, self.samples = numbers, min(source.limit or facts.samples, facts.samples)
         self.first = first
         skipped.check()
         if not len(self.lengths):
@@ -158,39 +205,101 @@ class Prepared:
 
     def _name(self, row: int) -> str:
         shard, place = self._place(row)
-        return bytes(shard["names"][_part(shard, "names", place)]).decode()
+        return bytes(shard["names"][_part(shard, "names", place)]).decode("utf-8", "replace")
 
     def _place(self, row: int) -> tuple[dict[str, np.ndarray], int]:
         """The shard of a document of the folder, and its place there."""
         number = int(np.searchsorted(self.starts, row, "right")) - 1
-        if self.remote is not None and self._fetch(shard_name(number)):
+        path = self.folder / shard_name(number)
+        if self.remote is not None and self._fetch(path.name):
             self._check_size(number)
-        return tensors(self.folder / shard_name(number)), row - int(self.starts[number])
+        shard = tensors(path)
+        if not self.compared[number]:
+            try:
+                self._check_shard(shard, number)
+            except InputError:
+                if self.remote is not None:
+                    path.unlink(missing_ok=True)
+                tensors.cache_clear()
+                raise
+            self.compared[number] = 1
+        return shard, row - int(self.starts[number])
 
-    def _check(self, source: DataSource, facts: dict, augmentation: Augmentation, features: bool) -> None:
+    def _check_index(self, index: dict[str, np.ndarray]) -> None:
+        """Raise InputError unless the index says of all documents what can be."""
+        facts, where = self.facts, f"{self.path}/{INDEX}"
+        _expect(index, where, lengths=(facts.documents, "uint32"), numbers=(facts.documents, "uint32", "uint64"),
+                starts=(facts.shards + 1, "uint64"), sizes=(facts.shards, "uint64"))
+        starts, lengths, numbers = index["starts"], index["lengths"], index["numbers"]
+        if not _ends_fit(starts, facts.documents):
+            raise InputError(f"{where}: 'starts' does not tell where the {facts.documents} documents lie")
+        if facts.documents and (lengths.min() < 1 or int(lengths.sum(dtype=np.uint64)) != facts.tokens):
+            raise InputError(f"{where}: found {lengths.sum(dtype=np.uint64)} tokens, expected {facts.tokens}, and 1 or more "
+                             "of a document")
+        if facts.documents and (numbers[-1] >= facts.samples or not (numbers[1:] > numbers[:-1]).all()):
+            raise InputError(f"{where}: 'numbers' of samples do not rise, or reach {facts.samples}, the number of all")
+
+    def _check_shard(self, shard: dict[str, np.ndarray], number: int) -> None:
+        """Raise InputError unless a shard is what was written, and what the index says of it."""
+        where = f"{self.path}/{shard_name(number)}"
+        chosen = slice(int(self.starts[number]), int(self.starts[number + 1]))
+        count, vocabulary = chosen.stop - chosen.start, self.facts.vocabulary
+        media = [kind for kind in vocabulary.kinds if f"features.{kind}" in shard]
+        _expect(shard, where, ids=(None, "uint16", "uint32"), numbers=(count, "uint64"), names=(None, "uint8"),
+                **{f"ends.{name}": (count + 1, "uint64") for name in ("ids", "names", *media)},
+                **{f"features.{kind}": ((None, self.facts.features.get(kind, 0)), "float16") for kind in media})
+        ids = shard["ids"]
+        for name, values in (("ids", ids), ("names", shard["names"]), *((kind, shard[f"features.{kind}"]) for kind in media)):
+            if not _ends_fit(shard[f"ends.{name}"], len(values)):
+                raise InputError(f"{where}: 'ends.{name}' does not tell where the parts of its {len(values)} {name} lie")
+        if len(ids) and ids.max() >= vocabulary.size:
+            raise InputError(f"{where}: found id {ids.max()}, expected less than {vocabulary.size}, the size of its vocabulary")
+        ends = shard["ends.ids"].astype(np.int64)
+        if not np.array_equal(np.diff(ends), self.index["lengths"][chosen]):
+            raise InputError(f"{where}: its documents are not as long as {INDEX} says")
+        if not np.array_equal(shard["numbers"], self.index["numbers"][chosen]):
+            raise InputError(f"{where}: its documents have other numbers than {INDEX} says")
+        for kind in media:
+            codes = vocabulary.range(kind)
+            coded = np.concatenate([[0], np.cumsum((ids >= codes.start) & (ids < codes.stop))])
+            if not np.array_equal(coded[ends], shard[f"ends.{kind}"]):
+                raise InputError(f"{where}: found {len(shard[f'features.{kind}'])} features of {kind}, expected one for each "
+                                 f"of its {coded[-1]} codes")
+        if digest(shard) != self._digest(number):
+            raise InputError(f"{where}: its checksum does not fit: it has changed since it was written")
+
+    def _digest(self, number: int) -> str:
+        """The digest of a shard that is written in it."""
+        path = self.folder / shard_name(number)
+        facts = parse_json(header_of(path).metadata.get("mmtx", "{}").encode(), path)
+        if not isinstance(facts, dict) or not isinstance(found := facts.get("sha256"), str):
+            raise InputError(f"{self.path}/{path.name}: found no checksum in its metadata, expected one of `mmtx prepare`")
+        return found
+
+    def _check(self, source: DataSource, facts: Facts, augmentation: Augmentation, features: bool) -> None:
         """Raise InputError unless a run can train on this folder."""
         entries = {entry.kind: entry for entry in self.vocabulary.entries}
-        for made in facts["vocabulary"]["modalities"]:
-            kind, entry = made["kind"], entries.get(made["kind"])
+        for made in facts.vocabulary.entries:
+            kind, entry = made.kind, entries.get(made.kind)
             found = "none" if entry is None else entry.fingerprint[:12]
-            if entry is None or (entry.fingerprint, entry.size) != (made["fingerprint"], made["size"]):
-                raise InputError(f"{self.path}: prepared with the {kind} tokenizer {made['fingerprint'][:12]}, found "
+            if entry is None or (entry.fingerprint, entry.size) != (made.fingerprint, made.size):
+                raise InputError(f"{self.path}: prepared with the {kind} tokenizer {made.fingerprint[:12]}, found "
                                  f"{found}; expected the same one")
-            if entry.start != made["start"]:
-                raise InputError(f"{self.path}: its {kind} ids begin at {made['start']}, those of this run at "
+            if entry.start != made.start:
+                raise InputError(f"{self.path}: its {kind} ids begin at {made.start}, those of this run at "
                                  f"{entry.start}; expected the same tokenizers of all kinds")
         if source.select is not None:
             raise InputError(f"select: {self.path} is prepared, its samples have no fields; expected none, or a folder "
                              "that was prepared with this `select`")
-        if self.turned and not facts["exchanges"]:
+        if self.turned and not facts.exchanges:
             raise InputError(f"task: {self.path} holds documents that are not one question with one answer, "
                              'expected "caption"')
         for kind, change in augmentation._asdict().items():
-            if change is not None and kind in facts["media"]:
+            if change is not None and kind in facts.media:
                 raise InputError(f"{kind}_augmentation: {self.path} is prepared, what its media look or sound like cannot "
                                  "change; expected null, or the media themselves")
-        for kind in facts["media"] if features else ():
-            if self.vocabulary.levels(kind) and kind not in facts["features"]:
+        for kind in facts.media if features else ():
+            if self.vocabulary.levels(kind) and kind not in facts.features:
                 raise InputError(f"{self.path}: prepared without features of {kind}, the decoder takes them "
                                  "(continuous: true); expected `mmtx prepare --features`")
 
@@ -220,9 +329,29 @@ def in_user_turns(ids: np.ndarray, v: Vocabulary) -> np.ndarray:
 def turned_round(ids: np.ndarray, v: Vocabulary) -> np.ndarray:
     """The order (T,) of the ids of one question and one answer in which their contents change places."""
     places = np.arange(len(ids))
-    (user,), (answer,) = np.flatnonzero(ids == v.user), np.flatnonzero(ids == v.assistant)
+    users, answers = np.flatnonzero(ids == v.user), np.flatnonzero(ids == v.assistant)
+    if len(users) != 1 or len(answers) != 1 or users[0] > answers[0] or len(ids) < 6:
+        raise InputError(f"task: found a document of {len(users)} questions and {len(answers)} answers, expected one and one")
+    (user,), (answer,) = users, answers
     return np.concatenate([places[:user + 1], places[answer + 1:-2], places[answer - 1:answer + 1],
                            places[user + 1:answer - 1], places[-2:]])
+
+
+def _expect(found: dict[str, np.ndarray], where: str, **expected: tuple) -> None:
+    """Raise InputError unless these tensors are there, and no other, with a shape (None: any) and one of some types each."""
+    if found.keys() != expected.keys():
+        raise InputError(f"{where}: found the tensors {shown(', '.join(found))}, expected {', '.join(expected)}")
+    for name, (shape, *types) in expected.items():
+        shape, values = shape if isinstance(shape, tuple) else (shape,), found[name]
+        fits = len(shape) == values.ndim and all(size in (None, real) for size, real in zip(shape, values.shape))
+        if not fits or values.dtype.name not in types:
+            raise InputError(f"{where}: {name!r} is {values.dtype.name} {shown(str(values.shape))}, expected "
+                             f"{' or '.join(types)} {str(shape).replace('None', 'any')}")
+
+
+def _ends_fit(ends: np.ndarray, length: int) -> bool:
+    """Whether `ends` cut `length` things into parts one behind another."""
+    return bool(len(ends) and ends[0] == 0 and ends[-1] == length and (ends[1:] >= ends[:-1]).all())
 
 
 def _part(shard: dict[str, np.ndarray], name: str, place: int) -> slice:

@@ -15,7 +15,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor
@@ -23,8 +22,11 @@ from torch import Tensor
 from mmtx.ambient import neutral, neutral_steps
 from mmtx.errors import InputError
 from mmtx.modality.autoencoder import Codec, Encoding, NetworkConfig, PatchAutoencoder, Reconstruction
-from mmtx.files import read_json, write_json
+from mmtx.files import CONFIG, write_json
+from mmtx.modality.base import read_config
 from mmtx.modality.vocoder import PITCHES, Vocoder, VocoderConfig, pitch_logits
+from mmtx.schema import build, within
+from mmtx.weights import load_module, to_bytes
 
 FLOOR = 1e-3              # mel magnitudes below it count as silence: 70 dB under a full-scale tone
 CENTRE, SPREAD = -4.5, 2  # brings the log magnitudes of peak-normalised sound to about [-1, 3]
@@ -56,9 +58,9 @@ class AudioConfig:
     network: NetworkConfig = field(default_factory=NetworkConfig)
 
     def __post_init__(self):
-        for name in ("rate", "hop", "mels", "patch_frames", "patch_mels", "chunk"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: found {getattr(self, name)}, expected 1 or more")
+        for name, most in (("rate", 2**20), ("window", 2**15), ("hop", 2**15), ("mels", 512), ("patch_frames", 4096),
+                           ("patch_mels", 512), ("chunk", 4096)):
+            within(name, getattr(self, name), 1, most)
         if self.mels % self.patch_mels:
             raise InputError(f"mels: found {self.mels}, expected a multiple of patch_mels={self.patch_mels}")
         if not 0 <= self.low < self.high <= self.rate / 2:
@@ -76,6 +78,7 @@ class AudioTokenizer(Codec):
     kind = "audio"
     Config = AudioConfig
     parts = ("vocoder",)
+    later = ("pitch",)
 
     def __init__(self, config: AudioConfig = AudioConfig()):
         super().__init__()
@@ -91,35 +94,29 @@ class AudioTokenizer(Codec):
 
     def values(self) -> dict:
         values = super().values()
-        if not self.config.pitch:  # or tokenizers made before it was an option would have another fingerprint
-            del values["pitch"]
+        for name in self.later:  # or tokenizers made before it was an option would have another fingerprint
+            if not values[name]:
+                del values[name]
         return values
 
     def files(self) -> dict[str, bytes]:
         files = super().files()
         if self.vocoder is None:
             return files
-        weights = {name: tensor.contiguous().cpu() for name, tensor in self.vocoder.state_dict().items()}
         return {
             **files,
             "config.json": write_json({**self.values(), "vocoder": asdict(self.vocoder.config)}),
-            "vocoder.safetensors": safetensors.torch.save(weights),
+            "vocoder.safetensors": to_bytes(self.vocoder.state_dict()),
         }
 
     @classmethod
     def from_folder(cls, folder: Path) -> "AudioTokenizer":
         folder = Path(folder)
         tokenizer = super().from_folder(folder)
-        values = read_json(folder / "config.json").get("vocoder")
-        if values is not None:
-            try:
-                vocoder = tokenizer.new_vocoder(VocoderConfig(**values))
-                vocoder.load_state_dict(safetensors.torch.load((folder / "vocoder.safetensors").read_bytes()))
-            except InputError:
-                raise
-            except Exception as error:
-                raise InputError(f"{folder}: not a whole vocoder ({str(error).splitlines()[0]})") from None
-            tokenizer.vocoder = vocoder.eval()
+        if (values := read_config(folder, cls.kind).get("vocoder")) is not None:
+            config, matrix = build(VocoderConfig, values, folder / CONFIG, "vocoder"), tokenizer._mel_matrix
+            make = lambda: Vocoder(config, matrix, tokenizer.rate, tokenizer.config.hop)  # noqa: E731
+            tokenizer.vocoder = load_module(make, folder / "vocoder.safetensors").eval()
         return tokenizer
 
     @property

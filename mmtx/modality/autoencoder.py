@@ -4,6 +4,7 @@ Shapes: B batch, h rows and w columns of a grid of patches, P numbers in a patch
 A picture is a grid of rows and columns; a piece of a spectrogram is a grid of time steps and frequency bands.
 """
 
+import math
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -18,11 +19,14 @@ from torch import Tensor, nn
 
 from mmtx.errors import InputError
 from mmtx.layers import Block, BlockConfig, RMSNorm, initialise, rotary
-from mmtx.files import read_json, write_json
-from mmtx.modality.base import Tokenizer
+from mmtx.files import CONFIG, write_json
+from mmtx.modality.base import Tokenizer, read_config
 from mmtx.modality.fsq import FSQ
+from mmtx.schema import build, within
+from mmtx.weights import load_module, to_bytes
 
 NORM_EPS = torch.finfo(torch.float32).eps
+MOST_CODES = 2**20  # of a quantizer: tables of this length are made for it
 ENCODE_BATCH = 64  # grids that go through the network together
 ENCODING = ("embed", "encoder", "encoder_norm", "to_latent")  # parts of the network that codes depend on
 
@@ -39,7 +43,11 @@ class NetworkConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "levels", tuple(self.levels))
-        if self.heads < 1 or self.width % (4 * self.heads):
+        for name, least, most in (("width", 1, 2**16), ("heads", 1, 2**10), ("encoder_depth", 0, 2**10), ("decoder_depth", 0, 2**10)):
+            within(f"network.{name}", getattr(self, name), least, most)
+        within("network.levels", len(self.levels), 1, 64)
+        within("network.levels, their product", math.prod(self.levels), 2, MOST_CODES)
+        if self.width % (4 * self.heads):
             raise InputError(f"network.width: found {self.width} with {self.heads} heads, "
                              "expected a multiple of 4 * heads")
 
@@ -121,6 +129,7 @@ class Codec(Tokenizer, nn.Module):
     config: "object"  # a frozen dataclass with a field `network: NetworkConfig`
     network: PatchAutoencoder
     parts: ClassVar[tuple[str, ...]] = ()  # keys of config.json that are not `config`'s: of what a subclass adds
+    later: ClassVar[tuple[str, ...]] = ()  # fields of `config` that are left out while they have their default
 
     @property
     def size(self) -> int:
@@ -190,29 +199,20 @@ class Codec(Tokenizer, nn.Module):
         return self._files(ENCODING)
 
     def files(self) -> dict[str, bytes]:
-        return self._files(tuple(name for name, _ in self.network.named_children()))
+        return self._files(tuple(name for name, _ in self.network.named_children()), to_bytes)
 
-    def _files(self, parts: tuple[str, ...]) -> dict[str, bytes]:
+    def _files(self, parts: tuple[str, ...], to_bytes=safetensors.torch.save) -> dict[str, bytes]:
         """The configuration, and the weights of some parts of the network."""
         weights = {name: tensor.contiguous().cpu() for name, tensor in self.network.state_dict(prefix="network.").items()
                    if name.split(".")[1] in parts}
         return {
             "config.json": write_json(self.values()),
-            "model.safetensors": safetensors.torch.save(weights),
+            "model.safetensors": to_bytes(weights),
         }
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Codec":
         folder = Path(folder)
-        values = read_json(folder / "config.json")
-        for key in ("kind", *cls.parts):
-            values.pop(key, None)
-        try:
-            tokenizer = cls(cls.Config(**{**values, "network": NetworkConfig(**values["network"])}))
-            weights = safetensors.torch.load((folder / "model.safetensors").read_bytes())
-            tokenizer.load_state_dict(weights)
-        except InputError:
-            raise
-        except Exception as error:
-            raise InputError(f"{folder}: not a whole {cls.kind} tokenizer ({str(error).splitlines()[0]})") from None
-        return tokenizer.eval()
+        values = {key: value for key, value in read_config(folder, cls.kind).items() if key not in ("kind", *cls.parts)}
+        config = build(cls.Config, values, folder / CONFIG, optional=cls.later)
+        return load_module(lambda: cls(config), folder / "model.safetensors").eval()

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 
 from mmtx.ambient import unfilled
 from mmtx.errors import InputError
-from mmtx.files import read_json, replace_folder
+from mmtx.files import CONFIG, read_json, replace_folder, put_back
+from mmtx.schema import shown
 
 CLASSES = {
     "text": ("mmtx.modality.text", "TextTokenizer"),
@@ -73,19 +74,30 @@ class Tokenizer(ABC):
         return digest.hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer to `folder`, which appears whole or not at all."""
-        with replace_folder(folder) as staging:
-            for name, content in self.files().items():
-                (staging / name).write_bytes(content)
+        """Write the tokenizer to `folder`, which appears whole or not at all.
+
+        Raises InputError when there is something that mmtx did not write, or no room.
+        """
+        replace_folder(folder, self.files().items())
 
 
 @unfilled()
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Load a tokenizer of any kind; `config.json` in the folder names the kind."""
     folder = Path(folder)
-    config = read_json(folder / "config.json")
-    kind = config.get("kind") if isinstance(config, dict) else None
-    if kind not in CLASSES:
-        raise InputError(f"{folder / 'config.json'}: field 'kind' is {kind!r}, expected one of {sorted(CLASSES)}")
+    put_back(folder)
+    kind = read_config(folder, *CLASSES)["kind"]
     module, name = CLASSES[kind]
     return getattr(importlib.import_module(module), name).from_folder(folder)
+
+
+def read_config(folder: Path, *kinds: str) -> dict[str, Any]:
+    """What config.json of a tokenizer of one of these kinds holds. Raises InputError for anything else."""
+    config = read_json(folder / CONFIG)
+    if not isinstance(config, dict):
+        raise InputError(f"{folder / CONFIG}: found {shown(config)}, expected the object that a tokenizer saves")
+    if (kind := config.get("kind")) not in kinds:
+        if "decoder" in config:
+            raise InputError(f"{folder}: found a model, expected a tokenizer, as in {folder / 'text'}")
+        raise InputError(f"{folder / CONFIG}: field 'kind' is {shown(kind)}, expected {' or '.join(map(repr, kinds))}")
+    return config

@@ -16,6 +16,7 @@ from torch import Tensor
 from mmtx.ambient import neutral
 from mmtx.errors import InputError
 from mmtx.modality.autoencoder import Codec, Encoding, NetworkConfig, PatchAutoencoder, Reconstruction
+from mmtx.schema import within
 
 LARGE = 2 ** 22  # numbers of a picture
 MAX_ROWS = 64  # the stream has size tokens <h:1>..<h:64> and <w:1>..<w:64>
@@ -44,9 +45,8 @@ class ImageConfig:
     network: NetworkConfig = field(default_factory=NetworkConfig)
 
     def __post_init__(self):
-        for name in ("patch", "chunk"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: found {getattr(self, name)}, expected 1 or more")
+        within("patch", self.patch, 1, 128)
+        within("chunk", self.chunk, 1, 4096)
         if self.side is not None and (self.side % self.patch or not 1 <= self.side // self.patch <= MAX_ROWS):
             raise InputError(f"side: found {self.side}, expected a multiple of patch={self.patch} "
                              f"up to {MAX_ROWS * self.patch}")

@@ -9,6 +9,7 @@ The codes have no levels, so a decoder learns one row for each, and there are no
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +21,11 @@ from torch import Tensor, nn
 
 from mmtx.errors import InputError
 from mmtx.modality.autoencoder import Encoding
-from mmtx.files import read_json, write_json
-from mmtx.modality.base import Tokenizer
+from mmtx.files import CONFIG, read_json, write_json
+from mmtx.modality.base import Tokenizer, read_config
 from mmtx.modality.image import ImageConfig, ImageTokenizer
+from mmtx.schema import build as check_settings
+from mmtx.weights import load_module
 
 AUDIO = {"encodec": "EncodecModel", "dac": "DacModel", "mimi": "MimiModel"}
 IMAGE = {"chameleon_vqgan": "ChameleonVQVAE", "emu3_vqgan": "Emu3VQVAE"}
@@ -33,9 +36,32 @@ PIXELS = {
 }
 
 
+@dataclass(frozen=True)
+class AudioSettings:
+    """`codebooks`: how many of the codec's are used."""
+
+    codebooks: int
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """`side` and `fit` as in `ImageConfig`; `scale`, `mean` and `std` say what numbers the network sees for a pixel."""
+
+    side: int | None
+    fit: Literal["pad", "crop", "resize"]
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self):
+        if len(self.mean) != 3 or len(self.std) != 3 or min(abs(number) for number in (self.scale, *self.std)) < 1e-9:
+            raise InputError("scale, mean, std: expected three means, three deviations, and none of scale and std 0")
+
+
 class Pretrained(Tokenizer, nn.Module):
     """What the adapters share. `settings` is what config.json says, word for word: the fingerprint depends on it."""
 
+    Settings: type  # what config.json says beside the network
     models: dict[str, str]  # model_type of the configuration -> class in transformers
     levels = None
     feature_width = 0
@@ -75,16 +101,26 @@ class Pretrained(Tokenizer, nn.Module):
     @classmethod
     def from_folder(cls, folder: Path) -> "Pretrained":
         transformers, folder = require_transformers(), Path(folder)
-        settings = read_json(folder / "config.json")
+        settings, where = read_config(folder, f"pretrained {cls.kind}"), folder / CONFIG
+        check_settings(cls.Settings, {name: value for name, value in settings.items() if name not in ("kind", "network")}, where)
+        values = settings.get("network")
+        if not isinstance(values, dict) or values.get("model_type") not in cls.models:
+            raise InputError(f"{where}: field 'network' names no codec of {', '.join(cls.models)}")
+
+        def make() -> nn.Module:
+            try:
+                return build(transformers, cls.models[values["model_type"]], values)
+            except InputError:
+                raise
+            except Exception as error:  # whatever the library says to values that make no network
+                raise InputError(f"{where}: field 'network' makes no {cls.models[values['model_type']]} "
+                                 f"({type(error).__name__}: {' '.join(str(error).split())[:100]})") from None
+
+        network = load_module(make, folder / "model.safetensors")
         try:
-            network = build(transformers, cls.models[settings["network"]["model_type"]], settings["network"])
-            network.load_state_dict(safetensors.torch.load((folder / "model.safetensors").read_bytes()))
             return cls(network, settings)
-        except InputError:
-            raise
-        except Exception as error:
-            raise InputError(f"{folder}: not a whole pretrained {cls.kind} tokenizer "
-                             f"({type(error).__name__}: {str(error).splitlines()[0]})") from None
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
 
     def files(self) -> dict[str, bytes]:
         weights = {name: tensor.cpu().contiguous() for name, tensor in self.network.state_dict().items()}
@@ -121,6 +157,7 @@ class PretrainedAudio(Pretrained):
 
     kind = "audio"
     models = AUDIO
+    Settings = AudioSettings
 
     def __init__(self, network: nn.Module, settings: dict[str, Any]):
         super().__init__(network, settings)
@@ -196,6 +233,7 @@ class PretrainedImage(Pretrained):
 
     kind = "image"
     models = IMAGE
+    Settings = ImageSettings
     fit, grid = ImageTokenizer.fit, ImageTokenizer.grid
 
     def __init__(self, network: nn.Module, settings: dict[str, Any]):

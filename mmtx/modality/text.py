@@ -6,20 +6,30 @@ those have ids only in `mmtx.vocabulary`.
 
 import io
 import re
+import struct
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from math import isfinite
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import sentencepiece
 
 from mmtx.errors import InputError
-from mmtx.files import read_json, write_json
-from mmtx.modality.base import Tokenizer
+from mmtx.files import read_bytes, write_json
+from mmtx.modality.base import Tokenizer, read_config
 
 SPACE = "\u2581"  # SentencePiece writes a space as this character
 RESERVED = {SPACE, "\u2585"}  # the trainer takes the first for a space and drops texts with the second
+IDENTITY = "normalization_rule_name=identity"
+UNKNOWN, CONTROL, BYTE = 2, 3, 6
+TYPES = {1, 2, 3, 4, 5, 6}
+SCORE = struct.Struct("<f")
+BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
+SIZES = {1: 8, 5: 4}  # bytes of the types of the wire format that have one size
 FIXED = 257  # pieces that every model has: unknown and 256 bytes
+
+MOST_BYTES, MOST_PIECES = 64 * 2**20, 2**20  # of a model
 
 MODEL_FILE = "tokenizer.model"
 CONFIG_FILE = "config.json"
@@ -36,20 +46,21 @@ class TextTokenizer(Tokenizer):
         Raises InputError when it is damaged, lacks byte fallback, or changes the text.
         """
         self.model_proto = model_proto
-        try:
-            if not model_proto:
-                raise RuntimeError("empty")
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=model_proto)
-        except RuntimeError as error:
-            raise InputError(f"{where}: not a SentencePiece model ({_one_line(error)})") from None
-        bytes_found = sum(self._model.is_byte(i) for i in range(self.size))
+        pieces = read_pieces(model_proto, where)
+        bytes_found = len({piece.text for piece in pieces if piece.type == BYTE} & BYTES)
         if bytes_found < 256:
             raise InputError(f"{where}: found {bytes_found} byte pieces, expected 256 (byte_fallback=true)")
-        self._bytes = [self._content(i) for i in range(self.size)]
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=model_proto)
+        except RuntimeError as error:
+            raise InputError(f"{where}: not a SentencePiece model ({' '.join(str(error).split())[:100]})") from None
+        if len(pieces) != self.size:
+            raise InputError(f"{where}: found {len(pieces)} pieces, of which {self.size} can be used")
+        self._bytes = [piece.content() for piece in pieces]
         self._escaped_space = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         for text, settings in (
             ("  a  b ", "add_dummy_prefix=false, remove_extra_whitespaces=false and a piece for the space"),
-            ("\ufb01A\u030a\u00a0\uff21", "normalization_rule_name=identity"),
+            ("\ufb01A\u030a\u00a0\uff21", IDENTITY),
         ):
             if (found := self.decode(self.encode(text))) != text:
                 raise InputError(f"{where}: changes {text!a} to {found!a}, expected a model with {settings}")
@@ -104,19 +115,16 @@ class TextTokenizer(Tokenizer):
     @classmethod
     def from_file(cls, path: str | Path) -> "TextTokenizer":
         """Load an existing `.model` file. Raises InputError that names what it lacks."""
-        try:
-            return cls(Path(path).read_bytes(), where=path)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        return cls(read_bytes(path, MOST_BYTES), where=path)
 
     @classmethod
     def from_folder(cls, folder: Path) -> "TextTokenizer":
         """Read what `save` wrote."""
         folder = Path(folder)
-        config = read_json(folder / CONFIG_FILE)
+        config = read_config(folder, cls.kind)
         tokenizer = cls.from_file(folder / MODEL_FILE)
-        if config != tokenizer._config:
-            raise InputError(f"{folder / CONFIG_FILE}: found {config}, expected {tokenizer._config}")
+        if write_json(config) != write_json(tokenizer._config):  # to Python 1.0 and true are 1
+            raise InputError(f"{folder / CONFIG_FILE}: found {str(config)[:80]}, expected {tokenizer._config}")
         return tokenizer
 
     def files(self) -> dict[str, bytes]:
@@ -157,16 +165,80 @@ class TextTokenizer(Tokenizer):
     def _config(self) -> dict:
         return {"kind": self.kind, "size": self.size}
 
-    def _content(self, code: int) -> bytes:
-        """The UTF-8 bytes, possibly part of a character, that one piece stands for."""
-        piece = self._model.id_to_piece(code)
-        if self._model.is_byte(code):
-            return bytes([int(piece[3:5], 16)])  # "<0x41>"
-        if self._model.is_unknown(code):
+
+class Piece(NamedTuple):
+    """A piece as its file holds it; `type` is SentencePiece's number of what it is for."""
+
+    text: str
+    type: int
+
+    def content(self) -> bytes:
+        """The UTF-8 bytes, possibly part of a character, that the piece stands for."""
+        if self.type == BYTE:
+            return bytes([int(self.text[3:5], 16)])  # "<0x41>"
+        if self.type == UNKNOWN:
             return "\ufffd".encode()
-        if self._model.is_control(code):
-            return b""
-        return piece.replace(SPACE, " ").encode()
+        return b"" if self.type == CONTROL else self.text.replace(SPACE, " ").encode()
+
+
+def read_pieces(model_proto: bytes, where: str | Path) -> list[Piece]:
+    """The pieces of a serialized model, read without the library, which believes what it reads.
+
+    Raises InputError when it is damaged, or has tables that change the text.
+    """
+    pieces: list[Piece] = []
+    try:
+        for number, value in _fields(model_proto):
+            if number == 1:
+                facts = dict(_fields(value))
+                text, kind, (score,) = facts[1].decode(), facts.get(3, 1), SCORE.unpack(facts.get(2, bytes(4)))
+                if not text or "\0" in text or kind not in TYPES or kind == BYTE and text not in BYTES or not isfinite(score):
+                    raise ValueError
+                pieces.append(Piece(text, kind))
+            elif number in (3, 5) and dict(_fields(value)).get(2):  # of a normalizer: its table
+                raise InputError(f"{where}: changes the text, expected a model with {IDENTITY}")
+    except InputError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, struct.error):
+        raise InputError(f"{where}: not a SentencePiece model (damaged at piece {len(pieces)})") from None
+    if not 0 < len(pieces) <= MOST_PIECES:
+        raise InputError(f"{where}: not a SentencePiece model ({len(pieces)} pieces, expected 1 to {MOST_PIECES})")
+    return pieces
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Numbers and values of the fields of a message in the wire format of protocol buffers."""
+    at, end = 0, len(data)
+    while at < end:
+        key, at = data[at], at + 1
+        if key > 127:
+            key, at = _varint(data, at - 1)
+        kind = key & 7
+        if kind == 2:
+            size, at = data[at], at + 1
+            if size > 127:
+                size, at = _varint(data, at - 1)
+        elif kind == 0:
+            value, at = _varint(data, at)
+            yield key >> 3, value
+            continue
+        else:
+            size = SIZES[kind]
+        value, at = data[at:at + size], at + size
+        if at > end:
+            raise ValueError
+        yield key >> 3, value
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value, shift, at = value | (byte & 127) << shift, shift + 7, at + 1
+        if byte < 128:
+            return value, at
+        if shift > 63:
+            raise ValueError
 
 
 def _check_unicode(text: str) -> None:
@@ -177,7 +249,3 @@ def _check_unicode(text: str) -> None:
     except UnicodeEncodeError as error:
         found = f"lone surrogate {text[error.start]!a} at character {error.start}"
         raise InputError(f"text: found {found}, expected Unicode text") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtx.errors import InputError
+from mmtx.schema import within
 
 SILENCE = -7.0            # log magnitude that counts as silence, for what is beyond the ends of a sound
 LOWEST = 27.5             # Hz, of the first pitch bin: A0
@@ -47,10 +48,9 @@ class VocoderConfig:
     expansion: int = 3
 
     def __post_init__(self):
-        for name in ("width", "depth", "expansion"):
-            if getattr(self, name) < 1:
-                raise InputError(f"vocoder.{name}: found {getattr(self, name)}, expected 1 or more")
-        if self.kernel < 1 or self.kernel % 2 == 0:
+        for name, most in (("width", 2**14), ("depth", 2**10), ("kernel", 2**10), ("expansion", 2**6)):
+            within(f"vocoder.{name}", getattr(self, name), 1, most)
+        if self.kernel % 2 == 0:
             raise InputError(f"vocoder.kernel: found {self.kernel}, expected an odd number")
 
 

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 
 from mmtx.data.sample import Text
 from mmtx.data.tokens import to_documents
+from mmtx.files import check_target
 from mmtx.generation import Sampling
 from mmtx.training.checkpoint import check_finite
 from mmtx.training.codec import CodecModule
@@ -92,7 +93,11 @@ class SaveModel(Callback):
     """Writes `folder/model` when training ends; it appears whole or not at all."""
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder) / "model"
+        self.folder = Path(folder).absolute() / "model"
+
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        """Raises InputError for a folder that may not be replaced, before hours of training and not after."""
+        check_target(self.folder)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.interrupted:

@@ -1,0 +1,100 @@
+"""Values of JSON files against what they should be, before anything is made of them.
+
+What a dataclass says about its fields is the schema: each value has the type of its annotation, each field is there,
+and no other is. What values mean together is checked by the dataclass itself.
+"""
+
+import dataclasses
+import math
+import types
+from collections.abc import Collection, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from mmtx.errors import InputError
+
+T = TypeVar("T")
+WHOLE = 2**63  # bound of whole numbers
+MOST_ITEMS = 2**16  # of a list
+
+
+def shown(value: Any, most: int = 60) -> str:
+    """What was found, on one line of bounded length."""
+    text = ascii(value) if isinstance(value, int | float | str | None) else type(value).__name__
+    return text if len(text) <= most else text[:most - 3] + "..."
+
+
+def build(cls: type[T], value: Any, where: str | Path, name: str = "", optional: Collection[str] = ()) -> T:
+    """An instance of a dataclass made of a JSON object. Raises InputError that names `where` and the field.
+
+    `name` is the field of the file that the object was found in; fields that are `optional` may be left out.
+    """
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: {f'field {name!r} is' if name else 'found'} {shown(value)}, expected an object")
+    kinds, at = _kinds(cls), f"{name}." if name else ""
+    for key in value:
+        if key not in kinds:
+            raise InputError(f"{where}: found the unknown field {shown(at + key)}, expected {_few(kinds)}")
+    for key in kinds:
+        if key not in value and key not in optional:
+            raise InputError(f"{where}: found no field {at + key!r}, expected all of {_few(kinds)}")
+    made = {key: check(kinds[key], item, where, at + key) for key, item in value.items()}
+    try:
+        return cls(**made)
+    except InputError as error:
+        raise InputError(f"{where}: {f'field {name!r}: ' if name else ''}{error}") from None
+
+
+def check(kind: Any, value: Any, where: str | Path, name: str) -> Any:
+    """The value, lists as tuples and objects as dataclasses where `kind` says so. Raises InputError."""
+    if kind is Any:
+        return value
+    if dataclasses.is_dataclass(kind):
+        return build(kind, value, where, name)
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in inner:
+            return None
+        [kind] = [item for item in inner if item is not type(None)]
+        return check(kind, value, where, name)
+    if origin is Literal and isinstance(value, str) and value in inner:
+        return value
+    if origin is tuple and isinstance(value, list) and len(value) <= MOST_ITEMS:
+        return tuple(check(inner[0], item, where, f"{name}[{i}]") for i, item in enumerate(value))
+    if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, dict):
+        return {key: check(inner[1], item, where, f"{name}.{key[:40]}") for key, item in value.items()}
+    # A bool is an int to Python; a whole number may stand for a float, and stays one, since fingerprints are of the text.
+    if kind is bool and isinstance(value, bool) or kind is str and isinstance(value, str):
+        return value
+    if not isinstance(value, bool) and isinstance(value, int) and kind in (int, float) and abs(value) < WHOLE:
+        return value
+    if kind is float and isinstance(value, float) and math.isfinite(value):
+        return value
+    raise InputError(f"{where}: field {shown(name)} is {shown(value)}, expected {_told(kind)}")
+
+
+def within(what: str, value: float, least: float, most: float) -> None:
+    """Raise InputError unless `value` is a number from `least` to `most`."""
+    if not least <= value <= most:
+        raise InputError(f"{what}: found {shown(value)}, expected {least} or more, and {most} at most")
+
+
+@lru_cache
+def _kinds(cls: type) -> dict[str, Any]:
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _few(names: Collection[str]) -> str:
+    text = ", ".join(names)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _told(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(repr, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return f"a list of {MOST_ITEMS} values at most"
+    names = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
+    return names.get(kind, "an object")
