@@ -292,6 +292,13 @@ def test_errors_of_back_ends_are_told_as_what_they_are(monkeypatch, error, told)
     assert refused("stuck://me:secret@x") == told
 
 
+def test_pieces_that_come_in_time_do_not_go_on_for_ever(server, monkeypatch):
+    monkeypatch.setattr(web, "SLOWEST", 10**9)
+    monkeypatch.setattr(web, "TOTAL", 0.5)
+    server.routes["/a"] = lambda request: request.chunked(DATA[:70_000] for _ in range(50) if not request.stopped.wait(0.1))
+    assert refused(server.address + "/a", stream) == "no whole answer within 0.5 s"
+
+
 # -- What servers answer -------------------------------------------------------------------------------------
 
 

@@ -447,6 +447,8 @@ class Wire:
     def close(self) -> None:
         self.socket.close()
 
+    __del__ = close  # of connections that are kept when their thread or the program ends
+
 
 class _Incoming(io.RawIOBase):
     def __init__(self, wire: Wire):
