@@ -21,8 +21,11 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from PIL import Image
 
+from mmtx.cli import main
 from mmtx.data import storage, web
+from mmtx.data.collection import DataSource, read_source
 from mmtx.data.sources import read as read_samples
 from mmtx.data.sources import scan
 from mmtx.data.storage import FileSource, display, download, escaped, join, open_binary, read, recorded, scrub
@@ -618,6 +621,33 @@ def test_rows_of_a_url_read_what_lies_below_it_alone(server, tmp_path):
         found = list(scan(url, trusted=True))
         assert bytes_of(found[4:6]) == [b"own", DATA] and bytes_of(found[7:9]) == [DATA, DATA]
         assert all(isinstance(row, InputError) and "scheme" in str(row) for row in found[9:12])
+
+
+def test_the_option_that_messages_name(server, tmp_path, tiny_model, capsys):
+    picture = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(picture, "PNG")
+    (tmp_path / "own.png").write_bytes(picture.getvalue())
+    server.routes["/m.jsonl"] = lambda request: request.answer(rows(str(tmp_path / "own.png")))
+    url, folders = server.address + "/m.jsonl", [str(tmp_path / kind) for kind in tiny_model.tokenizers]
+    tiny_model.save(tmp_path / "model")
+    for folder, tokenizer in zip(folders, tiny_model.tokenizers.values()):
+        tokenizer.save(folder)
+    config = {"model": {"init_args": {}}, "data": {"init_args": {"tokenizers": dict(zip(tiny_model.tokenizers, folders)), "validation": [],
+                                                               "train": [{"paths": [url]}]}}}
+    config["data"]["init_args"]["validation"] = config["data"]["init_args"]["train"]
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    of_config = ["--config", str(tmp_path / "config.yaml")]
+    model = ["--model", str(tmp_path / "model"), "--device", "cpu"]
+    for number, command in enumerate((["inspect", url, *model], ["evaluate", url, *model], ["evaluate", *of_config, *model],
+                                      ["prepare", url, "--tokenizers", *folders, "--workers", "1"], ["prepare", *of_config, "--workers", "1"])):
+        output = ["--output", str(tmp_path / str(number))] if command[0] == "prepare" else []
+        with pytest.raises(SystemExit):
+            main([*command, *output])
+        assert "(`trusted: true` or --trusted allows it)" in capsys.readouterr().err
+        main([*command, *(["--output", str(tmp_path / f"trusted-{number}")] if output else []), "--trusted"])
+    with pytest.raises(InputError, match="found a local path in a source at a URL"):
+        read_source(DataSource([url]))
+    assert len(read_source(DataSource([url], trusted=True))) == 1
 
 
 def test_a_redirect_is_no_way_out_for_rows(server, tmp_path):
