@@ -28,7 +28,7 @@ from mmtx.data import storage, web
 from mmtx.data.collection import DataSource, read_source
 from mmtx.data.sources import read as read_samples
 from mmtx.data.sources import scan
-from mmtx.data.storage import FileSource, display, download, escaped, join, open_binary, read, recorded, scrub
+from mmtx.data.storage import FileSource, display, download, escaped, folder_of, join, open_binary, read, recorded, scrub
 from mmtx.data.trust import Base
 from mmtx.errors import InputError
 from servers import serving
@@ -187,8 +187,9 @@ def test_the_limit_holds_while_reading(server, monkeypatch, tmp_path):
 
     bomb = gzip.compress(bytes(2**25))
     server.routes |= {"/a": lambda request: request.answer(DATA), "/b": endless, "/ok": lambda request: request.answer(DATA[:100_000]),
+                      "/said": lambda request: (request.answer(length=10**12), request.wait()),
                       "/c": lambda request: request.answer(bomb, "200 OK", "Content-Encoding: gzip")}
-    for path in ("/a", "/b", "/c"):
+    for path in ("/a", "/b", "/c", "/said"):
         with pytest.raises(InputError, match=f"^{server.address}{path}: more than 100000 bytes, the most for one medium$"):
             FileSource(server.address + path).read()
     assert sum(sent) < 2**26
@@ -767,6 +768,12 @@ def test_texts_of_others_are_shown_without_secrets():
     text = "Invalid URL 'https://me:secret@h/x?token=secret', see <s3://k:secret@b/y> or data:image/png;base64," + "A" * 60
     assert scrub(text) == "Invalid URL 'https://h/x', see <s3://b/y> or data:image/png;base64"
     assert scrub("no address: here") == "no address: here" and escaped("a\x00b") == "a\\x00b"
+
+
+def test_a_url_without_a_path_is_its_own_folder():
+    """Its rows are those of a URL still, which name no local files."""
+    assert folder_of("http://m.jsonl") == "http://m.jsonl" and folder_of("http://h/m.jsonl?x") == "http://h"
+    assert folder_of("/a/m.jsonl") == "/a" and folder_of("m.jsonl") == "" and Base(folder_of("s3://m.jsonl")).remote
 
 
 def test_a_file_of_a_folder_with_a_signature():

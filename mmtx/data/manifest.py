@@ -8,7 +8,7 @@ from typing import Any
 from mmtx.data.fields import attempt, json_object, pop_text, shown, text_of
 from mmtx.data.folder import answered
 from mmtx.data.sample import Media, Part, Sample, SampleTurn, Text, kind_of
-from mmtx.data.storage import DatasetSource, FileSource, bare, display, is_url, open_binary, uncached
+from mmtx.data.storage import DatasetSource, FileSource, display, folder_of, is_url, open_binary, uncached
 from mmtx.data.trust import Base
 from mmtx.errors import InputError
 
@@ -17,7 +17,7 @@ CONTENT = {"image": "image", "image_url": "image", "audio": "audio", "audio_url"
 
 def read_manifest(path: str, trusted: bool = False) -> Iterator[Sample | InputError]:
     with open_binary(path) as file:
-        base = Base(os.path.dirname(bare(uncached(path))), file.private, trusted)
+        base = Base(folder_of(uncached(path)), file.private, trusted)
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield attempt(partial(_row, line, base, number, f"{display(path)} row {number}"))

@@ -105,6 +105,12 @@ def uncached(path: str) -> str:
     return CACHING.sub("", path) if is_url(path) else path
 
 
+def folder_of(path: str) -> str:
+    """The folder of a file; of a URL without a path, itself."""
+    folder = os.path.dirname(bare(path))
+    return path if is_url(path) and not is_url(folder) else folder
+
+
 def join(folder: str, name: str) -> str:
     """A file of a folder, which may be a URL: its query stays behind the name."""
     path, mark, query = folder.partition("?") if is_url(folder) else (folder, "", "")
@@ -112,8 +118,10 @@ def join(folder: str, name: str) -> str:
 
 
 def display(path: str) -> str:
-    """A path for messages, on one line: without password, query (which may hold a signature), fragment or inline data, what a
-    terminal would take for an order escaped, the middle of a long one left out."""
+    """A path for messages, on one line: without password, query (which may hold a signature), fragment or inline data.
+
+    What a terminal would take for an order is escaped, the middle of a long one left out.
+    """
     path = escaped(redacted(path))
     return path if len(path) <= LONGEST else f"{path[:LONGEST // 2]}...{path[3 - LONGEST // 2:]}"
 
@@ -121,7 +129,8 @@ def display(path: str) -> str:
 def recorded(path: str) -> str:
     """A path for files that outlive the run: as it is or, where that would give away a secret, shown with a digest of all."""
     shown = redacted(path)
-    return path if shown == path else f"{shown} (sha256 {hashlib.sha256(path.encode('utf-8', 'surrogatepass')).hexdigest()[:16]})"
+    digest = hashlib.sha256(path.encode("utf-8", "surrogatepass")).hexdigest()
+    return path if shown == path else f"{shown} (sha256 {digest[:16]})"
 
 
 def scrub(text: str) -> str:
@@ -131,14 +140,13 @@ def scrub(text: str) -> str:
 
 
 def escaped(text: str) -> str:
-    """A text with control characters, line breaks, marks that turn the direction and stray bytes as Python escapes them."""
-    if text.isprintable():
-        return text
-    odd = lambda letter: unicodedata.category(letter) in ("Cc", "Cf", "Cs", "Zl", "Zp") and letter not in "\u200c\u200d"  # noqa: E731
-    return "".join(_escape(letter) if odd(letter) else letter for letter in text)
+    """A text whose control characters, line breaks, marks that turn the direction and stray bytes are escaped."""
+    return text if text.isprintable() else "".join(map(_escaped, text))
 
 
-def _escape(letter: str) -> str:
+def _escaped(letter: str) -> str:
+    if unicodedata.category(letter) not in ("Cc", "Cf", "Cs", "Zl", "Zp") or letter in "\u200c\u200d":
+        return letter
     stray = 0xDC80 <= ord(letter) <= 0xDCFF  # a byte of a name that is no UTF-8
     return f"\\x{ord(letter) - 0xDC00:02x}" if stray else letter.encode("unicode_escape", "backslashreplace").decode()
 
