@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from mmtx.data import hub
 from mmtx.data.collection import DataSource
 from mmtx.data.prepare import prepare
 from mmtx.data.sample import Text
 from mmtx.data.sources import read, scan
 from mmtx.data.tokens import to_documents
+from mmtx.data.trust import Base
 from mmtx.errors import InputError
 from servers import serving
 
@@ -149,6 +151,52 @@ def test_a_data_set_of_the_hub_names_nothing_of_the_readers(strangers, tmp_path,
         assert good == b"A" and all(isinstance(text, str) and "column 'image' names" in text for text in bad)
         assert not server.asked
         assert outcomes(read("hf://some/body", trusted=True)[:6]) == [b"A", b"own", b"other", b"own", b"own", b"B"]
+
+
+CARD = """---
+configs:
+- config_name: default
+  data_files: {name}
+---
+"""
+
+
+def test_the_card_of_a_data_set_names_what_its_rows_may(tmp_path, monkeypatch):
+    """The library opens `data_files` of a README, which may be a formatting URL that sends environment variables away."""
+    (tmp_path / "set").mkdir()
+    (tmp_path / "own.jsonl").write_text('{"text": "own"}\n')
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    source = f"hf://{tmp_path}/set"
+    with serving({"/refs.json": lambda request: request.answer(b"{}")}) as server:
+        for name in (f"reference://k::{server.address}/refs.json", f"'Reference://k::{server.address}/refs.json'",
+                     f"simplecache::{server.address}/refs.json", f"zip://a::{server.address}/refs.json", "file:///etc/hostname"):
+            (tmp_path / "set" / "README.md").write_text(CARD.format(name=name))
+            with pytest.raises(InputError, match=f"^{source}: its card names .*found the scheme"):
+                read(source)
+        (tmp_path / "set" / "README.md").write_text(CARD.format(name="x::memory"))
+        with pytest.raises(InputError, match=f"^{source}: its card names {tmp_path}/set/x::memory: found several URLs in a row"):
+            read(source)
+        assert not server.asked
+        (tmp_path / "set" / "README.md").write_text(CARD.format(name=tmp_path / "own.jsonl"))
+        assert [sample.caption for sample in read(source)] == ["own"]  # as a local manifest may
+        monkeypatch.setattr("mmtx.data.sources.hub.base_of", lambda path, trusted: Base("hf://datasets/some/body", trusted=trusted))
+        with pytest.raises(InputError, match=f"its card names {tmp_path}/own.jsonl: found a local path"):
+            read(source)
+        assert len(read(source, trusted=True)) == 1
+
+
+def test_files_of_the_hub_under_the_name_that_it_has_for_them(monkeypatch):
+    asked = []
+    monkeypatch.setattr(datasets.data_files, "resolve_pattern", lambda pattern, base_path, *rest: asked.append((pattern, base_path)))
+    with hub._judged(Base("hf://datasets/body")):
+        datasets.data_files.resolve_pattern("train-*.parquet", "hf://datasets/some/body@1")
+        datasets.data_files.resolve_pattern("https://1.1.1.1/a.csv", "hf://datasets/some/body@1")
+        for pattern, folder in (("x::github", "hf://datasets/some/body@1"), ("*", "hf://datasets/some/body@1/reference://k::http://h"),
+                                ("*", "/home"), ("/etc/*", "hf://datasets/some/body@1"), ("hf://datasets/other/body/*", "hf://datasets/body@1"),
+                                ("http://10.0.0.1/a.csv", "hf://datasets/body@1")):
+            with pytest.raises(hub._Refused, match="its card names"):
+                datasets.data_files.resolve_pattern(pattern, folder)
+    assert len(asked) == 2
 
 
 def test_names_in_a_column_of_texts_are_judged_alike(tmp_path, monkeypatch):

@@ -21,11 +21,14 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from PIL import Image
 
+from mmtx.cli import main
 from mmtx.data import storage, web
+from mmtx.data.collection import DataSource, read_source
 from mmtx.data.sources import read as read_samples
 from mmtx.data.sources import scan
-from mmtx.data.storage import FileSource, display, download, join, open_binary, read, recorded, scrub
+from mmtx.data.storage import FileSource, display, download, folder_of, join, open_binary, read, recorded, scrub
 from mmtx.data.trust import Base
 from mmtx.errors import InputError, escape
 from servers import serving
@@ -184,8 +187,9 @@ def test_the_limit_holds_while_reading(server, monkeypatch, tmp_path):
 
     bomb = gzip.compress(bytes(2**25))
     server.routes |= {"/a": lambda request: request.answer(DATA), "/b": endless, "/ok": lambda request: request.answer(DATA[:100_000]),
+                      "/said": lambda request: (request.answer(length=10**12), request.wait()),
                       "/c": lambda request: request.answer(bomb, "200 OK", "Content-Encoding: gzip")}
-    for path in ("/a", "/b", "/c"):
+    for path in ("/a", "/b", "/c", "/said"):
         with pytest.raises(InputError, match=f"^{server.address}{path}: more than 100000 bytes, the most for one medium$"):
             FileSource(server.address + path).read()
     assert sum(sent) < 2**26
@@ -290,6 +294,13 @@ def test_errors_of_back_ends_are_told_as_what_they_are(monkeypatch, error, told)
 
     monkeypatch.setattr(Stuck, "_open", fail)
     assert refused("stuck://me:secret@x") == told
+
+
+def test_pieces_that_come_in_time_do_not_go_on_for_ever(server, monkeypatch):
+    monkeypatch.setattr(web, "SLOWEST", 10**9)
+    monkeypatch.setattr(web, "TOTAL", 0.5)
+    server.routes["/a"] = lambda request: request.chunked(DATA[:70_000] for _ in range(50) if not request.stopped.wait(0.1))
+    assert refused(server.address + "/a", stream) == "no whole answer within 0.5 s"
 
 
 # -- What servers answer -------------------------------------------------------------------------------------
@@ -613,6 +624,33 @@ def test_rows_of_a_url_read_what_lies_below_it_alone(server, tmp_path):
         assert all(isinstance(row, InputError) and "scheme" in str(row) for row in found[9:12])
 
 
+def test_the_option_that_messages_name(server, tmp_path, tiny_model, capsys):
+    picture = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(picture, "PNG")
+    (tmp_path / "own.png").write_bytes(picture.getvalue())
+    server.routes["/m.jsonl"] = lambda request: request.answer(rows(str(tmp_path / "own.png")))
+    url, folders = server.address + "/m.jsonl", [str(tmp_path / kind) for kind in tiny_model.tokenizers]
+    tiny_model.save(tmp_path / "model")
+    for folder, tokenizer in zip(folders, tiny_model.tokenizers.values()):
+        tokenizer.save(folder)
+    config = {"model": {"init_args": {}}, "data": {"init_args": {"tokenizers": dict(zip(tiny_model.tokenizers, folders)), "validation": [],
+                                                               "train": [{"paths": [url]}]}}}
+    config["data"]["init_args"]["validation"] = config["data"]["init_args"]["train"]
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    of_config = ["--config", str(tmp_path / "config.yaml")]
+    model = ["--model", str(tmp_path / "model"), "--device", "cpu"]
+    for number, command in enumerate((["inspect", url, *model], ["evaluate", url, *model], ["evaluate", *of_config, *model],
+                                      ["prepare", url, "--tokenizers", *folders, "--workers", "1"], ["prepare", *of_config, "--workers", "1"])):
+        output = ["--output", str(tmp_path / str(number))] if command[0] == "prepare" else []
+        with pytest.raises(SystemExit):
+            main([*command, *output])
+        assert "(`trusted: true` or --trusted allows it)" in capsys.readouterr().err
+        main([*command, *(["--output", str(tmp_path / f"trusted-{number}")] if output else []), "--trusted"])
+    with pytest.raises(InputError, match="found a local path in a source at a URL"):
+        read_source(DataSource([url]))
+    assert len(read_source(DataSource([url], trusted=True))) == 1
+
+
 def test_a_redirect_is_no_way_out_for_rows(server, tmp_path):
     with serving({"/a.png": both}) as other:
         server.routes |= {"/set/m.jsonl": lambda request: request.answer(rows("in.png", "up.png", "out.png")), "/set/a.png": both,
@@ -730,6 +768,12 @@ def test_texts_of_others_are_shown_without_secrets():
     text = "Invalid URL 'https://me:secret@h/x?token=secret', see <s3://k:secret@b/y> or data:image/png;base64," + "A" * 60
     assert scrub(text) == "Invalid URL 'https://h/x', see <s3://b/y> or data:image/png;base64"
     assert scrub("no address: here") == "no address: here" and escape("a\x00b") == "a\\x00b"
+
+
+def test_a_url_without_a_path_is_its_own_folder():
+    """Its rows are those of a URL still, which name no local files."""
+    assert folder_of("http://m.jsonl") == "http://m.jsonl" and folder_of("http://h/m.jsonl?x") == "http://h"
+    assert folder_of("/a/m.jsonl") == "/a" and folder_of("m.jsonl") == "" and Base(folder_of("s3://m.jsonl")).remote
 
 
 def test_a_file_of_a_folder_with_a_signature():

@@ -5,11 +5,13 @@ that `save_to_disk` wrote. Pictures and sounds are read and decoded by mmtx, whe
 """
 
 import os
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from mmtx.data.storage import DatasetSource, display, scrub
-from mmtx.data.trust import Base
+from mmtx.data.trust import Base, is_url
 from mmtx.errors import InputError
 
 PREFIX = "hf://"
@@ -39,6 +41,40 @@ def base_of(path: str, trusted: bool = False) -> Base:
     return Base(f"{PREFIX}datasets/{name}", trusted=trusted, caches=caches)
 
 
+class _Refused(Exception):
+    """A file of a data set that it may not name."""
+
+
+_patching = threading.Lock()
+
+
+@contextmanager
+def _judged(base: Base) -> Iterator[None]:
+    """Within it, the library opens no file that the card of a data set names and its rows might not.
+
+    There is one place where it finds the files behind such names, and it has no option for what they may be.
+    """
+    from datasets import data_files
+
+    def judged(pattern: str, base_path: str, *arguments: Any, **options: Any) -> list[str]:
+        path = pattern if is_url(pattern) else os.path.join(base_path, pattern)
+        own = path.startswith(PREFIX) and not is_url(pattern)  # by the name that the hub has for it, which may be another
+        if "::" in path and (own or not is_url(path)):
+            refusal = "found several URLs in a row, expected one"
+        else:
+            refusal = None if own else base.refusal(path)
+        if refusal:
+            raise _Refused(f"its card names {display(path)}: {refusal}")
+        return resolve(pattern, base_path, *arguments, **options)
+
+    with _patching:
+        resolve, data_files.resolve_pattern = data_files.resolve_pattern, judged
+        try:
+            yield
+        finally:
+            data_files.resolve_pattern = resolve
+
+
 def rows(path: str, base: Base | None = None) -> Iterator[dict[str, Any]]:
     """The rows of a dataset, in order; pictures and sounds as `DatasetSource`, columns without a value left out.
 
@@ -51,7 +87,13 @@ def rows(path: str, base: Base | None = None) -> Iterator[dict[str, Any]]:
     name, _, split = path.removeprefix(PREFIX).partition(":")
     failure = None
     try:
-        found = datasets.load_dataset(name, split=split or None) if path.startswith(PREFIX) else datasets.load_from_disk(path)
+        if path.startswith(PREFIX):
+            with _judged(base or Base()):
+                found = datasets.load_dataset(name, split=split or None)
+        else:
+            found = datasets.load_from_disk(path)
+    except _Refused as refusal:
+        failure = f"{display(path)}: {refusal}"
     except Exception as error:  # the library, pyarrow and the hub raise classes of their own
         failure = (f"{display(path)}: cannot be opened as a dataset ({type(error).__name__}: "
                    f"{' '.join(scrub(str(error)).split())[:200]})")

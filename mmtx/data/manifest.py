@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 from mmtx.data.fields import MAX_ROW, attempt, decode, json_object, lines, objects, reason, renamed, shown
 from mmtx.data.forms import turns_of
 from mmtx.data.sample import Media, Sample, known_kind, suffix
-from mmtx.data.storage import DatasetSource, FileSource, bare, display, is_url, open_binary, uncached
+from mmtx.data.storage import DatasetSource, FileSource, display, folder_of, is_url, open_binary, uncached
 from mmtx.data.trust import Base
 from mmtx.errors import InputError
 
@@ -19,7 +19,7 @@ Fields = Mapping[str, str | None] | None  # that of a `DataSource`
 def read_manifest(path: str, trusted: bool = False, fields: Fields = None) -> Iterator[Sample | InputError]:
     name = display(path)
     with open_binary(path) as file:
-        base = Base(os.path.dirname(bare(uncached(path))), file.private, trusted)
+        base = Base(folder_of(uncached(path)), file.private, trusted)
         for number, row in MANIFESTS[suffix(path)](file, name):
             yield attempt(partial(_row, row, base, number, f"{name} row {number}", fields))
 

@@ -107,6 +107,12 @@ def uncached(path: str) -> str:
     return CACHING.sub("", path) if is_url(path) else path
 
 
+def folder_of(path: str) -> str:
+    """The folder of a file; of a URL without a path, itself."""
+    folder = os.path.dirname(bare(path))
+    return path if is_url(path) and not is_url(folder) else folder
+
+
 def join(folder: str, name: str) -> str:
     """A file of a folder, which may be a URL: its query stays behind the name."""
     path, mark, query = folder.partition("?") if is_url(folder) else (folder, "", "")
@@ -114,8 +120,10 @@ def join(folder: str, name: str) -> str:
 
 
 def display(path: str) -> str:
-    """A path for messages, on one line: without password, query (which may hold a signature), fragment or inline data, what a
-    terminal would take for an order escaped, the middle of a long one left out."""
+    """A path for messages, on one line: without password, query (which may hold a signature), fragment or inline data.
+
+    What a terminal would take for an order is escaped, the middle of a long one left out.
+    """
     path = escape(redacted(path))
     return path if len(path) <= LONGEST else f"{path[:LONGEST // 2]}...{path[3 - LONGEST // 2:]}"
 
@@ -123,7 +131,8 @@ def display(path: str) -> str:
 def recorded(path: str) -> str:
     """A path for files that outlive the run: as it is or, where that would give away a secret, shown with a digest of all."""
     shown = redacted(path)
-    return path if shown == path else f"{shown} (sha256 {hashlib.sha256(path.encode('utf-8', 'surrogatepass')).hexdigest()[:16]})"
+    digest = hashlib.sha256(path.encode("utf-8", "surrogatepass")).hexdigest()
+    return path if shown == path else f"{shown} (sha256 {digest[:16]})"
 
 
 def scrub(text: str) -> str:

@@ -137,15 +137,19 @@ class Base:
         """The path or URL that a row means by `name`."""
         if is_url(name):
             return name
-        return f"{self.folder.rstrip('/')}/{name}" if self.remote and not _is_absolute(name) else os.path.join(self.folder, name)
+        if self.remote and not _is_absolute(name):
+            return f"{self.folder.rstrip('/')}/{name}"
+        return os.path.join(self.folder, name)
 
     @property
     def remote(self) -> bool:
         return is_url(self.folder)
 
     def refusal(self, path: str) -> str | None:
-        """Why rows may not name `path`, as `join` gives it; None if they may. What a host's name stands for is told later,
-        by `address_refusal`."""
+        """Why rows may not name `path`, as `join` gives it; None if they may.
+
+        What a host's name stands for is judged later, by `address_refusal`.
+        """
         if not is_url(path):
             return None if not self.remote or self.trusted or self._is_cached(path) else (
                 f"found a local path in a source at a URL, expected one below its own address or https{self.option}")
@@ -154,7 +158,8 @@ class Base:
             return None
         if scheme in PORTS and not is_whole(path):
             return "not a whole URL"
-        if self.remote and is_below(_unversioned(path), self.folder) and (scheme in PORTS or "::" not in path.removeprefix(self.folder)):
+        one = scheme in PORTS or "::" not in path.removeprefix(self.folder)
+        if self.remote and one and is_below(_unversioned(path), self.folder):
             return self._literal_refusal(path)
         if is_chained(path) or scheme not in SCHEMES:
             return f"found the scheme {scheme[:40]!r}, expected {', '.join(SCHEMES[:4])}, az, hf or data"

@@ -75,10 +75,10 @@ def read(url: str, limit: int, base: Base | None = None) -> bytes:
 
 
 class Stream(io.RawIOBase):
-    """The bytes `start` to `stop` of a URL. Where the server has byte ranges it can seek, and goes on after a lost connection;
-    where it has none, all bytes come in order (`ranged` is false).
+    """The bytes `start` to `stop` of a URL.
 
-    Raises Failure. Time counts while the server is waited for, not while the reader is busy.
+    Where the server has byte ranges it can seek, and goes on after a lost connection; where it has none (`ranged` is
+    false), all bytes come in order. Raises Failure. Time counts while the server is waited for, not while the reader is busy.
     """
 
     def __init__(self, url: str, base: Base | None = None, start: int = 0, stop: int | None = None):
@@ -447,6 +447,8 @@ class Wire:
     def close(self) -> None:
         self.socket.close()
 
+    __del__ = close  # of connections that are kept when their thread or the program ends
+
 
 class _Incoming(io.RawIOBase):
     def __init__(self, wire: Wire):
@@ -500,7 +502,8 @@ def connect(url: str, scheme: str, host: str, port: int, base: Base | None, dead
         except ConnectionRefusedError:
             failure = Failure("the connection was refused")
         except ssl.SSLCertVerificationError as error:
-            failure = Failure(f"its certificate is not valid ({error.verify_message.split(', ')[0].split(' for ')[0]})")
+            reason = error.verify_message.split(", ")[0].split(" for ")[0]
+            failure = Failure(f"its certificate is not valid ({reason})")
         except ssl.SSLError as error:
             failure = Failure(f"no TLS connection ({(error.reason or 'unknown').lower().replace('_', ' ')})")
         except ConnectionError:
