@@ -158,6 +158,7 @@ LOST = {
     "a value": ({"text": "a", "where": "a.png"}, ["'where'", "a.png"]),
     "upper case": ({"text": "a", "where": "A.PNG"}, ["'where'"]),
     "a URL": ({"text": "a", "link": "https://x.org/a.JPG?size=2#top"}, ["'link'"]),
+    "a fragment": ({"text": "a", "link": "https://x.org/a.jpg#top"}, ["'link'"]),
     "inline": ({"text": "a", "where": "data:image/png;base64,AA"}, ["'where'"]),
     "a list": ({"text": "a", "files": ["x", "a.wav"]}, ["'files[1]'", "a.wav"]),
     "nested": ({"text": "a", "meta": {"files": [{"at": "a.flac"}]}}, ["'meta.files[0].at'", "a.flac"]),
@@ -313,6 +314,13 @@ def test_a_list_of_rows(folder, monkeypatch):
     assert samples[5].where == f"{folder}/x.json row 6" and samples[5].turns[0].parts[0].source.read() == b"a.png"
     (folder / "x.json").write_text("\n".join(json.dumps(row) for row in rows))  # lines of JSON under this name
     assert [sample.caption for sample in read(str(folder / "x.json"))] == [row["text"] for row in rows]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16, 64])
+def test_lines_over_many_pieces(folder, monkeypatch, chunk):
+    monkeypatch.setattr(fields, "CHUNK", max(chunk, 2))
+    rows = [{"text": f"ä{n}" * n} for n in range(1, 12)]
+    assert [sample.caption for sample in rows_of(folder, *rows)] == [row["text"] for row in rows]
 
 
 @pytest.mark.parametrize("text, told", [
