@@ -2,6 +2,8 @@
 
 import base64
 import json
+import pickle
+import random
 import re
 from inspect import signature
 
@@ -158,6 +160,7 @@ LOST = {
     "a value": ({"text": "a", "where": "a.png"}, ["'where'", "a.png"]),
     "upper case": ({"text": "a", "where": "A.PNG"}, ["'where'"]),
     "a URL": ({"text": "a", "link": "https://x.org/a.JPG?size=2#top"}, ["'link'"]),
+    "a fragment": ({"text": "a", "link": "https://x.org/a.jpg#top"}, ["'link'"]),
     "inline": ({"text": "a", "where": "data:image/png;base64,AA"}, ["'where'"]),
     "a list": ({"text": "a", "files": ["x", "a.wav"]}, ["'files[1]'", "a.wav"]),
     "nested": ({"text": "a", "meta": {"files": [{"at": "a.flac"}]}}, ["'meta.files[0].at'", "a.flac"]),
@@ -315,6 +318,13 @@ def test_a_list_of_rows(folder, monkeypatch):
     assert [sample.caption for sample in read(str(folder / "x.json"))] == [row["text"] for row in rows]
 
 
+@pytest.mark.parametrize("chunk", [1, 7, 16, 64])
+def test_lines_over_many_pieces(folder, monkeypatch, chunk):
+    monkeypatch.setattr(fields, "CHUNK", max(chunk, 2))
+    rows = [{"text": f"ä{n}" * n} for n in range(1, 12)]
+    assert [sample.caption for sample in rows_of(folder, *rows)] == [row["text"] for row in rows]
+
+
 @pytest.mark.parametrize("text, told", [
     ('[{"text": "a"}, {"text"', "x.json row 2: not JSON"), ('[{"text": "a"},', "x.json: ends behind row 1"),
     ('[{"text": "a"}, 3]', "x.json row 2: found '3]', expected a JSON object"), ('"a"', "x.json row 1: found"),
@@ -415,3 +425,39 @@ def test_long_rows_are_left_out_one_by_one(tmp_path, monkeypatch):
     (tmp_path / "x.json").write_text('[{"text": "' + "x" * 9000)
     with pytest.raises(InputError, match="x.json row 1: not JSON"):
         list(scan(str(tmp_path / "x.json")))
+
+
+ODD = [None, "", " ", "x", "a.png", "<image>", "<audio><video>", 0, -1, 1e400, True, [], {}, [[]], [None], ["a.png"], [{}], {"url": None},
+       {"path": 3}, {"data": "AA=="}, {"data": 3}, {"type": "image"}, {"type": ["text"]}, {"role": "user"}, "data:,", "\0", "\ud800", "a" * 400]
+
+
+def mutated(value, chance):
+    """A value with one part of it replaced, left out, doubled or renamed."""
+    if isinstance(value, dict) and value and chance.random() < 0.85:
+        name = chance.choice(list(value))
+        changed = dict(value)
+        inner = changed.pop(name)
+        if chance.random() < 0.15:
+            return changed | {chance.choice(["image", "audios", "system", "history", "offset", "input", "video"]): chance.choice(ODD)}
+        return changed | {name: mutated(inner, chance)}
+    if isinstance(value, list) and value and chance.random() < 0.85:
+        place = chance.randrange(len(value))
+        return [*value[:place], mutated(value[place], chance), *value[place + chance.randrange(2):]]
+    return chance.choice(ODD)
+
+
+def test_mutated_rows_are_samples_or_one_line(folder):
+    chance, seeds = random.Random(0), [row for row, _ in FORMS.values()]
+    for start in range(0, 3000, 500):
+        rows = [mutated(chance.choice(seeds), chance) for _ in range(500)]
+        rows = [mutated(row, chance) if n % 3 == 0 and isinstance(row, dict) else row for n, row in enumerate(rows)]
+        path = folder / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        found = list(scan(str(path)))
+        assert len(found) == 500 and stamp_of(found) and pickle.loads(pickle.dumps(found[:-1]))
+        for number, row in enumerate(found, 1):
+            if isinstance(row, InputError):
+                assert f"{path} row {number}" in str(row) and len(str(row)) < 1000 and "\n" not in str(row)
+            else:
+                assert row.turns and row.where == f"{path} row {number}"
+                assert "<video>" not in row.caption or row.turns[0].role is None or row.turns[-1].role == "assistant"

@@ -98,8 +98,11 @@ def test_the_content_says_whether_it_is_compressed(tmp_path, name):
     data = tar_of(*pair("a"))
     assert found_in(tmp_path / name, data) == found_in(tmp_path / name, gzip.compress(data)) == [sample_of("a")]
     for start, kind in ((b"\xfd7zXZ\0", "xz"), (b"\x28\xb5\x2f\xfd", "Zstandard"), (b"BZh9", "bzip2"), (b"PK\x03\x04", "a zip archive")):
-        with pytest.raises(InputError, match=f"{name}: found {kind}, expected a tar, plain or gzipped"):
-            found_in(tmp_path / name, start + data)
+        with pytest.raises(InputError, match=f"{name}: not a whole tar, plain or gzipped: found {kind}"):
+            found_in(tmp_path / name, start + data[len(start):])
+    for first in ("a", "BZh", "PAR1"):  # names, not beginnings of other files
+        data = tar_of(member(first, b"unread"), *pair("b"))
+        assert found_in(tmp_path / name, data) == found_in(tmp_path / name, gzip.compress(data)) == [sample_of("b")]
     with pytest.raises(InputError, match="x.tar.zst: unknown kind of data.*tar.gz"):
         found_in(tmp_path / "x.tar.zst", data)
 

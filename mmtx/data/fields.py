@@ -36,14 +36,17 @@ def attempt(parse: Callable[[], Sample]) -> Sample | InputError:
 
 
 def begins_as(head: bytes) -> str | None:
-    """What a file is by its first bytes, if that is neither UTF-8 text nor a plain tar."""
-    for beginning, name in BEGINNINGS.items():
-        if head.startswith(beginning):
-            return name
+    """What a file is by its first bytes, if it is one of BEGINNINGS."""
+    return next((name for beginning, name in BEGINNINGS.items() if head.startswith(beginning)), None)
+
+
+def _check_text(head: bytes, where: str) -> None:
+    """Raise InputError for what is no UTF-8 by its first bytes."""
     # Text in a wide encoding without a mark: every other byte is zero, or three of four.
-    zeros = [place for place in range(min(len(head), 4)) if head[place] == 0]
-    return {(1, 3): "UTF-16 text", (0, 2): "UTF-16 text",
-            (1, 2, 3): "UTF-32 text", (0, 1, 2): "UTF-32 text"}.get(tuple(zeros))
+    zeros = tuple(place for place in range(min(len(head), 4)) if head[place] == 0)
+    wide = {(1, 3): "UTF-16 text", (0, 2): "UTF-16 text", (1, 2, 3): "UTF-32 text", (0, 1, 2): "UTF-32 text"}
+    if found := begins_as(head) or wide.get(zeros):
+        raise InputError(f"{where}: found {found}, expected UTF-8 text")
 
 
 def lines(file: BinaryIO, where: str) -> Iterator[bytes | None]:
@@ -53,8 +56,8 @@ def lines(file: BinaryIO, where: str) -> Iterator[bytes | None]:
     """
     rest, skipping, first = b"", False, True
     while chunk := file.read(CHUNK):
-        if first and (found := begins_as(chunk[:16])):
-            raise InputError(f"{where}: found {found}, expected UTF-8 text")
+        if first:
+            _check_text(chunk[:16], where)
         first = False
         *whole, tail = chunk.split(b"\n")
         if whole and skipping:
@@ -130,8 +133,8 @@ def _texts(file: BinaryIO, where: str) -> Iterator[str]:
     decoder, place = codecs.getincrementaldecoder("utf-8-sig")(), 0
     try:
         while chunk := file.read(CHUNK):
-            if not place and (found := begins_as(chunk[:16])):
-                raise InputError(f"{where}: found {found}, expected UTF-8 text")
+            if not place:
+                _check_text(chunk[:16], where)
             yield decoder.decode(chunk)
             place += len(chunk)
         yield decoder.decode(b"", final=True)
@@ -185,9 +188,8 @@ def decode(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        found = begins_as(data[:16])
-        raise InputError(f"{where}: found {found}, expected UTF-8 text" if found else
-                         f"{where}: not UTF-8 at byte {error.start}") from None
+        _check_text(data[:16], where)
+        raise InputError(f"{where}: not UTF-8 at byte {error.start}") from None
 
 
 def renamed(row: dict[str, Any], fields: Mapping[str, str | None] | None) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -52,11 +52,9 @@ def _members(path: str) -> Iterator[tuple[int, str, Found]]:
     """Archive, name and bytes of each medium and caption in a tar. Media of a plain tar are not read, only located."""
     name = display(path)
     with open_binary(path, seek=True) as file:
-        head = file.read(8)
-        if (kind := begins_as(head)) not in (None, "gzip"):
-            raise InputError(f"{name}: found {kind}, expected a tar, plain or gzipped")
+        packed = file.read(2) == b"\x1f\x8b"  # whatever its name says
         try:
-            reader, held = _Reader(file, name, packed=bool(kind)), 0
+            reader, held = _Reader(file, name, packed), 0
             for member in _headers(reader, name):
                 where = f"{name} member {member.name}"
                 if not is_wanted(member.name):
@@ -65,7 +63,7 @@ def _members(path: str) -> Iterator[tuple[int, str, Found]]:
                 found = _trouble(member, where)
                 if found is not None:
                     reader.skip(member.size)
-                elif known_kind(member.name) and not kind:
+                elif known_kind(member.name) and not packed:
                     found = FileSource(path, member.offset, member.size)
                     reader.skip(member.size)
                 else:
@@ -122,7 +120,7 @@ def _headers(reader: "_Reader", name: str) -> Iterator[Member]:
             info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except (tarfile.HeaderError, ValueError, OverflowError) as error:
             if not place:
-                raise InputError(f"{name}: not a whole plain tar ({error})") from None
+                raise InputError(f"{name}: not a whole tar, plain or gzipped: found {begins_as(block) or error}") from None
             raise InputError(f"{name}: damaged or cut short at byte {place} of the tar ({error})") from None
         zeros, ended = 0, False
         if info.type in LONG:
