@@ -164,8 +164,12 @@ def media() -> Seeds:
     """Pictures and sounds in every format that is accepted."""
     from mmtx.data.media import load_audio, load_image
 
+    def read_sound(data: bytes) -> None:
+        load_audio(data, 16_000, "x")
+        load_audio(data, 16_000, "x", start=0.1, seconds=0.1)
+
     pictures = {name: (data, lambda data: load_image(data, "x")) for name, data in picture_seeds().items()}
-    return pictures | {name: (data, lambda data: load_audio(data, 16_000, "x")) for name, data in sound_seeds().items()}
+    return pictures | {name: (data, read_sound) for name, data in sound_seeds().items()}
 
 
 def picture_seeds() -> dict[str, bytes]:

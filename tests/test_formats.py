@@ -159,7 +159,8 @@ def test_mp3_of_variable_bit_rate_is_read_to_its_end():
 def test_mp3_in_a_row_and_with_tags_between():
     first, second = tone(3), tone(2, 620)
     samples = np.concatenate([first, second])
-    id3 = b"ID3\4\0\0\0\0\2\0" + b"\xff\xfb\x90\0" * 64  # a tag of 256 bytes that look like frames
+    body = mp3(tone(1, 1_000))  # a tag may hold anything
+    id3 = b"ID3\4\0\0" + bytes(len(body) >> shift & 127 for shift in (21, 14, 7, 0)) + body
     for data in (mp3(first) + mp3(second), mp3(first, False) + mp3(second, False), id3 + mp3(first) + id3 + mp3(second),
                  mp3(first) + b"TAG".ljust(128, b"x") + mp3(second) + b"TAG".ljust(128, b"x"),
                  mp3(first) + bytes(1_000) + mp3(second) + bytes(1_000)):
@@ -281,10 +282,14 @@ def test_cuts_of_files_and_arrays_agree_and_ends_are_clipped():
         wanted = torch.from_numpy(samples[RATE : 2 * RATE])
         assert torch.allclose(read(1, 1), wanted * (0.7 / wanted.abs().max()), atol=1e-5)
         assert len(read(1, 2.04)) == len(read(1, None)) == 2 * RATE  # what a manifest rounds is clipped
+        with pytest.raises(InputError, match="x.snd: no samples in it"):
+            read(1, 1e-6)
         for start, seconds in ((1, 2.06), (3, None), (3, 0.01), (100, 1)):
             with pytest.raises(InputError, match=r"x.snd: from .* is asked for, but it lasts 3\.000 s"):
                 read(start, seconds)
-        for start, seconds in ((-1, 1), (float("nan"), 1), (0, 0), (0, -1), (0, float("nan")), (float("inf"), 1), (0, float("inf"))):
+        for start, seconds in ((-1, 1), (float("nan"), 1), (0, 0), (0, -1),
+                               (0, float("nan")), (float("inf"), 1),
+                               (0, float("inf")), (86_401, 1)):
             with pytest.raises(InputError, match="x.snd: a cut of"):
                 read(start, seconds)
     assert len(load_audio(samples, 8_000, source_rate=RATE, start=0.5, seconds=1)) == 8_000
