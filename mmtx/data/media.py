@@ -8,6 +8,7 @@ stored: a profile (ICC) or gamma is not applied.
 import io
 import math
 import os
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -167,8 +168,11 @@ def load_audio(
     Raises InputError for anything that is not a finite sound of at most 600 s.
     """
     name = _name(data, name, "sound")
+    for option, value in (("source_rate", source_rate), ("start", start), ("seconds", seconds)):
+        if value is not None and not isinstance(value, Real):
+            raise InputError(f"{name}: {option} {_line(repr(value))}, expected a number")
     if not (0 <= start <= MAX_START and (seconds is None or 0 < seconds < math.inf)):  # also true for NaN
-        raise InputError(f"{name}: a cut of {seconds} s from {start} s on, expected a start from 0 to {MAX_START} and a length")
+        raise InputError(f"{name}: a cut of {seconds} s from {start} s on, expected a start up to {MAX_START} and a length")
     if isinstance(data, (np.ndarray, torch.Tensor)):
         samples, source_rate = _waveform(data, name), rate if source_rate is None else source_rate
         check_sound(1 if start or seconds else len(samples), source_rate, samples.shape[1], name)

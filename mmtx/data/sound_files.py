@@ -32,8 +32,8 @@ FFMPEG = {  # format: the reader of FFmpeg that may open it
     "MP4": "mov", "AAC": "aac", "WEBM": "matroska",
 }
 CODECS = ("aac", "alac", "mp3", "mp3float", "opus", "vorbis", "flac")
-CAF_CHUNKS = {b"desc", b"data", b"pakt", b"kuki", b"chan", b"free", b"info", b"strg", b"mark", b"regn", b"inst", b"midi",
-              b"ovvw", b"peak", b"umid", b"uuid", b"edct"}
+CAF_CHUNKS = {b"desc", b"data", b"pakt", b"kuki", b"chan", b"free", b"info", b"strg", b"mark", b"regn", b"inst",
+              b"midi", b"ovvw", b"peak", b"umid", b"uuid", b"edct"}
 MP4_BOXES = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"uuid", b"meta", b"udta", b"moof", b"mfra", b"sidx",
              b"styp", b"pdin", b"ssix", b"prft", b"emsg"}
 EBML = b"\x1a\x45\xdf\xa3"
@@ -127,7 +127,7 @@ def _cut(blocks: Blocks, name: str, start: float, seconds: float | None) -> tupl
 
 
 def _libsndfile(parts: list[bytes], name: str, start: float, samples: int | None = None) -> Blocks:
-    """Files that follow one another; `samples`: how many of them there are at least, but for the delay of an encoder."""
+    """Files that follow one another; `samples`: how many there are at least, but for the delay of an encoder."""
     place = 0
     for part in parts:
         opened = False
@@ -136,7 +136,7 @@ def _libsndfile(parts: list[bytes], name: str, start: float, samples: int | None
                 opened, frames, rate = True, file.frames, file.samplerate
                 known = frames < 2**62
                 skipped = min(max(round(start * rate) - place, 0), frames)
-                check_sound(frames - skipped if known and not start and len(parts) == 1 else 1, rate, file.channels, name)
+                check_sound(frames if known and not start else 1, rate, file.channels, name)
                 if samples is not None and frames < samples - 5 * 1_152:
                     raise InputError(f"{name}: {frames / rate:.1f} s of {samples / rate:.1f} s can be decoded")
                 end = place + frames
@@ -230,8 +230,6 @@ def _wav_end(data: bytes) -> tuple[bytes, int]:
                 return data, start + size
             known = bytearray(data)
             known[place + 4 : start] = (len(data) - start).to_bytes(4, order)
-            if not wide:
-                known[4:8] = (len(data) - 8).to_bytes(4, order)
             return bytes(known), len(data)
         place += 8 + size + size % 2
     return data, 0
