@@ -8,6 +8,7 @@ stored: a profile (ICC) or gamma is not applied.
 import io
 import math
 import os
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from torchaudio.functional import resample
 from mmtx.data.formats import IMAGE_FORMATS, format_of
 from mmtx.data.picture_files import ORIENTATION, PictureFile, check_size, orientation, picture_file
 from mmtx.data.sample import kind_of, sniff
-from mmtx.data.sound_files import MAX_CHANNELS, check_sound, cut, read_sound
+from mmtx.data.sound_files import MAX_CHANNELS, MAX_START, check_sound, cut, read_sound
 from mmtx.data.storage import FileSource, display
 from mmtx.errors import InputError
 
@@ -167,8 +168,11 @@ def load_audio(
     Raises InputError for anything that is not a finite sound of at most 600 s.
     """
     name = _name(data, name, "sound")
-    if not (0 <= start < math.inf and (seconds is None or 0 < seconds < math.inf)):  # also true for NaN
-        raise InputError(f"{name}: a cut of {seconds} s from {start} s on, expected a start from 0 on and a length above 0")
+    for option, value in (("source_rate", source_rate), ("start", start), ("seconds", seconds)):
+        if value is not None and not isinstance(value, Real):
+            raise InputError(f"{name}: {option} {_line(repr(value))}, expected a number")
+    if not (0 <= start <= MAX_START and (seconds is None or 0 < seconds < math.inf)):  # also true for NaN
+        raise InputError(f"{name}: a cut of {seconds} s from {start} s on, expected a start up to {MAX_START} and a length")
     if isinstance(data, (np.ndarray, torch.Tensor)):
         samples, source_rate = _waveform(data, name), rate if source_rate is None else source_rate
         check_sound(1 if start or seconds else len(samples), source_rate, samples.shape[1], name)
@@ -212,7 +216,8 @@ def _array(data: np.ndarray | torch.Tensor, name: str) -> np.ndarray:
         sort = ("nested" if data.is_nested else "sparse" if data.layout != torch.strided else
                 "quantized" if data.is_quantized else "meta" if data.is_meta else None)
         if sort or data.dtype not in NUMBERS:
-            raise InputError(f"{name}: a {sort + ' ' if sort else ''}tensor of {data.dtype}, expected a dense one of real numbers")
+            found = f"{sort} tensor" if sort else "tensor"
+            raise InputError(f"{name}: a {found} of {data.dtype}, expected a dense one of real numbers")
         data = data.detach().resolve_neg().cpu()
         return (data.float() if data.dtype == torch.bfloat16 else data).numpy()
     if np.ma.is_masked(data):

@@ -39,7 +39,9 @@ def picture_file(data: bytes, format: str, name: str) -> PictureFile:
 def check_size(width: int, height: int, name: str) -> None:
     """Raise InputError for more pixels than are decoded."""
     if not 0 < width * height <= MAX_PIXELS or max(width, height) > MAX_SIDE:
-        raise InputError(f"{name}: {width} x {height} pixels, expected 1 to {MAX_PIXELS} in all, at most {MAX_SIDE} a side")
+        raise InputError(
+            f"{name}: {width} x {height} pixels, expected 1 to {MAX_PIXELS} in all, at most {MAX_SIDE} a side"
+        )
 
 
 def orientation(exif: bytes, xmp: bytes = b"") -> int:
@@ -52,7 +54,7 @@ def orientation(exif: bytes, xmp: bytes = b"") -> int:
 
 
 class Entry(NamedTuple):
-    """A field of a TIFF's directory: where it lies, what it is, how many of which type, and its value or their offset."""
+    """A field of a TIFF's directory: where it lies, what it is, how many of which type, its value or their offset."""
 
     place: int
     tag: int

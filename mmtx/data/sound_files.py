@@ -24,14 +24,15 @@ RATES = (1_000, 192_000)  # Hz, the source rates that are believed
 BLOCK = 65_536  # frames
 LEAP = 30  # seconds up to which decoding what lies before a cut costs less than it is worth to leap
 INEXACT = ("VORBIS", "MPEG_LAYER_I", "MPEG_LAYER_II", "MPEG_LAYER_III")  # libsndfile lands some samples off
+MAX_START = 86_400  # seconds: a day that is decoded for nothing where one cannot leap
 SLACK = 0.05  # seconds that a cut may reach beyond the end: lengths in manifests are rounded
 UNKNOWN = 0x7F000000  # sizes from here on are what programs write that do not know it yet
 FFMPEG = {  # format: the reader of FFmpeg that may open it
     "MP4": "mov", "AAC": "aac", "WEBM": "matroska",
 }
 CODECS = ("aac", "alac", "mp3", "mp3float", "opus", "vorbis", "flac")
-CAF_CHUNKS = {b"desc", b"data", b"pakt", b"kuki", b"chan", b"free", b"info", b"strg", b"mark", b"regn", b"inst", b"midi",
-              b"ovvw", b"peak", b"umid", b"uuid", b"edct"}
+CAF_CHUNKS = {b"desc", b"data", b"pakt", b"kuki", b"chan", b"free", b"info", b"strg", b"mark", b"regn", b"inst",
+              b"midi", b"ovvw", b"peak", b"umid", b"uuid", b"edct"}
 MP4_BOXES = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"uuid", b"meta", b"udta", b"moof", b"mfra", b"sidx",
              b"styp", b"pdin", b"ssix", b"prft", b"emsg"}
 EBML = b"\x1a\x45\xdf\xa3"
@@ -102,25 +103,30 @@ def _cut(blocks: Blocks, name: str, start: float, seconds: float | None) -> tupl
     for rate, place, block in blocks:
         if sort not in (None, (rate, block.shape[1])):
             raise InputError(
-                f"{name}: changes from {sort[1]} channels at {sort[0]} Hz to {block.shape[1]} at {rate} Hz, expected one sound"
+                f"{name}: changes from {sort[1]} channels at {sort[0]} Hz to {block.shape[1]} at {rate} Hz, "
+                f"expected one sound"
             )
         sort, end = (rate, block.shape[1]), place + len(block)
         first, last = round(start * rate), end if seconds is None else round((start + seconds) * rate)
+        if not kept and place > first:
+            raise InputError(f"{name}: damaged: no samples at {start:g} s")
         block = block[max(first - place, 0) : max(last - place, 0)]
         if len(block):
             kept.append(block)
             read += len(block)
             check_sound(read, *sort, name)
         if last < end:
-            return np.concatenate(kept), rate
-    if sort is None:
-        raise InputError(f"{name}: no samples in it, expected a sound")
-    cut(end, sort[0], name, start, seconds)
+            break
+    else:
+        if sort is None:
+            raise InputError(f"{name}: no samples in it, expected a sound")
+        cut(end, sort[0], name, start, seconds)
+    check_sound(read, *sort, name)
     return np.concatenate(kept), sort[0]
 
 
 def _libsndfile(parts: list[bytes], name: str, start: float, samples: int | None = None) -> Blocks:
-    """Files that follow one another; `samples`: how many of them there are at least, but for the delay of an encoder."""
+    """Files that follow one another; `samples`: how many there are at least, but for the delay of an encoder."""
     place = 0
     for part in parts:
         opened = False
@@ -129,7 +135,7 @@ def _libsndfile(parts: list[bytes], name: str, start: float, samples: int | None
                 opened, frames, rate = True, file.frames, file.samplerate
                 known = frames < 2**62
                 skipped = min(max(round(start * rate) - place, 0), frames)
-                check_sound(frames - skipped if known and not start and len(parts) == 1 else 1, rate, file.channels, name)
+                check_sound(frames if known and not start else 1, rate, file.channels, name)
                 if samples is not None and frames < samples - 5 * 1_152:
                     raise InputError(f"{name}: {frames / rate:.1f} s of {samples / rate:.1f} s can be decoded")
                 end = place + frames
@@ -169,7 +175,8 @@ def _ffmpeg(data: bytes, format: str, name: str, start: float) -> Blocks:
                 raise InputError(f"{name}: sound in {format} of another kind than {', '.join(CODECS)}")
             begin, length = (float((ticks or 0) * sound.time_base) for ticks in (sound.start_time, sound.duration))
             if not start and length > 0:
-                check_sound(max(round(length * sound.rate), 1), sound.rate, sound.channels, name)
+                rate = sound.rate or 0
+                check_sound(max(round(length * rate), 1), rate, sound.channels or 0, name)
             place, rate = 0, 0
             if start > LEAP and format == "MP4":  # the others have no exact places
                 file.seek(round((begin + start - 1) * av.time_base))  # what comes first after a leap is wrong
@@ -178,8 +185,8 @@ def _ffmpeg(data: bytes, format: str, name: str, start: float) -> Blocks:
             for frame in file.decode(sound):
                 rate = frame.sample_rate
                 check_sound(frame.samples, rate, frame.layout.nb_channels, name)
-                if place is None:
-                    place = round((frame.time - begin) * rate)
+                if place is None:  # no time: at the end, where the cut is not
+                    place = round(((length if frame.time is None else frame.time) - begin) * rate)
                 for part in planar.resample(frame):
                     block = part.to_ndarray().T  # (S, C)
                     yield rate, place, block
@@ -222,8 +229,6 @@ def _wav_end(data: bytes) -> tuple[bytes, int]:
                 return data, start + size
             known = bytearray(data)
             known[place + 4 : start] = (len(data) - start).to_bytes(4, order)
-            if not wide:
-                known[4:8] = (len(data) - 8).to_bytes(4, order)
             return bytes(known), len(data)
         place += 8 + size + size % 2
     return data, 0
