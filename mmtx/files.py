@@ -158,8 +158,11 @@ def replace_folder(folder: str | Path, files: Iterable[tuple[str, bytes]]) -> No
         except OSError as error:
             raise _unwritten(folder, error) from None
     finally:
-        if os.path.lexists(target) or not os.path.lexists(_old(staging)):
-            _remove(staging)
+        if os.path.lexists(target) or not os.path.lexists(_old(staging)):  # or both are needed yet
+            for left in (staging, _old(staging)):
+                with suppress(OSError):
+                    if foreign(left) is None:
+                        _remove(left)
         if lock is not None:
             os.close(lock)
 
@@ -182,8 +185,10 @@ def check_target(folder: str | Path) -> Path:
             raise InputError(f"{folder}: found {'a file' if target.is_file() else 'no folder'}, expected a folder")
         if any(target.iterdir()):
             found = foreign(target)
-            if found is None and not is_ours(target):
-                found = CONFIG if (target / CONFIG).exists() else next(iter(sorted(os.listdir(target))))
+            if found is None and not (target / CONFIG).exists():
+                found = min(os.listdir(target))
+            elif found is None:
+                found = None if is_ours(target) else CONFIG
             if found is not None:
                 raise InputError(f"{folder}: holds {found[:80]!r}, which mmtx did not write, and is left as it is; "
                                  "expected a new folder or one of an earlier save")
@@ -193,9 +198,13 @@ def check_target(folder: str | Path) -> Path:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether the configuration of a folder is one that saving a model or a tokenizer writes."""
+    """Whether the configuration of a folder is one that saving a model or a tokenizer writes.
+
+    Raises InputError when it cannot be read.
+    """
+    data = read_bytes(folder / CONFIG, MOST_JSON)
     try:
-        config = read_json(folder / CONFIG)
+        config = parse_json(data, folder / CONFIG)
     except InputError:
         return False
     return isinstance(config, dict) and (isinstance(config.get("kind"), str) or

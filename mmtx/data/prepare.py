@@ -29,7 +29,7 @@ from mmtx.data.sources import MAX_BAD, PLAN, SkipCounter, is_selected, scan
 from mmtx.data.storage import recorded
 from mmtx.data.tokens import ENCODE_AT_ONCE, Augmentation, encode_samples, load_sample
 from mmtx.errors import InputError
-from mmtx.files import read_json, write_json
+from mmtx.files import read_json, write_json, write_whole
 from mmtx.modality.base import Tokenizer
 from mmtx.sequence import Document, render
 from mmtx.vocabulary import Vocabulary
@@ -309,18 +309,7 @@ def _facts(path: Path) -> dict | None:
 
 def write(path: Path, content: bytes) -> None:
     """Write beside the target, sync and rename. Raises InputError when there is no room or no right to."""
-    part = path.with_name(f"{path.name}.{os.getpid()}{PART}")
     try:
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        write_whole(path, content)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise InputError(f"{path}: {len(content)} bytes cannot be written ({error.strerror})") from None

@@ -340,7 +340,7 @@ def turned_round(ids: np.ndarray, v: Vocabulary) -> np.ndarray:
 def _expect(found: dict[str, np.ndarray], where: str, **expected: tuple) -> None:
     """Raise InputError unless these tensors are there, and no other, with a shape (None: any) and one of some types each."""
     if found.keys() != expected.keys():
-        raise InputError(f"{where}: found the tensors {shown(', '.join(found))}, expected {', '.join(expected)}")
+        raise InputError(f"{where}: found the tensors {shown(', '.join(sorted(found)))}, expected {', '.join(sorted(expected))}")
     for name, (shape, *types) in expected.items():
         shape, values = shape if isinstance(shape, tuple) else (shape,), found[name]
         fits = len(shape) == values.ndim and all(size in (None, real) for size, real in zip(shape, values.shape))
