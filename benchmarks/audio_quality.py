@@ -114,19 +114,11 @@ def plain(text: str) -> str:
     return " ".join(re.sub(r"[^a-z0-9' ]", " ", text.lower()).split())
 
 
-def edits(found: str, wanted: str) -> int:
-    """Levenshtein distance in characters."""
-    row = list(range(len(wanted) + 1))
-    for i, a in enumerate(found, 1):
-        row, above = [i], row
-        for j, b in enumerate(wanted, 1):
-            row.append(min(row[-1] + 1, above[j] + 1, above[j - 1] + (a != b)))
-    return row[-1]
-
-
 def character_error_rate(pairs: list[tuple[str, str]]) -> float:
     """Edits over characters of the references, all of (found, wanted) together."""
-    return sum(edits(plain(a), plain(b)) for a, b in pairs) / sum(len(plain(b)) for _, b in pairs)
+    from torchaudio.functional import edit_distance
+
+    return sum(edit_distance(plain(a), plain(b)) for a, b in pairs) / sum(len(plain(b)) for _, b in pairs)
 
 
 def measure(tokenizer: AudioTokenizer, limit: int | None, judges: list[str]) -> dict:

@@ -42,7 +42,7 @@ def report(model: Model, held_out: Sequence[DataSource], train: Sequence[DataSou
     """
     training = read_sources(train, max_bad)
     known = training.samples
-    controls: dict[str, NearestNeighbour] = {}
+    controls: dict[str, NearestNeighbour | None] = {}
     for source in held_out:
         found = read_sources([source], max_bad)
         pairs = usable(found.samples, model.tokenizers, found.counters[0], progress("encode"))
@@ -57,7 +57,8 @@ def report(model: Model, held_out: Sequence[DataSource], train: Sequence[DataSou
         if known and kind:
             if kind not in controls:
                 controls[kind] = _control(training, kind)
-            nearest = controls[kind].predict([_features(sample, kind) for sample in samples])
+            if controls[kind] is not None:
+                nearest = controls[kind].predict([_features(sample, kind) for sample in samples])
         figures, unknown = _figures(samples, known, predicted)
         control = _figures(samples, known, nearest)[0] if nearest else {}
         rows = [(name, score, control.get(name)) for name, score in figures.items()]
@@ -65,10 +66,11 @@ def report(model: Model, held_out: Sequence[DataSource], train: Sequence[DataSou
                 "caption, see --train)"] if unknown else []
         yield "\n".join([f"\n{', '.join(Path(display(path)).name for path in source.paths)}: {len(samples)} samples",
                          *_examples(predicted, true, show), "", table(rows), *told])
+    training.finish()
 
 
-def _control(training: Collected, kind: str) -> NearestNeighbour:
-    """What remembers the training samples of a kind that can be used."""
+def _control(training: Collected, kind: str) -> NearestNeighbour | None:
+    """What remembers the training samples of a kind that can be used, if there are any."""
     features, captions = [], []
     alike = [(sample, skipped) for sample, skipped in zip(training.samples, training.counters, strict=True)
              if _kind([sample]) == kind]
@@ -78,8 +80,8 @@ def _control(training: Collected, kind: str) -> NearestNeighbour:
             captions.append(sample.caption)
         except InputError as error:
             skipped.skip(error)
-    training.finish()
-    return NearestNeighbour.fit(features, captions)
+            skipped.check()
+    return NearestNeighbour.fit(features, captions) if features else None
 
 
 def _examples(predicted: list[str], true: list[str], show: int) -> list[str]:

@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import re
 import tarfile
 from collections import defaultdict
 from pathlib import Path
@@ -11,15 +12,16 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-import torchaudio
 from PIL import Image
 
 from mmtx import evaluation
+from mmtx.data.collection import DataSource
 from mmtx.errors import InputError
 from mmtx.evaluation import (
     MELS, NAME_FIELDS, NOTE_FIELDS, PIXELS, NearestNeighbour, Score, confidence_interval, exact, field_scores,
     mel_features, name_reader, note_reader, pixel_features, table, word_error_rate, word_errors, words,
 )
+from mmtx.report import report
 
 STARTER = Path(__file__).parent.parent / "demos/data/starter"
 
@@ -61,7 +63,7 @@ def test_word_error_rate_is_over_the_corpus():
         word_error_rate(["a", "b"], ["...", ""])
 
 
-def test_edit_distance_equals_the_definition():
+def test_word_errors_equal_the_definition():
     def slow(p, t):
         if not p or not t:
             return len(p) + len(t)
@@ -70,7 +72,7 @@ def test_edit_distance_equals_the_definition():
     rng = random.Random(0)
     for _ in range(200):
         p, t = ([rng.choice("abc") for _ in range(rng.randrange(6))] for _ in range(2))
-        assert evaluation._edit_distance(p, t) == slow(p, t)
+        assert word_errors([" ".join(p)], [" ".join(t)]) == ([slow(p, t)], [len(t)])
 
 
 def test_confidence_interval_of_a_share():
@@ -82,6 +84,12 @@ def test_confidence_interval_of_a_share():
     assert confidence_interval(per_item) == score  # the seed is fixed
     wide, narrow = confidence_interval(per_item, level=0.99), confidence_interval(per_item, level=0.5)
     assert wide.low < score.low < narrow.low and narrow.high < score.high < wide.high
+
+
+def test_confidence_interval_of_three_items_by_hand():
+    # 27 resamples: 1 has the mean 0, 3 have 1/3, ..., 3 have 7/3, and 1 has 3.
+    assert confidence_interval([0, 1, 3]) == Score(pytest.approx(4 / 3), 0.0, 3.0, 3)
+    assert confidence_interval([0, 1, 3], level=0.9) == Score(pytest.approx(4 / 3), pytest.approx(1 / 3), pytest.approx(7 / 3), 3)
 
 
 def test_confidence_interval_covers_the_truth_at_its_level():
@@ -200,18 +208,26 @@ def test_pixel_features_refuse(image):
         pixel_features(image)
 
 
+def mel_by_hand(wave, rate=16_000, window=1024, hop=256, mels=80, power=2, floor=1e-5, mean=False):
+    """Triangles equally spaced on the HTK mel scale over the spectrum of Hann windows that are centred on every hop."""
+    frames = np.lib.stride_tricks.sliding_window_view(np.pad(wave, window // 2, mode="reflect"), window)[::hop]
+    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(window) / window)
+    spectrum = np.abs(np.fft.rfft(frames * hann)) ** power
+    centres = 700 * (10 ** (np.linspace(0, 2595 * np.log10(1 + rate / 2 / 700), mels + 2) / 2595) - 1)
+    width = np.diff(centres)
+    slopes = centres - np.linspace(0, rate / 2, window // 2 + 1)[:, None]
+    triangles = np.maximum(0, np.minimum(-slopes[:, :-2] / width[:-1], slopes[:, 2:] / width[1:]))
+    mel = np.log(np.maximum(spectrum @ triangles, floor))
+    return mel.mean(0) if mean else mel.ravel()
+
+
 @pytest.mark.parametrize("preset", MELS)
-def test_mel_features_equal_torchaudio(preset):
-    options = {"hop": 256, "mean": False, **MELS[preset]}
+def test_mel_features_by_hand(preset):
     wave = torch.randn(24_000, generator=torch.Generator().manual_seed(0))
     wave[6_000:12_000] *= 1e-4  # around the floor
     wave[12_000:18_000] = 0
-    transform = torchaudio.transforms.MelSpectrogram(
-        16_000, options["window"], hop_length=options["hop"], n_mels=options["mels"], power=options["power"]
-    )
-    expected = transform(wave).clamp_min(options["floor"]).log().T
-    expected = expected.mean(0) if options["mean"] else expected.ravel()
-    assert np.allclose(mel_features(wave, **MELS[preset]), expected.numpy(), atol=1e-3)
+    expected = mel_by_hand(wave.double().numpy(), **MELS[preset])
+    assert np.allclose(mel_features(wave, **MELS[preset]), expected, atol=1e-3)
 
 
 def test_mel_features_have_one_length():
@@ -234,6 +250,40 @@ def test_table_is_aligned():
     ]
     with pytest.raises(InputError, match="exact: found 2 items for the model and 3 for the control"):
         table([("exact", Score(0, 0, 0, 2), Score(0, 0, 0, 3))])
+
+
+# Reports.
+
+
+def reported(model, pattern, train=()):
+    """The table of a report as names and values, and the line below it."""
+    sources = [[DataSource([str(STARTER / name)], limit=4)] for name in (pattern, *train)]
+    (section,) = report(model, sources[0], sources[1] if train else [], show=0)
+    lines = section.splitlines()
+    start = next(n for n, line in enumerate(lines) if line.startswith("metric")) + 1
+    rows = [line for line in lines[start:] if not line.startswith("left out")]
+    return {re.split(r"  +", row)[0] for row in rows}, [line for line in lines if line.startswith("left out")]
+
+
+def test_what_only_training_samples_tell_is_left_out_without_them(tiny_model):
+    names, told = reported(tiny_model, "images-test-unseen-style.tar.gz")
+    assert names == {"exact caption", "word error rate"}
+    assert told == ["left out: exact group, exact subgroup (only training samples tell them of a caption, see --train)"]
+    names, told = reported(tiny_model, "sounds-test-unseen-notes.tar.gz")
+    assert names == {"exact caption", "exact instrument", "exact note", "word error rate"}
+    assert told == ["left out: exact family (only training samples tell it of a caption, see --train)"]
+    # Training samples without these fields tell nothing either.
+    names, told = reported(tiny_model, "images-test-unseen-style.tar.gz", ["speech-test.tar.gz"])
+    assert "exact group" not in names and told
+    names, told = reported(tiny_model, "images-test-unseen-style.tar.gz", ["images-train-000.tar.gz"])
+    assert names == {"exact caption", "exact group", "exact subgroup", "word error rate"} and not told
+
+
+def test_captions_without_words_have_no_rate_of_word_errors(tiny_model, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"image": str(tmp_path / "a.png"), "text": "..."}) + "\n")
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    (section,) = report(tiny_model, [DataSource([str(tmp_path / "rows.jsonl")])], [], show=0)
+    assert "exact caption" in section and "word error rate" not in section
 
 
 # The published figures of the control, on the starter set.

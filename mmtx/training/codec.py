@@ -384,10 +384,11 @@ class ImageCodecModule(CodecModule):
 def picture_quality(media: Tensor, output: Tensor) -> dict[str, Tensor]:
     """PSNR in dB, at most 100, and SSIM of pictures (B, 3, H, W) in [-1, 1], means over pictures.
 
-    Both are of intensities in [0, 1]: the luminance term of SSIM means nothing where they are negative. Pictures smaller
-    than its window have no SSIM.
+    Both are of intensities in [0, 1]: the luminance term of SSIM means nothing where they are negative. Variances of even
+    parts need double precision, or SSIM is wrong there by up to 1e-3. Pictures smaller than its window have no SSIM.
     """
-    wanted, found = (media + 1) / 2, (output.clamp(-1, 1) + 1) / 2
+    precise = torch.float32 if media.device.type == "mps" else torch.float64
+    wanted, found = (media.to(precise) + 1) / 2, (output.to(precise).clamp(-1, 1) + 1) / 2
     figures = {"psnr_db": peak_signal_noise_ratio(found, wanted, data_range=1.0, reduction="none",
                                                   dim=(1, 2, 3)).clamp_max(100).mean()}
     if min(media.shape[-2:]) > WINDOW:

@@ -19,11 +19,13 @@ from mmtx.errors import InputError
 from mmtx.files import find_shipped
 from mmtx.training.callbacks import Metrics, ProgressBar, SaveModel, ShowSamples
 from mmtx.training.checkpoint import AtomicCheckpointIO, Checkpoints, flatten, newest
+from mmtx.training.codec import CodecModule
 from mmtx.training.decoder import DecoderModule
 from mmtx.training.guard import SkipNonFinite, Telemetry
 from mmtx.training.memory import keep_memory
 from mmtx.training.sharding import Sharded
 from mmtx.training.signals import follow_launcher
+from mmtx.training.vocoder import VocoderModule
 
 # What of `trainer` a resumed run must have in common with the one it goes on with.
 RESUMED_TRAINER = ("max_steps", "accumulate_grad_batches", "precision", "gradient_clip_val", "gradient_clip_algorithm")
@@ -102,7 +104,10 @@ class FitCLI(LightningCLI):
         # The text tokenizer is no optimizer's work and counts no steps.
         if self.model.automatic_optimization and self.trainer.max_steps < 1:
             raise InputError(f"trainer.max_steps: found {self.trainer.max_steps}, expected 1 or more")
-        strategy = self.trainer.strategy
+        strategy, precision = self.trainer.strategy, self.trainer.precision
+        if isinstance(self.model, CodecModule | VocoderModule) and precision in ("16-true", "bf16-true", "64-true"):
+            raise InputError(f'trainer.precision: found "{precision}", expected "32-true", "bf16-mixed" or "16-mixed" for '
+                             "tokenizers, whose spectrograms and codes are computed in float32")
         if isinstance(strategy, Sharded):
             self._check_sharded()
         elif not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
