@@ -228,7 +228,7 @@ def _opened(path: str, base: Base | None, seek: bool, start: int, stop: int | No
         from mmtx.data.web import Stream
 
         stream = Stream(path, base, start, stop)
-        return _copied(path, stream) if seek and not stream.ranged else stream
+        return _copied(path, stream, stop is None) if seek and not stream.ranged else stream
     if is_url(path):
         import fsspec
 
@@ -263,12 +263,15 @@ def _listed(pattern: str) -> list[str]:
     return sorted(files.unstrip_protocol(found) for found in files.glob(path))
 
 
-def _copied(url: str, stream: Any) -> BinaryIO:
-    """A copy of what a server gives only as a whole, made once for each state of it that the server tells apart."""
+def _copied(url: str, stream: Any, anew: bool) -> BinaryIO:
+    """A copy of what a server gives only as a whole, made once for each state of it that the server tells apart.
+
+    Where it tells none apart, it is made `anew` for each reading of the whole, and parts are read from the last one.
+    """
     state = repr((url, stream.version))
     path = cache() / hashlib.sha256(state.encode("utf-8", "surrogatepass")).hexdigest()[:32]
     with stream:
-        if stream.version[:2] == (None, None) and stream.size is None or not path.is_file():
+        if anew and stream.version == (None, None, None) or not path.is_file():
             save(stream, path)
     return open(path, "rb", buffering=0)
 
