@@ -224,6 +224,7 @@ NEGATIVE = b"\xff" * 12
                                   header("b.bin", 0, raw=NEGATIVE), header("b.png", 2**32), header("b.png", 0, raw=b"no number!!\0"),
                                   header("b.txt", 0, b"L", HUGE), header("b.txt", 2**31, b"L"), header("b.txt", 2**31, b"x"),
                                   header("b.txt", 0, b"g", NEGATIVE), header("b", 0, b"x", HUGE), header("b", 3, b"x") + b"9 x" + bytes(509),
+                                  header("b", 5, b"L") + b"long\0".ljust(512, b"\0"),
                                   header("b", 15, b"x") + b"15 size=999999\n".ljust(512, b"\0") + header("b.png", 1),
                                   header("b", 12, b"x") + b"12 size=-99\n".ljust(512, b"\0") + header("b.png", 1)])
 @pytest.mark.parametrize("packed", [False, True])
