@@ -160,6 +160,16 @@ def test_orientation_in_other_places():
     assert load_image(upright).shape == (3, 16, 32)
 
 
+def test_an_avif_with_odd_exif_is_read_upright():
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.5
+    data = encode(Image.new("RGB", (16, 32), RED), "AVIF", exif=exif)
+    entry, value = struct.pack(">HHI", 0x011A, 5, 1), struct.pack(">II", 145, 2)
+    assert data.count(entry) == data.count(value) == 1
+    data = data.replace(entry, struct.pack(">HHI", 0x011A, 10, 1)).replace(value, struct.pack(">ii", -1, 0))
+    assert load_image(data).shape == (3, 16, 32)
+
+
 def test_a_tiff_with_odd_exif_is_read_upright():
     exif = Image.Exif()
     exif[0x0112], exif[0x011A] = 6, 72
