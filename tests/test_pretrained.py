@@ -172,6 +172,28 @@ def test_save_and_load_keep_codes_and_fingerprint(folders, name, tmp_path):
         load_tokenizer(tmp_path / "codec")
 
 
+@pytest.mark.parametrize("edit, message", [
+    (lambda c: c.update(codebooks="4"), "field 'codebooks' is '4', expected a whole number"),
+    (lambda c: c.update(codebooks=10**9), "codebooks: found 1000000000, expected 1 to"),
+    (lambda c: c.update(colour=1), "unknown field 'colour'"),
+    (lambda c: c.pop("network"), "field 'network' names no codec"),
+    (lambda c: c["network"].update(model_type=["dac"]), "field 'network' names no codec"),
+    (lambda c: c["network"].update(model_type="bert"), "field 'network' names no codec"),
+    (lambda c: c["network"].update(encoder_hidden_size=10**7), "model.safetensors: does not fit config.json"),
+    (lambda c: c["network"].update(n_codebooks=10**9), "model.safetensors: does not fit config.json"),
+    (lambda c: c["network"].update(downsampling_ratios="no"), "field 'network' makes no DacModel|does not fit"),
+])
+def test_settings_that_make_no_codec_are_named(folders, edit, message, tmp_path):
+    adapter(folders, "dac").save(tmp_path / "codec")
+    path = tmp_path / "codec" / "config.json"
+    values = json.loads(path.read_text())
+    edit(values)
+    path.write_text(json.dumps(values))
+    with pytest.raises(InputError, match=message) as error:
+        load_tokenizer(tmp_path / "codec")
+    assert "\n" not in str(error.value) and len(str(error.value).replace(str(tmp_path), "")) <= 300
+
+
 @pytest.mark.parametrize("name", PICTURES)
 def test_the_quantizer_of_a_whole_model_is_read_alone(folders, name, tmp_path):
     from safetensors.torch import save_file

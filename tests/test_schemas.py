@@ -158,6 +158,19 @@ def test_no_value_of_a_config_builds_more_than_its_file(fresh, name, monkeypatch
     assert largest < 2**22
 
 
+@pytest.mark.parametrize("name, field, value", [
+    ("config.json", "hidden", 2**20), ("config.json", "depth", 2**12),
+])
+def test_a_network_larger_than_its_file_is_not_begun(fresh, name, field, value):
+    folder = fresh("model")
+    values = json.loads((folder / name).read_text())
+    (values["decoder"] if "decoder" in values else values)[field] = value
+    (folder / name).write_text(json.dumps(values))
+    with pytest.raises(InputError, match=r"model.safetensors: does not fit config.json: found \d+ tensors of \d+ numbers, "
+                                         "expected more"):
+        mmtx.load(folder, device="cpu")
+
+
 # -- Weights -------------------------------------------------------------------------------------------------
 
 

@@ -25,6 +25,7 @@ from mmtx.files import CONFIG, read_json, write_json
 from mmtx.modality.base import Tokenizer, read_config
 from mmtx.modality.image import ImageConfig, ImageTokenizer
 from mmtx.schema import build as check_settings
+from mmtx.schema import shown
 from mmtx.weights import load_module
 
 AUDIO = {"encodec": "EncodecModel", "dac": "DacModel", "mimi": "MimiModel"}
@@ -82,21 +83,21 @@ class Pretrained(Tokenizer, nn.Module):
         """The codec in a folder that transformers wrote: alone, or as the part `vq_config` of a larger model."""
         transformers = require_transformers()
         values = read_json(folder / "config.json")
-        values = values.get("vq_config", values)
-        name = cls.models.get(values.get("model_type"))
-        if name is None:
-            raise InputError(f"{folder / 'config.json'}: field 'model_type' is {values.get('model_type')!r}, "
-                             f"expected one of {', '.join(cls.models)}")
+        values = values.get("vq_config", values) if isinstance(values, dict) else None
+        kind = values.get("model_type") if isinstance(values, dict) else None
+        if not isinstance(kind, str) or kind not in cls.models:
+            raise InputError(f"{folder / CONFIG}: field 'model_type' is {shown(kind)}, expected one of {', '.join(cls.models)}")
+        name = cls.models[kind]
         try:
             if (folder / "model.safetensors.index.json").exists() or "vq_config" in read_json(folder / "config.json"):
                 network = build(transformers, name, values)
                 network.load_state_dict(part(folder, "vqmodel."))
                 return network
-            return getattr(transformers, name).from_pretrained(folder, local_files_only=True)
+            return getattr(transformers, name).from_pretrained(folder, local_files_only=True, use_safetensors=True)
         except InputError:
             raise
         except Exception as error:
-            raise InputError(f"{folder}: not a whole {name} ({str(error).splitlines()[0]})") from None
+            raise InputError(f"{folder}: not a whole {name} ({' '.join(str(error).split())[:150]})") from None
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Pretrained":
@@ -104,7 +105,7 @@ class Pretrained(Tokenizer, nn.Module):
         settings, where = read_config(folder, f"pretrained {cls.kind}"), folder / CONFIG
         check_settings(cls.Settings, {name: value for name, value in settings.items() if name not in ("kind", "network")}, where)
         values = settings.get("network")
-        if not isinstance(values, dict) or values.get("model_type") not in cls.models:
+        if not isinstance(values, dict) or not isinstance(values.get("model_type"), str) or values["model_type"] not in cls.models:
             raise InputError(f"{where}: field 'network' names no codec of {', '.join(cls.models)}")
 
         def make() -> nn.Module:
