@@ -327,8 +327,9 @@ def test_a_picture_that_was_closed_is_told_as_that(tiny_model, pixels, form):
     if form:
         picture = PILImage.open(file)
     picture.close()
+    told = "closed" if form == "WEBP" else "closed before its pixels were read"
     for given in (picture, mmtx.Image(picture)):
-        with pytest.raises(mmtx.InputError, match="closed"):
+        with pytest.raises(mmtx.InputError, match=told):
             tiny_model.caption(given)
 
 
