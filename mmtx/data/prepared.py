@@ -82,6 +82,9 @@ class Facts:
 
     format: int
     vocabulary: Any
+    rows: int
+    skipped: int
+    errors: tuple[str, ...]  # of the first rows that were skipped
     samples: int
     documents: int
     tokens: int
@@ -98,7 +101,7 @@ class Facts:
         if not isinstance(values, dict) or type(values.get("format")) is not int or values["format"] != FORMAT:
             raise InputError(f"{where}: expected a prepared folder of format {FORMAT}")
         facts = build(cls, {field.name: values[field.name] for field in fields(cls) if field.name in values}, where)
-        for name in ("samples", "documents", "tokens", "shards"):
+        for name in ("rows", "skipped", "samples", "documents", "tokens", "shards"):
             within(f"{where}: {name}", getattr(facts, name), 0, 2**48)
         return replace(facts, vocabulary=Vocabulary.of(facts.vocabulary, f"{where}: field 'vocabulary'"))
 
@@ -156,8 +159,8 @@ class Prepared:
             chosen = np.flatnonzero(np.isin(numbers, wanted, assume_unique=True))
             numbers = np.searchsorted(wanted, numbers[chosen])
         # The count goes on from that of `mmtx prepare`, so that a folder is taken where its media would be.
-        skipped, room = SkipCounter(max_bad, facts["rows"]), context + 1
-        skipped.count, skipped.first = facts["skipped"], facts["errors"][:3]
+        skipped, room = SkipCounter(max_bad, facts.rows), context + 1
+        skipped.count, skipped.first = facts.skipped, list(facts.errors[:3])
         total, fits = len(lengths[chosen]), lengths[chosen] <= room
         self.rows: np.ndarray | None = None if isinstance(chosen, slice) else chosen  # documents of the folder; None: all
         if not fits.all():
@@ -165,7 +168,7 @@ class Prepared:
             for row in rows[~fits][:3].tolist():
                 skipped.skip(InputError(f"{self._name(row)}: found {lengths[row]} tokens, "
                                         f"expected at most context + 1 = {room}"))
-            skipped.count = facts["skipped"] + int(np.count_nonzero(~fits))
+            skipped.count = facts.skipped + int(np.count_nonzero(~fits))
             self.rows, numbers = rows[fits], numbers[fits]
         self.lengths = lengths if self.rows is None else lengths[self.rows]  # (documents,) tokens of each
         self.numbers, self.samples = numbers, min(source.limit or facts.samples, facts.samples)
