@@ -27,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except InputError as error:
         print(f"mmtx: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("mmtx: interrupted", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:
         # The reader (head, less) has gone: what Python still holds for it must not become an error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -81,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
                                   "name the folder in place of the media; every view of a sample is then the same, so "
                                   "the augmentation of a prepared medium must be null.")
     prepare.add_argument("sources", nargs="*", help="manifests, folders, shards or Hugging Face datasets")
-    prepare.add_argument("--output", required=True, type=Path, help="a new folder, or one of a run that did not end")
+    prepare.add_argument("--output", required=True, help="a new folder, or one of a run that did not end")
     prepare.add_argument("--config", help="take sources, tokenizers and --features from this training configuration; each "
                                           "source gets a folder of its own in --output")
     prepare.add_argument("--tokenizers", nargs="+", metavar="FOLDER", help="default: those that come with mmtx",
@@ -241,6 +244,7 @@ def _prepare(options: argparse.Namespace) -> None:
     import yaml
 
     from mmtx.data.collection import DataSource, read_config
+    from mmtx.data.output import check_output
     from mmtx.data.prepare import prepare
     from mmtx.modality.base import load_tokenizer
     from mmtx.files import find_shipped
@@ -256,7 +260,7 @@ def _prepare(options: argparse.Namespace) -> None:
         sources, folders, features = config.train, config.tokenizers, config.continuous
         # The same samples are prepared once, however often they are used.
         distinct = {repr((source.paths, source.select)): source for source in sources}
-        outputs = [options.output / str(list(distinct).index(repr((s.paths, s.select)))) for s in sources]
+        outputs = [check_output(options.output) / str(list(distinct).index(repr((s.paths, s.select)))) for s in sources]
     loaded = {tokenizer.kind: tokenizer for tokenizer in (load_tokenizer(find_shipped(folder)) for folder in folders)}
     tokenizers = {kind: loaded[kind] for kind in KINDS if kind in loaded}
     done = set()
