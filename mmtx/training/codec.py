@@ -3,12 +3,14 @@
 Shapes: B batch, C channels, H height, W width, S samples, F frames, M mels, K codes in the codebook.
 """
 
+import hashlib
 import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning import LightningDataModule, LightningModule
@@ -19,6 +21,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from mmtx.data.augment import AudioAugmentation, ImageAugmentation
 from mmtx.data.collection import DataSource, progress, read_sources
+from mmtx.data.corpus import Content
 from mmtx.data.sample import Media, Sample
 from mmtx.data.sources import SkipCounter
 from mmtx.data.tokens import load_media, seed_of
@@ -105,27 +108,31 @@ class CodecData(LightningDataModule):
         self.tokenizer: Codec = self.trainer.lightning_module.tokenizer
         samples, repeats = read_sources(self.train_sources, self.max_bad)
         held_out, _ = read_sources(self.validation_sources, self.max_bad)
-        self.validation_media, _, _ = self._load(held_out, [1] * len(held_out), "read validation")
-        self.train_media, self.weights, self.names = self._load(samples, repeats, "read train")
+        self.contents: dict[str, list[Content]] = {}
+        self.validation_media, _, _ = self._load(held_out, [1] * len(held_out), "validation")
+        self.train_media, self.weights, self.names = self._load(samples, repeats, "train")
 
     def _load(self, samples: list[Sample], repeats, name: str) -> tuple[list[Tensor], Tensor, list[str]]:
-        skipped, media, weights, names = SkipCounter(self.max_bad), [], [], []
-        for sample, repeat in progress(name)(list(zip(samples, repeats, strict=True))):
+        skipped, media, weights, names, digests = SkipCounter(self.max_bad), [], [], [], []
+        for sample, repeat in progress(f"read {name}")(list(zip(samples, repeats, strict=True))):
             for part in (part for turn in sample.turns for part in turn.parts if isinstance(part, Media)):
                 if part.kind != self.tokenizer.kind:
                     continue
+                digest = hashlib.blake2b(digest_size=8)
                 try:
-                    tensor = load_media(part, {part.kind: self.tokenizer})
+                    tensor = load_media(part, {part.kind: self.tokenizer}, digest)
                 except InputError as error:
                     skipped.skip(error)
                     continue
                 media.append(tensor)
                 names.append(part.name)
+                digests.append(digest.digest())
                 # Long sounds have more to show than short ones.
                 weights.append(float(repeat) * (tensor.shape[-1] if part.kind == "audio" else 1))
         skipped.check(len(samples))
         if not media:
-            raise InputError(f"{name}: no {self.tokenizer.kind} among {len(samples)} samples")
+            raise InputError(f"read {name}: no {self.tokenizer.kind} among {len(samples)} samples")
+        self.contents[f"data.{name}"] = [Content(np.frombuffer(b"".join(digests), "<i8"), names.__getitem__)]
         return media, torch.tensor(weights, dtype=torch.float64), names
 
     def sample_names(self, batch: CodecBatch) -> list[str]:
