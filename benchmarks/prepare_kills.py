@@ -36,8 +36,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         root, begin = Path(name), time.monotonic()
         process = test.start(folders, root / "one", *sources, "--rows", "32", "--workers", "1")
-        process.join()
-        assert process.exitcode == 0, (root / "one.log").read_text()
+        assert process.wait() == 0, (root / "one.log").read_text()
         seconds, expected = time.monotonic() - begin, test.content(root / "one")
         facts = json.loads(expected["prepared.json"])
         rate = facts["rows"] / seconds

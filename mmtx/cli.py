@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
                                   "name the folder in place of the media; every view of a sample is then the same, so "
                                   "the augmentation of a prepared medium must be null.")
     prepare.add_argument("sources", nargs="*", help="manifests, folders, shards or Hugging Face datasets")
-    prepare.add_argument("--output", required=True, type=Path, help="a new folder, or one of a run that did not end")
+    prepare.add_argument("--output", required=True, help="a new folder, or one of a run that did not end")
     prepare.add_argument("--config", help="take sources, tokenizers and --features from this training configuration; each "
                                           "source gets a folder of its own in --output")
     prepare.add_argument("--tokenizers", nargs="+", metavar="FOLDER", help="default: those that come with mmtx")
@@ -319,6 +319,7 @@ def _prepare(options: argparse.Namespace) -> None:
     import yaml
 
     from mmtx.data.collection import DataSource, read_config
+    from mmtx.data.output import check_output
     from mmtx.data.prepare import prepare
     from mmtx.data.sources import MAX_BAD
     from mmtx.modality.base import load_tokenizer
@@ -337,7 +338,7 @@ def _prepare(options: argparse.Namespace) -> None:
         sources, folders, features, max_bad = config.train, config.tokenizers, config.continuous, config.max_bad
         # The same samples are prepared once, however often they are used.
         read = [repr((source.paths, source.select, source.fields, source.follow_links)) for source in sources]
-        outputs = [options.output / str(list(dict.fromkeys(read)).index(what)) for what in read]
+        outputs = [check_output(options.output) / str(list(dict.fromkeys(read)).index(what)) for what in read]
         if options.trusted:
             sources = [replace(source, trusted=True) for source in sources]
     loaded = {tokenizer.kind: tokenizer for tokenizer in (load_tokenizer(find_shipped(folder)) for folder in folders)}

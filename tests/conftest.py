@@ -16,6 +16,15 @@ from mmtx.vocabulary import Vocabulary
 # Two cores are shared: more threads than one can be fifty times slower while another process runs.
 torch.set_num_threads(1)
 
+SLOW = 1800  # seconds for a slow test; the others' limit is in pyproject.toml
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW))
+
+
 NETWORK = NetworkConfig(width=32, heads=2, encoder_depth=1, decoder_depth=1, levels=(4, 3, 3))
 
 

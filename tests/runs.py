@@ -1,7 +1,4 @@
-"""Tiny training runs in processes of their own, to kill, resume and compare; for tests and benchmarks/.
-
-Processes are forked, so that a run costs seconds and not the import of everything.
-"""
+"""Tiny training runs in processes of their own, to kill, resume and compare; for tests and benchmarks/."""
 
 import multiprocessing
 import os
@@ -15,12 +12,12 @@ from typing import NamedTuple
 import torch
 import yaml
 
+from fresh import context
 from mmtx.cli import main
 from mmtx.modality.audio import AudioConfig, AudioTokenizer
 from mmtx.modality.autoencoder import NetworkConfig
 from mmtx.modality.image import ImageConfig, ImageTokenizer
 from mmtx.modality.text import TextTokenizer
-from mmtx.training import run as _  # noqa: F401  imported once, before forking
 
 STARTER = Path(__file__).parents[1] / "demos" / "data" / "starter"
 FEW = [{"paths": [str(STARTER / "images-train-004.tar.gz")], "limit": 6},
@@ -57,21 +54,22 @@ def two_ranks(config: dict) -> dict:
     return {**config, "trainer": trainer}
 
 
-def start(config: dict, output: Path, *more: str, ranks: int = 1) -> list[multiprocessing.Process]:
-    """Run `mmtx fit` in one forked process a rank; what they print goes to OUTPUT.log."""
+def start(config: dict, output: Path, *more: str, ranks: int = 1, log: Path | None = None) -> list[multiprocessing.Process]:
+    """Run `mmtx fit` in one process a rank; what they print goes to OUTPUT.log or `log`."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    path = output.with_suffix(".yaml")
+    log = log or output.with_suffix(".log")
+    path = log.with_suffix(".yaml")
     path.write_text(yaml.safe_dump({"output": str(output), **config}))
     environment = {}
     if ranks > 1:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    context, processes = multiprocessing.get_context("fork"), []
+    processes = []
     for rank in range(ranks):
         local = {"LOCAL_RANK": str(rank)} if ranks > 1 else {}
         processes.append(context.Process(target=_fit, args=(
-            ["fit", "--config", str(path), *more], {**environment, **local}, output.with_suffix(".log"))))
+            ["fit", "--config", str(path), *more], {**environment, **local}, log)))
         processes[-1].start()
     return processes
 

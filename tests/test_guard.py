@@ -1,7 +1,6 @@
 """Steps whose numbers are not finite are left out and counted, and the logs foretell a divergence."""
 
 import csv
-import multiprocessing
 import os
 import socket
 
@@ -10,6 +9,7 @@ import torch
 from lightning import Trainer
 
 import runs
+from fresh import context
 from mmtx.data.collection import DataSource
 from mmtx.data.packing import Batch
 from mmtx.errors import InputError
@@ -183,7 +183,6 @@ def test_all_ranks_leave_out_the_step_that_one_of_them_cannot_take(data, tmp_pat
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
     here, there = zip(*(context.Pipe() for _ in range(2)))
     for rank in range(2):
         context.Process(target=one_of_two, args=(rank, port, data, tmp_path, there[rank])).start()

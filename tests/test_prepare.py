@@ -1,14 +1,15 @@
 """Prepared shards: batches like those of the media, the same bytes after kills and from any number of processes."""
 
+import contextlib
 import functools
 import http.server
 import json
-import multiprocessing
 import os
 import random
 import re
 import shutil
-import signal
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -171,18 +172,12 @@ def test_a_vocabulary_beyond_16_bits(media, tokenizers, tmp_path):
 # -- Kills and processes -------------------------------------------------------------------------------------
 
 
-def start(folders: list[str], output: Path, *more: str) -> multiprocessing.Process:
-    def run() -> None:
-        os.setpgid(0, 0)
-        with open(f"{output}.log", "a") as log:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
-        main(["prepare", *more, "--tokenizers", *folders, "--output", str(output), "--features", "--max-bad",
-              "0.1"])
-
-    process = multiprocessing.get_context("fork").Process(target=run)
-    process.start()
-    return process
+def start(folders: list[str], output: Path, *more: str) -> subprocess.Popen:
+    """The command in a session of its own; what it prints goes to OUTPUT.log."""
+    arguments = [*more, "--tokenizers", *folders, "--output", str(output), "--features", "--max-bad", "0.1"]
+    with open(f"{output}.log", "a") as log:
+        return subprocess.Popen([sys.executable, "-m", "mmtx", "prepare", *arguments], stdout=log, stderr=log,
+                                stdin=subprocess.DEVNULL, start_new_session=True)
 
 
 def ended(group: int) -> bool:
@@ -211,14 +206,15 @@ def killed_and_finished(folders: list[str], root: Path, sources: list[str], shar
         while True:
             least = chance.randint(finished(), shards) if len(partial) < kills else shards
             process = start(folders, outputs[-1], *sources, *more)
-            while process.is_alive() and finished() < least:
+            while process.poll() is None and finished() < least:
                 time.sleep(0.0005)
-            process.join(chance.uniform(0, 0.005) if least < shards else None)
-            if not process.is_alive():
-                assert process.exitcode == 0, outputs[-1].with_suffix(".log").read_text()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(chance.uniform(0, 0.005) if least < shards else 60)
+            if process.poll() is not None:
+                assert process.returncode == 0, outputs[-1].with_suffix(".log").read_text()
                 break
-            os.kill(process.pid, signal.SIGKILL)
-            process.join()
+            process.kill()
+            process.wait()
             assert ended(process.pid)  # no worker outlives it
             partial.append(finished())
     return outputs, partial
@@ -228,8 +224,7 @@ def killed_and_finished(folders: list[str], root: Path, sources: list[str], shar
 def test_kills_lose_and_double_nothing(media, folders, tmp_path):
     sources = [str(media / name) for name in ("pictures", "notes.tar", "rows.jsonl")]
     process = start(folders, tmp_path / "one", *sources, "--rows", "1", "--workers", "1")
-    process.join()
-    assert process.exitcode == 0, (tmp_path / "one.log").read_text()
+    assert process.wait(120) == 0, (tmp_path / "one.log").read_text()
     expected = content(tmp_path / "one")
     assert len(expected) == 3 + 38 and not any(name.endswith(".part") for name in expected)
     outputs, partial = killed_and_finished(folders, tmp_path, sources, 38, 10, random.Random(0), "--rows", "1",
@@ -383,7 +378,7 @@ def test_outputs_that_cannot_be_written(media, tokenizers, tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
-    for name, told in (("file", "file: cannot be written"), ("full", "full: holds other files")):
+    for name, told in (("file", "file cannot be written \\(File exists"), ("full", "full: holds other files")):
         with pytest.raises(InputError, match=told):
             prepare(DataSource([str(media / "notes.tar")]), tokenizers, tmp_path / name)
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
@@ -516,10 +511,7 @@ def test_training_from_shards_is_training_from_media(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     assert runs.fit(config, tmp_path / "media") == [0], (tmp_path / "media.log").read_text()
-    process = multiprocessing.get_context("fork").Process(target=main, args=(
-        ["prepare", "--config", str(path), "--output", str(tmp_path / "shards"), "--rows", "300"],))
-    process.start()
-    process.join()
+    main(["prepare", "--config", str(path), "--output", str(tmp_path / "shards"), "--rows", "300"])
     data["train"] = [{**source, "paths": [str(tmp_path / "shards" / str(n))]} for n, source in enumerate(data["train"])]
     assert runs.fit(config, tmp_path / "prepared") == [0], (tmp_path / "prepared.log").read_text()
     assert runs.results(tmp_path / "prepared") == runs.results(tmp_path / "media")

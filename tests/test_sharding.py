@@ -2,7 +2,6 @@
 
 import copy
 import csv
-import multiprocessing
 import os
 import random
 import socket
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 
 import runs
+from fresh import context
 from mmtx.cli import main
 from mmtx.model import CodeRange, Decoder, DecoderConfig
 from mmtx.training.checkpoint import damage
@@ -77,7 +77,6 @@ def test_two_processes_share_a_decoder_out_and_train_it_as_one(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
     processes = [context.Process(target=one_of_two, args=(rank, port, str(tmp_path))) for rank in range(2)]
     for process in processes:
         process.start()

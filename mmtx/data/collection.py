@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, get_args
 import yaml
 from tqdm import tqdm
 
+from mmtx.data.config import LOADER, read_text
 from mmtx.data.forms import READ
 from mmtx.data.sample import Sample
 from mmtx.data.sources import MAX_BAD, SkipCounter, read_rows
@@ -70,14 +71,12 @@ class TrainingData(NamedTuple):
 def read_config(path: str | Path) -> TrainingData:
     """Read the configuration of a decoder. Raises InputError when it is another."""
     try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        config = yaml.load(read_text(path), LOADER)
         data, model = (config[name]["init_args"] for name in ("data", "model"))
         folders = [folder for folder in data["tokenizers"].values() if folder is not None]
         train, held_out = ([DataSource(**source) for source in data[name]] for name in ("train", "validation"))
         return TrainingData(train, held_out, folders, bool(model.get("continuous")), float(data.get("max_bad", MAX_BAD)))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not the configuration of a decoder ({type(error).__name__}: {scrub(str(error))})") from None
 
 

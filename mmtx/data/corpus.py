@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,13 @@ from mmtx.errors import InputError
 from mmtx.modality.base import Tokenizer
 from mmtx.sequence import Rendered
 from mmtx.vocabulary import Vocabulary
+
+
+class Content(NamedTuple):
+    """What a source of samples holds: equal digests are equal samples, wherever they lie and whenever they were written."""
+
+    digests: np.ndarray             # (samples,) int64; (1,) for all of a prepared folder
+    where: Callable[[int], str]     # what a digest is of: file and row, or the folder
 
 
 class Corpus:
@@ -42,6 +50,11 @@ class Corpus:
         """File and row of a document."""
         part = self._part(number)
         return self.parts[part].where(number - int(self.starts[part]))
+
+    def contents(self) -> list[Content]:
+        """What the parts hold, to be compared with what they held."""
+        return [Content(part.digests, (lambda _, path=part.path: path) if isinstance(part, Prepared) else part.where)
+                for part in self.parts]
 
     def render(self, chosen: Sequence[tuple[int, int]]) -> list[Rendered]:
         """Documents of (document, view) pairs; those of a part together, since they share passes of an encoder."""

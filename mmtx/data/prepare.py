@@ -6,13 +6,12 @@ of processes, and wherever a run was killed and started again, the folder ends u
 
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+import pickle
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,14 @@ import torch
 from tqdm import tqdm
 
 from mmtx.data.collection import DataSource, to_stderr
+from mmtx.data.output import LOCK, alone, check_output
 from mmtx.data.prepared import DONE, FORMAT, INDEX, shard_name, tensors
 from mmtx.data.prepared import digest as _digest
 from mmtx.data.sample import Media, Sample
 from mmtx.data.sources import MAX_BAD, PLAN, SkipCounter, is_selected, scan
 from mmtx.data.storage import recorded
 from mmtx.data.tokens import ENCODE_AT_ONCE, Augmentation, encode_samples, load_sample
+from mmtx.data.workers import Ended, Workers
 from mmtx.errors import InputError
 from mmtx.files import read_json, write_json, write_whole
 from mmtx.modality.base import Tokenizer
@@ -36,7 +37,8 @@ from mmtx.vocabulary import Vocabulary
 
 ROWS = 2048  # of a shard: 34 MB with the features of as many pictures of 64 codes, 0.6 MB without
 AHEAD = 2    # shards a process that are read before they are needed
-PART = ".part"
+UNFINISHED = re.compile(r"(plan\.json|shard-\d+\.safetensors|index\.safetensors|prepared\.json)\.\d+\.part|\.probe-\d+")
+MOST_WORKERS = 1024
 
 
 def prepare(
@@ -68,15 +70,31 @@ def prepare(
     for name, value in (("rows", rows), ("workers", workers)):
         if value < 1:
             raise InputError(f"{name}: found {value}, expected 1 or more")
-    folder, vocabulary = Path(output), Vocabulary.build(tokenizers)
+    if workers > MOST_WORKERS:
+        raise InputError(f"workers: found {workers}, expected {MOST_WORKERS} or less")
+    skipped, vocabulary = SkipCounter(max_bad), Vocabulary.build(tokenizers)
     reading = {name: value for name in ("fields", "follow_links") if (value := getattr(source, name))}
-    plan = {"format": FORMAT, "sources": [recorded(path) for path in source.paths], "select": source.select, "shard_rows": rows,
-            "features": features, "vocabulary": json.loads(vocabulary.to_json()), **reading}
-    skipped = SkipCounter(max_bad)
-    _begin(folder, plan)
+    plan = {"format": FORMAT, "sources": [shown(recorded(path)) for path in source.paths], "select": source.select,
+            "shard_rows": rows, "features": features, "vocabulary": json.loads(vocabulary.to_json()), **reading}
+    folder = check_output(os.fspath(output))
+    with alone(folder, "output"):
+        _begin(folder, plan)
+        try:
+            shards, samples = _shards(source, (folder, dict(tokenizers), vocabulary, features), rows, workers, skipped)
+            return _finish(folder, plan, shards, samples, skipped)
+        finally:
+            for path in folder.iterdir():
+                if UNFINISHED.fullmatch(path.name):  # of processes that were killed, now or before
+                    path.unlink(missing_ok=True)
+
+
+def _shards(source: DataSource, setting: tuple, rows: int, workers: int,
+            skipped: SkipCounter) -> tuple[list[dict], int]:
+    """Write the shards -> facts about each, and the number of samples; rows are counted in `skipped`."""
+    folder, number, samples = setting[0], 0, 0
     shards: dict[int, dict] = {}
     running: set[Future] = set()
-    pool = ProcessPoolExecutor(workers, initializer=_start, initargs=(folder, dict(tokenizers), vocabulary, features))
+    pool = Workers(workers, _make, setting)
     try:
         with tqdm(desc="prepare", unit=" rows", unit_scale=True) as bar:
             def collect(busy: int) -> None:
@@ -88,24 +106,45 @@ def prepare(
                         bar.set_postfix(shards=len(shards), skipped=sum(fact["skipped"] for fact in shards.values()))
                         bar.update(facts["rows"])
 
-            number = samples = 0
             for number, block in enumerate(_blocks(source, rows, skipped), 1):
-                running.add(pool.submit(_make, number - 1, samples, block))
+                running.add(pool.submit(_packed(number - 1, samples, block)))
                 samples += sum(isinstance(row, Sample) for row in block)
                 collect(AHEAD * workers)
             collect(0)
-    except BrokenProcessPool:
+    except Ended:
         raise InputError(f"{folder}: a process of --workers {workers} ended (out of memory?); the same command goes on") from None
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.end()
     if (folder / shard_name(number)).exists():
         raise InputError(f"{folder / shard_name(number)}: the sources have no rows for it, they changed since it was "
                          "written; expected the same sources, or another --output")
-    return _finish(folder, plan, [shards[i] for i in range(number)], samples, skipped)
+    return [shards[i] for i in range(number)], samples
+
+
+def _packed(number: int, first: int, rows: list[Sample | InputError]) -> bytes:
+    """What `_make` is given. Metadata that are nested too deep to travel stay behind; no shard holds them."""
+    try:
+        return pickle.dumps((number, first, rows))
+    except RecursionError:
+        return pickle.dumps((number, first, [_flat(row, pickle.dumps) for row in rows]))
+
+
+def _flat(row: Sample | InputError, use: Callable[[Any], Any]) -> Sample | InputError:
+    """The row, without its metadata if they are nested too deep for `use`."""
+    try:
+        use(row)
+        return row
+    except RecursionError:
+        return replace(row, metadata={})
+
+
+def shown(text: str) -> str:
+    """Text as JSON can hold it: names of files need not be UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _begin(folder: Path, plan: dict) -> None:
-    """Make the folder with its plan, or compare its plan with this one."""
+    """Put the plan into the folder, or compare the plan there with this one."""
     if (folder / PLAN).is_file() and any(folder.glob("shard-*.safetensors")):
         begun = read_json(folder / PLAN)
         for name in plan:
@@ -116,12 +155,8 @@ def _begin(folder: Path, plan: dict) -> None:
                 raise InputError(f"{folder}: was begun with {name} {expected}, found {found}; expected the same, or "
                                  "another --output")
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(path.name != PLAN and not path.name.endswith(PART) for path in folder.iterdir()):
-            raise InputError(f"{folder}: holds other files, expected a new folder or one that `mmtx prepare` began")
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
+    if any(path.name not in (PLAN, LOCK) and not UNFINISHED.fullmatch(path.name) for path in folder.iterdir()):
+        raise InputError(f"{folder}: holds other files, expected a new folder or one that `mmtx prepare` began")
     write(folder / PLAN, write_json(plan))
 
 
@@ -180,31 +215,16 @@ def _finish(folder: Path, plan: dict, shards: Sequence[dict], samples: int,
     }
     write(folder / INDEX, safetensors.numpy.save(index))
     write(folder / DONE, write_json(facts))
-    for part in folder.glob(f"*{PART}"):  # of processes that were killed
-        part.unlink(missing_ok=True)
     return facts
 
 
 # -- In the processes ----------------------------------------------------------------------------------------
 
 
-def _start(*arguments: Any) -> None:
-    """Make a process ready: it ends with the one that started it, whatever ends that."""
-    global _setting
-    _setting = arguments
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
-
-
-def _end_with(parent: Any) -> None:
-    parent.join()
-    os._exit(1)
-
-
-def _make(number: int, first: int, rows: list[Sample | InputError]) -> tuple[int, dict]:
+def _make(setting: tuple, number: int, first: int, rows: list[Sample | InputError]) -> tuple[int, dict]:
     """Write a shard, unless it is there already -> its number and its facts."""
-    folder, tokenizers, vocabulary, features = _setting
+    torch.set_num_threads(1)
+    folder, tokenizers, vocabulary, features = setting
     path, stamp = folder / shard_name(number), stamp_of(rows)
     if (facts := _facts(path)) is not None:
         if facts["stamp"] != stamp:
@@ -261,7 +281,7 @@ def make_shard(rows: Sequence[Sample | InputError], first: int, tokenizers: Mapp
                 made[f"features.{kind}"] = torch.cat([value.flatten(0, 1) for value in values]).numpy()
                 made[f"ends.{kind}"] = _ends(sum(part.codes.size for part in some) for some in parts)
     facts = {
-        "rows": len(rows), "skipped": skipped.count, "errors": skipped.first, "media": counts,
+        "rows": len(rows), "skipped": skipped.count, "errors": list(map(shown, skipped.first)), "media": counts,
         "exchanges": all([turn.role for turn in document.turns] == ["user", "assistant"] for document in documents),
     }
     return made, facts
@@ -278,7 +298,7 @@ def stamp_of(rows: Iterable[Sample | InputError]) -> str:
     """A digest of all that rows say, and of what can be told of their media without reading them."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(repr(row).encode("utf-8", "backslashreplace"))
+        digest.update(repr(_flat(row, repr)).encode("utf-8", "backslashreplace"))
         for turn in getattr(row, "turns", ()):
             for part in turn.parts:
                 if isinstance(part, Media):

@@ -173,6 +173,7 @@ class Prepared:
         self.lengths = lengths if self.rows is None else lengths[self.rows]  # (documents,) tokens of each
         self.numbers, self.samples = numbers, min(source.limit or facts.samples, facts.samples)
         self.first = first
+        self.digests = np.frombuffer(hashlib.sha256(facts.sha256.encode()).digest()[:8], "<i8")  # one for all shards
         skipped.check()
         if not len(self.lengths):
             raise InputError(f"{self.path}: no sample can be used: {skipped.summary()}")

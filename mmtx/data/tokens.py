@@ -3,9 +3,10 @@
 Shapes: T tokens of a document, h rows and w columns of codes (time steps and bands of a sound).
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +23,12 @@ from mmtx.vocabulary import Vocabulary
 
 ENCODE_AT_ONCE = 256  # samples whose media are in memory together
 UNTOUCHED = 0.125     # share of views that augmentation leaves alone, for that is how media come in use
+
+
+class Digest(Protocol):
+    """As of hashlib."""
+
+    def update(self, data: bytes) -> None: ...
 
 
 class Augmentation(NamedTuple):
@@ -60,21 +67,24 @@ class Documents:
         self.tokenizers, self.vocabulary, self.augmentation, self.seed = tokenizers, vocabulary, augmentation, seed
         self.samples: list[Sample] = []  # those that can be used
         self.numbers: list[int] = []     # which of the given samples they are, from `first`
-        lengths = []
+        lengths, digests = [], []
         for number, sample in enumerate(progress(samples), first):
+            digest = hashlib.blake2b(b"%d" % number, digest_size=8)  # the number decides about augmentation
             try:
-                rendered = self._measure(sample, context)
+                rendered = self._measure(sample, context, digest)
             except InputError as error:
                 counters[number - first].skip(error)
                 continue
             self.samples.append(sample)
             self.numbers.append(number)
             lengths.append(len(rendered.ids))
+            digests.append(digest.digest())
         for skipped in dict.fromkeys(counters):
             skipped.check()
         if not self.samples:
             raise InputError(f"no sample can be used: {counters[0].summary()}")
         self.lengths = np.array(lengths)  # (samples,) tokens of each document
+        self.digests = np.frombuffer(b"".join(digests), "<i8")  # (samples,) of all that each says and shows
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -91,9 +101,12 @@ class Documents:
         documents = encode_samples(samples, media, self.tokenizers, self.augmentation, seeds)
         return [render(document, self.vocabulary) for document in documents]
 
-    def _measure(self, sample: Sample, context: int) -> Rendered:
-        """The document with all codes 0."""
-        media = load_sample(sample, self.tokenizers)
+    def _measure(self, sample: Sample, context: int, digest: Digest) -> Rendered:
+        """The document with all codes 0; what it is made of is added to `digest`."""
+        for turn in sample.turns:
+            texts = [part.text if isinstance(part, Text) else None for part in turn.parts]
+            digest.update(f"{turn.role} {texts}".encode("utf-8", "backslashreplace"))
+        media = load_sample(sample, self.tokenizers, digest)
         kinds = [part.kind for turn in sample.turns for part in turn.parts if isinstance(part, Media)]
         blank = {kind: iter([Encoding(np.zeros(self.tokenizers[kind].grid(tensor), int), None)
                              for k, tensor in zip(kinds, media, strict=True) if k == kind]) for kind in set(kinds)}
@@ -111,19 +124,23 @@ def seed_of(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def load_media(media: Media, tokenizers: Mapping[str, Tokenizer]) -> torch.Tensor:
-    """Read a picture or a sound in the form that its tokenizer takes."""
+def load_media(media: Media, tokenizers: Mapping[str, Tokenizer], digest: Digest | None = None) -> torch.Tensor:
+    """Read a picture or a sound in the form that its tokenizer takes; its bytes are added to `digest`."""
     if media.kind not in tokenizers:
         raise InputError(f"{media.name}: found {media.kind}, but there is no {media.kind} tokenizer")
+    data = media.source.read()
+    if digest is not None:
+        digest.update(f"{len(data)} {media.start} {media.seconds} ".encode())
+        digest.update(data)
     if media.kind == "image":
-        return tokenizers["image"].fit(load_image(media.source.read(), media.name))
-    return load_sound(media, tokenizers["audio"].rate)
+        return tokenizers["image"].fit(load_image(data, media.name))
+    return load_sound(media, tokenizers["audio"].rate, data)
 
 
-def load_sound(media: Media, rate: int) -> torch.Tensor:
-    """Read a sound, or what its row cuts out of it."""
+def load_sound(media: Media, rate: int, data: bytes | None = None) -> torch.Tensor:
+    """Read a sound, or what its row cuts out of it; `data` are its bytes where they have been read."""
     cut = {} if media.start == 0 and media.seconds is None else {"start": media.start, "seconds": media.seconds}
-    return load_audio(media.source.read(), rate, media.name, **cut)
+    return load_audio(media.source.read() if data is None else data, rate, media.name, **cut)
 
 
 def to_documents(samples: Sequence[Sample], tokenizers: Mapping[str, Tokenizer],
@@ -159,9 +176,9 @@ def _drop(sample: Sample, seed: int) -> Sample:
     return replace(sample, turns=tuple(turns))
 
 
-def load_sample(sample: Sample, tokenizers: Mapping[str, Tokenizer]) -> list:
-    """Media of a sample in order: tensors; text stays with the sample."""
-    return [load_media(part, tokenizers) for turn in sample.turns for part in turn.parts if isinstance(part, Media)]
+def load_sample(sample: Sample, tokenizers: Mapping[str, Tokenizer], digest: Digest | None = None) -> list:
+    """Media of a sample in order: tensors; text stays with the sample. Their bytes are added to `digest`."""
+    return [load_media(part, tokenizers, digest) for turn in sample.turns for part in turn.parts if isinstance(part, Media)]
 
 
 def encode_samples(samples, loaded, tokenizers, augmentation: Augmentation, seeds) -> list[Document]:

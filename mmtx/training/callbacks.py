@@ -1,20 +1,30 @@
 """What a run leaves behind: its metrics, the finished model folder, and samples that one can look at."""
 
 import csv
+import io
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from jsonargparse import Namespace
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image, ImageDraw
+from safetensors import SafetensorError
 
+from mmtx.data.prepare import write
 from mmtx.data.sample import Text
+from mmtx.data.storage import redacted
 from mmtx.data.tokens import to_documents
+from mmtx.errors import InputError
 from mmtx.files import check_target
 from mmtx.generation import Sampling
 from mmtx.training.checkpoint import check_finite
@@ -35,27 +45,58 @@ class ProgressBar(TQDMProgressBar):
 
 
 class MetricsWriter(ExperimentWriter):
-    """The stock writer, which leaves the file of an earlier run alone until it is told what to keep of it."""
+    """The stock writer, which leaves the file of an earlier run alone until it is told what to keep of it.
+
+    Raises InputError where there is no room, and takes a row back that was written in part.
+    """
+
+    def __init__(self, folder: str):
+        with writing(folder):
+            super().__init__(folder)
 
     def _check_log_dir_exists(self) -> None:
         pass
 
+    def save(self) -> None:
+        path, metrics = Path(self.metrics_file_path), self.metrics
+        if not metrics:
+            return
+        self.metrics = []  # what there is no room for now, there will be none for when the run ends
+        with writing(path):
+            new, there = {key for row in metrics for key in row} - {*self.metrics_keys}, path.is_file()
+            self.metrics_keys = sorted({*self.metrics_keys, *new})
+            if new and there:
+                self._rewrite_with_new_header(self.metrics_keys)
+            size = path.stat().st_size if there else 0
+            try:
+                with open(path, "a", newline="") as file:
+                    writer = csv.DictWriter(file, fieldnames=self.metrics_keys)
+                    if not there:
+                        writer.writeheader()
+                    writer.writerows(metrics)
+            except OSError:
+                os.truncate(path, size)
+                raise
+
     def _rewrite_with_new_header(self, fieldnames: list[str], rows: int | None = None) -> None:
         with open(self.metrics_file_path, newline="") as file:
             metrics = list(csv.DictReader(file))[:rows]
-        part = f"{self.metrics_file_path}.part"
-        with open(part, "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=fieldnames)
-            writer.writeheader()
-            writer.writerows(metrics)
-        os.replace(part, self.metrics_file_path)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames=fieldnames)
+        writer.writeheader()
+        writer.writerows(metrics)
+        write(Path(self.metrics_file_path), text.getvalue().encode())
 
     def keep(self, rows: int) -> None:
+        with writing(self.metrics_file_path):
+            self._keep(rows)
+
+    def _keep(self, rows: int) -> None:
         if not rows:
             Path(self.metrics_file_path).unlink(missing_ok=True)
         elif Path(self.metrics_file_path).is_file():
             with open(self.metrics_file_path, newline="") as file:
-                self.metrics_keys = next(csv.reader(file))
+                self.metrics_keys = next(csv.reader(file), [])
             self._rewrite_with_new_header(self.metrics_keys, rows)
 
 
@@ -89,6 +130,44 @@ class Metrics(CSVLogger):
             super().log_metrics(metrics, step)
 
 
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """What the system refuses within is told as an InputError about `path`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes `folder/metrics/config.yaml`: all that decided about the run.
+
+    Passwords and signatures of URLs are left out: who runs it again gives them again.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, **options: Any):
+        super().__init__(parser, without_secrets(config), **options)
+
+    def save_config(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        path = Path(trainer.logger.log_dir) / self.config_filename
+        with writing(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, self.parser.dump(self.config, skip_none=False).encode())
+
+
+def without_secrets(value: Any) -> Any:
+    """A configuration whose URLs are as they may be seen."""
+    if isinstance(value, Namespace):
+        return Namespace(**{name: without_secrets(inside) for name, inside in vars(value).items()})
+    if isinstance(value, dict):
+        return {name: without_secrets(inside) for name, inside in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(without_secrets(inside) for inside in value)
+    return redacted(value) if isinstance(value, str) else value
+
+
 class SaveModel(Callback):
     """Writes `folder/model` when training ends; it appears whole or not at all."""
 
@@ -102,7 +181,7 @@ class SaveModel(Callback):
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.interrupted:
             return
-        with whole(module):
+        with whole(module), writing(self.folder):
             if trainer.is_global_zero:
                 check_finite(module.state_dict(), str(self.folder))
                 module.save(self.folder)
@@ -128,7 +207,8 @@ class ShowSamples(Callback):
         was_training = module.training
         module.eval()
         path = self.folder / f"step-{trainer.global_step:06d}"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         with torch.inference_mode():
             if isinstance(module, DecoderModule):
                 self._captions(trainer, module, path)
@@ -143,7 +223,7 @@ class ShowSamples(Callback):
         model, documents = module.model(), to_documents(samples, trainer.datamodule.tokenizers)
         captions = model.caption_documents(documents, Sampling(max_new_tokens=48))
         lines = [f"{caption!r:40} {sample.caption!r}" for caption, sample in zip(captions, samples, strict=True)]
-        path.with_suffix(".txt").write_text("\n".join([f"{'predicted':40} true", *lines]) + "\n", encoding="utf-8")
+        write(path.with_suffix(".txt"), ("\n".join([f"{'predicted':40} true", *lines]) + "\n").encode())
         tiles = []
         for document, caption, sample in zip(documents, captions, samples, strict=True):
             part = next((p for turn in document.turns for p in turn.parts if p.kind == "image"), None)
@@ -180,4 +260,6 @@ def contact_sheet(tiles: list[tuple[torch.Tensor, str]], path: Path, columns: in
         sheet.paste(Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((TILE, TILE)), (x, y))
         short = "\n".join(line[:17] for line in text.split("\n"))
         draw.multiline_text((x, y + TILE + 2), short, fill="black", font_size=10, spacing=1)
-    sheet.save(path)
+    encoded = io.BytesIO()
+    sheet.save(encoded, "png")
+    write(path, encoded.getvalue())

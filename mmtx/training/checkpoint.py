@@ -5,10 +5,14 @@ A file is what `torch.save` writes with MAGIC and the SHA-256 of all that behind
 
 import hashlib
 import os
+import re
 import shutil
+import stat
 import sys
-import zlib
-from collections.abc import Iterator, Mapping
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,8 +24,11 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from mmtx.data.corpus import Content
 from mmtx.errors import InputError
 from mmtx.training.loader import ResumableLoader
+from mmtx.training.schema import check_checkpoint, check_fits, shown
+from mmtx.training.sharding import Sharded
 from mmtx.training.signals import Termination
 
 MAGIC = b"mmtx-sha256:"
@@ -44,7 +51,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         check_finite({name: checkpoint.get(name, {}) for name in
                       ("state_dict", "current_model_state", "optimizer_states")}, str(path))
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{path.parent}: cannot be written ({error.strerror})") from None
         part = path.with_name(".part")  # the same for all, so that no second one is left behind by kills
         writer = None
         try:
@@ -65,13 +75,36 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Raises InputError for a damaged file, or one of a run with another record. Never unpickles objects."""
         if (why := damage(Path(path))) is not None:
             raise InputError(f"{path}: {why}")
-        checkpoint = torch.load(path, map_location=map_location or "cpu", weights_only=True)
-        record = checkpoint.get("record", {})
+        checkpoint = _read(Path(path), map_location or "cpu")
+        check_checkpoint(checkpoint, str(path))
+        record = {name: value for name, value in checkpoint.get("record", {}).items() if not may_change(name)}
         for name in sorted({*record, *self.record}):
             found, expected = record.get(name), self.record.get(name)
             if found != expected:
-                raise InputError(f"{path}: {name}: found {found!r}, expected {expected!r} as in this run")
+                raise InputError(f"{path}: {name}: found {shown(found)}, expected {shown(expected)} as in this run")
         return checkpoint
+
+
+def may_change(name: str) -> bool:
+    """Whether what a run is told may differ from one process to the next: where data lie, which are compared themselves."""
+    place = r"data\.init_args\.(workers|(train|validation)\.\d+\.(paths\.\d+|trusted|follow_links))"
+    return re.fullmatch(place, name) is not None
+
+
+def _read(path: Path, device: Any) -> Any:
+    """What `torch.save` wrote. Raises InputError for anything else; never unpickles objects."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # `torch.save` never compresses: what would be larger in memory than on the disk is not its work.
+            if any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size
+                   for entry in archive.infolist()):
+                raise InputError(f"{path}: not a checkpoint of mmtx (compressed)")
+        with warnings.catch_warnings(action="ignore"):
+            return torch.load(path, map_location=device, weights_only=True)
+    except InputError:
+        raise
+    except Exception as error:  # both readers raise whatever the bytes lead them to
+        raise InputError(f"{path}: not a checkpoint of mmtx ({type(error).__name__})") from None
 
 
 class _Writer:
@@ -114,6 +147,8 @@ def _sync(folder: Path) -> None:
 def damage(path: Path) -> str | None:
     """Why a file is no checkpoint that can be trusted, or None if it is one."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return "is no file, expected a checkpoint"
         with open(path, "rb") as file:
             left = os.fstat(file.fileno()).st_size - TAIL
             digest = hashlib.sha256()
@@ -121,8 +156,8 @@ def damage(path: Path) -> str | None:
                 digest.update(data)
                 left -= len(data)
             tail = file.read()
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
+    except (OSError, ValueError) as error:
+        return f"cannot be read ({getattr(error, 'strerror', None) or error})"
     if not tail.startswith(MAGIC):
         return "no checksum at its end: it is truncated, or not a checkpoint of mmtx"
     return None if tail == MAGIC + digest.digest() else "its checksum does not fit: it has changed since it was written"
@@ -175,7 +210,7 @@ def flatten(values: Any, name: str = "") -> dict[str, Any]:
 
 
 class Checkpoints(Checkpoint):
-    """Writes `folder/step-N.ckpt` every `every` steps, before each validation and on SIGTERM, which ends the run.
+    """Writes `folder/step-N.ckpt` every `every` steps, before each validation and when the run is asked to end.
 
     No checkpoint is written after the last step: a run resumed from it would find nothing to do, not even to write
     the model.
@@ -186,26 +221,36 @@ class Checkpoints(Checkpoint):
         self.termination = Termination()
         self.rows = 0                      # of metrics.csv that belong to the checkpoint
         self.validate = False              # whether a validation was due when it was written
-        self.sizes: int | None = None      # checksum of the samples' sizes, to notice that files have changed
+        self.contents: dict[str, list[Tensor]] = {}  # digests of all samples, by where the run is told of them
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows, "validate": self.validate, "sizes": self.sizes}
+        return {"rows": self.rows, "validate": self.validate, "contents": self.contents}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.rows, self.validate, self.sizes = state["rows"], state["validate"], state["sizes"]
+        self.rows, self.validate = state["rows"], state["validate"]
+        self.contents = state.get("contents", {})  # older checkpoints have none
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         self.termination.listen(trainer)
+        connector = trainer._checkpoint_connector
+        for name in ("restore_model", "restore_training_state"):
+            setattr(connector, name, partial(_restore, trainer, getattr(connector, name)))
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if module.automatic_optimization:
+            self.termination.listen_to_interrupts()
         for logger in trainer.loggers:
             if hasattr(logger, "keep"):
                 logger.keep(self.rows)
-        found = checksum(trainer.train_dataloader)
-        if self.sizes not in (None, found):
-            raise InputError(f"data.train: found samples whose sizes have the checksum {found:08x}, expected "
-                             f"{self.sizes:08x} as in the run to be resumed: files have changed")
-        self.sizes = found
+        loader = trainer.train_dataloader
+        if isinstance(loader, ResumableLoader) and loader.next != trainer.global_step * trainer.accumulate_grad_batches:
+            raise InputError(f"{trainer.ckpt_path}: found {loader.next} batches for {trainer.global_step} steps, expected "
+                             f"{trainer.accumulate_grad_batches} each")
+        contents = getattr(trainer.datamodule, "contents", {})
+        if self.contents:
+            for name, sources in contents.items():
+                compare(name, sources, self.contents.get(name, []))
+        self.contents = {name: [torch.tensor(source.digests) for source in sources] for name, sources in contents.items()}
         if self.validate:
             # The trainer would take the validation that the checkpoint was written before for done.
             loop = trainer.fit_loop.epoch_loop.val_loop
@@ -239,9 +284,27 @@ class Checkpoints(Checkpoint):
                 trainer.strategy.remove_checkpoint(path)
 
 
-def checksum(loader: Any) -> int | None:
-    """CRC-32 of the sizes of all samples behind a loader of batches; None for one that cannot resume."""
-    if not isinstance(loader, ResumableLoader):
-        return None
-    data = loader.dataset
-    return zlib.crc32(np.ascontiguousarray(data.documents.lengths if hasattr(data, "documents") else data.weights))
+def _restore(trainer: Trainer, restore: Callable[[], None]) -> None:
+    """Let the trainer take over what it has read, if that is what it would write itself."""
+    found = trainer._checkpoint_connector._loaded_checkpoint
+    if found and not isinstance(trainer.strategy, Sharded):
+        check_fits(found, trainer._checkpoint_connector.dump_checkpoint(weights_only=False), trainer.optimizers,
+                   str(trainer.ckpt_path))
+    restore()
+
+
+def compare(name: str, sources: list[Content], before: list[Tensor]) -> None:
+    """Raise InputError that names the first sample which is not what it was when the run began."""
+    if len(sources) != len(before):
+        raise InputError(f"{name}: found {len(sources)} kinds of sources, expected {len(before)} as in the run to be resumed")
+    for source, digests in zip(sources, before):
+        found, expected = source.digests, digests.numpy()
+        least = min(len(found), len(expected))
+        other = np.flatnonzero(found[:least] != expected[:least])
+        if len(found) == len(expected) and not len(other):
+            continue
+        first = int(other[0]) if len(other) else least
+        place = f"first {source.where(first)}" if first < len(found) else "the last ones are missing"
+        count = f"{len(other)} of {len(found)} samples differ from" if len(found) == len(expected) else \
+            f"found {len(found)} samples, not the {len(expected)} of"
+        raise InputError(f"{name}: {count} the run to be resumed, {place}; expected the same data")

@@ -3,12 +3,14 @@
 Shapes: B batch, C channels, H height, W width, S samples, F frames, M mels, K codes in the codebook.
 """
 
+import hashlib
 import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning import LightningDataModule, LightningModule
@@ -19,6 +21,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from mmtx.data.augment import AudioAugmentation, ImageAugmentation
 from mmtx.data.collection import Collected, DataSource, progress, read_sources
+from mmtx.data.corpus import Content
 from mmtx.data.sample import Media
 from mmtx.data.tokens import load_media, seed_of
 from mmtx.errors import InputError
@@ -110,26 +113,30 @@ class CodecData(LightningDataModule):
             return
         self.tokenizer: Codec = self.trainer.lightning_module.tokenizer
         train, held_out = (read_sources(sources, self.max_bad) for sources in (self.train_sources, self.validation_sources))
-        self.validation_media, _, _ = self._load(held_out, "read validation")
-        self.train_media, self.weights, self.names = self._load(train, "read train")
+        self.contents: dict[str, list[Content]] = {}
+        self.validation_media, _, _ = self._load(held_out, "validation")
+        self.train_media, self.weights, self.names = self._load(train, "train")
 
     def _load(self, found: Collected, name: str) -> tuple[list[Tensor], Tensor, list[str]]:
-        media, weights, names = [], [], []
-        for sample, repeat, skipped in progress(name)(list(zip(*found, strict=True))):
+        media, weights, names, digests = [], [], [], []
+        for sample, repeat, skipped in progress(f"read {name}")(list(zip(*found, strict=True))):
             parts = [part for turn in sample.turns for part in turn.parts
                      if isinstance(part, Media) and part.kind == self.tokenizer.kind]
+            digest = [hashlib.blake2b(digest_size=8) for _ in parts]
             try:
-                loaded = [load_media(part, {part.kind: self.tokenizer}) for part in parts]
+                loaded = [load_media(part, {part.kind: self.tokenizer}, own) for part, own in zip(parts, digest, strict=True)]
             except InputError as error:
                 skipped.skip(error)
                 continue
             media += loaded
             names += [part.name for part in parts]
+            digests += [own.digest() for own in digest]
             # Long sounds have more to show than short ones.
             weights += [float(repeat) * (tensor.shape[-1] if self.tokenizer.kind == "audio" else 1) for tensor in loaded]
         found.finish()
         if not media:
-            raise InputError(f"{name}: no {self.tokenizer.kind} among {len(found.samples)} samples")
+            raise InputError(f"read {name}: no {self.tokenizer.kind} among {len(found.samples)} samples")
+        self.contents[f"data.{name}"] = [Content(np.frombuffer(b"".join(digests), "<i8"), names.__getitem__)]
         return media, torch.tensor(weights, dtype=torch.float64), names
 
     def sample_names(self, batch: CodecBatch) -> list[str]:

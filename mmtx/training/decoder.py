@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from mmtx.data.augment import AudioAugmentation, ImageAugmentation
 from mmtx.data.collection import DataSource, progress
-from mmtx.data.corpus import read_corpus
+from mmtx.data.corpus import Content, read_corpus
 from mmtx.data.packing import Batch, PackedBatches
 from mmtx.data.tokens import Augmentation, seed_of
 from mmtx.errors import InputError
@@ -108,6 +108,11 @@ class DecoderData(LightningDataModule):
         self.train_documents = read_corpus(
             self.train_sources, self.tokenizers, self.vocabulary, augmentation=self.augmentation,
             progress=progress("read train"), **common)
+
+    @property
+    def contents(self) -> dict[str, list[Content]]:
+        """What a resumed run must find as it was."""
+        return {"data.train": self.train_documents.contents(), "data.validation": self.validation_documents.contents()}
 
     def _continuous(self) -> bool:
         """Whether the decoder takes features."""

@@ -7,11 +7,39 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from mmtx.errors import InputError
+
 
 def loader(dataset: Dataset, workers: int = 0, first: int = 0) -> DataLoader:
-    """Items `first`, `first` + 1, ... of a dataset of batches."""
-    return DataLoader(dataset, batch_size=None, sampler=range(first, len(dataset)), num_workers=workers,
-                      pin_memory=torch.cuda.is_available(), worker_init_fn=_leave_group)
+    """Items `first`, `first` + 1, ... of a dataset of batches. Raises InputError as the dataset does, also from a worker."""
+    return _Loader(_Told(dataset), batch_size=None, sampler=range(first, len(dataset)), num_workers=workers,
+                   pin_memory=torch.cuda.is_available(), worker_init_fn=_leave_group)
+
+
+class _Told(Dataset):
+    """A dataset that hands out an InputError where it would raise it: a worker would make pages of text of it."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, k: int) -> Any:
+        try:
+            return self.dataset[k]
+        except InputError as error:
+            return error
+
+
+class _Loader(DataLoader):
+    """Raises what `_Told` has handed out."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in super().__iter__():
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch
 
 
 class ResumableLoader:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from mmtx.model import Decoder
+from mmtx.training.schema import check_weights
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # rank 0 gets all, the others get nothing
 
@@ -39,6 +40,7 @@ class Sharded(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         checkpoint = self.checkpoint_io.load_checkpoint(self.broadcast(checkpoint_path))
+        check_weights(checkpoint["state_dict"], self.model.state_dict(), str(checkpoint_path))
         options = StateDictOptions(full_state_dict=True)
         set_model_state_dict(self.model, checkpoint["state_dict"], options=options)
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):

@@ -1,5 +1,6 @@
-"""How a run ends from outside: SIGTERM lets all ranks finish the step they are in, and no rank outlives the others."""
+"""How a run ends from outside: SIGTERM and Ctrl-C let all ranks finish the step they are in, and no rank outlives the others."""
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -10,36 +11,65 @@ from typing import Any
 from lightning import Trainer
 from lightning.fabric.plugins.environments import LightningEnvironment
 
-STATUS = 128 + signal.SIGTERM  # what a shell reports for a process that SIGTERM ended
-LAUNCHER = "MMTX_LAUNCHER"     # the process that started this rank
+from mmtx.data.workers import uninterrupted
+
+LAUNCHER = "MMTX_LAUNCHER"  # the process that started this rank
+SAME = 0.5                  # seconds within which a second SIGINT is the same Ctrl-C, which a launcher has passed on
+
+
+def status(number: int) -> int:
+    """What a shell reports for a process that a signal ended."""
+    return 128 + number
 
 
 class Termination:
-    """SIGTERM is noted when it comes, to whichever rank, and obeyed by all ranks together between two steps.
+    """SIGTERM and SIGINT (Ctrl-C) are noted when they come, to whichever rank, and obeyed by all ranks together between
+    two steps. A second Ctrl-C ends at once.
 
-    The trainer's own handler starts a collective operation within the signal handler, where other ranks may be in
-    another one: then all wait for each other forever. And it ends with status 0.
+    The trainer's own handler of SIGTERM starts a collective operation within the signal handler, where other ranks may be
+    in another one: then all wait for each other forever. And it ends with status 0.
     """
 
     def __init__(self):
-        self.asked = False
+        self.asked: int | None = None  # the signal that came
+        self.when = 0.0
 
     def listen(self, trainer: Trainer) -> None:
         """To be called before the trainer registers its handlers, which is after all `setup` hooks."""
         trainer._signal_connector._sigterm_notifier_fn = self._note
 
-    def _note(self, *_: Any) -> None:
-        self.asked = True
+    def listen_to_interrupts(self) -> None:
+        """From now on Ctrl-C waits for the step to end. Before, there is nothing that could be saved."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._note)
+            if hasattr(signal, "pthread_sigmask"):
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # see `launch_uninterrupted`
+
+    def _note(self, number: int, *_: Any) -> None:
+        if number == signal.SIGINT and self.asked == signal.SIGINT and time.monotonic() - self.when > SAME:
+            leave_at_once()
+        if self.asked is None:
+            self.asked, self.when = number, time.monotonic()
 
     def agreed(self, trainer: Trainer) -> bool:
         """Whether any rank was asked to end; to be called by all ranks at once."""
-        return trainer.strategy.reduce_boolean_decision(self.asked, all=False)
+        return trainer.strategy.reduce_boolean_decision(self.asked is not None, all=False)
 
     def leave(self, trainer: Trainer) -> None:
         """End this process; to be called by all ranks at once."""
         # A rank that Lightning started must not fail: rank 0 would be killed for it before it has cleaned up.
         started = trainer.local_rank > 0 and isinstance(trainer.strategy.cluster_environment, LightningEnvironment)
-        sys.exit(0 if started else STATUS)
+        if self.asked == signal.SIGINT and trainer.is_global_zero:
+            print("mmtx: interrupted; the same command with --ckpt_path last goes on", file=sys.stderr, flush=True)
+        sys.exit(0 if started else status(self.asked or signal.SIGTERM))
+
+
+def leave_at_once() -> None:
+    """End this process and those that it started, whatever they are doing: to be called in a signal handler."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    os.write(2, b"mmtx: interrupted\n")
+    os._exit(status(signal.SIGINT))
 
 
 def follow_launcher() -> None:
@@ -48,6 +78,17 @@ def follow_launcher() -> None:
     os.environ[LAUNCHER] = str(os.getpid())
     if launcher not in (0, os.getpid()):
         threading.Thread(target=_follow, args=(launcher,), daemon=True, name="follow-launcher").start()
+
+
+def launch_uninterrupted(launcher: Any) -> None:
+    """Let the ranks that a launcher starts see Ctrl-C from the first step on: before, they end with the one that started them,
+    which would be killed if they ended first."""
+    if launch := getattr(launcher, "_call_children_scripts", None):
+        def wrapped() -> None:
+            with uninterrupted():
+                launch()
+
+        launcher._call_children_scripts = wrapped
 
 
 def _follow(launcher: int) -> None:

@@ -1,0 +1,104 @@
+"""A folder of output: it has a name and can be written, and one process at a time writes to it."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mmtx.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOCK = ".lock"  # the file in the folder, gone when nobody writes there
+
+_held: set[int] = set()
+
+
+def _let_go() -> None:
+    """A forked process must not hold on to what its parent locked."""
+    while _held:
+        os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
+
+def check_output(folder: str) -> Path:
+    """Create the output folder, or say why it cannot be written, before any long work."""
+    if not folder.strip() or "\0" in folder:
+        raise InputError(f"output: found {folder!r}, expected the name of a folder")
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"output: {folder if len(folder) < 200 else f'{folder[:200]}...'} cannot be written "
+                         f"({error.strerror})") from None
+    return path
+
+
+@contextmanager
+def alone(folder: Path, name: str) -> Iterator[None]:
+    """Within, no other process that asks gets the folder. The system lets go when a process ends, however it does.
+
+    Raises InputError that names the process that has it. Where there are no locks (some network filesystems) all get it.
+    """
+    path = folder / LOCK
+    try:
+        file = _lock(path)
+    except BlockingIOError:
+        raise InputError(f"{name}: {folder} is being written by process {_owner(path)}, expected another folder, or that "
+                         "process to end") from None
+    if file is None:
+        yield
+        return
+    _held.add(file)
+    try:
+        os.truncate(file, 0)
+        os.pwrite(file, b"%d" % os.getpid(), 0)
+    except OSError:
+        pass  # a full disk: the message then has no number
+    try:
+        yield
+    finally:
+        if file in _held:  # else this is a child
+            path.unlink(missing_ok=True)
+            _held.remove(file)
+            os.close(file)
+
+
+def _lock(path: Path) -> int | None:
+    """The locked file; None where there are no locks. Raises BlockingIOError where another has it."""
+    while fcntl is not None:
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError:
+            return None  # what cannot be written will be told by what is to be written
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The one before us may have taken the file away between our opening and locking it.
+            if os.path.exists(path) and os.path.samestat(os.fstat(file), os.stat(path)):
+                return file
+        except BlockingIOError:
+            os.close(file)
+            raise
+        except FileNotFoundError:
+            pass
+        except OSError:
+            os.close(file)
+            return None
+        os.close(file)
+    return None
+
+
+def _owner(path: Path) -> str:
+    try:
+        return path.read_text()[:20] or "?"
+    except OSError:
+        return "?"

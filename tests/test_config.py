@@ -1,0 +1,208 @@
+"""Configurations from others: none takes more memory, time or stack than it should, or runs what it should not."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import runs
+from fresh import context
+from mmtx.cli import main
+from mmtx.data.collection import read_config
+from mmtx.data.config import DEEPEST, LONGEST, MOST, check_yaml
+from mmtx.errors import InputError
+from mmtx.training.run import check_range, is_trusted_only
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
+BAD = {
+    "laughs": (LAUGHS, f"found more than {MOST:,} values"),
+    "merged laughs": ("a: &a {x: 1}\n" + "".join(f"b{n}: &b{n} [{'*a, ' * 99} *a]\n" for n in range(MOST // 90)), "found more than"),
+    "deep": ("[" * 5000 + "]" * 5000, f"found more than {DEEPEST} lists and mappings"),
+    "deep mappings": ("{a: " * 5000 + "1" + "}" * 5000, f"found more than {DEEPEST} lists and mappings"),
+    "deep by lines": ("".join(f"{' ' * n}a:\n" for n in range(200)), f"found more than {DEEPEST} lists and mappings"),
+    "endless": ("a: &a [*a]", r"found \*a within itself"),
+    "long": ("# " + "x" * LONGEST, f"found more than {LONGEST:,} bytes"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_configuration_that_grows_is_one_line(kind, tmp_path, capsys):
+    text, told = BAD[kind]
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=f"config.yaml: {told}"):
+        read_config(path)
+    for command in (["fit", "--config", str(path)], ["fit", f"--config={path}"], ["fit", "-c", str(path)],
+                    ["prepare", "--config", str(path)]):
+        with pytest.raises(SystemExit) as stop:
+            main([*command, "--output", str(tmp_path / "run")])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.startswith(f"mmtx: error: {path}: found ") and error.count("\n") == 1, error
+    assert not (tmp_path / "run").exists()
+
+
+def test_values_and_files_that_a_configuration_names_are_looked_at_too(tmp_path, capsys):
+    (tmp_path / "model.yaml").write_text(LAUGHS)
+    for value in (str(tmp_path / "model.yaml"), "{" + "a: {" * 200 + "}" * 201):
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", "--model", value, "--output", str(tmp_path / "run")])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and "found more than" in error and error.count("\n") == 1, error
+
+
+def test_what_is_no_configuration_is_named(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes(b"a: caf\xe9")
+    os.mkfifo(tmp_path / "pipe")
+    for name, told in (("latin.yaml", "no UTF-8 at byte 6"), ("pipe", "is no file"), (".", "is no file"),
+                       ("none.yaml", "no such file")):
+        with pytest.raises(InputError, match=told):
+            read_config(tmp_path / name)
+    with pytest.raises(InputError, match="/dev/zero: is no file"):
+        read_config("/dev/zero")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_shipped_configurations_pass(path):
+    check_yaml(path.read_text(), path.name)
+
+
+def test_as_much_as_is_allowed_passes():
+    check_yaml("[" * DEEPEST + "]" * DEEPEST, "config")
+    check_yaml(f"[{'1, ' * (MOST - 2)}]", "config")
+    for text in (f"[{'1, ' * MOST}]", "[" * (DEEPEST + 1) + "]" * (DEEPEST + 1)):
+        with pytest.raises(InputError, match="config: found more than"):
+            check_yaml(text, "config")
+    check_yaml("no: [yaml", "config")  # told by whoever reads it
+
+
+@pytest.mark.parametrize("value, told", [(-1, "found -1, expected 0 or more"), (6, "found 6, expected 5 or less"),
+                                         (10**400, "beyond all bounds, expected 5 or less")])
+def test_numbers_out_of_range_are_named(value, told):
+    with pytest.raises(InputError, match=f"seed: .*{told}"):
+        check_range("seed", value, 0, 5)
+    check_range("seed", 0, 0, 5)
+    check_range("seed", 5, 0, 5)
+
+
+@pytest.mark.parametrize("option, value", [
+    ("seed_everything", "-1"), ("seed_everything", str(2**64)), ("seed_everything", str(2**32)), ("save_every", "0"),
+    ("save_every", str(2**70)), ("samples", "-1"), ("max_skipped", "0"), ("max_skipped", str(10**40)), ("ema", "nan"),
+    ("trainer.max_steps", "-5"), ("trainer.max_steps", str(10**30)), ("trainer.accumulate_grad_batches", "0"),
+    ("data.seed", "-1"), ("data.seed", str(2**64)), ("output", ""), ("output", " "),
+])
+def test_options_of_fit_out_of_range_are_one_line(option, value, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = Path(__file__).parents[1] / "configs" / "starter" / "text.yaml"
+    config = config if not option.startswith(("data", "trainer")) else config.with_name("decoder.yaml")
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", str(config), "--output", str(tmp_path / "run"), f"--{option}={value}"])
+    lines = [line for line in capsys.readouterr().err.splitlines() if "Seed set" not in line]
+    assert stop.value.code == 2 and len(lines) == 1 and option.split(".")[-1] in lines[0], lines
+
+
+# -- Code from strangers -------------------------------------------------------------------------------------
+
+
+def test_the_command_line_alone_says_who_is_trusted():
+    for arguments in (["--trusted_only", "true"], ["--trusted_only=true"], ["--trusted_only=True"], ["--trusted_only", "yes"]):
+        assert is_trusted_only(["--config", "a", *arguments])
+    assert not is_trusted_only(["--config", "a"]) and not is_trusted_only(["--trusted_only", "false"])
+
+
+STRANGE = {
+    "a class": {"class_path": "stranger.Module"},
+    "a callback": ("trainer", {"callbacks": [{"class_path": "stranger.Call"}]}),
+    "a logger by its name": ("trainer", {"logger": "stranger.Call"}),
+    "a function": ("trainer", {"callbacks": [{"class_path": "lightning.pytorch.callbacks.LambdaCallback",
+                                              "init_args": {"on_fit_start": "stranger.call"}}]}),
+    "a module behind one of ours": ("trainer", {"callbacks": [{"class_path": "lightning.pytorch.callbacks.LambdaCallback",
+                                                               "init_args": {"on_fit_start": "mmtx.files.os.abort"}}]}),
+    "a network": ("perceptual", {"network": "stranger.call", "layers": ["a"]}),
+}
+
+
+def ask(folder: Path, told) -> None:
+    """What the command says to a configuration of each kind -> status and lines on stderr, by name."""
+    sys.path.append(str(folder))
+    source, found = Path(__file__).parents[1] / "configs" / "starter" / "image.yaml", {}
+    for name, change in STRANGE.items():
+        config = yaml.safe_load(source.read_text())
+        if name == "a class":
+            config["model"] = change
+        elif change[0] == "trainer":
+            config["trainer"] |= change[1]
+        else:
+            config["model"]["init_args"]["perceptual"] = change[1]
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        with contextlib.redirect_stderr(io.StringIO()) as error:
+            try:
+                main(["fit", "--config", str(folder / "config.yaml"), "--output", str(folder / "run"), "--trusted_only", "true"])
+            except SystemExit as stop:
+                found[name] = stop.code, [line for line in error.getvalue().splitlines() if "seed" not in line.lower()]
+    told.send(found)
+
+
+def test_nothing_of_a_stranger_runs_with_trusted_only(tmp_path):
+    (tmp_path / "stranger.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')\ndef call(*a): pass\nclass Call: pass\n")
+    here, there = context.Pipe()
+    process = context.Process(target=ask, args=(tmp_path, there))  # the list of what is trusted is the process's
+    process.start()
+    there.close()
+    found = here.recv()
+    process.join(60)
+    assert found.keys() == STRANGE.keys()
+    for name, (status, lines) in found.items():
+        assert status == 2 and len(lines) == 1 and lines[0].startswith("mmtx: error: "), (name, lines)
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.slow
+def test_the_current_folder_is_not_looked_at_for_modules(tmp_path):
+    for name in ("yaml", "numpy", "callbacks", "torch", "argparse"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')\n")
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run([sys.executable, "-m", "mmtx", "prepare", "--config", "no.yaml", "--output", "a"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=280, env={**os.environ, "PYTHONPATH": root})
+    assert done.returncode == 2 and done.stderr.startswith("mmtx: error: no.yaml"), done.stderr
+    assert not (tmp_path / "marker").exists()
+
+
+# -- Ctrl-C --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_fit_with_a_checkpoint_and_prepare_with_its_shards(tmp_path):
+    config = runs.prepare(tmp_path, steps=10**6, val_check_interval=10**5)
+    config["save_every"] = 10**5
+    output = tmp_path / "run"
+    processes = runs.start(config, output)
+    rows = lambda: len((output / "metrics" / "metrics.csv").read_text().splitlines()) if (  # noqa: E731
+        output / "metrics" / "metrics.csv").exists() else 0
+    runs.wait_for(lambda: rows() > 3, processes)
+    os.killpg(processes[0].pid, signal.SIGINT)
+    processes[0].join(120)
+    told = output.with_suffix(".log").read_text()
+    assert processes[0].exitcode == 130 and runs.latest(output) >= 2, told
+    assert told.count("interrupted") == 1 and "Traceback" not in told, told
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"line {n}"}) + "\n" for n in range(3000)))
+    shards = tmp_path / "shards"
+    with open(tmp_path / "prepare.log", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mmtx", "prepare", str(tmp_path / "rows.jsonl"), "--output", str(shards), "--rows", "1",
+             "--tokenizers", str(tmp_path / "text"), "--max-bad", "1"], stdout=log, stderr=log, start_new_session=True)
+    while process.poll() is None and not list(shards.glob("shard-*")):
+        pass
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 130
+    told = (tmp_path / "prepare.log").read_text()
+    assert "mmtx: interrupted" in told and "Traceback" not in told, told
+    assert not [path for path in shards.iterdir() if not path.name.startswith(("shard-0", "plan.json"))]
