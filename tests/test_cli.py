@@ -219,7 +219,7 @@ MISTAKES = [
     ("prepare pictures.jsonl --output out --rows -1", ["--rows", "-1"]),
     ("evaluate", ["held-out", "--config"]),
     ("evaluate nothing.jsonl", ["nothing.jsonl", "no such file"]),
-    ("evaluate --config nothing.yaml", ["nothing.yaml", "No such file"]),
+    ("evaluate --config nothing.yaml", ["nothing.yaml", "no such file"]),
     ("evaluate --config text.txt", ["text.txt", "not the configuration of a decoder"]),
     ("evaluate pictures.jsonl --train nothing.jsonl", ["nothing.jsonl", "no such file"]),
 ]
