@@ -49,30 +49,32 @@ def caption_files(model: Model, files: Iterable[str | InputError], **sampling: A
     """
     Sampling.of(**sampling)  # a wrong option is no mistake of each file
     waiting: list[str] = []
-    for found in files:
+    first = 0  # the place of the first that waits
+    for place, found in enumerate(files):
+        if not isinstance(found, InputError):
+            waiting.append(found)
+            if len(waiting) < TOGETHER:
+                continue
+        yield from _captions(model, waiting, first, sampling)
+        waiting, first = [], place + 1
         if isinstance(found, InputError):
-            yield from _captions(model, waiting, sampling)
             yield Captioned(str(found).partition(": ")[0], None, found)
-            waiting = []
-            continue
-        waiting.append(found)
-        if len(waiting) == TOGETHER:
-            yield from _captions(model, waiting, sampling)
-            waiting = []
-    yield from _captions(model, waiting, sampling)
+    yield from _captions(model, waiting, first, sampling)
 
 
-def _captions(model: Model, names: list[str], sampling: dict[str, Any]) -> Iterator[Captioned]:
+def _captions(model: Model, names: list[str], first: int, sampling: dict[str, Any]) -> Iterator[Captioned]:
     """The captions of files together; where one cannot be read, halves are tried apart, down to that one."""
     if not names:
         return
     try:
-        captions = model.caption(names, **sampling)
+        captions = [model.caption(names[0], first=first, **sampling)] if len(names) == 1 else (
+            model.caption(names, first=first, **sampling))
     except InputError as error:
         if len(names) == 1:
             yield Captioned(names[0], None, error)
             return
-        for half in (names[:len(names) // 2], names[len(names) // 2:]):
-            yield from _captions(model, half, sampling)
+        half = len(names) // 2
+        yield from _captions(model, names[:half], first, sampling)
+        yield from _captions(model, names[half:], first + half, sampling)
     else:
         yield from map(Captioned, names, captions)

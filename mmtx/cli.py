@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("sources", nargs="+", help="manifests, folders or shards")
     inspect.add_argument("--rows", type=_count(1), default=1, help="documents to show, default: 1")
     _model_options(inspect)
-    _trust_option(inspect)
+    _source_options(inspect)
     inspect.set_defaults(run=_inspect)
 
     prepare = commands.add_parser("prepare", help="turn media into tokenized shards, from which the decoder trains faster",
@@ -146,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
                          else os.cpu_count(), help="processes, default: one a core")
     prepare.add_argument("--rows", type=_count(1), default=2048, help="rows of a shard, default: 2048")
     prepare.add_argument("--max-bad", type=float, help=MAX_BAD_HELP)
-    _trust_option(prepare)
+    _source_options(prepare)
     prepare.set_defaults(run=_prepare)
 
     evaluate = commands.add_parser("evaluate", help="caption held-out samples and compare with the true captions")
@@ -158,14 +158,39 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--max-bad", type=float, help=MAX_BAD_HELP)
     evaluate.add_argument("--show", type=_count(0), default=8, help="examples to print, default: 8")
     _model_options(evaluate)
-    _trust_option(evaluate)
+    _source_options(evaluate)
     evaluate.set_defaults(run=_evaluate)
     return parser
 
 
-def _trust_option(parser: argparse.ArgumentParser) -> None:
+def _source_options(parser: argparse.ArgumentParser) -> None:
+    """How sources of the command line are read, as the fields of a `DataSource` say it in a configuration."""
     parser.add_argument("--trusted", action="store_true", help="let rows of a source at a URL name local files and private "
                         "addresses; default: what lies below its own address, and public https")
+    parser.add_argument("--fields", nargs="+", type=_field, default=None, metavar="FIELD=NAME", help="names under which rows "
+                        "have what is read: image=img_path text=label; FIELD= for one that shall not be read")
+    parser.add_argument("--follow-links", action="store_true", help="read also what links in a folder lead to outside of it")
+
+
+def _field(word: str) -> tuple[str, str | None]:
+    field, equals, name = word.partition("=")
+    if not field or not equals:
+        raise argparse.ArgumentTypeError(f"found {word!r}, expected FIELD=NAME")
+    return field, name or None
+
+
+def _check_source_options(options: argparse.Namespace) -> None:
+    """Raise InputError for what the sources of --config say themselves."""
+    for name in ("fields", "follow_links"):
+        if options.config and getattr(options, name):
+            raise InputError(f"--{name.replace('_', '-')}: found with --config, expected it in the sources of {options.config}")
+
+
+def _source(options: argparse.Namespace, paths: Sequence[str]):
+    from mmtx.data.collection import DataSource
+
+    fields = None if options.fields is None else dict(options.fields)
+    return DataSource(list(paths), trusted=options.trusted, fields=fields, follow_links=options.follow_links)
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
@@ -288,9 +313,10 @@ def _inspect(options: argparse.Namespace) -> None:
 
     legend = ", ".join(paint(kind, kind, False) for kind in COLOURS)
     legend += f"; trained ids are {'underlined' if coloured else 'marked *'}\n"
-    for source in options.sources:
+    reading = _source(options, options.sources)
+    for source in reading.paths:
         skipped, left = SkipCounter(1.0), options.rows  # a few rows tell no share, so each bad one is told
-        for row in scan(source, options.trusted):
+        for row in scan(source, options.trusted, reading.fields, options.follow_links):
             if not left:
                 break
             skipped.rows += 1
@@ -330,9 +356,10 @@ def _prepare(options: argparse.Namespace) -> None:
     if bool(options.sources) == bool(options.config):
         raise InputError("found both sources and --config, expected one of them" if options.config
                          else "found neither sources nor --config, expected one of them")
-    folders, features, sources = options.tokenizers, options.features, [DataSource(options.sources, trusted=options.trusted)]
+    folders, features, sources = options.tokenizers, options.features, [_source(options, options.sources)]
     max_bad = MAX_BAD
     outputs = [options.output]
+    _check_source_options(options)
     if options.config:
         config = read_config(find_shipped(options.config))
         sources, folders, features, max_bad = config.train, config.tokenizers, config.continuous, config.max_bad
@@ -366,10 +393,11 @@ def _prepare(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from mmtx.data.collection import DataSource, read_config
+    from mmtx.data.collection import read_config
     from mmtx.data.sources import MAX_BAD
     from mmtx.report import report
 
+    _check_source_options(options)
     if options.config:
         config = read_config(options.config)
         train, held_out = ([source for source in sources if source.task == "caption"]
@@ -379,8 +407,8 @@ def _evaluate(options: argparse.Namespace) -> None:
             train, held_out = ([replace(source, trusted=True) for source in sources] for sources in (train, held_out))
     else:
         max_bad = MAX_BAD
-        train = [DataSource(options.train, trusted=options.trusted)] if options.train else []
-        held_out = [DataSource([source], trusted=options.trusted) for source in options.sources]
+        train = [_source(options, options.train)] if options.train else []
+        held_out = [_source(options, [source]) for source in options.sources]
     if not held_out:
         raise InputError("found neither held-out sources nor --config, expected one of them")
     if options.max_bad is not None:

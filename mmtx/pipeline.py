@@ -204,13 +204,15 @@ class Model:
     # -- Captions --------------------------------------------------------------------------------------------
 
     @neutral()
-    def caption(self, media: Any, **sampling: Any) -> str | list[str]:
+    def caption(self, media: Any, *, first: int = 0, **sampling: Any) -> str | list[str]:
         """Say what a picture or a sound is.
 
         Args:
             media: a path or URL, PIL image, array, tensor, `Image` or `Audio`, or a list of these. A 1-D array is a
                 sound at the model's rate (use `Audio` to give another), any other array a picture; one that could be
                 a sound of some channels must be marked.
+            first: the place of the first medium where a longer list is captioned part by part: with a `seed`, the random
+                choices of an answer are those of its place.
             **sampling: fields of `Sampling`; greedy by default.
 
         Returns:
@@ -218,10 +220,10 @@ class Model:
             about the same length share a batch, within a bound of memory (`BATCH_TOKENS`, `BATCH_VALUES`).
         """
         if not _is_list(media):
-            return self.caption([media], **sampling)[0]
+            return self.caption([media], first=first, **sampling)[0]
         parts = self.encode_parts(self._as_list(media, self._as_media))
         documents = [Document((Turn("user", (part,)),)) for part in parts]
-        return self._answer_texts(documents, Sampling.of(**sampling))
+        return self._answer_texts(documents, Sampling.of(**sampling), first)
 
     @neutral()
     def caption_documents(self, documents: Sequence[Document], sampling: Sampling = Sampling()) -> list[str]:
@@ -232,16 +234,16 @@ class Model:
             asked.append(Document(document.turns[:max(users, default=0)]))
         return self._answer_texts(asked, sampling)
 
-    def _answer_texts(self, documents: Sequence[Document], sampling: Sampling) -> list[str]:
-        answers = self._answer([prompt(document, self.vocabulary) for document in documents], "text", sampling)
+    def _answer_texts(self, documents: Sequence[Document], sampling: Sampling, first: int = 0) -> list[str]:
+        answers = self._answer([prompt(document, self.vocabulary) for document in documents], "text", sampling, first=first)
         return [self.tokenizers["text"].decode(ids) for ids in answers]
 
     def _answer(self, prompts: Sequence[Prompt], out: str, sampling: Sampling,
-                prefix: Sequence[int] = ()) -> list[list[int]]:
-        """The ids of each answer, `prefix` first, without <end>."""
+                prefix: Sequence[int] = (), first: int = 0) -> list[list[int]]:
+        """The ids of each answer, `prefix` first, without <end>; the first prompt has the place `first` of all."""
         answers: list[list[int]] = [[]] * len(prompts)
         write = lambda chosen: generate(self.decoder, self.grammar, [prompts[i] for i in chosen], out, sampling,  # noqa: E731
-                                        prefix, self._weights, chosen)
+                                        prefix, self._weights, [first + i for i in chosen])
         for i, ids in self._in_batches(write, by_length([len(prompt.ids) for prompt in prompts])):
             answers[i] = ids[:-1].tolist()
         return answers

@@ -18,7 +18,7 @@ from PIL import Image
 
 import mmtx
 from mmtx.cli import main
-from mmtx.errors import escape
+from mmtx.errors import InputError, escape
 
 RATE = 16_000
 
@@ -135,6 +135,13 @@ def test_inspect_shows_which_ids_train(run, model):
     assert f"{len(words)} ids, {count} trained" in "\n".join(lines)
 
 
+def test_inspect_reads_fields_of_other_names(run, folder):
+    row = {"img": "media/a.png", "label": "a red circle", "text": "not this"}
+    (folder / "named.jsonl").write_text(json.dumps(row) + "\n")
+    told = run("inspect", "named.jsonl", "--fields", "image=img", "caption=label", "text=")
+    assert told.splitlines()[-1] == run("inspect", "pictures.jsonl").splitlines()[-1]
+
+
 def test_inspect_colours_on_demand(run, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert "\033[90m<bos>\033[0m" in run("inspect", "pictures.jsonl")
@@ -217,6 +224,8 @@ MISTAKES = [
     ("generate --begin media/a.png --rows -8 --out image --file out.png", ["--rows", "-8"]),
     ("prepare pictures.jsonl --output out --workers 0", ["--workers", "'0'"]),
     ("prepare pictures.jsonl --output out --rows -1", ["--rows", "-1"]),
+    ("inspect all.jsonl --fields image", ["--fields", "'image'", "FIELD=NAME"]),
+    ("evaluate --config nothing.yaml --fields image=x", ["--fields", "--config"]),
     ("evaluate", ["held-out", "--config"]),
     ("evaluate nothing.jsonl", ["nothing.jsonl", "no such file"]),
     ("evaluate --config nothing.yaml", ["nothing.yaml", "no such file"]),
@@ -298,14 +307,16 @@ def test_every_group_of_files_is_captioned_once(folder, model, monkeypatch):
     from mmtx import captioning
 
     good, bad = str(folder / "media" / "a.png"), str(folder / "broken.png")
-    truth = model.caption(good, max_new_tokens=2)
+    sampled = {"max_new_tokens": 2, "temperature": 1.0, "seed": 5}
+    truth = model.caption([good] * 8, **sampled)  # of each place, whatever is at the others
+    assert len(set(truth)) > 1
     for together in (1, 2, 3, 7):
         monkeypatch.setattr(captioning, "TOGETHER", together)
-        for pattern in ("", "b", "g", "gbg", "bbgbb", "ggggg", "gggbggg", "bgggggb"):
-            files = [good if letter == "g" else bad for letter in pattern]
-            found = list(captioning.caption_files(model, files, max_new_tokens=2))
-            assert [item.name for item in found] == files
-            assert [item.caption for item in found] == [truth if letter == "g" else None for letter in pattern]
+        for pattern in ("", "b", "g", "gbg", "bbgbb", "ggggg", "gggbggg", "bgggggb", "gmgmmg"):
+            files = [{"g": good, "b": bad, "m": InputError("x.png: no such file")}[letter] for letter in pattern]
+            found = list(captioning.caption_files(model, files, **sampled))
+            assert [item.name for item in found] == ["x.png" if isinstance(file, InputError) else file for file in files]
+            assert [item.caption for item in found] == [truth[i] if letter == "g" else None for i, letter in enumerate(pattern)]
             assert [item.error is None for item in found] == [letter == "g" for letter in pattern]
 
 
