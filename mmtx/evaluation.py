@@ -249,18 +249,18 @@ def mel_features(
 # Tables.
 
 
-def table(rows: Iterable[tuple[str, Score | None, Score | None]]) -> str:
-    """Rows (metric, score of the model, score of the control) -> text in aligned columns; None prints as "-".
+def table(rows: Iterable[tuple[str, Score | None, Score | None, str]]) -> str:
+    """Rows (metric, score of the model, score of the control, which control) -> aligned columns; None prints as "-".
 
     The last column is n, the number of items. Raises InputError when model and control have seen different
     numbers of items, for then they cannot be compared.
     """
-    lines = [("metric", "model", "control", "n")]
-    for metric, model, control in rows:
+    lines = [("metric", "model", "strongest control", "n")]
+    for metric, model, control, by in rows:
         sizes = {score.n for score in (model, control) if score is not None}
         if len(sizes) > 1:
             raise InputError(f"{metric}: found {model.n} items for the model and {control.n} for the control")
-        lines.append((metric, _format(model), _format(control), str(*sizes) if sizes else "-"))
+        lines.append((metric, _format(model), f"{_format(control)} {by}".rstrip(), str(*sizes) if sizes else "-"))
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join(
         f"{metric:<{widths[0]}}  {model:<{widths[1]}}  {control:<{widths[2]}}  {n:>{widths[3]}}"

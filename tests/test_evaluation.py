@@ -241,18 +241,40 @@ def test_mel_features_have_one_length():
 
 
 def test_table_is_aligned():
-    rows = [("exact name", Score(0.5, 0.4, 0.6, 64), Score(0.25, 0.2, 0.3, 64)),
-            ("WER", Score(1.5, 1, 2, 52), None)]
+    rows = [("exact name", Score(0.5, 0.4, 0.6, 64), Score(0.25, 0.2, 0.3, 64), "shape"),
+            ("WER", Score(1.5, 1, 2, 52), None, "")]
     assert table(rows).splitlines() == [
-        "metric      model                 control                n",
-        "exact name  0.500 [0.400, 0.600]  0.250 [0.200, 0.300]  64",
-        "WER         1.500 [1.000, 2.000]  -                     52",
+        "metric      model                 strongest control            n",
+        "exact name  0.500 [0.400, 0.600]  0.250 [0.200, 0.300] shape  64",
+        "WER         1.500 [1.000, 2.000]  -                           52",
     ]
     with pytest.raises(InputError, match="exact: found 2 items for the model and 3 for the control"):
-        table([("exact", Score(0, 0, 0, 2), Score(0, 0, 0, 3))])
+        table([("exact", Score(0, 0, 0, 2), Score(0, 0, 0, 3), "plain")])
 
 
 # Reports.
+
+
+def test_the_strongest_control_is_shown_and_the_model_is_told_to_be_behind(tiny_model, tmp_path, monkeypatch):
+    """Of bright and dark copies of shapes, "plain" takes the brightness for the shape; where less is better, less wins."""
+    shapes = np.full((2, 16, 16, 3), 255, np.uint8)
+    shapes[0, :12], shapes[1, :, :12] = 0, 0
+    for n, name in enumerate(("top", "left")):
+        for folder, ink in (("train", 0.05), ("test", 0.95)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            light = 255 - (255 - shapes[n].astype(float)) * (ink if n == 0 else 1 - ink)
+            Image.fromarray(light.astype(np.uint8)).save(tmp_path / folder / f"{name}.png")
+            (tmp_path / folder / f"{name}.txt").write_text(name)
+    monkeypatch.setattr(tiny_model, "caption_documents", lambda documents: ["left", "nothing at all"])
+    train, test = ([DataSource([str(tmp_path / folder)])] for folder in ("train", "test"))
+    (text,) = report(tiny_model, test, train, show=0)
+    lines = {line.split("  ")[0]: line for line in text.splitlines()}
+    assert "0.500 [" in lines["exact caption"] and "1.000 [" in lines["exact caption"] and "shape" in lines["exact caption"]
+    assert "0.000 [" in lines["word error rate"] and "shape" in lines["word error rate"]
+    assert text.endswith("behind a control that learns nothing: exact caption, word error rate")
+    monkeypatch.setattr(tiny_model, "caption_documents", lambda documents: ["left", "top"])
+    (text,) = report(tiny_model, test, train, show=0)
+    assert "behind" not in text
 
 
 def reported(model, pattern, train=()):
