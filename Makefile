@@ -1,5 +1,9 @@
 # make quickstart   train on the starter data and caption what the model never saw
+# make test-fast    run the tests that train nothing: what most changes need
 # make test         run the tests
+# make test-long    run the long forms of the proofs: kills, full disks, fuzzing, a soak (hours)
+# make lint         check the code with ruff
+# make docs         build the documentation into docs/_build
 # make mutants      plant bugs, one after another, and see that tests catch them (MUTANTS='names' for some of them)
 # make bench        measure speed against what else there is (BENCH_ARGS=--short: only see that all scripts run)
 # make starter      train everything from nothing: the three tokenizers, then the decoder (a few hours)
@@ -27,7 +31,7 @@ PACKAGE := pyproject.toml constraints.txt
 # As mmtx.brief_spins sets it, for programs that import torch before.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: quickstart test mutants bench starter environment clean
+.PHONY: quickstart test test-fast test-long lint docs mutants bench starter environment clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed
@@ -36,6 +40,23 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest $(TEST_ARGS)
+
+test-fast: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest -m "not slow" $(TEST_ARGS)
+
+test-long: $(VENV)/.installed-test
+	$(VENV)/bin/python tests/fuzz.py media --count 4000
+	$(VENV)/bin/python tests/fuzz_files.py --seconds 300
+	$(VENV)/bin/python benchmarks/write_kills.py
+	$(VENV)/bin/python benchmarks/prepare_kills.py --kills 30
+	$(VENV)/bin/python benchmarks/resume_kills.py --kills 50
+	$(VENV)/bin/python benchmarks/soak.py
+
+lint: $(VENV)/.installed-test
+	$(VENV)/bin/python -m ruff check .
+
+docs: $(VENV)/.installed-docs
+	$(VENV)/bin/python -m sphinx -q -W --keep-going -b html docs docs/_build
 
 mutants: $(VENV)/.installed-test
 	$(VENV)/bin/python tests/mutants/run.py $(MUTANTS)
@@ -77,6 +98,10 @@ $(VENV)/.installed: $(PACKAGE) | $(VENV)/bin/python
 $(VENV)/.installed-test: $(PACKAGE) | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install -q -c constraints.txt -e ".[test]"
 	touch $(VENV)/.installed $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e ".[docs]"
+	touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pip install -q --no-deps --target $(VENV)/peers litgpt==0.5.13 psutil

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from mmtx import brief_spins
+from mmtx import __version__, brief_spins
 from mmtx.errors import InputError, escape
 
 INTERRUPTED = 128 + signal.SIGINT  # what a shell reports for a command that Ctrl-C ended
@@ -96,6 +96,7 @@ class Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser("mmtx", description=DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"mmtx {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     commands.add_parser("fit", help="train a tokenizer or the decoder: mmtx fit --config FILE --output FOLDER",

@@ -78,7 +78,7 @@ def field_scores(
 ) -> dict[str, list[float]]:
     """Per field: 1.0 where the prediction, as `read` understands it, has the true value, else 0.0.
 
-    `true` holds the fields of each item, {"caption": sample.caption, **sample.metadata}; `read` turns a
+    `true` holds the fields of each item, the caption and the metadata of a sample; `read` turns a
     caption into fields (`name_reader`, `note_reader`). A field that `read` leaves out counts as wrong. Raises
     InputError when a true item lacks a field.
     """

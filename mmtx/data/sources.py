@@ -1,4 +1,4 @@
-"""Manifests, folders and shards to `Sample`s.
+"""Manifests, folders and shards to samples (`Sample`).
 
 | source | rows |
 | --- | --- |

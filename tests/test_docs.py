@@ -1,0 +1,96 @@
+"""Every command and every block of Python in the README and the docs runs as printed, trainings with fewer steps.
+
+A block behind a comment `<!-- not run: why -->` is left out. Blocks of a page run in their order in one folder that looks like
+a checkout; blocks of Python of a page share their names.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from conftest import Codes
+
+from mmtx.sequence import AudioPart, Document, ImagePart, TextPart, Turn, parse, render
+from mmtx.vocabulary import Vocabulary
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PARTS = {"text": TextPart, "image": ImagePart, "audio": AudioPart}
+CHECKOUT = ("benchmarks", "configs", "demos", "tokenizers", "docs", "Makefile", "constraints.txt")
+SHORT = "--trainer.max_steps 2 --trainer.val_check_interval 2 --samples 2"  # what a training in the docs is made shorter by
+
+
+class Block(NamedTuple):
+    language: str
+    text: str
+
+
+def blocks(page: Path) -> list[Block]:
+    """The blocks of a page that are to run."""
+    text = page.read_text(encoding="utf-8")
+    found = re.findall(r"^(?P<skip><!-- not run: .+? -->\n+)?```(?P<language>sh|python)\n(?P<text>.*?)^```$", text, re.M | re.S)
+    return [Block(language, block) for skip, language, block in found if not skip]
+
+
+def shortened(commands: str) -> str:
+    """Shell commands, those that train with few steps."""
+    commands = commands.replace("\\\n", " ")
+    lines = []
+    for line in commands.splitlines():
+        if line.startswith("mmtx fit") and "/text.yaml" not in line:
+            line = f"{line.split('#')[0]} {SHORT}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.mark.timeout(900)
+def test_a_page_runs_as_printed(page, tmp_path):
+    for name in CHECKOUT:
+        (tmp_path / name).symlink_to(ROOT / name)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
+                   "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
+    before = ""  # the Python of the page so far
+    for block in blocks(page):
+        if block.language == "python":
+            before += block.text
+            command = [sys.executable, "-c", before]
+        else:
+            command = ["bash", "-euo", "pipefail", "-c", shortened(block.text)]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, f"{block.text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            if not target.startswith(("http", "mailto")):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_readme_is_a_front_page():
+    assert (ROOT / "README.md").stat().st_size <= 9000
+
+
+def test_vectors_of_the_stream_format():
+    """What docs/stream.md says of the ids, by numbers that are written down."""
+    vectors = json.loads((ROOT / "docs" / "stream-vectors.json").read_text(encoding="utf-8"))
+    sizes = vectors["vocabulary"]
+    vocabulary = Vocabulary.build({
+        "text": Codes("text", (sizes["text"],)), "image": Codes("image", tuple(sizes["image"]["levels"])),
+        "audio": Codes("audio", tuple(sizes["audio"]["levels"]))})
+    for vector in vectors["documents"]:
+        document = Document(tuple(
+            Turn(turn["role"], tuple(PARTS[part["kind"]](np.array(part["codes"])) for part in turn["parts"]))
+            for turn in vector["turns"]))
+        rendered = render(document, vocabulary)
+        assert rendered.ids.tolist() == vector["ids"], vector["name"]
+        assert rendered.trained.astype(int).tolist() == vector["trained"], vector["name"]
+        assert parse(vector["ids"], vocabulary) == document
