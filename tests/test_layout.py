@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CHAIN = ("files", "kernels", "layers", "modality", "vocabulary", "sequence", "data", "model", "loss", "decoding", "row",
-         "generation", "pipeline", "evaluation", "report", "training", "cli")
+CHAIN = ("files", "kernels", "layers", "modality", "vocabulary", "sequence", "data", "model", "loss", "inference",
+         "pipeline", "evaluation", "report", "training", "cli")
 ANYWHERE = ("errors",)
 FILES = sorted((ROOT / "mmtx").rglob("*.py"))
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from mmtx.data.sample import Text
 from mmtx.data.tokens import to_documents
-from mmtx.generation import Sampling
+from mmtx.inference.sampling import Sampling
 from mmtx.training.checkpoint import check_finite
 from mmtx.training.codec import CodecModule
 from mmtx.training.decoder import DecoderModule
