@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from measure import interleave, report
 
-from mmtx.decoding import Weights
-from mmtx.generation import Sampling, generate
+from mmtx.inference.generation import generate
+from mmtx.inference.row import lay_out
+from mmtx.inference.sampling import Sampling
+from mmtx.inference.weights import Weights
 from mmtx.model import Decoder, DecoderConfig
-from mmtx.row import lay_out
 from mmtx.sequence import Grammar, Prompt
 from mmtx.vocabulary import SLOTS, Entry, Vocabulary
 

@@ -30,12 +30,15 @@ from train_speed import SHAPES as TRAINED  # noqa: E402
 from train_speed import Ours  # noqa: E402
 
 import mmtx  # noqa: E402
-from mmtx import generation  # noqa: E402
-from mmtx.decoding import Weights  # noqa: E402
+from mmtx.inference.choose import choose_engine  # noqa: E402
+from mmtx.inference.engine import Engine  # noqa: E402
+from mmtx.inference.generation import generate  # noqa: E402
+from mmtx.inference.row import RowEngine, lay_out  # noqa: E402
+from mmtx.inference.screen import Screen  # noqa: E402
+from mmtx.inference.weights import Weights  # noqa: E402
 from mmtx.model import Decoder, DecoderConfig  # noqa: E402
 from mmtx.pipeline import BATCH, DEFAULT_MODEL  # noqa: E402
-from mmtx.row import Row, Screen, lay_out  # noqa: E402
-from mmtx.sequence import AudioPart, Document, ImagePart, Turn, prompt  # noqa: E402
+from mmtx.sequence import AudioPart, Document, ImagePart, Prompt, Turn, prompt  # noqa: E402
 from mmtx.training.memory import keep_memory  # noqa: E402
 from mmtx.training.optimizer import OptimizerConfig, configure  # noqa: E402
 
@@ -106,19 +109,20 @@ def decoding(shape: str, times: int) -> dict:
     decoder = random_decoder(DECODERS[shape], "cpu", torch.float32)
     lay_out(decoder)
     weights, new = Weights.of(decoder, fixed=True), 64
-    x = decoder.embedding(torch.arange(PROMPT)[None])
+    asked, ids = [Prompt(np.arange(PROMPT))], torch.tensor([0])
     screen = Screen.of(weights.output)
     hidden = np.random.default_rng(0).standard_normal(decoder.config.width, np.float32)
     free = np.zeros(len(weights.output), np.float32)
 
-    def row() -> Row:
-        _, cache = generation.decoding.prefill(weights, x, torch.tensor([PROMPT]), PROMPT + new)
-        return Row(weights, cache)
+    def row() -> RowEngine:
+        engine = RowEngine(decoder, weights)
+        engine.prefill(asked)
+        return engine
 
     def steps() -> None:
         going = row()
         for _ in range(new):
-            going.step(x[:, 0])
+            going.step(ids)
             screen.candidates(hidden, free)
 
     layers = row().layers
@@ -159,14 +163,19 @@ def captions(name: str, times: int, files: int = 2 * BATCH) -> dict:
             batches = [items[first:first + size] for first in range(0, len(items), size)]
             return 1000 * seconds(lambda: [run(batch) for batch in batches], times) / len(items)
 
+        def feed(batch: list) -> Engine:
+            engine = choose_engine(model.decoder, weights, len(batch))
+            engine.prefill(batch)
+            return engine
+
         found[kind] = {}
         for way, size in (("one at a time", 1), ("in batches", BATCH)):
             stages = {
                 "read": each(lambda batch: [model._read(item) for item in batch], media, size),
                 "encode": each(embed, tensors, size),
-                "feed the prompt": each(lambda batch: generation.prefill(model.decoder, weights, batch, 64), asked, size),
+                "feed the prompt": each(feed, asked, size),
             }
-            whole = each(lambda batch: generation.generate(model.decoder, model.grammar, batch, weights=weights), asked, size)
+            whole = each(lambda batch: generate(model.decoder, model.grammar, batch, weights=weights), asked, size)
             stages["write"] = whole - stages["feed the prompt"]
             found[kind][way] = {stage: round(value, 2) for stage, value in {**stages, "all": sum(stages.values())}.items()}
     return found

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from mmtx.data.sample import kind_of
 from mmtx.data.trust import is_url
 from mmtx.errors import InputError
-from mmtx.generation import Sampling
+from mmtx.inference.sampling import Sampling
 from mmtx.pipeline import Model
 
 TOGETHER = 64  # files that are asked for at once: each thread of a CPU gets a batch, and captions appear as they come

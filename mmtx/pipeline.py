@@ -29,14 +29,15 @@ from mmtx.data.formats import AUDIO_FORMATS, IMAGE_FORMATS
 from mmtx.data.media import kind_of, load_audio, load_image
 from mmtx.data.sound_files import MAX_CHANNELS, MAX_SECONDS
 from mmtx.data.storage import FileSource, display, open_binary
-from mmtx.decoding import Weights
 from mmtx.errors import InputError
 from mmtx.files import CONFIG, find_shipped, read_json, replace_folder, shipped, write_json
-from mmtx.generation import Sampling, generate, steps
+from mmtx.inference.generation import generate, steps
+from mmtx.inference.row import lay_out
+from mmtx.inference.sampling import Sampling
+from mmtx.inference.weights import Weights
 from mmtx.modality.autoencoder import Encoding
 from mmtx.modality.base import Tokenizer, load_tokenizer
 from mmtx.model import Decoder, DecoderConfig
-from mmtx.row import lay_out
 from mmtx.schema import build, shown
 from mmtx.sequence import AudioPart, Document, Grammar, ImagePart, Part, Prompt, TextPart, Turn, parse, prompt, render
 from mmtx.vocabulary import Vocabulary
@@ -323,6 +324,8 @@ class Model:
             raise InputError(f"seconds: found {seconds!r:.100}, expected more than 0, up to {MAX_SECONDS}")
         given, v, tokenizer = self._given(sound, AudioPart), self.vocabulary, self.tokenizers["audio"]
         times = math.ceil(seconds * tokenizer.codes_per_second / tokenizer.bands)
+        if "max_new_tokens" in sampling:
+            raise InputError(f"max_new_tokens: found {sampling['max_new_tokens']!r:.40}, expected seconds alone")
         limited = Sampling.of(**sampling, max_new_tokens=times * tokenizer.bands)
         prefix = [v.audio, *v.to_global("audio", given.codes).ravel()]
         return self._to_media(self._answer([self._prompt(parts)], "audio", limited, prefix)[0])[0]

@@ -6,7 +6,6 @@ import sys
 import tarfile
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,11 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mmtx
-from mmtx import decoding
 from mmtx.data.media import load_audio
-from mmtx.decoding import Weights
 from mmtx.errors import InputError
-from mmtx.generation import DRAWN, Draws, Sampling, generate, prefill, sample, steps, without_user_turns
+from mmtx.inference.choose import choose_engine
+from mmtx.inference.generation import generate, steps
+from mmtx.inference.guidance import without_user_turns
+from mmtx.inference.reference import ReferenceEngine
+from mmtx.inference.sampling import DRAWN, Draws, Sampling, sample
+from mmtx.inference.torch_engine import ROOM, TorchEngine
+from mmtx.inference.weights import Weights
 from mmtx.model import CodeRange, Decoder, DecoderConfig
 from mmtx.pipeline import Model
 from mmtx.sequence import AudioPart, Document, Grammar, ImagePart, Prompt, Span, TextPart, Turn, gather_features, parse, prompt
@@ -104,7 +107,9 @@ def test_features_of_a_padded_batch_equal_each_prompt_alone(vocabulary):
         ids = [v.bos, v.user, *[codes] * size, v.end, v.assistant]
         prompts.append(Prompt(np.array(ids), (Span(kind, 2, torch.randn(size, 8)),)))
     with torch.no_grad():
-        last, _ = prefill(decoder, Weights.of(decoder), prompts)
+        engine, plain = choose_engine(decoder, None, len(prompts)), ReferenceEngine(decoder)
+        engine.prefill(prompts)
+        plain.prefill(prompts)
         for row, prompt in enumerate(prompts):
             ids = torch.tensor(prompt.ids)[None]
             x = decoder.embedding(ids)
@@ -113,7 +118,8 @@ def test_features_of_a_padded_batch_equal_each_prompt_alone(vocabulary):
             found = decoder.embed(ids, gather_features([(0, prompt.spans)]))
             assert torch.equal(found, x)
             alone = decoder(ids, torch.arange(ids.shape[1])[None], features=gather_features([(0, prompt.spans)]))
-            assert torch.allclose(last[row], alone[0, -1], atol=1e-5)
+            assert torch.allclose(engine.hidden[row], alone[0, -1], atol=1e-5)
+            assert torch.allclose(plain.hidden[row], alone[0, -1], atol=1e-5)
             assert not torch.allclose(alone, decoder(ids, torch.arange(ids.shape[1])[None]), atol=1e-3)
 
 
@@ -182,12 +188,18 @@ def reference(decoder, grammar, prompt, out, sampling, prefix, place) -> list[in
     return answer
 
 
-def first_ids(decoder, grammar, prompts, out, sampling, prefix, places) -> list[list[int]]:
+def first_ids(decoder, grammar, prompts, out, sampling, prefix, places, choose=choose_engine) -> list[list[int]]:
     """The first SHOWN ids of each answer."""
-    columns = list(itertools.islice(steps(decoder, grammar, asked(prompts), out, sampling, prefix, None, places), SHOWN))
+    written = steps(decoder, grammar, asked(prompts), out, sampling, prefix, None, places, choose)
+    columns = list(itertools.islice(written, SHOWN))
     return [row[row != grammar.vocabulary.pad].tolist() for row in torch.stack(columns, 1)]
 
 
+ENGINES = [
+    choose_engine,
+    lambda decoder, weights, rows: TorchEngine(decoder, Weights.of(decoder)),
+    lambda decoder, weights, rows: ReferenceEngine(decoder),
+]
 REQUESTS = st.fixed_dictionaries({
     "lengths": st.lists(st.integers(0, 30), min_size=1, max_size=6),
     "out": st.sampled_from(("text", "audio", *OUTS)),
@@ -214,12 +226,14 @@ def test_answers_are_those_of_the_prompt_alone_and_of_full_passes(restless, gram
     expected = [reference(restless, grammar, prompt, r["out"], sampling, prefix, place)
                 for place, prompt in enumerate(prompts)]
 
-    def check(places):
-        found = first_ids(restless, grammar, [prompts[place] for place in places], r["out"], sampling, prefix, places)
+    def check(places, choose=choose_engine):
+        given = [prompts[place] for place in places]
+        found = first_ids(restless, grammar, given, r["out"], sampling, prefix, places, choose)
         for place, ids in zip(places, found, strict=True):
             assert ids[:len(expected[place])] == expected[place]
 
-    check(range(count))
+    for choose in ENGINES:
+        check(range(count), choose)
     check(random.sample(range(count), random.randint(1, count)))
     for place in range(count):
         check([place])
@@ -411,10 +425,11 @@ def test_finished_rows_are_cut_off(decoder, grammar, vocabulary, prompts):
 def test_rows_that_finish_early_are_no_longer_computed(decoder, grammar, prompts, monkeypatch):
     widths = []
 
-    def step(weights, x, cache):
-        widths.append(len(x))
-        return decoding.step(weights, x, cache)
-    monkeypatch.setattr("mmtx.generation.decoding", SimpleNamespace(step=step, prefill=decoding.prefill))
+    def step(engine, ids):
+        widths.append(len(ids))
+        return whole(engine, ids)
+    whole = TorchEngine.step
+    monkeypatch.setattr(TorchEngine, "step", step)
     many = [np.concatenate([prompt[:2], [n], prompt[2:]]) for n in range(5) for prompt in prompts]
     for guidance, temperature in ((1.0, 0.0), (0.5, 0.0), (1.0, 1.0)):
         widths.clear()
@@ -600,6 +615,24 @@ def test_an_unknown_option_names_the_nearest(name, told):
     assert str(raised.value) == f"{name}: unknown option, {told}"
 
 
+@pytest.mark.parametrize("call", [
+    lambda model: model.caption(np.zeros((16, 16, 3), np.uint8), temprature=1),
+    lambda model: model.generate("a", temprature=1),
+    lambda model: model.generate_batch(["a"], temprature=1),
+    lambda model: list(model.stream("a", temprature=1)),
+    lambda model: model.complete(np.zeros((16, 16, 3), np.uint8), temprature=1),
+    lambda model: model.extend(np.zeros(4000, np.float32), temprature=1),
+])
+def test_every_call_names_an_unknown_option(model, call):
+    with pytest.raises(InputError, match="^temprature: unknown option, did you mean temperature"):
+        call(model)
+
+
+def test_the_length_of_a_sound_that_goes_on_is_said_once(model):
+    with pytest.raises(InputError, match="^max_new_tokens: found 3, expected seconds alone"):
+        model.extend(np.zeros(4000, np.float32), max_new_tokens=3)
+
+
 def test_numbers_of_numpy_are_options(decoder, grammar, prompts):
     given = Sampling(np.float32(0.5), np.int64(3), np.float64(0.5), np.int32(9), np.uint64(2 ** 64 - 1), 2)
     plain = Sampling(0.5, 3, 0.5, 9, 2 ** 64 - 1, 2.0)
@@ -610,21 +643,18 @@ def test_numbers_of_numpy_are_options(decoder, grammar, prompts):
 # -- What is left behind -------------------------------------------------------------------------------------
 
 
-def test_room_follows_what_is_written(decoder, grammar, prompts, monkeypatch):
+def test_room_follows_what_is_written(decoder, grammar, prompts):
     made = []
-    prefilled = decoding.prefill
 
-    def prefill(*arguments):
-        hidden, cache = prefilled(*arguments)
-        made.append(cache)
-        return hidden, cache
-    monkeypatch.setattr("mmtx.generation.decoding", SimpleNamespace(step=decoding.step, prefill=prefill))
+    def choose(*arguments):
+        made.append(choose_engine(*arguments))
+        return made[-1]
     for count in (1, 3):
-        written = steps(decoder, grammar, asked(prompts[:count]), "text", Sampling(max_new_tokens=10 ** 9))
+        sampling = Sampling(max_new_tokens=10 ** 9)
+        written = steps(decoder, grammar, asked(prompts[:count]), "text", sampling, choose=choose)
         for _ in range(3):
             next(written)
-        assert made[-1].capacity <= max(map(len, prompts)) + decoding.ROOM
-        written.close()
+        assert made[-1].cache.capacity <= max(map(len, prompts)) + ROOM
 
 
 LEFT = """

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CHAIN = ("files", "schema", "ambient", "weights", "kernels", "layers", "modality", "vocabulary", "sequence", "data", "model", "loss",
-         "decoding", "row", "generation", "pipeline", "captioning", "evaluation", "report", "training", "cli")
+         "inference", "pipeline", "captioning", "evaluation", "report", "training", "cli")
 ANYWHERE = ("errors",)
 FILES = sorted((ROOT / "mmtx").rglob("*.py"))
 

@@ -26,7 +26,7 @@ from mmtx.data.storage import redacted
 from mmtx.data.tokens import to_documents
 from mmtx.errors import InputError
 from mmtx.files import check_target
-from mmtx.generation import Sampling
+from mmtx.inference.sampling import Sampling
 from mmtx.training.checkpoint import check_finite
 from mmtx.training.codec import CodecModule
 from mmtx.training.decoder import DecoderModule

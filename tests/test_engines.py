@@ -1,4 +1,4 @@
-"""Decoding with a cache against full passes of the decoder: any lengths, any order of rows, any shape of the network."""
+"""Engines against full passes of the decoder: any lengths, any order of rows, any shape of the network."""
 
 import itertools
 import os
@@ -9,9 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from mmtx.decoding import ROOM, Weights, prefill, step
+from mmtx.inference.choose import choose_engine
+from mmtx.inference.reference import ReferenceEngine
+from mmtx.inference.row import FEW_ROWS, SHORT, RowEngine, lay_out
+from mmtx.inference.screen import Screen
+from mmtx.inference.torch_engine import ROOM, TorchEngine
+from mmtx.inference.weights import Weights
 from mmtx.model import CodeRange, Decoder, DecoderConfig
-from mmtx.row import FEW_ROWS, SHORT, Row, Screen, lay_out
+from mmtx.sequence import Prompt
 
 SIZES = {"width": 24, "depth": 2, "heads": 4, "kv_heads": 2, "head_width": 8, "hidden": 32}
 COMPOSED = (CodeRange(10, (4, 3, 2)), CodeRange(34, (5, 2)))  # of 44 ids, 10 have rows of their own
@@ -50,50 +55,54 @@ def full(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
     return decoder.logits(decoder(ids[None], torch.arange(len(ids))[None]))[0, -1]
 
 
-def begin(decoder: Decoder, rows: list[torch.Tensor], room: int = ROOM):
-    lengths = torch.tensor([len(row) - NEW for row in rows])
-    ids = torch.full((len(rows), int(lengths.max())), 43)
-    for row, length, given in zip(ids, lengths, rows, strict=True):
-        row[:length] = given[:length]
-    weights = Weights.of(decoder)
-    return weights, *prefill(weights, decoder.embed(ids), lengths, room)
+def asked(rows: list[torch.Tensor]) -> list[Prompt]:
+    return [Prompt(row[:len(row) - NEW].numpy()) for row in rows]
+
+
+def begin(decoder: Decoder, rows: list[torch.Tensor], make=TorchEngine, room: int = ROOM):
+    engine = make(decoder, Weights.of(decoder))
+    engine.prefill(asked(rows), room)
+    return engine
+
+
+def next_ids(rows: list[torch.Tensor], new: int) -> torch.Tensor:
+    return torch.stack([row[len(row) - NEW + new] for row in rows])
+
+
+ENGINES = {
+    "torch": lambda decoder, rows: TorchEngine(decoder, Weights.of(decoder)),
+    "chosen": lambda decoder, rows: choose_engine(decoder, None, rows),  # on a CPU that of one row where one is left
+    "reference": lambda decoder, rows: ReferenceEngine(decoder),
+}
+each_engine = pytest.mark.parametrize("make", ENGINES.values(), ids=ENGINES)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("together", [1, 3, 4], ids="{} rows together".format)
 def test_scores_are_those_of_full_passes(rows, shape, together, monkeypatch):
-    monkeypatch.setattr("mmtx.decoding.TOKENS", together * max(LENGTHS))
+    monkeypatch.setattr("mmtx.inference.torch_engine.TOKENS", together * max(LENGTHS))
     decoder = random_decoder(**shape)
-    weights, hidden, cache = begin(decoder, rows)
+    engine = begin(decoder, rows)
     for new in range(NEW):
-        scores = weights.scores(hidden)
+        scores = engine.scores()
         assert scores.std() > 0.1
         for row, length, found in zip(rows, LENGTHS, scores, strict=True):
             assert torch.allclose(found, full(decoder, row[:length + new]), atol=1e-4)
-        ids = torch.stack([row[length + new] for row, length in zip(rows, LENGTHS, strict=True)])
-        hidden = step(weights, decoder.embedding(ids), cache)
+        engine.step(next_ids(rows, new))
 
 
 @pytest.mark.parametrize("first", [1, 10, 11, 44])
 @pytest.mark.parametrize("tied", [True, False])
-def test_scores_of_the_first_ids_are_those_of_all(rows, first, tied):
+@each_engine
+def test_scores_of_the_first_ids_are_those_of_all(rows, first, tied, make):
     decoder = random_decoder(composed=COMPOSED, tied=tied)
-    weights, hidden, _ = begin(decoder, rows)
-    scores = weights.scores(hidden, first)
+    engine = make(decoder, 4)
+    engine.prefill(asked(rows))
+    scores = engine.scores(first)
     assert scores.shape[1] in (first, 44)
-    assert torch.allclose(scores[:, :first], decoder.logits(hidden)[:, :first], atol=1e-5)
-
-
-@pytest.mark.parametrize("kept", [[0, 2], [3], [1, 2, 3], [0, 1, 2, 3]])
-def test_rows_that_are_kept_go_on_as_before(rows, kept):
-    decoder = random_decoder()
-    weights, hidden, cache = begin(decoder, rows)
-    step(weights, decoder.embedding(torch.stack([row[length] for row, length in zip(rows, LENGTHS)])), cache)
-    cache, left = cache.keep(torch.tensor(kept)), [(rows[i], LENGTHS[i]) for i in kept]
-    for new in range(1, NEW):
-        hidden = step(weights, decoder.embedding(torch.stack([row[length + new] for row, length in left])), cache)
-        for (row, length), found in zip(left, weights.scores(hidden), strict=True):
-            assert torch.allclose(found, full(decoder, row[:length + new + 1]), atol=1e-4)
+    assert torch.allclose(scores[:, :first], engine.scores()[:, :first], atol=1e-5)
+    for row, found in zip(rows, engine.scores(), strict=True):
+        assert torch.allclose(found, full(decoder, row[:len(row) - NEW]), atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -103,87 +112,118 @@ def expected(rows):
     return [decoder(row[None], torch.arange(len(row))[None])[0, length:] for row, length in zip(rows, LENGTHS, strict=True)]
 
 
-@pytest.mark.parametrize("moment", range(NEW))
-@pytest.mark.parametrize("engine", [step, Row], ids=["torch", "one row"])
-def test_rows_that_are_left_at_any_moment_go_on_as_in_full_passes(rows, expected, moment, engine):
+@pytest.mark.parametrize(("name", "moment"), [("reference", 3), *itertools.product(("torch", "chosen"), range(NEW))])
+def test_rows_that_are_left_at_any_moment_go_on_as_in_full_passes(rows, expected, name, moment):
     decoder = random_decoder()
-    subsets = [list(kept) for count in (1, 2, 3) for kept in itertools.combinations(range(4), count)]
+    subsets = [list(kept) for count in (1, 2, 3, 4) for kept in itertools.combinations(range(4), count)]
     for first in subsets:
         # Later, of those that are left, each alone.
         for later, last in [(NEW, first)] if len(first) == 1 else [(moment + 2, [row]) for row in first]:
-            weights, _, cache = begin(decoder, rows)
-            left, alone = list(range(4)), None
+            left, engine = list(range(4)), ENGINES[name](decoder, 4)
+            engine.prefill(asked(rows))
             for new in range(NEW):
                 for when, kept in ((moment, first), (later, last)):
                     if new == when:
-                        cache.keep(torch.tensor([left.index(row) for row in kept]))
+                        engine = engine.keep(torch.tensor([left.index(row) for row in kept]))
                         left = kept
-                if engine is Row and len(left) == 1 and alone is None:
-                    alone = Row(weights, cache)
-                inputs = decoder.embedding(torch.stack([rows[row][LENGTHS[row] + new] for row in left]))
-                hidden = step(weights, inputs, cache) if alone is None else alone.step(inputs)
-                for row, found in zip(left, hidden, strict=True):
+                        assert len(engine.hidden) == len(left)
+                        for row, found in zip(left, engine.hidden, strict=True):
+                            assert new == 0 or (found - expected[row][new - 1]).abs().max() < 1e-5
+                ids = next_ids([rows[row] for row in left], new)
+                given = ids.clone()
+                engine.step(ids)
+                assert torch.equal(ids, given)
+                for row, found in zip(left, engine.hidden, strict=True):
                     assert (found - expected[row][new]).abs().max() < 1e-5
+
+
+@each_engine
+@pytest.mark.parametrize("count", [1, 3])
+def test_who_owns_what_is_the_same_for_all_engines(rows, expected, make, count):
+    rows = rows[:count]
+    decoder, prompts = random_decoder(), asked(rows)
+    engine, before = make(decoder, count), [prompt.ids.copy() for prompt in prompts]
+    engine.prefill(prompts)
+    allowed = torch.rand(count, 44, generator=torch.Generator().manual_seed(1)) < 0.5
+    for new in range(NEW):
+        ids, best, scores = next_ids(rows, new), engine.best(allowed), engine.scores()
+        assert torch.equal(best, scores.masked_fill(~allowed, -torch.inf).argmax(1))
+        assert allowed.equal(torch.rand(count, 44, generator=torch.Generator().manual_seed(1)) < 0.5)
+        kept = scores.clone(), best.clone()
+        engine.step(ids)
+        assert torch.equal(scores, kept[0]) and torch.equal(best, kept[1])   # the engine writes over neither
+        scores.fill_(7), best.fill_(7), ids.fill_(7)                          # and reads none of them
+        for prompt in prompts:
+            prompt.ids.fill(7)
+        for place, found in enumerate(engine.hidden):
+            if make is not ENGINES["reference"] or new == 0:
+                assert (found - expected[place][new]).abs().max() < 1e-5
+        for prompt, ids in zip(prompts, before, strict=True):
+            prompt.ids[:] = ids
+        for place, found in enumerate(engine.scores()):
+            assert torch.allclose(found, full(decoder, rows[place][:LENGTHS[place] + new + 1]), atol=1e-4)
+        assert (scores == 7).all()
+
+
+def test_the_last_row_goes_on_where_it_is_fastest(rows):
+    decoder = random_decoder()
+    assert type(choose_engine(decoder, None, 1)) is RowEngine
+    engine = choose_engine(decoder, None, 4)
+    engine.prefill(asked(rows))
+    assert type(engine) is TorchEngine and type(engine.keep(torch.tensor([0, 2]))) is TorchEngine
+    assert type(engine.keep(torch.tensor([1]))) is RowEngine
+    assert type(choose_engine(random_decoder().bfloat16(), None, 1)) is TorchEngine
 
 
 @pytest.mark.parametrize("room", [0, 1, 3])
 @pytest.mark.parametrize("kept", [[0, 1, 2, 3], [0, 2], [0]])
 def test_a_cache_grows_when_it_is_full(rows, room, kept):
     decoder = random_decoder()
-    weights, _, cache = begin(decoder, rows, room)
-    cache.keep(torch.tensor(kept))
-    alone = Row(weights, cache) if len(kept) == 1 else None
+    engine = begin(decoder, rows, lambda *given: TorchEngine(*given, alone=RowEngine.of), room)
+    engine = engine.keep(torch.tensor(kept))
     for new in range(60):
-        ids = torch.full((len(kept),), 7)
-        hidden = alone.step(decoder.embedding(ids)) if alone else step(weights, decoder.embedding(ids), cache)
+        engine.step(torch.full((len(kept),), 7))
         if new % 20 == 19 or new < 5:
-            for place, found in zip(kept, weights.scores(hidden), strict=True):
-                expected = full(decoder, torch.cat([rows[place][:LENGTHS[place]], torch.full((new + 1,), 7)]))
-                assert torch.allclose(found, expected, atol=1e-4)
-    taken = LENGTHS[0] + 60 if alone else max(LENGTHS) + 60
+            for place, found in zip(kept, engine.scores(), strict=True):
+                written = torch.cat([rows[place][:LENGTHS[place]], torch.full((new + 1,), 7)])
+                assert torch.allclose(found, full(decoder, written), atol=1e-4)
+    cache, taken = engine.cache, (LENGTHS[0] if len(kept) == 1 else max(LENGTHS)) + 60
     assert cache.used == taken and taken <= cache.capacity < 2 * taken
     assert {tensor.shape[2] for tensor in (*cache.keys, *cache.values)} == {cache.capacity} == {len(cache.cos)}
 
 
 def test_bfloat16_follows_the_decoder(rows):
     decoder = random_decoder().bfloat16()
-    weights, hidden, cache = begin(decoder, rows)
-    hidden = step(weights, decoder.embedding(torch.stack([row[length] for row, length in zip(rows, LENGTHS)])), cache)
-    scores = weights.scores(hidden).float()
+    engine = begin(decoder, rows)
+    engine.step(next_ids(rows, 0))
+    scores = engine.scores().float()
     expected = torch.stack([full(decoder, row[:length + 1]) for row, length in zip(rows, LENGTHS)]).float()
-    assert hidden.dtype == torch.bfloat16
+    assert engine.hidden.dtype == torch.bfloat16
     assert (scores - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_float64_is_as_exact_as_full_passes(rows):
+    decoder = random_decoder().double()
+    engine = begin(decoder, rows)
+    engine.step(next_ids(rows, 0))
+    for row, length, found in zip(rows, LENGTHS, engine.scores(), strict=True):
+        assert (found - full(decoder, row[:length + 1])).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("laid_out", [False, True])
 @pytest.mark.parametrize("short", [0, SHORT])
 def test_a_row_alone_is_decoded_as_by_full_passes(rows, shape, laid_out, short, threads, monkeypatch):
-    monkeypatch.setattr("mmtx.row.SHORT", short)
+    monkeypatch.setattr("mmtx.inference.row.SHORT", short)
     decoder = random_decoder(**shape)
     if laid_out:
         lay_out(decoder)
     for row, length in zip(rows, LENGTHS, strict=True):
-        weights, _, cache = begin(decoder, [row])
-        assert Row.takes(weights, cache)
-        alone = Row(weights, cache)
+        engine = begin(decoder, [row], RowEngine)
         for new in range(NEW):
-            inputs = decoder.embedding(row[length + new:length + new + 1])
-            before = inputs.clone()
-            (scores,) = weights.scores(alone.step(inputs))
+            engine.step(row[length + new:length + new + 1])
+            (scores,) = engine.scores()
             assert torch.allclose(scores, full(decoder, row[:length + new + 1]), atol=1e-4)
-            assert torch.equal(inputs, before)
-
-
-@pytest.mark.parametrize("kept", range(len(LENGTHS)))
-def test_a_row_that_is_left_of_a_batch_goes_on_alone(rows, kept):
-    decoder, row, length = random_decoder(), rows[kept], LENGTHS[kept]
-    weights, _, cache = begin(decoder, rows)
-    step(weights, decoder.embedding(torch.stack([row[length] for row, length in zip(rows, LENGTHS)])), cache)
-    alone = Row(weights, cache.keep(torch.tensor([kept])))
-    for new in range(1, NEW):
-        (scores,) = weights.scores(alone.step(decoder.embedding(row[length + new:length + new + 1])))
-        assert torch.allclose(scores, full(decoder, row[:length + new + 1]), atol=1e-4)
 
 
 def test_laying_out_changes_how_matrices_lie_and_no_value():
@@ -199,9 +239,9 @@ def test_large_activations_overflow_to_what_full_passes_give(rows):
     decoder, row = random_decoder(), rows[0]
     for block in decoder.blocks:
         block.feed_forward.gate_up.weight *= 1e3
-    weights, _, cache = begin(decoder, [row])
-    hidden = Row(weights, cache).step(decoder.embedding(row[LENGTHS[0]:LENGTHS[0] + 1]))
-    assert torch.allclose(weights.scores(hidden)[0], full(decoder, row[:LENGTHS[0] + 1]), atol=1e-3)
+    engine = begin(decoder, [row], RowEngine)
+    engine.step(row[LENGTHS[0]:LENGTHS[0] + 1])
+    assert torch.allclose(engine.scores()[0], full(decoder, row[:LENGTHS[0] + 1]), atol=1e-3)
 
 
 def difficult_rows(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -258,7 +298,7 @@ def test_a_screen_says_how_far_its_scores_may_be_wrong():
 
 LARGEST = """
 import numpy as np, torch
-from mmtx.row import Screen
+from mmtx.inference.screen import Screen
 
 for sign in (1, -1):
     scores, bound = Screen.of(torch.full((64, 40), 2.0)).scores(np.full(40, sign * 3, np.float32))
@@ -276,12 +316,13 @@ def test_the_best_id_is_the_same_with_and_without_a_screen():
     torch.manual_seed(0)
     decoder = Decoder(DecoderConfig(FEW_ROWS + 100, **SIZES)).requires_grad_(False)
     allowed = torch.rand(1, FEW_ROWS + 90) < 0.5
-    weights = Weights.of(decoder, fixed=True)
-    prompt = torch.arange(3)[None]
-    hidden, cache = prefill(weights, decoder.embed(prompt), torch.tensor([3]), 8)
-    screened, plain = Row(weights, cache), Row(Weights.of(decoder), cache)
+    weights, prompts = Weights.of(decoder, fixed=True), [Prompt(np.arange(3))]
+    screened, plain = RowEngine(decoder, weights), RowEngine(decoder, Weights.of(decoder))
+    for engine in (screened, plain):
+        engine.prefill(prompts)
     for hidden in torch.randn(20, 1, SIZES["width"]):
         expected = weights.scores(hidden)[:, :FEW_ROWS + 90].masked_fill(~allowed, -torch.inf).argmax(1)
-        assert screened.best(hidden, allowed).equal(expected)
-        assert plain.best(hidden, allowed).equal(expected)
+        for engine in (screened, plain):
+            engine.hidden = hidden
+            assert engine.best(allowed).equal(expected)
     assert list(weights.screens) == ([FEW_ROWS + 90] if Screen.pays() else [])

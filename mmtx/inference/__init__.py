@@ -1,0 +1,1 @@
+"""Answers: engines that score the next id of a batch, sampling among the scores, and the loop that writes ids."""

@@ -1,0 +1,87 @@
+"""Keys and values of what a batch has read and written.
+
+Shapes: B batch, G key-value heads, C capacity, K head width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmtx.layers import rotary
+from mmtx.model import DecoderConfig
+
+
+@dataclass
+class KVCache:
+    """Keys and values of a batch. A step writes all rows at the same slot, though their positions may differ.
+
+    It doubles when it is full, so that its memory follows what is written and not what may be.
+    """
+
+    config: DecoderConfig
+    keys: list[Tensor]             # one a layer, (B, G, C, K)
+    values: list[Tensor]           # the same
+    seen: Tensor                   # (B, C) bool: slots that hold a token of the row, not padding
+    used: int                      # slots that are taken, so where the next tokens go
+    slot: Tensor                   # (1,) the same number on the device
+    positions: Tensor              # (B,) of the next tokens
+    cos: Tensor                    # (C, K) of the rotary angles at each position
+    sin: Tensor                    # (C, K), negative in the lower half
+
+    @classmethod
+    def of(cls, config: DecoderConfig, lengths: Tensor, used: int, capacity: int, like: Tensor) -> "KVCache":
+        """A cache of prompts of `lengths` (B,), whose keys and values are still to be written, up to slot `used`."""
+        c, batch, device = config, len(lengths), like.device
+        shape = batch, c.kv_heads, capacity, c.head_width
+        return cls(
+            c, *([_empty(like, shape) for _ in range(c.depth)] for _ in range(2)),
+            torch.arange(capacity, device=device) < lengths[:, None], used, torch.tensor([used], device=device),
+            lengths.clone(), *_angles(c, capacity, like))
+
+    @property
+    def capacity(self) -> int:
+        return self.seen.shape[1]
+
+    def grow(self) -> None:
+        """Twice the room."""
+        more = self.capacity
+        for tensors in (self.keys, self.values):
+            for layer, each in enumerate(tensors):
+                tensors[layer] = _empty(each, (*each.shape[:2], 2 * more, each.shape[3]))
+                tensors[layer][:, :, :self.used] = each[:, :, :self.used]
+        self.seen = F.pad(self.seen, (0, more))
+        self.cos, self.sin = _angles(self.config, 2 * more, self.keys[0])
+
+    def keep(self, rows: Tensor) -> None:
+        """Only some rows, in ascending order, from now on."""
+        used = self.used
+        for tensors in (self.keys, self.values):
+            for layer, each in enumerate(tensors):
+                each[:len(rows), :, :used] = each[rows, :, :used]
+                tensors[layer] = each[:len(rows)]
+        self.seen, self.positions = self.seen[rows], self.positions[rows]
+
+    def close_gaps(self) -> None:
+        """Take the padding out of a cache of one row: what comes out of a batch lies as if it had always been alone."""
+        chosen = self.seen[0, :self.used].nonzero()[:, 0]
+        if len(chosen) < self.used:
+            for each in (*self.keys, *self.values):
+                each[:, :, :len(chosen)] = each[:, :, chosen]
+            self.seen[:, len(chosen):] = False
+            self.seen[:, :len(chosen)] = True
+            self.used = len(chosen)
+            self.slot.fill_(self.used)
+
+
+def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Slots that no row has reached: they are read on a GPU, where the masked ones must not be NaN."""
+    return like.new_zeros(shape) if like.is_cuda else like.new_empty(shape)
+
+
+def _angles(config: DecoderConfig, capacity: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of `rotary`, the latter negative in the lower half, so that the halves can be swapped as they are."""
+    cos, sin = rotary(torch.arange(capacity, device=like.device), config.head_width, config.rope_theta)
+    sin[:, :config.head_width // 2] *= -1
+    return cos.to(like.dtype), sin.to(like.dtype)

@@ -1,0 +1,15 @@
+"""Which engine answers: the one place that knows them all."""
+
+from mmtx.inference.engine import Engine
+from mmtx.inference.row import RowEngine
+from mmtx.inference.torch_engine import TorchEngine
+from mmtx.inference.weights import Weights
+from mmtx.model import Decoder
+
+
+def choose_engine(decoder: Decoder, weights: Weights | None, rows: int) -> Engine:
+    """The fastest engine for a batch of so many rows; `weights` are those of the decoder where they were made before."""
+    weights = weights or Weights.of(decoder)
+    if not RowEngine.fits(decoder):
+        return TorchEngine(decoder, weights)
+    return RowEngine(decoder, weights) if rows == 1 else TorchEngine(decoder, weights, alone=RowEngine.of)

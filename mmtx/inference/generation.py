@@ -1,0 +1,125 @@
+"""Generation: an engine scores the next id, the grammar says which ids may come, and sampling chooses among them.
+
+Shapes: B batch, N ids that an answer may be made of.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmtx.inference.choose import choose_engine
+from mmtx.inference.engine import Engine
+from mmtx.inference.guidance import Guided
+from mmtx.inference.sampling import Draws, Sampling, sample
+from mmtx.inference.weights import Weights
+from mmtx.model import Decoder
+from mmtx.sequence import Grammar, GrammarState, Prompt
+from mmtx.vocabulary import MAX_SIDE
+
+Choose = Callable[[Decoder, Weights | None, int], Engine]
+LOOK_EVERY = 8  # steps between two looks at whether rows are finished, where each look waits for the device
+
+
+class AllowedIds:
+    """Which ids may come next. On a CPU it is the same tensor as before where it is equal, as `Engine.best` likes it."""
+
+    def __init__(self, grammar: Grammar, out: str):
+        self.grammar, self.reach = grammar, grammar.reach(out)
+        self._place: tuple | None = None
+
+    def of(self, state: GrammarState, closing: bool) -> Tensor:
+        """Of a state (B, N), or only those of them that close something, where there are any."""
+        place = (state.phase.tolist(), closing) if state.phase.device.type == "cpu" else None
+        if place is None or place != self._place:
+            allowed = self.grammar.allowed(state, self.reach)
+            self._place, self._allowed = place, self.grammar.closing(allowed) if closing else allowed
+        return self._allowed
+
+
+def steps(
+    decoder: Decoder,
+    grammar: Grammar,
+    prompts: Sequence[Prompt],
+    out: str = "text",
+    sampling: Sampling = Sampling(),
+    prefix: Sequence[int] = (),
+    weights: Weights | None = None,
+    places: Sequence[int] | None = None,
+    choose: Choose = choose_engine,
+) -> Iterator[Tensor]:
+    """Yield one id for each prompt (B,) at a time until all rows are finished; finished rows yield <pad>.
+
+    `prefix` are ids that every answer starts with (not yielded): the size of a picture, or its first codes. `weights` are
+    those of the decoder where they were made before, for many answers. `places` are those of the prompts among all that
+    the caller asks, which the random choices go by. `choose` makes the engine.
+
+    Each answer is the one that the prompt gets alone, up to what float32 rounds otherwise in a batch of another shape:
+    where two scores, or a random number and the edge between two ids, are closer than that (some 1e-6), the other may win.
+    """
+    # No context may be open where a caller can leave this generator: what is left at exit is closed without torch.
+    with torch.inference_mode():
+        device, batch, prefix = decoder.embedding.weight.device, len(prompts), np.asarray(prefix, np.int64)
+        state = grammar.start(batch, out, device, prefix if len(prefix) else None)
+        last = sampling.max_new_tokens     # steps from here on only close what is open
+        limit, allowed = last + _steps_to_close(grammar, out, state, len(prefix) > 0), AllowedIds(grammar, out)
+        places = range(batch) if places is None else places
+        draws = Draws(sampling.seed, places, device) if sampling.temperature > 0 else None
+        if sampling.guidance == 1:
+            engine = choose(decoder, weights, batch)
+        else:
+            engine = Guided(choose(decoder, weights, 2 * batch), sampling.guidance, grammar.vocabulary)
+        engine.prefill([prompt._replace(ids=np.concatenate([prompt.ids, prefix])) for prompt in prompts])
+        writing = torch.arange(batch, device=device)  # rows of the batch that are still computed
+        nothing = torch.full_like(writing, grammar.vocabulary.pad)
+    ids = None
+    for step in range(limit):
+        with torch.inference_mode():
+            if ids is not None:
+                engine.step(ids)
+            may_come = allowed.of(state, closing=step >= last)
+            if draws is None:
+                ids = engine.best(may_come)
+            else:
+                ids = sample(engine.scores(allowed.reach).masked_fill_(~may_come, -torch.inf), sampling, draws.next())
+            state = grammar.advance(state, ids)
+            written = ids if len(ids) == batch else nothing.index_copy(0, writing, ids)
+            left = len(ids)
+            if not engine.static or step % LOOK_EVERY == LOOK_EVERY - 1 or step >= last:
+                going = (~grammar.finished(state)).nonzero().squeeze(1)
+                left = len(going)
+            if 0 < 2 * left <= len(ids) and not engine.static:
+                engine, state, ids, writing = engine.keep(going), state.keep(going), ids[going], writing[going]
+                if draws is not None:
+                    draws.keep(going)
+        yield written
+        if not left:
+            return
+
+
+def _steps_to_close(grammar: Grammar, out: str, state: GrammarState, begun: bool) -> int:
+    """How many steps what is open at the last moment can need. Then only closing ids are allowed where there are any."""
+    if out in ("text", "audio"):
+        return (grammar.vocabulary.bands or 0) + 2
+    # Only an answer of one picture with its size given is known to open no larger one.
+    known = int(state.remaining.max()) if out == "image" and begun else 0
+    return (known or MAX_SIDE ** 2) + 4
+
+
+def generate(
+    decoder: Decoder,
+    grammar: Grammar,
+    prompts: Sequence[Prompt],
+    out: str = "text",
+    sampling: Sampling = Sampling(),
+    prefix: Sequence[int] = (),
+    weights: Weights | None = None,
+    places: Sequence[int] | None = None,
+    choose: Choose = choose_engine,
+) -> list[np.ndarray]:
+    """Answer each prompt: the ids behind it, `prefix` first, up to and including <end>."""
+    columns = list(steps(decoder, grammar, prompts, out, sampling, prefix, weights, places, choose))
+    rows = torch.stack(columns, dim=1).cpu().numpy()
+    pad = grammar.vocabulary.pad
+    return [np.concatenate([np.asarray(prefix, np.int64), row[row != pad]]) for row in rows]

@@ -1,0 +1,58 @@
+"""Classifier-free guidance: an engine that scores each prompt with and without its user turns."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmtx.inference.engine import Engine
+from mmtx.sequence import Prompt
+from mmtx.vocabulary import Vocabulary
+
+
+class Guided(Engine):
+    """Scores of prompts, moved away from those of the same prompts without their user turns.
+
+    It runs another engine on twice as many rows: the prompts, then the same with their user turns emptied.
+    """
+
+    def __init__(self, engine: Engine, guidance: float, vocabulary: Vocabulary):
+        self.engine, self.guidance, self.vocabulary = engine, guidance, vocabulary
+        self.static = engine.static
+
+    @property
+    def hidden(self) -> Tensor:
+        """Those of the prompts, then of the same without user turns (2B, D)."""
+        return self.engine.hidden
+
+    def prefill(self, prompts: Sequence[Prompt]) -> None:
+        self.engine.prefill([*prompts, *(without_user_turns(prompt, self.vocabulary) for prompt in prompts)])
+
+    def step(self, ids: Tensor) -> None:
+        self.engine.step(ids.repeat(2))
+
+    def scores(self, first: int | None = None) -> Tensor:
+        return guide(self.engine.scores(first), self.guidance)
+
+    def keep(self, rows: Tensor) -> Engine:
+        self.engine = self.engine.keep(torch.cat([rows, rows + len(self.hidden) // 2]))
+        return self
+
+
+def guide(logits: Tensor, guidance: float) -> Tensor:
+    """Scores of B prompts, then of the same without their user turns (2B, V) -> guided scores (B, V).
+
+    Classifier-free guidance (https://arxiv.org/abs/2207.12598), for pictures as codes in Parti
+    (https://arxiv.org/abs/2206.10789).
+    """
+    asked, unasked = logits.float().chunk(2)
+    return unasked + min(guidance, 1e30) * (asked - unasked)   # beyond that there would be inf - inf
+
+
+def without_user_turns(prompt: Prompt, vocabulary: Vocabulary) -> Prompt:
+    """The prompt with its user turns emptied: <user> <end>."""
+    v, ids = vocabulary, prompt.ids
+    tags = np.isin(ids, [v.bos, v.user, v.assistant, v.end])
+    owner = ids[np.maximum.accumulate(np.where(tags, np.arange(len(ids)), 0))]
+    return Prompt(ids[tags | (owner != v.user)])

@@ -1,0 +1,66 @@
+"""The best row of an output matrix without reading all of it: scores in 8 bits, and a bound of their error.
+
+Shapes: D width, R rows of the output.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SLACK = 1e-5      # what float32 rounds away in a score, as a share of the longest that it could be
+
+
+class Screen(NamedTuple):
+    """The first rows of an output matrix in 8 bits, and the error that this makes: says which few can score best."""
+
+    packed: Tensor        # (R, D) of int8, as oneDNN lays it out
+    scale: Tensor         # (R,) a row is about its codes times this
+    zero: Tensor          # (R,) of zeros
+    length: np.ndarray    # (R,) of what a row is about
+    error: np.ndarray     # (R,) length of what it lacks, and SLACK of its own length
+
+    @staticmethod
+    def pays() -> bool:
+        """Whether the processor has instructions for products of 8 bits (VNNI): with others, reading all is as fast."""
+        has = torch.cpu.get_capabilities()
+        return torch.backends.mkldnn.is_available() and any(has.get(name) for name in ("avx512_vnni", "avx_vnni"))
+
+    @classmethod
+    def of(cls, rows: Tensor) -> "Screen":
+        """Of a matrix (R, D)."""
+        scale = rows.abs().amax(1, keepdim=True).clamp_min(1e-30) / 127
+        codes = (rows / scale).round_()
+        near = codes * scale
+        length = torch.linalg.vector_norm(near, dim=1)
+        error = torch.linalg.vector_norm(near.sub_(rows), dim=1) + SLACK * length
+        packed = torch.ops.onednn.qlinear_prepack(codes.to(torch.int8), [1, rows.shape[1]])
+        return cls(packed, scale[:, 0], torch.zeros(len(rows), dtype=torch.long), length.numpy(), error.numpy())
+
+    def scores(self, hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """About what each row scores (R,) for a hidden state (D,), and how far from the truth that may be (R,).
+
+        With w a row, v what is here of it, h the hidden state and g what 7 bits keep of that, the score w h differs from
+        v g by no more than |w - v| |h| + |v| |h - g|.
+        """
+        # 7 bits, from 0 on: where oneDNN keeps to AVX2, it adds two products in 16 bits, which two of 255 and 127 do not fit.
+        scale = float(max(hidden.max(), -hidden.min(), 1e-30)) / 63
+        codes = np.rint(hidden / scale)
+        lack = hidden - codes * scale
+        given = torch.from_numpy((codes + 64).astype(np.uint8))[None]
+        scores = torch.ops.onednn.qlinear_pointwise(
+            given, scale, 64, self.packed, self.scale, self.zero, None, 1.0, 0, torch.float32, "none", [], "")[0].numpy()
+        bound = self.error * math.sqrt(hidden.dot(hidden))
+        bound += self.length * math.sqrt(lack.dot(lack))
+        return scores, bound
+
+    def candidates(self, hidden: np.ndarray, forbidden: np.ndarray) -> np.ndarray:
+        """Which rows can score best among those whose `forbidden` (R,) is 0 and not -inf."""
+        scores, bound = self.scores(hidden)
+        scores += forbidden
+        best = scores.argmax()
+        least = scores[best] - bound[best]
+        scores += bound
+        return np.flatnonzero(scores >= least)

@@ -1,0 +1,107 @@
+"""The engine of torch: the network of `Decoder.forward` once more, with a cache: prompts, then one id a row at a time.
+
+One slot of the cache is for all rows, all state lies in tensors on the device and is changed in place, and on a GPU no
+shape changes from step to step but where the cache grows.
+
+Shapes: B batch, T tokens, D width, H heads, G key-value heads, K head width.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmtx.inference.cache import KVCache
+from mmtx.inference.engine import Engine, pad
+from mmtx.inference.weights import Scratch, Weights
+from mmtx.model import Decoder
+from mmtx.sequence import Prompt
+
+TOKENS = 1024  # that go through the layers together on a CPU
+ROOM = 128  # slots for new ids that a cache starts with
+
+
+class TorchEngine(Engine):
+    """Any number of rows on any device."""
+
+    def __init__(self, decoder: Decoder, weights: Weights, alone: Callable[["TorchEngine"], Engine] | None = None):
+        """`alone` makes the engine that goes on with the last row of a batch; by default it is this one."""
+        self.decoder, self.weights, self.alone = decoder, weights, alone
+        self.static = weights.output.is_cuda
+
+    def prefill(self, prompts: Sequence[Prompt], room: int = ROOM) -> None:
+        """Begin with prompts, and with `room` for more ids before the cache grows.
+
+        They are padded on the right. Padding is never seen: each row gets what it would get alone.
+        """
+        weights, (ids, lengths, features) = self.weights, pad(prompts, self.weights.output.device)
+        x = self.decoder.embed(ids, features)
+        batch, length, _ = x.shape
+        self.cache = KVCache.of(weights.config, lengths, length, length + room, x)
+        self.scratch = Scratch.of(weights.config, batch, x)
+        # A few rows at a time go through all layers, so that what the operations make stays in the cache of a CPU.
+        size = batch if self.static else max(1, TOKENS // length)
+        scratch = Scratch.of(weights.config, min(batch, size) * length, x)
+        self.hidden = torch.cat([self._prefill(x[first:first + size], lengths[first:first + size], first, scratch)
+                                 for first in range(0, batch, size)])
+
+    def _prefill(self, x: Tensor, lengths: Tensor, first: int, scratch: Scratch) -> Tensor:
+        """Feed inputs of the cache's rows from the `first` on -> the last hidden state of each."""
+        weights, cache, (batch, length, _) = self.weights, self.cache, x.shape
+        scratch, chosen = scratch.keep(batch * length), slice(first, first + batch)
+        cos, sin = (each[:length, None].repeat(batch, 1, 1) for each in (cache.cos, cache.sin))    # (B*T, 1, K)
+        rows = torch.arange(batch, device=x.device)
+        last = rows * length + lengths - 1
+        x = x.flatten(0, 1).clone()
+        query, key, value = (each.unflatten(0, (batch, length)).transpose(1, 2)                    # (B, H | G, T, K)
+                             for each in (scratch.query, scratch.key, scratch.value))
+        for layer, keys, values in zip(weights.layers, cache.keys, cache.values, strict=True):
+            layer.project(x, cos, sin, scratch)
+            keys[chosen, :, :length], values[chosen, :, :length] = key, value
+            if layer is weights.layers[-1]:
+                # Nobody reads the other tokens any more.
+                x, scratch = x[last], self.scratch.keep(batch)
+                y = attend(query[rows, :, lengths - 1], key, value, cache.seen[chosen, None, None, :length])
+            else:
+                grouped = query.shape[1] != key.shape[1]
+                y = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+                y = y.transpose(1, 2).reshape(batch * length, -1)
+            layer.finish(x, y, scratch)
+        return weights.norm(x, scratch.length, torch.empty_like(x))
+
+    def step(self, ids: Tensor) -> None:
+        weights, cache = self.weights, self.cache
+        if cache.used == cache.capacity:
+            cache.grow()
+        s, x = self.scratch, self.decoder.embedding(ids)
+        cos, sin = (each.index_select(0, cache.positions)[:, None] for each in (cache.cos, cache.sin))
+        key, value = s.key[:, :, None], s.value[:, :, None]
+        cache.seen.index_fill_(1, cache.slot, True)
+        # Where shapes stay as they are, masked slots are read. One row, too, has padding where it comes out of a batch.
+        span = cache.capacity if self.static else cache.used + 1
+        mask = cache.seen[:, None, None, :span]
+        for layer, keys, values in zip(weights.layers, cache.keys, cache.values, strict=True):
+            layer.project(x, cos, sin, s)
+            keys.index_copy_(2, cache.slot, key)
+            values.index_copy_(2, cache.slot, value)
+            layer.finish(x, attend(s.query, keys.narrow(2, 0, span), values.narrow(2, 0, span), mask), s)
+        cache.used += 1
+        cache.slot.add_(1)
+        cache.positions.add_(1)
+        self.hidden = weights.norm(x, s.length, torch.empty_like(x))
+
+    def scores(self, first: int | None = None) -> Tensor:
+        return self.weights.scores(self.hidden, first)
+
+    def keep(self, rows: Tensor) -> Engine:
+        self.cache.keep(rows)
+        self.hidden, self.scratch = self.hidden[rows], self.scratch.keep(len(rows))
+        return self if self.alone is None or len(rows) > 1 else self.alone(self)
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """One query a row (B, H, K) over keys and values (B, G, T, K), mask (B, 1, 1, T) -> what it found (B, H * K)."""
+    # The queries of a group share keys and values: they take the place of tokens.
+    query = query.unflatten(1, (keys.shape[1], -1))                                            # (B, G, H / G, K)
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask).flatten(1)

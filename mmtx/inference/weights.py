@@ -1,0 +1,152 @@
+"""The weights of a decoder as engines with a cache read them, and the network between and behind attention.
+
+At batch 1 the time of a step is that of reading the weights and of starting operations, so there are as few of these as
+can be: no modules, a norm in four operations, and every result goes to a place that was made before.
+
+Shapes: B batch, N tokens of all rows, D width, H heads, G key-value heads, K head width, R rows of the embedding, V
+vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmtx.model import Decoder, DecoderConfig
+
+
+def precise(like: Tensor) -> torch.dtype:
+    """The type in which lengths are computed."""
+    return torch.promote_types(like.dtype, torch.float32)
+
+
+class Norm(NamedTuple):
+    """RMSNorm over the last n numbers, as x / hypot(|x|, floor) * weight: half the operations of torch's on a CPU."""
+
+    weight: Tensor  # sqrt(n) times the norm's weight, float32 at least
+    floor: Tensor   # sqrt(n * eps), ()
+
+    @classmethod
+    def of(cls, weight: Tensor, eps: float) -> "Norm":
+        weight, n = weight.to(precise(weight)), weight.shape[-1]
+        return cls(weight * n ** 0.5, weight.new_tensor((n * eps) ** 0.5))
+
+    def __call__(self, x: Tensor, length: Tensor, out: Tensor) -> Tensor:
+        torch.linalg.vector_norm(x, 2, -1, True, dtype=length.dtype, out=length)
+        return torch.div(x, torch.hypot(length, self.floor, out=length), out=out).mul_(self.weight)
+
+
+class Scratch(NamedTuple):
+    """Where the operations on N tokens put what they make, and the views of it that they need."""
+
+    normed: Tensor        # (N, D)
+    length: Tensor        # (N, 1)
+    qkv: Tensor           # (N, (H + 2G) * K)
+    raw: Tensor           # (N, H + G, K), the queries and keys of `qkv`
+    value: Tensor         # (N, G, K), the values of `qkv`
+    head_length: Tensor   # (N, H + G, 1)
+    turned: Tensor        # (N, H + G, K)
+    query: Tensor         # (N, H, K), the queries of `turned`
+    key: Tensor           # (N, G, K), the keys of `turned`
+    high: Tensor          # (N, H + G, K / 2), the upper halves of `turned`
+    low: Tensor           # (N, H + G, K / 2), the lower halves
+    swapped: Tensor       # (N, H + G, K)
+    gate_up: Tensor       # (N, 2 * hidden)
+    gate: Tensor          # (N, hidden)
+    up: Tensor            # (N, hidden)
+
+    @classmethod
+    def of(cls, config: DecoderConfig, tokens: int, like: Tensor) -> "Scratch":
+        c, turning = config, config.heads + config.kv_heads
+        qkv = like.new_empty(tokens, (turning + c.kv_heads) * c.head_width)
+        heads = qkv.view(tokens, -1, c.head_width)
+        turned, swapped = (like.new_empty(tokens, turning, c.head_width) for _ in range(2))
+        low, high = turned.chunk(2, dim=-1)
+        gate_up = like.new_empty(tokens, 2 * c.hidden)
+        return cls(
+            like.new_empty(tokens, c.width), like.new_empty(tokens, 1, dtype=precise(like)),
+            qkv, heads[:, :turning], heads[:, turning:], like.new_empty(tokens, turning, 1, dtype=precise(like)),
+            turned, turned[:, :c.heads], turned[:, c.heads:], high, low, swapped, gate_up, *gate_up.chunk(2, dim=1))
+
+    def keep(self, tokens: int) -> "Scratch":
+        """The scratch of fewer tokens."""
+        return Scratch(*(each[:tokens] for each in self))
+
+
+class Layer(NamedTuple):
+    """One block: its weights, and what it does around attention. The one place here that knows the kind of the block."""
+
+    attention_norm: Norm
+    qkv: Tensor             # (D, (H + 2G) * K)
+    head_norm: Norm         # weight (H + G, K)
+    out: Tensor             # (H * K, D)
+    feed_forward_norm: Norm
+    gate_up: Tensor         # (D, 2 * hidden)
+    down: Tensor            # (hidden, D)
+
+    @classmethod
+    def of(cls, block: nn.Module, config: DecoderConfig) -> "Layer":
+        attention, feed_forward, eps = block.attention, block.feed_forward, config.norm_eps
+        heads = torch.cat([attention.query_norm.weight.expand(config.heads, -1),
+                           attention.key_norm.weight.expand(config.kv_heads, -1)])
+        return cls(
+            Norm.of(block.attention_norm.weight, eps), attention.qkv.weight.T, Norm.of(heads, eps),
+            attention.out.weight.T, Norm.of(block.feed_forward_norm.weight, eps), feed_forward.gate_up.weight.T,
+            feed_forward.down.weight.T)
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor, s: Scratch) -> None:
+        """Tokens (N, D) and their angles (N, 1, K) -> queries, keys and values in the scratch."""
+        torch.mm(self.attention_norm(x, s.length, s.normed), self.qkv, out=s.qkv)
+        self.head_norm(s.raw, s.head_length, s.turned)
+        torch.cat((s.high, s.low), dim=-1, out=s.swapped)
+        s.turned.mul_(cos).addcmul_(s.swapped, sin)
+
+    def finish(self, x: Tensor, y: Tensor, s: Scratch) -> None:
+        """Tokens (N, D) and what their heads found, (N, H * K) -> tokens for the next layer, in place."""
+        x.addmm_(y, self.out)
+        torch.mm(self.feed_forward_norm(x, s.length, s.normed), self.gate_up, out=s.gate_up)
+        x.addmm_(F.silu(s.gate, inplace=True).mul_(s.up), self.down)
+
+
+class Weights(NamedTuple):
+    """The weights of a decoder as engines read them: views of its parameters, but for the norms."""
+
+    config: DecoderConfig
+    layers: tuple[Layer, ...]
+    norm: Norm
+    output: Tensor                        # (R, D)
+    groups: tuple[tuple[int, ...], ...]   # sizes of runs of rows: plain ids, then the digits of each composed range
+    screens: dict | None                  # what `Screen` made of first rows; none where values may still change
+
+    @classmethod
+    def of(cls, decoder: Decoder, fixed: bool = False) -> "Weights":
+        """Of a decoder; `fixed` promises that its values will not change while these weights are used."""
+        c, table = decoder.config, decoder.output or decoder.embedding
+        return cls(c, tuple(Layer.of(block, c) for block in decoder.blocks), Norm.of(decoder.norm.weight, c.norm_eps),
+                   table.weight, table.groups, {} if fixed else None)
+
+    @property
+    def plain(self) -> int:
+        """How many ids, from the first, have a row of their own."""
+        return self.groups[0][0]
+
+    def scores(self, hidden: Tensor, first: int | None = None) -> Tensor:
+        """Hidden states (B, D) -> scores of every id (B, V), or only of the `first`, which have rows of their own.
+
+        The score of a composed id is the sum of the scores of its digits: no matrix of its range is needed.
+        """
+        plain, ranges = self.plain, self.groups[1:]
+        if first is not None and first <= plain:
+            return F.linear(hidden, self.output[:first])
+        rows = F.linear(hidden, self.output)
+        if not ranges:
+            return rows
+        parts = rows.split([plain, *(level for levels in ranges for level in levels)], dim=1)
+        scores, digits = [parts[0]], iter(parts[1:])
+        for levels in ranges:
+            total = next(digits)
+            for _ in levels[1:]:
+                total = (next(digits)[:, :, None] + total[:, None]).flatten(1)
+            scores.append(total)
+        return torch.cat(scores, dim=1)
