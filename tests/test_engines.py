@@ -244,6 +244,23 @@ def test_large_activations_overflow_to_what_full_passes_give(rows):
     assert torch.allclose(engine.scores()[0], full(decoder, row[:LENGTHS[0] + 1]), atol=1e-3)
 
 
+@each_engine
+@pytest.mark.parametrize("ids", [44, FEW_ROWS + 100])
+@pytest.mark.parametrize("count", [1, 3])
+def test_scores_that_are_not_finite_choose_an_allowed_id(rows, make, ids, count):
+    decoder = Decoder(DecoderConfig(ids, **SIZES)).requires_grad_(False)
+    engine = make(decoder, count)
+    if isinstance(engine, TorchEngine):
+        engine.weights = Weights.of(decoder, fixed=True)
+    engine.prefill(asked(rows[:count]))
+    for value in (torch.nan, torch.inf, 1e30):
+        engine.hidden = torch.full((count, SIZES["width"]), value)
+        for place in (1, ids - 2):
+            allowed = torch.zeros(count, ids, dtype=torch.bool)
+            allowed[:, place] = True
+            assert engine.best(allowed).tolist() == [place] * count
+
+
 def difficult_rows(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     """An output matrix (R, D) and hidden states (B, D)."""
     generator = torch.Generator().manual_seed(0)

@@ -586,6 +586,17 @@ def test_extreme_options_write_what_parses(decoder, grammar, vocabulary, prompts
         assert ids[-1] == vocabulary.end and media(ids, prompt, vocabulary)
 
 
+@pytest.mark.parametrize("scores", [[float("nan")] * 4, [float("inf"), 0, float("nan"), 1], [-3e38, 3e38, 0, 1]], ids=str)
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.5}], ids=str)
+def test_scores_that_are_not_finite_draw_an_allowed_id(scores, options):
+    forbidden = torch.tensor([True, False, True, True, False, False])
+    logits = torch.zeros(1, 6).masked_fill_(forbidden, -torch.inf)
+    logits[0, [1, 4, 5]] = torch.tensor(scores[:3])
+    for number in (2 ** -24, 0.3, 0.6, 1.0):
+        (ident,) = sample(logits, Sampling(temperature=1.0, **options), torch.tensor([number]))
+        assert not forbidden[ident]
+
+
 WRONG = {
     "temperature": [-0.1, float("nan"), float("inf"), "1", True, None, 10 ** 400, [1.0], 1j],
     "guidance": [-1.0, float("inf"), float("nan"), "2", False, None],

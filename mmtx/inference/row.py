@@ -217,11 +217,11 @@ class RowEngine(TorchEngine):
         self.hidden = torch.from_numpy(self.norm(x, b.hidden))[None]
 
     def best(self, allowed: Tensor) -> Tensor:
-        if allowed.shape[1] > self.weights.plain:
+        table, (hidden,) = self.table[:allowed.shape[1]], self.hidden
+        if allowed.shape[1] > self.weights.plain or not hidden.dot(hidden).isfinite():
             return super().best(allowed)
         if allowed is not self.allowed:
             self.allowed, self.forbidden = allowed, np.where(allowed.numpy()[0], np.float32(0), np.float32(-np.inf))
-        table, (hidden,) = self.table[:allowed.shape[1]], self.hidden
         if self.screens is None or len(table) <= FEW_ROWS:
             return torch.tensor([(torch.mv(table, hidden).numpy() + self.forbidden).argmax()])
         if len(table) not in self.screens:

@@ -122,8 +122,10 @@ def sample(logits: Tensor, sampling: Sampling, draws: Tensor | None = None) -> T
     """Scores (B, V), -inf where forbidden, and a random number in (0, 1] for each row (B,) -> one id a row (B,)."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
+    # Where a network overflows, scores are not finite: then all that is allowed may be drawn, and nothing else.
+    logits = logits.float().nan_to_num(torch.finfo(torch.float32).min, neginf=-torch.inf)
     # Relative to the best: a tiny temperature must not end in inf - inf, nor a huge one in inf / inf.
-    logits = (logits.float() - logits.amax(-1, keepdim=True)) / min(max(sampling.temperature, 1e-6), 1e30)
+    logits = (logits - logits.amax(-1, keepdim=True)) / min(max(sampling.temperature, 1e-6), 1e30)
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         kept = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kept, -torch.inf)
