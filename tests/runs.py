@@ -119,6 +119,9 @@ def wait_for(condition, processes: list[multiprocessing.Process], poll: float = 
         time.sleep(poll)
 
 
+AFTER = 0.1  # seconds at most between a checkpoint and a kill that follows it: about a step of these runs
+
+
 class Kill(NamedTuple):
     """The newest checkpoint, 0 for none, when a process was started and when it was killed, and after how many seconds."""
 
@@ -142,9 +145,9 @@ def killed_and_resumed(config: dict, folder: Path, seconds: float, kills: int, r
             processes = start(config, outputs[-1], "--ckpt_path", "last", ranks=ranks)
             if len(found) < kills:
                 if len(found) % 2:
-                    aim = random.randint(began + 1, steps)
+                    aim = random.randint(began + 1, max(began + 1, steps - 1))
                     wait_for(lambda: latest(outputs[-1]) >= aim, processes)
-                    time.sleep(random.uniform(0, 2 * seconds / steps))
+                    time.sleep(random.uniform(0, AFTER))
                 else:
                     time.sleep(random.uniform(0, seconds))
                 if kill(processes):

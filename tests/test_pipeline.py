@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 import mmtx
-from mmtx import decoding
 from mmtx.files import find_shipped, shipped
+from mmtx.inference.torch_engine import TorchEngine
 from mmtx.modality import image
 from mmtx.modality.audio import CHUNKS
 from mmtx.modality.text import TextTokenizer
@@ -202,10 +202,10 @@ def test_prompts_of_one_length_are_not_torn_apart():
 def work(lively_model, monkeypatch):
     """Tokens that the decoder is fed as prompts, and numbers of media that an encoder holds at a time."""
     prefilled, held = [], []
-    prefill, tokenizer = decoding.prefill, lively_model.tokenizers["audio"]
+    begin, tokenizer = TorchEngine._prefill, lively_model.tokenizers["audio"]
     embed = tokenizer.embed_batch
-    monkeypatch.setattr(decoding, "prefill", lambda weights, x, *more: (prefilled.append(x[..., 0].numel()),
-                                                                       prefill(weights, x, *more))[1])
+    monkeypatch.setattr(TorchEngine, "_prefill", lambda engine, x, *more: (prefilled.append(x[..., 0].numel()),
+                                                                           begin(engine, x, *more))[1])
     monkeypatch.setattr(tokenizer, "embed_batch", lambda media: (held.append(sum(map(len, media))), embed(media))[1])
     return prefilled, held
 
