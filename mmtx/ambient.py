@@ -3,7 +3,7 @@
 | the program's | here |
 | --- | --- |
 | default dtype and device, autocast, inference mode, NumPy's error handling | pinned while a call runs: `neutral` |
-| random state | not drawn from: `unfilled` builds modules without their initial values |
+| random state | not drawn from: `weights.load_module` builds networks without their initial values |
 | number of torch's threads | left alone: `in_threads` has threads of its own |
 | a fork, which torch's threads do not survive | the thread that comes out of it uses one: `neutral` |
 
@@ -20,11 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.overrides import TorchFunctionMode
 
 MOST_THREADS = 4  # of ours in a process
 AUTOCAST = ("cpu", "cuda", "mps", "xpu")  # kinds of devices whose autocast may be on
-DRAWING = {"normal_", "uniform_", "kaiming_uniform_"}  # what the initial values of modules are drawn with
 
 
 class _State:
@@ -82,20 +80,6 @@ def neutral_steps(generator: Callable[..., Iterator]) -> Callable[..., Iterator]
                 return
             yield item
     return stepped
-
-
-@contextmanager
-def unfilled() -> Iterator[None]:
-    """`neutral`, and modules made here are not filled with random values, for weights that are read from a file."""
-    with neutral(), _Unfilled():
-        yield
-
-
-class _Unfilled(TorchFunctionMode):
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__name__", "") in DRAWING:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

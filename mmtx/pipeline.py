@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from PIL import Image as PILImage
 
-from mmtx.ambient import MOST_THREADS, in_threads, neutral, neutral_steps, unfilled
+from mmtx.ambient import MOST_THREADS, in_threads, neutral, neutral_steps
 from mmtx.data.formats import AUDIO_FORMATS, IMAGE_FORMATS
 from mmtx.data.media import kind_of, load_audio, load_image
 from mmtx.data.sound_files import MAX_CHANNELS, MAX_SECONDS
@@ -90,7 +90,7 @@ class Sound(NamedTuple):
 Media = str | PILImage.Image | Sound
 
 
-@unfilled()
+@neutral()
 def load(folder: str | Path | None = None, device: str | torch.device | None = None) -> "Model":
     """Load a model folder.
 

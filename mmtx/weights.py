@@ -21,6 +21,7 @@ SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, 
 TABLES = {torch.zeros, torch.full, torch.arange}  # what networks make tables of, beside weights
 FACTORIES = TABLES | {torch.empty, torch.ones, torch.rand, torch.randn}
 MOST_TABLE = 2**26  # numbers
+DRAWS = {Tensor.normal_, Tensor.uniform_}
 FLOATS = ("F64", "F32", "F16", "BF16")
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
           torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
@@ -157,8 +158,11 @@ class _Reading(TorchFunctionMode):
 
     def __torch_function__(self, function, types, arguments=(), options=None):
         options = options or {}
-        if function in (Tensor.normal_, Tensor.uniform_) or getattr(function, "__module__", None) == nn.init.__name__:
+        if getattr(function, "__module__", None) == nn.init.__name__:
             return arguments[0] if arguments else options["tensor"]
+        if function in DRAWS:
+            # Not left as it is: torch's truncated normal draws until all values are within its bounds.
+            return arguments[0].zero_()
         if function in FACTORIES:
             self._count(function, options.get("size", arguments))
         return function(*arguments, **options)

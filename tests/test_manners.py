@@ -20,10 +20,11 @@ import torch
 
 import mmtx
 from mmtx import ambient
-from mmtx.ambient import in_threads, neutral, neutral_steps, unfilled
+from mmtx.ambient import in_threads, neutral, neutral_steps
 from mmtx.modality.base import load_tokenizer
 from mmtx.modality.vocoder import VocoderConfig
 from mmtx.pipeline import Model
+from mmtx.weights import load_module, to_bytes
 
 ROOT = Path(__file__).parents[1]
 SAMPLED = {"temperature": 1.0, "seed": 5, "max_new_tokens": 12}
@@ -228,14 +229,22 @@ def test_random_state_is_left_alone(folder, model):
     assert torch.equal(drawn[0], torch.rand(3)) and (drawn[1] == np.random.rand(3)).all() and drawn[2] == random.random()
 
 
-def test_modules_are_made_without_drawing_only_where_weights_follow():
+def test_networks_whose_weights_are_read_are_made_without_drawing(tmp_path):
+    """Whatever their initial values are drawn with; a truncated normal draws until all values are within its bounds."""
+    def build():
+        network = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Conv1d(4, 4, 3), torch.nn.Embedding(4, 4))
+        torch.nn.init.trunc_normal_(network[1].weight, std=9.0)
+        torch.nn.init.xavier_normal_(network[2].weight)
+        network[0].weight.data.normal_()
+        return network
+
+    written = build()
+    (tmp_path / "model.safetensors").write_bytes(to_bytes(written.state_dict()))
     before = torch.get_rng_state()
-    with unfilled():
-        torch.nn.Linear(4, 4)
-        torch.nn.init.trunc_normal_(torch.nn.Conv1d(4, 4, 3).weight)
-        torch.nn.init.xavier_normal_(torch.nn.Embedding(4, 4).weight)
+    read = load_module(build, tmp_path / "model.safetensors")
     assert torch.equal(before, torch.get_rng_state())
-    torch.nn.Linear(4, 4)
+    assert all(torch.equal(value, read.state_dict()[name]) for name, value in written.state_dict().items())
+    build()
     assert not torch.equal(before, torch.get_rng_state())
 
 

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mmtx.ambient import unfilled
+from mmtx.ambient import neutral
 from mmtx.errors import InputError
 from mmtx.files import CONFIG, read_json, replace_folder, put_back
 from mmtx.schema import shown
@@ -81,7 +81,7 @@ class Tokenizer(ABC):
         replace_folder(folder, self.files().items())
 
 
-@unfilled()
+@neutral()
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Load a tokenizer of any kind; `config.json` in the folder names the kind."""
     folder = Path(folder)

@@ -37,6 +37,7 @@ from mmtx.training.means import Means
 from mmtx.training.optimizer import OptimizerConfig, configure
 
 COLLAPSED = 1 / 3  # share of the bits that codes could carry below which a codec is said to have collapsed
+AT_ONCE = 64       # pictures that are compared at a time: each takes some hundred times its size in between
 WINDOW = 11        # pixels a side of the window of SSIM
 
 
@@ -395,12 +396,13 @@ def picture_quality(media: Tensor, output: Tensor) -> dict[str, Tensor]:
     parts need double precision, or SSIM is wrong there by up to 1e-3. Pictures smaller than its window have no SSIM.
     """
     precise = torch.float32 if media.device.type == "mps" else torch.float64
-    wanted, found = (media.to(precise) + 1) / 2, (output.to(precise).clamp(-1, 1) + 1) / 2
-    figures = {"psnr_db": peak_signal_noise_ratio(found, wanted, data_range=1.0, reduction="none",
-                                                  dim=(1, 2, 3)).clamp_max(100).mean()}
-    if min(media.shape[-2:]) > WINDOW:
-        figures["ssim"] = structural_similarity_index_measure(found, wanted, data_range=1.0, kernel_size=WINDOW)
-    return figures
+    psnr, ssim = [], []
+    for some, made in zip(media.split(AT_ONCE), output.split(AT_ONCE), strict=True):
+        wanted, found = (some.to(precise) + 1) / 2, (made.to(precise).clamp(-1, 1) + 1) / 2
+        psnr.append(peak_signal_noise_ratio(found, wanted, data_range=1.0, reduction="none", dim=(1, 2, 3)).clamp_max(100))
+        if min(media.shape[-2:]) > WINDOW:
+            ssim.append(structural_similarity_index_measure(found, wanted, data_range=1.0, kernel_size=WINDOW, reduction="none"))
+    return {name: torch.cat(values).mean() for name, values in (("psnr_db", psnr), ("ssim", ssim)) if values}
 
 
 class Pitch(NamedTuple):
