@@ -108,11 +108,34 @@ def one_thread() -> None:
 
     torch remembers the number that was set last, in whatever thread, for all that have not used it yet.
     """
+    with _state.lock:
+        _give_one_thread()
+
+
+def _give_one_thread() -> None:
     torch.get_num_threads()  # a thread that has not asked yet takes the common number with its first work
-    with _state.lock, ThreadPoolExecutor(1) as fresh:
+    with ThreadPoolExecutor(1) as fresh:
         count = fresh.submit(torch.get_num_threads).result()
         torch.set_num_threads(1)
         fresh.submit(torch.set_num_threads, count).result()
+
+
+def _pool() -> ThreadPoolExecutor:
+    """Threads of our own, all of which have their one thread before any of them works: it takes a moment to give it."""
+    with _state.lock:
+        if _state.pool is None:
+            pool, ready = ThreadPoolExecutor(MOST_THREADS, "mmtx"), threading.Barrier(MOST_THREADS)
+            given = threading.Lock()
+
+            def begin() -> None:
+                with given:
+                    _give_one_thread()
+                ready.wait()  # or one of them could take the turn of two
+
+            for future in [pool.submit(begin) for _ in range(MOST_THREADS)]:
+                future.result()
+            _state.pool = pool
+        return _state.pool
 
 
 def in_threads(run: Callable[[Any], Any], items: Sequence[Any], threads: int) -> list[Any]:
@@ -120,10 +143,7 @@ def in_threads(run: Callable[[Any], Any], items: Sequence[Any], threads: int) ->
 
     Of several errors, that of the first item is raised. The threads serve all callers in turn and stay for later calls.
     """
-    with _state.lock:
-        if _state.pool is None:
-            _state.pool = ThreadPoolExecutor(MOST_THREADS, "mmtx", initializer=one_thread)
-        pool = _state.pool
+    pool = _pool()
     numbers, running, failed = iter(range(len(items))), {}, {}
     results: list[Any] = [None] * len(items)
     try:
