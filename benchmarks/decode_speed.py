@@ -22,7 +22,8 @@ from mmtx.inference.row import lay_out
 from mmtx.inference.sampling import Sampling
 from mmtx.inference.weights import Weights
 from mmtx.model import Decoder, DecoderConfig
-from mmtx.sequence import Grammar, Prompt
+from mmtx.grammar import Grammar
+from mmtx.sequence import Prompt
 from mmtx.vocabulary import SLOTS, Entry, Vocabulary
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

@@ -38,7 +38,8 @@ from mmtx.inference.screen import Screen  # noqa: E402
 from mmtx.inference.weights import Weights  # noqa: E402
 from mmtx.model import Decoder, DecoderConfig  # noqa: E402
 from mmtx.pipeline import BATCH, DEFAULT_MODEL  # noqa: E402
-from mmtx.sequence import AudioPart, Document, ImagePart, Prompt, Turn, prompt  # noqa: E402
+from mmtx.document import AudioPart, Document, ImagePart, Turn  # noqa: E402
+from mmtx.sequence import Prompt, prompt  # noqa: E402
 from mmtx.training.memory import keep_memory  # noqa: E402
 from mmtx.training.optimizer import OptimizerConfig, configure  # noqa: E402
 

@@ -39,7 +39,9 @@ from mmtx.modality.autoencoder import Encoding
 from mmtx.modality.base import Tokenizer, load_tokenizer
 from mmtx.model import Decoder, DecoderConfig
 from mmtx.schema import build, shown
-from mmtx.sequence import AudioPart, Document, Grammar, ImagePart, Part, Prompt, TextPart, Turn, parse, prompt, render
+from mmtx.document import AudioPart, Document, ImagePart, Part, TextPart, Turn
+from mmtx.grammar import Grammar
+from mmtx.sequence import Prompt, parse, prompt, render
 from mmtx.vocabulary import Vocabulary
 from mmtx.weights import load_module, to_bytes
 

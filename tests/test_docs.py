@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from conftest import Codes
 
-from mmtx.sequence import AudioPart, Document, ImagePart, TextPart, Turn, parse, render
+from mmtx.document import AudioPart, Document, ImagePart, TextPart, Turn
+from mmtx.sequence import parse, render
 from mmtx.vocabulary import Vocabulary
 
 ROOT = Path(__file__).parents[1]

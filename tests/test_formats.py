@@ -161,7 +161,6 @@ def test_mp3_of_variable_bit_rate_is_read_to_its_end():
 
 def test_mp3_in_a_row_and_with_tags_between():
     first, second = tone(3), tone(2, 620)
-    samples = np.concatenate([first, second])
     body = mp3(tone(1, 1_000))  # a tag may hold anything
     id3 = b"ID3\4\0\0" + bytes(len(body) >> shift & 127 for shift in (21, 14, 7, 0)) + body
     for data in (mp3(first) + mp3(second), mp3(first, False) + mp3(second, False), id3 + mp3(first) + id3 + mp3(second),

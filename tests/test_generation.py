@@ -25,7 +25,9 @@ from mmtx.inference.torch_engine import ROOM, TorchEngine
 from mmtx.inference.weights import Weights
 from mmtx.model import CodeRange, Decoder, DecoderConfig
 from mmtx.pipeline import Model
-from mmtx.sequence import AudioPart, Document, Grammar, ImagePart, Prompt, Span, TextPart, Turn, gather_features, parse, prompt
+from mmtx.document import AudioPart, Document, ImagePart, TextPart, Turn
+from mmtx.grammar import Grammar
+from mmtx.sequence import Prompt, Span, gather_features, parse, prompt
 from mmtx.vocabulary import Vocabulary
 
 OUTS = ("text", "image", "audio", "any", "document")

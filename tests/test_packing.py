@@ -22,7 +22,8 @@ from mmtx.data.tokens import Augmentation, Documents, load_media, seed_of, to_do
 from mmtx.errors import InputError
 from mmtx.modality.base import load_tokenizer
 from mmtx.model import CodeRange, Decoder, DecoderConfig
-from mmtx.sequence import AudioPart, Document, ImagePart, Rendered, TextPart, Turn, render
+from mmtx.document import AudioPart, Document, ImagePart, TextPart, Turn
+from mmtx.sequence import Rendered, render
 from mmtx.vocabulary import MODALITIES, Vocabulary
 
 SHIPPED = Path(__file__).parents[1] / "tokenizers"

@@ -27,7 +27,8 @@ from mmtx.modality.text import TextTokenizer
 from mmtx.modality.vocoder import VocoderConfig
 from mmtx.pipeline import BATCH, BATCH_TOKENS, DEFAULT_MODEL, Model, by_length
 from mmtx.pipeline import SHORT as SHORT_PROMPT
-from mmtx.sequence import AudioPart, Document, ImagePart, TextPart, Turn, render
+from mmtx.document import AudioPart, Document, ImagePart, TextPart, Turn
+from mmtx.sequence import render
 from mmtx.vocabulary import Vocabulary
 
 RATE = 16_000

@@ -9,19 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmtx.errors import InputError
-from mmtx.sequence import (
-    AudioPart,
-    Document,
-    Grammar,
-    ImagePart,
-    Rendered,
-    TextPart,
-    Turn,
-    parse,
-    prompt,
-    render,
-    trained,
-)
+from mmtx.document import AudioPart, Document, ImagePart, TextPart, Turn
+from mmtx.grammar import Grammar
+from mmtx.sequence import Rendered, parse, prompt, render, trained
 from mmtx.vocabulary import Vocabulary
 
 

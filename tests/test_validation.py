@@ -18,7 +18,8 @@ from mmtx.modality.audio import AudioConfig
 from mmtx.modality.image import ImageConfig
 from mmtx.modality.vocoder import VocoderConfig
 from mmtx.model import DecoderConfig
-from mmtx.sequence import Document, TextPart, Turn, render
+from mmtx.document import Document, TextPart, Turn
+from mmtx.sequence import render
 from mmtx.training.codec import AudioCodecModule, CodecBatches, CodecData, ImageCodecModule
 from mmtx.training.decoder import DecoderData, DecoderModule, LossWeights, TokenizerFolders
 from mmtx.training.vocoder import VocoderData, VocoderModule

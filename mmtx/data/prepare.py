@@ -32,7 +32,8 @@ from mmtx.data.workers import Ended, Workers
 from mmtx.errors import InputError
 from mmtx.files import read_json, write_json, write_whole
 from mmtx.modality.base import Tokenizer
-from mmtx.sequence import Document, render
+from mmtx.document import Document
+from mmtx.sequence import render
 from mmtx.vocabulary import Vocabulary
 
 ROWS = 2048  # of a shard: 34 MB with the features of as many pictures of 64 codes, 0.6 MB without

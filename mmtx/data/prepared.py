@@ -30,7 +30,7 @@ from mmtx.data.tokens import Augmentation, seed_of
 from mmtx.errors import InputError
 from mmtx.files import open_regular, parse_json
 from mmtx.schema import build, shown, within
-from mmtx.sequence import Rendered, Span, trained
+from mmtx.sequence import Rendered, Span, in_user_turns, trained
 from mmtx.vocabulary import Vocabulary
 from mmtx.weights import Header, read_header
 
@@ -321,13 +321,6 @@ class Prepared:
             if self.remote is not None:
                 path.unlink()
             raise InputError(f"{self.path}/{path.name}: found {found}, expected {expected} bytes")
-
-
-def in_user_turns(ids: np.ndarray, v: Vocabulary) -> np.ndarray:
-    """Which ids (T,) of a document lie between <user> and its <end>, (T,) bool."""
-    tag = (ids == v.user) | (ids == v.assistant) | (ids == v.end)
-    last = np.maximum.accumulate(np.where(tag, np.arange(len(ids)), 0))
-    return (ids[last] == v.user) & ~tag
 
 
 def turned_round(ids: np.ndarray, v: Vocabulary) -> np.ndarray:

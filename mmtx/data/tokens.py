@@ -18,7 +18,8 @@ from mmtx.data.sources import MAX_BAD, SkipCounter
 from mmtx.errors import InputError
 from mmtx.modality.autoencoder import Encoding
 from mmtx.modality.base import Tokenizer
-from mmtx.sequence import AudioPart, Document, ImagePart, Part, Rendered, TextPart, Turn, render
+from mmtx.document import AudioPart, Document, ImagePart, Part, TextPart, Turn
+from mmtx.sequence import Rendered, render
 from mmtx.vocabulary import Vocabulary
 
 ENCODE_AT_ONCE = 256  # samples whose media are in memory together

@@ -15,7 +15,8 @@ from mmtx.inference.guidance import Guided
 from mmtx.inference.sampling import Draws, Sampling, sample
 from mmtx.inference.weights import Weights
 from mmtx.model import Decoder
-from mmtx.sequence import Grammar, GrammarState, Prompt
+from mmtx.grammar import Grammar, GrammarState
+from mmtx.sequence import Prompt
 from mmtx.vocabulary import MAX_SIDE
 
 Choose = Callable[[Decoder, Weights | None, int], Engine]

@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mmtx.inference.engine import Engine
-from mmtx.sequence import Prompt
+from mmtx.sequence import Prompt, in_user_turns
 from mmtx.vocabulary import Vocabulary
 
 
@@ -52,7 +51,4 @@ def guide(logits: Tensor, guidance: float) -> Tensor:
 
 def without_user_turns(prompt: Prompt, vocabulary: Vocabulary) -> Prompt:
     """The prompt with its user turns emptied: <user> <end>."""
-    v, ids = vocabulary, prompt.ids
-    tags = np.isin(ids, [v.bos, v.user, v.assistant, v.end])
-    owner = ids[np.maximum.accumulate(np.where(tags, np.arange(len(ids)), 0))]
-    return Prompt(ids[tags | (owner != v.user)])
+    return Prompt(prompt.ids[~in_user_turns(prompt.ids, vocabulary)])
