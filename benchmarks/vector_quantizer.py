@@ -28,6 +28,7 @@ from mmtx.modality.image import ImageConfig, ImageTokenizer, to_float  # noqa: E
 from mmtx.files import find_shipped  # noqa: E402
 from mmtx.training.codec import picture_quality  # noqa: E402
 from mmtx.training.optimizer import OptimizerConfig, configure  # noqa: E402
+from mmtx.training.run import TRAINER  # noqa: E402
 
 CONFIG = "configs/starter/image.yaml"
 ALIVE = dict(use_cosine_sim=True, kmeans_init=True, threshold_ema_dead_code=2)
@@ -68,7 +69,7 @@ class Run:
         options = config["model"]["init_args"]["optimizer"]
         self.warmup = options["warmup_steps"]
         self.optimizer = configure(self.coder, OptimizerConfig(**options), max_steps=1)["optimizer"]
-        self.clip, self.seconds, self.steps = config["trainer"]["gradient_clip_val"], 0.0, 0
+        self.clip, self.seconds, self.steps = TRAINER["gradient_clip_val"], 0.0, 0
 
     def step(self, grid: Tensor, budget: float) -> None:
         """The schedule goes by time, since the ways make different numbers of steps."""

@@ -21,6 +21,12 @@ DESCRIPTION = "One model for text, pictures and sound: train it, ask it, look in
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+|data:\S+,\S*")  # "see https://example.org" is text
 MAX_BAD_HELP = ("share of all rows of a source, selected or not, that may be unusable, as data.max_bad of mmtx fit; default: "
                 "that of --config, else 0.01")
+TRAINING = {  # by mmtx.training.run
+    "fit": "train a tokenizer or the decoder: mmtx fit --config FILE --output FOLDER",
+    "validate": "the figures of a finished model, or of a checkpoint, on data.validation",
+    "test": "the same on data.test",
+    "predict": "captions of data.validation, to predictions.jsonl in the output folder",
+}
 COLOURS = {"special": "90", "text": "32", "image": "34", "audio": "35"}
 
 
@@ -44,10 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: list[str]) -> None:
     try:
-        if arguments[:1] == ["fit"]:
-            from mmtx.training.run import fit
+        if arguments and arguments[0] in TRAINING:
+            from mmtx.training import run
 
-            fit(arguments[1:])
+            run.main(arguments[0], arguments[1:])
         else:
             options = _parser().parse_args(arguments)
             options.run(options)
@@ -99,8 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mmtx {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    commands.add_parser("fit", help="train a tokenizer or the decoder: mmtx fit --config FILE --output FOLDER",
-                        add_help=False)
+    for word, help in TRAINING.items():
+        commands.add_parser(word, help=help, add_help=False)
 
     caption = commands.add_parser("caption", help="say what pictures and sounds are")
     caption.add_argument("files", nargs="+", help="files, folders or URLs of files")

@@ -12,7 +12,7 @@ import yaml
 from mmtx.model import CodeRange, Decoder
 from mmtx.training.codec import AudioCodecModule, ImageCodecModule
 from mmtx.training.decoder import DecoderModule
-from mmtx.training.run import command_line
+from mmtx.training.run import TRAINER, command_line
 from mmtx.training.text import TextModule
 from mmtx.training.vocoder import VocoderModule
 
@@ -62,6 +62,18 @@ def test_config_builds(built, name):
     # What the YAML says is what was built.
     for key, value in values["model"]["init_args"].get("decoder", {}).items():
         assert getattr(cli.model.config, key) == value, key
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_no_config_repeats_a_default(built, name):
+    said = yaml.safe_load(CONFIGS[name].read_text())["trainer"]
+    assert not [key for key, value in said.items() if key in TRAINER and value == TRAINER[key]]
+    trainer = built(name).trainer
+    assert trainer.log_every_n_steps == said.get("log_every_n_steps", 20)
+    assert trainer.val_check_interval == said.get("val_check_interval", 1.0)
+    # The text tokenizer has no gradient.
+    assert trainer.gradient_clip_val == (None if name == "starter/text.yaml" else 1.0)
+    assert trainer.check_val_every_n_epoch == (None if "val_check_interval" in said else 1)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

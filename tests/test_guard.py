@@ -15,10 +15,10 @@ from mmtx.data.packing import Batch
 from mmtx.errors import InputError
 from mmtx.modality.image import ImageConfig, to_float
 from mmtx.model import DecoderConfig
-from mmtx.training.callbacks import Metrics
 from mmtx.training.codec import CodecData, ImageCodecModule
 from mmtx.training.decoder import DecoderData, DecoderModule, TokenizerFolders
 from mmtx.training.guard import SkipNonFinite, Telemetry
+from mmtx.training.loggers import Metrics
 from mmtx.vocabulary import MODALITIES
 
 DECODER = DecoderConfig(width=32, depth=1, heads=2, kv_heads=1, head_width=16, hidden=32)

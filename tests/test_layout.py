@@ -35,6 +35,34 @@ def imported(path: Path) -> set[str]:
     return names
 
 
+def tree() -> list[str]:
+    """The modules of mmtx as the tree in docs/architecture.md lists them: "mmtx.data.media"."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    names, folder = [], ""
+    for indent, name in re.findall(r"^( +)([\w/.]+) ", text.split("```text\nmmtx/\n")[1].split("\nconfigs/")[0], re.M):
+        if name.endswith("/"):
+            folder = name[:-1]
+        elif name.endswith(".py"):
+            names.append("mmtx." + (f"{folder}." if len(indent) > 2 else "") + name[:-3])
+    return names
+
+
+def test_the_tree_of_the_docs_names_every_file():
+    dotted = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES if not path.name.startswith("__")}
+    assert sorted(tree()) == sorted(dotted)
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.parent != ROOT / "mmtx" and not p.name.startswith("__")],
+                         ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_within_a_folder_only_from_above(path):
+    """In the order of the tree, which is the order to read in. What a function imports, when it is called, may come later."""
+    names = tree()
+    folder = f"mmtx.{path.parent.name}."
+    above = names[:names.index(folder + path.stem)]
+    top = {node.module for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ImportFrom)}
+    assert {name for name in top if name.startswith(folder)} <= set(above)
+
+
 def test_every_file_has_a_place_in_the_chain():
     assert {home(path) for path in FILES} == {*CHAIN, *ANYWHERE, "__init__", "__main__"}
 

@@ -38,5 +38,5 @@ def test_mmtx_fit_keeps_memory(monkeypatch):
     called = []
     monkeypatch.setattr(run, "keep_memory", lambda: called.append(True))
     monkeypatch.setattr(run, "command_line", lambda *arguments, **more: None)
-    run.fit([])
+    run.main("fit", [])
     assert called

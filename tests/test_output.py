@@ -14,7 +14,8 @@ import runs
 from fresh import context
 from mmtx.data.output import LOCK, alone, check_output
 from mmtx.errors import InputError
-from mmtx.training.callbacks import MetricsWriter, SaveModel, contact_sheet
+from mmtx.training.callbacks import SaveModel, contact_sheet
+from mmtx.training.loggers import MetricsWriter
 
 
 @contextlib.contextmanager

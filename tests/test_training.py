@@ -1,23 +1,33 @@
 """`mmtx fit` for real on a handful of starter samples: what a run leaves, resuming, the loss, and users' mistakes."""
 
 import copy
+import csv
 import json
 from pathlib import Path
 
+import lightning
 import pytest
 import torch
 import yaml
 from lightning import Trainer
+from torch.utils.data import DataLoader
 
 import mmtx
 from mmtx.cli import main
-from mmtx.data.collection import DataSource
+from mmtx.data.collection import DataSource, read_source
+from mmtx.data.output import alone
+from mmtx.data.packing import PackedBatches
 from mmtx.data.sources import open_source
+from mmtx.data.tokens import to_documents
+from mmtx.errors import InputError
 from mmtx.modality.base import load_tokenizer
 from mmtx.modality.text import TextTokenizer
 from mmtx.model import DecoderConfig
+from mmtx.training.checkpoint import AtomicCheckpointIO
 from mmtx.training.decoder import DecoderData, DecoderModule, TokenizerFolders
 from mmtx.training.optimizer import OptimizerConfig
+from mmtx.training.run import TRAINER as TRAINER_DEFAULTS
+from mmtx.training.run import command_line
 
 STARTER = Path(__file__).parents[1] / "demos" / "data" / "starter"
 IMAGES, SOUNDS = str(STARTER / "images-train-004.tar.gz"), str(STARTER / "sounds-train-001.tar.gz")
@@ -183,6 +193,230 @@ def test_a_resumed_run_is_the_run_that_was_interrupted(root, decoder_data, monke
     resumed = fit(root / "broken", DECODER_MODULE, decoder_data, steps, ("--ckpt_path", "last"))
     expected, found = (mmtx.load(folder, device="cpu").decoder.state_dict() for folder in (whole, resumed))
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+# -- Validate, test, predict ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def config(root, run):
+    return ["--config", str(root / "decoder.yaml")]  # of `run`
+
+
+def files(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
+def figures(capsys, *arguments: str) -> dict[str, float]:
+    """The table that a command prints."""
+    capsys.readouterr()
+    main(list(arguments))
+    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    return {name.strip(): float(value) for _, name, value, _ in rows}
+
+
+def measured(run: Path) -> dict[str, float]:
+    """The figures of a run's last validation."""
+    with open(run / "metrics" / "metrics.csv", newline="") as file:
+        last = [row for row in csv.DictReader(file) if row.get("val/loss")][-1]
+    return {name: float(value) for name, value in last.items() if name.startswith("val/") and value}
+
+
+def test_validate_prints_what_the_run_measured_and_writes_nothing(run, config, capsys):
+    before = files(run)
+    found = figures(capsys, "validate", *config)
+    assert len(found) >= 3 and found == pytest.approx(measured(run), rel=1e-6)
+    assert files(run) == before
+
+
+def test_validate_takes_the_average_that_was_saved_and_that_of_a_checkpoint(root, decoder_data, capsys):
+    trainer = {**TRAINER, "max_steps": 4}
+    folder = fit(root / "averaged", DECODER_MODULE, decoder_data, trainer, ("--ema", "0.5")).parent
+    config = ["--config", str(root / "averaged.yaml"), "--ema", "0.5"]
+    assert figures(capsys, "validate", *config) == pytest.approx(measured(folder), rel=1e-6)
+    # Of a checkpoint, also from another folder, and with other data and steps than it was made with.
+    path = folder / "checkpoints" / "step-000000002.ckpt"
+    other = figures(capsys, "validate", *config, "--ckpt_path", str(path), "--output", str(root / "nowhere"),
+                    "--trainer.max_steps", "9", "--data.tokens", "300")
+    assert figures(capsys, "validate", *config, "--ckpt_path", "last") == pytest.approx(other, rel=1e-5)
+    with open(folder / "metrics" / "metrics.csv", newline="") as file:
+        first = [row for row in csv.DictReader(file) if row.get("val/loss")][0]
+    assert other["val/loss"] == pytest.approx(float(first["val/loss"]), rel=1e-5)
+    assert not (root / "nowhere").exists()
+
+
+def test_test_is_the_validation_of_other_samples(run, config, capsys):
+    expected = {name.replace("val/", "test/"): value for name, value in figures(capsys, "validate", *config).items()}
+    assert figures(capsys, "test", *config, "--data.test", json.dumps(FEW)) == pytest.approx(expected, rel=1e-6)
+    fewer = figures(capsys, "test", *config, "--data.test", json.dumps(FEW[:1]))
+    assert fewer.keys() == expected.keys() and fewer != pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["image", "audio"])
+def test_codecs_are_validated_and_tested(folders, kind, root, capsys):
+    config = ["--config", str(root / f"{kind}.yaml")]
+    expected = measured(folders[kind].parent)
+    before = files(folders[kind].parent)
+    found = figures(capsys, "validate", *config)
+    assert len(found) >= 4 and found == pytest.approx(expected, rel=1e-5)
+    tested = figures(capsys, "test", *config, "--data.test", json.dumps(FEW))
+    assert tested == pytest.approx({name.replace("val/", "test/"): value for name, value in expected.items()}, rel=1e-5)
+    assert files(folders[kind].parent) == before
+
+
+def test_predict_writes_what_the_model_says(run, config, capsys):
+    before = files(run)
+    main(["predict", *config])
+    path = run / "predictions.jsonl"
+    assert f"{path}: 10 captions" in capsys.readouterr().out
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    model, samples = mmtx.load(run / "model", "cpu"), [s for source in FEW for s in read_source(DataSource(**source))]
+    documents = to_documents(samples, model.tokenizers)
+    assert rows == [{"where": sample.where, "predicted": caption, "true": sample.caption}
+                    for sample, caption in zip(samples, model.caption_documents(documents), strict=True)]
+    assert {name: state for name, state in files(run).items() if name != path} == before
+    path.unlink()
+
+
+def test_without_a_model_of_its_own_a_run_is_what_it_starts_from(run, config, root, capsys):
+    found = figures(capsys, "validate", *config, "--output", str(root / "unmade"), "--model.start", str(run / "model"))
+    assert found == pytest.approx(measured(run), rel=1e-6)
+
+
+HELD_OUT_MISTAKES = {
+    "no model": ("validate", ["--output", "unmade"], ["output: unmade/model", "no such folder", "--ckpt_path"]),
+    "no checkpoint": ("validate", ["--ckpt_path", "no.ckpt"], ["ckpt_path: no.ckpt", "no such file"]),
+    "no last checkpoint": ("test", ["--ckpt_path", "last", "--output", "unmade"], ["unmade/checkpoints: no checkpoint"]),
+    "no test data": ("test", [], ["data.test: found none"]),
+    "another size": ("validate", ["--model.decoder.width", "64"], ["run/model: found width 32", "expected 64"]),
+    "another size than the checkpoint": ("validate", ["--ckpt_path", "MADE", "--model.decoder.width", "64"],
+                                         ["model.init_args.decoder.width: found 32, expected 64"]),
+    "a checkpoint of others": ("validate", ["--ckpt_path", __file__], ["test_training.py", "not a checkpoint of mmtx"]),
+    "several processes": ("predict", ["--trainer.devices", "2"], ["trainer.devices: found 2", "expected 1"]),
+    "sharded": ("validate", ["--trainer.strategy", "sharded"], ["trainer.strategy", "sharded"]),
+    "nothing to caption": ("predict", ["--data.validation", json.dumps([{**FEW[0], "task": "generate"}])],
+                           ["data.validation", "no samples that a caption answers"]),
+    "another folder": ("validate", ["--trainer.default_root_dir", "elsewhere"],
+                       ["trainer.default_root_dir: found elsewhere", "--output"]),
+}
+
+
+@pytest.mark.parametrize("name", HELD_OUT_MISTAKES)
+def test_mistakes_of_held_out_commands_end_in_one_line(name, run, config, tmp_path, monkeypatch, capsys):
+    word, given, told = HELD_OUT_MISTAKES[name]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").symlink_to(run)
+    made = str(run / "checkpoints" / "made.ckpt")
+    given = [made if value == "MADE" else value for value in given]
+    if made in given:
+        io = AtomicCheckpointIO()
+        io.record = command_line([*config, "--output", "run"], run=False).record()
+        io.save_checkpoint({"state_dict": {}, "epoch": 0, "global_step": 1, "loops": {}, "callbacks": {}, "optimizer_states": [],
+                            "lr_schedulers": [], "pytorch-lightning_version": lightning.__version__}, made)
+    before = files(run)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([word, *config, "--output", "run", *given])
+    check_mistake(stop, capsys, told)
+    assert files(run) == before
+
+
+def test_other_tokenizers_than_the_models_are_refused(run, config, folders, root, capsys):
+    other = fit(root / "image3", section("codec.ImageCodecModule", tokenizer={"patch": 16, "side": 32, "network": NETWORK}),
+                section("codec.CodecData", train=FEW, validation=FEW, batch=4), {**TRAINER, "max_steps": 1})
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(["validate", *config, "--data.tokenizers.image", str(other)])
+    check_mistake(stop, capsys, ["decoder/model: found an image tokenizer of fingerprint", "tokenizers.image"])
+
+
+@pytest.mark.parametrize("word, kind, told", [
+    ("validate", "text", ["TextModule", "no validation_step"]), ("predict", "image", ["ImageCodecModule", "no predict_step"])])
+def test_what_a_module_cannot_do_is_said(word, kind, told, folders, root, capsys):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([word, "--config", str(root / f"{kind}.yaml")])
+    check_mistake(stop, capsys, told)
+
+
+def test_only_predict_waits_for_its_turn(run, config, capsys):
+    with alone(run, "output"):
+        assert figures(capsys, "validate", *config)
+        with pytest.raises(SystemExit) as stop:
+            main(["predict", *config])
+    check_mistake(stop, capsys, ["output", "is being written by process"])
+
+
+# -- Without a data module -----------------------------------------------------------------------------------
+
+
+def plain(folders, two_texts, **more) -> tuple[DecoderModule, Trainer, DataLoader]:
+    tokenizers = TokenizerFolders(str(folders["text"]))
+    data = DecoderData(tokenizers, [DataSource([two_texts])], [DataSource([two_texts])], tokens=255, context=255)
+    data.setup("fit")
+    loader = DataLoader(PackedBatches(data.train_documents, data.vocabulary, 255, steps=3), batch_size=None)
+    module = DecoderModule(DecoderConfig(**DECODER), **more)
+    return module, Trainer(accelerator="cpu", max_steps=3, logger=False, enable_checkpointing=False,
+                           enable_progress_bar=False, enable_model_summary=False), loader
+
+
+def test_a_decoder_trains_on_a_plain_loader(folders, two_texts, tmp_path):
+    module, trainer, loader = plain(folders, two_texts, tokenizers=TokenizerFolders(str(folders["text"])))
+    trainer.fit(module, loader)
+    assert trainer.global_step == 3
+    module.save(tmp_path / "model")
+    assert isinstance(mmtx.load(tmp_path / "model", "cpu").generate("red", max_new_tokens=3), str)
+
+
+def test_a_plain_loader_needs_tokenizers_of_the_module(folders, two_texts):
+    module, trainer, loader = plain(folders, two_texts)
+    with pytest.raises(InputError, match="model.init_args.tokenizers: found none"):
+        trainer.fit(module, loader)
+
+
+def test_tokenizers_of_module_and_data_are_the_same(folders, decoder_data, tmp_path, capsys):
+    module = changed(DECODER_MODULE, "init_args.tokenizers", {"text": str(folders["text"])})
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        fit(tmp_path / "run", module, decoder_data)
+    check_mistake(stop, capsys, ["model.init_args.tokenizers: found others (text)", "(text, image, audio)"])
+
+
+# -- Visible defaults ----------------------------------------------------------------------------------------
+
+
+def printed(capsys, *arguments: str) -> dict:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--print_config"])
+    assert stop.value.code in (0, None)
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("word", ["fit", "validate"])
+def test_defaults_of_the_trainer_are_printed(word, run, config, capsys, root):
+    shown = printed(capsys, word, "--output", "run", "--model", "TextModule", "--data", "TextData")["trainer"]
+    assert {name: shown[name] for name in TRAINER_DEFAULTS if name != "callbacks"} == {
+        name: value for name, value in TRAINER_DEFAULTS.items() if name != "callbacks"}
+    assert [entry["class_path"].rpartition(".")[2] for entry in shown["callbacks"]] == ["LearningRateMonitor", "Telemetry"]
+
+
+def test_the_trainer_is_made_of_what_is_printed(config, run, tmp_path):
+    values = yaml.safe_load(Path(config[1]).read_text())
+    for name in ("check_val_every_n_epoch", "gradient_clip_val", "log_every_n_steps", "val_check_interval"):
+        values["trainer"].pop(name)
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
+    build = lambda *more: command_line(  # noqa: E731
+        ["--config", str(tmp_path / "c.yaml"), "--output", str(tmp_path / "run"), *more], run=False).trainer
+    trainer = build()
+    assert (trainer.gradient_clip_val, trainer.log_every_n_steps) == (1.0, 20)
+    assert (trainer.check_val_every_n_epoch, trainer.val_check_interval) == (1, 1.0)  # once, when the run ends
+    trainer = build("--trainer.val_check_interval", "7")
+    assert (trainer.check_val_every_n_epoch, trainer.val_check_interval) == (None, 7)
+    names = [type(callback).__name__ for callback in trainer.callbacks]
+    assert names[:2] == ["LearningRateMonitor", "Telemetry"] and "SaveModel" in names and "Checkpoints" in names
+    names = [type(callback).__name__ for callback in build("--trainer.callbacks", "null").callbacks]
+    assert "Telemetry" not in names and "Checkpoints" in names
 
 
 # -- The loss ------------------------------------------------------------------------------------------------

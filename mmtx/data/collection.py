@@ -132,6 +132,13 @@ def read_sources(sources: Sequence[DataSource], max_bad: float) -> Collected:
     return whole
 
 
+def test_sources(sources: list[DataSource] | None) -> list[DataSource]:
+    """The sources of `mmtx test`. Raises InputError where there are none."""
+    if not sources:
+        raise InputError("data.test: found none, expected sources for mmtx test (mmtx validate takes those of data.validation)")
+    return sources
+
+
 def to_stderr(line: str) -> None:
     print(line, file=sys.stderr)
 

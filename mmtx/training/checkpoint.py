@@ -12,7 +12,6 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,7 +25,9 @@ from torch import Tensor
 
 from mmtx.data.corpus import Content
 from mmtx.errors import InputError
+from mmtx.training import private
 from mmtx.training.loader import ResumableLoader
+from mmtx.training.loggers import Metrics, TensorBoard
 from mmtx.training.schema import check_checkpoint, check_fits, shown
 from mmtx.training.sharding import Sharded
 from mmtx.training.signals import Termination
@@ -40,11 +41,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside the target, syncs and renames, so that a kill or a full disk leaves the files that were there.
 
     `record` says, as plain values by name, all that makes the batches and the model of a run what they are. It is
-    stored with each checkpoint, and reading one with another record raises InputError.
+    stored with each checkpoint, and reading one with another record raises InputError. `compared` tells by the name
+    which values count: all that may not change or, to validate, what makes the model.
     """
 
-    def __init__(self):
+    def __init__(self, compared: Callable[[str], bool] = lambda name: not may_change(name)):
         self.record: dict[str, Any] = {}
+        self.compared = compared
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Raises InputError if there is no room, or if a weight or a state of the optimizer is not finite."""
@@ -77,8 +80,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise InputError(f"{path}: {why}")
         checkpoint = _read(Path(path), map_location or "cpu")
         check_checkpoint(checkpoint, str(path))
-        record = {name: value for name, value in checkpoint.get("record", {}).items() if not may_change(name)}
-        for name in sorted({*record, *self.record}):
+        record = checkpoint.get("record", {})
+        for name in sorted(filter(self.compared, {*record, *self.record})):
             found, expected = record.get(name), self.record.get(name)
             if found != expected:
                 raise InputError(f"{path}: {name}: found {shown(found)}, expected {shown(expected)} as in this run")
@@ -87,7 +90,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 def may_change(name: str) -> bool:
     """Whether what a run is told may differ from one process to the next: where data lie, which are compared themselves."""
-    place = r"data\.init_args\.(workers|(train|validation)\.\d+\.(paths\.\d+|trusted|follow_links))"
+    place = r"data\.init_args\.(workers|test(\..*)?|(train|validation)\.\d+\.(paths\.\d+|trusted|follow_links))"
     return re.fullmatch(place, name) is not None
 
 
@@ -232,16 +235,16 @@ class Checkpoints(Checkpoint):
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         self.termination.listen(trainer)
-        connector = trainer._checkpoint_connector
-        for name in ("restore_model", "restore_training_state"):
-            setattr(connector, name, partial(_restore, trainer, getattr(connector, name)))
+        if not isinstance(trainer.strategy, Sharded):
+            private.before_restoring(trainer, lambda found: check_fits(
+                found, private.state_now(trainer), trainer.optimizers, str(trainer.ckpt_path)))
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if module.automatic_optimization:
             self.termination.listen_to_interrupts()
         for logger in trainer.loggers:
-            if hasattr(logger, "keep"):
-                logger.keep(self.rows)
+            if isinstance(logger, Metrics | TensorBoard):
+                logger.keep(self.rows, trainer.global_step)
         loader = trainer.train_dataloader
         if isinstance(loader, ResumableLoader) and loader.next != trainer.global_step * trainer.accumulate_grad_batches:
             raise InputError(f"{trainer.ckpt_path}: found {loader.next} batches for {trainer.global_step} steps, expected "
@@ -252,18 +255,13 @@ class Checkpoints(Checkpoint):
                 compare(name, sources, self.contents.get(name, []))
         self.contents = {name: [torch.tensor(source.digests) for source in sources] for name, sources in contents.items()}
         if self.validate:
-            # The trainer would take the validation that the checkpoint was written before for done.
-            loop = trainer.fit_loop.epoch_loop.val_loop
-            loop.restarting, trainer.validating = False, True
-            loop.run()
-            trainer.training = True
+            private.validate_now(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        loop = trainer.fit_loop
-        if not module.automatic_optimization or loop._should_accumulate() or trainer.global_step >= trainer.max_steps:
+        if not module.automatic_optimization or not private.ends_step(trainer) or trainer.global_step >= trainer.max_steps:
             return
         stop = self.termination.agreed(trainer)
-        self.validate = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+        self.validate = private.validation_due(trainer)
         if stop or self.validate or trainer.global_step % self.every == 0:
             self._save(trainer)
         if stop:
@@ -275,22 +273,12 @@ class Checkpoints(Checkpoint):
             self.termination.leave(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        # The trainer logs the step after this hook; a kill in between would lose its row.
-        trainer._logger_connector.update_train_step_metrics()
-        self.rows = max((getattr(logger, "rows", 0) for logger in trainer.loggers), default=0)
+        private.log_step_now(trainer)
+        self.rows = max((logger.rows for logger in trainer.loggers if isinstance(logger, Metrics)), default=0)
         trainer.save_checkpoint(self.folder / f"step-{trainer.global_step:09d}.ckpt")
         if trainer.is_global_zero:
             for path in by_age(self.folder)[:-KEPT]:
                 trainer.strategy.remove_checkpoint(path)
-
-
-def _restore(trainer: Trainer, restore: Callable[[], None]) -> None:
-    """Let the trainer take over what it has read, if that is what it would write itself."""
-    found = trainer._checkpoint_connector._loaded_checkpoint
-    if found and not isinstance(trainer.strategy, Sharded):
-        check_fits(found, trainer._checkpoint_connector.dump_checkpoint(weights_only=False), trainer.optimizers,
-                   str(trainer.ckpt_path))
-    restore()
 
 
 def compare(name: str, sources: list[Content], before: list[Tensor]) -> None:

@@ -13,14 +13,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning import LightningDataModule, LightningModule
+from lightning import LightningDataModule
 from torch import Generator, Tensor
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from mmtx.data.augment import AudioAugmentation, ImageAugmentation
-from mmtx.data.collection import Collected, DataSource, progress, read_sources
+from mmtx.data.collection import Collected, DataSource, progress, read_sources, test_sources
 from mmtx.data.corpus import Content
 from mmtx.data.sample import Media
 from mmtx.data.tokens import load_media, seed_of
@@ -33,7 +33,7 @@ from mmtx.modality.vocoder import hertz
 from mmtx.training.critic import AdversarialConfig, Critic, Perceptual, PerceptualConfig, balance
 from mmtx.files import find_shipped
 from mmtx.training.loader import ResumableLoader, loader
-from mmtx.training.means import Means
+from mmtx.training.means import Means, TestedAsValidated
 from mmtx.training.optimizer import OptimizerConfig, configure
 
 COLLAPSED = 1 / 3  # share of the bits that codes could carry below which a codec is said to have collapsed
@@ -90,6 +90,7 @@ class CodecData(LightningDataModule):
         workers: int = 0,
         max_bad: float = 0.01,
         seed: int = 0,
+        test: list[DataSource] | None = None,
     ):
         """
         Args:
@@ -103,20 +104,27 @@ class CodecData(LightningDataModule):
             workers: processes that put batches together.
             max_bad: share of the rows of each source that may be unusable.
             seed: fixes order, cuts and augmentation.
+            test: media for `mmtx test`, which nothing else reads.
         """
         super().__init__()
-        self.train_sources, self.validation_sources = train, validation
+        self.train_sources, self.validation_sources, self.test = train, validation, test
         self.batch, self.varied, self.workers, self.max_bad, self.seed = batch, varied, workers, max_bad, seed
         self.image_augmentation, self.audio_augmentation = image_augmentation, audio_augmentation
+        self.contents: dict[str, list[Content]] = {}
 
     def setup(self, stage: str) -> None:
-        if hasattr(self, "train_media"):
-            return
         self.tokenizer: Codec = self.trainer.lightning_module.tokenizer
-        train, held_out = (read_sources(sources, self.max_bad) for sources in (self.train_sources, self.validation_sources))
-        self.contents: dict[str, list[Content]] = {}
-        self.validation_media, _, _ = self._load(held_out, "validation")
-        self.train_media, self.weights, self.names = self._load(train, "train")
+        if stage == "test":
+            if not hasattr(self, "test_media"):
+                self.test_media, _, _ = self._load(read_sources(test_sources(self.test), self.max_bad), "test")
+            return
+        if hasattr(self, "train_media") or stage != "fit" and hasattr(self, "validation_media"):
+            return
+        # Rows of all sources are read before the media of any.
+        train = read_sources(self.train_sources, self.max_bad) if stage == "fit" else None
+        self.validation_media, _, _ = self._load(read_sources(self.validation_sources, self.max_bad), "validation")
+        if train is not None:
+            self.train_media, self.weights, self.names = self._load(train, "train")
 
     def _load(self, found: Collected, name: str) -> tuple[list[Tensor], Tensor, list[str]]:
         media, weights, names, digests = [], [], [], []
@@ -182,9 +190,15 @@ class CodecData(LightningDataModule):
         return ResumableLoader(self._batches(self.train_media, collate, steps, self.weights), self.workers)
 
     def val_dataloader(self) -> DataLoader:
-        media, kind = self.validation_media, self.tokenizer.kind
+        return self._held_out(self.validation_media, "validation")
+
+    def test_dataloader(self) -> DataLoader:
+        return self._held_out(self.test_media, "test")
+
+    def _held_out(self, media: list[Tensor], name: str) -> DataLoader:
+        kind = self.tokenizer.kind
         if kind == "image" and len({tuple(picture.shape) for picture in media}) > 1:
-            raise InputError("validation pictures of different sizes: expected a tokenizer with `side` and fit "
+            raise InputError(f"{name} pictures of different sizes: expected a tokenizer with `side` and fit "
                              '"pad" or "crop"')
         if kind == "audio":
             # The cut of a sound depends on its own number alone, not on the batch that it comes in.
@@ -244,16 +258,16 @@ def _entropy(counts: Tensor) -> float:
     return -float(torch.xlogy(share, share).sum())
 
 
-def finished(folder: str, like: Codec) -> Codec:
-    """The tokenizer in a folder. Raises InputError if it is not of the kind and configuration of another."""
+def finished(folder: str | Path, like: Codec, name: str) -> Codec:
+    """The tokenizer in a folder, which `name` names. Raises InputError if it has not the kind and configuration of another."""
     tokenizer = load_tokenizer(find_shipped(folder))
     if tokenizer.kind != like.kind or tokenizer.config != like.config:
-        raise InputError(f"refine: {folder} holds a tokenizer for {tokenizer.kind} with {tokenizer.config}, "
+        raise InputError(f"{name}: {folder} holds a tokenizer for {tokenizer.kind} with {tokenizer.config}, "
                          f"expected {like.kind} with {like.config}")
     return tokenizer
 
 
-class CodecModule(LightningModule):
+class CodecModule(TestedAsValidated):
     """Training of a codec: squared error plus a share of absolute error and, if asked for, a critic's opinion.
 
     Codec and critic take their steps together, as groups of one optimizer: accumulation, several devices, averaged
@@ -267,7 +281,7 @@ class CodecModule(LightningModule):
                  adversarial: AdversarialConfig | None, channels: int):
         super().__init__()
         if refine is not None:
-            tokenizer = finished(refine, tokenizer).train()
+            tokenizer = finished(refine, tokenizer, "refine").train()
             for name in ENCODING:
                 getattr(tokenizer.network, name).requires_grad_(False)
         self.tokenizer, self.optimizer_config, self.absolute = tokenizer, optimizer, absolute
@@ -289,6 +303,10 @@ class CodecModule(LightningModule):
         for groups in (optimizer.param_groups[:-1], optimizer.param_groups[-1:]):
             clip([parameter for group in groups for parameter in group["params"]], gradient_clip_val)
 
+    def restore(self, folder: Path) -> None:
+        """Take over the finished tokenizer in a folder, if it is of this configuration."""
+        self.tokenizer = finished(folder, self.tokenizer, "output")
+
     def loss(self, media: Tensor, output: Tensor) -> Tensor:
         return self.distance(media, output)
 
@@ -302,7 +320,7 @@ class CodecModule(LightningModule):
         return media
 
     def on_train_batch_start(self, batch: CodecBatch, index: int) -> None:
-        torch.manual_seed(seed_of(self.trainer.datamodule.seed, index, self.global_rank))
+        torch.manual_seed(seed_of(getattr(self.trainer.datamodule, "seed", 0), index, self.global_rank))
 
     def training_step(self, batch: CodecBatch, index: int) -> Tensor:
         output = self.tokenizer(batch.media).output
@@ -340,11 +358,11 @@ class CodecModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         for name, value in self.figures(self.means.whole()).items():
-            self.log(f"val/{name}", value, prog_bar=name != "loss", sync_dist=True)
+            self.log(f"{self.split}/{name}", value, prog_bar=name != "loss", sync_dist=True)
         used = self.all_gather(self.used).reshape(-1, len(self.used)).sum(0)
         usage = Usage.of(used, self.tokenizer.levels)
-        self.log("val/perplexity", usage.perplexity, prog_bar=True, sync_dist=True)
-        self.log("val/dead_codes", usage.dead, sync_dist=True)
+        self.log(f"{self.split}/perplexity", usage.perplexity, prog_bar=True, sync_dist=True)
+        self.log(f"{self.split}/dead_codes", usage.dead, sync_dist=True)
         if usage.carried < COLLAPSED and self.trainer.is_global_zero:
             print(f"mmtx: step {self.global_step}: {self.tokenizer.kind} codes collapse: {int((used > 0).sum())} of "
                   f"{len(used)} in use on {int(used.sum())} held-out patches, perplexity {usage.perplexity:.1f}, "

@@ -4,31 +4,36 @@ Shapes: N tokens of a batch, M supervised tokens, V vocabulary.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from lightning import LightningDataModule, LightningModule
+from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mmtx.data.augment import AudioAugmentation, ImageAugmentation
-from mmtx.data.collection import DataSource, progress
-from mmtx.data.corpus import Content, read_corpus
+from mmtx.data.collection import DataSource, progress, test_sources
+from mmtx.data.corpus import Content, Corpus, read_corpus
 from mmtx.data.packing import Batch, PackedBatches
-from mmtx.data.tokens import Augmentation, seed_of
+from mmtx.data.sample import Sample, Text
+from mmtx.data.storage import scrub
+from mmtx.data.tokens import Augmentation, seed_of, to_documents
 from mmtx.errors import InputError
 from mmtx.loss import TokenLoss, next_token_loss
-from mmtx.modality.base import load_tokenizer
+from mmtx.modality.base import Tokenizer, load_tokenizer
 from mmtx.model import CodeRange, Decoder, DecoderConfig
 from mmtx.files import find_shipped
 from mmtx.pipeline import Model, load
 from mmtx.training.loader import ResumableLoader, loader
-from mmtx.training.means import Means
+from mmtx.training.means import Means, TestedAsValidated
 from mmtx.training.optimizer import OptimizerConfig, configure
 from mmtx.training.sharding import shard
 from mmtx.vocabulary import MODALITIES, Vocabulary
 
+CAPTIONED = 16  # samples that `mmtx predict` captions at once
 
 @dataclass(frozen=True)
 class TokenizerFolders:
@@ -37,6 +42,15 @@ class TokenizerFolders:
     text: str
     image: str | None = None
     audio: str | None = None
+
+    def load(self) -> dict[str, Tokenizer]:
+        """The tokenizers by kind. Raises InputError for a folder that holds none, or one of another kind."""
+        folders = {kind: folder for kind, folder in asdict(self).items() if folder is not None}
+        found = {kind: load_tokenizer(find_shipped(folder)) for kind, folder in folders.items()}
+        for kind, tokenizer in found.items():
+            if tokenizer.kind != kind:
+                raise InputError(f"tokenizers.{kind}: {folders[kind]} holds a tokenizer for {tokenizer.kind}")
+        return found
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,7 @@ class DecoderData(LightningDataModule):
         workers: int = 0,
         max_bad: float = 0.01,
         seed: int = 0,
+        test: list[DataSource] | None = None,
     ):
         """
         Args:
@@ -85,29 +100,28 @@ class DecoderData(LightningDataModule):
             workers: processes that read and encode media and put batches together.
             max_bad: share of the rows of each source that may be unusable.
             seed: fixes order and augmentation.
+            test: samples for `mmtx test`, which nothing else reads.
         """
         super().__init__()
         self.context, self.tokens, self.workers = context, tokens, workers
         self.max_bad, self.seed = max_bad, seed
-        self.train_sources, self.validation_sources = train, validation
+        self.train_sources, self.validation_sources, self.test = train, validation, test
         self.augmentation = Augmentation(image_augmentation, audio_augmentation)
-        folders = {kind: folder for kind, folder in asdict(tokenizers).items() if folder is not None}
-        self.tokenizers = {kind: load_tokenizer(find_shipped(folder)) for kind, folder in folders.items()}
-        for kind, tokenizer in self.tokenizers.items():
-            if tokenizer.kind != kind:
-                raise InputError(f"tokenizers.{kind}: {folders[kind]} holds a tokenizer for {tokenizer.kind}")
+        self.tokenizers = tokenizers.load()
         self.vocabulary = Vocabulary.build(self.tokenizers)
 
     def setup(self, stage: str) -> None:
-        if hasattr(self, "train_documents"):
-            return
-        common = dict(context=self.context, seed=self.seed, max_bad=self.max_bad, features=self._continuous())
-        self.validation_documents = read_corpus(
-            self.validation_sources, self.tokenizers, self.vocabulary, progress=progress("read validation"), **common)
-        self.held_out = self.validation_documents.samples
-        self.train_documents = read_corpus(
-            self.train_sources, self.tokenizers, self.vocabulary, augmentation=self.augmentation,
-            progress=progress("read train"), **common)
+        if stage == "test" and not hasattr(self, "test_documents"):
+            self.test_documents = self._read(test_sources(self.test), "read test")
+        if stage != "test" and not hasattr(self, "validation_documents"):
+            self.validation_documents = self._read(self.validation_sources, "read validation")
+            self.held_out = self.validation_documents.samples
+        if stage == "fit" and not hasattr(self, "train_documents"):
+            self.train_documents = self._read(self.train_sources, "read train", augmentation=self.augmentation)
+
+    def _read(self, sources: list[DataSource], name: str, **more: Any) -> Corpus:
+        return read_corpus(sources, self.tokenizers, self.vocabulary, context=self.context, seed=self.seed,
+                           max_bad=self.max_bad, features=self._continuous(), progress=progress(name), **more)
 
     @property
     def contents(self) -> dict[str, list[Content]]:
@@ -116,7 +130,7 @@ class DecoderData(LightningDataModule):
 
     def _continuous(self) -> bool:
         """Whether the decoder takes features."""
-        return self.trainer is not None and self.trainer.lightning_module.continuous
+        return getattr(getattr(self.trainer, "lightning_module", None), "continuous", False)
 
     def sample_names(self, batch: Batch) -> list[str]:
         """File and row of each sample of a training batch."""
@@ -131,12 +145,34 @@ class DecoderData(LightningDataModule):
         return ResumableLoader(batches, self.workers)
 
     def val_dataloader(self) -> DataLoader:
-        return loader(PackedBatches(
-            self.validation_documents, self.vocabulary, self.tokens, shuffle=False,
-            rank=self.trainer.global_rank, world=self.trainer.world_size))
+        return self._held_out(self.validation_documents)
+
+    def test_dataloader(self) -> DataLoader:
+        return self._held_out(self.test_documents)
+
+    def _held_out(self, documents: Corpus) -> DataLoader:
+        return loader(PackedBatches(documents, self.vocabulary, self.tokens, shuffle=False,
+                                    rank=self.trainer.global_rank, world=self.trainer.world_size))
+
+    def predict_dataloader(self) -> DataLoader:
+        """Lists of validation samples that have a caption. Raises InputError where there are none."""
+        samples = with_captions(self.held_out)
+        if not samples:
+            raise InputError("data.validation: found no samples that a caption answers, expected media, not prepared shards")
+        return DataLoader(samples, batch_size=CAPTIONED, collate_fn=list)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        # Samples to caption are no tensors yet.
+        return batch if isinstance(batch, list) else super().transfer_batch_to_device(batch, device, dataloader_idx)
 
 
-class DecoderModule(LightningModule):
+def with_captions(samples: Sequence[Sample]) -> list[Sample]:
+    """Those whose answer is text."""
+    return [sample for sample in samples
+            if sample.turns[-1].role == "assistant" and all(isinstance(part, Text) for part in sample.turns[-1].parts)]
+
+
+class DecoderModule(TestedAsValidated):
     """Next-token training of the decoder; sizes that follow from the tokenizers are filled in from the data."""
 
     def __init__(
@@ -147,6 +183,7 @@ class DecoderModule(LightningModule):
         continuous: bool = False,
         loss_weights: LossWeights = LossWeights(),
         start: str | None = None,
+        tokenizers: TokenizerFolders | None = None,
     ):
         """
         Args:
@@ -158,9 +195,12 @@ class DecoderModule(LightningModule):
             loss_weights: what targets of each modality count for; the loss is the weighted mean over all targets.
             start: folder of a finished model with this configuration and text tokenizer, whose weights to start from.
                 Its other tokenizers may have been retrained: what their codes stand for is then learnt anew.
+            tokenizers: folders of the tokenizers, where batches come from a plain loader; by default those of the data.
         """
         super().__init__()
         self.start = None if start is None else load(start, "cpu")
+        self.finished: Path | None = None  # the folder of `start` if tokenizers and all must be the same
+        self.tokenizers = None if tokenizers is None else tokenizers.load()
         self.config, self.optimizer_config = decoder, optimizer
         self.z_loss, self.continuous = z_loss, continuous
         # No buffer, or a run in bfloat16 would round them.
@@ -170,11 +210,11 @@ class DecoderModule(LightningModule):
     def configure_model(self) -> None:
         if self.decoder is not None:
             return
-        data = self.trainer.datamodule
-        vocabulary = data.vocabulary
+        self._take_tokenizers()
+        vocabulary = self.vocabulary
         ranges = [CodeRange(vocabulary.range(kind).start, levels) for kind in vocabulary.kinds
                   if (levels := vocabulary.levels(kind))]
-        widths = {kind: data.tokenizers[kind].feature_width for kind in vocabulary.kinds if vocabulary.levels(kind)}
+        widths = {kind: self.tokenizers[kind].feature_width for kind in vocabulary.kinds if vocabulary.levels(kind)}
         self.config = replace(self.config, vocabulary_size=vocabulary.size, composed=tuple(ranges),
                               features=widths if self.continuous else {})
         self.decoder = Decoder(self.config)
@@ -184,14 +224,33 @@ class DecoderModule(LightningModule):
         if self.device_mesh is not None:
             shard(self.decoder, self.device_mesh["data_parallel"])
 
+    def _take_tokenizers(self) -> None:
+        theirs = getattr(self.trainer.datamodule, "tokenizers", None)
+        if self.tokenizers is None and theirs is None:
+            raise InputError("model.init_args.tokenizers: found none, expected folders of tokenizers, since the data have none")
+        found, expected = ({kind: tokenizer.fingerprint for kind, tokenizer in (some or {}).items()}
+                           for some in (self.tokenizers, theirs))
+        if self.tokenizers is not None and theirs is not None and found != expected:
+            raise InputError(f"model.init_args.tokenizers: found others ({', '.join(found)}) than those of the data "
+                             f"({', '.join(expected)}), expected the same or none")
+        self.tokenizers = theirs if self.tokenizers is None else self.tokenizers
+        self.vocabulary = Vocabulary.build(self.tokenizers)
+
+    def restore(self, folder: Path) -> None:
+        """Take over the finished model in a folder once the decoder is built, if all of it is as in this configuration."""
+        self.start, self.finished = load(folder, "cpu"), folder
+
     def _begin_with(self, model: Model) -> None:
+        where = self.finished or "start"
         given, wanted = asdict(model.decoder.config), asdict(self.config)
         for name, value in wanted.items():
             if given[name] != value:
-                raise InputError(f"start: found {name} {given[name]}, expected {value}")
-        found, expected = (some["text"].fingerprint[:12] for some in (model.tokenizers, self.trainer.datamodule.tokenizers))
-        if found != expected:
-            raise InputError(f"start: found a text tokenizer of fingerprint {found}, expected {expected}, tokenizers.text")
+                raise InputError(f"{where}: found {name} {given[name]}, expected {value}")
+        for kind, tokenizer in self.tokenizers.items() if self.finished else [("text", self.tokenizers["text"])]:
+            found, expected = model.tokenizers[kind].fingerprint[:12], tokenizer.fingerprint[:12]
+            if found != expected:
+                raise InputError(f"{where}: found {'an' if kind[0] in 'aeiou' else 'a'} {kind} tokenizer of fingerprint {found}, "
+                                 f"expected {expected}, tokenizers.{kind}")
         self.decoder.load_state_dict(model.decoder.state_dict())
 
     def configure_optimizers(self) -> dict:
@@ -211,7 +270,7 @@ class DecoderModule(LightningModule):
     def on_train_batch_start(self, batch: Batch, index: int) -> None:
         if index % self.trainer.accumulate_grad_batches == 0:
             self.total = torch.zeros((), dtype=torch.float32, device=self.device)
-        torch.manual_seed(seed_of(self.trainer.datamodule.seed, index, self.global_rank))
+        torch.manual_seed(seed_of(getattr(self.trainer.datamodule, "seed", 0), index, self.global_rank))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # Ranks average their gradients; the right divisor is the weight of the targets of all ranks.
@@ -237,7 +296,13 @@ class DecoderModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         for name, value in self.means.whole().items():
-            self.log(f"val/{name}", value, prog_bar=name != "loss", sync_dist=True)
+            self.log(f"{self.split}/{name}", value, prog_bar=name != "loss", sync_dist=True)
+
+    def predict_step(self, samples: list[Sample], index: int) -> list[dict[str, str]]:
+        """Caption samples -> a row for each: where it comes from, what the model says and what is true."""
+        captions = self.model().caption_documents(to_documents(samples, self.tokenizers))
+        return [{"where": scrub(sample.where), "predicted": caption, "true": sample.caption}
+                for sample, caption in zip(samples, captions, strict=True)]
 
     def _losses(self, batch: Batch, weights: Tensor | None = None) -> TokenLoss:
         """The loss of each target, which counts for its weight (M,).
@@ -251,8 +316,7 @@ class DecoderModule(LightningModule):
 
     def model(self) -> Model:
         """The decoder with its tokenizers, for captions during training and for saving."""
-        data = self.trainer.datamodule
-        return Model(self.decoder, data.vocabulary, data.tokenizers)
+        return Model(self.decoder, self.vocabulary, self.tokenizers)
 
     def save(self, folder: Path) -> None:
         self.model().save(folder)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmtx.errors import InputError
 from mmtx.training.decoder import DecoderModule
+from mmtx.training.private import ends_step
 from mmtx.training.sharding import full
 from mmtx.vocabulary import MODALITIES
 
@@ -77,7 +78,7 @@ class SkipNonFinite(Callback):
         return name(batch) if name else [f"batch {index}"]
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        if module.automatic_optimization and not trainer.fit_loop._should_accumulate():
+        if module.automatic_optimization and ends_step(trainer):
             # What the module divides the summed gradients by comes after the hook that saw them.
             module.log("train/gradient_norm", self.norm * getattr(module, "gradient_scale", 1.0))
             module.log("train/skipped", float(self.skipped))

@@ -1,6 +1,9 @@
 """Figures of a validation: means over all that was held out, whatever the batches and however many the ranks."""
 
+from typing import Any
+
 import torch
+from lightning import LightningModule
 from torch import Tensor
 
 
@@ -30,3 +33,21 @@ class Means:
             if count:
                 found[name] = total / count
         return found
+
+
+class TestedAsValidated(LightningModule):
+    """A module whose test is its validation with other samples."""
+
+    @property
+    def split(self) -> str:
+        """What the names of figures begin with."""
+        return "test" if self.trainer.testing else "val"
+
+    def on_test_epoch_start(self) -> None:
+        self.on_validation_epoch_start()
+
+    def test_step(self, batch: Any, index: int) -> None:
+        self.validation_step(batch, index)
+
+    def on_test_epoch_end(self) -> None:
+        self.on_validation_epoch_end()

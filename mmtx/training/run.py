@@ -1,9 +1,11 @@
-"""`mmtx fit`: the Lightning command line, with what every run of ours needs already in it."""
+"""`mmtx fit`, `validate`, `test` and `predict`: the Lightning command line, with what every run of ours needs in it."""
 
 import errno
+import json
 import logging
 import re
 import signal
+import sys
 import threading
 import warnings
 from contextlib import ExitStack
@@ -12,29 +14,50 @@ from typing import Any, NoReturn
 
 import jsonargparse
 from lightning import LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mmtx.data.config import check_yaml, read_text
 from mmtx.data.output import alone, check_output
+from mmtx.data.prepare import write
 from mmtx.data.storage import recorded, scrub
 from mmtx.errors import InputError
 from mmtx.files import find_shipped
-from mmtx.training.callbacks import Metrics, ProgressBar, SaveConfig, SaveModel, ShowSamples
+from mmtx.training import private
+from mmtx.training.callbacks import ProgressBar, SaveConfig, SaveModel, ShowSamples
 from mmtx.training.checkpoint import AtomicCheckpointIO, Checkpoints, flatten, may_change, newest
 from mmtx.training.codec import CodecModule
 from mmtx.training.decoder import DecoderModule
-from mmtx.training.guard import SkipNonFinite, Telemetry
+from mmtx.training.guard import SkipNonFinite
+from mmtx.training.loggers import Metrics, TensorBoard
 from mmtx.training.memory import keep_memory
+from mmtx.training.schema import check_weights
 from mmtx.training.sharding import Sharded
-from mmtx.training.signals import follow_launcher, launch_uninterrupted
+from mmtx.training.signals import follow_launcher, launch_uninterrupted, status
 from mmtx.training.vocoder import VocoderModule
 
 # What of `trainer` a resumed run must have in common with the one it goes on with.
 RESUMED_TRAINER = ("max_steps", "accumulate_grad_batches", "precision", "gradient_clip_val", "gradient_clip_algorithm")
+# Defaults that differ from Lightning's. Nothing else is a callback or a logger that is not asked for by an option of ours.
+TRAINER = {
+    "logger": True,  # TensorBoard
+    "callbacks": [
+        {"class_path": "lightning.pytorch.callbacks.LearningRateMonitor", "init_args": {"logging_interval": "step"}},
+        {"class_path": "mmtx.training.guard.Telemetry"},
+    ],
+    "check_val_every_n_epoch": None,
+    "val_check_interval": 1.0,
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 20,
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,
+    "enable_model_summary": False,
+}
+STEPS = {"validate": "validation_step", "test": "test_step", "predict": "predict_step"}
+PREDICTIONS = "predictions.jsonl"
 MOST = 10**9        # of steps and of numbers in options
 MOST_SEED = 2**32 - 1  # of NumPy's own generator, which a run seeds too
 TRUSTED = ["mmtx", "lightning"]  # packages whose classes a configuration from others may name
@@ -50,16 +73,25 @@ class Parser(LightningArgumentParser):
         raise input_error_in(ex) or InputError(one_line(message)) from None
 
 
-class FitCLI(LightningCLI):
-    """The stock command line plus `--output`, the folder that a run writes to, and that is its own while `held` is open."""
+class FitCLI(private.PlainCLI):
+    """The stock command line plus `--output`, the folder that a run writes to, and that is its own while `held` is open.
 
-    def __init__(self, *args: Any, held: ExitStack, **kwargs: Any):
-        self.held = held
+    `word` is the subcommand.
+    """
+
+    def __init__(self, *args: Any, word: str, held: ExitStack, **kwargs: Any):
+        self.word, self.held = word, held
         super().__init__(*args, **kwargs)
 
+    def subcommands(self) -> dict[str, set[str]]:
+        """The one that is asked for: parsers of the others would take as long to make."""
+        return {self.word: super().subcommands()[self.word]}
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER.items()})
         parser.add_argument("--output", type=str, required=True,
-                            help="folder for the run: the model, checkpoints, metrics, samples")
+                            help="folder of the run: model, checkpoints, samples; metrics and tensorboard, whatever else "
+                                 "trainer.logger says (false: no tensorboard)")
         parser.add_argument("--save_every", type=int, default=500, help="steps between two resume checkpoints")
         parser.add_argument("--samples", type=int, default=16, help="held-out samples shown after each validation, or 0")
         parser.add_argument("--ema", type=float | None, default=None,
@@ -70,12 +102,16 @@ class FitCLI(LightningCLI):
                             help="for a configuration from others: refuse classes and functions that are not of mmtx or "
                                  "lightning, before anything of them is imported")
 
-    def _set_seed(self) -> None:
-        """The stock one, which takes 32 bits."""
-        seed = self._get(self.config, "seed_everything")
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """The stock ones, of which the seed may have 32 bits."""
+        super().parse_arguments(parser, args)
+        seed = self.config.get(str(self.config.get("subcommand")), self.config)["seed_everything"]
         if not isinstance(seed, bool):
             check_range("seed_everything", seed, 0, MOST_SEED)
-        super()._set_seed()
+
+    def said(self, name: str) -> Any:
+        """What the command line and its files say of an option, with the classes that they name instantiated."""
+        return self.config_init.get(str(self.subcommand), self.config_init).get(name)
 
     def before_instantiate_classes(self) -> None:
         config = self.config.get(str(self.subcommand), self.config)
@@ -85,44 +121,130 @@ class FitCLI(LightningCLI):
                              "none with --trusted_only true")
 
     def instantiate_trainer(self, **kwargs: Any):
-        output, trainer = check_output(self._get(self.config_init, "output")), self._get(self.config_init, "trainer")
-        if self.subcommand and (rank_zero_only.rank or 0) == 0:
-            self.held.enter_context(alone(output, "output"))
-        samples, save_every, max_skipped, ema = (
-            self._get(self.config_init, name) for name in ("samples", "save_every", "max_skipped", "ema"))
+        output, trainer = Path(self.said("output")), self.said("trainer")
+        root = trainer.default_root_dir
+        if root is not None and Path(root).absolute() != output.absolute():
+            raise InputError(f"trainer.default_root_dir: found {root}, expected none: --output is that folder, found {output}")
+        if self.word in ("fit", "predict"):
+            output = check_output(self.said("output"))
+            if self.subcommand and (rank_zero_only.rank or 0) == 0:
+                self.held.enter_context(alone(output, "output"))
+        loggers = [] if trainer.logger in (None, True, False) else as_list(trainer.logger)
+        progress = [] if trainer.enable_progress_bar is False else [ProgressBar()]
+        if self.word == "fit":
+            self.checkpoint_io = AtomicCheckpointIO()
+            self.trainer_defaults["callbacks"] = [*progress, *self._callbacks(output)]
+            loggers += [*([TensorBoard(output)] if trainer.logger in (None, True) else []), Metrics(output)]
+        else:
+            self.checkpoint_io = AtomicCheckpointIO(lambda name: name.startswith(("model.", "tokenizers.")))
+            self.trainer_defaults["callbacks"], self.save_config_callback = progress, None
+        if isinstance(trainer.val_check_interval, float) and trainer.check_val_every_n_epoch is None:
+            kwargs["check_val_every_n_epoch"] = 1  # a share of the batches of an epoch, which are those of the run
+        if not self.model.automatic_optimization:
+            kwargs["gradient_clip_val"] = None
+        kwargs |= {"plugins": [*as_list(trainer.plugins), self.checkpoint_io], "logger": loggers, "default_root_dir": str(output)}
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError, ImportError) as error:
+            raise InputError(f"trainer: {' '.join(str(error).split())}") from None
+
+    def _callbacks(self, output: Path) -> list[Callback]:
+        """What `--output`, `--save_every`, `--samples`, `--ema` and `--max_skipped` stand for."""
+        samples, save_every, max_skipped, ema = map(self.said, ("samples", "save_every", "max_skipped", "ema"))
         for name, value, least in (("samples", samples, 0), ("save_every", save_every, 1), ("max_skipped", max_skipped, 1)):
             check_range(name, value, least, MOST)
         if ema is not None and not 0 < ema < 1:
             raise InputError(f"ema: found {ema}, expected a number between 0 and 1")
-        self.trainer_defaults["callbacks"] = [
-            *([] if trainer.enable_progress_bar is False else [ProgressBar()]),
+        return [
             # Samples are shown before, and the model is saved after, the average gives way and takes its place.
             *([ShowSamples(output, samples)] if samples else []),
             *([] if ema is None else [EMAWeightAveraging(decay=ema, use_buffers=False)]),
             SaveModel(output),
-            LearningRateMonitor("step"),
             SkipNonFinite(max_skipped),
-            Telemetry(),
             Checkpoints(output / "checkpoints", save_every),
         ]
-        self.checkpoint_io = AtomicCheckpointIO()
-        kwargs["plugins"] = [*as_list(trainer.plugins), self.checkpoint_io]
-        kwargs["logger"] = Metrics(output)
-        try:
-            return super().instantiate_trainer(default_root_dir=str(output), **kwargs)
-        except (MisconfigurationException, ValueError, ImportError) as error:
-            raise InputError(f"trainer: {' '.join(str(error).split())}") from None
 
-    def before_fit(self) -> None:
+    def fit(self, **kwargs: Any) -> None:
+        """`Trainer.fit`, for which "last" is the newest checkpoint that is sound."""
+        self._check_fit()
+        self.checkpoint_io.record = self.record()
+        self.trainer.fit(**{**kwargs, "ckpt_path": self._checkpoint(kwargs["ckpt_path"])})
+
+    def validate(self, **kwargs: Any) -> None:
+        """Print the figures of the finished model in `--output`, or of a checkpoint, and write nothing."""
+        self.trainer.validate(**self._held_out(kwargs))
+
+    def test(self, **kwargs: Any) -> None:
+        """The same on `data.test`."""
+        self.trainer.test(**self._held_out(kwargs))
+
+    def predict(self, **kwargs: Any) -> None:
+        """Write captions of the validation samples to `OUTPUT/predictions.jsonl`."""
+        if self.trainer.world_size > 1:
+            raise InputError(f"trainer.devices: found {self.trainer.world_size} processes, expected 1 for mmtx predict")
+        batches = self.trainer.predict(**{**self._held_out(kwargs), "return_predictions": True})
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for batch in batches for row in batch]
+        path = Path(self.said("output")) / PREDICTIONS
+        write(path, "".join(lines).encode(errors="backslashreplace"))  # a name that is no UTF-8: JSON's own escape
+        print(f"{path}: {len(lines)} captions")
+
+    def _held_out(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments for a method of the trainer that does not train, with the weights that are meant."""
+        step, name = STEPS[self.word], type(self.model).__name__
+        if getattr(type(self.model), step) is getattr(LightningModule, step):
+            raise InputError(f"model: found {name}, which has no {step}, expected another for mmtx {self.word}")
+        self._check_precision()
+        if isinstance(self.trainer.strategy, Sharded):
+            raise InputError(f'trainer.strategy: found "sharded", expected "auto" or "ddp" for mmtx {self.word}')
+        path = self._checkpoint(kwargs["ckpt_path"])
+        weights = path or self._finished()
+        if path is None:
+            if not hasattr(self.model, "restore"):
+                raise InputError(f"ckpt_path: found none, expected a checkpoint, for {name} cannot `restore` a finished model")
+            self.model.restore(weights)
+        self.checkpoint_io.record = self.record()
+        private.before_restoring(self.trainer, lambda found: check_weights(
+            found["state_dict"], self.model.state_dict(), str(path)))
+        private.on_sigterm(self.trainer, lambda number, *_: sys.exit(status(number)))
+        if self.trainer.is_global_zero:
+            print(f"mmtx: {self.word}: weights of {weights}", file=sys.stderr)
+        return {**kwargs, "ckpt_path": path}
+
+    def _finished(self) -> Path:
+        """The finished model of the run or, if there is none, the one that it was to start from."""
+        folder = Path(self.said("output")) / "model"
+        start = self.config[self.word].get("model.init_args.start") or self.config[self.word].get("model.init_args.refine")
+        if not folder.is_dir() and start is None:
+            raise InputError(f"output: {folder}: no such folder, expected a finished model, or --ckpt_path with a checkpoint")
+        return folder if folder.is_dir() else find_shipped(start)
+
+    def _checkpoint(self, path: str | None) -> Path | None:
+        """The file that `--ckpt_path` means."""
+        if path is None:
+            return None
+        if path == "last":
+            folder = Path(self.said("output")) / "checkpoints"
+            if (found := newest(folder)) is None and self.word != "fit":
+                raise InputError(f"ckpt_path: {folder}: no checkpoint")
+            return found
+        if not Path(path).is_file():
+            raise InputError(f'ckpt_path: {path}: no such file, expected a checkpoint or "last"')
+        return Path(path)
+
+    def _check_precision(self) -> None:
+        precision = self.trainer.precision
+        if isinstance(self.model, CodecModule | VocoderModule) and precision in ("16-true", "bf16-true", "64-true"):
+            raise InputError(f'trainer.precision: found "{precision}", expected "32-true", "bf16-mixed" or "16-mixed" for '
+                             "tokenizers, whose spectrograms and codes are computed in float32")
+
+    def _check_fit(self) -> None:
         # The text tokenizer is no optimizer's work and counts no steps.
         if self.model.automatic_optimization:
             check_range("trainer.max_steps", self.trainer.max_steps, 1, MOST)
         check_range("trainer.accumulate_grad_batches", self.trainer.accumulate_grad_batches, 1, MOST)
         check_range("data.seed", getattr(self.datamodule, "seed", 0), 0, 2**64 - 1)
-        strategy, precision = self.trainer.strategy, self.trainer.precision
-        if isinstance(self.model, CodecModule | VocoderModule) and precision in ("16-true", "bf16-true", "64-true"):
-            raise InputError(f'trainer.precision: found "{precision}", expected "32-true", "bf16-mixed" or "16-mixed" for '
-                             "tokenizers, whose spectrograms and codes are computed in float32")
+        self._check_precision()
+        strategy = self.trainer.strategy
         launch_uninterrupted(strategy.launcher)
         if isinstance(strategy, Sharded):
             self._check_sharded()
@@ -133,7 +255,7 @@ class FitCLI(LightningCLI):
     def _check_sharded(self) -> None:
         if not isinstance(self.model, DecoderModule):
             raise InputError('trainer.strategy: found "sharded", which shares out decoders only, expected "ddp"')
-        if self._get(self.config_init, "ema") is not None:
+        if self.said("ema") is not None:
             raise InputError('ema: found an average of the weights, expected none with trainer.strategy "sharded"')
         if self.model.optimizer_config.muon is not None:
             raise InputError(f"model.init_args.optimizer.muon: found {self.model.optimizer_config.muon}, expected none "
@@ -152,19 +274,6 @@ class FitCLI(LightningCLI):
         })
         return {name: recorded(value) if isinstance(value, str) else value for name, value in record.items()
                 if not may_change(name)}
-
-    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """What `Trainer.fit` gets: the newest checkpoint that is sound in place of "last"."""
-        kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        self.checkpoint_io.record = self.record()
-        if kwargs.get("ckpt_path") == "last":
-            kwargs["ckpt_path"] = newest(Path(self._get(self.config_init, "output")) / "checkpoints")
-        elif kwargs.get("ckpt_path") is not None and not Path(kwargs["ckpt_path"]).is_file():
-            raise InputError(f'ckpt_path: {kwargs["ckpt_path"]}: no such file, expected a checkpoint or "last"')
-        return kwargs
-
-    def _parse_ckpt_path(self) -> None:
-        """Resuming must not let the checkpoint's hyperparameters override the configuration that the user gave."""
 
 
 def check_range(name: str, value: int, least: int, most: int) -> None:
@@ -201,7 +310,7 @@ def input_error_in(error: BaseException | None) -> InputError | None:
 
 
 def command_line(arguments: list[str], run: bool, held: ExitStack | None = None) -> FitCLI:
-    """Build all that a command line names and, with `run`, do it: then its first word is "fit"."""
+    """Build all that a command line names and, with `run`, do it: then its first word says what."""
     jsonargparse.set_loader("yaml", load_yaml)
     return FitCLI(
         LightningModule,
@@ -210,12 +319,10 @@ def command_line(arguments: list[str], run: bool, held: ExitStack | None = None)
         subclass_mode_data=True,
         parser_class=Parser,
         save_config_callback=SaveConfig,
-        save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
         auto_configure_optimizers=False,
-        trainer_defaults={"use_distributed_sampler": False, "num_sanity_val_steps": 0,
-                          "enable_model_summary": False},
         args=arguments,
         run=run,
+        word=arguments[0] if run else "fit",
         held=held or ExitStack(),
     )
 
@@ -255,8 +362,8 @@ def _config(name: str) -> str:
     return str(path)
 
 
-def fit(arguments: list[str]) -> None:
-    """Run `mmtx fit ARGUMENTS`. Raises InputError for a mistake in the configuration or the data."""
+def main(word: str, arguments: list[str]) -> None:
+    """Run `mmtx WORD ARGUMENTS`. Raises InputError for a mistake in the configuration or the data."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
@@ -272,7 +379,7 @@ def fit(arguments: list[str]) -> None:
     before = signal.getsignal(signal.SIGINT)
     try:
         with ExitStack() as held:
-            command_line(["fit", *shipped_configs(arguments)], True, held)
+            command_line([word, *shipped_configs(arguments)], True, held)
     except MisconfigurationException as error:
         raise InputError(f"trainer: {' '.join(str(error).split())}") from None
     except ValueError as error:

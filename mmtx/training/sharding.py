@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from mmtx.model import Decoder
+from mmtx.training.private import share_among_all
 from mmtx.training.schema import check_weights
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # rank 0 gets all, the others get nothing
@@ -32,11 +33,11 @@ class Sharded(ModelParallelStrategy):
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
 
     def setup_environment(self) -> None:
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        share_among_all(self)
         super().setup_environment()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return get_optimizer_state_dict(self.model, getattr(optimizer, "_optimizer", optimizer), options=WHOLE)
+        return get_optimizer_state_dict(self.model, getattr(optimizer, "optimizer", optimizer), options=WHOLE)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         checkpoint = self.checkpoint_io.load_checkpoint(self.broadcast(checkpoint_path))

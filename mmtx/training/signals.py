@@ -12,6 +12,7 @@ from lightning import Trainer
 from lightning.fabric.plugins.environments import LightningEnvironment
 
 from mmtx.data.workers import uninterrupted
+from mmtx.training.private import launch_within, on_sigterm
 
 LAUNCHER = "MMTX_LAUNCHER"  # the process that started this rank
 SAME = 0.5                  # seconds within which a second SIGINT is the same Ctrl-C, which a launcher has passed on
@@ -25,9 +26,6 @@ def status(number: int) -> int:
 class Termination:
     """SIGTERM and SIGINT (Ctrl-C) are noted when they come, to whichever rank, and obeyed by all ranks together between
     two steps. A second Ctrl-C ends at once.
-
-    The trainer's own handler of SIGTERM starts a collective operation within the signal handler, where other ranks may be
-    in another one: then all wait for each other forever. And it ends with status 0.
     """
 
     def __init__(self):
@@ -36,7 +34,7 @@ class Termination:
 
     def listen(self, trainer: Trainer) -> None:
         """To be called before the trainer registers its handlers, which is after all `setup` hooks."""
-        trainer._signal_connector._sigterm_notifier_fn = self._note
+        on_sigterm(trainer, self._note)
 
     def listen_to_interrupts(self) -> None:
         """From now on Ctrl-C waits for the step to end. Before, there is nothing that could be saved."""
@@ -83,12 +81,7 @@ def follow_launcher() -> None:
 def launch_uninterrupted(launcher: Any) -> None:
     """Let the ranks that a launcher starts see Ctrl-C from the first step on: before, they end with the one that started them,
     which would be killed if they ended first."""
-    if launch := getattr(launcher, "_call_children_scripts", None):
-        def wrapped() -> None:
-            with uninterrupted():
-                launch()
-
-        launcher._call_children_scripts = wrapped
+    launch_within(launcher, uninterrupted)
 
 
 def _follow(launcher: int) -> None:

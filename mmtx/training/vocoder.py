@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from lightning import LightningModule
 from torch import Generator, Tensor
 
 from mmtx.data.tokens import seed_of
@@ -18,7 +17,7 @@ from mmtx.modality.base import load_tokenizer
 from mmtx.modality.vocoder import CENTS, CLARITY, LOWEST, PITCHES, VocoderConfig, hertz, track_frames
 from mmtx.files import find_shipped
 from mmtx.training.codec import CodecBatch, CodecData
-from mmtx.training.means import Means
+from mmtx.training.means import Means, TestedAsValidated
 from mmtx.training.optimizer import OptimizerConfig, configure
 
 # (FFT size, hop, window) in samples. PUBLISHED are those of Parallel WaveGAN (https://arxiv.org/abs/1910.11480).
@@ -50,7 +49,7 @@ class VocoderData(CodecData):
         return torch.stack(cuts)
 
 
-class VocoderModule(LightningModule):
+class VocoderModule(TestedAsValidated):
     """Trains a vocoder for an audio tokenizer, and saves the tokenizer with the vocoder in it."""
 
     def __init__(self, tokenizer: str, vocoder: VocoderConfig = VocoderConfig(),
@@ -74,18 +73,23 @@ class VocoderModule(LightningModule):
         self.tokenizer = codec.requires_grad_(False).train()
         codec.vocoder = codec.new_vocoder(vocoder)
         if start is not None:
-            given = getattr(load_tokenizer(find_shipped(start)), "vocoder", None)
-            if given is None or given.config != vocoder:
-                raise InputError(f"start: {start} has {'no vocoder' if given is None else given.config}, expected {vocoder}")
-            codec.vocoder.load_state_dict(given.state_dict())
+            codec.vocoder.load_state_dict(finished(start, vocoder, "start").vocoder.state_dict())
         self.optimizer_config, self.clean, self.mel, self.pitch = optimizer, clean, mel, pitch
         self.griffin_lim: float | None = None  # its distance on the held-out cuts, once known
+
+    def restore(self, folder: Path) -> None:
+        """Take over the finished tokenizer in a folder, if its vocoder is of this configuration and it has this fingerprint."""
+        found, expected = finished(folder, self.tokenizer.vocoder.config, "output"), self.tokenizer.fingerprint
+        if found.fingerprint != expected:
+            raise InputError(f"output: {folder} holds a tokenizer of fingerprint {found.fingerprint[:12]}, expected "
+                             f"{expected[:12]}, model.init_args.tokenizer")
+        self.tokenizer = found
 
     def configure_optimizers(self) -> dict:
         return configure(self.tokenizer.vocoder, self.optimizer_config, self.trainer.max_steps)
 
     def on_train_batch_start(self, batch: CodecBatch, index: int) -> None:
-        torch.manual_seed(seed_of(self.trainer.datamodule.seed, index, self.global_rank))
+        torch.manual_seed(seed_of(getattr(self.trainer.datamodule, "seed", 0), index, self.global_rank))
 
     def training_step(self, batch: CodecBatch, index: int) -> Tensor:
         true, vocoder = batch.media, self.tokenizer.vocoder
@@ -132,12 +136,21 @@ class VocoderModule(LightningModule):
         figures = self.means.whole()
         if self.first_validation:
             self.griffin_lim = figures.pop("griffin_lim_stft_distance", None)
-        self.log_dict({f"val/{name}": value for name, value in figures.items()}, prog_bar=True, sync_dist=True)
+        self.log_dict({f"{self.split}/{name}": value for name, value in figures.items()}, prog_bar=True, sync_dist=True)
         if self.griffin_lim is not None:
-            self.log("val/griffin_lim_stft_distance", self.griffin_lim, sync_dist=True)
+            self.log(f"{self.split}/griffin_lim_stft_distance", self.griffin_lim, sync_dist=True)
 
     def save(self, folder: Path) -> None:
         self.tokenizer.save(folder)
+
+
+def finished(folder: str | Path, config: VocoderConfig, name: str) -> AudioTokenizer:
+    """The tokenizer in a folder, which `name` names. Raises InputError unless it has a vocoder of a configuration."""
+    tokenizer = load_tokenizer(find_shipped(folder))
+    vocoder = getattr(tokenizer, "vocoder", None)
+    if vocoder is None or vocoder.config != config:
+        raise InputError(f"{name}: {folder} has {'no vocoder' if vocoder is None else vocoder.config}, expected {config}")
+    return tokenizer
 
 
 def stft_distance(output: Tensor, true: Tensor, resolutions=PUBLISHED) -> Tensor:

@@ -1,0 +1,220 @@
+"""Where the numbers of a run go: metrics.csv, which a resumed run goes on with bit by bit, and TensorBoard."""
+
+import csv
+import io
+import os
+import struct
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+from lightning.pytorch.utilities import rank_zero_only
+from safetensors import SafetensorError
+from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import masked_crc32c
+from tensorboardX.writer import FileWriter
+
+from mmtx.data.prepare import write
+from mmtx.errors import InputError
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """What the system refuses within is told as an InputError about `path`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
+
+
+def append(path: str | Path, data: bytes) -> None:
+    """Add to a file, all of it or nothing. Raises OSError where there is no room."""
+    size = os.stat(path).st_size if os.path.isfile(path) else 0
+    try:
+        with open(path, "ab") as file:
+            file.write(data)
+    except OSError:
+        if os.path.isfile(path):
+            os.truncate(path, size)
+        raise
+
+
+class MetricsWriter:
+    """Rows of `folder/metrics.csv`; the file of an earlier run is left alone until `keep` says what to keep of it.
+
+    Raises InputError where there is no room, and takes a row back that was written in part.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.path, self.names, self.rows = Path(folder) / "metrics.csv", [], []
+        with writing(folder):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Add a row, which `save` writes."""
+        self.rows.append({**{name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()},
+                          "step": step})
+
+    def save(self) -> None:
+        rows, self.rows = self.rows, []  # what there is no room for now, there will be none for when the run ends
+        if not rows:
+            return
+        with writing(self.path):
+            new, there = {name for row in rows for name in row} - {*self.names}, self.path.is_file()
+            self.names = sorted({*self.names, *new})
+            if new and there:
+                self._rewrite()
+            append(self.path, self._table(rows, header=not there))
+
+    def keep(self, rows: int) -> None:
+        """Drop all but the first `rows` rows of the file that is there."""
+        with writing(self.path):
+            if not rows:
+                self.path.unlink(missing_ok=True)
+            elif self.path.is_file():
+                with open(self.path, newline="") as file:
+                    self.names = next(csv.reader(file), [])
+                self._rewrite(rows)
+
+    def _rewrite(self, rows: int | None = None) -> None:
+        with open(self.path, newline="") as file:
+            kept = list(csv.DictReader(file))[:rows]
+        write(self.path, self._table(kept, header=True))
+
+    def _table(self, rows: list[dict[str, Any]], header: bool) -> bytes:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames=self.names)
+        if header:
+            writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue().encode()
+
+
+class Metrics(Logger):
+    """`folder/metrics/metrics.csv`, written row by row; a resumed run goes on where its checkpoint was written."""
+
+    name, version = "", "metrics"
+
+    def __init__(self, folder: str | Path):
+        super().__init__()
+        self.folder = Path(folder)
+        self.rows = 0
+        self.writer: MetricsWriter | None = None
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.folder)
+
+    @property
+    def log_dir(self) -> str:
+        return str(self.folder / "metrics")
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> MetricsWriter:
+        if self.writer is None:
+            self.writer = MetricsWriter(self.log_dir)
+        return self.writer
+
+    @rank_zero_only
+    def keep(self, rows: int, step: int) -> None:
+        """Go on behind the first `rows` rows of the file that is there, of the steps before `step`."""
+        self.experiment.keep(rows)
+        self.rows = rows
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self.experiment.log_metrics(metrics, self.rows if step is None else step)
+        self.rows += 1
+        self.experiment.save()
+
+    def log_hyperparams(self, params: Any, *arguments: Any, **more: Any) -> None:
+        """Nothing: `metrics/config.yaml` has them."""
+
+
+class EventFile(FileWriter):
+    """Writes each event at once, to its end or not at all; there is no file before the first. Raises InputError where there
+    is no room.
+
+    The stock one has a thread, which a full disk ends without a word to the run, and then the run waits for it forever;
+    and a file of its name from the same second, as of a run that was resumed at once, is overwritten.
+    """
+
+    def __init__(self, folder: str):
+        self.folder, self.path = folder, Path(folder) / f"events.out.tfevents.{time.time_ns():020d}.{os.getpid()}"
+        self.first: int | None = 0  # the step to begin with; None once it has begun
+
+    def get_logdir(self) -> str:
+        return self.folder
+
+    def add_event(self, event: Event, step: int | None = None, walltime: float | None = None) -> None:
+        if self.first is not None:
+            first, self.first = self.first, None
+            with writing(self.folder):
+                Path(self.folder).mkdir(parents=True, exist_ok=True)
+            self.add_event(Event(file_version="brain.Event:2"), first)
+            # From here on a viewer drops what an interrupted run has said of this and later steps.
+            self.add_event(Event(session_log=SessionLog(status=SessionLog.START)), first)
+        event.wall_time = time.time() if walltime is None else walltime
+        if step is not None:
+            event.step = int(step)
+        data = event.SerializeToString()
+        header = struct.pack("<Q", len(data))
+        with writing(self.path):
+            append(self.path, b"".join((header, struct.pack("<I", masked_crc32c(header)),
+                                        data, struct.pack("<I", masked_crc32c(data)))))
+
+    def flush(self) -> None:
+        pass
+
+    close = reopen = flush
+
+
+class EventWriter(SummaryWriter):
+    """The stock writer of scalars, text, pictures and more, into an `EventFile`."""
+
+    def _get_file_writer(self) -> EventFile:
+        if self.file_writer is None:
+            self.file_writer = EventFile(self.logdir)
+            self.all_writers = {self.logdir: self.file_writer}
+        return self.file_writer
+
+    def close(self) -> None:
+        """Nothing is open. The stock one would begin a file anew for what comes after it."""
+
+
+class TensorBoard(TensorBoardLogger):
+    """Event files in `folder/tensorboard`, of which a resumed run adds one."""
+
+    def __init__(self, folder: str | Path):
+        super().__init__(folder, name="", version="tensorboard", default_hp_metric=False)
+        self.writer: EventWriter | None = None
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> EventWriter:
+        if self.writer is None:
+            self.writer = EventWriter(self.log_dir)
+        return self.writer
+
+    @rank_zero_only
+    def keep(self, rows: int, step: int) -> None:
+        """Go on with `step`."""
+        self.experiment.file_writer.first = step
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *arguments: Any, **more: Any) -> None:
+        """Nothing: `metrics/config.yaml` has them."""
+
+    def save(self) -> None:
+        """Nothing is left to write."""
+
+    def finalize(self, status: str) -> None:
+        pass

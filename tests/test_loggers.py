@@ -1,0 +1,239 @@
+"""Where the numbers of a run go: metrics.csv always, TensorBoard by default, and whatever else `--trainer.logger` names."""
+
+import csv
+import struct
+from pathlib import Path
+
+import pytest
+import yaml
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import masked_crc32c
+from test_output import room
+
+import runs
+from mmtx.errors import InputError
+from mmtx.training.callbacks import contact_sheet
+from mmtx.training.decoder import DecoderModule
+from mmtx.training.loggers import EventFile, Metrics, TensorBoard
+from mmtx.training.run import command_line, main
+
+START = 1  # of SessionLog
+
+
+def events(folder: Path) -> list[Event]:
+    """What a folder's event files say, oldest first, each record's checksums compared."""
+    found = []
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        data = path.read_bytes()
+        while data:
+            (size,), (check,) = struct.unpack("<Q", data[:8]), struct.unpack("<I", data[8:12])
+            body, (tail,) = data[12:12 + size], struct.unpack("<I", data[12 + size:16 + size])
+            assert (check, tail) == (masked_crc32c(data[:8]), masked_crc32c(body))
+            found.append(Event.FromString(body))
+            data = data[16 + size:]
+    return found
+
+
+def shown(folder: Path) -> dict[tuple[str, int], float | str]:
+    """What a viewer shows: a new start drops what was said of its step and later ones."""
+    found = {}
+    for event in events(folder):
+        if event.session_log.status == START:
+            found = {(name, step): value for (name, step), value in found.items() if step < event.step}
+        for value in event.summary.value:
+            kind = value.WhichOneof("value")
+            found[value.tag, event.step] = value.simple_value if kind == "simple_value" else kind
+    return found
+
+
+def table(run: Path) -> list[dict[str, str]]:
+    with open(run / "metrics" / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def numbers(run: Path) -> dict[tuple[str, int], float]:
+    """metrics.csv by name and step."""
+    return {(name, int(row["step"])): float(value) for row in table(run) for name, value in row.items()
+            if value and name != "step"}
+
+
+def scalars(folder: Path) -> dict[tuple[str, int], float]:
+    return {key: value for key, value in shown(folder).items() if isinstance(value, float)}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("loggers")
+
+
+@pytest.fixture(scope="module")
+def fit(root):
+    """Run a tiny decoder for four steps -> its folder."""
+    config = runs.prepare(root, steps=4)
+    config["data"]["init_args"]["workers"] = 0
+    (root / "config.yaml").write_text(yaml.safe_dump({"output": "overridden", **config}))
+
+    def fit(name: str, *more: str) -> Path:
+        main("fit", ["--config", str(root / "config.yaml"), "--output", str(root / name), *more])
+        return root / name
+
+    return fit
+
+
+@pytest.fixture(scope="module")
+def whole(fit):
+    return fit("whole")
+
+
+def test_tensorboard_shows_what_the_metrics_say(whole):
+    expected = numbers(whole)
+    assert {"train/loss", "val/loss", "lr-Muon/pg1"} <= {name for name, _ in expected} and len(expected) > 30
+    assert scalars(whole / "tensorboard") == pytest.approx(expected, rel=1e-6)
+
+
+def test_tensorboard_has_the_samples(whole):
+    found = events(whole / "tensorboard")
+    (text,) = (value.tensor.string_val[0].decode() for event in found for value in event.summary.value if value.HasField("tensor"))
+    lines = (whole / "samples" / "step-000003.txt").read_text().splitlines()
+    assert [line.removeprefix("    ") for line in text.split("\n")] == lines and len(lines) > 1
+    (picture,) = (value.image for event in found for value in event.summary.value if value.HasField("image"))
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    sheet = Image.open(whole / "samples" / "step-000003.png")
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(picture.encoded_image_string))), np.asarray(sheet))
+
+
+@pytest.fixture(scope="module")
+def resumed(fit, whole):
+    """A run that breaks in its fourth step, after the validation, and goes on."""
+    step, calls = DecoderModule.training_step, []
+
+    def crash(self, batch, index):
+        calls.append(index)
+        if len(calls) == 4:
+            raise RuntimeError("power cut")
+        return step(self, batch, index)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(DecoderModule, "training_step", crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            fit("broken")
+    return fit("broken", "--ckpt_path", "last")
+
+
+def test_a_resumed_run_shows_what_the_uninterrupted_one_shows(resumed, whole):
+    assert runs.results(resumed) == runs.results(whole)
+    assert len(list((resumed / "tensorboard").iterdir())) == 2
+    assert shown(resumed / "tensorboard") == shown(whole / "tensorboard")
+
+
+def test_a_run_that_starts_anew_hides_the_one_before_it(resumed, whole, fit):
+    fit("broken", "--trainer.max_steps", "2")
+    expected = numbers(resumed)
+    assert {step for _, step in expected} == {0, 1}
+    assert scalars(resumed / "tensorboard") == pytest.approx(expected, rel=1e-6)
+
+
+def test_without_a_logger_the_metrics_stay(fit, whole):
+    run = fit("without", "--trainer.logger", "false")
+    assert runs.results(run) == runs.results(whole)
+    assert not (run / "tensorboard").exists()
+
+
+def test_loggers_of_the_user_stand_beside_the_metrics(fit, whole, root):
+    run = fit("beside", "--trainer.logger", yaml.safe_dump([
+        {"class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+         "init_args": {"save_dir": str(root / "theirs"), "name": "board", "version": 0}},
+        {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(root / "theirs"), "name": "csv"}},
+    ], default_flow_style=True))
+    assert runs.results(run) == runs.results(whole) and not (run / "tensorboard").exists()
+    expected = numbers(whole)
+    assert scalars(root / "theirs" / "board" / "version_0") == pytest.approx(expected, rel=1e-6)
+    with open(root / "theirs" / "csv" / "version_0" / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {name for row in rows for name in row} == {name for name, _ in expected} | {"step"}
+    assert (run / "metrics" / "config.yaml").is_file()
+
+
+def test_one_logger_of_the_user_is_the_modules_own(root):
+    given = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", str(root / "one")]
+    cli = command_line(["--config", str(root / "config.yaml"), "--output", str(root / "run"), *given], run=False)
+    assert [type(logger).__name__ for logger in cli.trainer.loggers] == ["CSVLogger", "Metrics"]
+    assert cli.trainer.logger.save_dir == str(root / "one")
+
+
+def test_weights_and_biases_offline(fit, whole, root, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = fit("wandb", "--trainer.logger", "WandbLogger", "--trainer.logger.save_dir", str(root / "w"),
+              "--trainer.logger.offline", "true")
+    assert runs.results(run) == runs.results(whole)
+    assert list((root / "w").rglob("*.wandb"))
+
+
+@pytest.mark.parametrize("given, expected", [
+    ([], ["TensorBoard", "Metrics"]), (["--trainer.logger", "true"], ["TensorBoard", "Metrics"]),
+    (["--trainer.logger", "null"], ["TensorBoard", "Metrics"]), (["--trainer.logger", "false"], ["Metrics"]),
+])
+def test_what_a_run_logs_to(root, fit, given, expected):
+    cli = command_line(["--config", str(root / "config.yaml"), "--output", str(root / "run"), *given], run=False)
+    assert [type(logger).__name__ for logger in cli.trainer.loggers] == expected
+
+
+# -- No room -------------------------------------------------------------------------------------------------
+
+
+def test_events_without_room_are_told_and_leave_whole_records(tmp_path):
+    file = EventFile(str(tmp_path))
+    for step in range(3):
+        file.add_event(Event(), step)
+    before = file.path.read_bytes()
+    with room(len(before) + 9), pytest.raises(InputError, match="events.out.tfevents.* cannot be written .File too large"):
+        file.add_event(Event(file_version="longer than what there is room for"), 3)
+    assert file.path.read_bytes() == before and len(events(tmp_path)) == 5
+    file.add_event(Event(), 3)
+    assert [event.step for event in events(tmp_path)] == [0, 0, 0, 1, 2, 3]
+
+
+def test_two_starts_within_a_second_have_files_of_their_own(tmp_path):
+    for step in range(5):
+        board = TensorBoard(tmp_path)
+        board.keep(0, step)
+        board.log_metrics({"loss": float(step)}, step)
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 5
+    assert shown(tmp_path / "tensorboard") == {("loss", step): float(step) for step in range(5)}
+
+
+def test_a_board_has_no_file_before_it_knows_where_to_go_on(tmp_path):
+    board = TensorBoard(tmp_path)
+    board.experiment.flush()  # as the trainer and users do
+    board.save()
+    assert not (tmp_path / "tensorboard").exists()
+    board.keep(3, 7)
+    board.log_metrics({"loss": 1.0}, 7)
+    board.finalize("success")
+    board.log_metrics({"loss": 2.0}, 8)
+    assert [event.step for event in events(tmp_path / "tensorboard")] == [7, 7, 7, 8]
+
+
+def test_what_stands_in_the_way_of_tensorboard_is_named(fit, root):
+    (root / "blocked").mkdir()
+    (root / "blocked" / "tensorboard").write_text("mine")
+    with pytest.raises(InputError, match="blocked/tensorboard: cannot be written .File exists"):
+        fit("blocked")
+    assert (root / "blocked" / "tensorboard").read_text() == "mine"
+
+
+def test_metrics_without_a_step_are_rows_all_the_same(tmp_path):
+    metrics = Metrics(tmp_path)
+    metrics.log_metrics({"a": 1.0})
+    metrics.log_metrics({"b": 2.0})
+    assert [row["step"] for row in table(tmp_path)] == ["0", "1"] and metrics.rows == 2
+
+
+def test_no_tiles_are_no_sheet(tmp_path):
+    assert contact_sheet([], tmp_path / "sheet.png") is None and not list(tmp_path.iterdir())

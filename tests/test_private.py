@@ -1,0 +1,133 @@
+"""What mmtx uses of Lightning's private parts: there, in this release, and named in one file only."""
+
+import ast
+import importlib
+import inspect
+import signal
+from pathlib import Path
+
+import pytest
+from lightning import LightningModule, Trainer
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
+from lightning.pytorch.trainer.connectors.logger_connector import _LoggerConnector
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+
+from mmtx.training import private
+
+TRAINING = Path(private.__file__).parent
+FILES = sorted(path for path in TRAINING.glob("*.py") if path.name not in ("private.py", "__init__.py"))
+
+# Class, name, and the function of ours that needs it.
+METHODS = [
+    (LightningCLI, "_parse_ckpt_path", "PlainCLI"),
+    (_FitLoop, "_should_accumulate", "ends_step"),
+    (_TrainingEpochLoop, "_should_check_val_fx", "validation_due"),
+    (_LoggerConnector, "update_train_step_metrics", "log_step_now"),
+    (_SignalConnector, "_sigterm_notifier_fn", "on_sigterm"),
+    (_SubprocessScriptLauncher, "_call_children_scripts", "launch_within"),
+    (_CheckpointConnector, "restore_model", "before_restoring"),
+    (_CheckpointConnector, "restore_training_state", "before_restoring"),
+    (_CheckpointConnector, "dump_checkpoint", "state_now"),
+]
+
+
+@pytest.mark.parametrize("owner, name, user", METHODS, ids=lambda value: value if isinstance(value, str) else value.__name__)
+def test_lightning_has_the_method(owner, name, user):
+    assert callable(getattr(owner, name, None)), f"{owner.__name__}.{name} is gone: mend mmtx.training.private.{user}"
+    assert name in inspect.getsource(getattr(private, user))
+
+
+def test_a_trainer_has_the_attributes():
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    assert trainer._checkpoint_connector._loaded_checkpoint == {}
+    assert hasattr(trainer.fit_loop, "_data_fetcher") and hasattr(trainer.fit_loop.epoch_loop.val_loop, "restarting")
+    assert isinstance(trainer._signal_connector, _SignalConnector) and isinstance(trainer._logger_connector, _LoggerConnector)
+    assert ModelParallelStrategy()._data_parallel_size == "auto"
+
+
+def test_sigterm_goes_to_the_handler():
+    seen = []
+
+    class Asked(LightningModule):
+        def on_train_start(self):
+            signal.raise_signal(signal.SIGTERM)
+            self.trainer.should_stop = True
+
+        def configure_optimizers(self):
+            return None
+
+        def training_step(self, batch, index):
+            return None
+
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                      enable_model_summary=False, max_steps=1)
+    private.on_sigterm(trainer, lambda number, *_: seen.append(number))
+    trainer.fit(Asked(), [0])
+    assert seen == [signal.SIGTERM]
+
+
+def test_weights_are_looked_at_before_they_are_taken():
+    seen = []
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    private.before_restoring(trainer, seen.append)
+    connector = trainer._checkpoint_connector
+    connector.restore_model()
+    assert not seen  # nothing was read
+    connector._loaded_checkpoint = {"a": 1}
+
+    def refuse(found):
+        raise ValueError(found)
+
+    private.before_restoring(trainer, refuse)
+    for restore in (connector.restore_model, connector.restore_training_state):
+        with pytest.raises(ValueError, match="'a': 1"):
+            restore()
+    assert not seen
+
+
+def test_ranks_are_started_within_the_context():
+    order = []
+
+    class Launcher:
+        def _call_children_scripts(self):
+            order.append("start")
+
+    class Around:
+        def __enter__(self):
+            order.append("enter")
+
+        def __exit__(self, *_):
+            order.append("exit")
+
+    launcher = Launcher()
+    private.launch_within(launcher, Around)
+    launcher._call_children_scripts()
+    assert order == ["enter", "start", "exit"]
+    private.launch_within(None, Around)  # of one process there is no launcher
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_no_other_file_names_a_private_part(path):
+    """Of a foreign object, or a method of Lightning's that a class of ours overrides."""
+    ours = {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            # `os._exit` and torch's switch of an optimizer are no parts of Lightning.
+            assert own or node.attr in {*ours, "_exit", "_step_supports_amp_scaling"}, f"line {node.lineno}: {node.attr}"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id.endswith("attr"):
+            named = node.args[1].value if isinstance(node.args[1], ast.Constant) else ""
+            assert not named.startswith("_"), f"line {node.lineno}: {named}"
+    module = importlib.import_module(f"mmtx.training.{path.stem}")
+    for name, found in vars(module).items():
+        if not inspect.isclass(found) or found.__module__ != module.__name__:
+            continue
+        for base in found.__mro__[1:]:
+            if base.__module__.startswith("lightning"):
+                common = {name for name in vars(found) if name.startswith("_") and not name.startswith("__")} & {*vars(base)}
+                assert not common - {"_abc_impl"}, f"{found.__name__} overrides {common} of {base.__name__}"
