@@ -28,19 +28,19 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
 
-from mmtx.data.collection import DataSource, read_source  # noqa: E402
-from mmtx.data.sample import Media, Sample  # noqa: E402
-from mmtx.data.tokens import load_media  # noqa: E402
-from mmtx.errors import InputError  # noqa: E402
-from mmtx.modality.audio import AudioTokenizer  # noqa: E402
-from mmtx.modality.base import load_tokenizer  # noqa: E402
-from mmtx.files import find_shipped  # noqa: E402
-from mmtx.training.vocoder import stft_distance  # noqa: E402
+from mmtx.data.collection import DataSource, read_source
+from mmtx.data.sample import Media, Sample
+from mmtx.data.tokens import load_media
+from mmtx.errors import InputError
+from mmtx.files import find_shipped
+from mmtx.modality.audio import AudioTokenizer
+from mmtx.modality.base import load_tokenizer
+from mmtx.training.vocoder import stft_distance
 
 NOTES = "demos/data/starter/sounds-test-unseen-notes.tar.gz"
 SPEECH = "demos/data/starter/speech-test.tar.gz"

@@ -21,10 +21,10 @@ from mmtx.data.augment import AudioAugmentation, ImageAugmentation
 from mmtx.data.collection import read_config, read_source
 from mmtx.data.sample import Media
 from mmtx.data.tokens import load_media, seed_of
+from mmtx.files import find_shipped
 from mmtx.layers import Packing
 from mmtx.modality.base import load_tokenizer
 from mmtx.model import CodeRange, Decoder, DecoderConfig
-from mmtx.files import find_shipped
 from mmtx.sequence import Features
 from mmtx.vocabulary import Vocabulary
 

@@ -17,17 +17,17 @@ import numpy as np
 import torch
 from measure import interleave, report
 
+from mmtx.grammar import Grammar
 from mmtx.inference.generation import generate
 from mmtx.inference.row import lay_out
 from mmtx.inference.sampling import Sampling
 from mmtx.inference.weights import Weights
 from mmtx.model import Decoder, DecoderConfig
-from mmtx.grammar import Grammar
 from mmtx.sequence import Prompt
 from mmtx.vocabulary import SLOTS, Entry, Vocabulary
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from test_model import qwen3  # noqa: E402
+from test_model import qwen3
 
 SHAPES = {
     "192x4": DecoderConfig(20_000, width=192, depth=4, heads=3, kv_heads=3, head_width=64, hidden=512),

@@ -25,19 +25,19 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from audio_quality import pitch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+import torch
+from audio_quality import pitch
+from tqdm import tqdm
 
-import mmtx  # noqa: E402
-from mmtx.data.collection import DataSource, read_source  # noqa: E402
-from mmtx.data.media import load_audio, load_image  # noqa: E402
-from mmtx.data.sample import Media, Sample  # noqa: E402
-from mmtx.errors import InputError  # noqa: E402
-from mmtx.evaluation import confidence_interval, mel_features, pixel_features  # noqa: E402
-from mmtx.files import find_shipped  # noqa: E402
-from mmtx.pipeline import BATCH  # noqa: E402
+import mmtx
+from mmtx.data.collection import DataSource, read_source
+from mmtx.data.media import load_audio, load_image
+from mmtx.data.sample import Media, Sample
+from mmtx.errors import InputError
+from mmtx.evaluation import confidence_interval, mel_features, pixel_features
+from mmtx.files import find_shipped
+from mmtx.pipeline import BATCH
 
 DATA = "demos/data/starter"
 PICTURES, STYLE = "images-train-*.tar.gz", "images-test-unseen-style.tar.gz"

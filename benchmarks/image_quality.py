@@ -19,19 +19,19 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from torch import Generator, Tensor  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+import torch
+from torch import Generator, Tensor
+from tqdm import tqdm
 
-from mmtx.data.collection import DataSource, read_source  # noqa: E402
-from mmtx.data.sample import Media  # noqa: E402
-from mmtx.data.tokens import load_media  # noqa: E402
-from mmtx.errors import InputError  # noqa: E402
-from mmtx.modality.base import load_tokenizer  # noqa: E402
-from mmtx.modality.image import ImageTokenizer, resize, to_float  # noqa: E402
-from mmtx.files import find_shipped  # noqa: E402
-from mmtx.training.codec import Usage, picture_quality  # noqa: E402
+from mmtx.data.collection import DataSource, read_source
+from mmtx.data.sample import Media
+from mmtx.data.tokens import load_media
+from mmtx.errors import InputError
+from mmtx.files import find_shipped
+from mmtx.modality.base import load_tokenizer
+from mmtx.modality.image import ImageTokenizer, resize, to_float
+from mmtx.training.codec import Usage, picture_quality
 
 STARTER = "demos/data/starter"
 HELD_OUT = {"unseen style": f"{STARTER}/images-test-unseen-style.tar.gz",

@@ -16,9 +16,9 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from measure import interleave, report  # noqa: E402
+from measure import interleave, report
 
-from mmtx.training.run import command_line, shipped_configs  # noqa: E402
+from mmtx.training.run import command_line, shipped_configs
 
 BAR = 0.02
 PROFILER = "lightning.pytorch.profilers.SimpleProfiler"

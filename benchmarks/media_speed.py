@@ -30,11 +30,11 @@ def measure(kind: str, folder: Path, options: argparse.Namespace) -> None:
     if kind == "pictures":
         tokenizer, mark = model.tokenizers["image"], mmtx.Image
         read = load_image
-        prepare = lambda picture: [tokenizer._to_grid(to_float(tokenizer.fit(picture)))]  # noqa: E731
+        prepare = lambda picture: [tokenizer._to_grid(to_float(tokenizer.fit(picture)))]
     else:
         tokenizer, mark = model.tokenizers["audio"], mmtx.Audio
-        read = lambda file: load_audio(file, tokenizer.rate)  # noqa: E731
-        prepare = lambda sound: tokenizer._to_grid(tokenizer.spectrogram(sound)).split(tokenizer.config.chunk)  # noqa: E731
+        read = lambda file: load_audio(file, tokenizer.rate)
+        prepare = lambda sound: tokenizer._to_grid(tokenizer.spectrogram(sound)).split(tokenizer.config.chunk)
     media = [read(file) for file in files]
     grids = [grid for medium in media for grid in prepare(medium)]
     codes = sum(grid.shape[0] * grid.shape[1] for grid in grids)

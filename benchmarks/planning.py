@@ -31,7 +31,7 @@ from mmtx.vocabulary import Vocabulary
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
-from test_packing import MIXES  # noqa: E402
+from test_packing import MIXES
 
 TOKENS = 8192
 

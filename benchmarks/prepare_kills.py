@@ -21,7 +21,7 @@ from measure import RESULTS, machine, versions
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
-import test_prepare as test  # noqa: E402
+import test_prepare as test
 
 SHARDS = ("images-train-004", "sounds-train-001", "speech-train-000")
 

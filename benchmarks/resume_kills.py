@@ -21,7 +21,7 @@ from pathlib import Path
 from measure import RESULTS, machine, versions
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import runs  # noqa: E402
+import runs
 
 
 def main() -> None:

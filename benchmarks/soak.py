@@ -18,8 +18,9 @@ import time
 from datetime import date
 from pathlib import Path
 
-import mmtx
 from measure import RESULTS, machine, versions
+
+import mmtx
 
 DATA = Path(__file__).parents[1] / "demos" / "data" / "starter"
 TARS = ("images-test-unseen-style.tar.gz", "sounds-test-unseen-notes.tar.gz", "speech-test.tar.gz")

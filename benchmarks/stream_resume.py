@@ -6,8 +6,8 @@
 1,000 numbered samples, shuffled, in shards of 50 and batches of 4, two epochs. Each stream is interrupted at 20 points:
 its state is taken behind a batch while workers have read further, as a checkpoint does, and a new process goes on from
 it. Compared with the uninterrupted stream: whether every batch that follows is the same, with as many workers and with 3,
-and how many samples of the epoch that was interrupted come twice or never. WebDataset has no state: the stream is built anew, and batches up to
-there are skipped. Writes results/stream_resume.json.
+and how many samples of the epoch that was interrupted come twice or never. WebDataset has no state: the stream is built anew,
+and batches up to there are skipped. Writes results/stream_resume.json.
 """
 
 import json
@@ -90,6 +90,7 @@ def number(index: int) -> int:
 def make(root: Path) -> None:
     """The samples in the form of each."""
     from litdata import optimize
+
     from mmtx.data.collection import DataSource
     from mmtx.data.prepare import prepare
     from mmtx.modality.text import TextTokenizer

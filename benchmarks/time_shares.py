@@ -20,28 +20,28 @@ from statistics import median
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from captions_speed import SOURCES  # noqa: E402
-from decode_speed import PROMPT, random_decoder  # noqa: E402
-from decode_speed import SHAPES as DECODERS  # noqa: E402
-from measure import RESULTS, machine, versions  # noqa: E402
-from train_speed import SHAPES as TRAINED  # noqa: E402
-from train_speed import Ours  # noqa: E402
+import numpy as np
+import torch
+from captions_speed import SOURCES
+from decode_speed import PROMPT, random_decoder
+from decode_speed import SHAPES as DECODERS
+from measure import RESULTS, machine, versions
+from train_speed import SHAPES as TRAINED
+from train_speed import Ours
 
-import mmtx  # noqa: E402
-from mmtx.inference.choose import choose_engine  # noqa: E402
-from mmtx.inference.engine import Engine  # noqa: E402
-from mmtx.inference.generation import generate  # noqa: E402
-from mmtx.inference.row import RowEngine, lay_out  # noqa: E402
-from mmtx.inference.screen import Screen  # noqa: E402
-from mmtx.inference.weights import Weights  # noqa: E402
-from mmtx.model import Decoder, DecoderConfig  # noqa: E402
-from mmtx.pipeline import BATCH, DEFAULT_MODEL  # noqa: E402
-from mmtx.document import AudioPart, Document, ImagePart, Turn  # noqa: E402
-from mmtx.sequence import Prompt, prompt  # noqa: E402
-from mmtx.training.memory import keep_memory  # noqa: E402
-from mmtx.training.optimizer import OptimizerConfig, configure  # noqa: E402
+import mmtx
+from mmtx.document import AudioPart, Document, ImagePart, Turn
+from mmtx.inference.choose import choose_engine
+from mmtx.inference.engine import Engine
+from mmtx.inference.generation import generate
+from mmtx.inference.row import RowEngine, lay_out
+from mmtx.inference.screen import Screen
+from mmtx.inference.weights import Weights
+from mmtx.model import Decoder, DecoderConfig
+from mmtx.pipeline import BATCH, DEFAULT_MODEL
+from mmtx.sequence import Prompt, prompt
+from mmtx.training.memory import keep_memory
+from mmtx.training.optimizer import OptimizerConfig, configure
 
 KINDS = {  # of operations of torch, by what their name holds; the first that fits
     "matrix products": ("aten::mm", "aten::bmm", "aten::addmm"),

@@ -16,19 +16,19 @@ from functools import partial
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402
-import yaml  # noqa: E402
-from image_quality import HELD_OUT, SHORT, TRAINING, read  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+import torch
+import yaml
+from image_quality import HELD_OUT, SHORT, TRAINING, read
+from torch import Tensor, nn
 
-from mmtx.data.augment import ImageAugmentation  # noqa: E402
-from mmtx.data.tokens import seed_of  # noqa: E402
-from mmtx.modality.autoencoder import NetworkConfig, PatchAutoencoder  # noqa: E402
-from mmtx.modality.image import ImageConfig, ImageTokenizer, to_float  # noqa: E402
-from mmtx.files import find_shipped  # noqa: E402
-from mmtx.training.codec import picture_quality  # noqa: E402
-from mmtx.training.optimizer import OptimizerConfig, configure  # noqa: E402
-from mmtx.training.run import TRAINER  # noqa: E402
+from mmtx.data.augment import ImageAugmentation
+from mmtx.data.tokens import seed_of
+from mmtx.files import find_shipped
+from mmtx.modality.autoencoder import NetworkConfig, PatchAutoencoder
+from mmtx.modality.image import ImageConfig, ImageTokenizer, to_float
+from mmtx.training.codec import picture_quality
+from mmtx.training.optimizer import OptimizerConfig, configure
+from mmtx.training.run import TRAINER
 
 CONFIG = "configs/starter/image.yaml"
 ALIVE = dict(use_cosine_sim=True, kmeans_init=True, threshold_ema_dead_code=2)

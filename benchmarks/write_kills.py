@@ -22,10 +22,10 @@ from pathlib import Path
 from measure import RESULTS, machine, versions
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import test_checkpoint as test  # noqa: E402
+import test_checkpoint as test
 
-from mmtx.errors import InputError  # noqa: E402
-from mmtx.training.checkpoint import newest  # noqa: E402
+from mmtx.errors import InputError
+from mmtx.training.checkpoint import newest
 
 
 def full_disk(root: Path) -> list[str]:

@@ -11,6 +11,6 @@ if not sys.flags.safe_path and sys.path and sys.path[0] in ("", os.getcwd()):
     if os.path.dirname(os.path.dirname(os.path.abspath(mmtx.__file__))) == os.path.abspath(here):
         sys.path.append(here)  # a clone that is not installed, which other processes of ours have to find
 
-from mmtx.cli import main  # noqa: E402
+from mmtx.cli import main
 
 main()

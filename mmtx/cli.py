@@ -355,8 +355,8 @@ def _prepare(options: argparse.Namespace) -> None:
     from mmtx.data.output import check_output
     from mmtx.data.prepare import prepare
     from mmtx.data.sources import MAX_BAD
-    from mmtx.modality.base import load_tokenizer
     from mmtx.files import find_shipped, shipped
+    from mmtx.modality.base import load_tokenizer
     from mmtx.vocabulary import KINDS
 
     options.tokenizers = options.tokenizers or [shipped(f"tokenizers/{kind}") for kind in KINDS]

@@ -13,6 +13,7 @@ from torch import Tensor
 from mmtx.errors import InputError
 from mmtx.vocabulary import MAX_SIDE, Vocabulary
 
+
 class Class(IntEnum):
     """What the grammar sees of an id."""
 

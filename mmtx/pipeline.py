@@ -29,8 +29,10 @@ from mmtx.data.formats import AUDIO_FORMATS, IMAGE_FORMATS
 from mmtx.data.media import kind_of, load_audio, load_image
 from mmtx.data.sound_files import MAX_CHANNELS, MAX_SECONDS
 from mmtx.data.storage import FileSource, display, open_binary
+from mmtx.document import AudioPart, Document, ImagePart, Part, TextPart, Turn
 from mmtx.errors import InputError
 from mmtx.files import CONFIG, find_shipped, read_json, replace_folder, shipped, write_json
+from mmtx.grammar import Grammar
 from mmtx.inference.generation import generate, steps
 from mmtx.inference.row import lay_out
 from mmtx.inference.sampling import Sampling
@@ -39,8 +41,6 @@ from mmtx.modality.autoencoder import Encoding
 from mmtx.modality.base import Tokenizer, load_tokenizer
 from mmtx.model import Decoder, DecoderConfig
 from mmtx.schema import build, shown
-from mmtx.document import AudioPart, Document, ImagePart, Part, TextPart, Turn
-from mmtx.grammar import Grammar
 from mmtx.sequence import Prompt, parse, prompt, render
 from mmtx.vocabulary import Vocabulary
 from mmtx.weights import load_module, to_bytes
@@ -245,7 +245,7 @@ class Model:
                 prefix: Sequence[int] = (), first: int = 0) -> list[list[int]]:
         """The ids of each answer, `prefix` first, without <end>; the first prompt has the place `first` of all."""
         answers: list[list[int]] = [[]] * len(prompts)
-        write = lambda chosen: generate(self.decoder, self.grammar, [prompts[i] for i in chosen], out, sampling,  # noqa: E731
+        write = lambda chosen: generate(self.decoder, self.grammar, [prompts[i] for i in chosen], out, sampling,
                                         prefix, self._weights, [first + i for i in chosen])
         for i, ids in self._in_batches(write, by_length([len(prompt.ids) for prompt in prompts])):
             answers[i] = ids[:-1].tolist()
@@ -371,7 +371,7 @@ class Model:
 
     def _parts(self, parts: Any) -> tuple[Part, ...]:
         """What `generate` takes, in which a str is text, whatever it says."""
-        as_media = lambda item: item if isinstance(item, str) else self._as_media(item)  # noqa: E731
+        as_media = lambda item: item if isinstance(item, str) else self._as_media(item)
         return tuple(self.encode_parts(self._as_list(parts if _is_list(parts) else [parts], as_media)))
 
     @staticmethod
@@ -428,7 +428,7 @@ class Model:
             places = [i for i, item in enumerate(media) if isinstance(item, mark)]
             if places and kind not in self.tokenizers:
                 raise InputError(f"found {kind}, but this model has tokenizers for {', '.join(self.tokenizers)} only")
-            embed = lambda chosen: self._embed(kind, media, chosen)  # noqa: B023, E731
+            embed = lambda chosen: self._embed(kind, media, chosen)  # noqa: B023
             batches = [places[first:first + BATCH] for first in range(0, len(places), BATCH)]
             for i, encoding in self._in_batches(embed, batches):
                 parts[i] = make(*encoding)

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 import yaml
-
 from fresh import context
+
 from mmtx.cli import main
 from mmtx.modality.audio import AudioConfig, AudioTokenizer
 from mmtx.modality.autoencoder import NetworkConfig

@@ -10,12 +10,11 @@ from pathlib import Path
 import lightning
 import pytest
 import torch
-
 from fresh import context
+
 from mmtx.data import prepare
 from mmtx.errors import InputError
 from mmtx.training.checkpoint import AtomicCheckpointIO, damage, newest
-
 
 NUMBERS = 50_000
 

@@ -18,8 +18,7 @@ from mmtx.modality.autoencoder import NetworkConfig
 from mmtx.modality.fsq import FSQ
 from mmtx.modality.image import ImageConfig
 from mmtx.modality.vocoder import PITCHES
-from mmtx.training.codec import (
-    AudioCodecModule, CodecBatches, CodecData, ImageCodecModule, Usage, picture_quality)
+from mmtx.training.codec import AudioCodecModule, CodecBatches, CodecData, ImageCodecModule, Usage, picture_quality
 from mmtx.training.critic import AdversarialConfig, Critic, Perceptual, PerceptualConfig, balance
 from mmtx.training.optimizer import OptimizerConfig
 

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
-
 import runs
+import yaml
 from fresh import context
+
 from mmtx.cli import main
 from mmtx.data.collection import read_config
 from mmtx.data.config import DEEPEST, LONGEST, MOST, check_yaml
@@ -185,7 +185,7 @@ def test_ctrl_c_ends_fit_with_a_checkpoint_and_prepare_with_its_shards(tmp_path)
     config["save_every"] = 10**5
     output = tmp_path / "run"
     processes = runs.start(config, output)
-    rows = lambda: len((output / "metrics" / "metrics.csv").read_text().splitlines()) if (  # noqa: E731
+    rows = lambda: len((output / "metrics" / "metrics.csv").read_text().splitlines()) if (
         output / "metrics" / "metrics.csv").exists() else 0
     runs.wait_for(lambda: rows() > 3, processes)
     os.killpg(processes[0].pid, signal.SIGINT)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 from PIL import Image
 
-import runs
+from mmtx.data.collection import DataSource
 from mmtx.data.corpus import Content
 from mmtx.data.prepare import prepare
-from mmtx.data.collection import DataSource
 from mmtx.errors import InputError
 from mmtx.modality.base import load_tokenizer
 from mmtx.training.checkpoint import compare, newest

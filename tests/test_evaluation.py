@@ -18,8 +18,23 @@ from mmtx import evaluation
 from mmtx.data.collection import DataSource
 from mmtx.errors import InputError
 from mmtx.evaluation import (
-    MELS, NAME_FIELDS, NOTE_FIELDS, PIXELS, NearestNeighbour, Score, confidence_interval, exact, field_scores,
-    mel_features, name_reader, note_reader, pixel_features, table, word_error_rate, word_errors, words,
+    MELS,
+    NAME_FIELDS,
+    NOTE_FIELDS,
+    PIXELS,
+    NearestNeighbour,
+    Score,
+    confidence_interval,
+    exact,
+    field_scores,
+    mel_features,
+    name_reader,
+    note_reader,
+    pixel_features,
+    table,
+    word_error_rate,
+    word_errors,
+    words,
 )
 from mmtx.report import report
 

@@ -285,7 +285,7 @@ def test_cuts_of_files_and_arrays_agree_and_ends_are_clipped():
     samples = tone(3).astype(np.float32)
     stereo = np.stack([samples, samples / 2], 1)
     for data in (sound(stereo, subtype="FLOAT"), stereo, torch.from_numpy(stereo).T):
-        read = lambda start, seconds: load_audio(data, RATE, "x.snd", start=start, seconds=seconds)  # noqa: B023
+        read = lambda start, seconds: load_audio(data, RATE, "x.snd", start=start, seconds=seconds)
         wanted = torch.from_numpy(samples[RATE : 2 * RATE])
         assert torch.allclose(read(1, 1), wanted * (0.7 / wanted.abs().max()), atol=1e-5)
         assert len(read(1, 2.04)) == len(read(1, None)) == 2 * RATE  # what a manifest rounds is clipped

@@ -9,10 +9,10 @@ from dataclasses import asdict
 from typing import NamedTuple
 
 import pytest
+import runs
 import torch
 from lightning import Trainer
 
-import runs
 from mmtx.data.collection import DataSource
 from mmtx.data.packing import PackedBatches
 from mmtx.errors import InputError

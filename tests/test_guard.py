@@ -5,11 +5,11 @@ import os
 import socket
 
 import pytest
+import runs
 import torch
+from fresh import context
 from lightning import Trainer
 
-import runs
-from fresh import context
 from mmtx.data.collection import DataSource
 from mmtx.data.packing import Batch
 from mmtx.errors import InputError

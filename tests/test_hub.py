@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from servers import serving
 
 from mmtx.data import hub
 from mmtx.data.collection import DataSource
@@ -13,7 +14,6 @@ from mmtx.data.sources import read, scan
 from mmtx.data.tokens import to_documents
 from mmtx.data.trust import Base
 from mmtx.errors import InputError
-from servers import serving
 
 datasets = pytest.importorskip("datasets")
 pyarrow = pytest.importorskip("pyarrow")
@@ -211,7 +211,7 @@ def test_names_in_a_column_of_texts_are_judged_alike(tmp_path, monkeypatch):
     assert relative.turns[0].parts[0].source.path == "hf://datasets/some/body/own.png"
 def test_media_of_other_columns_are_read_or_refused(pictures, tokenizers, tmp_path):
     media = [sample.turns[0].parts[0].source.read() for sample in pictures]
-    cell = lambda data: {"bytes": data, "path": None}  # noqa: E731
+    cell = lambda data: {"bytes": data, "path": None}
     pixels, lists = datasets.Image(), datasets.List(datasets.Image())
     chat = [{"role": "user", "content": "<image> and <image>?"}, {"role": "assistant", "content": "two"}]
     kinds = datasets.Features({"images": lists, "messages": [{"role": datasets.Value("string"), "content": datasets.Value("string")}]})

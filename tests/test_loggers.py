@@ -5,12 +5,12 @@ import struct
 from pathlib import Path
 
 import pytest
+import runs
 import yaml
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 from test_output import room
 
-import runs
 from mmtx.errors import InputError
 from mmtx.training.callbacks import contact_sheet
 from mmtx.training.decoder import DecoderModule

@@ -5,7 +5,6 @@ import shutil
 import subprocess
 
 import pytest
-
 from mutants.run import PATCHES, ROOT, named_by
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="patches are applied by git")

@@ -8,10 +8,10 @@ import types
 from pathlib import Path
 
 import pytest
-import torch
-
 import runs
+import torch
 from fresh import context
+
 from mmtx.data.output import LOCK, alone, check_output
 from mmtx.errors import InputError
 from mmtx.training.callbacks import SaveModel, contact_sheet
@@ -75,16 +75,14 @@ def test_a_folder_is_one_process_s_until_it_ends_however_it_does(tmp_path):
     assert (tmp_path / LOCK).exists()  # stale, with a child that lives on
     with alone(tmp_path, "output"):
         assert (tmp_path / LOCK).read_text() == str(os.getpid())
-        with pytest.raises(InputError, match=f"by process {os.getpid()}"):
-            with alone(tmp_path, "output"):
-                pass
+        with pytest.raises(InputError, match=f"by process {os.getpid()}"), alone(tmp_path, "output"):
+            pass
     assert not list(tmp_path.iterdir())
 
 
 def test_a_lock_goes_with_an_error(tmp_path):
-    with pytest.raises(KeyError):
-        with alone(tmp_path, "output"):
-            raise KeyError
+    with pytest.raises(KeyError), alone(tmp_path, "output"):
+        raise KeyError
     assert not list(tmp_path.iterdir())
 
 

@@ -16,13 +16,13 @@ from mmtx.data.augment import AudioAugmentation, ImageAugmentation
 from mmtx.data.collection import DataSource, read_source
 from mmtx.data.packing import PackedBatches, best_fit, fill, in_order, pack
 from mmtx.data.sample import Media, Sample, SampleTurn, Text
-from mmtx.data.storage import MemorySource
 from mmtx.data.sources import SkipCounter
+from mmtx.data.storage import MemorySource
 from mmtx.data.tokens import Augmentation, Documents, load_media, seed_of, to_documents
+from mmtx.document import AudioPart, Document, ImagePart, TextPart, Turn
 from mmtx.errors import InputError
 from mmtx.modality.base import load_tokenizer
 from mmtx.model import CodeRange, Decoder, DecoderConfig
-from mmtx.document import AudioPart, Document, ImagePart, TextPart, Turn
 from mmtx.sequence import Rendered, render
 from mmtx.vocabulary import MODALITIES, Vocabulary
 
@@ -227,7 +227,7 @@ def test_windows_cut_an_epoch_into_parts(store, small_vocabulary, monkeypatch, s
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_partition_the_batches(store, small_vocabulary, world):
-    whole = [batch for batch in PackedBatches(store, small_vocabulary, 40, seed=1, steps=6 * world)]
+    whole = list(PackedBatches(store, small_vocabulary, 40, seed=1, steps=6 * world))
     for rank in range(world):
         part = PackedBatches(store, small_vocabulary, 40, seed=1, steps=6, rank=rank, world=world)
         assert all(same(part[k], whole[k * world + rank]) for k in range(6))

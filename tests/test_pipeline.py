@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 import mmtx
+from mmtx.document import AudioPart, Document, ImagePart, TextPart, Turn
 from mmtx.files import find_shipped, shipped
 from mmtx.inference.torch_engine import TorchEngine
 from mmtx.modality import image
@@ -27,7 +28,6 @@ from mmtx.modality.text import TextTokenizer
 from mmtx.modality.vocoder import VocoderConfig
 from mmtx.pipeline import BATCH, BATCH_TOKENS, DEFAULT_MODEL, Model, by_length
 from mmtx.pipeline import SHORT as SHORT_PROMPT
-from mmtx.document import AudioPart, Document, ImagePart, TextPart, Turn
 from mmtx.sequence import render
 from mmtx.vocabulary import Vocabulary
 

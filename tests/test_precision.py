@@ -4,11 +4,11 @@ import csv
 import math
 
 import pytest
+import runs
 import torch
 import yaml
 
 import mmtx
-import runs
 from mmtx.cli import main
 from mmtx.loss import next_token_loss
 from mmtx.model import CodeRange, Decoder, DecoderConfig

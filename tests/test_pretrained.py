@@ -9,8 +9,16 @@ import yaml
 
 transformers = pytest.importorskip("transformers")
 
+from runs import FEW  # noqa: E402
 from transformers import (  # noqa: E402
-    ChameleonVQVAE, DacConfig, DacModel, Emu3VQVAE, EncodecConfig, EncodecModel, MimiConfig, MimiModel,
+    ChameleonVQVAE,
+    DacConfig,
+    DacModel,
+    Emu3VQVAE,
+    EncodecConfig,
+    EncodecModel,
+    MimiConfig,
+    MimiModel,
 )
 from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAEConfig  # noqa: E402
 from transformers.models.emu3.configuration_emu3 import Emu3VQVAEConfig  # noqa: E402
@@ -22,7 +30,6 @@ from mmtx.modality.base import load_tokenizer  # noqa: E402
 from mmtx.modality.image import resize  # noqa: E402
 from mmtx.modality.pretrained import PretrainedAudio, PretrainedImage  # noqa: E402
 from mmtx.modality.text import TextTokenizer  # noqa: E402
-from runs import FEW  # noqa: E402
 
 SOUNDS, PICTURES = ("encodec", "dac", "mimi"), ("emu3", "chameleon")
 

@@ -124,7 +124,7 @@ def test_no_other_file_names_a_private_part(path):
             named = node.args[1].value if isinstance(node.args[1], ast.Constant) else ""
             assert not named.startswith("_"), f"line {node.lineno}: {named}"
     module = importlib.import_module(f"mmtx.training.{path.stem}")
-    for name, found in vars(module).items():
+    for found in vars(module).values():
         if not inspect.isclass(found) or found.__module__ != module.__name__:
             continue
         for base in found.__mro__[1:]:

@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 import yaml
 from safetensors.torch import load_file
 
-import runs
 from mmtx.training.checkpoint import newest
 from mmtx.training.loader import ResumableLoader
 from mmtx.training.run import command_line

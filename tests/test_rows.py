@@ -448,7 +448,7 @@ def mutated(value, chance):
 
 def test_mutated_rows_are_samples_or_one_line(folder):
     chance, seeds = random.Random(0), [row for row, _ in FORMS.values()]
-    for start in range(0, 3000, 500):
+    for _ in range(0, 3000, 500):
         rows = [mutated(chance.choice(seeds), chance) for _ in range(500)]
         rows = [mutated(row, chance) if n % 3 == 0 and isinstance(row, dict) else row for n, row in enumerate(rows)]
         path = folder / "rows.jsonl"

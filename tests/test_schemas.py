@@ -164,7 +164,7 @@ def test_no_value_of_a_config_builds_more_than_its_file(fresh, name, monkeypatch
 def test_a_network_larger_than_its_file_is_not_begun(fresh, name, field, value):
     folder = fresh("model")
     values = json.loads((folder / name).read_text())
-    (values["decoder"] if "decoder" in values else values)[field] = value
+    values.get("decoder", values)[field] = value
     (folder / name).write_text(json.dumps(values))
     with pytest.raises(InputError, match=r"model.safetensors: does not fit config.json: found \d+ tensors of \d+ numbers, "
                                          "expected more"):

@@ -14,9 +14,9 @@ import pytest
 import soundfile
 import yaml
 from PIL import Image
+from servers import serving
 
 from mmtx.cli import main
-from servers import serving
 
 MARK = "s3cr3tMARK"
 DEMO = Path(__file__).parents[1] / "demos" / "caption.py"

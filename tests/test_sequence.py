@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmtx.errors import InputError
 from mmtx.document import AudioPart, Document, ImagePart, TextPart, Turn
+from mmtx.errors import InputError
 from mmtx.grammar import Grammar
 from mmtx.sequence import Rendered, parse, prompt, render, trained
 from mmtx.vocabulary import Vocabulary

@@ -8,13 +8,13 @@ import socket
 import time
 
 import pytest
+import runs
 import torch
 import yaml
+from fresh import context
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 
-import runs
-from fresh import context
 from mmtx.cli import main
 from mmtx.model import CodeRange, Decoder, DecoderConfig
 from mmtx.training.checkpoint import damage

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from mmtx.data.sample import Text, kind_of
-from mmtx.data.storage import FileSource, MemorySource, display
 from mmtx.data.sources import SkipCounter, open_source, read, scan
+from mmtx.data.storage import FileSource, MemorySource, display
 from mmtx.errors import InputError
 
 STARTER = Path(__file__).parents[1] / "demos" / "data" / "starter"

@@ -15,7 +15,7 @@ from mmtx.modality.base import load_tokenizer
 from mmtx.modality.text import TextTokenizer
 from mmtx.vocabulary import NAMES
 
-WORDS = "the quick brown fox jumps over a lazy dog and says 12 345 <image> café 東京 ok".split(" ")
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "says", "12", "345", "<image>", "café", "東京", "ok"]
 
 
 def corpus() -> list[str]:

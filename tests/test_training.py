@@ -406,7 +406,7 @@ def test_the_trainer_is_made_of_what_is_printed(config, run, tmp_path):
     for name in ("check_val_every_n_epoch", "gradient_clip_val", "log_every_n_steps", "val_check_interval"):
         values["trainer"].pop(name)
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
-    build = lambda *more: command_line(  # noqa: E731
+    build = lambda *more: command_line(
         ["--config", str(tmp_path / "c.yaml"), "--output", str(tmp_path / "run"), *more], run=False).trainer
     trainer = build()
     assert (trainer.gradient_clip_val, trainer.log_every_n_steps) == (1.0, 20)
@@ -466,8 +466,8 @@ def test_accumulated_gradients_equal_those_of_one_large_batch(folders, two_texts
     loss, log_sum = torch.nn.functional.cross_entropy(scores, together.targets), scores.logsumexp(-1)
     parameters = dict(module.named_parameters())
     by_hand = torch.autograd.grad(loss + 0.1 * log_sum.square().mean(), list(parameters.values()))
-    for (name, expected), by_hand in zip(large.items(), by_hand, strict=True):
-        for found in (small[name], by_hand):
+    for (name, expected), gradient in zip(large.items(), by_hand, strict=True):
+        for found in (small[name], gradient):
             error = (found - expected).norm() / expected.norm()
             assert error < 1e-5, (name, float(error))
 

@@ -8,17 +8,17 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import runs
 import torch
 from lightning import Callback, Trainer
 
-import runs
 from mmtx.data.collection import DataSource
 from mmtx.data.packing import PackedBatches
+from mmtx.document import Document, TextPart, Turn
 from mmtx.modality.audio import AudioConfig
 from mmtx.modality.image import ImageConfig
 from mmtx.modality.vocoder import VocoderConfig
 from mmtx.model import DecoderConfig
-from mmtx.document import Document, TextPart, Turn
 from mmtx.sequence import render
 from mmtx.training.codec import AudioCodecModule, CodecBatches, CodecData, ImageCodecModule
 from mmtx.training.decoder import DecoderData, DecoderModule, LossWeights, TokenizerFolders

@@ -33,7 +33,7 @@ def vocabulary() -> Vocabulary:
 
 
 def test_layout_by_hand(vocabulary):
-    assert vocabulary.range("text") == range(0, 300)
+    assert vocabulary.range("text") == range(300)
     assert vocabulary.range("special") == range(300, 556)
     assert vocabulary.range("image") == range(556, 620)
     assert vocabulary.range("audio") == range(620, 655)

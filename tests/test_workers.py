@@ -8,10 +8,10 @@ import threading
 import time
 from concurrent.futures import wait
 
+import fresh  # noqa: F401  its server has imported what the processes need
 import pytest
 import torch
 
-import fresh  # noqa: F401  its server has imported what the processes need
 from mmtx.data.collection import DataSource
 from mmtx.data.prepare import _packed, make_shard, prepare, stamp_of
 from mmtx.data.sample import Sample, SampleTurn, Text

@@ -20,7 +20,7 @@ BATCH = 1000  # rows that are looked at together
 
 def is_dataset(path: str) -> bool:
     """Whether a path names a dataset of the hub, or a folder of `save_to_disk`."""
-    inside = lambda name: os.path.isfile(os.path.join(path, name))  # noqa: E731
+    inside = lambda name: os.path.isfile(os.path.join(path, name))
     return path.startswith(PREFIX) or inside("dataset_dict.json") or inside("state.json") and inside("dataset_info.json")
 
 

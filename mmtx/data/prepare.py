@@ -29,10 +29,10 @@ from mmtx.data.sources import MAX_BAD, PLAN, SkipCounter, is_selected, scan
 from mmtx.data.storage import recorded
 from mmtx.data.tokens import ENCODE_AT_ONCE, Augmentation, encode_samples, load_sample
 from mmtx.data.workers import Ended, Workers
+from mmtx.document import Document
 from mmtx.errors import InputError
 from mmtx.files import read_json, write_json, write_whole
 from mmtx.modality.base import Tokenizer
-from mmtx.document import Document
 from mmtx.sequence import render
 from mmtx.vocabulary import Vocabulary
 

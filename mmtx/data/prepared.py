@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from mmtx.data.collection import DataSource
-from mmtx.data.storage import cache, display, download, is_url, join, read
 from mmtx.data.sources import MAX_BAD, SkipCounter
+from mmtx.data.storage import cache, display, download, is_url, join, read
 from mmtx.data.tokens import Augmentation, seed_of
 from mmtx.errors import InputError
 from mmtx.files import open_regular, parse_json

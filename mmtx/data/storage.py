@@ -343,7 +343,7 @@ def _told(path: str, run: Any, *arguments: Any) -> Any:
         return run(*arguments)
     except InputError:
         raise
-    except (Exception if is_url(path) else (OSError, ValueError, OverflowError)) as error:
+    except (Exception if is_url(path) else (OSError, ValueError, OverflowError)) as error:  # noqa: B030
         reason = _reason(error, is_url(path))
     # Out here, since the errors of back ends hold addresses and signatures, and this one would lead to them.
     raise InputError(f"{display(path)}: {reason}")

@@ -15,10 +15,10 @@ from mmtx.data.augment import AudioAugmentation, ImageAugmentation
 from mmtx.data.media import load_audio, load_image
 from mmtx.data.sample import Media, Sample, Text
 from mmtx.data.sources import MAX_BAD, SkipCounter
+from mmtx.document import AudioPart, Document, ImagePart, Part, TextPart, Turn
 from mmtx.errors import InputError
 from mmtx.modality.autoencoder import Encoding
 from mmtx.modality.base import Tokenizer
-from mmtx.document import AudioPart, Document, ImagePart, Part, TextPart, Turn
 from mmtx.sequence import Rendered, render
 from mmtx.vocabulary import Vocabulary
 

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmtx.grammar import Grammar, GrammarState
 from mmtx.inference.choose import choose_engine
 from mmtx.inference.engine import Engine
 from mmtx.inference.guidance import Guided
 from mmtx.inference.sampling import Draws, Sampling, sample
 from mmtx.inference.weights import Weights
 from mmtx.model import Decoder
-from mmtx.grammar import Grammar, GrammarState
 from mmtx.sequence import Prompt
 from mmtx.vocabulary import MAX_SIDE
 

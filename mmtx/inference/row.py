@@ -72,7 +72,7 @@ class _Buffers:
 
     def __init__(self, config: DecoderConfig):
         c, half, turning = config, config.head_width // 2, config.heads + config.kv_heads
-        empty = lambda *shape: np.empty(shape, np.float32)  # noqa: E731
+        empty = lambda *shape: np.empty(shape, np.float32)
         self.normed, self.added, self.hidden = empty(c.width), empty(c.width), empty(c.width)
         self.qkv, self.found = empty((turning + c.kv_heads) * c.head_width), empty(c.heads * c.head_width)
         heads = self.qkv.reshape(-1, c.head_width)

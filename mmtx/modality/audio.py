@@ -5,7 +5,8 @@ The way back from the spectrogram to sound is a trained vocoder or, without one,
 With `pitch`, a spectrogram has PITCHES columns more, the logits of each frame's pitch; its patches, and so the codes, say
 the pitch too.
 
-Shapes: B batch, S samples, F frames, M mels, N = M or M + PITCHES columns of a spectrogram, t = F/patch_frames time steps, bands = M/patch_mels codes in a step.
+Shapes: B batch, S samples, F frames, M mels, N = M or M + PITCHES columns of a spectrogram, t = F/patch_frames time steps,
+bands = M/patch_mels codes in a step.
 """
 
 import math
@@ -21,8 +22,8 @@ from torch import Tensor
 
 from mmtx.ambient import neutral, neutral_steps
 from mmtx.errors import InputError
-from mmtx.modality.autoencoder import Codec, Encoding, NetworkConfig, PatchAutoencoder, Reconstruction
 from mmtx.files import CONFIG, write_json
+from mmtx.modality.autoencoder import Codec, Encoding, NetworkConfig, PatchAutoencoder, Reconstruction
 from mmtx.modality.base import read_config
 from mmtx.modality.vocoder import PITCHES, Vocoder, VocoderConfig, pitch_logits
 from mmtx.schema import build, within
@@ -115,7 +116,7 @@ class AudioTokenizer(Codec):
         tokenizer = super().from_folder(folder)
         if (values := read_config(folder, cls.kind).get("vocoder")) is not None:
             config, matrix = build(VocoderConfig, values, folder / CONFIG, "vocoder"), tokenizer._mel_matrix
-            make = lambda: Vocoder(config, matrix, tokenizer.rate, tokenizer.config.hop)  # noqa: E731
+            make = lambda: Vocoder(config, matrix, tokenizer.rate, tokenizer.config.hop)
             tokenizer.vocoder = load_module(make, folder / "vocoder.safetensors").eval()
         return tokenizer
 

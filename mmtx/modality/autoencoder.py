@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from mmtx.errors import InputError
-from mmtx.layers import Block, BlockConfig, RMSNorm, initialise, rotary
 from mmtx.files import CONFIG, write_json
+from mmtx.layers import Block, BlockConfig, RMSNorm, initialise, rotary
 from mmtx.modality.base import Tokenizer, read_config
 from mmtx.modality.fsq import FSQ
 from mmtx.schema import build, within
@@ -175,7 +175,7 @@ class Codec(Tokenizer, nn.Module):
         for item in codes:
             if item.size and (item.min() < 0 or item.max() >= self.size):
                 raise InputError(f"{self.kind} codes: found {item.min()}..{item.max()}, expected 0..{self.size - 1}")
-        run = lambda batch: (self.network.decode(self.network.quantizer.to_latents(batch)),)  # noqa: E731
+        run = lambda batch: (self.network.decode(self.network.quantizer.to_latents(batch)),)
         return [grid for (grid,) in self._in_batches([torch.tensor(item) for item in codes], run)]
 
     def _in_batches(self, items: Sequence[Tensor], run: Callable[[Tensor], tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:

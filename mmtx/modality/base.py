@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from mmtx.ambient import neutral
 from mmtx.errors import InputError
-from mmtx.files import CONFIG, read_json, replace_folder, put_back
+from mmtx.files import CONFIG, put_back, read_json, replace_folder
 from mmtx.schema import shown
 
 CLASSES = {

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtx.errors import InputError
-from mmtx.modality.autoencoder import Encoding
 from mmtx.files import CONFIG, read_json, write_json
+from mmtx.modality.autoencoder import Encoding
 from mmtx.modality.base import Tokenizer, read_config
 from mmtx.modality.image import ImageConfig, ImageTokenizer
 from mmtx.schema import build as check_settings

@@ -25,13 +25,13 @@ from mmtx.data.corpus import Content
 from mmtx.data.sample import Media
 from mmtx.data.tokens import load_media, seed_of
 from mmtx.errors import InputError
+from mmtx.files import find_shipped
 from mmtx.modality.audio import AudioConfig, AudioTokenizer
 from mmtx.modality.autoencoder import ENCODING, Codec, Reconstruction
 from mmtx.modality.base import load_tokenizer
 from mmtx.modality.image import ImageConfig, ImageTokenizer, resize, to_float
 from mmtx.modality.vocoder import hertz
 from mmtx.training.critic import AdversarialConfig, Critic, Perceptual, PerceptualConfig, balance
-from mmtx.files import find_shipped
 from mmtx.training.loader import ResumableLoader, loader
 from mmtx.training.means import Means, TestedAsValidated
 from mmtx.training.optimizer import OptimizerConfig, configure

@@ -22,10 +22,10 @@ from mmtx.data.sample import Sample, Text
 from mmtx.data.storage import scrub
 from mmtx.data.tokens import Augmentation, seed_of, to_documents
 from mmtx.errors import InputError
+from mmtx.files import find_shipped
 from mmtx.loss import TokenLoss, next_token_loss
 from mmtx.modality.base import Tokenizer, load_tokenizer
 from mmtx.model import CodeRange, Decoder, DecoderConfig
-from mmtx.files import find_shipped
 from mmtx.pipeline import Model, load
 from mmtx.training.loader import ResumableLoader, loader
 from mmtx.training.means import Means, TestedAsValidated
