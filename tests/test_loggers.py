@@ -91,6 +91,15 @@ def test_tensorboard_shows_what_the_metrics_say(whole):
     assert scalars(whole / "tensorboard") == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_step_with_a_checkpoint_is_logged_once(whole):
+    assert (whole / "checkpoints" / "step-000000002.ckpt").is_file()
+    said = [(value.tag, event.step) for event in events(whole / "tensorboard") for value in event.summary.value
+            if value.tag != "epoch"]  # which validations tell as well
+    assert len(said) == len({*said})
+    trained = [row["step"] for row in table(whole) if row["train/loss"]]
+    assert trained == ["0", "1", "2", "3"]
+
+
 def test_tensorboard_has_the_samples(whole):
     found = events(whole / "tensorboard")
     (text,) = (value.tensor.string_val[0].decode() for event in found for value in event.summary.value if value.HasField("tensor"))

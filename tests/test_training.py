@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+import signal
 from pathlib import Path
 
 import lightning
@@ -337,6 +338,13 @@ def test_what_a_module_cannot_do_is_said(word, kind, told, folders, root, capsys
     with pytest.raises(SystemExit) as stop:
         main([word, "--config", str(root / f"{kind}.yaml")])
     check_mistake(stop, capsys, told)
+
+
+def test_sigterm_ends_a_validation(config, monkeypatch):
+    monkeypatch.setattr(DecoderModule, "validation_step", lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit) as stop:
+        main(["validate", *config])
+    assert stop.value.code == 143
 
 
 def test_only_predict_waits_for_its_turn(run, config, capsys):
