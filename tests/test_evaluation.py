@@ -298,7 +298,7 @@ def reported(model, pattern, train=()):
     (section,) = report(model, sources[0], sources[1] if train else [], show=0)
     lines = section.splitlines()
     start = next(n for n, line in enumerate(lines) if line.startswith("metric")) + 1
-    rows = [line for line in lines[start:] if not line.startswith("left out")]
+    rows = [line for line in lines[start:] if not line.startswith(("left out", "behind"))]
     return {re.split(r"  +", row)[0] for row in rows}, [line for line in lines if line.startswith("left out")]
 
 

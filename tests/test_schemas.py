@@ -381,7 +381,7 @@ def test_shards_that_changed_places_are_refused(fresh):
     (lambda i: i["numbers"].__setitem__(-1, 2**32 - 1), "'numbers' of samples do not rise, or reach"),
     (lambda i: i.update(starts=i["starts"][:-1].copy()), "'starts' is uint64 .*expected"),
     (lambda i: i.update(lengths=i["lengths"].astype(np.float16)), "'lengths' is float16"),
-    (lambda i: i.pop("sizes"), "found the tensors lengths, numbers, starts"),
+    (lambda i: i.pop("sizes"), "found the tensors .lengths, numbers, starts"),
 ])
 def test_an_index_that_does_not_fit_is_named(fresh, edit, message):
     folder = fresh("prepared")
