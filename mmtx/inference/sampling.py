@@ -25,13 +25,14 @@ DRAWN = 64  # random numbers of a row that are drawn together
 class Sampling:
     """How the next id is chosen; the names are those of the Hugging Face `generate`.
 
-    temperature: 0 takes the best id (greedy), 1 samples the model's distribution.
-    top_k, top_p: keep the k best ids, or the fewest whose probabilities reach p.
-    max_new_tokens: text and sound end here; a picture that is being written is finished, so that all output parses.
-    seed: fixes the random choices of each prompt, by its place in the caller's list and whatever is answered beside it;
-        None draws new ones each time.
-    guidance: classifier-free guidance, of use where training dropped captions: the scores lie this many times as far as
-        those of the prompt from those without its user turns. 1 is off, 0 ignores user turns; both passes cost double.
+    Attributes:
+        temperature: 0 takes the best id (greedy), 1 samples the model's distribution.
+        top_k, top_p: keep the k best ids, or the fewest whose probabilities reach p.
+        max_new_tokens: text and sound end here; a picture that is being written is finished, so that all output parses.
+        seed: fixes the random choices of each prompt, by its place in the caller's list and whatever is answered beside it;
+            None draws new ones each time.
+        guidance: classifier-free guidance, of use where training dropped captions: the scores lie this many times as far as
+            those of the prompt from those without its user turns. 1 is off, 0 ignores user turns; both passes cost double.
     """
 
     temperature: float = 0.0
