@@ -109,6 +109,9 @@ def make(root: Path) -> None:
     prepare(DataSource([str(root / "rows.jsonl")]), {"text": text}, root / "prepared", rows=SHARD)
 
 
+FRESH = multiprocessing.get_context("forkserver")  # or a lock that is held here would be waited for
+
+
 def read(name: str, root: Path, state: Any, skip: int, count: int | None, workers: int, told) -> None:
     """Send `count` batches, or all that are left, and the state behind the last one."""
     batches, state_of = STREAMS[name](root, state, skip, workers)
@@ -123,8 +126,8 @@ def read(name: str, root: Path, state: Any, skip: int, count: int | None, worker
 
 def apart(*arguments) -> tuple[list[list[int]], Any]:
     """The same in a process of its own."""
-    here, there = multiprocessing.get_context("fork").Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=read, args=(*arguments, there))
+    here, there = FRESH.Pipe(duplex=False)
+    process = FRESH.Process(target=read, args=(*arguments, there))
     process.start()
     there.close()
     answer = here.recv()

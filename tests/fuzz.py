@@ -26,7 +26,7 @@ if str(ROOT) not in sys.path:
 
 SECONDS = 10  # of processor time, the most that one input may take
 PEAK, GROWTH = 1_000, 100  # MB: the most at a time (64 megapixels, several times over), and that stays behind
-LINE = 300  # the longest message
+LINE = 1_000  # the longest message
 Seeds = dict[str, tuple[bytes, Callable[[bytes], object]]]
 TARGETS: dict[str, Callable[[], Seeds]] = {}
 
@@ -171,6 +171,84 @@ def media() -> Seeds:
 
     pictures = {name: (data, lambda data: load_image(data, "x")) for name, data in picture_seeds().items()}
     return pictures | {name: (data, read_sound) for name, data in sound_seeds().items()}
+
+
+@target
+def rows() -> Seeds:
+    """Manifests of all forms, and what a sample of them says when it is read."""
+    from mmtx.data.sources import scan
+
+    picture = encoded(seed_picture(), "PNG")
+
+    def read(name: str) -> Callable[[bytes], None]:
+        def run(data: bytes) -> None:
+            with tempfile.TemporaryDirectory() as folder:
+                Path(folder, "x.png").write_bytes(picture)
+                path = Path(folder, name)
+                path.write_bytes(data)
+                _all_of(scan(str(path)))
+        return run
+
+    chat = [{"role": "user", "content": [{"type": "image", "image": "x.png"}, {"type": "text", "text": "what?"}]},
+            {"role": "assistant", "content": "a cat"}]
+    lines = [{"image": "x.png", "text": "a cat", "n": 1.5}, {"text": "h\u00e4h"}, {"messages": chat, "id": "k"},
+             {"conversations": [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a cat"}], "image": "x.png"},
+             {"instruction": "say", "input": "", "output": "cat"}, {"file_name": "x.png", "text": "a cat", "more": {"deep": [1, [2]]}}]
+    lines = [json.dumps(line) for line in lines]
+    table = "file_name,text,more\nx.png,a cat,1\nx.png,\"a, \"\"b\"\"\",\n"
+    return {"jsonl": ("\n".join(lines).encode(), read("x.jsonl")), "json": (f"[{', '.join(lines)}]".encode(), read("x.json")),
+            "csv": (table.encode(), read("x.csv")), "tsv": (table.replace(",", "\t").encode(), read("x.tsv"))}
+
+
+@target
+def tars() -> Seeds:
+    """WebDataset shards, plain and gzipped, of each format of headers."""
+    import gzip
+    import tarfile
+
+    from mmtx.data.sources import scan
+
+    def read(name: str) -> Callable[[bytes], None]:
+        def run(data: bytes) -> None:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder, name)
+                path.write_bytes(data)
+                _all_of(scan(str(path)))
+        return run
+
+    def made(form: int) -> bytes:
+        file = BytesIO()
+        with tarfile.open(fileobj=file, mode="w", format=form) as tar:
+            for key in ("a", "b" * 120, "c"):
+                for name, content in ((f"{key}.png", encoded(seed_picture(), "PNG")), (f"{key}.txt", b"a cat")):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    tar.addfile(info, BytesIO(content))
+        return file.getvalue()
+
+    plain = {"ustar with long names of GNU": made(tarfile.GNU_FORMAT), "PAX": made(tarfile.PAX_FORMAT)}
+    joined = made(tarfile.GNU_FORMAT) + made(tarfile.PAX_FORMAT)
+    return {**{name: (data, read("x.tar")) for name, data in plain.items()}, "joined": (joined, read("x.tar")),
+            "gzipped": (gzip.compress(made(tarfile.PAX_FORMAT), mtime=0), read("x.tar.gz"))}
+
+
+def _all_of(found) -> None:
+    """Go through rows as `mmtx prepare` does. Raises the first error of a row, or of the source."""
+    import pickle
+
+    from mmtx.data.prepare import stamp_of
+    from mmtx.errors import InputError
+
+    errors = []
+    for row in found:
+        pickle.loads(pickle.dumps(row))
+        stamp_of([row])
+        if isinstance(row, InputError):
+            errors.append(row)
+        else:
+            assert row.caption.encode() and row.turns and row.where
+    if errors:
+        raise errors[0]
 
 
 def picture_seeds() -> dict[str, bytes]:

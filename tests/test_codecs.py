@@ -420,3 +420,14 @@ def test_a_failed_save_leaves_the_old_folder(codec, tmp_path, monkeypatch):
 
 def test_levels_make_the_size(codec):
     assert codec.levels == (8, 5, 5) and codec.size == 200
+
+
+@pytest.mark.parametrize(("window", "hop", "steps"), [(1024, 256, 1), (1024, 100, 1), (1024, 1, 3), (512, 256, 1), (66, 64, 1)])
+def test_the_shortest_sounds_are_heard_without_a_vocoder(window, hop, steps):
+    """Also where they are shorter than half a window."""
+    torch.manual_seed(0)
+    config = AudioConfig(window=window, hop=hop, mels=16, patch_mels=8, chunk=8, network=NetworkConfig(
+        width=16, heads=1, encoder_depth=1, decoder_depth=1, levels=(4, 3)))
+    tokenizer = AudioTokenizer(config).eval()
+    samples = tokenizer.decode(np.zeros((steps, tokenizer.bands), np.int64))
+    assert samples.shape == (steps * config.patch_frames * hop,) and bool(samples.isfinite().all())

@@ -10,4 +10,4 @@ def test_mutants_are_read_or_refused(name):
     assert not faults
     assert {sum(counts.values()) for counts in outcomes.values()} == {100}
     for outcome in ("read", "refused"):  # neither too mild nor too rough
-        assert sum(counts[outcome] for counts in outcomes.values()) > 10 * len(outcomes)
+        assert sum(counts[outcome] for counts in outcomes.values()) > 5 * len(outcomes)

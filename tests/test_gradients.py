@@ -1,7 +1,6 @@
 """One large batch = accumulated batches = two ranks = the loss by hand, whatever lengths and weights are."""
 
 import json
-import multiprocessing
 import os
 import random
 import socket
@@ -11,6 +10,7 @@ from typing import NamedTuple
 import pytest
 import runs
 import torch
+from fresh import context
 from lightning import Trainer
 
 from mmtx.data.collection import DataSource
@@ -98,7 +98,6 @@ def worst_error(folders: TokenizerFolders, cases: list[Case], true=None) -> floa
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
     here, there = zip(*(context.Pipe(duplex=False) for _ in range(2)))
     for rank in range(2):
         context.Process(target=rank_of_two, args=(rank, port, folders, cases, there[rank])).start()

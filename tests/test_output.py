@@ -4,6 +4,8 @@ import contextlib
 import os
 import resource
 import signal
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -115,6 +117,18 @@ def test_a_second_fit_with_one_output_is_told_of_the_first(tmp_path):
     config["trainer"]["max_steps"] = 4
     assert runs.fit(config, output) == [0], output.with_suffix(".log").read_text()
     assert not (output / LOCK).exists() and (output / "model").is_dir()
+
+
+def test_a_second_prepare_with_one_output_is_told_of_the_first(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n' * 20)
+    command = [sys.executable, "-m", "mmtx", "prepare", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out")]
+    with alone(check_output(str(tmp_path / "out")), "output"):  # as the first one holds it
+        second = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    told = f"mmtx: error: output: {tmp_path}/out is being written by process {os.getpid()}, expected another folder, or that process"
+    assert second.returncode == 2 and second.stderr.startswith(told) and second.stderr.count("\n") == 1
+    assert os.listdir(tmp_path / "out") == []
+    third = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert third.returncode == 0, third.stderr
 
 
 # -- No room -------------------------------------------------------------------------------------------------

@@ -66,8 +66,8 @@ class AudioConfig:
             raise InputError(f"mels: found {self.mels}, expected a multiple of patch_mels={self.patch_mels}")
         if not 0 <= self.low < self.high <= self.rate / 2:
             raise InputError(f"low, high: found {self.low}, {self.high}, expected 0 <= low < high <= rate / 2")
-        if self.window < self.hop or self.window % 2:
-            raise InputError(f"window: found {self.window}, expected an even number of at least hop={self.hop}")
+        if self.window <= self.hop or self.window % 2:  # windows that do not overlap leave nothing where they meet
+            raise InputError(f"window: found {self.window}, expected an even number of more than hop={self.hop}")
 
 
 class AudioTokenizer(Codec):
@@ -211,16 +211,18 @@ class AudioTokenizer(Codec):
         c = self.config
         magnitude = self.to_log(self.mel_part(mel)).exp()
         spectrum = (magnitude @ torch.linalg.pinv(self._mel_matrix)).clamp_min(0).T       # (window/2+1, F)
-        spectrum = torch.nn.functional.pad(spectrum, (0, 1))
+        # Silence behind a sound that is shorter than half a window, whose edges could not be mirrored.
+        frames = max(mel.shape[0], c.window // (2 * c.hop) + 1)
+        spectrum = torch.nn.functional.pad(spectrum, (0, frames + 1 - mel.shape[0]))
         hann, share = self.hann.cpu(), GRIFFIN_LIM_MOMENTUM / (1 + GRIFFIN_LIM_MOMENTUM)
         phases = torch.rand(spectrum.shape, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
         before = torch.zeros(())
         for _ in range(GRIFFIN_LIM_ROUNDS + 1):
-            waveform = torch.istft(spectrum * phases, c.window, c.hop, window=hann, length=mel.shape[0] * c.hop)
+            waveform = torch.istft(spectrum * phases, c.window, c.hop, window=hann, length=frames * c.hop)
             heard = torch.stft(waveform, c.window, c.hop, window=hann, return_complex=True)
             phases = heard - before * share
             phases, before = phases / (phases.abs() + 1e-16), heard
-        return waveform
+        return waveform[:mel.shape[0] * c.hop]
 
     def grid(self, waveform: Tensor) -> tuple[int, int]:
         """Time steps and bands of the codes of a waveform (S,)."""
