@@ -20,6 +20,7 @@ SLOW = 1800  # seconds for a slow test; the others' limit is in pyproject.toml
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)  # fast ones first
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW))
