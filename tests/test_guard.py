@@ -183,6 +183,7 @@ def test_all_ranks_leave_out_the_step_that_one_of_them_cannot_take(data, tmp_pat
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    data.trainer = None  # that of a test before does not travel to another process
     here, there = zip(*(context.Pipe() for _ in range(2)))
     for rank in range(2):
         context.Process(target=one_of_two, args=(rank, port, data, tmp_path, there[rank])).start()
