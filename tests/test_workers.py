@@ -4,9 +4,12 @@ import os
 import pickle
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import wait
+from pathlib import Path
 
 import fresh  # noqa: F401  its server has imported what the processes need
 import pytest
@@ -157,3 +160,37 @@ def test_a_mistake_in_a_loader_s_worker_is_one_line(workers):
     with pytest.raises(InputError) as caught:
         next(batches)
     assert str(caught.value) == "sound.wav: no such file"
+
+
+LOADING = """
+import multiprocessing, os, sys
+from mmtx.training.loader import loader
+
+class Pids:
+    def __len__(self):
+        return 100
+
+    def __getitem__(self, k):
+        return os.getpid()
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    batches = iter(loader(Pids(), workers=2))
+    print(next(batches), next(batches), flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_workers_of_a_loader_end_with_a_process_that_is_killed(method, tmp_path):
+    """Also where a server of forks, which they keep alive, is what the system calls their parent."""
+    (tmp_path / "loading.py").write_text(LOADING)
+    with subprocess.Popen([sys.executable, tmp_path / "loading.py", method], stdout=subprocess.PIPE, text=True) as process:
+        pids = [int(word) for word in process.stdout.readline().split()]
+        process.stdout.close()
+        assert process.wait(60) == -signal.SIGKILL
+    assert len(set(pids)) == 2
+    end = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][:3] for pid in pids):
+        assert time.monotonic() < end, "workers are left"
+        time.sleep(0.05)

@@ -88,7 +88,7 @@ class uninterrupted:
 def _serve(pipe: Any, data: bytes) -> None:
     """Answer what comes through the pipe, until it or the process that started this one ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    end_with_parent()
     work, setting = pickle.loads(data)
     while True:
         try:
@@ -102,6 +102,11 @@ def _serve(pipe: Any, data: bytes) -> None:
                 error.add_note(traceback.format_exc())  # pickled without its traceback
             answer = error
         pipe.send_bytes(pickle.dumps(answer))
+
+
+def end_with_parent() -> None:
+    """End this process when the one that started it has ended, whatever ended that: a server of forks may live on."""
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
 
 
 def _end_with(parent: Any) -> None:

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from mmtx.data.workers import end_with_parent
 from mmtx.errors import InputError
 
 
 def loader(dataset: Dataset, workers: int = 0, first: int = 0) -> DataLoader:
     """Items `first`, `first` + 1, ... of a dataset of batches. Raises InputError as the dataset does, also from a worker."""
     return _Loader(_Told(dataset), batch_size=None, sampler=range(first, len(dataset)), num_workers=workers,
-                   pin_memory=torch.cuda.is_available(), worker_init_fn=_leave_group)
+                   pin_memory=torch.cuda.is_available(), worker_init_fn=_begin_worker)
 
 
 class _Told(Dataset):
@@ -68,6 +69,7 @@ class ResumableLoader:
         self.next = state["next"]
 
 
-def _leave_group(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
     """A signal to the group of processes is for the trainer, which still needs its workers to end in order."""
     os.setpgid(0, 0)
+    end_with_parent()
