@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import os
 import re
 import signal
 import sys
@@ -17,7 +18,6 @@ from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mmtx.data.config import check_yaml, read_text
@@ -127,7 +127,7 @@ class FitCLI(private.PlainCLI):
             raise InputError(f"trainer.default_root_dir: found {root}, expected none: --output is that folder, found {output}")
         if self.word in ("fit", "predict"):
             output = check_output(self.said("output"))
-            if self.subcommand and (rank_zero_only.rank or 0) == 0:
+            if self.subcommand and is_first_rank():
                 self.held.enter_context(alone(output, "output"))
         loggers = [] if trainer.logger in (None, True, False) else as_list(trainer.logger)
         progress = [] if trainer.enable_progress_bar is False else [ProgressBar()]
@@ -274,6 +274,14 @@ class FitCLI(private.PlainCLI):
         })
         return {name: recorded(value) if isinstance(value, str) else value for name, value in record.items()
                 if not may_change(name)}
+
+
+def is_first_rank() -> bool:
+    """Whether this is the only or the first process of a run, as those that start ranks say it in the environment.
+
+    Lightning reads that when it is imported, which may have been before.
+    """
+    return all(os.environ.get(name, "0") in ("", "0") for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def check_range(name: str, value: int, least: int, most: int) -> None:
