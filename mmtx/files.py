@@ -127,7 +127,7 @@ def write_whole(path: Path, content: bytes) -> None:
     try:
         _write(part, content)
         os.replace(part, path)
-        _sync(path.parent)
+        sync_folder(path.parent)
     except OSError:
         with suppress(OSError):
             part.unlink()
@@ -280,7 +280,7 @@ def _begin(target: Path, staging: Path) -> int | None:
         missing = [parent for parent in (target.parent, *target.parent.parents) if not parent.exists()]
         for parent in reversed(missing):
             parent.mkdir(exist_ok=True)
-            _sync(parent.parent)
+            sync_folder(parent.parent)
         staging.mkdir()
         if fcntl is None:
             return None
@@ -295,17 +295,17 @@ def _begin(target: Path, staging: Path) -> int | None:
 def _put_in_place(staging: Path, target: Path, shown: str | Path) -> None:
     """Let `staging`, which is whole, take the place of `target`. Raises OSError, and `target` then is as it was."""
     for path in (*(path for path in staging.iterdir() if path.is_dir()), staging):
-        _sync(path)
+        sync_folder(path)
     if not os.path.lexists(target):
         os.rename(staging, target)
-        _sync(target.parent)
+        sync_folder(target.parent)
         return
     kept = target.stat()
     os.chmod(staging, stat.S_IMODE(kept.st_mode))
     with suppress(OSError):
         os.chown(staging, kept.st_uid, kept.st_gid)
     old = _swap(staging, target)
-    _sync(target.parent)
+    sync_folder(target.parent)
     if (found := foreign(old)) is not None:  # put there since it was looked at
         _remove(_swap(old, target))
         raise InputError(f"{shown}: holds {found[:80]!r}, which mmtx did not write, and is left as it is")
@@ -358,7 +358,7 @@ def _write(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Put the names in a folder on the disk, too."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mmtx.data.corpus import Content
 from mmtx.errors import InputError
+from mmtx.files import sync_folder
 from mmtx.training import private
 from mmtx.training.loader import ResumableLoader
 from mmtx.training.loggers import Metrics, TensorBoard
@@ -66,7 +67,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 torch.save({**checkpoint, "record": self.record}, writer)
                 writer.finish()
             os.replace(part, path)
-            _sync(path.parent)
+            sync_folder(path.parent)
         except OSError as error:
             part.unlink(missing_ok=True)
             raise InputError(
@@ -136,15 +137,6 @@ class _Writer:
             raise self.error
         self.file.flush()
         os.fsync(self.file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Put the names in a folder on the disk, too."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def damage(path: Path) -> str | None:
