@@ -72,8 +72,8 @@ starter: $(VENV)/.installed
 	$(MMTX) fit --config configs/starter/text.yaml --output $(RUNS)/starter/text
 	$(MMTX) fit --config configs/starter/image.yaml --output $(RUNS)/starter/image $(CODEC_ARGS)
 	$(MMTX) fit --config configs/starter/image.yaml --output $(RUNS)/starter/image-refined \
-	    --model.refine $(RUNS)/starter/image/model --model.absolute 0 --model.optimizer.learning_rate 1e-3 \
-	    --model.optimizer.muon 2e-3 --data.varied 0 --trainer.max_steps 500 --trainer.val_check_interval 500 $(CODEC_ARGS)
+	    --model.refine $(RUNS)/starter/image/model --model.l1_weight 0 --model.optimizer.learning_rate 1e-3 \
+	    --model.optimizer.muon_lr 2e-3 --data.multi_size_prob 0 --trainer.max_steps 500 --trainer.val_check_interval 500 $(CODEC_ARGS)
 	$(MMTX) fit --config configs/starter/audio.yaml --output $(RUNS)/starter/audio $(CODEC_ARGS)
 	mkdir -p tokenizers/text tokenizers/image tokenizers/audio
 	$(MMTX) fit --config configs/starter/vocoder.yaml --output $(RUNS)/starter/vocoder $(CODEC_ARGS) \

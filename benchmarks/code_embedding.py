@@ -29,7 +29,7 @@ from mmtx.sequence import Features
 from mmtx.vocabulary import Vocabulary
 
 CONFIG = "configs/quickstart/decoder.yaml"
-WAYS = ("digits", "rows", "continuous", "full softmax")
+WAYS = ("digits", "rows", "continuous_inputs", "full softmax")
 
 
 @torch.no_grad()
@@ -59,7 +59,7 @@ def train(way, data, vocabulary, tokenizers, minutes, batch):
     torch.manual_seed(0)
     ranges = tuple(CodeRange(vocabulary.range(k).start, vocabulary.levels(k)) for k in ("image", "audio"))
     shape = yaml.safe_load(Path(CONFIG).read_text())["model"]["init_args"]["decoder"]
-    widths = {kind: tokenizers[kind].feature_width for kind in data} if way == "continuous" else {}
+    widths = {kind: tokenizers[kind].feature_width for kind in data} if way == "continuous_inputs" else {}
     config = DecoderConfig(vocabulary.size, composed=ranges, features=widths, **shape)
     plain = config.plain_rows
     decoder = Decoder(replace(config, composed=()) if way == "rows" else config)

@@ -19,7 +19,7 @@ from measure import interleave, report
 
 from mmtx.grammar import Grammar
 from mmtx.inference.generation import generate
-from mmtx.inference.row import lay_out
+from mmtx.inference.row import prepack_weights
 from mmtx.inference.sampling import Sampling
 from mmtx.inference.weights import Weights
 from mmtx.model import Decoder, DecoderConfig
@@ -30,11 +30,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from test_model import qwen3
 
 SHAPES = {
-    "192x4": DecoderConfig(20_000, width=192, depth=4, heads=3, kv_heads=3, head_width=64, hidden=512),
-    "384x6": DecoderConfig(32_768, width=384, depth=6, heads=6, kv_heads=6, head_width=64, hidden=1024),
-    "600m": DecoderConfig(151_936, width=1024, depth=28, heads=16, kv_heads=8, head_width=128, hidden=3072,
+    "192x4": DecoderConfig(20_000, width=192, depth=4, heads=3, kv_heads=3, head_dim=64, mlp_dim=512),
+    "384x6": DecoderConfig(32_768, width=384, depth=6, heads=6, kv_heads=6, head_dim=64, mlp_dim=1024),
+    "600m": DecoderConfig(151_936, width=1024, depth=28, heads=16, kv_heads=8, head_dim=128, mlp_dim=3072,
                           rope_theta=1e6),
-    "short": DecoderConfig(2_048, width=32, depth=2, heads=2, kv_heads=1, head_width=16, hidden=64),
+    "short": DecoderConfig(2_048, width=32, depth=2, heads=2, kv_heads=1, head_dim=16, mlp_dim=64),
 }
 PROMPT = 16
 BAR = 5.0
@@ -78,7 +78,7 @@ def measure(name: str, options: argparse.Namespace, new: int, rounds: int) -> No
     ids = np.random.default_rng(0).integers(0, vocabulary.range("text").stop, PROMPT)
     given = torch.tensor(ids, device=options.device)[None]
     written = {}
-    lay_out(decoder)
+    prepack_weights(decoder)
     weights = Weights.of(decoder, fixed=True)
 
     def ours() -> float:

@@ -1,6 +1,6 @@
 """Is what a model draws and plays what was asked for, and is it its own? Judged on the starter data.
 
-    python benchmarks/generated.py runs/starter/decoder/model --guidance 2 --output generated.json
+    python benchmarks/generated.py runs/starter/decoder/model --guidance_scale 2 --output generated.json
     python benchmarks/generated.py runs/starter/decoder/model --short
 
 A picture for a name known from training is right at rank 10 when, of the pictures of a style never trained on, that of
@@ -249,9 +249,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="a model that was trained to generate")
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--top-p", type=float)
-    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--top_k", type=int)
+    parser.add_argument("--top_p", type=float)
+    parser.add_argument("--guidance_scale", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", choices=("image", "audio"), default=["image", "audio"])
     parser.add_argument("--device")
@@ -262,7 +262,7 @@ def main():
     if "audio" in options.kinds and not importlib.util.find_spec("librosa"):
         print("librosa is not installed, pitches are left out: pip install 'mmtx[bench]'", file=sys.stderr)
     model = mmtx.load(options.model, options.device)
-    sampling = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "guidance", "seed")}
+    sampling = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "guidance_scale", "seed")}
     figures = {}
     for kind, judge in (("image", judge_pictures), ("audio", judge_notes)):
         if kind in options.kinds:

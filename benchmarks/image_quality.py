@@ -31,7 +31,7 @@ from mmtx.errors import InputError
 from mmtx.files import find_shipped
 from mmtx.modality.base import load_tokenizer
 from mmtx.modality.image import ImageTokenizer, resize, to_float
-from mmtx.training.codec import Usage, picture_quality
+from mmtx.training.codec import CodebookUsage, picture_quality
 
 STARTER = "demos/data/starter"
 HELD_OUT = {"unseen style": f"{STARTER}/images-test-unseen-style.tar.gz",
@@ -100,7 +100,7 @@ def measure(tokenizer: ImageTokenizer, limit: int | None) -> dict:
     found, codes = quality(tokenizer, read(TRAINING, tokenizer, limit))
     figures["sets"]["training"] = {**found, "pictures": len(codes)}
     counts = np.bincount(np.concatenate([item.ravel() for item in codes]), minlength=tokenizer.size)
-    usage = Usage.of(torch.from_numpy(counts), tokenizer.levels)
+    usage = CodebookUsage.of(torch.from_numpy(counts), tokenizer.levels)
     figures["usage_training"] = {"codes_used": 1 - usage.dead, "perplexity": usage.perplexity,
                                  "bits_carried": math.log2(usage.perplexity)}
     free, generator, figures["sizes"] = tokenizer.at(None), Generator().manual_seed(0), []

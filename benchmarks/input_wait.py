@@ -43,7 +43,7 @@ def main() -> None:
     steps, after, rounds, more = options.steps, options.after, options.rounds, []
     if options.short:       # tokenizers and model of the config, a few of its samples
         steps, after, rounds = 4, 1, 1
-        more = ["--data.workers=1", "--data.tokens=640",
+        more = ["--data.num_workers=1", "--data.tokens_per_batch=640",
                 *(f'--data.{part}=[{{"paths": ["demos/data/starter/images-train-004.tar.gz"], "limit": 8}}]'
                   for part in ("train", "validation"))]
     warnings.filterwarnings("ignore")

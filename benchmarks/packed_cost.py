@@ -17,7 +17,7 @@ from mmtx.layers import Packing
 from mmtx.loss import next_token_loss
 from mmtx.model import Decoder, DecoderConfig
 
-CONFIG = DecoderConfig(20_000, width=192, depth=4, heads=3, kv_heads=3, head_width=64, hidden=512)
+CONFIG = DecoderConfig(20_000, width=192, depth=4, heads=3, kv_heads=3, head_dim=64, mlp_dim=512)
 BAR = 1.15
 
 
@@ -32,7 +32,7 @@ def main() -> None:
     options = parser.parse_args()
     config = CONFIG
     if options.short:
-        config = DecoderConfig(512, width=32, depth=1, heads=2, kv_heads=2, head_width=16, hidden=32)
+        config = DecoderConfig(512, width=32, depth=1, heads=2, kv_heads=2, head_dim=16, mlp_dim=32)
         options.document, options.context, options.batch, options.rounds = 8, 16, 128, 1
     torch.manual_seed(0)
     decoder = Decoder(config).to(options.device)

@@ -85,10 +85,10 @@ def starter() -> dict[int, float]:
     data = yaml.safe_load((ROOT / "configs/starter/decoder.yaml").read_text())["data"]["init_args"]
     tokenizers = {kind: load_tokenizer(ROOT / folder) for kind, folder in data["tokenizers"].items()}
     vocabulary = Vocabulary.build(tokenizers)
-    corpus = read_corpus([DataSource(**source) for source in data["train"]], tokenizers, vocabulary, context=data["context"])
+    corpus = read_corpus([DataSource(**source) for source in data["train"]], tokenizers, vocabulary, max_seq_len=data["max_seq_len"])
     repeats = np.ones(len(corpus), int) if corpus.repeats is None else corpus.repeats
     found = {}
-    for tokens in (data["tokens"], 1024, 2048, 4096, 8192, 16_384):
+    for tokens in (data["tokens_per_batch"], 1024, 2048, 4096, 8192, 16_384):
         batches = PackedBatches(corpus, vocabulary, tokens, repeats=corpus.repeats)
         found[tokens] = round(float((corpus.lengths - 1) @ repeats / (len(batches) * tokens)), 4)
     return found

@@ -35,7 +35,7 @@ def main() -> None:
     folders = [str(ROOT / "tokenizers" / kind) for kind in ("text", "image", "audio")]
     with tempfile.TemporaryDirectory() as name:
         root, begin = Path(name), time.monotonic()
-        process = test.start(folders, root / "one", *sources, "--rows", "32", "--workers", "1")
+        process = test.start(folders, root / "one", *sources, "--rows", "32", "--num_workers", "1")
         assert process.wait() == 0, (root / "one.log").read_text()
         seconds, expected = time.monotonic() - begin, test.content(root / "one")
         facts = json.loads(expected["prepared.json"])
@@ -43,7 +43,7 @@ def main() -> None:
         print(f"undisturbed: {facts['documents']} documents in {seconds:.1f} s, {rate:.0f} rows/s, {facts['shards']} shards",
               flush=True)
         outputs, partial = test.killed_and_finished(folders, root, sources, facts["shards"], options.kills,
-                                                    random.Random(options.seed), "--rows", "32", "--workers", "2")
+                                                    random.Random(options.seed), "--rows", "32", "--num_workers", "2")
         different = [output.name for output in outputs if test.content(output) != expected]
     print(f"{options.kills} kills of {len(outputs)} runs, at {sorted(partial)} finished shards: {len(different)} folders differ")
     result = {

@@ -42,7 +42,7 @@ def ours(root: Path, state: Any, skip: int, workers: int) -> Stream:
     from mmtx.vocabulary import Vocabulary
 
     vocabulary = Vocabulary.build({"text": load_tokenizer(root / "text")})
-    documents = Prepared(DataSource([str(root / "prepared")]), str(root / "prepared"), vocabulary, context=64)
+    documents = Prepared(DataSource([str(root / "prepared")]), str(root / "prepared"), vocabulary, max_seq_len=64)
     batches = PackedBatches(documents, vocabulary, BATCH * int(documents.lengths[0] - 1), steps=2 * EPOCH)
     loader = ResumableLoader(batches, workers)
     if state is not None:

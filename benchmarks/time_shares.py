@@ -34,7 +34,7 @@ from mmtx.document import AudioPart, Document, ImagePart, Turn
 from mmtx.inference.choose import choose_engine
 from mmtx.inference.engine import Engine
 from mmtx.inference.generation import generate
-from mmtx.inference.row import RowEngine, lay_out
+from mmtx.inference.row import RowEngine, prepack_weights
 from mmtx.inference.screen import Screen
 from mmtx.inference.weights import Weights
 from mmtx.model import Decoder, DecoderConfig
@@ -108,7 +108,7 @@ def training(shape: str, times: int) -> dict:
 def decoding(shape: str, times: int) -> dict:
     """A step at batch 1, and what it is made of."""
     decoder = random_decoder(DECODERS[shape], "cpu", torch.float32)
-    lay_out(decoder)
+    prepack_weights(decoder)
     weights, new = Weights.of(decoder, fixed=True), 64
     asked, ids = [Prompt(np.arange(PROMPT))], torch.tensor([0])
     screen = Screen.of(weights.output)

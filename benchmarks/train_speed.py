@@ -26,11 +26,11 @@ from mmtx.training.optimizer import OptimizerConfig, configure
 
 # name: sizes, batch, context. Input and output matrix are apart: litgpt cannot share them.
 SHAPES = {
-    "short": (dict(vocabulary_size=512, width=64, depth=2, heads=2, kv_heads=2, head_width=32, hidden=128), 2, 32),
-    "10m": (dict(vocabulary_size=20_000, width=192, depth=4, heads=3, kv_heads=3, head_width=64, hidden=512), 4, 512),
-    "issue": (dict(vocabulary_size=32_768, width=384, depth=6, heads=6, kv_heads=6, head_width=64, hidden=1024), 4, 512),
-    "100m": (dict(vocabulary_size=32_768, width=640, depth=12, heads=10, kv_heads=10, head_width=64, hidden=1728), 4, 512),
-    "0.6b": (dict(vocabulary_size=151_936, width=1024, depth=28, heads=16, kv_heads=8, head_width=128, hidden=3072), 4, 2048),
+    "short": (dict(vocabulary_size=512, width=64, depth=2, heads=2, kv_heads=2, head_dim=32, mlp_dim=128), 2, 32),
+    "10m": (dict(vocabulary_size=20_000, width=192, depth=4, heads=3, kv_heads=3, head_dim=64, mlp_dim=512), 4, 512),
+    "issue": (dict(vocabulary_size=32_768, width=384, depth=6, heads=6, kv_heads=6, head_dim=64, mlp_dim=1024), 4, 512),
+    "100m": (dict(vocabulary_size=32_768, width=640, depth=12, heads=10, kv_heads=10, head_dim=64, mlp_dim=1728), 4, 512),
+    "0.6b": (dict(vocabulary_size=151_936, width=1024, depth=28, heads=16, kv_heads=8, head_dim=128, mlp_dim=3072), 4, 2048),
 }
 BARS = {"cpu": {"transformers": 1.5, "litgpt": 1.3}, "cuda": {"transformers": 1.2, "litgpt": 1.2}}
 
@@ -53,8 +53,8 @@ class Transformers(nn.Module):
         super().__init__()
         c = decoder.config
         self.model = Qwen3ForCausalLM(Qwen3Config(
-            vocab_size=c.vocabulary_size, hidden_size=c.width, intermediate_size=c.hidden, num_hidden_layers=c.depth,
-            num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_width,
+            vocab_size=c.vocabulary_size, hidden_size=c.width, intermediate_size=c.mlp_dim, num_hidden_layers=c.depth,
+            num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_dim,
             rms_norm_eps=c.norm_eps, tie_word_embeddings=False, max_position_embeddings=context,
             rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, attention_bias=False,
         ))
@@ -88,8 +88,8 @@ class LitGPT(nn.Module):
         c = decoder.config
         self.model = GPT(Config(
             block_size=context, padded_vocab_size=c.vocabulary_size, vocab_size=c.vocabulary_size, n_layer=c.depth,
-            n_head=c.heads, n_query_groups=c.kv_heads, head_size=c.head_width, n_embd=c.width,
-            intermediate_size=c.hidden, rotary_percentage=1.0, parallel_residual=False, bias=False,
+            n_head=c.heads, n_query_groups=c.kv_heads, head_size=c.head_dim, n_embd=c.width,
+            intermediate_size=c.mlp_dim, rotary_percentage=1.0, parallel_residual=False, bias=False,
             norm_class_name="RMSNorm", norm_eps=c.norm_eps, norm_qk=True, mlp_class_name="LLaMAMLP",
             rope_base=int(c.rope_theta),
         ))

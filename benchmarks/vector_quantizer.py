@@ -117,7 +117,7 @@ def main():
     augment, budget = ImageAugmentation(), 60 * options.minutes
     while (run := min(runs.values(), key=lambda run: run.seconds)).seconds < budget:
         generator = torch.Generator().manual_seed(seed_of(0, run.steps))
-        chosen = torch.randint(len(training), (config["data"]["init_args"]["batch"],), generator=generator).tolist()
+        chosen = torch.randint(len(training), (config["data"]["init_args"]["batch_size"],), generator=generator).tolist()
         batch = [augment(training[i], generator) if torch.rand((), generator=generator) < 0.5 else training[i]
                  for i in chosen]
         run.step(tokenizer._to_grid(to_float(torch.stack(batch))), budget)

@@ -123,7 +123,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seconds", type=float, default=1.0, help="the most that is added to that sound, default: 1")
     _model_options(generate)
     _sampling_options(generate)
-    generate.add_argument("--guidance", type=float, default=1.0, help="how much the prompt counts, default: 1 (not more)")
+    generate.add_argument("--guidance_scale", type=float, default=1.0,
+                          help="strength of classifier-free guidance: how closely the answer "
+                          "follows the prompt, default: 1 (off)")
     generate.set_defaults(run=_generate)
 
     tokenize = commands.add_parser("tokenize", help="print the ids of text, pictures and sounds")
@@ -147,12 +149,12 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--config", help="take sources, tokenizers and --features from this training configuration; each "
                                           "source gets a folder of its own in --output")
     prepare.add_argument("--tokenizers", nargs="+", metavar="FOLDER", help="default: those that come with mmtx")
-    prepare.add_argument("--features", action="store_true", help="also store what decoders with continuous: true take, 2 "
+    prepare.add_argument("--features", action="store_true", help="also store what decoders with continuous_inputs: true take, 2 "
                          "bytes a number: 16 kB a picture of 64 codes with the tokenizer that comes with mmtx")
-    prepare.add_argument("--workers", type=_count(1), default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
+    prepare.add_argument("--num_workers", type=_count(1), default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
                          else os.cpu_count(), help="processes, default: one a core")
     prepare.add_argument("--rows", type=_count(1), default=2048, help="rows of a shard, default: 2048")
-    prepare.add_argument("--max-bad", type=float, help=MAX_BAD_HELP)
+    prepare.add_argument("--max_bad", type=float, help=MAX_BAD_HELP)
     _source_options(prepare)
     prepare.set_defaults(run=_prepare)
 
@@ -162,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
                           help="training samples, for the nearest-neighbour control and for what only they can tell of a "
                                "caption")
     evaluate.add_argument("--config", help="take both from the data of this training configuration")
-    evaluate.add_argument("--max-bad", type=float, help=MAX_BAD_HELP)
+    evaluate.add_argument("--max_bad", type=float, help=MAX_BAD_HELP)
     evaluate.add_argument("--show", type=_count(0), default=8, help="examples to print, default: 8")
     _model_options(evaluate)
     _source_options(evaluate)
@@ -176,7 +178,7 @@ def _source_options(parser: argparse.ArgumentParser) -> None:
                         "addresses; default: what lies below its own address, and public https")
     parser.add_argument("--fields", nargs="+", type=_field, default=None, metavar="FIELD=NAME", help="names under which rows "
                         "have what is read: image=img_path text=label; FIELD= for one that shall not be read")
-    parser.add_argument("--follow-links", action="store_true", help="read also what links in a folder lead to outside of it")
+    parser.add_argument("--follow_links", action="store_true", help="read also what links in a folder lead to outside of it")
 
 
 def _field(word: str) -> tuple[str, str | None]:
@@ -207,9 +209,9 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
 
 def _sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the best id")
-    parser.add_argument("--top-k", type=_count(1), default=None, help="sample from the best K ids")
-    parser.add_argument("--top-p", type=float, default=None, help="sample from the ids that hold this probability")
-    parser.add_argument("--max-new-tokens", type=_count(1), default=256, help="default: 256")
+    parser.add_argument("--top_k", type=_count(1), default=None, help="sample from the best K ids")
+    parser.add_argument("--top_p", type=float, default=None, help="sample from the ids that hold this probability")
+    parser.add_argument("--max_new_tokens", type=_count(1), default=256, help="default: 256")
     parser.add_argument("--seed", type=_count(0, 2**64 - 1), default=None, help="fixes the random choices")
 
 
@@ -268,7 +270,7 @@ def _generate(options: argparse.Namespace) -> None:
         raise InputError(f"--file is missing: where shall the {options.out} go?")
     if options.out == "text" and options.begin is not None:
         raise InputError("--begin: found --out text, expected --out image or --out audio")
-    model, parts, sampling = _load(options), _parts(options.parts), {**_sampling(options), "guidance": options.guidance}
+    model, parts, sampling = _load(options), _parts(options.parts), {**_sampling(options), "guidance_scale": options.guidance_scale}
     if options.out == "text":
         for piece in model.stream(parts, **sampling):
             print(escape(piece, keep="\n\t"), end="", flush=True)
@@ -277,10 +279,10 @@ def _generate(options: argparse.Namespace) -> None:
     if options.begin is None:
         result = model.generate(parts, out=options.out, **sampling)
     elif options.out == "image":
-        result = model.complete(options.begin, options.rows, parts, **sampling)
+        result = model.outpaint(options.begin, options.rows, parts, **sampling)
     else:
         del sampling["max_new_tokens"]  # --seconds say it
-        result = model.extend(options.begin, options.seconds, parts, **sampling)
+        result = model.continue_audio(options.begin, options.seconds, parts, **sampling)
     _write(result, options.file)
     print(options.file)
 
@@ -333,10 +335,10 @@ def _inspect(options: argparse.Namespace) -> None:
             for sample, document in usable([row], model.tokenizers, skipped):
                 left -= 1
                 rendered = render(document, v)
-                print(f"{legend}\n{sample.where}: {len(rendered.ids)} ids, {int(rendered.trained.sum())} trained")
+                print(f"{legend}\n{sample.where}: {len(rendered.ids)} ids, {int(rendered.loss_mask.sum())} trained")
                 legend = ""
                 words = []
-                for ident, trained in zip(rendered.ids.tolist(), rendered.trained.tolist(), strict=True):
+                for ident, trained in zip(rendered.ids.tolist(), rendered.loss_mask.tolist(), strict=True):
                     kind = v.kind(ident)
                     word = {"special": v.name, "text": model.tokenizers["text"].piece}.get(kind, str)(ident)
                     words.append(paint(word, kind, trained))
@@ -369,7 +371,7 @@ def _prepare(options: argparse.Namespace) -> None:
     _check_source_options(options)
     if options.config:
         config = read_config(find_shipped(options.config))
-        sources, folders, features, max_bad = config.train, config.tokenizers, config.continuous, config.max_bad
+        sources, folders, features, max_bad = config.train, config.tokenizers, config.continuous_inputs, config.max_bad
         # The same samples are prepared once, however often they are used.
         read = [repr((source.paths, source.select, source.fields, source.follow_links)) for source in sources]
         outputs = [check_output(options.output) / str(list(dict.fromkeys(read)).index(what)) for what in read]
@@ -380,7 +382,7 @@ def _prepare(options: argparse.Namespace) -> None:
     done = set()
     for source, output in zip(sources, outputs, strict=True):
         if output not in done:
-            facts = prepare(source, tokenizers, output, features=features, rows=options.rows, workers=options.workers,
+            facts = prepare(source, tokenizers, output, features=features, rows=options.rows, num_workers=options.num_workers,
                             max_bad=max_bad if options.max_bad is None else options.max_bad)
             print(f"{output}: {facts['documents']:,} documents, {facts['tokens']:,} tokens, {facts['shards']:,} shards, "
                   f"{facts['skipped']:,} of {facts['rows']:,} rows skipped", flush=True)

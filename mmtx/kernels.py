@@ -44,18 +44,18 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def turn_heads(qkv: Tensor, query_weight: Tensor, key_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int,
+def qk_norm_rope(qkv: Tensor, query_weight: Tensor, key_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int,
                eps: float) -> Heads:
     """Projections (..., (H + 2G) * K) -> heads, queries and keys with RMSNorm and turned by their positions.
 
     `cos` and `sin` (..., K) are of the rotary angles: the halves of a head are the pairs.
     """
     if qkv.device.type == "cpu":
-        return Heads(*_TurnHeads.apply(qkv, query_weight, key_weight, cos, sin, heads, kv_heads, eps))
+        return Heads(*_QKNormRoPE.apply(qkv, query_weight, key_weight, cos, sin, heads, kv_heads, eps))
     width = query_weight.shape[0]
     query, key, value = (part.unflatten(-1, (-1, width)) for part in
                          qkv.split([heads * width, kv_heads * width, kv_heads * width], dim=-1))
-    query, key = (rotate(F.rms_norm(part, (width,), weight, eps), cos, sin)
+    query, key = (apply_rotary_emb(F.rms_norm(part, (width,), weight, eps), cos, sin)
                   for part, weight in ((query, query_weight), (key, key_weight)))
     return Heads(query, key, value)
 
@@ -75,21 +75,21 @@ def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=groups > 1).transpose(1, 2)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn heads x (..., H, K) by the angles (..., K)."""
     low, high = x.chunk(2, dim=-1)
     turned = torch.cat([-high, low], dim=-1)
     return (x * cos[..., None, :] + turned * sin[..., None, :]).to(x.dtype)
 
 
-def lay_out(x: Tensor, gather: Tensor, scatter: Tensor) -> Tensor:
+def pad_input(x: Tensor, gather: Tensor, scatter: Tensor) -> Tensor:
     """Rows x[gather] (slots, ...) of x (N, ...), whose slot `scatter` (N,) gets the gradient of each row."""
-    return _LayOut.apply(x, gather, scatter)
+    return _PadInput.apply(x, gather, scatter)
 
 
-def pick_up(x: Tensor, scatter: Tensor) -> Tensor:
+def unpad_input(x: Tensor, scatter: Tensor) -> Tensor:
     """Rows x[scatter] (N, ...) of x (slots, ...), each at most once."""
-    return _PickUp.apply(x, scatter)
+    return _UnpadInput.apply(x, scatter)
 
 
 def _next_type(x: Tensor) -> torch.dtype:
@@ -146,7 +146,7 @@ class _SwiGLU(torch.autograd.Function):
         return d
 
 
-class _TurnHeads(torch.autograd.Function):
+class _QKNormRoPE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv: Tensor, query_weight: Tensor, key_weight: Tensor, cos: Tensor, sin: Tensor, heads: int,
                 kv_heads: int, eps: float):
@@ -155,7 +155,7 @@ class _TurnHeads(torch.autograd.Function):
         x = qkv.unflatten(-1, (-1, query_weight.shape[0]))
         turning, value = x[..., :heads + kv_heads, :], x[..., heads + kv_heads:, :]
         normed, _ = _normed(turning, eps)
-        turned = _turn(normed.mul_(_rows(query_weight, key_weight, heads, kv_heads)), cos, sin).to(qkv.dtype)
+        turned = _apply_rotary_emb(normed.mul_(_rows(query_weight, key_weight, heads, kv_heads)), cos, sin).to(qkv.dtype)
         return turned[..., :heads, :], turned[..., heads:, :], value
 
     @staticmethod
@@ -165,7 +165,7 @@ class _TurnHeads(torch.autograd.Function):
         heads, kv_heads, eps = ctx.sizes
         x = qkv.unflatten(-1, (-1, query_weight.shape[0]))
         normed, factor = _normed(x[..., :heads + kv_heads, :], eps)
-        dy = _turn(torch.cat([d_query, d_key], dim=-2).to(normed.dtype), cos, -sin)
+        dy = _apply_rotary_emb(torch.cat([d_query, d_key], dim=-2).to(normed.dtype), cos, -sin)
         weight = _rows(query_weight, key_weight, heads, kv_heads)
         d = dy * normed
         d_weight = d.flatten(0, -3).sum(0)                                              # (H + G, K)
@@ -224,7 +224,7 @@ def _shares(q: Tensor, k: Tensor, rows: slice, seen: int, causal: bool) -> Tenso
     return scores.softmax(-1)
 
 
-class _LayOut(torch.autograd.Function):
+class _PadInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, gather: Tensor, scatter: Tensor) -> Tensor:
         ctx.save_for_backward(scatter)
@@ -236,7 +236,7 @@ class _LayOut(torch.autograd.Function):
         return dy.index_select(0, *ctx.saved_tensors), None, None
 
 
-class _PickUp(torch.autograd.Function):
+class _UnpadInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, scatter: Tensor) -> Tensor:
         ctx.save_for_backward(scatter)
@@ -253,8 +253,8 @@ def _rows(query_weight: Tensor, key_weight: Tensor, heads: int, kv_heads: int) -
     return torch.cat([query_weight.expand(heads, -1), key_weight.expand(kv_heads, -1)])
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rotate` with fewer passes."""
+def _apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`apply_rotary_emb` with fewer passes."""
     half = x.shape[-1] // 2
     cos, sin = cos[..., None, :], sin[..., None, :]
     y = x * cos

@@ -13,18 +13,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmtx.kernels import attend, lay_out, pick_up, rms_norm, swiglu, turn_heads
+from mmtx.kernels import attend, pad_input, qk_norm_rope, rms_norm, swiglu, unpad_input
 
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """Sizes of a block; `hidden` is the inner width of the feed-forward half."""
+    """Sizes of a block; `mlp_dim` is the inner width of the feed-forward half."""
 
     width: int
     heads: int
     kv_heads: int
-    head_width: int
-    hidden: int
+    head_dim: int
+    mlp_dim: int
     causal: bool
     norm_eps: float = 1e-6
 
@@ -64,7 +64,7 @@ class Packing(NamedTuple):
         return cls(torch.cat(gathers), scatter, tuple(groups))
 
 
-def rotary(positions: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary_embedding(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine (..., T, K) of the rotary angles (RoPE, https://arxiv.org/abs/2104.09864).
 
     `positions` is (..., T) for a sequence or (..., T, A) for a grid; each axis turns its own share of the pairs.
@@ -72,7 +72,7 @@ def rotary(positions: Tensor, head_width: int, theta: float) -> tuple[Tensor, Te
     if positions.dim() < 3:
         positions = positions[..., None]
     axes = positions.shape[-1]
-    pairs = head_width // 2 // axes
+    pairs = head_dim // 2 // axes
     frequency = theta ** (-torch.arange(pairs, dtype=torch.float32, device=positions.device) / pairs)
     angles = (positions[..., None].float() * frequency).flatten(-2)        # (..., T, K/2)
     angles = torch.cat([angles, angles], dim=-1)
@@ -100,11 +100,11 @@ class Attention(nn.Module):
     def __init__(self, config: BlockConfig):
         super().__init__()
         self.config = config
-        query, key = config.heads * config.head_width, config.kv_heads * config.head_width
+        query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.qkv = FusedLinear(config.width, (query, key, key))
-        self.out = nn.Linear(config.heads * config.head_width, config.width, bias=False)
-        self.query_norm = RMSNorm(config.head_width, eps=config.norm_eps)
-        self.key_norm = RMSNorm(config.head_width, eps=config.norm_eps)
+        self.out = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
+        self.query_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
+        self.key_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
 
     def forward(
         self,
@@ -113,7 +113,7 @@ class Attention(nn.Module):
         packing: Packing | None = None,
     ) -> Tensor:                                    # (B, T, D)
         c = self.config
-        query, key, value = turn_heads(self.qkv(x), self.query_norm.weight, self.key_norm.weight, *angles,
+        query, key, value = qk_norm_rope(self.qkv(x), self.query_norm.weight, self.key_norm.weight, *angles,
                                        c.heads, c.kv_heads, c.norm_eps)                  # (B, T, H | G, K)
         if packing is not None:
             y = self._attend_documents(query, key, value, packing)
@@ -125,11 +125,11 @@ class Attention(nn.Module):
         # Causal attention never looks right, so the padding behind a short document is never seen.
         assert self.config.causal, "packed attention needs a causal block"
         sizes = [documents * longest for documents, longest in packing.groups]
-        query, key, value = (lay_out(part.flatten(0, 1), packing.gather, packing.scatter).split(sizes)
+        query, key, value = (pad_input(part.flatten(0, 1), packing.gather, packing.scatter).split(sizes)
                              for part in (query, key, value))                            # (slots, H | G, K), by group
         outputs = [attend(*(part.unflatten(0, group) for part in parts), causal=True).flatten(0, 1)
                    for group, *parts in zip(packing.groups, query, key, value, strict=True)]
-        return pick_up(torch.cat(outputs), packing.scatter)
+        return unpad_input(torch.cat(outputs), packing.scatter)
 
 
 class FeedForward(nn.Module):
@@ -137,8 +137,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: BlockConfig):
         super().__init__()
-        self.gate_up = FusedLinear(config.width, (config.hidden, config.hidden))
-        self.down = nn.Linear(config.hidden, config.width, bias=False)
+        self.gate_up = FusedLinear(config.width, (config.mlp_dim, config.mlp_dim))
+        self.down = nn.Linear(config.mlp_dim, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(swiglu(self.gate_up(x)))

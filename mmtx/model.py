@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtx.errors import InputError
-from mmtx.layers import Block, BlockConfig, Packing, RMSNorm, initialise, rotary
+from mmtx.layers import Block, BlockConfig, Packing, RMSNorm, initialise, rotary_embedding
 from mmtx.schema import within
 from mmtx.sequence import Features
 from mmtx.vocabulary import MODALITIES
@@ -54,8 +54,8 @@ class DecoderConfig:
     depth: int = 4
     heads: int = 3
     kv_heads: int = 3
-    head_width: int = 64
-    hidden: int = 512
+    head_dim: int = 64
+    mlp_dim: int = 512
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     tied: bool = True
@@ -65,8 +65,8 @@ class DecoderConfig:
     def __post_init__(self):
         ranges = tuple(r if isinstance(r, CodeRange) else CodeRange(r["start"], tuple(r["levels"])) for r in self.composed)
         object.__setattr__(self, "composed", ranges)
-        for name, most in (("width", 2**16), ("depth", 2**12), ("heads", 2**12), ("kv_heads", 2**12), ("head_width", 2**12),
-                           ("hidden", 2**20)):
+        for name, most in (("width", 2**16), ("depth", 2**12), ("heads", 2**12), ("kv_heads", 2**12), ("head_dim", 2**12),
+                           ("mlp_dim", 2**20)):
             within(name, getattr(self, name), 1, most)
         within("vocabulary_size", self.vocabulary_size, 0, 2**31)
         within("rope_theta", self.rope_theta, 1e-3, 1e12)
@@ -79,8 +79,8 @@ class DecoderConfig:
         within("composed: ids times digits", sum(r.stop - r.start for r in ranges) * digits, 0, MOST_COMPOSED)
         if self.heads % self.kv_heads:
             raise InputError(f"heads: found {self.heads}, expected a multiple of kv_heads={self.kv_heads}")
-        if self.head_width % 2:
-            raise InputError(f"head_width: found {self.head_width}, expected an even number")
+        if self.head_dim % 2:
+            raise InputError(f"head_dim: found {self.head_dim}, expected an even number")
         end = self.plain_rows
         for r in ranges:
             if r.start != end:
@@ -147,7 +147,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
-        block = BlockConfig(config.width, config.heads, config.kv_heads, config.head_width, config.hidden,
+        block = BlockConfig(config.width, config.heads, config.kv_heads, config.head_dim, config.mlp_dim,
                             causal=True, norm_eps=config.norm_eps)
         self.embedding = TokenEmbedding(config)
         self.projections = nn.ModuleDict({kind: nn.Linear(size, config.width) for kind, size in config.features.items()})
@@ -160,7 +160,7 @@ class Decoder(nn.Module):
                 features: Mapping[str, Features] | None = None) -> Tensor:
         """Ids and their positions (B, T) -> hidden states (B, T, D); documents of a packed batch do not see each other."""
         x = self.embed(ids, features)
-        angles = rotary(positions, self.config.head_width, self.config.rope_theta)
+        angles = rotary_embedding(positions, self.config.head_dim, self.config.rope_theta)
         for block in self.blocks:
             x = block(x, angles, packing)
         return self.norm(x)

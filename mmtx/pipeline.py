@@ -34,7 +34,7 @@ from mmtx.errors import InputError
 from mmtx.files import CONFIG, find_shipped, read_json, replace_folder, shipped, write_json
 from mmtx.grammar import Grammar
 from mmtx.inference.generation import generate, steps
-from mmtx.inference.row import lay_out
+from mmtx.inference.row import prepack_weights
 from mmtx.inference.sampling import Sampling
 from mmtx.inference.weights import Weights
 from mmtx.modality.autoencoder import Encoding
@@ -45,7 +45,7 @@ from mmtx.sequence import Prompt, parse, prompt, render
 from mmtx.vocabulary import Vocabulary
 from mmtx.weights import load_module, to_bytes
 
-FORMAT = 1
+FORMAT = 2
 DEFAULT_MODEL = "demos/starter"
 AUDIO_TOKENIZER = "tokenizers/audio"
 BATCH = 32  # media that are encoded, and prompts that are answered, together
@@ -119,7 +119,7 @@ def load(folder: str | Path | None = None, device: str | torch.device | None = N
             raise InputError(f"{folder}: the decoder takes features of {kind} of width {width}, its tokenizer gives {found}")
     decoder = load_module(lambda: Decoder(config), folder / "model.safetensors")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Model(decoder, vocabulary, tokenizers).to(device).fix()
+    return Model(decoder, vocabulary, tokenizers).to(device).prepare_for_inference()
 
 
 def _read_config(folder: Path) -> DecoderConfig:
@@ -143,10 +143,10 @@ def _read_config(folder: Path) -> DecoderConfig:
 class Model:
     """A decoder with its tokenizers. Make one with `mmtx.load`.
 
-    Many threads may ask one model at the same time, and each gets the answers that it would get alone; only `to`, `fix` and
-    changes of the weights must wait until nobody asks. A model can be copied (`copy.deepcopy`), pickled, and given to other
-    processes: spawned, or forked. In the thread that comes out of a fork torch gets one thread with the first call, since
-    its threads are not there any more. What the program set in torch (`mmtx.ambient`) changes no answer.
+    Many threads may ask one model at the same time, and each gets the answers that it would get alone; only `to`,
+    `prepare_for_inference` and changes of the weights must wait until nobody asks. A model can be copied (`copy.deepcopy`),
+    pickled, and given to other processes: spawned, or forked. In the thread that comes out of a fork torch gets one thread with
+    the first call, since its threads are not there any more. What the program set in torch (`mmtx.ambient`) changes no answer.
     """
 
     def __init__(self, decoder: Decoder, vocabulary: Vocabulary, tokenizers: Mapping[str, Tokenizer]):
@@ -161,15 +161,16 @@ class Model:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _weights=None)
         if state["_weights"]:
-            self.fix()
+            self.prepare_for_inference()
 
     @neutral()
-    def fix(self) -> "Model":
-        """Promise that the decoder will not change any more, or not before `fix` or `to` is called again, which makes
-        long answers of one prompt on a CPU up to twice as fast. `mmtx.load` does it.
+    def prepare_for_inference(self) -> "Model":
+        """Lay out the decoder's weights for decoding, which makes long answers of one prompt on a CPU up to twice as fast.
+
+        The weights must then stay as they are; after a change, or `to`, call it again. `mmtx.load` does it.
         """
         if self.decoder.embedding.weight.device.type == "cpu":
-            lay_out(self.decoder)
+            prepack_weights(self.decoder)
         self._weights = Weights.of(self.decoder, fixed=True)
         return self
 
@@ -292,7 +293,7 @@ class Model:
         return answers if out == "any" else [answer[0] if answer else "" for answer in answers]
 
     @neutral()
-    def complete(self, picture: Any, rows: int | None = None, parts: Any = (), **sampling: Any) -> PILImage.Image:
+    def outpaint(self, picture: Any, rows: int | None = None, parts: Any = (), **sampling: Any) -> PILImage.Image:
         """Keep the top of a picture and draw the rest.
 
         Args:
@@ -313,7 +314,7 @@ class Model:
         return self._to_media(self._answer([self._prompt(parts)], "image", Sampling.of(**sampling), prefix)[0])[0]
 
     @neutral()
-    def extend(self, sound: Any, seconds: float = 1.0, parts: Any = (), **sampling: Any) -> Sound:
+    def continue_audio(self, sound: Any, seconds: float = 1.0, parts: Any = (), **sampling: Any) -> Sound:
         """Let a sound go on: its reconstruction, and what the model hears behind it.
 
         Args:

@@ -33,7 +33,7 @@ class Rendered(NamedTuple):
     """A document as one stream."""
 
     ids: np.ndarray  # (T,) int32
-    trained: np.ndarray  # (T,) bool: whether ids[i] is a target that counts
+    loss_mask: np.ndarray  # (T,) bool: whether ids[i] is a target that counts
     spans: tuple[Span, ...] = ()
 
 

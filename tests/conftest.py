@@ -50,7 +50,7 @@ def tiny_model(tokenizers, vocabulary):
     """A random decoder with its tokenizers."""
     torch.manual_seed(1)
     ranges = [CodeRange(vocabulary.range(kind).start, vocabulary.levels(kind)) for kind in ("image", "audio")]
-    config = DecoderConfig(vocabulary.size, width=32, depth=2, heads=4, kv_heads=2, head_width=16, hidden=64,
+    config = DecoderConfig(vocabulary.size, width=32, depth=2, heads=4, kv_heads=2, head_dim=16, mlp_dim=64,
                            composed=tuple(ranges))
     return Model(Decoder(config), vocabulary, tokenizers).to("cpu")
 

@@ -112,7 +112,7 @@ def make_model(folder: Path) -> None:
     tokenizers = small_tokenizers()
     vocabulary = Vocabulary.build(tokenizers)
     ranges = tuple(CodeRange(vocabulary.range(kind).start, vocabulary.levels(kind)) for kind in ("image", "audio"))
-    config = DecoderConfig(vocabulary.size, width=16, depth=1, heads=2, kv_heads=1, head_width=8, hidden=16, composed=ranges,
+    config = DecoderConfig(vocabulary.size, width=16, depth=1, heads=2, kv_heads=1, head_dim=8, mlp_dim=16, composed=ranges,
                            features={"image": 16})
     Model(Decoder(config), vocabulary, tokenizers).save(folder)
 
@@ -153,7 +153,7 @@ def read_prepared(folder: Path) -> list[tuple]:
 
     tensors.cache_clear()
     corpus = read_corpus([DataSource([str(folder)], task=task) for task in ("caption", "generate")], SOME,
-                         Vocabulary.build(SOME), context=1000, max_bad=0, features=True)
+                         Vocabulary.build(SOME), max_seq_len=1000, max_bad=0, features=True)
     found = [corpus.render([(n, 0)])[0] for n in range(len(corpus))]
     return [(rendered.ids.tolist(), [span.values.tolist() for span in rendered.spans], corpus.where(n))
             for n, rendered in enumerate(found)]

@@ -37,10 +37,10 @@ def prepare(root: Path, steps: int = 8, **trainer) -> dict:
     return {
         "seed_everything": 0, "save_every": 2, "samples": 2, "ema": 0.9,
         "model": {"class_path": "mmtx.training.decoder.DecoderModule", "init_args": {
-            "decoder": {"width": 32, "depth": 1, "heads": 2, "kv_heads": 1, "head_width": 16, "hidden": 32}}},
+            "decoder": {"width": 32, "depth": 1, "heads": 2, "kv_heads": 1, "head_dim": 16, "mlp_dim": 32}}},
         "data": {"class_path": "mmtx.training.decoder.DecoderData", "init_args": {
             "tokenizers": {kind: str(root / kind) for kind in ("text", "image", "audio")},
-            "train": FEW, "validation": FEW, "tokens": 256, "context": 255, "workers": 2,
+            "train": FEW, "validation": FEW, "tokens_per_batch": 256, "max_seq_len": 255, "num_workers": 2,
             "image_augmentation": {}, "audio_augmentation": {}}},
         "trainer": {"accelerator": "cpu", "max_steps": steps, "val_check_interval": 3, "check_val_every_n_epoch": None,
                     "log_every_n_steps": 1, "enable_progress_bar": False, "gradient_clip_val": 1.0, **trainer},

@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 
 
 def decoder(source, limit, model, folder):
-    return len(read_corpus([source], model.tokenizers, model.vocabulary, context=200, max_bad=limit))
+    return len(read_corpus([source], model.tokenizers, model.vocabulary, max_seq_len=200, max_bad=limit))
 
 
 def codec(source, limit, model, folder):
@@ -79,8 +79,8 @@ def test_each_source_has_a_count_of_its_own(folder, tiny_model, tmp_path):
     sources = [DataSource([str(folder / "rows.jsonl")]), DataSource([str(tmp_path / "good.jsonl")])]
     for some in (sources, sources[::-1]):
         with pytest.raises(InputError, match="3 of 20 rows"):
-            read_corpus(some, tiny_model.tokenizers, tiny_model.vocabulary, context=200, max_bad=0.1)
-    corpus = read_corpus(sources, tiny_model.tokenizers, tiny_model.vocabulary, context=200, max_bad=0.15)
+            read_corpus(some, tiny_model.tokenizers, tiny_model.vocabulary, max_seq_len=200, max_bad=0.1)
+    corpus = read_corpus(sources, tiny_model.tokenizers, tiny_model.vocabulary, max_seq_len=200, max_bad=0.15)
     assert len(corpus) == 117
 
 
@@ -94,7 +94,7 @@ def test_a_row_counts_once_and_is_left_out_whole(folder, tiny_model, tmp_path):
 
 
 def test_what_is_skipped_is_told_in_one_line(folder, tiny_model, capsys):
-    read_corpus([DataSource([str(folder / "rows.jsonl")])], tiny_model.tokenizers, tiny_model.vocabulary, context=200, max_bad=1)
+    read_corpus([DataSource([str(folder / "rows.jsonl")])], tiny_model.tokenizers, tiny_model.vocabulary, max_seq_len=200, max_bad=1)
     (line,) = capsys.readouterr().err.splitlines()
     assert re.match(r"skipped: 3 of 20 rows cannot be used; first: .*row 4: .*row 8: .*row 13: ", line)
 
@@ -112,13 +112,13 @@ def test_commands_say_it_in_the_same_way(folder, tiny_model, tmp_path, capsys):
     folders = [str(tmp_path / kind) for kind in tiny_model.tokenizers]
     commands = {
         "evaluate": ["evaluate", rows, "--show", "0", *model],
-        "prepare": ["prepare", rows, "--workers", "1", "--output", str(tmp_path / "out"), "--tokenizers", *folders],
+        "prepare": ["prepare", rows, "--num_workers", "1", "--output", str(tmp_path / "out"), "--tokenizers", *folders],
     }
     for command in commands.values():
         with pytest.raises(SystemExit):
             main(command)
         assert "of 20 rows cannot be used" in capsys.readouterr().err
-        main([*command, "--max-bad", "0.15"])
+        main([*command, "--max_bad", "0.15"])
         assert "17 samples" in (out := capsys.readouterr().out) or "17 documents" in out
 
 

@@ -65,26 +65,26 @@ def model(folder):
 
 
 def test_caption_of_one_file_is_the_caption(run, model, folder):
-    assert run("caption", "media/a.png", "--max-new-tokens", "4") == (
+    assert run("caption", "media/a.png", "--max_new_tokens", "4") == (
         escape(model.caption(folder / "media" / "a.png", max_new_tokens=4)) + "\n")
 
 
 def test_caption_of_a_folder_names_each_file(run, model, folder):
-    told = run("caption", "media", "--max-new-tokens", "4", "--temperature", "1", "--seed", "2")
+    told = run("caption", "media", "--max_new_tokens", "4", "--temperature", "1", "--seed", "2")
     names = ["media/a.png", "media/b.png", "media/c.wav"]
     captions = model.caption([folder / name for name in names], max_new_tokens=4, temperature=1.0, seed=2)
     assert told == "".join(f"{name}\t{escape(caption)}\n" for name, caption in zip(names, captions, strict=True))
 
 
 def test_generate_writes_text(run, model):
-    options = ("--temperature", "1", "--seed", "3", "--max-new-tokens", "9", "--top-k", "50", "--top-p", "0.9")
+    options = ("--temperature", "1", "--seed", "3", "--max_new_tokens", "9", "--top_k", "50", "--top_p", "0.9")
     expected = model.generate("what is it?", temperature=1.0, seed=3, max_new_tokens=9, top_k=50, top_p=0.9)
     assert run("generate", "what is it?", *options) == escape(expected, keep="\n\t") + "\n"
 
 
 def test_generate_takes_parts_in_order(run, model, folder):
     expected = model.generate(["what is", folder / "media" / "a.png"], max_new_tokens=9, temperature=1.0, seed=1)
-    assert run("generate", "what is", "media/a.png", "--max-new-tokens", "9", "--temperature", "1", "--seed",
+    assert run("generate", "what is", "media/a.png", "--max_new_tokens", "9", "--temperature", "1", "--seed",
                "1") == escape(expected, keep="\n\t") + "\n"
 
 
@@ -92,17 +92,17 @@ def test_generate_writes_a_picture_and_a_sound(run, folder, tmp_path):
     picture, sound = tmp_path / "out.png", tmp_path / "out.wav"
     assert run("generate", "a red circle", "--out", "image", "--file", str(picture)) == f"{picture}\n"
     assert Image.open(picture).size == (16, 16)
-    run("generate", "a red circle", "--out", "audio", "--file", str(sound), "--max-new-tokens", "6")
+    run("generate", "a red circle", "--out", "audio", "--file", str(sound), "--max_new_tokens", "6")
     assert soundfile.info(sound).samplerate == RATE
 
 
 def test_generate_completes_a_picture(run, model, tmp_path):
-    file, sampling = tmp_path / "out.png", {"temperature": 1.0, "seed": 4, "guidance": 2.0}
+    file, sampling = tmp_path / "out.png", {"temperature": 1.0, "seed": 4, "guidance_scale": 2.0}
     options = ("--out", "image", "--file", str(file), "--begin", "media/a.png", "--temperature", "1", "--seed", "4",
-               "--guidance", "2")
+               "--guidance_scale", "2")
     for rows, words in ((None, ()), (8, ("a red circle",)), (16, ())):
         run("generate", *words, *options, *(() if rows is None else ("--rows", str(rows))))
-        expected = model.complete("media/a.png", rows, list(words), **sampling)
+        expected = model.outpaint("media/a.png", rows, list(words), **sampling)
         assert np.array_equal(np.asarray(Image.open(file)), np.asarray(expected))
 
 
@@ -111,7 +111,7 @@ def test_generate_goes_on_with_a_sound(run, model, tmp_path):
     run("generate", "trumpet", "--out", "audio", "--file", str(file), "--begin", "media/c.wav", "--seconds", "0.2",
         "--temperature", "1", "--seed", "4")
     samples, rate = soundfile.read(file)
-    expected = model.extend("media/c.wav", 0.2, "trumpet", temperature=1.0, seed=4)
+    expected = model.continue_audio("media/c.wav", 0.2, "trumpet", temperature=1.0, seed=4)
     assert rate == RATE and len(samples) == len(expected.samples) > 4000
     assert np.abs(samples - expected.samples.clip(-1, 1)).max() < 1e-3
 
@@ -191,8 +191,8 @@ MISTAKES = [
     ("caption media/a.png --device cuda:99", ["device", "cuda:99"]),
     ("caption media/a.png --temperature hot", ["--temperature", "hot"]),
     ("caption media/a.png --temperature -1", ["temperature", "-1.0"]),
-    ("caption media/a.png --top-k 0", ["--top-k", "'0'", "1 or more"]),
-    ("caption media/a.png --max-new-tokens 0", ["--max-new-tokens", "'0'"]),
+    ("caption media/a.png --top_k 0", ["--top_k", "'0'", "1 or more"]),
+    ("caption media/a.png --max_new_tokens 0", ["--max_new_tokens", "'0'"]),
     ("caption media/a.png --colour red", ["--colour red"]),
     ("generate", ["required", "parts"]),
     ("generate a --out image", ["--file", "image"]),
@@ -203,10 +203,10 @@ MISTAKES = [
     ("generate --begin nothing.png --out image --file out.png", ["nothing.png", "no such file"]),
     ("generate --begin media/a.png --rows 3 --out image --file out.png", ["rows: found 3", "multiple of 8"]),
     ("generate --begin media/c.wav --seconds 0 --out audio --file out.wav", ["seconds: found 0"]),
-    ("generate a --guidance -1", ["guidance: found -1"]),
+    ("generate a --guidance_scale -1", ["guidance_scale: found -1"]),
     ("generate a --out image --file nowhere/out.png", ["nowhere/out.png", "cannot be written"]),
     ("generate a --out image --file out.abc", ["out.abc", "cannot be written"]),
-    ("generate a --out audio --file out.abc --max-new-tokens 2", ["out.abc", "cannot be written"]),
+    ("generate a --out audio --file out.abc --max_new_tokens 2", ["out.abc", "cannot be written"]),
     ("generate a nothing.png", ["nothing.png", "no such file"]),
     ("tokenize nothing.wav", ["nothing.wav", "no such file"]),
     ("tokenize broken.png", ["broken.png", "not a whole picture"]),
@@ -222,7 +222,7 @@ MISTAKES = [
     ("generate --begin media/c.wav --seconds 1e9 --out audio --file out.wav", ["seconds", "1000000000"]),
     ("generate --begin media/c.wav --seconds nan --out audio --file out.wav", ["seconds", "nan"]),
     ("generate --begin media/a.png --rows -8 --out image --file out.png", ["--rows", "-8"]),
-    ("prepare pictures.jsonl --output out --workers 0", ["--workers", "'0'"]),
+    ("prepare pictures.jsonl --output out --num_workers 0", ["--num_workers", "'0'"]),
     ("prepare pictures.jsonl --output out --rows -1", ["--rows", "-1"]),
     ("inspect all.jsonl --fields image", ["--fields", "'image'", "FIELD=NAME"]),
     ("evaluate --config nothing.yaml --fields image=x", ["--fields", "--config"]),
@@ -275,7 +275,7 @@ def test_one_bad_file_of_many_is_named_and_the_others_are_captioned(folder, mode
     monkeypatch.chdir(folder)
     files = ["media/a.png", "broken.png", "media", "nothing.wav", "text.txt", "empty", "media/b.png"]
     with pytest.raises(SystemExit) as stop:
-        main(["caption", *files, "--model", "model", "--device", "cpu", "--max-new-tokens", "3"])
+        main(["caption", *files, "--model", "model", "--device", "cpu", "--max_new_tokens", "3"])
     captured = capsys.readouterr()
     names = ["media/a.png", "media/a.png", "media/b.png", "media/c.wav", "media/b.png"]
     captions = [model.caption(folder / name, max_new_tokens=3) for name in names]
@@ -327,7 +327,7 @@ def test_names_of_any_bytes_and_terminals_of_any_encoding(encoding, folder, tmp_
     for name in (b"caf\xe9.png", "\u6f22.png".encode(), b"line\nbreak.png", b"red\x1b[31m.png"):
         (tmp_path / os.fsdecode(name)).write_bytes(picture)
     (tmp_path / os.fsdecode(b"bad\xff.png")).write_bytes(picture[:60])
-    done = command("caption", os.fsencode(tmp_path), "--model", str(folder / "model"), "--max-new-tokens", "1",
+    done = command("caption", os.fsencode(tmp_path), "--model", str(folder / "model"), "--max_new_tokens", "1",
                    env={"PYTHONIOENCODING": encoding})
     out, err = done.stdout.decode(encoding.split(":")[0]), done.stderr.decode(encoding.split(":")[0])
     assert done.returncode == 1 and err.count("\n") == 1 and "bad\\xff.png" in err

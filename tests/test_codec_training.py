@@ -1,4 +1,4 @@
-"""Training of the codecs on real pictures and sounds: health in every validation, the critic, what it leaves alone."""
+"""Training of the codecs on real pictures and sounds: health in every validation, the discriminator, what it leaves alone."""
 
 import math
 from dataclasses import replace
@@ -18,8 +18,8 @@ from mmtx.modality.autoencoder import NetworkConfig
 from mmtx.modality.fsq import FSQ
 from mmtx.modality.image import ImageConfig
 from mmtx.modality.vocoder import PITCHES
-from mmtx.training.codec import AudioCodecModule, CodecBatches, CodecData, ImageCodecModule, Usage, picture_quality
-from mmtx.training.critic import AdversarialConfig, Critic, Perceptual, PerceptualConfig, balance
+from mmtx.training.codec import AudioCodecModule, CodebookUsage, CodecBatches, CodecData, ImageCodecModule, picture_quality
+from mmtx.training.discriminator import AdversarialConfig, Discriminator, Perceptual, PerceptualConfig, adaptive_weight
 from mmtx.training.optimizer import OptimizerConfig
 
 STARTER = Path(__file__).parents[1] / "demos" / "data" / "starter"
@@ -28,7 +28,7 @@ FEW = [DataSource([str(STARTER / "images-train-004.tar.gz")], limit=6),
 NETWORK = NetworkConfig(width=16, heads=1, encoder_depth=1, decoder_depth=1, levels=(8, 5, 5))
 IMAGE = ImageConfig(patch=8, side=32, network=NETWORK)
 AUDIO = AudioConfig(mels=16, patch_mels=8, patch_frames=4, window=512, chunk=16, network=NETWORK)
-SMALL = AdversarialConfig(start=2, width=8, depth=2)
+SMALL = AdversarialConfig(start_step=2, width=8, depth=2)
 JUDGE = "tests.test_codec_training.judge"
 
 
@@ -59,7 +59,7 @@ def importable():
 
 def module(kind: str, learning_rate=1e-3, **more):
     torch.manual_seed(0)
-    optimizer = OptimizerConfig(learning_rate=learning_rate, muon=learning_rate)
+    optimizer = OptimizerConfig(learning_rate=learning_rate, muon_lr=learning_rate)
     made, config = (ImageCodecModule, IMAGE) if kind == "image" else (AudioCodecModule, AUDIO)
     return made(config, optimizer, **more)
 
@@ -69,7 +69,7 @@ def train(module, steps=2) -> dict[str, float]:
     trainer = Trainer(accelerator="cpu", max_steps=steps, val_check_interval=steps, check_val_every_n_epoch=None,
                       gradient_clip_val=0.01, num_sanity_val_steps=0, logger=False, enable_checkpointing=False,
                       enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False)
-    trainer.fit(module, CodecData(FEW, FEW, batch=4, varied=0.5))
+    trainer.fit(module, CodecData(FEW, FEW, batch_size=4, multi_size_prob=0.5))
     return {name: float(value) for name, value in trainer.logged_metrics.items()}
 
 
@@ -81,7 +81,7 @@ def test_a_batch_is_a_function_of_seed_number_and_rank():
     media = [torch.full((1,), float(n)) for n in range(50)]
 
     def batch(k=0, seed=0, rank=0, weights=torch.ones(50)):
-        batches = CodecBatches(media, collate, batch=8, seed=seed, steps=4, rank=rank, world=2, weights=weights)
+        batches = CodecBatches(media, collate, batch_size=8, seed=seed, steps=4, rank=rank, world=2, weights=weights)
         return batches[k].media.flatten().tolist()
 
     def collate(chosen, generator):
@@ -130,7 +130,7 @@ def test_every_validation_logs_health(kind, names):
 def test_usage_by_hand():
     levels = (3, 2)
     codes = FSQ(levels).to_codes(torch.tensor([[-1.0, -1.0], [0.0, -1.0], [0.0, -1.0], [-1.0, 1.0]]))
-    usage = Usage.of(torch.bincount(codes, minlength=6), levels)
+    usage = CodebookUsage.of(torch.bincount(codes, minlength=6), levels)
     assert usage.levels == (2, 2)  # the third level of the first digit never came
     assert usage.dead == pytest.approx(3 / 6)
     assert usage.perplexity == pytest.approx(2 ** 1.5)  # shares 1/2, 1/4, 1/4
@@ -141,7 +141,7 @@ def test_usage_by_hand():
 def test_silence_alone_is_no_collapse():
     counts = torch.ones(200)
     counts[17] = 10_000
-    assert Usage.of(counts, (8, 5, 5)).carried > 0.99
+    assert CodebookUsage.of(counts, (8, 5, 5)).carried > 0.99
 
 
 def test_picture_quality_by_hand():
@@ -222,52 +222,52 @@ def test_the_network_is_neither_trained_nor_saved():
 @pytest.mark.parametrize("size", [(1, 1), (2, 16), (32, 32), (33, 7), (64, 64)])
 @pytest.mark.parametrize("depth", [1, 3])
 def test_a_critic_scores_pictures_of_any_size(size, depth):
-    scores = Critic(3, AdversarialConfig(width=4, depth=depth))(torch.zeros(2, 3, *size))
+    scores = Discriminator(3, AdversarialConfig(width=4, depth=depth))(torch.zeros(2, 3, *size))
     assert scores.shape[:2] == (2, 1) and min(scores.shape[2:]) >= 1
 
 
 def test_codec_and_critic_learn_from_their_own_part_only():
-    critic = Critic(3, SMALL)
+    discriminator = Discriminator(3, SMALL)
     media, output = pictures(), pictures(seed=1).requires_grad_()
-    parameters = list(critic.parameters())
-    assert not any(torch.autograd.grad(critic.judge(output), parameters, allow_unused=True))
-    assert torch.autograd.grad(critic.judge(output), output)[0].abs().sum() > 0
-    mistake = critic.mistake(output, media)
+    parameters = list(discriminator.parameters())
+    assert not any(torch.autograd.grad(discriminator.generator_loss(output), parameters, allow_unused=True))
+    assert torch.autograd.grad(discriminator.generator_loss(output), output)[0].abs().sum() > 0
+    mistake = discriminator.discriminator_loss(output, media)
     assert torch.autograd.grad(mistake, output, allow_unused=True, retain_graph=True) == (None,)
     assert all(gradient.abs().sum() > 0 for gradient in torch.autograd.grad(mistake, parameters[:2]))
 
 
 def test_hinge_loss_by_hand():
-    class Mean(Critic):
+    class Mean(Discriminator):
         def forward(self, pictures):
             return pictures.mean((1, 2, 3))
 
-    critic = Mean(3, SMALL)
+    discriminator = Mean(3, SMALL)
     real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.25])
     spread = torch.ones(2, 3, 4, 4)
-    mistake = critic.mistake(spread * fake[:, None, None, None], spread * real[:, None, None, None])
+    mistake = discriminator.discriminator_loss(spread * fake[:, None, None, None], spread * real[:, None, None, None])
     assert mistake == pytest.approx(((0 + 0.5) / 2 + (0 + 1.25) / 2) / 2)
-    assert critic.judge(spread * fake[:, None, None, None]) == pytest.approx(2.75 / 2)
+    assert discriminator.generator_loss(spread * fake[:, None, None, None]) == pytest.approx(2.75 / 2)
 
 
 def test_a_critic_learns_to_tell_reconstructions():
     torch.manual_seed(0)
-    critic, media = Critic(3, SMALL), pictures()
+    discriminator, media = Discriminator(3, SMALL), pictures()
     blurred = torch.nn.functional.avg_pool2d(media, 5, 1, 2)
-    optimizer = torch.optim.Adam(critic.parameters(), 3e-3)
-    first = float(critic.mistake(blurred, media))
+    optimizer = torch.optim.Adam(discriminator.parameters(), 3e-3)
+    first = float(discriminator.discriminator_loss(blurred, media))
     for _ in range(60):
         optimizer.zero_grad()
-        critic.mistake(blurred, media).backward()
+        discriminator.discriminator_loss(blurred, media).backward()
         optimizer.step()
-    assert critic.mistake(blurred, media) < 0.2 * first
-    assert critic.judge(blurred) > critic.judge(media)
+    assert discriminator.discriminator_loss(blurred, media) < 0.2 * first
+    assert discriminator.generator_loss(blurred) > discriminator.generator_loss(media)
 
 
 def test_balance_gives_the_norm_of_the_rest():
     output = pictures().requires_grad_()
     rest, term = output.square().mean(), output[:, :, ::2].pow(3).sum()
-    scaled = balance(term, rest, output) * term
+    scaled = adaptive_weight(term, rest, output) * term
     norms = [torch.autograd.grad(loss, output)[0].norm() for loss in (rest, scaled)]
     assert norms[0] == pytest.approx(float(norms[1]), rel=1e-4)
 
@@ -283,15 +283,15 @@ def test_each_term_changes_what_the_codec_learns(kind, terms):
 
 @pytest.mark.parametrize("kind", ["image", "audio"])
 def test_before_its_start_a_critic_changes_nothing(kind):
-    plain, later = module(kind), module(kind, adversarial=AdversarialConfig(start=3, width=8, depth=2))
-    fresh = {name: tensor.clone() for name, tensor in later.critic.state_dict().items()}
+    plain, later = module(kind), module(kind, adversarial=AdversarialConfig(start_step=3, width=8, depth=2))
+    fresh = {name: tensor.clone() for name, tensor in later.discriminator.state_dict().items()}
     train(plain, 3), train(later, 3)
     assert all(map(torch.equal, plain.tokenizer.state_dict().values(), later.tokenizer.state_dict().values()))
-    assert all(torch.equal(tensor, fresh[name]) for name, tensor in later.critic.state_dict().items())
+    assert all(torch.equal(tensor, fresh[name]) for name, tensor in later.discriminator.state_dict().items())
 
 
 @pytest.mark.parametrize(("values", "message"), [({"width": 0}, "adversarial.width: found 0"),
-                                                 ({"depth": 0}, "adversarial.depth"), ({"start": -1}, "start")])
+                                                 ({"depth": 0}, "adversarial.depth"), ({"start_step": -1}, "start_step")])
 def test_adversarial_config_is_checked(values, message):
     with pytest.raises(InputError, match=message):
         AdversarialConfig(**values)
@@ -309,9 +309,9 @@ def fit(output: Path, *more: str) -> bytes:
         "model": {"class_path": "mmtx.training.codec.ImageCodecModule", "init_args": {
             "tokenizer": {"patch": 8, "side": 32, "network": network},
             "perceptual": {"network": JUDGE, "layers": ["0"]},
-            "adversarial": {"start": 2, "width": 8, "depth": 2, "learning_rate": 1e-3}}},
+            "adversarial": {"start_step": 2, "width": 8, "depth": 2, "learning_rate": 1e-3}}},
         "data": {"class_path": "mmtx.training.codec.CodecData", "init_args": {
-            "train": sources, "validation": sources, "batch": 4, "varied": 0.5, "image_augmentation": {}}},
+            "train": sources, "validation": sources, "batch_size": 4, "multi_size_prob": 0.5, "image_augmentation": {}}},
         "trainer": {"accelerator": "cpu", "max_steps": 6, "val_check_interval": 6, "check_val_every_n_epoch": None,
                     "log_every_n_steps": 1, "enable_progress_bar": False, "gradient_clip_val": 1.0},
     }
@@ -324,13 +324,13 @@ def fit(output: Path, *more: str) -> bytes:
 def test_a_resumed_run_with_a_critic_is_the_run_that_was_interrupted(tmp_path, monkeypatch):
     whole = fit(tmp_path / "whole")
     metrics = (tmp_path / "whole" / "metrics" / "metrics.csv").read_text()
-    assert all(name in metrics for name in ("train/perceptual", "train/adversarial", "train/critic", "val/ssim"))
+    assert all(name in metrics for name in ("train/perceptual", "train/adversarial", "train/discriminator", "val/ssim"))
     assert (tmp_path / "whole" / "samples" / "step-000006.png").is_file()
     step, calls = ImageCodecModule.training_step, []
 
     def crash(self, batch, index):
         calls.append(index)
-        if len(calls) == 6:  # after a checkpoint at the fourth step, in which the critic has learned
+        if len(calls) == 6:  # after a checkpoint at the fourth step, in which the discriminator has learned
             raise RuntimeError("power cut")
         return step(self, batch, index)
 
@@ -361,7 +361,7 @@ def test_refining_trains_the_way_back_and_leaves_the_codes(kind, tmp_path):
 def test_a_codec_grows_from_a_finished_one_and_learns_the_pitch(tmp_path):
     first = module("audio")
     first.save(tmp_path / "first")
-    second = AudioCodecModule(replace(AUDIO, pitch=True), OptimizerConfig(learning_rate=1e-2), start=str(tmp_path / "first"))
+    second = AudioCodecModule(replace(AUDIO, pitch=True), OptimizerConfig(learning_rate=1e-2), init_from=str(tmp_path / "first"))
     time = torch.arange(8192) / 16_000
     sound = 0.3 * torch.sin(2 * torch.pi * 440 * time)
     old, new = (m.tokenizer(m.tokenizer.spectrogram(sound[None])) for m in (first, second))
@@ -374,12 +374,12 @@ def test_a_codec_grows_from_a_finished_one_and_learns_the_pitch(tmp_path):
 
 def test_what_is_larger_or_of_another_network_is_no_start(tmp_path):
     AudioCodecModule(replace(AUDIO, pitch=True)).save(tmp_path / "large")
-    with pytest.raises(InputError, match=r"start: embed.weight has the shape \[16, 393\], expected \[16, 32\]"):
-        module("audio", start=str(tmp_path / "large"))
+    with pytest.raises(InputError, match=r"init_from: embed.weight has the shape \[16, 393\], expected \[16, 32\]"):
+        module("audio", init_from=str(tmp_path / "large"))
 
 
 def test_pitch_loss_of_the_codec_by_hand():
-    codec = AudioCodecModule(replace(AUDIO, pitch=True), absolute=0.0, pitch=2.0)
+    codec = AudioCodecModule(replace(AUDIO, pitch=True), l1_weight=0.0, pitch=2.0)
     media, output = torch.zeros(1, 4, 16 + PITCHES), torch.zeros(1, 4, 16 + PITCHES)
     media[0, 1, 16 + 100] = media[0, 2, 16 + 200] = 100.0   # a clear pitch in two frames of four
     output[0, 1, 16 + 100] = output[0, 2, 16 + 210] = 3.0

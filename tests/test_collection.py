@@ -35,8 +35,8 @@ def samples():
 @pytest.fixture(scope="module")
 def stores(samples, tokenizers, vocabulary):
     """Samples turned round, with a share of captions dropped and without."""
-    given = {drop: [replace(sample, drop=drop) for sample in samples["generate"]] for drop in (0.0, 0.3)}
-    return {drop: Documents(some, tokenizers, vocabulary, context=512, augmentation=AUGMENTATION)
+    given = {drop: [replace(sample, cond_drop_prob=drop) for sample in samples["generate"]] for drop in (0.0, 0.3)}
+    return {drop: Documents(some, tokenizers, vocabulary, max_seq_len=512, augmentation=AUGMENTATION)
             for drop, some in given.items()}
 
 
@@ -80,7 +80,7 @@ def test_dropped_views_leave_the_user_turn_empty_and_all_else_as_it_was(stores, 
         dropped += 1
         place = one.ids.tolist().index(v.assistant)
         assert other.ids.tolist() == [v.bos, v.user, v.end, *one.ids[place:]]
-        assert other.ids[other.trained].tolist() == one.ids[one.trained].tolist()
+        assert other.ids[other.loss_mask].tolist() == one.ids[one.loss_mask].tolist()
     assert dropped / len(chosen) == pytest.approx(0.3, abs=0.1)  # three standard errors are 0.09
 
 
@@ -98,20 +98,20 @@ def test_what_is_dropped_depends_on_sample_and_view_alone(stores):
 def test_batches_with_dropped_captions_lose_no_target(stores, vocabulary):
     batches = PackedBatches(stores[0.3], vocabulary, 512, repeats=[5] * 6)
     targets = np.concatenate([batches[k].targets for k in range(len(batches))])
-    expected = [r.ids[r.trained] for r in stores[0.3].render(list(product(range(6), range(5))))]
+    expected = [r.ids[r.loss_mask] for r in stores[0.3].render(list(product(range(6), range(5))))]
     assert sorted(targets.tolist()) == sorted(np.concatenate(expected).tolist())
 
 
 def test_everything_dropped_leaves_nothing_in_user_turns(samples, tokenizers, vocabulary):
     # Captions trained without their medium: also with features there is then nothing to see.
-    some = [replace(sample, drop=1.0) for sample in samples["caption"]]
-    for rendered in Documents(some, tokenizers, vocabulary, context=512).render([(n, 0) for n in range(6)]):
+    some = [replace(sample, cond_drop_prob=1.0) for sample in samples["caption"]]
+    for rendered in Documents(some, tokenizers, vocabulary, max_seq_len=512).render([(n, 0) for n in range(6)]):
         question, answer = parse(rendered.ids, vocabulary).turns
         assert not question.parts and [part.kind for part in answer.parts] == ["text"] and not rendered.spans
 
 
 def test_a_source_tells_its_drop_to_its_samples():
-    assert {sample.drop for sample in read_source(source("image", drop=0.25))} == {0.25}
+    assert {sample.cond_drop_prob for sample in read_source(source("image", cond_drop_prob=0.25))} == {0.25}
 
 
 @pytest.mark.parametrize("row, found", [
@@ -129,8 +129,8 @@ def test_only_one_question_with_one_answer_can_be_turned_round(row, found, tmp_p
 
 @pytest.mark.parametrize("field, value, told", [
     ("task", "draw", "task: found 'draw', expected one of caption, generate"),
-    ("drop", -0.1, "drop: found -0.1, expected a share from 0 to 1"), ("drop", 1.1, "drop: found 1.1"),
-    ("drop", float("nan"), "drop: found nan"),
+    ("cond_drop_prob", -0.1, "cond_drop_prob: found -0.1, expected a share from 0 to 1"), ("cond_drop_prob", 1.1, "cond_drop_prob: found 1.1"),
+    ("cond_drop_prob", float("nan"), "cond_drop_prob: found nan"),
 ])
 def test_a_source_names_a_wrong_value(field, value, told):
     with pytest.raises(InputError, match=told):

@@ -198,7 +198,7 @@ def test_ctrl_c_ends_fit_with_a_checkpoint_and_prepare_with_its_shards(tmp_path)
     with open(tmp_path / "prepare.log", "w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "mmtx", "prepare", str(tmp_path / "rows.jsonl"), "--output", str(shards), "--rows", "1",
-             "--tokenizers", str(tmp_path / "text"), "--max-bad", "1"], stdout=log, stderr=log, start_new_session=True)
+             "--tokenizers", str(tmp_path / "text"), "--max_bad", "1"], stdout=log, stderr=log, start_new_session=True)
     while process.poll() is None and not list(shards.glob("shard-*")):
         pass
     os.killpg(process.pid, signal.SIGINT)

@@ -97,7 +97,7 @@ def test_gpu_configs_have_the_size_in_their_name(built, name):
     count = sum(parameter.numel() for parameter in decoder.parameters())
     c = config
     heads = c.heads + 2 * c.kv_heads
-    block = c.width * c.head_width * (heads + c.heads) + 3 * c.width * c.hidden + 2 * c.width + 2 * c.head_width
+    block = c.width * c.head_dim * (heads + c.heads) + 3 * c.width * c.mlp_dim + 2 * c.width + 2 * c.head_dim
     assert count == c.depth * block + c.width + c.width * (plain + 2 * sum(LEVELS))
     assert count == PARAMETERS[name]
     values = yaml.safe_load(CONFIGS[name].read_text())["trainer"]
@@ -107,5 +107,5 @@ def test_gpu_configs_have_the_size_in_their_name(built, name):
 @pytest.mark.parametrize("size, shape", [("600m", (1024, 28, 16, 8, 128, 3072)), ("4b", (2560, 36, 32, 8, 128, 9728))])
 def test_the_larger_decoders_have_the_shape_of_qwen3(built, size, shape):
     c = built(f"gpu/decoder-{size}.yaml").model.config
-    assert (c.width, c.depth, c.heads, c.kv_heads, c.head_width, c.hidden) == shape
+    assert (c.width, c.depth, c.heads, c.kv_heads, c.head_dim, c.mlp_dim) == shape
     assert (c.rope_theta, c.norm_eps, c.tied) == (1e6, 1e-6, True)

@@ -43,7 +43,7 @@ def make(folder: Path) -> None:
 def of(config: dict, folder: Path, **data) -> dict:
     train, validation = ([{"paths": [str(folder / name)]}] for name in ("train", "held-out"))
     return {**config, "data": {**config["data"], "init_args": {
-        **config["data"]["init_args"], "train": train, "validation": validation, "workers": 0, **data}}}
+        **config["data"]["init_args"], "train": train, "validation": validation, "num_workers": 0, **data}}}
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_a_codec_run_compares_its_media(root, config):
     codec = {**config, "ema": None, "samples": 0, "model": {"class_path": "mmtx.training.codec.ImageCodecModule", "init_args": {
         "tokenizer": {"patch": 16, "side": 32, "network": {"width": 16, "heads": 1, "encoder_depth": 1, "decoder_depth": 1,
                                                            "levels": [4, 3, 3]}}}}}
-    data = {"train": [{"paths": [str(folder / "train")]}], "validation": [{"paths": [str(folder / "held-out")]}], "batch": 2}
+    data = {"train": [{"paths": [str(folder / "train")]}], "validation": [{"paths": [str(folder / "held-out")]}], "batch_size": 2}
     codec["data"] = {"class_path": "mmtx.training.codec.CodecData", "init_args": data}
     assert runs.fit(codec, folder / "run") == [0], (folder / "run.log").read_text()
     path = str(newest(folder / "run" / "checkpoints"))

@@ -93,5 +93,5 @@ def test_vectors_of_the_stream_format():
             for turn in vector["turns"]))
         rendered = render(document, vocabulary)
         assert rendered.ids.tolist() == vector["ids"], vector["name"]
-        assert rendered.trained.astype(int).tolist() == vector["trained"], vector["name"]
+        assert rendered.loss_mask.astype(int).tolist() == vector["loss_mask"], vector["name"]
         assert parse(vector["ids"], vocabulary) == document

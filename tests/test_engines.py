@@ -11,14 +11,14 @@ import torch
 
 from mmtx.inference.choose import choose_engine
 from mmtx.inference.reference import ReferenceEngine
-from mmtx.inference.row import FEW_ROWS, SHORT, RowEngine, lay_out
+from mmtx.inference.row import FEW_ROWS, SHORT, RowEngine, prepack_weights
 from mmtx.inference.screen import Screen
 from mmtx.inference.torch_engine import ROOM, TorchEngine
 from mmtx.inference.weights import Weights
 from mmtx.model import CodeRange, Decoder, DecoderConfig
 from mmtx.sequence import Prompt
 
-SIZES = {"width": 24, "depth": 2, "heads": 4, "kv_heads": 2, "head_width": 8, "hidden": 32}
+SIZES = {"width": 24, "depth": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp_dim": 32}
 COMPOSED = (CodeRange(10, (4, 3, 2)), CodeRange(34, (5, 2)))  # of 44 ids, 10 have rows of their own
 SHAPES = [{}, {"composed": COMPOSED}, {"composed": COMPOSED, "tied": False}, {"kv_heads": 4}, {"kv_heads": 1},
           {"depth": 1}, {"norm_eps": 1e-1}, {"rope_theta": 50.0}]
@@ -217,7 +217,7 @@ def test_a_row_alone_is_decoded_as_by_full_passes(rows, shape, laid_out, short, 
     monkeypatch.setattr("mmtx.inference.row.SHORT", short)
     decoder = random_decoder(**shape)
     if laid_out:
-        lay_out(decoder)
+        prepack_weights(decoder)
     for row, length in zip(rows, LENGTHS, strict=True):
         engine = begin(decoder, [row], RowEngine)
         for new in range(NEW):
@@ -228,11 +228,11 @@ def test_a_row_alone_is_decoded_as_by_full_passes(rows, shape, laid_out, short, 
 
 def test_laying_out_changes_how_matrices_lie_and_no_value():
     decoder, other = random_decoder(), random_decoder()
-    lay_out(decoder)
+    prepack_weights(decoder)
     for (name, a), b in zip(decoder.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
         assert a.stride(0) == 1 or a.shape[0] <= a.shape[-1] or not name.startswith("blocks")
-    assert decoder.blocks[0].feed_forward.gate_up.weight.stride() == (1, 2 * SIZES["hidden"])
+    assert decoder.blocks[0].feed_forward.gate_up.weight.stride() == (1, 2 * SIZES["mlp_dim"])
 
 
 def test_large_activations_overflow_to_what_full_passes_give(rows):

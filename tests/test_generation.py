@@ -47,7 +47,7 @@ def grammar(vocabulary):
 def decoder(vocabulary):
     torch.manual_seed(3)
     ranges = tuple(CodeRange(vocabulary.range(kind).start, vocabulary.levels(kind)) for kind in ("image", "audio"))
-    decoder = Decoder(DecoderConfig(vocabulary.size, width=24, depth=2, heads=4, kv_heads=2, head_width=8, hidden=32,
+    decoder = Decoder(DecoderConfig(vocabulary.size, width=24, depth=2, heads=4, kv_heads=2, head_dim=8, mlp_dim=32,
                                     composed=ranges))
     for parameter in decoder.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.3)
@@ -102,7 +102,7 @@ def test_features_of_a_padded_batch_equal_each_prompt_alone(vocabulary):
     v, codes = vocabulary, vocabulary.range("image").start
     ranges = tuple(CodeRange(v.range(kind).start, v.levels(kind)) for kind in ("image", "audio"))
     torch.manual_seed(0)
-    decoder = Decoder(DecoderConfig(v.size, width=32, depth=2, heads=4, kv_heads=2, head_width=16, hidden=64,
+    decoder = Decoder(DecoderConfig(v.size, width=32, depth=2, heads=4, kv_heads=2, head_dim=16, mlp_dim=64,
                                     composed=ranges, features={"image": 8, "audio": 8}))
     prompts = []
     for size, kind in ((3, "image"), (1, "audio"), (2, "image")):
@@ -137,7 +137,7 @@ def restless(vocabulary):
     torch.manual_seed(5)
     v = vocabulary
     ranges = tuple(CodeRange(v.range(kind).start, v.levels(kind)) for kind in ("image", "audio"))
-    decoder = Decoder(DecoderConfig(v.size, width=24, depth=2, heads=4, kv_heads=2, head_width=8, hidden=32,
+    decoder = Decoder(DecoderConfig(v.size, width=24, depth=2, heads=4, kv_heads=2, head_dim=8, mlp_dim=32,
                                     composed=ranges))
     for parameter in decoder.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.3)
@@ -154,9 +154,9 @@ def reference(decoder, grammar, prompt, out, sampling, prefix, place) -> list[in
     while len(answer) < SHOWN and not grammar.finished(state):
         written = [*prefix, *answer]
         scores = full_scores(decoder, np.concatenate([prompt, written]).astype(int))[-1].double().numpy()
-        if sampling.guidance != 1:
+        if sampling.guidance_scale != 1:
             free = full_scores(decoder, np.concatenate([emptied, written]).astype(int))[-1].double().numpy()
-            scores = free + sampling.guidance * (scores - free)
+            scores = free + sampling.guidance_scale * (scores - free)
         allowed = grammar.allowed(state)
         if len(answer) >= sampling.max_new_tokens:
             allowed = grammar.closing(allowed)
@@ -164,14 +164,14 @@ def reference(decoder, grammar, prompt, out, sampling, prefix, place) -> list[in
         left = left[np.argsort(-scores[left], kind="stable")]                         # the best first
         gaps, kept = -np.diff(scores[left]), len(left)
         if sampling.temperature == 0:
-            if len(left) > 1 and gaps[0] < CLOSE * (1 + sampling.guidance):
+            if len(left) > 1 and gaps[0] < CLOSE * (1 + sampling.guidance_scale):
                 break
             chosen = left[0]
         else:
             number = ((int(random.random_raw()) >> 40) + 1) / 2 ** 24
             if sampling.top_k is not None and sampling.top_k < kept:
                 kept = sampling.top_k
-                if gaps[kept - 1] < CLOSE * (1 + sampling.guidance):
+                if gaps[kept - 1] < CLOSE * (1 + sampling.guidance_scale):
                     break
             heights = np.exp((scores[left[:kept]] - scores[left[0]]) / sampling.temperature)
             if sampling.top_p is not None:
@@ -210,7 +210,7 @@ REQUESTS = st.fixed_dictionaries({
     "temperature": st.sampled_from([0.0, 0.0, 0.7, 1.5]),
     "top_k": st.sampled_from([None, 3]),
     "top_p": st.sampled_from([None, 0.8]),
-    "guidance": st.sampled_from([1.0, 1.0, 0.0, 2.5]),
+    "guidance_scale": st.sampled_from([1.0, 1.0, 0.0, 2.5]),
     "seed": st.integers(0, 2 ** 64 - 1),
 })
 
@@ -223,7 +223,7 @@ def test_answers_are_those_of_the_prompt_alone_and_of_full_passes(restless, gram
     prompts = [np.array([v.bos, v.user, *words.integers(0, 20, length), v.end, v.assistant]) for length in r["lengths"]]
     prefix = [v.image, v.height(2), v.width(3)] if r["sized"] and r["out"] not in ("text", "audio") else []
     seed = r["seed"] if r["temperature"] else None
-    sampling = Sampling(r["temperature"], r["top_k"], r["top_p"], r["longest"], seed, r["guidance"])
+    sampling = Sampling(r["temperature"], r["top_k"], r["top_p"], r["longest"], seed, r["guidance_scale"])
     count = len(prompts)
     expected = [reference(restless, grammar, prompt, r["out"], sampling, prefix, place)
                 for place, prompt in enumerate(prompts)]
@@ -263,7 +263,7 @@ def model(tokenizers):
     """A random decoder with tokenizers, whose answers differ much."""
     torch.manual_seed(1)
     vocabulary = Vocabulary.build(tokenizers)
-    decoder = Decoder(DecoderConfig(vocabulary.size, width=32, depth=2, heads=4, kv_heads=2, head_width=16, hidden=64))
+    decoder = Decoder(DecoderConfig(vocabulary.size, width=32, depth=2, heads=4, kv_heads=2, head_dim=16, mlp_dim=64))
     for parameter in decoder.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.3)
     return Model(decoder, vocabulary, tokenizers).to("cpu")
@@ -324,17 +324,17 @@ def test_user_turns_are_emptied(vocabulary):
 
 
 @pytest.mark.parametrize("out", OUTS)
-@pytest.mark.parametrize("guidance", [0.0, 1.0, 2.5])
-def test_guided_ids_are_those_of_two_full_passes(decoder, grammar, prompts, out, guidance):
+@pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 2.5])
+def test_guided_ids_are_those_of_two_full_passes(decoder, grammar, prompts, out, guidance_scale):
     v = grammar.vocabulary
     prefix = [v.image, v.height(3), v.width(2)] if out == "image" else []
-    sampling = Sampling(max_new_tokens=10, guidance=guidance)
+    sampling = Sampling(max_new_tokens=10, guidance_scale=guidance_scale)
     unasked = np.array([v.bos, v.user, v.end, v.assistant])
     for prompt, answer in zip(prompts, generate(decoder, grammar, asked(prompts), out, sampling, prefix), strict=True):
         state = grammar.start(1, out, prefix=prefix or None)
         for place in range(len(prefix), min(len(answer), len(prefix) + 10)):
             given, free = (full_scores(decoder, np.concatenate([ids, answer[:place]]))[-1] for ids in (prompt, unasked))
-            scores = guidance * given + (1 - guidance) * free
+            scores = guidance_scale * given + (1 - guidance_scale) * free
             best = scores.masked_fill(~grammar.allowed(state)[0], -torch.inf).argmax()
             assert answer[place] == best
             state = grammar.advance(state, best[None])
@@ -345,8 +345,8 @@ def test_guidance_changes_answers_and_one_is_off(decoder, grammar, vocabulary, p
     v = vocabulary
     prefix = [v.image, v.height(3), v.width(2)] if out == "image" else []
 
-    def run(guidance, given=prompts):
-        sampling = Sampling(temperature=1.0, seed=5, max_new_tokens=12, guidance=guidance)
+    def run(guidance_scale, given=prompts):
+        sampling = Sampling(temperature=1.0, seed=5, max_new_tokens=12, guidance_scale=guidance_scale)
         return [ids.tolist() for ids in generate(decoder, grammar, asked(given), out, sampling, prefix)]
 
     plain = run(1.0)
@@ -401,7 +401,7 @@ def test_what_is_generated_parses(decoder, grammar, vocabulary, prompts, out, lo
 def test_a_picture_opened_at_the_last_moment_is_finished(vocabulary, grammar, out, opened, side):
     v = vocabulary
     # The model wants square pictures, one behind the other, and nothing else.
-    decoder = Decoder(DecoderConfig(v.size, width=4, depth=1, heads=1, kv_heads=1, head_width=4, hidden=4))
+    decoder = Decoder(DecoderConfig(v.size, width=4, depth=1, heads=1, kv_heads=1, head_dim=4, mlp_dim=4))
     decoder.eval().requires_grad_(False)
     decoder.embedding.weight.zero_()
     decoder.embedding.weight[:, 0] = 1.0
@@ -433,11 +433,11 @@ def test_rows_that_finish_early_are_no_longer_computed(decoder, grammar, prompts
     whole = TorchEngine.step
     monkeypatch.setattr(TorchEngine, "step", step)
     many = [np.concatenate([prompt[:2], [n], prompt[2:]]) for n in range(5) for prompt in prompts]
-    for guidance, temperature in ((1.0, 0.0), (0.5, 0.0), (1.0, 1.0)):
+    for guidance_scale, temperature in ((1.0, 0.0), (0.5, 0.0), (1.0, 1.0)):
         widths.clear()
-        sampling = Sampling(temperature, max_new_tokens=60, guidance=guidance, seed=3)
+        sampling = Sampling(temperature, max_new_tokens=60, guidance_scale=guidance_scale, seed=3)
         answers = generate(decoder, grammar, asked(many), "text", sampling)
-        rows = 20 if guidance == 1 else 40
+        rows = 20 if guidance_scale == 1 else 40
         assert widths[0] == rows and widths[-1] <= rows // 2 and len(widths) <= max(map(len, answers)) - 1
         for place, (prompt, answer) in enumerate(zip(many, answers, strict=True)):
             alone = generate(decoder, grammar, asked([prompt]), "text", sampling, places=[place])[0]
@@ -445,7 +445,7 @@ def test_rows_that_finish_early_are_no_longer_computed(decoder, grammar, prompts
 
 
 def test_steps_stop_when_all_rows_are_finished(vocabulary, grammar, prompts):
-    decoder = Decoder(DecoderConfig(vocabulary.size, width=4, depth=1, heads=1, kv_heads=1, head_width=4, hidden=4))
+    decoder = Decoder(DecoderConfig(vocabulary.size, width=4, depth=1, heads=1, kv_heads=1, head_dim=4, mlp_dim=4))
     decoder.embedding.weight.data.zero_()  # all ids score alike: the first allowed one is text, id 0
     columns = list(steps(decoder, grammar, asked(prompts), "text", Sampling(max_new_tokens=5)))
     assert [column.tolist() for column in columns] == [[0] * 4] * 5 + [[vocabulary.end] * 4]
@@ -579,8 +579,8 @@ def test_no_random_number_draws_a_forbidden_id(number):
             assert ident == int(np.isfinite(scores).argmax())
 
 
-@pytest.mark.parametrize("options", [{"guidance": 1e300}, {"temperature": 1e300}, {"temperature": 1e39, "top_p": 0.5},
-                                     {"guidance": 1e300, "temperature": 1e-300}, {"top_k": 10 ** 30}], ids=str)
+@pytest.mark.parametrize("options", [{"guidance_scale": 1e300}, {"temperature": 1e300}, {"temperature": 1e39, "top_p": 0.5},
+                                     {"guidance_scale": 1e300, "temperature": 1e-300}, {"top_k": 10 ** 30}], ids=str)
 @pytest.mark.parametrize("out", ["text", "audio"])
 def test_extreme_options_write_what_parses(decoder, grammar, vocabulary, prompts, options, out):
     sampling = Sampling(**{"temperature": 1.0, "seed": 1, "max_new_tokens": 9, **options})
@@ -601,7 +601,7 @@ def test_scores_that_are_not_finite_draw_an_allowed_id(scores, options):
 
 WRONG = {
     "temperature": [-0.1, float("nan"), float("inf"), "1", True, None, 10 ** 400, [1.0], 1j],
-    "guidance": [-1.0, float("inf"), float("nan"), "2", False, None],
+    "guidance_scale": [-1.0, float("inf"), float("nan"), "2", False, None],
     "top_k": [0, -1, 1.5, 2.0, True, "3", float("nan")],
     "top_p": [0.0, 1.5, -1, float("nan"), True, "0.5"],
     "max_new_tokens": [0, -5, 1.0, "3", True, None, float("inf")],
@@ -621,7 +621,7 @@ def test_sampling_is_checked(field, value):
 @pytest.mark.parametrize(("name", "told"), [
     ("temprature", "did you mean temperature?"), ("max_tokens", "did you mean max_new_tokens?"), ("topk", "did you mean top_k?"),
     ("Seed", "did you mean seed?"),
-    ("zzz", "expected one of temperature, top_k, top_p, max_new_tokens, seed, guidance")])
+    ("zzz", "expected one of temperature, top_k, top_p, max_new_tokens, seed, guidance_scale")])
 def test_an_unknown_option_names_the_nearest(name, told):
     with pytest.raises(InputError) as raised:
         Sampling.of(**{"temperature": 1.0, name: 1})
@@ -633,8 +633,8 @@ def test_an_unknown_option_names_the_nearest(name, told):
     lambda model: model.generate("a", temprature=1),
     lambda model: model.generate_batch(["a"], temprature=1),
     lambda model: list(model.stream("a", temprature=1)),
-    lambda model: model.complete(np.zeros((16, 16, 3), np.uint8), temprature=1),
-    lambda model: model.extend(np.zeros(4000, np.float32), temprature=1),
+    lambda model: model.outpaint(np.zeros((16, 16, 3), np.uint8), temprature=1),
+    lambda model: model.continue_audio(np.zeros(4000, np.float32), temprature=1),
 ])
 def test_every_call_names_an_unknown_option(model, call):
     with pytest.raises(InputError, match="^temprature: unknown option, did you mean temperature"):
@@ -643,7 +643,7 @@ def test_every_call_names_an_unknown_option(model, call):
 
 def test_the_length_of_a_sound_that_goes_on_is_said_once(model):
     with pytest.raises(InputError, match="^max_new_tokens: found 3, expected seconds alone"):
-        model.extend(np.zeros(4000, np.float32), max_new_tokens=3)
+        model.continue_audio(np.zeros(4000, np.float32), max_new_tokens=3)
 
 
 def test_numbers_of_numpy_are_options(decoder, grammar, prompts):

@@ -77,7 +77,7 @@ def test_sharded_training(devices, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_change_of_one_packed_document_changes_no_other(dtype):
     torch.manual_seed(0)
-    decoder = Decoder(DecoderConfig(100, width=128, depth=3, heads=4, kv_heads=2, head_width=32, hidden=256))
+    decoder = Decoder(DecoderConfig(100, width=128, depth=3, heads=4, kv_heads=2, head_dim=32, mlp_dim=256))
     decoder = decoder.to(DEVICE, dtype)
     lengths = [3, 40, 1, 17, 64, 9, 130]
     documents = torch.repeat_interleave(torch.tensor(lengths))[None]
@@ -107,7 +107,7 @@ def test_captions_are_those_of_the_cpu():
 @pytest.mark.parametrize("count", [1, 4])
 def test_the_engine_follows_full_passes_while_its_cache_grows(count):
     torch.manual_seed(0)
-    decoder = Decoder(DecoderConfig(100, width=64, depth=2, heads=4, kv_heads=2, head_width=16, hidden=128)).to(DEVICE)
+    decoder = Decoder(DecoderConfig(100, width=64, depth=2, heads=4, kv_heads=2, head_dim=16, mlp_dim=128)).to(DEVICE)
     prompts = [Prompt(np.arange(length)) for length in (9, 1, 40, 17)][:count]
     engine, plain = choose_engine(decoder, None, count), ReferenceEngine(decoder)
     with torch.inference_mode():
@@ -122,10 +122,10 @@ def test_the_engine_follows_full_passes_while_its_cache_grows(count):
 
 
 @pytest.mark.parametrize("out", ["text", "image"])
-@pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_sampled_answers_are_those_of_the_cpu(out, guidance):
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_sampled_answers_are_those_of_the_cpu(out, guidance_scale):
     said = ["cat", "a trumpet", "", "dog", "x" * 40, "cat"]
-    sampling = {"temperature": 1.0, "top_p": 0.9, "seed": 5, "max_new_tokens": 20, "guidance": guidance, "out": out}
+    sampling = {"temperature": 1.0, "top_p": 0.9, "seed": 5, "max_new_tokens": 20, "guidance_scale": guidance_scale, "out": out}
     here, there = mmtx.load(device="cpu"), mmtx.load(device=DEVICE)
     answers = [[answer if out == "text" else np.asarray(answer) for answer in model.generate_batch(said, **sampling)]
                for model in (here, there)]

@@ -24,7 +24,7 @@ from mmtx.training.sharding import full
 from mmtx.vocabulary import MODALITIES
 
 CASES = 20
-DECODER = DecoderConfig(width=32, depth=1, heads=2, kv_heads=1, head_width=16, hidden=32)
+DECODER = DecoderConfig(width=32, depth=1, heads=2, kv_heads=1, head_dim=16, mlp_dim=32)
 
 
 class Case(NamedTuple):
@@ -34,7 +34,7 @@ class Case(NamedTuple):
     small: int
     large: int
     weights: LossWeights
-    continuous: bool = False
+    continuous_inputs: bool = False
 
 
 class Noting(DecoderModule):
@@ -53,11 +53,11 @@ def gradients(folders: TokenizerFolders, case: Case, tokens: int, strategy: str 
 
     With a strategy this process is one of two.
     """
-    data, ranks = DecoderData(folders, case.sources, case.sources, tokens=tokens, context=1024), 2 if strategy else 1
+    data, ranks = DecoderData(folders, case.sources, case.sources, tokens_per_batch=tokens, max_seq_len=1024), 2 if strategy else 1
     data.setup("fit")
     batches = len(PackedBatches(data.train_documents, data.vocabulary, tokens))
     assert batches % ranks == 0
-    module = Noting(DECODER, OptimizerConfig(learning_rate=0.0), 0.1, case.continuous, case.weights)
+    module = Noting(DECODER, OptimizerConfig(learning_rate=0.0), 0.1, case.continuous_inputs, case.weights)
     trainer = Trainer(accelerator="cpu", devices=ranks, strategy=strategy or "auto", max_steps=1,
                       accumulate_grad_batches=batches // ranks, limit_val_batches=0, logger=False,
                       enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
@@ -129,7 +129,7 @@ def cases(folder) -> list[Case]:
         path = folder / f"{len(found)}.jsonl"
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         sources = [DataSource([str(path)])]
-        data = DecoderData(TokenizerFolders(str(folder / "text")), sources, sources, context=1024)
+        data = DecoderData(TokenizerFolders(str(folder / "text")), sources, sources, max_seq_len=1024)
         data.setup("fit")
         lengths = data.train_documents.lengths - 1
         small, large = int(lengths.max()), 2 * int(lengths.sum())
@@ -155,10 +155,10 @@ def test_ranks_whose_batches_hold_other_media_have_the_same_gradients(tokenizers
         tokenizer.save(tmp_path / kind)
     folders = TokenizerFolders(*(str(tmp_path / kind) for kind in ("text", "image", "audio")))
     sources = [DataSource(source["paths"], limit=1) for source in runs.FEW]  # a picture and a sound
-    data = DecoderData(folders, sources, sources, context=1024)
+    data = DecoderData(folders, sources, sources, max_seq_len=1024)
     data.setup("fit")
     lengths = data.train_documents.lengths - 1
-    case = Case(sources, int(lengths.max()), int(lengths.sum()), LossWeights(special=2.0), continuous=True)
+    case = Case(sources, int(lengths.max()), int(lengths.sum()), LossWeights(special=2.0), continuous_inputs=True)
     assert worst_error(folders, [case]) < 1e-5
 
 

@@ -21,7 +21,7 @@ from mmtx.training.guard import SkipNonFinite, Telemetry
 from mmtx.training.loggers import Metrics
 from mmtx.vocabulary import MODALITIES
 
-DECODER = DecoderConfig(width=32, depth=1, heads=2, kv_heads=1, head_width=16, hidden=32)
+DECODER = DecoderConfig(width=32, depth=1, heads=2, kv_heads=1, head_dim=16, mlp_dim=32)
 BAD = float("nan"), float("inf")
 
 
@@ -31,7 +31,7 @@ def data(tmp_path_factory):
     runs.prepare(root)
     sources = [DataSource(**source) for source in runs.FEW]
     return DecoderData(TokenizerFolders(*(str(root / kind) for kind in ("text", "image", "audio"))), sources, sources,
-                       tokens=256, context=255)
+                       tokens_per_batch=256, max_seq_len=255)
 
 
 class Poisoned(DecoderModule):
@@ -113,7 +113,7 @@ def test_a_codec_names_the_media_of_such_steps(tmp_path):
             return super().training_step(batch, index) * BAD[0]
 
     sources = [DataSource(**source) for source in runs.FEW]
-    module, data = Broken(ImageConfig(patch=16, side=32, network=runs.NETWORK)), CodecData(sources, sources, batch=3)
+    module, data = Broken(ImageConfig(patch=16, side=32, network=runs.NETWORK)), CodecData(sources, sources, batch_size=3)
     with pytest.raises(InputError, match="step 1: .* 1 steps in a row") as error:
         train(data, module, tmp_path, limit=1)
     names = data.sample_names(module.batch)

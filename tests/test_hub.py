@@ -68,7 +68,7 @@ def test_columns_are_fields_of_a_manifest(folder, pictures, tokenizers, monkeypa
 
 
 def test_a_dataset_can_be_prepared(folder, pictures, tokenizers, tmp_path):
-    facts = prepare(DataSource([str(folder / "saved")]), tokenizers, tmp_path / "a", rows=2, workers=2)
+    facts = prepare(DataSource([str(folder / "saved")]), tokenizers, tmp_path / "a", rows=2, num_workers=2)
     assert (facts["documents"], facts["shards"]) == (3, 2)
     datasets.load_from_disk(str(folder / "saved")).select([1, 0, 2]).save_to_disk(tmp_path / "other")
     plan = json.loads((tmp_path / "a" / "plan.json").read_text())

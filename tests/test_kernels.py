@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from mmtx import kernels
-from mmtx.kernels import attend, lay_out, pick_up, rms_norm, rotate, swiglu, turn_heads
+from mmtx.kernels import apply_rotary_emb, attend, pad_input, qk_norm_rope, rms_norm, swiglu, unpad_input
 
 HEADS, KV_HEADS, WIDTH, EPS = 4, 2, 6, 1e-2
 
@@ -20,7 +20,7 @@ def plain_norm(x, weight):
 
 def plain_heads(qkv, query_weight, key_weight, cos, sin):
     query, key, value = qkv.unflatten(-1, (-1, WIDTH)).split([HEADS, KV_HEADS, KV_HEADS], dim=-2)
-    return rotate(plain_norm(query, query_weight), cos, sin), rotate(plain_norm(key, key_weight), cos, sin), value
+    return apply_rotary_emb(plain_norm(query, query_weight), cos, sin), apply_rotary_emb(plain_norm(key, key_weight), cos, sin), value
 
 
 def plain_attention(query, key, value, causal):
@@ -61,7 +61,7 @@ def test_swiglu():
 def test_turned_heads():
     qkv, query_weight, key_weight = numbers(2, 5, 8 * WIDTH), numbers(WIDTH, seed=1), numbers(WIDTH, seed=2)
     arguments = qkv, query_weight, key_weight, *angles(2, 5)
-    same(turn_heads(*arguments, HEADS, KV_HEADS, EPS), plain_heads(*arguments), arguments[:3])
+    same(qk_norm_rope(*arguments, HEADS, KV_HEADS, EPS), plain_heads(*arguments), arguments[:3])
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -78,8 +78,8 @@ def test_rows_laid_out_and_picked_up():
     # Slots 1 and 4 are padding: they hold row 0, which gets no gradient from them.
     gather, scatter = torch.tensor([2, 0, 0, 1, 0, 3]), torch.tensor([2, 3, 0, 5])
     mask = torch.tensor([1.0, 0, 1, 1, 0, 1])[:, None]
-    same(lay_out(x, gather, scatter) * mask, x[gather] * mask, (x,))
-    same(pick_up(y, scatter), y[scatter], (y,))
+    same(pad_input(x, gather, scatter) * mask, x[gather] * mask, (x,))
+    same(unpad_input(y, scatter), y[scatter], (y,))
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -95,7 +95,7 @@ def test_under_autocast_all_is_in_bfloat16_and_near(causal):
 
     with torch.autocast("cpu", torch.bfloat16):
         assert rms_norm(qkv, qkv.detach()[0, 0], EPS).dtype == torch.bfloat16
-        heads = turn_heads(qkv.bfloat16(), query_weight, key_weight, cos, sin, HEADS, KV_HEADS, EPS)
+        heads = qk_norm_rope(qkv.bfloat16(), query_weight, key_weight, cos, sin, HEADS, KV_HEADS, EPS)
         assert {part.dtype for part in heads} == {torch.bfloat16} == {attend(*heads, causal).dtype}
         found = run(heads, attend, lambda x, w: rms_norm(x, w, EPS), swiglu)
     expected = run(plain_heads(qkv, query_weight, key_weight, cos, sin), plain_attention, plain_norm,

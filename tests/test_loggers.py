@@ -70,7 +70,7 @@ def root(tmp_path_factory):
 def fit(root):
     """Run a tiny decoder for four steps -> its folder."""
     config = runs.prepare(root, steps=4)
-    config["data"]["init_args"]["workers"] = 0
+    config["data"]["init_args"]["num_workers"] = 0
     (root / "config.yaml").write_text(yaml.safe_dump({"output": "overridden", **config}))
 
     def fit(name: str, *more: str) -> Path:

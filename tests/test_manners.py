@@ -59,10 +59,10 @@ def answers(model: Model) -> list:
     features = [part.features.float().numpy().tobytes() for part in model.encode_parts([mmtx.Image(PICTURE), mmtx.Audio(TONE)])]
     return [
         model.caption(MEDIA, max_new_tokens=8), model.caption(MEDIA, **SAMPLED), model.caption(TONE, max_new_tokens=8),
-        model.generate(["a red circle", PICTURE], guidance=2.0, max_new_tokens=8),
+        model.generate(["a red circle", PICTURE], guidance_scale=2.0, max_new_tokens=8),
         np.asarray(model.generate("a", out="image", **SAMPLED)).tobytes(),
         model.generate("a", out="audio", **SAMPLED).samples.tobytes(),
-        np.asarray(model.complete(PICTURE, 8, **SAMPLED)).tobytes(),
+        np.asarray(model.outpaint(PICTURE, 8, **SAMPLED)).tobytes(),
         list(model.stream([TONE], max_new_tokens=8)), tokens, features,
         [np.asarray(getattr(part, "samples", part)).tobytes() for part in model.detokenize(tokens) if not isinstance(part, str)],
     ]

@@ -73,7 +73,7 @@ def test_ssim_of_even_greys_is_its_luminance_term(a, b):
 
 
 def test_loss_of_a_picture_codec_by_hand():
-    module = ImageCodecModule(ImageConfig(patch=8, side=16, network=NETWORK), absolute=0.25)
+    module = ImageCodecModule(ImageConfig(patch=8, side=16, network=NETWORK), l1_weight=0.25)
     media, output = torch.zeros(2, 3, 16, 16), torch.zeros(2, 3, 16, 16)
     output[1] = 0.5
     assert float(module.loss(media, output)) == pytest.approx((0.25 + 0.25 * 0.5) / 2)
@@ -148,9 +148,9 @@ def test_validation_losses_of_six_tokens_by_hand(tokenizers, tmp_path):
     tokenizers["text"].save(tmp_path / "text")
     (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "qzkj"}) + "\n")
     sources = [DataSource([str(tmp_path / "rows.jsonl")])]
-    config = DecoderConfig(width=32, depth=1, heads=2, kv_heads=1, head_width=16, hidden=32)
+    config = DecoderConfig(width=32, depth=1, heads=2, kv_heads=1, head_dim=16, mlp_dim=32)
     module = DecoderModule(config, loss_weights=LossWeights(special=0.5, text=2.0))
-    data = DecoderData(TokenizerFolders(str(tmp_path / "text")), sources, sources, tokens=64, context=64)
+    data = DecoderData(TokenizerFolders(str(tmp_path / "text")), sources, sources, tokens_per_batch=64, max_seq_len=64)
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
                       enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0)
     trainer.validate(module, data, verbose=False)

@@ -11,7 +11,7 @@ from mmtx.layers import Packing
 from mmtx.modality.fsq import FSQ
 from mmtx.model import CodeRange, Decoder, DecoderConfig, TokenEmbedding
 
-SIZES = {"width": 32, "depth": 2, "heads": 4, "kv_heads": 2, "head_width": 16, "hidden": 48, "rope_theta": 5000.0}
+SIZES = {"width": 32, "depth": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "mlp_dim": 48, "rope_theta": 5000.0}
 COMPOSED = (CodeRange(10, (4, 3, 2)), CodeRange(34, (5, 2)))  # 24 and 10 ids
 LENGTHS = (7, 1, 12, 4)
 
@@ -40,15 +40,15 @@ def qwen3(decoder: Decoder):
 
     c = decoder.config
     model = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=c.vocabulary_size, hidden_size=c.width, intermediate_size=c.hidden, num_hidden_layers=c.depth,
-        num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_width,
+        vocab_size=c.vocabulary_size, hidden_size=c.width, intermediate_size=c.mlp_dim, num_hidden_layers=c.depth,
+        num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_dim,
         rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied, max_position_embeddings=128,
         rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, attention_bias=False,
     ))
     weights = {"model.embed_tokens.weight": decoder.embedding.matrix(), "model.norm.weight": decoder.norm.weight,
                "lm_head.weight": decoder.output_matrix()}
     for i, block in enumerate(decoder.blocks):
-        parts = [heads * c.head_width for heads in (c.heads, c.kv_heads, c.kv_heads)]
+        parts = [heads * c.head_dim for heads in (c.heads, c.kv_heads, c.kv_heads)]
         query, key, value = block.attention.qkv.weight.split(parts)
         gate, up = block.feed_forward.gate_up.weight.chunk(2)
         layer = {
@@ -65,7 +65,7 @@ def qwen3(decoder: Decoder):
 
 @pytest.mark.parametrize(
     "config",
-    [{}, {"tied": False}, {"kv_heads": 4}, {"kv_heads": 1, "head_width": 10}, {"composed": COMPOSED},
+    [{}, {"tied": False}, {"kv_heads": 4}, {"kv_heads": 1, "head_dim": 10}, {"composed": COMPOSED},
      {"norm_eps": 1e-2}],
     ids=str,
 )
@@ -155,7 +155,7 @@ def test_gradients_reach_every_row():
 
 def test_plain_matrix_is_the_first_rows_of_the_whole():
     torch.manual_seed(0)
-    decoder = Decoder(DecoderConfig(20 + 12, width=32, depth=1, heads=2, kv_heads=2, head_width=16, hidden=32,
+    decoder = Decoder(DecoderConfig(20 + 12, width=32, depth=1, heads=2, kv_heads=2, head_dim=16, mlp_dim=32,
                                     composed=(CodeRange(20, (4, 3)),)))
     assert torch.equal(decoder.output_matrix(plain=True), decoder.output_matrix()[:20])
 
@@ -181,10 +181,10 @@ def test_config_survives_json():
     [
         ({"heads": 3, "kv_heads": 2}, "heads: found 3, expected a multiple of kv_heads=2"),
         ({"kv_heads": 0}, "kv_heads: found 0"),
-        ({"head_width": 15}, "head_width: found 15, expected an even number"),
+        ({"head_dim": 15}, "head_dim: found 15, expected an even number"),
         ({"depth": 0}, "depth: found 0"),
         ({"width": 0}, "width: found 0"),
-        ({"hidden": -1}, "hidden: found -1"),
+        ({"mlp_dim": -1}, "mlp_dim: found -1"),
         ({"composed": (CodeRange(11, (4, 3, 2)),)}, "composed: found a range at id 11, expected it at 20"),
         ({"composed": (CodeRange(10, (4, 3, 2)), CodeRange(33, (5, 2)))}, "found a range at id 33, expected it at 34"),
         ({"composed": COMPOSED[::-1]}, "composed: found a range at id 34, expected it at 10"),

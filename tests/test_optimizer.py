@@ -9,7 +9,7 @@ from torch import nn
 from mmtx.layers import Block, BlockConfig
 from mmtx.training.optimizer import Muon, OptimizerConfig, configure, orthogonal
 
-BLOCK = BlockConfig(width=24, heads=4, kv_heads=2, head_width=8, hidden=40, causal=True)
+BLOCK = BlockConfig(width=24, heads=4, kv_heads=2, head_dim=8, mlp_dim=40, causal=True)
 
 
 def network() -> nn.Module:
@@ -40,7 +40,7 @@ def test_orthogonal_keeps_directions_and_evens_out_their_strength(shape):
 
 def test_only_matrices_of_blocks_take_muon_steps():
     module = network()
-    groups = optimizer_of(module, muon=0.01).param_groups
+    groups = optimizer_of(module, muon_lr=0.01).param_groups
     names = {parameter: name for name, parameter in module.named_parameters()}
     muon = {names[p] for group in groups if "parts" in group for p in group["params"]}
     assert muon == {f"block.{name}.weight" for name in ("attention.qkv", "attention.out", "feed_forward.gate_up",
@@ -68,7 +68,7 @@ def test_without_muon_it_is_adamw():
 
 def test_a_fused_projection_is_turned_part_by_part():
     module = network()
-    optimizer = optimizer_of(module, muon=0.01, weight_decay=0.0)
+    optimizer = optimizer_of(module, muon_lr=0.01, weight_decay=0.0)
     before = copy.deepcopy(module.state_dict())
     give_gradients(module, 1)
     optimizer.step()
@@ -81,7 +81,7 @@ def test_a_fused_projection_is_turned_part_by_part():
 
 def test_the_second_step_goes_on_with_the_momentum_of_the_first():
     module = network()
-    optimizer = configure(module, OptimizerConfig(warmup_steps=0, muon=0.01, weight_decay=0.0), 10 ** 9)["optimizer"]
+    optimizer = configure(module, OptimizerConfig(warmup_steps=0, muon_lr=0.01, weight_decay=0.0), 10 ** 9)["optimizer"]
     weight, gradients = module["block"].attention.out.weight, []
     for seed in range(2):
         give_gradients(module, seed)
@@ -96,7 +96,7 @@ def test_the_second_step_goes_on_with_the_momentum_of_the_first():
 
 def test_a_parameter_without_gradient_stays():
     module = network()
-    optimizer = optimizer_of(module, muon=0.01)
+    optimizer = optimizer_of(module, muon_lr=0.01)
     before = copy.deepcopy(module.state_dict())
     optimizer.step()
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
@@ -104,12 +104,12 @@ def test_a_parameter_without_gradient_stays():
 
 def test_the_state_survives_saving():
     module = network()
-    optimizer = optimizer_of(module, muon=0.01)
+    optimizer = optimizer_of(module, muon_lr=0.01)
     for seed in range(2):
         give_gradients(module, seed)
         optimizer.step()
     twin = copy.deepcopy(module)
-    resumed = optimizer_of(twin, muon=0.01)
+    resumed = optimizer_of(twin, muon_lr=0.01)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for either, model in ((optimizer, module), (resumed, twin)):
         give_gradients(model, 2)

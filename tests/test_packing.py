@@ -148,7 +148,7 @@ def test_the_loss_of_six_tokens_by_hand(small_vocabulary):
     v = small_vocabulary
     document = Document((Turn(None, (ImagePart([[4]]),)),))  # <bos> <image> <h:1> <w:1> code </image> <eos>
     ranges = tuple(CodeRange(v.range(kind).start, v.levels(kind)) for kind in ("image", "audio"))
-    config = DecoderConfig(v.size, width=16, depth=1, heads=2, kv_heads=1, head_width=8, hidden=16, composed=ranges)
+    config = DecoderConfig(v.size, width=16, depth=1, heads=2, kv_heads=1, head_dim=8, mlp_dim=16, composed=ranges)
     torch.manual_seed(0)
     module = DecoderModule(config)
     module.decoder = Decoder(config)
@@ -364,11 +364,11 @@ AUGMENTATION = Augmentation(ImageAugmentation(), AudioAugmentation())
 
 
 def test_documents_are_those_of_the_samples(samples, tokenizers, vocabulary):
-    documents = Documents(samples, tokenizers, vocabulary, context=200)
+    documents = Documents(samples, tokenizers, vocabulary, max_seq_len=200)
     assert len(documents) == 3 and documents.numbers == [0, 1, 2]
     for n, (sample, found) in enumerate(zip(samples, documents.render([(0, 0), (1, 0), (2, 0)]), strict=True)):
         expected = render(to_documents([sample], tokenizers)[0], vocabulary)
-        assert np.array_equal(found.ids, expected.ids) and np.array_equal(found.trained, expected.trained)
+        assert np.array_equal(found.ids, expected.ids) and np.array_equal(found.loss_mask, expected.loss_mask)
         assert documents.lengths[n] == len(found.ids)
     picture = to_documents(samples, tokenizers)[0]
     image = tokenizers["image"].encode(load_media(samples[0].turns[0].parts[0], tokenizers))
@@ -378,7 +378,7 @@ def test_documents_are_those_of_the_samples(samples, tokenizers, vocabulary):
 
 def test_views_are_augmented_and_fixed_by_the_seed(samples, tokenizers, vocabulary):
     def ids(seed: int, sample: int, augmentation=AUGMENTATION) -> list[tuple[int, ...]]:
-        documents = Documents(samples, tokenizers, vocabulary, augmentation=augmentation, context=200, seed=seed)
+        documents = Documents(samples, tokenizers, vocabulary, augmentation=augmentation, max_seq_len=200, seed=seed)
         return [tuple(found.ids.tolist()) for found in documents.render([(sample, view) for view in range(24)])]
 
     for sample in range(2):
@@ -391,7 +391,7 @@ def test_views_are_augmented_and_fixed_by_the_seed(samples, tokenizers, vocabula
 
 
 def test_spans_lie_over_the_codes_of_user_turns(samples, tokenizers, vocabulary):
-    documents = Documents(samples, tokenizers, vocabulary, context=200)
+    documents = Documents(samples, tokenizers, vocabulary, max_seq_len=200)
     batch = PackedBatches(documents, vocabulary, 400, shuffle=False)[0]
     starts = np.cumsum([0, *(documents.lengths[batch.samples] - 1)])
     for n, kind in enumerate(("image", "audio")):
@@ -406,7 +406,7 @@ def test_spans_lie_over_the_codes_of_user_turns(samples, tokenizers, vocabulary)
         assert np.array_equal(vocabulary.to_local(kind, ids[given.places]), encoding.codes.ravel())
     # What is to be generated enters as codes.
     answer = Sample("9", (SampleTurn("assistant", samples[0].turns[0].parts),), {}, "rows.jsonl row 9")
-    assert Documents([answer], tokenizers, vocabulary, context=200).render([(0, 0)])[0].spans == ()
+    assert Documents([answer], tokenizers, vocabulary, max_seq_len=200).render([(0, 0)])[0].spans == ()
 
 
 def test_nearly_all_tokens_are_real_on_starter_data():
@@ -414,7 +414,7 @@ def test_nearly_all_tokens_are_real_on_starter_data():
     shards = ("images-train-004", "sounds-train-001", "speech-train-000")
     samples = [sample for name in shards for sample in read_source(DataSource([str(STARTER / f"{name}.tar.gz")], limit=40))]
     vocabulary = Vocabulary.build(tokenizers)
-    documents = Documents(samples, tokenizers, vocabulary, context=640)
+    documents = Documents(samples, tokenizers, vocabulary, max_seq_len=640)
     batches = PackedBatches(documents, vocabulary, 2048, repeats=[24] * len(samples))
     assert len(batches) > 100 and 24 * (documents.lengths - 1).sum() / (len(batches) * 2048) >= 0.99
 
@@ -442,12 +442,12 @@ def test_a_changed_byte_changes_no_logit_of_another_document(changed, tokenizers
     ranges = tuple(CodeRange(vocabulary.range(kind).start, vocabulary.levels(kind)) for kind in ("image", "audio"))
     widths = {kind: tokenizers[kind].feature_width for kind in ("image", "audio")}
     torch.manual_seed(0)
-    decoder = Decoder(DecoderConfig(vocabulary.size, width=32, depth=2, heads=4, kv_heads=2, head_width=16, hidden=48,
+    decoder = Decoder(DecoderConfig(vocabulary.size, width=32, depth=2, heads=4, kv_heads=2, head_dim=16, mlp_dim=48,
                                     composed=ranges, features=widths))
 
     def logits(byte: int) -> tuple[torch.Tensor, torch.Tensor]:
         samples = [make(byte if name == changed else 0) for name, make in TOGETHER.items()]
-        documents = Documents(samples, tokenizers, vocabulary, context=400)
+        documents = Documents(samples, tokenizers, vocabulary, max_seq_len=400)
         batch = PackedBatches(documents, vocabulary, 1024, shuffle=False)[0]
         lengths = torch.from_numpy(documents.lengths)[batch.samples] - 1
         assert lengths.max() > 128 and len(lengths) == len(samples)  # attention over long documents goes in blocks
@@ -476,7 +476,7 @@ def test_bad_samples_are_skipped_up_to_the_limit(bad, samples, tokenizers, vocab
     mixed = [samples[0], BAD[bad], *samples[1:]]
     def made(samples, limit):
         counters = [SkipCounter(limit, len(samples))] * len(samples)
-        return Documents(samples, tokenizers, vocabulary, context=200, counters=counters)
+        return Documents(samples, tokenizers, vocabulary, max_seq_len=200, counters=counters)
 
     documents = made(mixed, 0.25)
     assert documents.numbers == [0, 2, 3] and documents.samples == samples
@@ -487,10 +487,10 @@ def test_bad_samples_are_skipped_up_to_the_limit(bad, samples, tokenizers, vocab
 
 
 def test_context_counts_what_a_batch_holds(samples, tokenizers, vocabulary):
-    length = int(Documents(samples[:1], tokenizers, vocabulary, context=200).lengths[0])
-    Documents(samples[:1], tokenizers, vocabulary, context=length - 1)
-    with pytest.raises(InputError, match=f"row 0: found {length} tokens, expected at most context . 1 = {length - 1}"):
-        Documents(samples[:1], tokenizers, vocabulary, context=length - 2)
+    length = int(Documents(samples[:1], tokenizers, vocabulary, max_seq_len=200).lengths[0])
+    Documents(samples[:1], tokenizers, vocabulary, max_seq_len=length - 1)
+    with pytest.raises(InputError, match=f"row 0: found {length} tokens, expected at most max_seq_len . 1 = {length - 1}"):
+        Documents(samples[:1], tokenizers, vocabulary, max_seq_len=length - 2)
 
 
 def test_a_kind_without_a_tokenizer_is_named(samples, tokenizers, vocabulary):

@@ -131,7 +131,7 @@ def test_a_batch_answers_as_each_item_alone(lively_model, files, pixels, tone):
 
 
 def test_a_model_that_is_moved_forgets_what_it_made_of_its_weights(lively_model, pixels):
-    model = Model(copy.deepcopy(lively_model.decoder), lively_model.vocabulary, lively_model.tokenizers).fix()
+    model = Model(copy.deepcopy(lively_model.decoder), lively_model.vocabulary, lively_model.tokenizers).prepare_for_inference()
     before = model.caption(pixels)
     with torch.no_grad():
         model.decoder.norm.weight.normal_(generator=torch.Generator().manual_seed(1))
@@ -388,10 +388,10 @@ def test_a_str_of_a_prompt_is_text_whatever_it_says(tiny_model, text):
     (lambda model, _: model.generate("a", out=None), "out: found NoneType"),
     (lambda model, _: next(model.stream("a", out=["text"])), "out: found list"),
     (lambda model, _: model.generate_batch("ab"), "prompts: found str"),
-    (lambda model, _: model.complete(np.zeros((16, 16, 3)), "8"), "rows: found '8'"),
-    (lambda model, _: model.complete(np.zeros((16, 16, 3)), 8.0), "rows: found 8.0"),
-    (lambda model, tone: model.extend(tone, "1"), "seconds: found '1'"),
-    (lambda model, tone: model.extend(tone, 1e9), "seconds: found 1000000000.0"),
+    (lambda model, _: model.outpaint(np.zeros((16, 16, 3)), "8"), "rows: found '8'"),
+    (lambda model, _: model.outpaint(np.zeros((16, 16, 3)), 8.0), "rows: found 8.0"),
+    (lambda model, tone: model.continue_audio(tone, "1"), "seconds: found '1'"),
+    (lambda model, tone: model.continue_audio(tone, 1e9), "seconds: found 1000000000.0"),
     (lambda model, _: model.detokenize("abc"), "ids: "),
     (lambda model, _: model.detokenize([1.5]), "ids: "),
     (lambda model, _: model.detokenize(None), "ids: "),
@@ -469,10 +469,10 @@ def test_the_seed_fixes_the_answer(tiny_model):
 PROMPTS = ["a", "a red circle, a blue square", ["a", np.zeros((16, 16, 3), np.uint8)], "trumpet"]
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("out", ["text", "image", "audio", "any"])
-def test_prompts_together_are_answered_as_each_alone(lively_model, out, guidance, monkeypatch):
-    sampling = {"max_new_tokens": 12, "guidance": guidance, "size": (8, 24) if out == "image" else None}
+def test_prompts_together_are_answered_as_each_alone(lively_model, out, guidance_scale, monkeypatch):
+    sampling = {"max_new_tokens": 12, "guidance_scale": guidance_scale, "size": (8, 24) if out == "image" else None}
     alone = [lively_model.generate(parts, out, **sampling) for parts in PROMPTS]
     monkeypatch.setattr("mmtx.pipeline.BATCH", 3)
     together = lively_model.generate_batch(PROMPTS, out, **sampling)
@@ -504,7 +504,7 @@ def decoded(lively_model, monkeypatch):
 def test_complete_keeps_the_codes_of_the_upper_rows(lively_model, pixels, decoded, shape, rows, kept):
     picture = np.resize(pixels, (*shape, 3))
     given = lively_model.tokenizers["image"].encode(torch.from_numpy(picture).permute(2, 0, 1))
-    completed = [lively_model.complete(picture, rows, temperature=1.0, seed=seed) for seed in range(4)]
+    completed = [lively_model.outpaint(picture, rows, temperature=1.0, seed=seed) for seed in range(4)]
     assert all(picture.size == (16, 16) for picture in completed)
     assert all(np.array_equal(codes[:kept], given[:kept]) for codes in decoded)
     drawn = {codes[kept:].tobytes() for codes in decoded}
@@ -516,16 +516,16 @@ def test_complete_keeps_the_codes_of_the_upper_rows(lively_model, pixels, decode
 
 def test_completion_without_kept_rows_is_generation(lively_model, pixels):
     for parts in (["a red circle"], []):
-        sampling = {"temperature": 1.0, "seed": 1, "guidance": 2.0}
+        sampling = {"temperature": 1.0, "seed": 1, "guidance_scale": 2.0}
         made = lively_model.generate(parts, out="image", **sampling)
-        assert np.array_equal(lively_model.complete(pixels, 0, parts, **sampling), made)
+        assert np.array_equal(lively_model.outpaint(pixels, 0, parts, **sampling), made)
 
 
 def test_what_is_said_about_a_picture_and_a_sound_counts(lively_model, pixels, tone):
-    sampling = {"temperature": 1.0, "seed": 0, "guidance": 4.0}
+    sampling = {"temperature": 1.0, "seed": 0, "guidance_scale": 4.0}
     said = [[], "a red circle", "trumpet, C 4"]
-    assert len({lively_model.complete(pixels, 8, parts, **sampling).tobytes() for parts in said}) > 1
-    assert len({lively_model.extend(tone, 0.2, parts, **sampling).samples.tobytes() for parts in said}) > 1
+    assert len({lively_model.outpaint(pixels, 8, parts, **sampling).tobytes() for parts in said}) > 1
+    assert len({lively_model.continue_audio(tone, 0.2, parts, **sampling).samples.tobytes() for parts in said}) > 1
 
 
 @pytest.mark.parametrize("samples", [900, 4000, 9000])
@@ -534,7 +534,7 @@ def test_a_sound_goes_on_behind_its_reconstruction(lively_model, tone, decoded, 
     tokenizer = lively_model.tokenizers["audio"]
     sound = np.resize(tone, samples)
     given = tokenizer.encode(torch.from_numpy(sound))
-    longer = [lively_model.extend(mmtx.Audio(sound, RATE), seconds, temperature=1.0, seed=seed) for seed in range(6)]
+    longer = [lively_model.continue_audio(mmtx.Audio(sound, RATE), seconds, temperature=1.0, seed=seed) for seed in range(6)]
     step = tokenizer.config.hop * tokenizer.config.patch_frames
     most = len(given) + -(-int(seconds * RATE) // step)
     for codes, whole in zip(decoded, longer, strict=True):
@@ -548,13 +548,13 @@ def test_a_sound_goes_on_behind_its_reconstruction(lively_model, tone, decoded, 
 
 
 @pytest.mark.parametrize("call, told", [
-    (lambda model, tone: model.complete(np.zeros((16, 16, 3)), 9), "rows: found 9, .* multiple of 8 from 0 to 16"),
-    (lambda model, tone: model.complete(np.zeros((16, 16, 3)), 24), "rows: found 24"),
-    (lambda model, tone: model.complete(np.zeros((16, 16, 3)), -8), "rows: found -8"),
-    (lambda model, tone: model.complete(tone, 8), "found audio, expected image"),
-    (lambda model, tone: model.extend(np.zeros((16, 16, 3))), "found image, expected audio"),
-    (lambda model, tone: model.extend(tone, 0), "seconds: found 0"),
-    (lambda model, tone: model.extend(tone, float("inf")), "seconds: found inf"),
+    (lambda model, tone: model.outpaint(np.zeros((16, 16, 3)), 9), "rows: found 9, .* multiple of 8 from 0 to 16"),
+    (lambda model, tone: model.outpaint(np.zeros((16, 16, 3)), 24), "rows: found 24"),
+    (lambda model, tone: model.outpaint(np.zeros((16, 16, 3)), -8), "rows: found -8"),
+    (lambda model, tone: model.outpaint(tone, 8), "found audio, expected image"),
+    (lambda model, tone: model.continue_audio(np.zeros((16, 16, 3))), "found image, expected audio"),
+    (lambda model, tone: model.continue_audio(tone, 0), "seconds: found 0"),
+    (lambda model, tone: model.continue_audio(tone, float("inf")), "seconds: found inf"),
 ])
 def test_a_beginning_that_cannot_be_used_is_named(tiny_model, tone, call, told):
     with pytest.raises(mmtx.InputError, match=told):

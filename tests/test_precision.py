@@ -29,7 +29,7 @@ TOKENIZERS = {
 def config(tmp_path_factory):
     root = tmp_path_factory.mktemp("precision")
     config = runs.prepare(root, steps=4, val_check_interval=2)
-    config["data"]["init_args"]["workers"] = 0
+    config["data"]["init_args"]["num_workers"] = 0
     return {**config, "root": root}
 
 
@@ -37,8 +37,8 @@ def fit(config: dict, kind: str, precision: str, output, *more: str) -> list[dic
     """Run `mmtx fit` -> the rows of its metrics."""
     config = {**config, "output": str(output), "trainer": {**config["trainer"], "precision": precision}}
     root = config.pop("root")
-    if kind == "continuous":
-        config["model"] = {**config["model"], "init_args": {**config["model"]["init_args"], "continuous": True}}
+    if kind == "continuous_inputs":
+        config["model"] = {**config["model"], "init_args": {**config["model"]["init_args"], "continuous_inputs": True}}
     elif kind in TOKENIZERS:
         module, data, arguments = TOKENIZERS[kind]
         if kind == "vocoder":
@@ -46,7 +46,7 @@ def fit(config: dict, kind: str, precision: str, output, *more: str) -> list[dic
         sources = [runs.FEW[kind != "image"]]
         config["model"] = {"class_path": f"mmtx.training.{module}", "init_args": arguments}
         config["data"] = {"class_path": f"mmtx.training.{data}", "init_args": {
-            "train": sources, "validation": sources, "batch": 3, **({"steps": 8} if kind == "vocoder" else {})}}
+            "train": sources, "validation": sources, "batch_size": 3, **({"steps": 8} if kind == "vocoder" else {})}}
     path = output.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(config))
     main(["fit", "--config", str(path), *more])
@@ -56,7 +56,7 @@ def fit(config: dict, kind: str, precision: str, output, *more: str) -> list[dic
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", WORKING)
-@pytest.mark.parametrize("kind", ["decoder", "continuous", *TOKENIZERS])
+@pytest.mark.parametrize("kind", ["decoder", "continuous_inputs", *TOKENIZERS])
 def test_a_run_trains_validates_saves_and_resumes_or_is_refused(kind, precision, config, tmp_path, capsys):
     if kind in TOKENIZERS and precision in ("16-true", "bf16-true", "64-true"):
         with pytest.raises(SystemExit) as stop:
@@ -70,7 +70,7 @@ def test_a_run_trains_validates_saves_and_resumes_or_is_refused(kind, precision,
     figures = [float(value) for row in rows for name, value in row.items() if value and name.startswith(("train/", "val/"))]
     assert len(figures) > 8 and all(map(math.isfinite, figures))
     assert float(rows[-1].get("train/skipped") or 0) == 0
-    if kind in ("decoder", "continuous"):
+    if kind in ("decoder", "continuous_inputs"):
         assert (tmp_path / "run" / "samples" / "step-000002.txt").is_file()
         model = mmtx.load(tmp_path / "run" / "model", "cpu")
         assert isinstance(model.caption(torch.zeros(3, 32, 32, dtype=torch.uint8), max_new_tokens=3), str)
@@ -93,7 +93,7 @@ def test_what_needs_another_package_is_refused_in_one_line(precision, config, tm
 
 def decoder(dtype: torch.dtype) -> Decoder:
     torch.manual_seed(0)
-    config = DecoderConfig(100, width=32, depth=2, heads=4, kv_heads=2, head_width=16, hidden=64,
+    config = DecoderConfig(100, width=32, depth=2, heads=4, kv_heads=2, head_dim=16, mlp_dim=64,
                            composed=(CodeRange(64, (4, 3, 3)),))
     made = Decoder(config).double()
     for parameter in made.parameters():

@@ -92,7 +92,7 @@ def whole(media, tokenizers, tmp_path_factory):
 
 
 def corpus(tokenizers, vocabulary, *sources: DataSource, **options):
-    return read_corpus(sources, tokenizers, vocabulary, **{"context": 1000, "max_bad": 0.1, **options})
+    return read_corpus(sources, tokenizers, vocabulary, **{"max_seq_len": 1000, "max_bad": 0.1, **options})
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -109,7 +109,7 @@ def same(left, right) -> bool:
 
 # -- The same as media ---------------------------------------------------------------------------------------
 
-OPTIONS = [{"repeat": 2}, {"drop": 0.4, "limit": 5}, {}, {"task": "generate", "drop": 0.3}]
+OPTIONS = [{"repeat": 2}, {"cond_drop_prob": 0.4, "limit": 5}, {}, {"task": "generate", "cond_drop_prob": 0.3}]
 NAMES = ["pictures", "notes.tar", "rows.jsonl", "notes.tar"]
 
 
@@ -135,7 +135,7 @@ def test_rows_that_cannot_be_read_have_no_number(tokenizers, vocabulary, tmp_pat
     chats = [{"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}!"}]} for n in range(9)]
     (tmp_path / "chats.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in [*chats[:2], {"text": 1}, *chats[2:]]))
     prepare(DataSource([str(tmp_path / "chats.jsonl")]), tokenizers, tmp_path / "a", rows=4, max_bad=0.1)
-    for options in ({"limit": 4}, {"drop": 0.5}):
+    for options in ({"limit": 4}, {"cond_drop_prob": 0.5}):
         expected, found = (corpus(tokenizers, vocabulary, DataSource([str(tmp_path / name)], **options), seed=5)
                            for name in ("chats.jsonl", "a"))
         assert [found.where(n) for n in range(len(found))] == [expected.where(n) for n in range(len(expected))]
@@ -174,7 +174,7 @@ def test_a_vocabulary_beyond_16_bits(media, tokenizers, tmp_path):
 
 def start(folders: list[str], output: Path, *more: str) -> subprocess.Popen:
     """The command in a session of its own; what it prints goes to OUTPUT.log."""
-    arguments = [*more, "--tokenizers", *folders, "--output", str(output), "--features", "--max-bad", "0.1"]
+    arguments = [*more, "--tokenizers", *folders, "--output", str(output), "--features", "--max_bad", "0.1"]
     with open(f"{output}.log", "a") as log:
         return subprocess.Popen([sys.executable, "-m", "mmtx", "prepare", *arguments], stdout=log, stderr=log,
                                 stdin=subprocess.DEVNULL, start_new_session=True)
@@ -223,12 +223,12 @@ def killed_and_finished(folders: list[str], root: Path, sources: list[str], shar
 @pytest.mark.slow
 def test_kills_lose_and_double_nothing(media, folders, tmp_path):
     sources = [str(media / name) for name in ("pictures", "notes.tar", "rows.jsonl")]
-    process = start(folders, tmp_path / "one", *sources, "--rows", "1", "--workers", "1")
+    process = start(folders, tmp_path / "one", *sources, "--rows", "1", "--num_workers", "1")
     assert process.wait(120) == 0, (tmp_path / "one.log").read_text()
     expected = content(tmp_path / "one")
     assert len(expected) == 3 + 38 and not any(name.endswith(".part") for name in expected)
     outputs, partial = killed_and_finished(folders, tmp_path, sources, 38, 10, random.Random(0), "--rows", "1",
-                                           "--workers", "2")
+                                           "--num_workers", "2")
     assert all(content(output) == expected for output in outputs)
     assert len(set(partial) - {38}) >= 3, partial
 
@@ -300,7 +300,7 @@ def test_changed_sources_are_refused(tokenizers, tmp_path):
         with pytest.raises(InputError, match=r"shard-0000[0-2].safetensors: the sources .*changed since it was written"):
             again()
     write(*rows)
-    again(workers=2, max_bad=0.5)
+    again(num_workers=2, max_bad=0.5)
     assert content(tmp_path / "a") == expected
     for options, told in (({"rows": 5}, "shard_rows 4, found 5"), ({"features": True}, "features False, found True")):
         with pytest.raises(InputError, match=f"was begun with {told}; expected the same, or another --output"):
@@ -341,7 +341,7 @@ def test_folders_that_cannot_be_trained_on(whole, tokenizers, vocabulary, tmp_pa
     ("rows.jsonl", {}, {"augmentation": Augmentation(audio=AudioAugmentation())}, "audio_augmentation: .*expected null"),
     ("pictures", {"select": {"key": ["a"]}}, {}, "select: .*pictures is prepared"),
     ("rows.jsonl", {"task": "generate"}, {}, "task: .*not one question with one answer"),
-    ("rows.jsonl", {}, {"context": 40}, r"of 9 rows cannot be used; first: .*rows.jsonl row 1: found .* context \+ 1 = 41"),
+    ("rows.jsonl", {}, {"max_seq_len": 40}, r"of 9 rows cannot be used; first: .*rows.jsonl row 1: found .* max_seq_len \+ 1 = 41"),
 ])
 def test_what_prepared_documents_cannot_do(whole, tokenizers, vocabulary, name, fields, options, told):
     with pytest.raises(InputError, match=told):
@@ -351,8 +351,8 @@ def test_what_prepared_documents_cannot_do(whole, tokenizers, vocabulary, name, 
 
 
 def test_long_documents_are_left_out(media, whole, tokenizers, vocabulary):
-    sources = DataSource([str(media / "rows.jsonl")]), DataSource([str(whole / "rows.jsonl")], drop=0.5)
-    expected, found = (corpus(tokenizers, vocabulary, source, context=200, max_bad=0.9) for source in sources)
+    sources = DataSource([str(media / "rows.jsonl")]), DataSource([str(whole / "rows.jsonl")], cond_drop_prob=0.5)
+    expected, found = (corpus(tokenizers, vocabulary, source, max_seq_len=200, max_bad=0.9) for source in sources)
     assert 0 < len(found) < 9 and [found.where(n) for n in range(len(found))] == [s.where for s in expected.samples]
     assert np.array_equal(found.parts[0].numbers, expected.parts[0].numbers)
 
@@ -360,7 +360,7 @@ def test_long_documents_are_left_out(media, whole, tokenizers, vocabulary):
 def test_features_are_asked_for_by_name(media, whole, tokenizers, vocabulary, tmp_path):
     prepare(DataSource([str(media / "notes.tar")]), tokenizers, tmp_path / "a")
     source = DataSource([str(tmp_path / "a")])
-    with pytest.raises(InputError, match="without features of audio.*continuous: true.*mmtx prepare --features"):
+    with pytest.raises(InputError, match="without features of audio.*continuous_inputs: true.*mmtx prepare --features"):
         corpus(tokenizers, vocabulary, source, features=True)
     assert not corpus(tokenizers, vocabulary, source).render([(0, 0)])[0].spans
     assert corpus(tokenizers, vocabulary, DataSource([str(whole / "notes.tar")]), features=True).render([(0, 0)])[0].spans
@@ -417,7 +417,7 @@ def test_shards_afar_are_fetched_when_they_are_needed(server, whole, tokenizers,
     monkeypatch.setenv("MMTX_CACHE", str(tmp_path))
     address, asked = server
     near = corpus(tokenizers, vocabulary, DataSource([str(whole / "pictures")]))
-    far = corpus(tokenizers, vocabulary, DataSource([f"{address}/pictures"], drop=0.2))
+    far = corpus(tokenizers, vocabulary, DataSource([f"{address}/pictures"], cond_drop_prob=0.2))
     assert not [path for path in asked if "shard-" in path]
     assert np.array_equal(far.render([(8, 0)])[0].ids, near.render([(8, 0)])[0].ids)
     assert {path for path in asked if "shard-" in path} == {"/pictures/shard-00001.safetensors"}
@@ -464,14 +464,14 @@ def test_a_cache_without_room_is_named(whole, tmp_path):
 def test_the_command_says_how_far_it_is_and_how_to_train(media, folders, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("mmtx.data.prepare.tqdm", functools.partial(tqdm, disable=False))
     source = {"paths": [str(media / "notes.tar")], "select": {"instrument": ["nothing"]}}
-    config = {"model": {"init_args": {"continuous": True}}, "data": {"init_args": {
+    config = {"model": {"init_args": {"continuous_inputs": True}}, "data": {"init_args": {
         "tokenizers": dict(zip(("text", "image", "audio"), folders)), "validation": [], "train": [
             {"paths": [str(media / "notes.tar")], "repeat": 3}, {"paths": [str(media / "notes.tar")], "task": "generate"},
             {"paths": [str(media / "rows.jsonl")], "limit": 2},
-            {"paths": [str(media / "notes.tar")], "select": {"soundfont": ["fluid", "timgm"]}, "drop": 0.1}]}}}
+            {"paths": [str(media / "notes.tar")], "select": {"soundfont": ["fluid", "timgm"]}, "cond_drop_prob": 0.1}]}}}
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
-    main(["prepare", "--config", str(path), "--output", str(tmp_path / "a"), "--workers", "1"])
+    main(["prepare", "--config", str(path), "--output", str(tmp_path / "a"), "--num_workers", "1"])
     out, error = capsys.readouterr()
     lines = out.splitlines()
     assert re.search(r"prepare: 9\.00 rows \[.* [\d.]+ rows/s, shards=1, skipped=0\]", error), error
@@ -481,7 +481,7 @@ def test_the_command_says_how_far_it_is_and_how_to_train(media, folders, tmp_pat
     train = yaml.safe_load(lines[-1].split("'")[1])
     assert train == [{"paths": [f"{tmp_path}/a/0"], "repeat": 3}, {"paths": [f"{tmp_path}/a/0"], "task": "generate"},
                      {"paths": [f"{tmp_path}/a/1"], "limit": 2},
-                     {"paths": [f"{tmp_path}/a/2"], "select": None, "drop": 0.1}]
+                     {"paths": [f"{tmp_path}/a/2"], "select": None, "cond_drop_prob": 0.1}]
     config["data"]["init_args"]["train"] = [source]
     path.write_text(yaml.safe_dump(config))
     for arguments, told in (
@@ -491,7 +491,7 @@ def test_the_command_says_how_far_it_is_and_how_to_train(media, folders, tmp_pat
         (["a.jsonl", "--config", str(path)], "found both sources and --config"),
         (["nothing.jsonl"], "nothing.jsonl: no such file"),
         (["nothing.tar"], "nothing.tar: no such file"),  # the folder of the mistake before is no other's
-        ([str(media / "notes.tar"), "--workers", "0"], "workers: found '0'"),
+        ([str(media / "notes.tar"), "--num_workers", "0"], "num_workers: found '0'"),
         ([str(media / "notes.tar"), "--rows", "0"], "rows: found '0'"),
     ):
         with pytest.raises(SystemExit) as stop:
@@ -506,7 +506,7 @@ def test_training_from_shards_is_training_from_media(tmp_path):
 
     config = runs.prepare(tmp_path, steps=6)
     data = config["data"]["init_args"]
-    config["model"]["init_args"]["continuous"] = True
+    config["model"]["init_args"]["continuous_inputs"] = True
     data["image_augmentation"] = data["audio_augmentation"] = None
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))

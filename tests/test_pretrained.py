@@ -218,14 +218,14 @@ def test_a_decoder_trains_on_pretrained_codecs_and_keeps_a_copy(folders, tmp_pat
     TextTokenizer.train(texts, 300).save(tmp_path / "text")
     adapter(folders, "emu3").save(tmp_path / "image")
     adapter(folders, "dac", codebooks=1).save(tmp_path / "audio")
-    decoder = {"width": 32, "depth": 1, "heads": 2, "kv_heads": 1, "head_width": 16, "hidden": 32}
+    decoder = {"width": 32, "depth": 1, "heads": 2, "kv_heads": 1, "head_dim": 16, "mlp_dim": 32}
     config = {
         "output": str(tmp_path / "run"), "seed_everything": 0, "samples": 2,
         "model": {"class_path": "mmtx.training.decoder.DecoderModule",
-                  "init_args": {"decoder": decoder, "continuous": True}},
+                  "init_args": {"decoder": decoder, "continuous_inputs": True}},
         "data": {"class_path": "mmtx.training.decoder.DecoderData", "init_args": {
             "tokenizers": {kind: str(tmp_path / kind) for kind in ("text", "image", "audio")},
-            "train": FEW, "validation": FEW, "tokens": 512, "context": 511}},
+            "train": FEW, "validation": FEW, "tokens_per_batch": 512, "max_seq_len": 511}},
         "trainer": {"accelerator": "cpu", "max_steps": 2, "val_check_interval": 2, "check_val_every_n_epoch": None,
                     "log_every_n_steps": 1, "enable_progress_bar": False},
     }

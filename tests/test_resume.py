@@ -111,7 +111,7 @@ def changed(config: dict, path: str, value) -> dict:
 
 
 CHANGES = {
-    "seed_everything": 1, "ema": 0.8, "data.init_args.tokens": 512, "data.init_args.seed": 3,
+    "seed_everything": 1, "ema": 0.8, "data.init_args.tokens_per_batch": 512, "data.init_args.seed": 3,
     "data.init_args.train": runs.FEW[:1], "data.init_args.image_augmentation": None,
     "model.init_args.z_loss": 0.0, "model.init_args.loss_weights": {"text": 2.0},
     "model.init_args.decoder.width": 48, "trainer.max_steps": 9, "trainer.accumulate_grad_batches": 3,
@@ -127,7 +127,7 @@ def test_every_change_of_batches_or_model_changes_the_record(root, config):
         assert names and all(name.startswith(path) for name in names), (path, names)
     ranks = record(root, changed(changed(config, "trainer.devices", 2), "trainer.strategy", "ddp"))
     assert (expected["processes"], ranks["processes"]) == (1, 2)
-    assert record(root, changed(config, "data.init_args.workers", 0)) == expected
+    assert record(root, changed(config, "data.init_args.num_workers", 0)) == expected
 
 
 @pytest.mark.parametrize("path, value, told", [

@@ -159,7 +159,7 @@ def test_no_value_of_a_config_builds_more_than_its_file(fresh, name, monkeypatch
 
 
 @pytest.mark.parametrize("name, field, value", [
-    ("config.json", "hidden", 2**20), ("config.json", "depth", 2**12),
+    ("config.json", "mlp_dim", 2**20), ("config.json", "depth", 2**12),
 ])
 def test_a_network_larger_than_its_file_is_not_begun(fresh, name, field, value):
     folder = fresh("model")

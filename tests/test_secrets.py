@@ -123,10 +123,10 @@ BAD = ("/gone.png", "/forbidden.png", "/broken.png", "/moved.png")
 
 def test_commands_that_read_media(run, secret):
     good = [secret(path) for path in ("/a.png", "/b.png", "/c.wav")]
-    status, said = run("caption", *good, "--max-new-tokens", "2", *MODEL)
+    status, said = run("caption", *good, "--max_new_tokens", "2", *MODEL)
     assert status == 0 and said.count("http://127.0.0.1:") == 3
     assert run("tokenize", "a", *good, *MODEL)[0] == 0
-    assert run("generate", "a", good[0], "--max-new-tokens", "2", *MODEL)[0] == 0
+    assert run("generate", "a", good[0], "--max_new_tokens", "2", *MODEL)[0] == 0
     for path in BAD:
         for command in (("caption",), ("tokenize", "a"), ("generate", "a")):
             status, said = run(*command, secret(path), *MODEL)
@@ -148,7 +148,7 @@ def test_inspect_and_evaluate(run, secret):
 
 
 def test_prepare(run, secret, tmp_path):
-    tokenizers = ("--tokenizers", "text", "image", "audio", "--workers", "1", "--max-bad", "1")
+    tokenizers = ("--tokenizers", "text", "image", "audio", "--num_workers", "1", "--max_bad", "1")
     for number, source in enumerate(("/m.jsonl", "/x.tar", "/x.tar.gz")):
         assert run("prepare", secret(source), "--output", str(number), *tokenizers)[0] == 0
         assert run("prepare", secret(source), "--output", str(number), *tokenizers)[0] == 0

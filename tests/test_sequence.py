@@ -102,8 +102,8 @@ def test_chat_by_hand():
         (v.eos, False),
     ]  # fmt: skip
     rendered = render(CHAT, v)
-    assert list(zip(rendered.ids.tolist(), rendered.trained.tolist(), strict=True)) == expected
-    assert rendered.ids.dtype == np.int32 and rendered.trained.dtype == np.bool_
+    assert list(zip(rendered.ids.tolist(), rendered.loss_mask.tolist(), strict=True)) == expected
+    assert rendered.ids.dtype == np.int32 and rendered.loss_mask.dtype == np.bool_
 
 
 def test_plain_by_hand():
@@ -112,28 +112,28 @@ def test_plain_by_hand():
     rendered = render(PLAIN, v)
     ids = [v.bos, 1, v.image, v.height(2), v.width(1), image, image + 7, v.image_end, v.eos]
     assert rendered.ids.tolist() == ids
-    assert rendered.trained.tolist() == [False] + [True] * 8
+    assert rendered.loss_mask.tolist() == [False] + [True] * 8
 
 
 def test_mixed_turns_by_hand():
     """Plain content beside role turns; <eos> counts only behind plain content."""
     plain = TextPart([3])
     user, assistant = Turn("user", (TextPart([1]),)), Turn("assistant", (TextPart([2]),))
-    mask = render(Document((Turn(None, (plain,)), user, assistant)), V).trained
+    mask = render(Document((Turn(None, (plain,)), user, assistant)), V).loss_mask
     #                 <bos>  3  <user>  1  <end> <assistant> 2 <end> <eos>
     assert mask.tolist() == [0, 1, 0, 0, 0, 0, 1, 1, 0]
-    mask = render(Document((user, assistant, Turn(None, (plain,)))), V).trained
+    mask = render(Document((user, assistant, Turn(None, (plain,)))), V).loss_mask
     #                 <bos> <user> 1 <end> <assistant> 2 <end> 3 <eos>
     assert mask.tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 1]
-    mask = render(Document((assistant, user)), V).trained
+    mask = render(Document((assistant, user)), V).loss_mask
     assert mask.tolist() == [0, 0, 1, 1, 0, 0, 0, 0]
-    assert render(Document(()), V).trained.tolist() == [False, False]
+    assert render(Document(()), V).loss_mask.tolist() == [False, False]
 
 
 def test_mask_of_packed_and_padded_streams():
     chat, plain = render(CHAT, V), render(PLAIN, V)
     packed = np.concatenate([chat.ids, plain.ids, chat.ids, [V.pad] * 3])
-    expected = np.concatenate([chat.trained, plain.trained, chat.trained, [False] * 3])
+    expected = np.concatenate([chat.loss_mask, plain.loss_mask, chat.loss_mask, [False] * 3])
     assert np.array_equal(trained(packed, V), expected)
 
 

@@ -21,7 +21,7 @@ from mmtx.training.checkpoint import damage
 from mmtx.training.optimizer import OptimizerConfig, configure
 from mmtx.training.sharding import full, shard, whole
 
-CONFIG = DecoderConfig(77, width=32, depth=2, heads=2, kv_heads=1, head_width=16, hidden=48, tied=False,
+CONFIG = DecoderConfig(77, width=32, depth=2, heads=2, kv_heads=1, head_dim=16, mlp_dim=48, tied=False,
                        composed=(CodeRange(41, (4, 3, 3)),))
 STEPS = 4
 
@@ -139,7 +139,7 @@ def test_sharded_runs_are_those_of_ddp_and_go_on_after_kills(tmp_path):
 
 MISTAKES = {
     "averaged weights": ({"ema": 0.9}, ["ema", "sharded"]),
-    "muon": ({"model.init_args.optimizer.muon": 1e-3}, ["optimizer.muon", "found 0.001", "sharded"]),
+    "muon": ({"model.init_args.optimizer.muon_lr": 1e-3}, ["optimizer.muon_lr", "found 0.001", "sharded"]),
     "stock strategy": ({"trainer.strategy": {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}},
                        ["trainer.strategy", "found ModelParallelStrategy", "sharded"]),
 }

@@ -644,7 +644,7 @@ def test_the_option_that_messages_name(server, tmp_path, tiny_model, capsys):
     of_config = ["--config", str(tmp_path / "config.yaml")]
     model = ["--model", str(tmp_path / "model"), "--device", "cpu"]
     for number, command in enumerate((["inspect", url, *model], ["evaluate", url, *model], ["evaluate", *of_config, *model],
-                                      ["prepare", url, "--tokenizers", *folders, "--workers", "1"], ["prepare", *of_config, "--workers", "1"])):
+                                      ["prepare", url, "--tokenizers", *folders, "--num_workers", "1"], ["prepare", *of_config, "--num_workers", "1"])):
         output = ["--output", str(tmp_path / str(number))] if command[0] == "prepare" else []
         with pytest.raises(SystemExit):
             main([*command, *output])

@@ -36,7 +36,7 @@ FEW = [{"paths": [IMAGES], "limit": 6}, {"paths": [SOUNDS], "limit": 4}]
 NETWORK = {"width": 16, "heads": 1, "encoder_depth": 1, "decoder_depth": 1, "levels": [4, 3, 3]}
 TRAINER = {"accelerator": "cpu", "max_steps": 2, "val_check_interval": 2, "check_val_every_n_epoch": None,
            "log_every_n_steps": 1, "enable_progress_bar": False, "gradient_clip_val": 1.0}
-DECODER = {"width": 32, "depth": 1, "heads": 2, "kv_heads": 1, "head_width": 16, "hidden": 32}
+DECODER = {"width": 32, "depth": 1, "heads": 2, "kv_heads": 1, "head_dim": 16, "mlp_dim": 32}
 
 
 def section(class_path: str, **arguments) -> dict:
@@ -61,7 +61,7 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def folders(root):
     """Tokenizers of each kind, trained for two steps."""
-    codec = {"train": FEW, "validation": FEW, "batch": 4}
+    codec = {"train": FEW, "validation": FEW, "batch_size": 4}
     return {
         "text": fit(root / "text", section("text.TextModule", size=300), section("text.TextData", train=FEW),
                     {"accelerator": "cpu", "max_epochs": 1, "log_every_n_steps": 1, "enable_progress_bar": False}),
@@ -78,11 +78,11 @@ def folders(root):
 @pytest.fixture(scope="module")
 def decoder_data(folders):
     tokenizers = {kind: str(folder) for kind, folder in folders.items()}
-    return section("decoder.DecoderData", tokenizers=tokenizers, train=FEW, validation=FEW, tokens=256, context=255,
+    return section("decoder.DecoderData", tokenizers=tokenizers, train=FEW, validation=FEW, tokens_per_batch=256, max_seq_len=255,
                    image_augmentation={}, audio_augmentation={})
 
 
-DECODER_MODULE = section("decoder.DecoderModule", decoder=DECODER, continuous=True)
+DECODER_MODULE = section("decoder.DecoderModule", decoder=DECODER, continuous_inputs=True)
 
 
 @pytest.fixture(scope="module")
@@ -138,10 +138,10 @@ def test_the_saved_config_repeats_the_run(root, run):
 
 
 def test_a_run_starts_from_a_finished_model(root, run, decoder_data):
-    module = changed(DECODER_MODULE, "init_args.start", str(run / "model"))
+    module = changed(DECODER_MODULE, "init_args.init_from", str(run / "model"))
     module = changed(module, "init_args.optimizer", {"learning_rate": 1e-9})
     retrained = fit(root / "image2", section("codec.ImageCodecModule", tokenizer={"patch": 16, "side": 32, "network": NETWORK}),
-                    section("codec.CodecData", train=FEW, validation=FEW, batch=4), {**TRAINER, "max_steps": 1})
+                    section("codec.CodecData", train=FEW, validation=FEW, batch_size=4), {**TRAINER, "max_steps": 1})
     data = changed(decoder_data, "init_args.tokenizers.image", str(retrained))
     before, after = mmtx.load(run / "model", "cpu"), mmtx.load(fit(root / "started", module, data), "cpu")
     assert before.tokenizers["image"].fingerprint != after.tokenizers["image"].fingerprint
@@ -150,12 +150,12 @@ def test_a_run_starts_from_a_finished_model(root, run, decoder_data):
 
 
 @pytest.mark.parametrize("change, told", [
-    ({"model": ("decoder.hidden", 80)}, ["start", "found hidden 32", "expected 80"]),
-    ({"data": ("tokenizers.text", str(STARTER.parents[2] / "tokenizers" / "text"))}, ["start", "vocabulary_size"]),
-    ({"model": ("start", "no/such/folder")}, ["no/such/folder", "no such folder"]),
+    ({"model": ("decoder.mlp_dim", 80)}, ["init_from", "found mlp_dim 32", "expected 80"]),
+    ({"data": ("tokenizers.text", str(STARTER.parents[2] / "tokenizers" / "text"))}, ["init_from", "vocabulary_size"]),
+    ({"model": ("init_from", "no/such/folder")}, ["no/such/folder", "no such folder"]),
 ])
 def test_what_does_not_fit_is_no_start(change, told, run, decoder_data, tmp_path, capsys):
-    parts = {"model": changed(DECODER_MODULE, "init_args.start", str(run / "model")), "data": decoder_data}
+    parts = {"model": changed(DECODER_MODULE, "init_args.init_from", str(run / "model")), "data": decoder_data}
     for part, (path, value) in change.items():
         parts[part] = changed(parts[part], f"init_args.{path}", value)
     capsys.readouterr()
@@ -171,8 +171,8 @@ def test_a_text_tokenizer_of_the_same_size_but_other_pieces_is_no_start(run, dec
     data = changed(decoder_data, "init_args.tokenizers.text", str(tmp_path / "text"))
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        fit(tmp_path / "run", changed(DECODER_MODULE, "init_args.start", str(run / "model")), data)
-    check_mistake(stop, capsys, ["start", "text tokenizer of fingerprint", "tokenizers.text"])
+        fit(tmp_path / "run", changed(DECODER_MODULE, "init_args.init_from", str(run / "model")), data)
+    check_mistake(stop, capsys, ["init_from", "text tokenizer of fingerprint", "tokenizers.text"])
 
 
 def test_a_resumed_run_is_the_run_that_was_interrupted(root, decoder_data, monkeypatch):
@@ -238,7 +238,7 @@ def test_validate_takes_the_average_that_was_saved_and_that_of_a_checkpoint(root
     # Of a checkpoint, also from another folder, and with other data and steps than it was made with.
     path = folder / "checkpoints" / "step-000000002.ckpt"
     other = figures(capsys, "validate", *config, "--ckpt_path", str(path), "--output", str(root / "nowhere"),
-                    "--trainer.max_steps", "9", "--data.tokens", "300")
+                    "--trainer.max_steps", "9", "--data.tokens_per_batch", "300")
     assert figures(capsys, "validate", *config, "--ckpt_path", "last") == pytest.approx(other, rel=1e-5)
     with open(folder / "metrics" / "metrics.csv", newline="") as file:
         first = [row for row in csv.DictReader(file) if row.get("val/loss")][0]
@@ -280,7 +280,7 @@ def test_predict_writes_what_the_model_says(run, config, capsys):
 
 
 def test_without_a_model_of_its_own_a_run_is_what_it_starts_from(run, config, root, capsys):
-    found = figures(capsys, "validate", *config, "--output", str(root / "unmade"), "--model.start", str(run / "model"))
+    found = figures(capsys, "validate", *config, "--output", str(root / "unmade"), "--model.init_from", str(run / "model"))
     assert found == pytest.approx(measured(run), rel=1e-6)
 
 
@@ -324,7 +324,7 @@ def test_mistakes_of_held_out_commands_end_in_one_line(name, run, config, tmp_pa
 
 def test_other_tokenizers_than_the_models_are_refused(run, config, folders, root, capsys):
     other = fit(root / "image3", section("codec.ImageCodecModule", tokenizer={"patch": 16, "side": 32, "network": NETWORK}),
-                section("codec.CodecData", train=FEW, validation=FEW, batch=4), {**TRAINER, "max_steps": 1})
+                section("codec.CodecData", train=FEW, validation=FEW, batch_size=4), {**TRAINER, "max_steps": 1})
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         main(["validate", *config, "--data.tokenizers.image", str(other)])
@@ -360,7 +360,7 @@ def test_only_predict_waits_for_its_turn(run, config, capsys):
 
 def plain(folders, two_texts, **more) -> tuple[DecoderModule, Trainer, DataLoader]:
     tokenizers = TokenizerFolders(str(folders["text"]))
-    data = DecoderData(tokenizers, [DataSource([two_texts])], [DataSource([two_texts])], tokens=255, context=255)
+    data = DecoderData(tokenizers, [DataSource([two_texts])], [DataSource([two_texts])], tokens_per_batch=255, max_seq_len=255)
     data.setup("fit")
     loader = DataLoader(PackedBatches(data.train_documents, data.vocabulary, 255, steps=3), batch_size=None)
     module = DecoderModule(DecoderConfig(**DECODER), **more)
@@ -444,7 +444,7 @@ def two_texts(tmp_path):
 def gradients(folders, manifest: str, tokens: int, accumulate: int) -> tuple[dict, list, DecoderModule]:
     """Gradients of one optimizer step over the manifest that changes no weight, its batches, and the module."""
     source = DataSource([manifest])
-    data = DecoderData(TokenizerFolders(str(folders["text"])), [source], [source], tokens=tokens, context=255)
+    data = DecoderData(TokenizerFolders(str(folders["text"])), [source], [source], tokens_per_batch=tokens, max_seq_len=255)
     batches = []
 
     class Noting(DecoderModule):
@@ -484,7 +484,7 @@ def test_accumulated_gradients_equal_those_of_one_large_batch(folders, two_texts
 
 
 def changed(values: dict, path: str, value) -> dict:
-    """A copy of nested `values` with one entry replaced: changed(data, "init_args.tokens", 3)."""
+    """A copy of nested `values` with one entry replaced: changed(data, "init_args.tokens_per_batch", 3)."""
     values = copy.deepcopy(values)
     *route, last = path.split(".")
     inner = values
@@ -501,10 +501,10 @@ MISTAKES = {
     "wrong field of a source": ("data", "train", [{"path": ["a.jsonl"]}], ["data.train", "'path'"]),
     "unknown value of select": ("data", "train", [{"paths": [IMAGES], "select": {"colour": ["red"]}}],
                                 ["'colour'", "caption"]),
-    "wrong type": ("data", "tokens", "many", ["data.tokens", "found many", "expected int"]),
+    "wrong type": ("data", "tokens_per_batch", "many", ["data.tokens_per_batch", "found many", "expected int"]),
     "unknown option": ("data", "token", 3, ["data", "'token'"]),
-    "batch too small": ("data", "tokens", 8, ["tokens", "found 8", "expected at least"]),
-    "context too small": ("data", "context", 2, ["rows cannot be used", "context + 1 = 3"]),
+    "batch too small": ("data", "tokens_per_batch", 8, ["tokens", "found 8", "expected at least"]),
+    "context too small": ("data", "max_seq_len", 2, ["rows cannot be used", "max_seq_len + 1 = 3"]),
     "no tokenizer": ("data", "tokenizers", {"text": "no/such/folder"}, ["no/such/folder", "no such folder"]),
     "wrong tokenizer": ("data", "tokenizers", {"text": "IMAGE"}, ["tokenizers.text", "for image"]),
     "medium without tokenizer": ("data", "tokenizers", {"text": "TEXT"}, ["found image", "no image tokenizer"]),

@@ -25,7 +25,7 @@ from mmtx.training.decoder import DecoderData, DecoderModule, LossWeights, Token
 from mmtx.training.vocoder import VocoderData, VocoderModule
 from mmtx.vocabulary import MODALITIES
 
-DECODER = DecoderConfig(width=32, depth=1, heads=2, kv_heads=1, head_width=16, hidden=32)
+DECODER = DecoderConfig(width=32, depth=1, heads=2, kv_heads=1, head_dim=16, mlp_dim=32)
 IMAGE = ImageConfig(patch=8, side=32, network=runs.NETWORK)
 AUDIO = AudioConfig(mels=16, patch_mels=8, patch_frames=4, window=512, chunk=16, pitch=True, network=runs.NETWORK)
 WEIGHTS = LossWeights(special=0.5, text=1.0, image=3.0)
@@ -45,10 +45,10 @@ class Noting(DecoderModule):
 
     def __init__(self):
         super().__init__(DECODER, loss_weights=WEIGHTS)
-        self.trained, self.drawn, self.validated, self.found = [], [], [], []
+        self.loss_mask, self.drawn, self.validated, self.found = [], [], [], []
 
     def training_step(self, batch, index):
-        self.trained.append(batch.samples.tolist())
+        self.loss_mask.append(batch.samples.tolist())
         self.drawn.append(float(torch.rand(())))
         return super().training_step(batch, index)
 
@@ -60,7 +60,7 @@ class Noting(DecoderModule):
 
 def test_a_part_of_the_held_out_samples_is_always_the_same_part(folders):
     sources = [DataSource(**source) for source in runs.FEW]
-    data = DecoderData(folders, sources, sources, tokens=64, context=64)
+    data = DecoderData(folders, sources, sources, tokens_per_batch=64, max_seq_len=64)
     module = Noting()
     trainer = Trainer(max_steps=6, limit_train_batches=2, limit_val_batches=2, **PLAIN)
     trainer.fit(module, data)
@@ -70,7 +70,7 @@ def test_a_part_of_the_held_out_samples_is_always_the_same_part(folders):
     assert module.validated == 3 * expected and expected[0] != expected[1]
     # Training goes on where the epoch before it stopped.
     whole = PackedBatches(data.train_documents, data.vocabulary, 64, repeats=data.train_documents.repeats, steps=6)
-    assert module.trained == [whole[k].samples.tolist() for k in range(6)]
+    assert module.loss_mask == [whole[k].samples.tolist() for k in range(6)]
 
 
 def test_what_a_step_draws_depends_on_its_number_alone(folders):
@@ -78,7 +78,7 @@ def test_what_a_step_draws_depends_on_its_number_alone(folders):
     for seed in (0, 1):
         torch.manual_seed(seed)
         module = Noting()
-        Trainer(max_steps=4, limit_val_batches=0, **PLAIN).fit(module, DecoderData(folders, sources, sources, context=255))
+        Trainer(max_steps=4, limit_val_batches=0, **PLAIN).fit(module, DecoderData(folders, sources, sources, max_seq_len=255))
         drawn.append(module.drawn)
     assert drawn[0] == drawn[1] and len(set(drawn[0])) == 4
 
@@ -119,9 +119,9 @@ def validate(folders: TokenizerFolders, held: Held, devices: int = 1) -> Found:
         "vocoder": lambda: VocoderModule(folders.audio, VocoderConfig(width=16)),
     }[held.kind]()
     if held.kind == "decoder":
-        data = DecoderData(folders, tokens=held.size, context=held.context, **common)
+        data = DecoderData(folders, tokens_per_batch=held.size, max_seq_len=held.context, **common)
     else:
-        data = (VocoderData if held.kind == "vocoder" else CodecData)(batch=held.size, **common)
+        data = (VocoderData if held.kind == "vocoder" else CodecData)(batch_size=held.size, **common)
     if held.kind == "vocoder":
         data.steps = 8
     seen = Seen()
@@ -232,7 +232,7 @@ def test_losses_of_modalities_are_those_of_all_ranks(folders, tmp_path):
     pictures = DataSource(runs.FEW[0]["paths"], limit=1, task="generate")
     sources = [DataSource([str(tmp_path / "text.jsonl")]), pictures]
     context = 6 * len("red circles and blue squares ")
-    data = DecoderData(folders, sources, sources, tokens=context, context=context)
+    data = DecoderData(folders, sources, sources, tokens_per_batch=context, max_seq_len=context)
     data.setup("validate")
     longest = int(data.validation_documents.lengths.max()) - 1  # fits, with no room for the other
     (first, second), = validate_on_two(folders, [Held("decoder", sources, longest, context)])

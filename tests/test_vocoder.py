@@ -392,7 +392,7 @@ def test_fit_trains_the_vocoder_and_leaves_the_codec_alone(tmp_path):
         "model": {"class_path": "mmtx.training.vocoder.VocoderModule", "init_args": {
             "tokenizer": str(tmp_path / "codec"), "vocoder": {"width": 16, "depth": 1}}},
         "data": {"class_path": "mmtx.training.vocoder.VocoderData", "init_args": {
-            "train": source, "validation": source, "batch": 4, "steps": CHUNK, "audio_augmentation": {}}},
+            "train": source, "validation": source, "batch_size": 4, "steps": CHUNK, "audio_augmentation": {}}},
         "trainer": {"accelerator": "cpu", "max_steps": 2, "val_check_interval": 1, "check_val_every_n_epoch": None,
                     "log_every_n_steps": 1, "enable_progress_bar": False, "gradient_clip_val": 1.0},
     }
@@ -417,13 +417,13 @@ def test_a_vocoder_starts_from_a_finished_one(tmp_path):
 
     tokenizer(seed=1).save(tmp_path / "finished")
     tokenizer(vocoder=None).save(tmp_path / "codec")
-    module = VocoderModule(str(tmp_path / "codec"), SMALL, start=str(tmp_path / "finished"))
+    module = VocoderModule(str(tmp_path / "codec"), SMALL, init_from=str(tmp_path / "finished"))
     given, taken = load_tokenizer(tmp_path / "finished").vocoder, module.tokenizer.vocoder
     assert all(torch.equal(a, b) for a, b in zip(given.parameters(), taken.parameters(), strict=True))
-    with pytest.raises(InputError, match="start: .*codec has no vocoder"):
-        VocoderModule(str(tmp_path / "codec"), SMALL, start=str(tmp_path / "codec"))
-    with pytest.raises(InputError, match="start: .*finished has .*width=16.*, expected .*width=32"):
-        VocoderModule(str(tmp_path / "codec"), VocoderConfig(width=32), start=str(tmp_path / "finished"))
+    with pytest.raises(InputError, match="init_from: .*codec has no vocoder"):
+        VocoderModule(str(tmp_path / "codec"), SMALL, init_from=str(tmp_path / "codec"))
+    with pytest.raises(InputError, match="init_from: .*finished has .*width=16.*, expected .*width=32"):
+        VocoderModule(str(tmp_path / "codec"), VocoderConfig(width=32), init_from=str(tmp_path / "finished"))
 
 
 def test_another_kind_of_tokenizer_is_refused():

@@ -90,7 +90,7 @@ def test_a_killed_process_ends_prepare_in_one_line_and_the_same_command_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(Workers, "__init__", begin)
-        with pytest.raises(InputError, match="a process of --workers 1 ended .*the same command goes on"):
+        with pytest.raises(InputError, match="a process of --num_workers 1 ended .*the same command goes on"):
             prepare(DataSource([str(path)]), tokenizers, tmp_path / "a", rows=1)
     assert not [name for name in os.listdir(tmp_path / "a") if "part" in name or name == ".lock"]
     assert prepare(DataSource([str(path)]), tokenizers, tmp_path / "a", rows=100)["documents"] == 400
@@ -131,7 +131,7 @@ def test_names_that_are_no_utf8_are_told(tokenizers, tmp_path):
 
 
 @pytest.mark.parametrize("option, value, told", [
-    ("rows", -1, "rows: found -1"), ("workers", 0, "workers: found 0"), ("workers", 10**6, "workers: found 1000000"),
+    ("rows", -1, "rows: found -1"), ("num_workers", 0, "num_workers: found 0"), ("num_workers", 10**6, "num_workers: found 1000000"),
     ("max_bad", float("nan"), "max_bad is nan"), ("max_bad", -0.1, "max_bad is -0.1")])
 def test_options_out_of_range_are_named(tokenizers, tmp_path, option, value, told):
     (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n')

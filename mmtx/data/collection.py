@@ -26,7 +26,7 @@ class DataSource:
     paths: files, folders, glob patterns or URLs. select: keep samples whose metadata field is one of the values.
     repeat: how often an epoch shows each sample. limit: keep this many samples, evenly spread.
     task: "caption" reads samples as they are, the medium asked and the text answered; "generate" turns them round. List
-    a source twice to train both. drop: share of the views of a sample that leave its user turn empty, by which a model
+    a source twice to train both. cond_drop_prob: share of the views of a sample that leave its user turn empty, by which a model
     learns to do without it, as classifier-free guidance needs. trusted: rows of a source at a URL may name local files,
     private addresses and other schemes than https; by default what lies below its own address, and public https. fields:
     names under which rows have what is read, as in {"image": "img_path", "text": "label"}; null for a field that shall not be
@@ -38,7 +38,7 @@ class DataSource:
     repeat: int = 1
     limit: int | None = None
     task: Task = "caption"
-    drop: float = 0.0
+    cond_drop_prob: float = 0.0
     trusted: bool = False
     fields: dict[str, str | None] | None = None
     follow_links: bool = False
@@ -51,8 +51,8 @@ class DataSource:
             raise InputError(f"fields: found {list(given.values())}, expected a different field for each")
         if self.task not in get_args(Task):
             raise InputError(f"task: found {self.task!r}, expected one of {', '.join(get_args(Task))}")
-        if not 0 <= self.drop <= 1:
-            raise InputError(f"drop: found {self.drop}, expected a share from 0 to 1")
+        if not 0 <= self.cond_drop_prob <= 1:
+            raise InputError(f"cond_drop_prob: found {self.cond_drop_prob}, expected a share from 0 to 1")
         for name in ("repeat", "limit"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{name}: found {value}, expected 1 or more")
@@ -64,7 +64,7 @@ class TrainingData(NamedTuple):
     train: list[DataSource]
     validation: list[DataSource]
     tokenizers: list[str]  # folders
-    continuous: bool       # whether the decoder takes features
+    continuous_inputs: bool       # whether the decoder takes features
     max_bad: float         # share of the rows of a source that may be unusable
 
 
@@ -75,7 +75,7 @@ def read_config(path: str | Path) -> TrainingData:
         data, model = (config[name]["init_args"] for name in ("data", "model"))
         folders = [folder for folder in data["tokenizers"].values() if folder is not None]
         train, held_out = ([DataSource(**source) for source in data[name]] for name in ("train", "validation"))
-        return TrainingData(train, held_out, folders, bool(model.get("continuous")), float(data.get("max_bad", MAX_BAD)))
+        return TrainingData(train, held_out, folders, bool(model.get("continuous_inputs")), float(data.get("max_bad", MAX_BAD)))
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not the configuration of a decoder ({type(error).__name__}: {scrub(str(error))})") from None
 
@@ -95,7 +95,7 @@ def _read(source: DataSource, skipped: SkipCounter) -> list[Sample]:
         samples = [samples[i * len(samples) // source.limit] for i in range(source.limit)]
     if source.task == "generate":
         samples = [turned_round(sample) for sample in samples]
-    return [replace(sample, drop=source.drop) for sample in samples] if source.drop else samples
+    return [replace(sample, cond_drop_prob=source.cond_drop_prob) for sample in samples] if source.cond_drop_prob else samples
 
 
 def turned_round(sample: Sample) -> Sample:

@@ -77,7 +77,7 @@ def read_corpus(
     tokenizers: Mapping[str, Tokenizer],
     vocabulary: Vocabulary,
     *,
-    context: int,
+    max_seq_len: int,
     augmentation: Augmentation = Augmentation(),
     seed: int = 0,
     max_bad: float = MAX_BAD,
@@ -86,7 +86,7 @@ def read_corpus(
 ) -> Corpus:
     """Open all sources. Raises InputError as `Documents` and `Prepared` do; `features`: whether the decoder takes them."""
     parts, repeats, number = [], [], 0
-    common = dict(context=context, augmentation=augmentation, seed=seed)
+    common = dict(max_seq_len=max_seq_len, augmentation=augmentation, seed=seed)
     whole = [replace(source, paths=[path for pattern in source.paths for path in expand(pattern)]) for source in sources]
     for prepared, group in groupby(whole, _is_prepared):
         if not prepared:

@@ -49,7 +49,7 @@ def prepare(
     *,
     features: bool = False,
     rows: int = ROWS,
-    workers: int = 1,
+    num_workers: int = 1,
     max_bad: float = MAX_BAD,
 ) -> dict[str, Any]:
     """Write `output`, or finish what is there already of the same sources and tokenizers -> what its prepared.json says.
@@ -58,21 +58,21 @@ def prepare(
         source: what is read: its `paths`, `select`, `fields` and `follow_links`. The rest is for the training, which finds
             all samples.
         tokenizers: by kind; all that the sources need.
-        output: a new folder, or one that was begun with the same arguments (other `workers` and `max_bad` are fine).
-        features: store the encoder's features of all pictures and sounds, for decoders with `continuous: true`.
+        output: a new folder, or one that was begun with the same arguments (other `num_workers` and `max_bad` are fine).
+        features: store the encoder's features of all pictures and sounds, for decoders with `continuous_inputs: true`.
         rows: rows of a shard.
-        workers: processes that read and encode.
+        num_workers: processes that read and encode.
         max_bad: share of the rows of the source that may be unusable.
 
     Raises:
         InputError: the folder holds something else, sources or tokenizers changed since it was begun, it cannot be
             written, or too many rows cannot be used; what is finished then stays.
     """
-    for name, value in (("rows", rows), ("workers", workers)):
+    for name, value in (("rows", rows), ("num_workers", num_workers)):
         if value < 1:
             raise InputError(f"{name}: found {value}, expected 1 or more")
-    if workers > MOST_WORKERS:
-        raise InputError(f"workers: found {workers}, expected {MOST_WORKERS} or less")
+    if num_workers > MOST_WORKERS:
+        raise InputError(f"num_workers: found {num_workers}, expected {MOST_WORKERS} or less")
     skipped, vocabulary = SkipCounter(max_bad), Vocabulary.build(tokenizers)
     reading = {name: value for name in ("fields", "follow_links") if (value := getattr(source, name))}
     plan = {"format": FORMAT, "sources": [shown(recorded(path)) for path in source.paths], "select": source.select,
@@ -81,7 +81,7 @@ def prepare(
     with alone(folder, "output"):
         _begin(folder, plan)
         try:
-            shards, samples = _shards(source, (folder, dict(tokenizers), vocabulary, features), rows, workers, skipped)
+            shards, samples = _shards(source, (folder, dict(tokenizers), vocabulary, features), rows, num_workers, skipped)
             return _finish(folder, plan, shards, samples, skipped)
         finally:
             for path in folder.iterdir():
@@ -89,13 +89,13 @@ def prepare(
                     path.unlink(missing_ok=True)
 
 
-def _shards(source: DataSource, setting: tuple, rows: int, workers: int,
+def _shards(source: DataSource, setting: tuple, rows: int, num_workers: int,
             skipped: SkipCounter) -> tuple[list[dict], int]:
     """Write the shards -> facts about each, and the number of samples; rows are counted in `skipped`."""
     folder, number, samples = setting[0], 0, 0
     shards: dict[int, dict] = {}
     running: set[Future] = set()
-    pool = Workers(workers, _make, setting)
+    pool = Workers(num_workers, _make, setting)
     try:
         with tqdm(desc="prepare", unit=" rows", unit_scale=True) as bar:
             def collect(busy: int) -> None:
@@ -110,10 +110,11 @@ def _shards(source: DataSource, setting: tuple, rows: int, workers: int,
             for number, block in enumerate(_blocks(source, rows, skipped), 1):
                 running.add(pool.submit(_packed(number - 1, samples, block)))
                 samples += sum(isinstance(row, Sample) for row in block)
-                collect(AHEAD * workers)
+                collect(AHEAD * num_workers)
             collect(0)
     except Ended:
-        raise InputError(f"{folder}: a process of --workers {workers} ended (out of memory?); the same command goes on") from None
+        raise InputError(f"{folder}: a process of --num_workers {num_workers} ended (out of memory?); "
+                         "the same command goes on") from None
     finally:
         pool.end()
     if (folder / shard_name(number)).exists():
@@ -258,7 +259,7 @@ def make_shard(rows: Sequence[Sample | InputError], first: int, tokenizers: Mapp
         for (number, row), document in zip(chosen, encoded, strict=True):
             try:
                 stream = render(document, vocabulary)
-                if not stream.trained.any():
+                if not stream.loss_mask.any():
                     raise InputError(f"{row.where}: found nothing to learn, expected an assistant turn or a plain document")
             except InputError as error:
                 skipped.skip(error)

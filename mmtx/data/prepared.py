@@ -118,7 +118,7 @@ class Prepared:
         path: str,
         vocabulary: Vocabulary,
         *,
-        context: int,
+        max_seq_len: int,
         augmentation: Augmentation = Augmentation(),
         seed: int = 0,
         max_bad: float = MAX_BAD,
@@ -129,7 +129,8 @@ class Prepared:
 
         Raises InputError for a folder that is not whole, other tokenizers, or what can be done to media only.
         """
-        self.path, self.vocabulary, self.seed, self.drop = display(path).rstrip("/"), vocabulary, seed, source.drop
+        self.path, self.vocabulary, self.seed = display(path).rstrip("/"), vocabulary, seed
+        self.cond_drop_prob = source.cond_drop_prob
         self.turned = source.task == "generate"
         self.remote = path if is_url(path) else None
         if self.remote is None and not os.path.isfile(os.path.join(path, DONE)):
@@ -159,7 +160,7 @@ class Prepared:
             chosen = np.flatnonzero(np.isin(numbers, wanted, assume_unique=True))
             numbers = np.searchsorted(wanted, numbers[chosen])
         # The count goes on from that of `mmtx prepare`, so that a folder is taken where its media would be.
-        skipped, room = SkipCounter(max_bad, facts.rows), context + 1
+        skipped, room = SkipCounter(max_bad, facts.rows), max_seq_len + 1
         skipped.count, skipped.first = facts.skipped, list(facts.errors[:3])
         total, fits = len(lengths[chosen]), lengths[chosen] <= room
         self.rows: np.ndarray | None = None if isinstance(chosen, slice) else chosen  # documents of the folder; None: all
@@ -167,7 +168,7 @@ class Prepared:
             rows = np.arange(total) if self.rows is None else self.rows
             for row in rows[~fits][:3].tolist():
                 skipped.skip(InputError(f"{self._name(row)}: found {lengths[row]} tokens, "
-                                        f"expected at most context + 1 = {room}"))
+                                        f"expected at most max_seq_len + 1 = {room}"))
             skipped.count = facts.skipped + int(np.count_nonzero(~fits))
             self.rows, numbers = rows[fits], numbers[fits]
         self.lengths = lengths if self.rows is None else lengths[self.rows]  # (documents,) tokens of each
@@ -195,9 +196,9 @@ class Prepared:
         order = np.arange(len(ids))
         if self.turned:
             order = order[turned_round(ids, v)]
-        if self.drop:
+        if self.cond_drop_prob:
             random = np.random.default_rng(seed_of(self.seed, self.first + int(self.numbers[number]), view))
-            if random.random() < self.drop:
+            if random.random() < self.cond_drop_prob:
                 order = order[~in_user_turns(ids[order], v)]
         spans, whole, ids = [], ids, ids[order]
         for kind in v.kinds:
@@ -305,7 +306,7 @@ class Prepared:
         for kind in facts.media if features else ():
             if self.vocabulary.levels(kind) and kind not in facts.features:
                 raise InputError(f"{self.path}: prepared without features of {kind}, the decoder takes them "
-                                 "(continuous: true); expected `mmtx prepare --features`")
+                                 "(continuous_inputs: true); expected `mmtx prepare --features`")
 
     def _fetch(self, name: str) -> bool:
         """Download a file that is not there yet; whether it was."""

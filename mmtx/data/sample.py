@@ -68,14 +68,14 @@ class SampleTurn:
 class Sample:
     """One row of a source. `where` names the source and the row in error messages.
 
-    `drop` is the share of its views in training that leave the user turns empty.
+    `cond_drop_prob` is the share of its views in training that leave the user turns empty.
     """
 
     key: str
     turns: tuple[SampleTurn, ...]
     metadata: dict[str, Any]
     where: str
-    drop: float = 0.0
+    cond_drop_prob: float = 0.0
 
     @property
     def caption(self) -> str:

@@ -51,14 +51,14 @@ class Documents:
         tokenizers: Mapping[str, Tokenizer],
         vocabulary: Vocabulary,
         *,
-        context: int,
+        max_seq_len: int,
         augmentation: Augmentation = Augmentation(),
         seed: int = 0,
         counters: Sequence[SkipCounter] | None = None,
         first: int = 0,
         progress: Callable[[Iterable], Iterable] = iter,
     ):
-        """Samples that cannot be read, or that need more than `context` tokens, are skipped.
+        """Samples that cannot be read, or that need more than `max_seq_len` tokens, are skipped.
 
         `counters` are those of the source of each sample, and say how many may be; without them all are of one source.
         `first` is the number of the first sample, by which its views are seeded.
@@ -72,7 +72,7 @@ class Documents:
         for number, sample in enumerate(progress(samples), first):
             digest = hashlib.blake2b(b"%d" % number, digest_size=8)  # the number decides about augmentation
             try:
-                rendered = self._measure(sample, context, digest)
+                rendered = self._measure(sample, max_seq_len, digest)
             except InputError as error:
                 counters[number - first].skip(error)
                 continue
@@ -102,7 +102,7 @@ class Documents:
         documents = encode_samples(samples, media, self.tokenizers, self.augmentation, seeds)
         return [render(document, self.vocabulary) for document in documents]
 
-    def _measure(self, sample: Sample, context: int, digest: Digest) -> Rendered:
+    def _measure(self, sample: Sample, max_seq_len: int, digest: Digest) -> Rendered:
         """The document with all codes 0; what it is made of is added to `digest`."""
         for turn in sample.turns:
             texts = [part.text if isinstance(part, Text) else None for part in turn.parts]
@@ -112,10 +112,10 @@ class Documents:
         blank = {kind: iter([Encoding(np.zeros(self.tokenizers[kind].grid(tensor), int), None)
                              for k, tensor in zip(kinds, media, strict=True) if k == kind]) for kind in set(kinds)}
         rendered = render(_document(sample, self.tokenizers, blank), self.vocabulary)
-        if len(rendered.ids) - 1 > context:
+        if len(rendered.ids) - 1 > max_seq_len:
             raise InputError(f"{sample.where}: found {len(rendered.ids)} tokens, "
-                             f"expected at most context + 1 = {context + 1}")
-        if not rendered.trained.any():
+                             f"expected at most max_seq_len + 1 = {max_seq_len + 1}")
+        if not rendered.loss_mask.any():
             raise InputError(f"{sample.where}: found nothing to learn, expected an assistant turn or a plain document")
         return rendered
 
@@ -170,8 +170,8 @@ def usable(samples: Sequence[Sample], tokenizers: Mapping[str, Tokenizer], skipp
 
 
 def _drop(sample: Sample, seed: int) -> Sample:
-    """The sample or, for its share `drop` of seeds, the sample with its user turns emptied."""
-    if np.random.default_rng(seed).random() >= sample.drop:
+    """The sample or, for its share `cond_drop_prob` of seeds, the sample with its user turns emptied."""
+    if np.random.default_rng(seed).random() >= sample.cond_drop_prob:
         return sample
     turns = (replace(turn, parts=()) if turn.role == "user" else turn for turn in sample.turns)
     return replace(sample, turns=tuple(turns))

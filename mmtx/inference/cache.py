@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmtx.layers import rotary
+from mmtx.layers import rotary_embedding
 from mmtx.model import DecoderConfig
 
 
@@ -34,7 +34,7 @@ class KVCache:
     def of(cls, config: DecoderConfig, lengths: Tensor, used: int, capacity: int, like: Tensor) -> "KVCache":
         """A cache of prompts of `lengths` (B,), whose keys and values are still to be written, up to slot `used`."""
         c, batch, device = config, len(lengths), like.device
-        shape = batch, c.kv_heads, capacity, c.head_width
+        shape = batch, c.kv_heads, capacity, c.head_dim
         return cls(
             c, *([_empty(like, shape) for _ in range(c.depth)] for _ in range(2)),
             torch.arange(capacity, device=device) < lengths[:, None], used, torch.tensor([used], device=device),
@@ -82,6 +82,6 @@ def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _angles(config: DecoderConfig, capacity: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine of `rotary`, the latter negative in the lower half, so that the halves can be swapped as they are."""
-    cos, sin = rotary(torch.arange(capacity, device=like.device), config.head_width, config.rope_theta)
-    sin[:, :config.head_width // 2] *= -1
+    cos, sin = rotary_embedding(torch.arange(capacity, device=like.device), config.head_dim, config.rope_theta)
+    sin[:, :config.head_dim // 2] *= -1
     return cos.to(like.dtype), sin.to(like.dtype)

@@ -67,10 +67,10 @@ def steps(
         limit, allowed = last + _steps_to_close(grammar, out, state, len(prefix) > 0), AllowedIds(grammar, out)
         places = range(batch) if places is None else places
         draws = Draws(sampling.seed, places, device) if sampling.temperature > 0 else None
-        if sampling.guidance == 1:
+        if sampling.guidance_scale == 1:
             engine = choose(decoder, weights, batch)
         else:
-            engine = Guided(choose(decoder, weights, 2 * batch), sampling.guidance, grammar.vocabulary)
+            engine = Guided(choose(decoder, weights, 2 * batch), sampling.guidance_scale, grammar.vocabulary)
         engine.prefill([prompt._replace(ids=np.concatenate([prompt.ids, prefix])) for prompt in prompts])
         writing = torch.arange(batch, device=device)  # rows of the batch that are still computed
         nothing = torch.full_like(writing, grammar.vocabulary.pad)

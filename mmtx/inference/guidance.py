@@ -16,8 +16,8 @@ class Guided(Engine):
     It runs another engine on twice as many rows: the prompts, then the same with their user turns emptied.
     """
 
-    def __init__(self, engine: Engine, guidance: float, vocabulary: Vocabulary):
-        self.engine, self.guidance, self.vocabulary = engine, guidance, vocabulary
+    def __init__(self, engine: Engine, guidance_scale: float, vocabulary: Vocabulary):
+        self.engine, self.guidance_scale, self.vocabulary = engine, guidance_scale, vocabulary
         self.static = engine.static
 
     @property
@@ -32,21 +32,21 @@ class Guided(Engine):
         self.engine.step(ids.repeat(2))
 
     def scores(self, first: int | None = None) -> Tensor:
-        return guide(self.engine.scores(first), self.guidance)
+        return guide(self.engine.scores(first), self.guidance_scale)
 
     def keep(self, rows: Tensor) -> Engine:
         self.engine = self.engine.keep(torch.cat([rows, rows + len(self.hidden) // 2]))
         return self
 
 
-def guide(logits: Tensor, guidance: float) -> Tensor:
+def guide(logits: Tensor, guidance_scale: float) -> Tensor:
     """Scores of B prompts, then of the same without their user turns (2B, V) -> guided scores (B, V).
 
     Classifier-free guidance (https://arxiv.org/abs/2207.12598), for pictures as codes in Parti
     (https://arxiv.org/abs/2206.10789).
     """
     asked, unasked = logits.float().chunk(2)
-    return unasked + min(guidance, 1e30) * (asked - unasked)   # beyond that there would be inf - inf
+    return unasked + min(guidance_scale, 1e30) * (asked - unasked)   # beyond that there would be inf - inf
 
 
 def without_user_turns(prompt: Prompt, vocabulary: Vocabulary) -> Prompt:

@@ -26,7 +26,7 @@ FEW_ROWS = 4096   # output matrices up to here are read as a whole
 SHORT = 9216      # numbers of a head's keys up to here are read by NumPy's products, which then stay on one thread
 
 
-def lay_out(decoder: nn.Module) -> None:
+def prepack_weights(decoder: nn.Module) -> None:
     """Store the matrices of the blocks so that their longer side is contiguous, which changes no value: it then is read in
     long streams.
 
@@ -71,22 +71,22 @@ class _Buffers:
     """Where the operations put what they make, and the views of it that they need."""
 
     def __init__(self, config: DecoderConfig):
-        c, half, turning = config, config.head_width // 2, config.heads + config.kv_heads
+        c, half, turning = config, config.head_dim // 2, config.heads + config.kv_heads
         empty = lambda *shape: np.empty(shape, np.float32)
         self.normed, self.added, self.hidden = empty(c.width), empty(c.width), empty(c.width)
-        self.qkv, self.found = empty((turning + c.kv_heads) * c.head_width), empty(c.heads * c.head_width)
-        heads = self.qkv.reshape(-1, c.head_width)
+        self.qkv, self.found = empty((turning + c.kv_heads) * c.head_dim), empty(c.heads * c.head_dim)
+        heads = self.qkv.reshape(-1, c.head_dim)
         self.raw, self.value = heads[:turning], heads[turning:]                                    # (H + G, K), (G, K)
         self.turned, self.swapped = empty(turning, 2, half), empty(turning, 2, half)
-        self.flat, self.back = self.turned.reshape(turning, c.head_width), self.turned[:, ::-1]
-        self.square, self.length = empty(turning, c.head_width), empty(turning, 1)
-        self.ones = np.ones((c.head_width, 1), np.float32)
+        self.flat, self.back = self.turned.reshape(turning, c.head_dim), self.turned[:, ::-1]
+        self.square, self.length = empty(turning, c.head_dim), empty(turning, 1)
+        self.ones = np.ones((c.head_dim, 1), np.float32)
         # The queries of a group share keys and values: they take the place of tokens, as in the engine of torch.
-        grouped = c.kv_heads, c.heads // c.kv_heads, c.head_width
+        grouped = c.kv_heads, c.heads // c.kv_heads, c.head_dim
         self.query, self.key = self.flat[:c.heads].reshape(grouped), self.flat[c.heads:]
         self.given = self.found.reshape(grouped)
-        self.gate_up, self.inner = empty(2 * c.hidden), empty(c.hidden)
-        self.gate, self.up = self.gate_up[:c.hidden], self.gate_up[c.hidden:]
+        self.gate_up, self.inner = empty(2 * c.mlp_dim), empty(c.mlp_dim)
+        self.gate, self.up = self.gate_up[:c.mlp_dim], self.gate_up[c.mlp_dim:]
 
 
 class _Layer(NamedTuple):
@@ -105,7 +105,7 @@ class _Layer(NamedTuple):
     @classmethod
     def of(cls, layer: Layer, config: DecoderConfig, b: _Buffers) -> "_Layer":
         head_norm, scale = _Norm.of(layer.head_norm), np.ones((len(b.raw), 1), np.float32)
-        scale[:config.heads] = config.head_width ** -0.5
+        scale[:config.heads] = config.head_dim ** -0.5
         return cls(
             _Norm.of(layer.attention_norm), _product(layer.qkv.T, b.normed, b.qkv),
             head_norm._replace(weight=head_norm.weight * scale), _product(layer.out.T, b.found, b.added),
@@ -197,7 +197,7 @@ class RowEngine(TorchEngine):
 
     def _bind(self) -> None:
         """Look at the cache where it now lies."""
-        cache, half = self.cache, self.weights.config.head_width // 2
+        cache, half = self.cache, self.weights.config.head_dim // 2
         self.cos, self.sin = (each.numpy().reshape(-1, 2, half) for each in (cache.cos, cache.sin))
         self.slots = [_Slots(keys, values, keys[0].numpy(), values[0].numpy())
                       for keys, values in zip(cache.keys, cache.values, strict=True)]

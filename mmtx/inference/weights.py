@@ -59,11 +59,11 @@ class Scratch(NamedTuple):
     @classmethod
     def of(cls, config: DecoderConfig, tokens: int, like: Tensor) -> "Scratch":
         c, turning = config, config.heads + config.kv_heads
-        qkv = like.new_empty(tokens, (turning + c.kv_heads) * c.head_width)
-        heads = qkv.view(tokens, -1, c.head_width)
-        turned, swapped = (like.new_empty(tokens, turning, c.head_width) for _ in range(2))
+        qkv = like.new_empty(tokens, (turning + c.kv_heads) * c.head_dim)
+        heads = qkv.view(tokens, -1, c.head_dim)
+        turned, swapped = (like.new_empty(tokens, turning, c.head_dim) for _ in range(2))
         low, high = turned.chunk(2, dim=-1)
-        gate_up = like.new_empty(tokens, 2 * c.hidden)
+        gate_up = like.new_empty(tokens, 2 * c.mlp_dim)
         return cls(
             like.new_empty(tokens, c.width), like.new_empty(tokens, 1, dtype=precise(like)),
             qkv, heads[:, :turning], heads[:, turning:], like.new_empty(tokens, turning, 1, dtype=precise(like)),

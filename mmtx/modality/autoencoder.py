@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mmtx.errors import InputError
 from mmtx.files import CONFIG, write_json
-from mmtx.layers import Block, BlockConfig, RMSNorm, initialise, rotary
+from mmtx.layers import Block, BlockConfig, RMSNorm, initialise, rotary_embedding
 from mmtx.modality.base import Tokenizer, read_config
 from mmtx.modality.fsq import FSQ
 from mmtx.schema import build, within
@@ -78,11 +78,11 @@ class PatchAutoencoder(nn.Module):
             width=config.width,
             heads=config.heads,
             kv_heads=config.heads,
-            head_width=config.width // config.heads,
-            hidden=4 * config.width * 2 // 3 // 8 * 8,
+            head_dim=config.width // config.heads,
+            mlp_dim=4 * config.width * 2 // 3 // 8 * 8,
             causal=False,
         )
-        self.head_width = block.head_width
+        self.head_dim = block.head_dim
         self.quantizer = FSQ(config.levels)
         self.embed = nn.Linear(patch_size, config.width)
         self.encoder = nn.ModuleList(Block(block) for _ in range(config.encoder_depth))
@@ -116,7 +116,7 @@ class PatchAutoencoder(nn.Module):
     def _run(self, x: Tensor, blocks: nn.ModuleList, norm: nn.Module) -> Tensor:
         _, rows, columns, _ = x.shape
         grid = torch.cartesian_prod(torch.arange(rows, device=x.device), torch.arange(columns, device=x.device))
-        angles = rotary(grid[None], self.head_width, theta=100.0)
+        angles = rotary_embedding(grid[None], self.head_dim, theta=100.0)
         x = x.flatten(1, 2)                                     # (B, h*w, D)
         for block in blocks:
             x = block(x, angles)

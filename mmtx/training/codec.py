@@ -31,7 +31,7 @@ from mmtx.modality.autoencoder import ENCODING, Codec, Reconstruction
 from mmtx.modality.base import load_tokenizer
 from mmtx.modality.image import ImageConfig, ImageTokenizer, resize, to_float
 from mmtx.modality.vocoder import hertz
-from mmtx.training.critic import AdversarialConfig, Critic, Perceptual, PerceptualConfig, balance
+from mmtx.training.discriminator import AdversarialConfig, Discriminator, Perceptual, PerceptualConfig, adaptive_weight
 from mmtx.training.loader import ResumableLoader, loader
 from mmtx.training.means import Means, TestedAsValidated
 from mmtx.training.optimizer import OptimizerConfig, configure
@@ -51,14 +51,14 @@ class CodecBatch(NamedTuple):
 class CodecBatches(Dataset):
     """Batch k of media, as a pure function of (seed, k, rank)."""
 
-    def __init__(self, media: list[Tensor], collate: Callable[[list[Tensor], Generator], Tensor], batch: int,
+    def __init__(self, media: list[Tensor], collate: Callable[[list[Tensor], Generator], Tensor], batch_size: int,
                  seed: int, steps: int, rank: int, world: int, weights: Tensor | None):
         """`collate` makes one tensor of what the codec takes; without `weights` each medium comes once, in order.
 
         Where these do not divide among the ranks, the last batches are smaller or without samples, as those of
         `PackedBatches` are: ranks must take as many steps.
         """
-        self.media, self.collate, self.batch, self.steps = media, collate, batch, steps
+        self.media, self.collate, self.batch_size, self.steps = media, collate, batch_size, steps
         self.seed, self.rank, self.world, self.weights = seed, rank, world, weights
 
     def __len__(self) -> int:
@@ -67,12 +67,12 @@ class CodecBatches(Dataset):
     def __getitem__(self, k: int) -> CodecBatch:
         generator = Generator().manual_seed(seed_of(self.seed, k, self.rank))
         if self.weights is None:
-            chosen = range((k * self.world + self.rank) * self.batch, (k * self.world + self.rank + 1) * self.batch)
+            chosen = range((k * self.world + self.rank) * self.batch_size, (k * self.world + self.rank + 1) * self.batch_size)
             chosen = [i for i in chosen if i < len(self.media)]
             if not chosen:
                 return CodecBatch(self.collate(self.media[:1], generator), torch.tensor([], dtype=torch.long))
         else:
-            chosen = torch.multinomial(self.weights, self.batch, replacement=True, generator=generator).tolist()
+            chosen = torch.multinomial(self.weights, self.batch_size, replacement=True, generator=generator).tolist()
         return CodecBatch(self.collate([self.media[i] for i in chosen], generator), torch.tensor(chosen))
 
 
@@ -83,11 +83,11 @@ class CodecData(LightningDataModule):
         self,
         train: list[DataSource],
         validation: list[DataSource],
-        batch: int = 32,
-        varied: float = 0.0,
+        batch_size: int = 32,
+        multi_size_prob: float = 0.0,
         image_augmentation: ImageAugmentation | None = None,
         audio_augmentation: AudioAugmentation | None = None,
-        workers: int = 0,
+        num_workers: int = 0,
         max_bad: float = 0.01,
         seed: int = 0,
         test: list[DataSource] | None = None,
@@ -96,19 +96,20 @@ class CodecData(LightningDataModule):
         Args:
             train: what to learn from; only media of the codec's kind are used.
             validation: held-out media.
-            batch: pictures or cuts of sound in a step on each device.
-            varied: share of training batches of other sizes than the usual one, so that the codec works at any:
+            batch_size: pictures or cuts of sound in a step on each device.
+            multi_size_prob: share of training batches of other sizes than the usual one, so that the codec works at any:
                 magnified cut-outs of pictures with sides from half a chunk to a whole one, shorter cuts of sound.
             image_augmentation: changes to every second picture, none by default.
             audio_augmentation: changes to every second cut of sound, none by default.
-            workers: processes that put batches together.
+            num_workers: processes that put batches together.
             max_bad: share of the rows of each source that may be unusable.
             seed: fixes order, cuts and augmentation.
             test: media for `mmtx test`, which nothing else reads.
         """
         super().__init__()
         self.train_sources, self.validation_sources, self.test = train, validation, test
-        self.batch, self.varied, self.workers, self.max_bad, self.seed = batch, varied, workers, max_bad, seed
+        self.batch_size, self.multi_size_prob, self.num_workers = batch_size, multi_size_prob, num_workers
+        self.max_bad, self.seed = max_bad, seed
         self.image_augmentation, self.audio_augmentation = image_augmentation, audio_augmentation
         self.contents: dict[str, list[Content]] = {}
 
@@ -158,17 +159,17 @@ class CodecData(LightningDataModule):
             pictures = [self.image_augmentation(picture, generator) if torch.rand((), generator=generator) < 0.5
                         else picture for picture in pictures]
         c = self.tokenizer.config
-        if torch.rand((), generator=generator) < self.varied or c.side is None:
+        if torch.rand((), generator=generator) < self.multi_size_prob or c.side is None:
             height, width = (c.patch * int(torch.randint(-(-c.chunk // 2), c.chunk + 1, (), generator=generator))
                              for _ in range(2))
-            pictures = [cut_out(picture, height, width, generator) for picture in pictures]
+            pictures = [random_resized_crop(picture, height, width, generator) for picture in pictures]
         return to_float(torch.stack(pictures))
 
     def _sounds(self, waveforms: list[Tensor], generator: Generator) -> Tensor:
         """Log-mel of cuts of sound, one chunk long or, now and then, shorter; every second one augmented."""
         c = self.tokenizer.config
         steps = c.chunk
-        if torch.rand((), generator=generator) < self.varied:
+        if torch.rand((), generator=generator) < self.multi_size_prob:
             steps = int(torch.randint(1, c.chunk + 1, (), generator=generator))
         cuts = []
         for cut in self._cuts(waveforms, steps, generator):
@@ -187,7 +188,7 @@ class CodecData(LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         steps = self.trainer.max_steps * self.trainer.accumulate_grad_batches
         collate = self._pictures if self.tokenizer.kind == "image" else self._sounds
-        return ResumableLoader(self._batches(self.train_media, collate, steps, self.weights), self.workers)
+        return ResumableLoader(self._batches(self.train_media, collate, steps, self.weights), self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
         return self._held_out(self.validation_media, "validation")
@@ -204,8 +205,8 @@ class CodecData(LightningDataModule):
             # The cut of a sound depends on its own number alone, not on the batch that it comes in.
             media = [cut for number, waveform in enumerate(media) for cut in self._cuts(
                 [waveform], self.held_out_steps(), Generator().manual_seed(seed_of(self.seed, number)))]
-        steps = -(-len(media) // (self.batch * self.trainer.world_size))
-        return loader(self._batches(media, self.held_out, steps, None), self.workers)
+        steps = -(-len(media) // (self.batch_size * self.trainer.world_size))
+        return loader(self._batches(media, self.held_out, steps, None), self.num_workers)
 
     def held_out_steps(self) -> int:
         """Time steps of the codec in a held-out cut of sound."""
@@ -217,11 +218,11 @@ class CodecData(LightningDataModule):
         return to_float(batch) if self.tokenizer.kind == "image" else self.tokenizer.spectrogram(batch)
 
     def _batches(self, media: list[Tensor], collate, steps: int, weights: Tensor | None) -> CodecBatches:
-        return CodecBatches(media, collate, self.batch, self.seed, steps, self.trainer.global_rank,
+        return CodecBatches(media, collate, self.batch_size, self.seed, steps, self.trainer.global_rank,
                             self.trainer.world_size, weights)
 
 
-def cut_out(picture: Tensor, height: int, width: int, generator: Generator) -> Tensor:
+def random_resized_crop(picture: Tensor, height: int, width: int, generator: Generator) -> Tensor:
     """A random part of a picture (3, H, W), from all that has the shape to a quarter of its sides, in a given size."""
     largest = min(picture.shape[-2] / height, picture.shape[-1] / width)
     share = 4 ** -float(torch.rand((), generator=generator))
@@ -231,7 +232,7 @@ def cut_out(picture: Tensor, height: int, width: int, generator: Generator) -> T
     return resize(picture[:, top:top + rows, left:left + columns], height, width)
 
 
-class Usage(NamedTuple):
+class CodebookUsage(NamedTuple):
     """How much of a codebook is in use."""
 
     perplexity: float
@@ -240,7 +241,7 @@ class Usage(NamedTuple):
     carried: float            # share of the bits that so many codes could carry, the most common code left out
 
     @classmethod
-    def of(cls, counts: Tensor, levels: tuple[int, ...]) -> "Usage":
+    def of(cls, counts: Tensor, levels: tuple[int, ...]) -> "CodebookUsage":
         """`counts` (K,) of each code. Silence and blank paper are one code and no sign of a collapse."""
         counts = counts.double().cpu()
         rest = counts.clone()
@@ -268,37 +269,37 @@ def finished(folder: str | Path, like: Codec, name: str) -> Codec:
 
 
 class CodecModule(TestedAsValidated):
-    """Training of a codec: squared error plus a share of absolute error and, if asked for, a critic's opinion.
+    """Training of a codec: squared error plus a share of absolute error and, if asked for, a discriminator's opinion.
 
-    Codec and critic take their steps together, as groups of one optimizer: accumulation, several devices, averaged
-    weights and resuming are then the same with and without a critic.
+    Codec and discriminator take their steps together, as groups of one optimizer: accumulation, several devices, averaged
+    weights and resuming are then the same with and without a discriminator.
     """
 
     tokenizer: Codec
     perceptual: Perceptual | None = None
 
-    def __init__(self, tokenizer: Codec, refine: str | None, optimizer: OptimizerConfig, absolute: float,
+    def __init__(self, tokenizer: Codec, refine: str | None, optimizer: OptimizerConfig, l1_weight: float,
                  adversarial: AdversarialConfig | None, channels: int):
         super().__init__()
         if refine is not None:
             tokenizer = finished(refine, tokenizer, "refine").train()
             for name in ENCODING:
                 getattr(tokenizer.network, name).requires_grad_(False)
-        self.tokenizer, self.optimizer_config, self.absolute = tokenizer, optimizer, absolute
+        self.tokenizer, self.optimizer_config, self.l1_weight = tokenizer, optimizer, l1_weight
         self.adversarial = adversarial
-        self.critic = Critic(channels, adversarial) if adversarial else None
+        self.discriminator = Discriminator(channels, adversarial) if adversarial else None
 
     def configure_optimizers(self) -> dict:
         more = []
-        if self.critic is not None:
-            more.append({"params": list(self.critic.parameters()), "lr": self.adversarial.learning_rate,
+        if self.discriminator is not None:
+            more.append({"params": list(self.discriminator.parameters()), "lr": self.adversarial.learning_rate,
                          "betas": (0.5, 0.9), "weight_decay": 0.0})
         return configure(self.tokenizer, self.optimizer_config, self.trainer.max_steps, more)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        if self.critic is None or not gradient_clip_val:
+        if self.discriminator is None or not gradient_clip_val:
             return super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        # Each for itself, or steep gradients of the critic would take from the codec's.
+        # Each for itself, or steep gradients of the discriminator would take from the codec's.
         clip = clip_grad_value_ if gradient_clip_algorithm == "value" else clip_grad_norm_
         for groups in (optimizer.param_groups[:-1], optimizer.param_groups[-1:]):
             clip([parameter for group in groups for parameter in group["params"]], gradient_clip_val)
@@ -313,10 +314,10 @@ class CodecModule(TestedAsValidated):
     def distance(self, media: Tensor, output: Tensor) -> Tensor:
         """Squared error plus a share of absolute error."""
         error = self.shown(output) - self.shown(media)
-        return error.square().mean() + self.absolute * error.abs().mean()
+        return error.square().mean() + self.l1_weight * error.abs().mean()
 
     def shown(self, media: Tensor) -> Tensor:
-        """What of media a critic sees."""
+        """What of media a discriminator sees."""
         return media
 
     def on_train_batch_start(self, batch: CodecBatch, index: int) -> None:
@@ -330,18 +331,18 @@ class CodecModule(TestedAsValidated):
             distance = self.perceptual(output, batch.media)
             self.log("train/perceptual", distance)
             loss = loss + self.perceptual.config.weight * distance
-        if self.critic is not None:
+        if self.discriminator is not None:
             loss = loss + self._adversarial(loss, output, batch.media)
         return loss
 
     def _adversarial(self, rest: Tensor, output: Tensor, media: Tensor) -> Tensor:
-        """The codec's and the critic's part in one number; neither reaches the weights of the other."""
-        if self.global_step < self.adversarial.start:
-            return self.critic.silence()
+        """The codec's and the discriminator's part in one number; neither reaches the weights of the other."""
+        if self.global_step < self.adversarial.start_step:
+            return self.discriminator.zero_loss()
         shown = self.shown(output)
-        judged, mistake = self.critic.judge(shown), self.critic.mistake(shown, self.shown(media))
-        scale = balance(judged, rest, output)
-        self.log_dict({"train/adversarial": judged, "train/critic": mistake, "train/adversarial_scale": scale})
+        judged, mistake = self.discriminator.generator_loss(shown), self.discriminator.discriminator_loss(shown, self.shown(media))
+        scale = adaptive_weight(judged, rest, output)
+        self.log_dict({"train/adversarial": judged, "train/discriminator": mistake, "train/adversarial_scale": scale})
         return self.adversarial.weight * scale * judged + mistake
 
     def on_validation_epoch_start(self) -> None:
@@ -360,14 +361,14 @@ class CodecModule(TestedAsValidated):
         for name, value in self.figures(self.means.whole()).items():
             self.log(f"{self.split}/{name}", value, prog_bar=name != "loss", sync_dist=True)
         used = self.all_gather(self.used).reshape(-1, len(self.used)).sum(0)
-        usage = Usage.of(used, self.tokenizer.levels)
+        usage = CodebookUsage.of(used, self.tokenizer.levels)
         self.log(f"{self.split}/perplexity", usage.perplexity, prog_bar=True, sync_dist=True)
         self.log(f"{self.split}/dead_codes", usage.dead, sync_dist=True)
         if usage.carried < COLLAPSED and self.trainer.is_global_zero:
             print(f"mmtx: step {self.global_step}: {self.tokenizer.kind} codes collapse: {int((used > 0).sum())} of "
                   f"{len(used)} in use on {int(used.sum())} held-out patches, perplexity {usage.perplexity:.1f}, "
                   f"levels in use {usage.levels} of {self.tokenizer.levels}; lower optimizer.learning_rate and "
-                  "optimizer.muon, take fewer levels in tokenizer.network.levels, or see whether the data vary enough",
+                  "optimizer.muon_lr, take fewer levels in tokenizer.network.levels, or see whether the data vary enough",
                   file=sys.stderr)
 
     def quality(self, media: Tensor, result: Reconstruction) -> dict[str, tuple[Tensor, Tensor | int]]:
@@ -386,19 +387,19 @@ class ImageCodecModule(CodecModule):
     """Training of an image tokenizer."""
 
     def __init__(self, tokenizer: ImageConfig = ImageConfig(), optimizer: OptimizerConfig = OptimizerConfig(),
-                 absolute: float = 0.2, refine: str | None = None, perceptual: PerceptualConfig | None = None,
+                 l1_weight: float = 0.2, refine: str | None = None, perceptual: PerceptualConfig | None = None,
                  adversarial: AdversarialConfig | None = None):
         """
         Args:
             tokenizer: patches, size rules and network.
             optimizer: learning rate and schedule.
-            absolute: weight of the absolute error beside the squared one.
+            l1_weight: weight of the absolute error beside the squared one.
             refine: folder of a finished tokenizer of this configuration: only its way back from codes is trained
                 further. Its codes and its fingerprint stay, and so do the models that were trained with it.
             perceptual: a network in whose features reconstructions are to be near, none by default.
-            adversarial: a critic that learns to tell reconstructions from originals, none by default.
+            adversarial: a discriminator that learns to tell reconstructions from originals, none by default.
         """
-        super().__init__(ImageTokenizer(tokenizer), refine, optimizer, absolute, adversarial, channels=3)
+        super().__init__(ImageTokenizer(tokenizer), refine, optimizer, l1_weight, adversarial, channels=3)
         self.perceptual = Perceptual(perceptual) if perceptual else None
 
     def quality(self, media: Tensor, result: Reconstruction) -> dict[str, tuple[Tensor, Tensor | int]]:
@@ -438,7 +439,7 @@ def grow(codec: Codec, smaller: Codec) -> None:
     for name, own in codec.network.state_dict().items():
         old = given.get(name)
         if old is None or old.dim() != own.dim() or any(n > m for n, m in zip(old.shape, own.shape)):
-            raise InputError(f"start: {name} has the shape {None if old is None else list(old.shape)}, "
+            raise InputError(f"init_from: {name} has the shape {None if old is None else list(old.shape)}, "
                              f"expected {list(own.shape)} or smaller")
         own.zero_()[tuple(slice(n) for n in old.shape)] = old
 
@@ -447,24 +448,24 @@ class AudioCodecModule(CodecModule):
     """Training of an audio tokenizer."""
 
     def __init__(self, tokenizer: AudioConfig = AudioConfig(), optimizer: OptimizerConfig = OptimizerConfig(),
-                 absolute: float = 0.2, refine: str | None = None, start: str | None = None, pitch: float = 0.1,
+                 l1_weight: float = 0.2, refine: str | None = None, init_from: str | None = None, pitch: float = 0.1,
                  adversarial: AdversarialConfig | None = None):
         """
         Args:
             tokenizer: spectrogram, patches and network.
             optimizer: learning rate and schedule.
-            absolute: weight of the absolute error beside the squared one.
+            l1_weight: weight of the absolute error beside the squared one.
             refine: folder of a finished tokenizer of this configuration: only its way back from codes is trained
                 further. Its codes and its fingerprint stay, and so do the models that were trained with it.
-            start: folder of a finished tokenizer whose weights to start from, codes and all; parts of the network
+            init_from: folder of a finished tokenizer whose weights to start from, codes and all; parts of the network
                 that it lacks, as those for the pitch, start at zero.
             pitch: weight of the cross-entropy of the pitch, for a tokenizer that has it.
-            adversarial: a critic that learns to tell reconstructed spectrograms from originals, none by default.
+            adversarial: a discriminator that learns to tell reconstructed spectrograms from originals, none by default.
         """
-        super().__init__(AudioTokenizer(tokenizer), refine, optimizer, absolute, adversarial, channels=1)
+        super().__init__(AudioTokenizer(tokenizer), refine, optimizer, l1_weight, adversarial, channels=1)
         self.pitch = pitch
-        if start is not None:
-            grow(self.tokenizer, load_tokenizer(find_shipped(start)))
+        if init_from is not None:
+            grow(self.tokenizer, load_tokenizer(find_shipped(init_from)))
 
     def loss(self, media: Tensor, output: Tensor) -> Tensor:
         loss = self.distance(media, output)

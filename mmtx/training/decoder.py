@@ -78,11 +78,11 @@ class DecoderData(LightningDataModule):
         tokenizers: TokenizerFolders,
         train: list[DataSource],
         validation: list[DataSource],
-        tokens: int = 4096,
-        context: int = 1024,
+        tokens_per_batch: int = 4096,
+        max_seq_len: int = 1024,
         image_augmentation: ImageAugmentation | None = None,
         audio_augmentation: AudioAugmentation | None = None,
-        workers: int = 0,
+        num_workers: int = 0,
         max_bad: float = 0.01,
         seed: int = 0,
         test: list[DataSource] | None = None,
@@ -92,18 +92,18 @@ class DecoderData(LightningDataModule):
             tokenizers: folders of the tokenizers.
             train: what to learn from: media, or what `mmtx prepare` made of them.
             validation: held-out samples, for losses and shown captions.
-            tokens: tokens of a batch on each device.
-            context: longest document in tokens.
+            tokens_per_batch: tokens of a batch on each device.
+            max_seq_len: longest document in tokens.
             image_augmentation: changes to pictures, new ones each time; none by default, nor where `train` is prepared,
                 nor to what an assistant turn is to make.
             audio_augmentation: changes to sounds, likewise.
-            workers: processes that read and encode media and put batches together.
+            num_workers: processes that read and encode media and put batches together.
             max_bad: share of the rows of each source that may be unusable.
             seed: fixes order and augmentation.
             test: samples for `mmtx test`, which nothing else reads.
         """
         super().__init__()
-        self.context, self.tokens, self.workers = context, tokens, workers
+        self.max_seq_len, self.tokens_per_batch, self.num_workers = max_seq_len, tokens_per_batch, num_workers
         self.max_bad, self.seed = max_bad, seed
         self.train_sources, self.validation_sources, self.test = train, validation, test
         self.augmentation = Augmentation(image_augmentation, audio_augmentation)
@@ -120,7 +120,7 @@ class DecoderData(LightningDataModule):
             self.train_documents = self._read(self.train_sources, "read train", augmentation=self.augmentation)
 
     def _read(self, sources: list[DataSource], name: str, **more: Any) -> Corpus:
-        return read_corpus(sources, self.tokenizers, self.vocabulary, context=self.context, seed=self.seed,
+        return read_corpus(sources, self.tokenizers, self.vocabulary, max_seq_len=self.max_seq_len, seed=self.seed,
                            max_bad=self.max_bad, features=self._continuous(), progress=progress(name), **more)
 
     @property
@@ -130,7 +130,7 @@ class DecoderData(LightningDataModule):
 
     def _continuous(self) -> bool:
         """Whether the decoder takes features."""
-        return getattr(getattr(self.trainer, "lightning_module", None), "continuous", False)
+        return getattr(getattr(self.trainer, "lightning_module", None), "continuous_inputs", False)
 
     def sample_names(self, batch: Batch) -> list[str]:
         """File and row of each sample of a training batch."""
@@ -139,10 +139,10 @@ class DecoderData(LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         trainer = self.trainer
         batches = PackedBatches(
-            self.train_documents, self.vocabulary, self.tokens, repeats=self.train_documents.repeats, seed=self.seed,
+            self.train_documents, self.vocabulary, self.tokens_per_batch, repeats=self.train_documents.repeats, seed=self.seed,
             steps=trainer.max_steps * trainer.accumulate_grad_batches, rank=trainer.global_rank,
             world=trainer.world_size)
-        return ResumableLoader(batches, self.workers)
+        return ResumableLoader(batches, self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
         return self._held_out(self.validation_documents)
@@ -151,7 +151,7 @@ class DecoderData(LightningDataModule):
         return self._held_out(self.test_documents)
 
     def _held_out(self, documents: Corpus) -> DataLoader:
-        return loader(PackedBatches(documents, self.vocabulary, self.tokens, shuffle=False,
+        return loader(PackedBatches(documents, self.vocabulary, self.tokens_per_batch, shuffle=False,
                                     rank=self.trainer.global_rank, world=self.trainer.world_size))
 
     def predict_dataloader(self) -> DataLoader:
@@ -180,9 +180,9 @@ class DecoderModule(TestedAsValidated):
         decoder: DecoderConfig,
         optimizer: OptimizerConfig = OptimizerConfig(),
         z_loss: float = 1e-5,
-        continuous: bool = False,
+        continuous_inputs: bool = False,
         loss_weights: LossWeights = LossWeights(),
-        start: str | None = None,
+        init_from: str | None = None,
         tokenizers: TokenizerFolders | None = None,
     ):
         """
@@ -190,19 +190,19 @@ class DecoderModule(TestedAsValidated):
             decoder: sizes of the network; `vocabulary_size`, `composed` and `features` come from the tokenizers.
             optimizer: learning rate and schedule.
             z_loss: weight of the squared log-sum-exp of the scores, which keeps them from drifting.
-            continuous: let pictures and sounds of user turns enter as the features that their encoder saw before the
+            continuous_inputs: let pictures and sounds of user turns enter as the features that their encoder saw before the
                 quantizer. What is generated is made of codes either way.
             loss_weights: what targets of each modality count for; the loss is the weighted mean over all targets.
-            start: folder of a finished model with this configuration and text tokenizer, whose weights to start from.
+            init_from: folder of a finished model with this configuration and text tokenizer, whose weights to start from.
                 Its other tokenizers may have been retrained: what their codes stand for is then learnt anew.
             tokenizers: folders of the tokenizers, where batches come from a plain loader; by default those of the data.
         """
         super().__init__()
-        self.start = None if start is None else load(start, "cpu")
-        self.finished: Path | None = None  # the folder of `start` if tokenizers and all must be the same
+        self.init_from = None if init_from is None else load(init_from, "cpu")
+        self.finished: Path | None = None  # the folder of `init_from` if tokenizers and all must be the same
         self.tokenizers = None if tokenizers is None else tokenizers.load()
         self.config, self.optimizer_config = decoder, optimizer
-        self.z_loss, self.continuous = z_loss, continuous
+        self.z_loss, self.continuous_inputs = z_loss, continuous_inputs
         # No buffer, or a run in bfloat16 would round them.
         self.loss_weights = tuple(asdict(loss_weights)[kind] for kind in MODALITIES)
         self.decoder: Decoder | None = None
@@ -216,11 +216,11 @@ class DecoderModule(TestedAsValidated):
                   if (levels := vocabulary.levels(kind))]
         widths = {kind: self.tokenizers[kind].feature_width for kind in vocabulary.kinds if vocabulary.levels(kind)}
         self.config = replace(self.config, vocabulary_size=vocabulary.size, composed=tuple(ranges),
-                              features=widths if self.continuous else {})
+                              features=widths if self.continuous_inputs else {})
         self.decoder = Decoder(self.config)
-        if self.start is not None:
-            self._begin_with(self.start)
-            self.start = None
+        if self.init_from is not None:
+            self._begin_with(self.init_from)
+            self.init_from = None
         if self.device_mesh is not None:
             shard(self.decoder, self.device_mesh["data_parallel"])
 
@@ -238,10 +238,10 @@ class DecoderModule(TestedAsValidated):
 
     def restore(self, folder: Path) -> None:
         """Take over the finished model in a folder once the decoder is built, if all of it is as in this configuration."""
-        self.start, self.finished = load(folder, "cpu"), folder
+        self.init_from, self.finished = load(folder, "cpu"), folder
 
     def _begin_with(self, model: Model) -> None:
-        where = self.finished or "start"
+        where = self.finished or "init_from"
         given, wanted = asdict(model.decoder.config), asdict(self.config)
         for name, value in wanted.items():
             if given[name] != value:

@@ -213,10 +213,10 @@ class FitCLI(private.PlainCLI):
     def _finished(self) -> Path:
         """The finished model of the run or, if there is none, the one that it was to start from."""
         folder = Path(self.said("output")) / "model"
-        start = self.config[self.word].get("model.init_args.start") or self.config[self.word].get("model.init_args.refine")
-        if not folder.is_dir() and start is None:
+        init_from = self.config[self.word].get("model.init_args.init_from") or self.config[self.word].get("model.init_args.refine")
+        if not folder.is_dir() and init_from is None:
             raise InputError(f"output: {folder}: no such folder, expected a finished model, or --ckpt_path with a checkpoint")
-        return folder if folder.is_dir() else find_shipped(start)
+        return folder if folder.is_dir() else find_shipped(init_from)
 
     def _checkpoint(self, path: str | None) -> Path | None:
         """The file that `--ckpt_path` means."""
@@ -257,8 +257,8 @@ class FitCLI(private.PlainCLI):
             raise InputError('trainer.strategy: found "sharded", which shares out decoders only, expected "ddp"')
         if self.said("ema") is not None:
             raise InputError('ema: found an average of the weights, expected none with trainer.strategy "sharded"')
-        if self.model.optimizer_config.muon is not None:
-            raise InputError(f"model.init_args.optimizer.muon: found {self.model.optimizer_config.muon}, expected none "
+        if self.model.optimizer_config.muon_lr is not None:
+            raise InputError(f"model.init_args.optimizer.muon_lr: found {self.model.optimizer_config.muon_lr}, expected none "
                              'with trainer.strategy "sharded", since Muon turns whole matrices')
 
     def record(self) -> dict[str, Any]:
@@ -401,7 +401,7 @@ def main(word: str, arguments: list[str]) -> None:
     except RuntimeError as error:
         if not (ended := re.search(r"DataLoader worker \(pid\(?s?\)? ?[\d, ]+\).*", str(error))):
             raise
-        raise InputError(f"data.workers: {ended[0].rstrip('.')} (out of memory?); the same command with --ckpt_path last "
+        raise InputError(f"data.num_workers: {ended[0].rstrip('.')} (out of memory?); the same command with --ckpt_path last "
                          "goes on") from None
     except (KeyboardInterrupt, SystemExit) as stop:
         # The trainer makes a status of its own of Ctrl-C.

@@ -54,7 +54,7 @@ class VocoderModule(TestedAsValidated):
 
     def __init__(self, tokenizer: str, vocoder: VocoderConfig = VocoderConfig(),
                  optimizer: OptimizerConfig = OptimizerConfig(), clean: float = 0.25, mel: float = 1.0,
-                 pitch: float = 0.3, start: str | None = None):
+                 pitch: float = 0.3, init_from: str | None = None):
         """
         Args:
             tokenizer: folder of the audio tokenizer; it stays as it is.
@@ -63,7 +63,7 @@ class VocoderModule(TestedAsValidated):
             clean: share of cuts whose spectrogram has not been through the codec.
             mel: weight of the log-mel error beside the multi-resolution STFT distance.
             pitch: weight of the cross-entropy of the pitch.
-            start: folder of an audio tokenizer with a vocoder of these sizes, whose weights to start from.
+            init_from: folder of an audio tokenizer with a vocoder of these sizes, whose weights to start from.
         """
         super().__init__()
         codec = load_tokenizer(find_shipped(tokenizer))
@@ -72,8 +72,8 @@ class VocoderModule(TestedAsValidated):
         # `train`: no part acts otherwise in training, but Lightning warns of parts that are in eval mode.
         self.tokenizer = codec.requires_grad_(False).train()
         codec.vocoder = codec.new_vocoder(vocoder)
-        if start is not None:
-            codec.vocoder.load_state_dict(finished(start, vocoder, "start").vocoder.state_dict())
+        if init_from is not None:
+            codec.vocoder.load_state_dict(finished(init_from, vocoder, "init_from").vocoder.state_dict())
         self.optimizer_config, self.clean, self.mel, self.pitch = optimizer, clean, mel, pitch
         self.griffin_lim: float | None = None  # its distance on the held-out cuts, once known
 

@@ -1,4 +1,4 @@
-"""Terms beside the plain reconstruction error of a codec: features of a network that sees, and a critic that learns.
+"""Terms beside the plain reconstruction error of a codec: features of a network that sees, and a discriminator that learns.
 
 Shapes: B batch, C channels, H height and W width of a picture (frames and mels of a spectrogram).
 """
@@ -41,15 +41,15 @@ class PerceptualConfig:
 
 @dataclass(frozen=True)
 class AdversarialConfig:
-    """A critic that learns to tell reconstructions from originals, and its say in what the codec learns.
+    """A discriminator that learns to tell reconstructions from originals, and its say in what the codec learns.
 
-    It starts after `start` steps. From then on its gradient at the reconstruction has `weight` times the norm of that
+    It starts after `start_step` steps. From then on its gradient at the reconstruction has `weight` times the norm of that
     of all other terms. `width` channels in its first of `depth` layers, each of which halves the sides. `learning_rate`
-    is the critic's, and follows the codec's schedule.
+    is the discriminator's, and follows the codec's schedule.
     """
 
     weight: float = 0.5
-    start: int = 1000
+    start_step: int = 1000
     width: int = 32
     depth: int = 3
     learning_rate: float = 4e-4
@@ -58,8 +58,8 @@ class AdversarialConfig:
         for name in ("width", "depth"):
             if getattr(self, name) < 1:
                 raise InputError(f"adversarial.{name}: found {getattr(self, name)}, expected 1 or more")
-        if self.start < 0:
-            raise InputError(f"adversarial.start: found {self.start}, expected 0 or more steps")
+        if self.start_step < 0:
+            raise InputError(f"adversarial.start_step: found {self.start_step}, expected 0 or more steps")
 
 
 class Perceptual:
@@ -138,7 +138,7 @@ def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-class Critic(nn.Sequential):
+class Discriminator(nn.Sequential):
     """A patch discriminator (https://arxiv.org/abs/1611.07004) of pictures or of spectrograms."""
 
     def __init__(self, channels: int, config: AdversarialConfig):
@@ -157,21 +157,21 @@ class Critic(nn.Sequential):
         """Pictures (B, C, H, W) or spectrograms (B, H, W) -> a score for each patch, (B, 1, h, w)."""
         return super().forward(media if media.dim() == 4 else media[:, None])
 
-    def judge(self, output: Tensor) -> Tensor:
-        """What the codec is to make smaller: minus the mean score. The critic's own weights get no gradient."""
+    def generator_loss(self, output: Tensor) -> Tensor:
+        """What the codec is to make smaller: minus the mean score. The discriminator's own weights get no gradient."""
         fixed = {name: parameter.detach() for name, parameter in self.named_parameters()}
         return -torch.func.functional_call(self, fixed, (output,)).mean()
 
-    def mistake(self, output: Tensor, target: Tensor) -> Tensor:
-        """What the critic is to make smaller, the hinge loss. The codec gets no gradient."""
+    def discriminator_loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """What the discriminator is to make smaller, the hinge loss. The codec gets no gradient."""
         return (F.relu(1 - self(target)).mean() + F.relu(1 + self(output.detach())).mean()) / 2
 
-    def silence(self) -> Tensor:
+    def zero_loss(self) -> Tensor:
         """Zero, with a gradient of zero for every weight: processes that train together expect one in each step."""
         return sum(parameter.sum() for parameter in self.parameters()) * 0.0
 
 
-def balance(term: Tensor, rest: Tensor, output: Tensor) -> Tensor:
+def adaptive_weight(term: Tensor, rest: Tensor, output: Tensor) -> Tensor:
     """What brings the gradient of `term` at `output` to the norm of that of `rest`.
 
     VQGAN (https://arxiv.org/abs/2012.09841) takes the gradients at the last layer's weights instead.
