@@ -83,7 +83,7 @@ def measure(name: str, options: argparse.Namespace, new: int, rounds: int) -> No
 
     def ours() -> float:
         start = now(options.device)
-        (written["mmtx"],) = generate(decoder, grammar, [Prompt(ids)], "text", Sampling(max_new_tokens=new), (), weights)
+        (written["mmtx"],) = generate(decoder, grammar, [Prompt(ids)], "text", Sampling(max_new_tokens=new), weights=weights)
         # One closing step comes on top, which is not counted.
         return new / (now(options.device) - start)
 

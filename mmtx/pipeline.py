@@ -247,7 +247,7 @@ class Model:
         """The ids of each answer, `prefix` first, without <end>; the first prompt has the place `first` of all."""
         answers: list[list[int]] = [[]] * len(prompts)
         write = lambda chosen: generate(self.decoder, self.grammar, [prompts[i] for i in chosen], out, sampling,
-                                        prefix, self._weights, [first + i for i in chosen])
+                                        prefix, weights=self._weights, places=[first + i for i in chosen])
         for i, ids in self._in_batches(write, by_length([len(prompt.ids) for prompt in prompts])):
             answers[i] = ids[:-1].tolist()
         return answers

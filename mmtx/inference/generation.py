@@ -4,6 +4,7 @@ Shapes: B batch, N ids that an answer may be made of.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,19 +109,10 @@ def _steps_to_close(grammar: Grammar, out: str, state: GrammarState, begun: bool
     return (known or MAX_SIDE ** 2) + 4
 
 
-def generate(
-    decoder: Decoder,
-    grammar: Grammar,
-    prompts: Sequence[Prompt],
-    out: str = "text",
-    sampling: Sampling = Sampling(),
-    prefix: Sequence[int] = (),
-    weights: Weights | None = None,
-    places: Sequence[int] | None = None,
-    choose: Choose = choose_engine,
-) -> list[np.ndarray]:
-    """Answer each prompt: the ids behind it, `prefix` first, up to and including <end>."""
-    columns = list(steps(decoder, grammar, prompts, out, sampling, prefix, weights, places, choose))
+def generate(decoder: Decoder, grammar: Grammar, prompts: Sequence[Prompt], out: str = "text",
+             sampling: Sampling = Sampling(), prefix: Sequence[int] = (), **options: Any) -> list[np.ndarray]:
+    """Answer each prompt: the ids behind it, `prefix` first, up to and including <end>. `options` are further ones of `steps`."""
+    columns = list(steps(decoder, grammar, prompts, out, sampling, prefix, **options))
     rows = torch.stack(columns, dim=1).cpu().numpy()
     pad = grammar.vocabulary.pad
     return [np.concatenate([np.asarray(prefix, np.int64), row[row != pad]]) for row in rows]
