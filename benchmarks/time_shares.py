@@ -16,6 +16,7 @@ import tarfile
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from statistics import median
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -30,7 +31,7 @@ from train_speed import SHAPES as TRAINED
 from train_speed import Ours
 
 import mmtx
-from mmtx.document import AudioPart, Document, ImagePart, Turn
+from mmtx.document import Document, MediaPart, Turn
 from mmtx.inference.choose import choose_engine
 from mmtx.inference.engine import Engine
 from mmtx.inference.generation import generate
@@ -153,7 +154,8 @@ def captions(name: str, times: int, files: int = 2 * BATCH) -> dict:
     for kind, source in SOURCES.items():
         with tarfile.open(source[0]) as tar:
             media = [tar.extractfile(member).read() for member in tar if member.isfile() and not member.name.endswith("json")]
-        mark, make, tokenizer = ((mmtx.Image, ImagePart, "image") if kind == "pictures" else (mmtx.Audio, AudioPart, "audio"))
+        mark, make, tokenizer = ((mmtx.Image, partial(MediaPart, "image"), "image") if kind == "pictures"
+                                 else (mmtx.Audio, partial(MediaPart, "audio"), "audio"))
         media = [mark(data) for data in media[:files]]
         tensors = [model._read(item) for item in media]
         embed = model.tokenizers[tokenizer].embed_batch

@@ -20,6 +20,8 @@ HOMES = {
     "Model": "mmtx.pipeline",
     "Image": "mmtx.pipeline",
     "Audio": "mmtx.pipeline",
+    "Medium": "mmtx.pipeline",
+    "load_plugin": "mmtx.modality.modality",
     "Sound": "mmtx.pipeline",
     "InputError": "mmtx.errors",
     "escape": "mmtx.errors",

@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from mmtx import __version__, brief_spins
 from mmtx.errors import InputError, escape
+from mmtx.modality.modality import MODALITIES, PLUGINS, load_plugin
 
 INTERRUPTED = 128 + signal.SIGINT  # what a shell reports for a command that Ctrl-C ended
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
@@ -27,7 +28,6 @@ TRAINING = {  # by mmtx.training.run
     "test": "the same on data.test",
     "predict": "captions of data.validation, to predictions.jsonl in the output folder",
 }
-COLOURS = {"special": "90", "text": "32", "image": "34", "audio": "35"}
 
 
 @brief_spins()
@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: list[str]) -> None:
     try:
+        arguments = _with_plugins(arguments)
         if arguments and arguments[0] in TRAINING:
             from mmtx.training import run
 
@@ -67,6 +68,23 @@ def _run(arguments: list[str]) -> None:
         if isinstance(error, BrokenPipeError):
             sys.exit(1)
         raise InputError(f"standard output: cannot be written ({error.strerror})") from None
+
+
+def _with_plugins(arguments: list[str]) -> list[str]:
+    """Import each `--plugin FILE`, before anything that depends on which modalities there are -> the other arguments."""
+    rest, words = [], iter(arguments)
+    for word in words:
+        if word == "--":
+            return [*rest, word, *words]
+        if word == "--plugin" and (file := next(words, None)) is None:
+            raise InputError("argument --plugin: expected one argument")
+        if word == "--plugin":
+            load_plugin(file)
+        elif word.startswith("--plugin="):
+            load_plugin(word.partition("=")[2])
+        else:
+            rest.append(word)
+    return rest
 
 
 def _tell(error: InputError) -> None:
@@ -103,6 +121,7 @@ class Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = Parser("mmtx", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"mmtx {__version__}")
+    parser.add_argument("--plugin", metavar="FILE", help="import a Python file that registers a modality; of every command")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     for word, help in TRAINING.items():
@@ -116,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="answer a prompt with text, a picture or a sound")
     generate.add_argument("parts", nargs="*", help="text, and paths of pictures and sounds, in order")
-    generate.add_argument("--out", choices=("text", "image", "audio"), default="text", help="default: text")
+    generate.add_argument("--out", choices=tuple(MODALITIES), default="text", help="default: text")
     generate.add_argument("--file", type=Path, help="where a picture or a sound goes, e.g. out.png, out.wav")
     generate.add_argument("--begin", metavar="FILE", help="a picture to be completed, or a sound that shall go on")
     generate.add_argument("--rows", type=_count(0), help="pixel rows that are kept of that picture, default: the upper half")
@@ -169,6 +188,8 @@ def _parser() -> argparse.ArgumentParser:
     _model_options(evaluate)
     _source_options(evaluate)
     evaluate.set_defaults(run=_evaluate)
+    for command in commands.choices.values():  # taken away before anything is parsed, see `_with_plugins`
+        command.add_argument("--plugin", metavar="FILE", help="import a Python file that registers a modality")
     return parser
 
 
@@ -229,11 +250,11 @@ def _sampling(options: argparse.Namespace) -> dict:
 def _parts(names: Sequence[str]) -> list:
     """Words of the command line: files and URLs are media, the rest is text."""
     from mmtx.data.sample import kind_of
-    from mmtx.pipeline import Audio, Image
+    from mmtx.pipeline import Medium
 
     def part(name: str):
         if URL.fullmatch(name):
-            return Audio(name) if kind_of(name) == "audio" else Image(name)
+            return Medium(kind_of(name) or "image", name)
         try:
             if Path(name).is_file():
                 return Path(name)
@@ -280,6 +301,8 @@ def _generate(options: argparse.Namespace) -> None:
         result = model.generate(parts, out=options.out, **sampling)
     elif options.out == "image":
         result = model.outpaint(options.begin, options.rows, parts, **sampling)
+    elif options.out != "audio":
+        raise InputError(f"--begin: found --out {options.out}, expected --out image or --out audio")
     else:
         del sampling["max_new_tokens"]  # --seconds say it
         result = model.continue_audio(options.begin, options.seconds, parts, **sampling)
@@ -288,11 +311,17 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _write(result, path: Path) -> None:
-    """Save a picture or a sound, which appears whole or not at all."""
+    """Save what was generated, which appears whole or not at all: what has a method `save`, or an array."""
+    import numpy as np
+
     special = path.exists() and not path.is_file()  # a pipe or a device gets it straight
     part = path if special else path.with_name(f".{path.stem[:64]}.{os.getpid()}{path.suffix}")
     try:
-        result.save(part)
+        if hasattr(result, "save"):
+            result.save(part)
+        else:
+            with open(part, "wb") as file:
+                np.save(file, result)
         if not special:
             os.replace(part, path)
     except (OSError, ValueError, RuntimeError, TypeError) as error:  # of what the extension chose
@@ -313,14 +342,15 @@ def _inspect(options: argparse.Namespace) -> None:
     from mmtx.sequence import render
 
     model = _load(options)
+    colours = {"special": "90", **{kind: modality.colour for kind, modality in MODALITIES.items()}}
     v, coloured = model.vocabulary, sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR"))
 
     def paint(text: str, kind: str, trained: bool) -> str:
         if not coloured:
             return f"{text}*" if trained else text
-        return f"\033[{COLOURS[kind]}{';1;4' if trained else ''}m{text}\033[0m"
+        return f"\033[{colours[kind]}{';1;4' if trained else ''}m{text}\033[0m"
 
-    legend = ", ".join(paint(kind, kind, False) for kind in COLOURS)
+    legend = ", ".join(paint(kind, kind, False) for kind in colours)
     legend += f"; trained ids are {'underlined' if coloured else 'marked *'}\n"
     reading = _source(options, options.sources)
     for source in reading.paths:
@@ -359,9 +389,9 @@ def _prepare(options: argparse.Namespace) -> None:
     from mmtx.data.sources import MAX_BAD
     from mmtx.files import find_shipped, shipped
     from mmtx.modality.base import load_tokenizer
-    from mmtx.vocabulary import KINDS
 
-    options.tokenizers = options.tokenizers or [shipped(f"tokenizers/{kind}") for kind in KINDS]
+    options.tokenizers = options.tokenizers or [shipped(f"tokenizers/{kind}") for kind, modality in MODALITIES.items()
+                                                if modality.shipped]
     if bool(options.sources) == bool(options.config):
         raise InputError("found both sources and --config, expected one of them" if options.config
                          else "found neither sources nor --config, expected one of them")
@@ -378,7 +408,7 @@ def _prepare(options: argparse.Namespace) -> None:
         if options.trusted:
             sources = [replace(source, trusted=True) for source in sources]
     loaded = {tokenizer.kind: tokenizer for tokenizer in (load_tokenizer(find_shipped(folder)) for folder in folders)}
-    tokenizers = {kind: loaded[kind] for kind in KINDS if kind in loaded}
+    tokenizers = {kind: loaded[kind] for kind in MODALITIES if kind in loaded}
     done = set()
     for source, output in zip(sources, outputs, strict=True):
         if output not in done:
@@ -395,7 +425,8 @@ def _prepare(options: argparse.Namespace) -> None:
                                          if name not in ("paths", "trusted") and value != default[name]}}
              for source, output in zip(sources, outputs, strict=True)]
     train = yaml.safe_dump(train, default_flow_style=True, sort_keys=False, width=10**6).strip()
-    print(f"mmtx fit --config {options.config or 'FILE'} --data.train '{train}' "
+    plugins = "".join(f"--plugin {path} " for path in PLUGINS.values())
+    print(f"mmtx fit {plugins}--config {options.config or 'FILE'} --data.train '{train}' "
           "--data.image_augmentation null --data.audio_augmentation null")
 
 

@@ -1,6 +1,6 @@
-"""What a document is: turns of text, pictures and sounds, as the codes of their tokenizers.
+"""What a document is: turns of text and media, as the codes of their tokenizers.
 
-Shapes: T pieces of a text, h rows and w columns of a picture's codes, t time steps of a sound, D width of features.
+Shapes: T pieces of a text, h rows and w columns of codes (of a picture, or time steps and bands of a sound), D width of features.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ ROLES = ("user", "assistant", None)
 class Part:
     """Local codes of one medium in an int64 array; equal when kind, shape and codes are."""
 
-    kind: ClassVar[str]
+    kind: str
     ndim: ClassVar[int]
     field: ClassVar[str] = "codes"
 
@@ -34,7 +34,7 @@ class Part:
         return getattr(self, self.field)
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and np.array_equal(self.array, other.array)
+        return type(self) is type(other) and self.kind == other.kind and np.array_equal(self.array, other.array)
 
     def __hash__(self) -> int:
         return hash((self.kind, self.array.shape, self.array.tobytes()))
@@ -51,22 +51,12 @@ class TextPart(Part):
 
 
 @dataclass(frozen=True, eq=False)
-class ImagePart(Part):
-    """Patch codes of a picture, (h, w), and if known the encoder's features of each patch, (h, w, D)."""
+class MediaPart(Part):
+    """Codes of a medium, (h, w), and if known the encoder's features of each, (h, w, D)."""
 
+    kind: str
     codes: np.ndarray
     features: Tensor | None = None
-    kind: ClassVar[str] = "image"
-    ndim: ClassVar[int] = 2
-
-
-@dataclass(frozen=True, eq=False)
-class AudioPart(Part):
-    """Patch codes of a sound, (t, bands): time steps, then frequency; and if known their features, (t, bands, D)."""
-
-    codes: np.ndarray
-    features: Tensor | None = None
-    kind: ClassVar[str] = "audio"
     ndim: ClassVar[int] = 2
 
 

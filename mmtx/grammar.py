@@ -4,7 +4,6 @@ Shapes: B batch, V vocabulary, P phases, N classes.
 """
 
 from collections.abc import Sequence
-from enum import IntEnum, auto
 from typing import Any, NamedTuple
 
 import torch
@@ -13,88 +12,57 @@ from torch import Tensor
 from mmtx.errors import InputError
 from mmtx.vocabulary import MAX_SIDE, Vocabulary
 
-
-class Class(IntEnum):
-    """What the grammar sees of an id."""
-
-    OTHER = 0  # never generated: <bos>, <user>, <assistant>, reserved slots
-    TEXT = auto()
-    PAD = auto()
-    EOS = auto()
-    END = auto()
-    IMAGE = auto()
-    HEIGHT = auto()
-    WIDTH = auto()
-    IMAGE_CODE = auto()
-    IMAGE_END = auto()
-    AUDIO = auto()
-    AUDIO_CODE = auto()
-    AUDIO_END = auto()
+# Classes: what the grammar sees of an id. Each kind of media has three more: "open KIND", "code KIND" and "close KIND".
+CLASSES = ("other", "text", "pad", "eos", "end", "height", "width")  # other: never generated
+# Phases: where a row stands. Each kind has more, see `Rules`.
+PHASES = (
+    "illegal",  # an id came that was not allowed
+    "done",
+    "resume",  # in `after` only: go where the row was before its medium
+    "text",  # pieces, then <end>
+    "any",  # parts, then <end>
+    "document",  # parts, then <eos>
+    "closing",  # <end>
+)
+ILLEGAL, DONE, RESUME = range(3)
+HEIGHT, WIDTH = CLASSES.index("height"), CLASSES.index("width")
 
 
-class Phase(IntEnum):
-    """Where a row stands."""
+class Rules:
+    """The automaton of a vocabulary by names.
 
-    ILLEGAL = 0  # an id came that was not allowed
-    DONE = auto()
-    TEXT_ONLY = auto()  # pieces, then <end>
-    ANY = auto()  # parts, then <end>
-    DOCUMENT = auto()  # parts, then <eos>
-    ONE_IMAGE = auto()
-    ONE_AUDIO = auto()
-    CLOSING = auto()  # <end>
-    NEED_HEIGHT = auto()
-    NEED_WIDTH = auto()
-    IN_IMAGE = auto()  # `remaining` codes to come
-    AFTER_IMAGE = auto()
-    IN_STEP = auto()  # `remaining` codes to come in this audio time step
-    AFTER_STEP = auto()
-    RESUME = auto()  # in NEXT only: go where the row was before its picture or sound
+    classes, phases: all names; the place of a name is its number.
+    after: phase -> {class that may come: phase after it}. Anything else is illegal.
+    back: phase -> where a row goes on after a medium that it opened there.
+    counted: phase -> where a row goes on when no code is left to come.
+    """
 
-
-# phase -> {class that may come: phase after it}. Anything else is illegal.
-NEXT = {
-    Phase.ILLEGAL: {Class.PAD: Phase.ILLEGAL},
-    Phase.DONE: {Class.PAD: Phase.DONE},
-    Phase.TEXT_ONLY: {Class.TEXT: Phase.TEXT_ONLY, Class.END: Phase.DONE},
-    Phase.ANY: {
-        Class.TEXT: Phase.ANY,
-        Class.IMAGE: Phase.NEED_HEIGHT,
-        Class.AUDIO: Phase.IN_STEP,
-        Class.END: Phase.DONE,
-    },
-    Phase.DOCUMENT: {
-        Class.TEXT: Phase.DOCUMENT,
-        Class.IMAGE: Phase.NEED_HEIGHT,
-        Class.AUDIO: Phase.IN_STEP,
-        Class.EOS: Phase.DONE,
-    },
-    Phase.ONE_IMAGE: {Class.IMAGE: Phase.NEED_HEIGHT},
-    Phase.ONE_AUDIO: {Class.AUDIO: Phase.IN_STEP},
-    Phase.CLOSING: {Class.END: Phase.DONE},
-    Phase.NEED_HEIGHT: {Class.HEIGHT: Phase.NEED_WIDTH},
-    Phase.NEED_WIDTH: {Class.WIDTH: Phase.IN_IMAGE},
-    Phase.IN_IMAGE: {Class.IMAGE_CODE: Phase.IN_IMAGE},
-    Phase.AFTER_IMAGE: {Class.IMAGE_END: Phase.RESUME},
-    Phase.IN_STEP: {Class.AUDIO_CODE: Phase.IN_STEP},
-    Phase.AFTER_STEP: {Class.AUDIO_CODE: Phase.IN_STEP, Class.AUDIO_END: Phase.RESUME},
-}
-# phase -> where a row goes on after a picture or sound that it opened there
-RESUME = {
-    Phase.ANY: Phase.ANY,
-    Phase.DOCUMENT: Phase.DOCUMENT,
-    Phase.ONE_IMAGE: Phase.CLOSING,
-    Phase.ONE_AUDIO: Phase.CLOSING,
-}
-# phase -> where a row goes on when `remaining` reaches 0
-COUNTED = {Phase.IN_IMAGE: Phase.AFTER_IMAGE, Phase.IN_STEP: Phase.AFTER_STEP}
-STARTS = {
-    "text": Phase.TEXT_ONLY,
-    "image": Phase.ONE_IMAGE,
-    "audio": Phase.ONE_AUDIO,
-    "any": Phase.ANY,
-    "document": Phase.DOCUMENT,
-}
+    def __init__(self, vocabulary: Vocabulary):
+        kinds = vocabulary.media
+        opens: dict[str, str] = {}
+        self.classes = [*CLASSES, *(f"{what} {kind}" for kind in kinds for what in ("open", "code", "close"))]
+        self.counted: dict[str, str] = {}
+        self.back = {"any": "any", "document": "document"}
+        self.after = {"illegal": {"pad": "illegal"}, "done": {"pad": "done"}, "closing": {"end": "done"},
+                      "text": {"text": "text", "end": "done"}}
+        for kind in kinds:
+            inside, behind = f"in {kind}", f"after {kind}"  # a picture or a time step: codes to come, and none
+            self.after[inside] = {f"code {kind}": inside}
+            self.after[behind] = {f"close {kind}": "resume"}
+            if vocabulary.layout(kind) == "grid":
+                first = f"height {kind}"
+                self.after[first], self.after[f"width {kind}"] = {"height": f"width {kind}"}, {"width": inside}
+            else:
+                first = inside
+                self.after[behind][f"code {kind}"] = inside
+            opens[f"open {kind}"] = first
+            self.after[f"one {kind}"] = {f"open {kind}": first}
+            self.back[f"one {kind}"], self.counted[inside] = "closing", behind
+        self.after["any"] = {"text": "any", **opens, "end": "done"}
+        self.after["document"] = {"text": "document", **opens, "eos": "done"}
+        self.phases = [*PHASES, *(phase for phase in self.after if phase not in PHASES)]
+        # What an answer may be -> the phase that it starts in.
+        self.starts = {"text": "text", **{kind: f"one {kind}" for kind in kinds}, "any": "any", "document": "document"}
 
 
 class GrammarState(NamedTuple):
@@ -104,9 +72,9 @@ class GrammarState(NamedTuple):
     """
 
     phase: Tensor
-    resume: Tensor | None = None  # phase after the open picture or sound
-    height: Tensor | None = None  # rows of the open picture
-    remaining: Tensor | None = None  # codes to come in the open picture or audio time step
+    resume: Tensor | None = None  # phase after the open medium
+    height: Tensor | None = None  # rows of the open picture, or other grid
+    remaining: Tensor | None = None  # codes to come in the open grid or time step
 
     def keep(self, rows: Tensor) -> "GrammarState":
         """The state of some rows."""
@@ -116,12 +84,16 @@ class GrammarState(NamedTuple):
 class _Tables(NamedTuple):
     """The grammar as tensors on one device. P phases, N classes."""
 
-    classes: Tensor  # (V,) uint8: id -> Class
+    classes: Tensor  # (V,) uint8: id -> class
     next_phase: Tensor  # (P, N) int64
     allowed: Tensor  # (P, V) bool
-    resume: Tensor  # (P,) int64
+    back: Tensor  # (P,) int64
     counted: Tensor  # (P,) int64: phase when `remaining` is 0
     closers: Tensor  # (V,) bool: ids that close something
+    opens: Tensor  # (N,) bool: classes that open a medium
+    counts: Tensor  # (N,) int64: 1 for codes, which are counted
+    bands: Tensor  # (N,) int64: codes of the first time step that a class opens, 0 for others
+    step: Tensor  # (P,) int64: codes of the time step that may follow, 0 elsewhere
 
 
 class Grammar:
@@ -132,8 +104,8 @@ class Grammar:
     """
 
     def __init__(self, vocabulary: Vocabulary):
-        self.vocabulary = vocabulary
-        self._tables = {torch.device("cpu"): _build_tables(vocabulary)}
+        self.vocabulary, self.rules = vocabulary, Rules(vocabulary)
+        self._tables = {torch.device("cpu"): _build_tables(vocabulary, self.rules)}
 
     def start(
         self,
@@ -144,21 +116,20 @@ class Grammar:
     ) -> GrammarState:
         """The state before the first id that a model generates.
 
-        `out`, one for all or one a row: "text" pieces then <end>; "image" or "audio" exactly one, then <end>;
+        `out`, one for all or one a row: "text" pieces then <end>; a kind of media ("image", "audio") exactly one, then <end>;
         "any" of them mixed, then <end>; "document" the same, then <eos> (for plain prompts). Then only <pad>.
         `prefix`, ids (P,) or (B, P), counts as generated already: <image> <h:8> <w:8> asks for that size,
         codes behind it for the rest of a picture.
         Raises InputError on a modality without ids or an illegal prefix.
         """
         outs = [out] * batch if isinstance(out, str) else list(out)
+        starts = {name: self.rules.phases.index(phase) for name, phase in self.rules.starts.items()}
         for name in set(outs):
-            if name not in STARTS:
-                raise InputError(f"out: found {name!r}, expected one of {', '.join(STARTS)}")
-            if name in ("image", "audio") and name not in self.vocabulary.kinds:
-                raise InputError(f"out: found {name!r}, expected one of {', '.join(self.vocabulary.kinds)}")
+            if name not in starts:
+                raise InputError(f"out: found {name!r}, expected one of {', '.join(starts)}")
         if len(outs) != batch:
             raise InputError(f"out: found {len(outs)} kinds, expected {batch}, one a row")
-        phase = torch.tensor([STARTS[name] for name in outs], dtype=torch.int64, device=device)
+        phase = torch.tensor([starts[name] for name in outs], dtype=torch.int64, device=device)
         self._on(phase.device)  # copy the tables now, not within the first step
         text = set(outs) <= {"text"}
         state = GrammarState(phase, *(() if text else (phase, torch.zeros_like(phase), torch.zeros_like(phase))))
@@ -168,7 +139,7 @@ class Grammar:
         for ids in prefix.expand(batch, prefix.shape[-1]).unbind(1):
             state = self.advance(state, ids)
         # The only look at the device, once and before generation starts.
-        if bool((state.phase == Phase.ILLEGAL).any()):
+        if bool((state.phase == ILLEGAL).any()):
             raise InputError("prefix: found ids that the grammar forbids, expected the start of an answer")
         return state
 
@@ -191,23 +162,21 @@ class Grammar:
         kind = tables.classes[ids].long()
         if state.resume is None:
             return GrammarState(tables.next_phase[state.phase, kind])
-        opens = (kind == Class.IMAGE) | (kind == Class.AUDIO)
-        resume = torch.where(opens, tables.resume[state.phase], state.resume)
+        resume = torch.where(tables.opens[kind], tables.back[state.phase], state.resume)
         phase = tables.next_phase[state.phase, kind]
-        phase = torch.where(phase == Phase.RESUME, resume, phase)
-        # Count codes down from h * w in a picture, from `bands` in each audio time step.
-        height = torch.where(kind == Class.HEIGHT, ids - self.vocabulary.height(1) + 1, state.height)
-        is_code = (kind == Class.IMAGE_CODE) | (kind == Class.AUDIO_CODE)
-        remaining = state.remaining - is_code.long()
-        remaining = torch.where(kind == Class.WIDTH, height * (ids - self.vocabulary.width(1) + 1), remaining)
-        remaining = torch.where(kind == Class.AUDIO, self.vocabulary.bands or 0, remaining)
+        phase = torch.where(phase == RESUME, resume, phase)
+        # Count codes down: from h * w in a picture, from `bands` in each time step.
+        height = torch.where(kind == HEIGHT, ids - self.vocabulary.height(1) + 1, state.height)
+        remaining = state.remaining - tables.counts[kind]
+        remaining = torch.where(kind == WIDTH, height * (ids - self.vocabulary.width(1) + 1), remaining)
+        remaining = torch.where(tables.opens[kind], tables.bands[kind], remaining)
         phase = torch.where(remaining == 0, tables.counted[phase], phase)
-        remaining = torch.where(phase == Phase.AFTER_STEP, self.vocabulary.bands or 0, remaining)
-        return GrammarState(phase, resume, height, remaining)
+        step = tables.step[phase]
+        return GrammarState(phase, resume, height, torch.where(step > 0, step, remaining))
 
     def finished(self, state: GrammarState) -> Tensor:
         """Which rows have written their last id, (B,) bool."""
-        return state.phase <= Phase.DONE  # ILLEGAL or DONE
+        return state.phase <= DONE  # or ILLEGAL
 
     def _on(self, device: torch.device) -> _Tables:
         if device not in self._tables:
@@ -216,29 +185,31 @@ class Grammar:
         return self._tables[device]
 
 
-def _build_tables(v: Vocabulary) -> _Tables:
-    classes = torch.zeros(v.size, dtype=torch.uint8)  # Class.OTHER
-    for kind, code in (("text", Class.TEXT), ("image", Class.IMAGE_CODE), ("audio", Class.AUDIO_CODE)):
-        if kind in v.kinds:
-            classes[v.range(kind).start : v.range(kind).stop] = code
-    classes[v.height(1) : v.height(MAX_SIDE) + 1] = Class.HEIGHT
-    classes[v.width(1) : v.width(MAX_SIDE) + 1] = Class.WIDTH
-    classes[v.pad], classes[v.eos], classes[v.end] = Class.PAD, Class.EOS, Class.END
-    classes[v.image_end], classes[v.audio_end] = Class.IMAGE_END, Class.AUDIO_END
-    # Without ids for its codes a picture or sound could never be closed: then its tag stays OTHER.
-    if "image" in v.kinds:
-        classes[v.image] = Class.IMAGE
-    if "audio" in v.kinds:
-        classes[v.audio] = Class.AUDIO
-
-    next_phase = torch.full((len(Phase), len(Class)), int(Phase.ILLEGAL))
-    allowed_class = torch.zeros(len(Phase), len(Class), dtype=torch.bool)
-    for phase, after in NEXT.items():
-        for kind, then in after.items():
-            next_phase[phase, kind] = int(then)
-            allowed_class[phase, kind] = True
-    resume = torch.tensor([int(RESUME.get(phase, phase)) for phase in Phase])
-    counted = torch.tensor([int(COUNTED.get(phase, phase)) for phase in Phase])
+def _build_tables(v: Vocabulary, rules: Rules) -> _Tables:
+    number, place = rules.classes.index, rules.phases.index
+    classes = torch.zeros(v.size, dtype=torch.uint8)  # other
+    classes[v.height(1) : v.height(MAX_SIDE) + 1] = HEIGHT
+    classes[v.width(1) : v.width(MAX_SIDE) + 1] = WIDTH
+    for name, id in (("pad", v.pad), ("eos", v.eos), ("end", v.end)):
+        classes[id] = number(name)
+    classes[v.range("text").start : v.range("text").stop] = number("text")
     closers = torch.zeros(v.size, dtype=torch.bool)
-    closers[[v.pad, v.end, v.eos, v.image_end, v.audio_end]] = True
-    return _Tables(classes, next_phase, allowed_class[:, classes.long()], resume, counted, closers)
+    closers[[v.pad, v.end, v.eos]] = True
+    opens, counts, bands = torch.zeros(3, len(rules.classes), dtype=torch.int64).unbind()
+    step = torch.zeros(len(rules.phases), dtype=torch.int64)
+    for kind in v.media:
+        classes[v.range(kind).start : v.range(kind).stop] = number(f"code {kind}")
+        classes[v.opening(kind)], classes[v.closing(kind)] = number(f"open {kind}"), number(f"close {kind}")
+        closers[v.closing(kind)] = True
+        opens[number(f"open {kind}")] = counts[number(f"code {kind}")] = 1
+        bands[number(f"open {kind}")] = step[place(f"after {kind}")] = v.bands(kind) or 0
+
+    next_phase = torch.full((len(rules.phases), len(rules.classes)), ILLEGAL)
+    allowed_class = torch.zeros(len(rules.phases), len(rules.classes), dtype=torch.bool)
+    for phase, after in rules.after.items():
+        for name, then in after.items():
+            next_phase[place(phase), number(name)] = place(then)
+            allowed_class[place(phase), number(name)] = True
+    back, counted = (torch.tensor([place(table.get(phase, phase)) for phase in rules.phases])
+                     for table in (rules.back, rules.counted))
+    return _Tables(classes, next_phase, allowed_class[:, classes.long()], back, counted, closers, opens.bool(), counts, bands, step)

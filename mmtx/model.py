@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from mmtx.errors import InputError
 from mmtx.layers import Block, BlockConfig, Packing, RMSNorm, initialise, rotary_embedding
+from mmtx.modality.modality import MODALITIES, unknown
 from mmtx.schema import within
 from mmtx.sequence import Features
-from mmtx.vocabulary import MODALITIES
 
 MOST_COMPOSED = 2**26  # entries of the table that composes them
 
@@ -72,8 +72,8 @@ class DecoderConfig:
         within("rope_theta", self.rope_theta, 1e-3, 1e12)
         within("norm_eps", self.norm_eps, 0, 1)
         for kind, size in self.features.items():
-            if kind not in MODALITIES[1:]:
-                raise InputError(f"features: found {kind[:40]!r}, expected {', '.join(MODALITIES[1:])}")
+            if kind not in MODALITIES:
+                raise unknown(kind, "features")
             within(f"features.{kind}", size, 1, 2**16)
         digits = sum(level for r in ranges for level in r.levels)
         within("composed: ids times digits", sum(r.stop - r.start for r in ranges) * digits, 0, MOST_COMPOSED)

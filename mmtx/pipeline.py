@@ -18,7 +18,7 @@ from functools import cached_property
 from numbers import Integral, Real
 from operator import index
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -26,10 +26,10 @@ from PIL import Image as PILImage
 
 from mmtx.ambient import MOST_THREADS, in_threads, neutral, neutral_steps
 from mmtx.data.formats import AUDIO_FORMATS, IMAGE_FORMATS
-from mmtx.data.media import kind_of, load_audio, load_image
+from mmtx.data.sample import kind_of
 from mmtx.data.sound_files import MAX_CHANNELS, MAX_SECONDS
 from mmtx.data.storage import FileSource, display, open_binary
-from mmtx.document import AudioPart, Document, ImagePart, Part, TextPart, Turn
+from mmtx.document import Document, MediaPart, Part, TextPart, Turn
 from mmtx.errors import InputError
 from mmtx.files import CONFIG, find_shipped, read_json, replace_folder, shipped, write_json
 from mmtx.grammar import Grammar
@@ -37,8 +37,8 @@ from mmtx.inference.generation import generate, steps
 from mmtx.inference.row import prepack_weights
 from mmtx.inference.sampling import Sampling
 from mmtx.inference.weights import Weights
-from mmtx.modality.autoencoder import Encoding
-from mmtx.modality.base import Tokenizer, load_tokenizer
+from mmtx.modality.base import Encoding, Tokenizer, load_tokenizer
+from mmtx.modality.modality import MODALITIES, media_kinds
 from mmtx.model import Decoder, DecoderConfig
 from mmtx.schema import build, shown
 from mmtx.sequence import Prompt, parse, prompt, render
@@ -57,19 +57,47 @@ SHORT = 64              # tokens of a prompt up to which padding costs less than
 THIN = 32               # times as long as wide: what is no picture
 
 
+class Marked:
+    """Something that is said to be a medium of some kind."""
+
+    kind: str
+    data: Any
+
+    def options(self) -> dict[str, Any]:
+        """For `Modality.read`."""
+        return {}
+
+
 @dataclass(frozen=True)
-class Image:
+class Medium(Marked):
+    """Marks something as a medium of any kind: a path, URL, or what the modality reads."""
+
+    kind: str
+    data: Any
+
+    def __post_init__(self):
+        if self.kind not in media_kinds():
+            raise InputError(f"kind: found {self.kind!r:.40}, expected one of {', '.join(media_kinds())}")
+
+
+@dataclass(frozen=True)
+class Image(Marked):
     """Marks something as a picture: a path, URL, PIL image, uint8 or float array (H, W, C) or tensor (C, H, W)."""
 
     data: Any
+    kind: ClassVar[str] = "image"
 
 
 @dataclass(frozen=True)
-class Audio:
+class Audio(Marked):
     """Marks something as a sound: a path, URL, or samples (S,) or (S, C) at `rate` Hz (None: the model's rate)."""
 
     data: Any
     rate: int | None = None
+    kind: ClassVar[str] = "audio"
+
+    def options(self) -> dict[str, Any]:
+        return {"source_rate": self.rate}
 
     def __post_init__(self):
         if self.rate is not None and not (isinstance(self.rate, Real) and math.isfinite(self.rate)):
@@ -89,7 +117,7 @@ class Sound(NamedTuple):
         soundfile.write(path, self.samples, self.rate)
 
 
-Media = str | PILImage.Image | Sound
+Media = str | PILImage.Image | Sound | Any  # of further modalities, what they show
 
 
 @neutral()
@@ -305,7 +333,7 @@ class Model:
         """
         if rows is not None and not isinstance(rows, Integral):
             raise InputError(f"rows: found {rows!r:.100}, expected a whole number")
-        given, v = self._given(picture, ImagePart), self.vocabulary
+        given, v = self._given(picture, "image"), self.vocabulary
         patch, (height, width) = self.tokenizers["image"].config.patch, given.codes.shape
         kept = height // 2 if rows is None else rows // patch
         if not 0 <= kept <= height or (rows is not None and rows % patch):
@@ -325,7 +353,7 @@ class Model:
         """
         if not (isinstance(seconds, Real) and 0 < seconds <= MAX_SECONDS):
             raise InputError(f"seconds: found {seconds!r:.100}, expected more than 0, up to {MAX_SECONDS}")
-        given, v, tokenizer = self._given(sound, AudioPart), self.vocabulary, self.tokenizers["audio"]
+        given, v, tokenizer = self._given(sound, "audio"), self.vocabulary, self.tokenizers["audio"]
         times = math.ceil(seconds * tokenizer.codes_per_second / tokenizer.bands)
         if "max_new_tokens" in sampling:
             raise InputError(f"max_new_tokens: found {sampling['max_new_tokens']!r:.40}, expected seconds alone")
@@ -333,11 +361,11 @@ class Model:
         prefix = [v.audio, *v.to_global("audio", given.codes).ravel()]
         return self._to_media(self._answer([self._prompt(parts)], "audio", limited, prefix)[0])[0]
 
-    def _given(self, medium: Any, kind: type[Part]) -> Part:
-        """The codes of a picture or sound. Raises InputError when it is another."""
+    def _given(self, medium: Any, kind: str) -> Part:
+        """The codes of a medium. Raises InputError when it is of another kind."""
         part = self.encode_parts([self._as_media(medium)])[0]
-        if not isinstance(part, kind):
-            raise InputError(f"found {part.kind}, expected {kind.kind}")
+        if part.kind != kind:
+            raise InputError(f"found {part.kind}, expected {kind}")
         return part
 
     @neutral_steps
@@ -345,7 +373,7 @@ class Model:
         """Like `generate`, but yields text in pieces as it is written, and pictures and sounds when they are whole."""
         v, decode = self.vocabulary, self.tokenizers["text"].decode
         prefix = self._size_prefix(out, size)
-        pending, shown = list(prefix), 0
+        pending, shown, closing = list(prefix), 0, {v.closing(kind) for kind in v.media}
         for step in steps(self.decoder, self.grammar, [self._prompt(parts)], out, Sampling.of(**sampling), prefix, self._weights):
             ident = int(step[0])
             writing = bool(pending) and v.kind(pending[0]) == "text"
@@ -363,7 +391,7 @@ class Model:
                 if not text.endswith("\ufffd") and len(text) > shown:
                     yield text[shown:]
                     shown = len(text)
-            elif ident in (v.image_end, v.audio_end):
+            elif ident in closing:
                 yield from self._to_media(pending)
                 pending = []
 
@@ -386,7 +414,7 @@ class Model:
 
     def _size_prefix(self, out: str, size: tuple[int, int] | None) -> list[int]:
         if not isinstance(out, str):
-            raise InputError(f"out: found {type(out).__name__}, expected text, image, audio or any")
+            raise InputError(f"out: found {type(out).__name__}, expected {', '.join(self.tokenizers)} or any")
         if out != "image" or "image" not in self.tokenizers:
             return []
         config = self.tokenizers["image"].config
@@ -422,17 +450,17 @@ class Model:
         return self.detokenize([v.bos, *map(int, ids), v.eos])
 
     @neutral()
-    def encode_parts(self, media: Sequence[str | Image | Audio]) -> list[Part]:
-        """Text, pictures and sounds -> parts of codes and features; media of a kind go through their tokenizer together."""
+    def encode_parts(self, media: Sequence[str | Marked]) -> list[Part]:
+        """Text and media -> parts of codes and features; media of a kind go through their tokenizer together."""
         parts: list[Part | None] = [None] * len(media)
-        for kind, mark, make in (("image", Image, ImagePart), ("audio", Audio, AudioPart)):
-            places = [i for i, item in enumerate(media) if isinstance(item, mark)]
+        for kind in media_kinds():
+            places = [i for i, item in enumerate(media) if isinstance(item, Marked) and item.kind == kind]
             if places and kind not in self.tokenizers:
                 raise InputError(f"found {kind}, but this model has tokenizers for {', '.join(self.tokenizers)} only")
             embed = lambda chosen: self._embed(kind, media, chosen)  # noqa: B023
             batches = [places[first:first + BATCH] for first in range(0, len(places), BATCH)]
             for i, encoding in self._in_batches(embed, batches):
-                parts[i] = make(*encoding)
+                parts[i] = MediaPart(kind, *encoding)
         for i, item in enumerate(media):
             if isinstance(item, str):
                 parts[i] = TextPart(self.tokenizers["text"].encode(item))
@@ -450,24 +478,23 @@ class Model:
                 held.clear()
         return encodings
 
-    def _read(self, item: Image | Audio) -> torch.Tensor:
+    def _read(self, item: Marked) -> torch.Tensor:
         data, name = item.data, None
         if isinstance(data, (str, Path)):
             name = display(str(data))
             data = FileSource(str(data)).read()
-        if isinstance(item, Audio):
-            return load_audio(data, self.tokenizers["audio"].rate, name, item.rate)
         if isinstance(data, PILImage.Image):
             _check_open(data)
-        return self.tokenizers["image"].fit(load_image(data, name))  # so that no photograph is held as it was
+        return MODALITIES[item.kind].get("read")(self.tokenizers[item.kind], data, name, **item.options())
 
     def _decode(self, part: Part) -> Media:
         tokenizer = self.tokenizers[part.kind]
         if isinstance(part, TextPart):
             return tokenizer.decode(part.ids.tolist())
-        if isinstance(part, ImagePart):
-            return PILImage.fromarray(tokenizer.decode(part.codes).permute(1, 2, 0).numpy())
-        return Sound(self._voice.decode(part.codes).numpy(), tokenizer.rate)
+        if getattr(tokenizer, "vocoder", tokenizer) is None:
+            tokenizer = self._voice
+        show = MODALITIES[part.kind].get("show") or to_array
+        return show(tokenizer, part.codes)
 
     @cached_property
     def _voice(self) -> Tokenizer:
@@ -479,9 +506,9 @@ class Model:
                 return other
         return own
 
-    def _as_media(self, item: Any) -> Image | Audio:
-        """What something is when it is not marked as `Image` or `Audio`."""
-        if isinstance(item, (Image, Audio)):
+    def _as_media(self, item: Any) -> Marked:
+        """What something is when it is not marked as `Image`, `Audio` or `Medium`."""
+        if isinstance(item, Marked):
             return item
         if isinstance(item, Sound):
             return Audio(item.samples, item.rate)
@@ -496,10 +523,26 @@ class Model:
             with open_binary(str(item)) as file:
                 kind = kind_of(str(item), file.read(64))
             if kind is None:
+                further = tuple(name for kind in media_kinds()[2:] for name in MODALITIES[kind].extensions)
                 raise InputError(f"{display(str(item))}: found neither a picture nor a sound that can be read, expected "
-                                 f"{', '.join(IMAGE_FORMATS + AUDIO_FORMATS)}")
-            return (Image if kind == "image" else Audio)(str(item))
+                                 f"{', '.join(IMAGE_FORMATS + AUDIO_FORMATS + further)}")
+            return Medium(kind, str(item))
         raise InputError(f"found {type(item).__name__}, expected a path, PIL image, array, tensor, Image or Audio")
+
+
+def to_pil(tokenizer: Tokenizer, codes: np.ndarray) -> PILImage.Image:
+    """Codes (h, w) as a picture."""
+    return PILImage.fromarray(tokenizer.decode(codes).permute(1, 2, 0).numpy())
+
+
+def to_sound(tokenizer: Tokenizer, codes: np.ndarray) -> Sound:
+    """Codes (t, bands) as a sound."""
+    return Sound(tokenizer.decode(codes).numpy(), tokenizer.rate)
+
+
+def to_array(tokenizer: Tokenizer, codes: np.ndarray) -> np.ndarray:
+    """Codes as what they stand for."""
+    return np.asarray(tokenizer.decode(codes))
 
 
 def by_length(lengths: Sequence[int]) -> list[list[int]]:

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from mmtx.data.collection import Collected, DataSource, progress, read_sources
-from mmtx.data.media import load_image
+from mmtx.data.media import load_audio, load_image
 from mmtx.data.sample import Media, Sample
 from mmtx.data.sources import MAX_BAD
 from mmtx.data.storage import display
-from mmtx.data.tokens import load_sound, usable
+from mmtx.data.tokens import usable
 from mmtx.errors import InputError
 from mmtx.evaluation import (
     MELS,
@@ -28,11 +28,11 @@ from mmtx.evaluation import (
     table,
     word_errors,
 )
+from mmtx.modality.modality import MODALITIES
 from mmtx.pipeline import Model
 
 WIDEST = 60            # characters of a predicted caption that are shown
 ERRORS = "word error rate"  # the figure of which less is better
-PRESETS = {"image": PIXELS, "audio": MELS}
 CONTROL_RATE = 16_000  # Hz; the control hears at one rate, whatever the model's is
 
 
@@ -60,7 +60,7 @@ def report(model: Model, held_out: Sequence[DataSource], train: Sequence[DataSou
         predicted = model.caption_documents(documents)
         true = [sample.caption for sample in samples]
         kind = _kind(samples)
-        if known and kind and kind not in controls:
+        if known and kind and kind not in controls and MODALITIES[kind].controls is not None:
             controls[kind] = _controls(training, kind)
         figures, unknown = _figures(samples, known, predicted)
         best = _strongest(samples, known, controls.get(kind, {}), kind)
@@ -76,7 +76,8 @@ def report(model: Model, held_out: Sequence[DataSource], train: Sequence[DataSou
 
 def _controls(training: Collected, kind: str) -> dict[str, NearestNeighbour]:
     """What remembers the training samples of a kind that can be used, by each way to compare them; none without samples."""
-    features, captions = {name: [] for name in PRESETS[kind]}, []
+    features: dict[str, list[np.ndarray]] = {}
+    captions = []
     alike = [(sample, skipped) for sample, skipped in zip(training.samples, training.counters, strict=True)
              if _kind([sample]) == kind]
     for sample, skipped in progress("control")(alike):
@@ -87,8 +88,8 @@ def _controls(training: Collected, kind: str) -> dict[str, NearestNeighbour]:
             skipped.check()
             continue
         captions.append(sample.caption)
-        for name in features:
-            features[name].append(found[name])
+        for name, values in found.items():
+            features.setdefault(name, []).append(values)
     return {name: NearestNeighbour.fit(values, captions) for name, values in features.items()} if captions else {}
 
 
@@ -147,8 +148,16 @@ def _kind(samples: Sequence[Sample]) -> str | None:
 def _features(sample: Sample, kind: str) -> dict[str, np.ndarray]:
     """The medium of a sample by each way to compare it."""
     media = next(part for turn in sample.turns for part in turn.parts if isinstance(part, Media))
-    if kind == "image":
-        picture = load_image(media.source.read(), media.name)
-        return {name: pixel_features(picture, **options) for name, options in PIXELS.items()}
-    sound = load_sound(media, CONTROL_RATE)
-    return {name: mel_features(sound, **options) for name, options in MELS.items()}
+    return MODALITIES[kind].get("controls")(media.source.read(), media.name, **media.cut)
+
+
+def picture_controls(data: bytes, name: str) -> dict[str, np.ndarray]:
+    """An encoded picture by each way to compare pictures."""
+    picture = load_image(data, name)
+    return {preset: pixel_features(picture, **options) for preset, options in PIXELS.items()}
+
+
+def sound_controls(data: bytes, name: str, **cut: float | None) -> dict[str, np.ndarray]:
+    """An encoded sound, or what is cut out of it, by each way to compare sounds."""
+    sound = load_audio(data, CONTROL_RATE, name, **cut)
+    return {preset: mel_features(sound, **options) for preset, options in MELS.items()}

@@ -28,7 +28,8 @@ def shown(value: Any, most: int = 60) -> str:
 def build(cls: type[T], value: Any, where: str | Path, name: str = "", optional: Collection[str] = ()) -> T:
     """An instance of a dataclass made of a JSON object. Raises InputError that names `where` and the field.
 
-    `name` is the field of the file that the object was found in; fields that are `optional` may be left out.
+    `name` is the field of the file that the object was found in; fields that are `optional` may be left out, and those that
+    a class itself names so in its `OPTIONAL`.
     """
     if not isinstance(value, dict):
         raise InputError(f"{where}: {f'field {name!r} is' if name else 'found'} {shown(value)}, expected an object")
@@ -37,7 +38,7 @@ def build(cls: type[T], value: Any, where: str | Path, name: str = "", optional:
         if key not in kinds:
             raise InputError(f"{where}: found the unknown field {shown(at + key)}, expected {_few(kinds)}")
     for key in kinds:
-        if key not in value and key not in optional:
+        if key not in value and key not in optional and key not in getattr(cls, "OPTIONAL", ()):
             raise InputError(f"{where}: found no field {at + key!r}, expected all of {_few(kinds)}")
     made = {key: check(kinds[key], item, where, at + key) for key, item in value.items()}
     try:

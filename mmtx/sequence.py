@@ -4,6 +4,8 @@
     turn   := <user> part* <end> | <assistant> part* <end> | part*
     part   := text pieces | <image> <h:H> <w:W> H*W codes </image> | <audio> codes </audio>
 
+Media of further modalities stand between tags of their own, in one of these two layouts ("grid" and "steps").
+
 Shapes: T tokens of a stream, D width of features.
 """
 
@@ -14,15 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmtx.document import AudioPart, Document, ImagePart, Part, TextPart, Turn
+from mmtx.document import Document, MediaPart, Part, TextPart, Turn
 from mmtx.errors import InputError
-from mmtx.vocabulary import MAX_SIDE, MODALITIES, Vocabulary
+from mmtx.vocabulary import MAX_SIDE, NUMBERED, Vocabulary
 
 # -- Documents to ids ----------------------------------------------------------------------------------------
 
 
 class Span(NamedTuple):
-    """Features of a picture or sound of a user turn: they may stand in for its codes at the input of a model."""
+    """Features of a medium of a user turn: they may stand in for its codes at the input of a model."""
 
     kind: str
     start: int  # place of its first code in the stream
@@ -62,7 +64,7 @@ def render(document: Document, vocabulary: Vocabulary) -> Rendered:
             place += 1
         for part, ids in zip(turn.parts, parts, strict=True):
             if turn.role == "user" and (features := getattr(part, "features", None)) is not None:
-                first = place + (3 if isinstance(part, ImagePart) else 1)  # behind <image> <h> <w>, or <audio>
+                first = place + (3 if v.layout(part.kind) == "grid" else 1)  # behind <kind> <h> <w>, or <kind>
                 spans.append(Span(part.kind, first, features.flatten(0, 1)))
             pieces.append(ids)
             place += len(ids)
@@ -135,23 +137,26 @@ def _one_of(ids: np.ndarray, *values: int) -> np.ndarray:
 
 
 def code_follows(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-    """Behind which ids (T,) of a stream a code of a picture or sound, or its end, must come, (T,) bool."""
+    """Behind which ids (T,) of a stream a code of a medium, or its end, must come, (T,) bool."""
     v = vocabulary
     ids = np.asarray(ids)
     width = (ids >= v.width(1)) & (ids <= v.width(MAX_SIDE))
-    return (v.modality_of(ids) >= MODALITIES.index("image")) | width | (ids == v.audio)
+    stepped = [v.opening(kind) for kind in v.media if v.layout(kind) == "steps"]
+    return np.logical_or.reduce([v.modality_of(ids) > NUMBERED.index("text"), width, *(ids == tag for tag in stepped)])
 
 
 def _part(part: Part, v: Vocabulary) -> np.ndarray:
     ids = v.to_global(part.kind, part.array)
-    if isinstance(part, ImagePart):
+    if isinstance(part, TextPart):
+        return ids
+    if (bands := v.bands(part.kind)) is None:
         rows, columns = ids.shape
-        return np.concatenate([[v.image, v.height(rows), v.width(columns)], ids.ravel(), [v.image_end]])
-    if isinstance(part, AudioPart):
-        if len(ids) == 0 or ids.shape[1] != v.bands:
-            raise InputError(f"audio part: found shape {ids.shape}, expected (t, {v.bands}) with t > 0")
-        return np.concatenate([[v.audio], ids.ravel(), [v.audio_end]])
-    return ids
+        size = [v.height(rows), v.width(columns)]
+    elif len(ids) == 0 or ids.shape[1] != bands:
+        raise InputError(f"{part.kind} part: found shape {ids.shape}, expected (t, {bands}) with t > 0")
+    else:
+        size = []
+    return np.concatenate([[v.opening(part.kind), *size], ids.ravel(), [v.closing(part.kind)]])
 
 
 # -- Ids to documents ----------------------------------------------------------------------------------------
@@ -170,6 +175,7 @@ class _Reader:
 
     def __init__(self, ids: np.ndarray, vocabulary: Vocabulary):
         self.ids, self.v, self.at = ids, vocabulary, 0
+        self.kinds = {vocabulary.opening(kind): kind for kind in vocabulary.media}
         outside = (ids < 0) | (ids >= vocabulary.size)
         if outside.any():
             at = int(outside.argmax())
@@ -197,29 +203,26 @@ class _Reader:
         """All parts from here."""
         v, parts = self.v, []
         while (id := self.peek()) not in (v.user, v.assistant, v.eos, v.end, None):
-            if id == v.image and "image" in v.kinds:
-                parts.append(self.image())
-            elif id == v.audio and "audio" in v.kinds:
-                parts.append(self.audio())
+            if id in self.kinds:
+                parts.append(self.medium(self.kinds[id]))
             else:
                 parts.append(TextPart(self.codes("text", minimum=1)))
         return tuple(parts)
 
-    def image(self) -> ImagePart:
-        self.expect(self.v.image)
-        rows = self.side(self.v.height(1), "<h:1> to <h:64>")
-        columns = self.side(self.v.width(1), "<w:1> to <w:64>")
-        codes = self.codes("image", minimum=rows * columns, maximum=rows * columns)
-        self.expect(self.v.image_end)
-        return ImagePart(codes.reshape(rows, columns))
-
-    def audio(self) -> AudioPart:
-        self.expect(self.v.audio)
-        codes = self.codes("audio", minimum=1)
-        if len(codes) % self.v.bands:
-            raise self.error(f"{self.v.bands} audio codes a time step")
-        self.expect(self.v.audio_end)
-        return AudioPart(codes.reshape(-1, self.v.bands))
+    def medium(self, kind: str) -> MediaPart:
+        v = self.v
+        self.expect(v.opening(kind))
+        if (bands := v.bands(kind)) is None:
+            rows = self.side(v.height(1), "<h:1> to <h:64>")
+            columns = self.side(v.width(1), "<w:1> to <w:64>")
+            codes = self.codes(kind, minimum=rows * columns, maximum=rows * columns).reshape(rows, columns)
+        else:
+            codes = self.codes(kind, minimum=1)
+            if len(codes) % bands:
+                raise self.error(f"{bands} {kind} codes a time step")
+            codes = codes.reshape(-1, bands)
+        self.expect(v.closing(kind))
+        return MediaPart(kind, codes)
 
     def codes(self, kind: str, minimum: int, maximum: int | None = None) -> np.ndarray:
         """The run of ids of `kind` from here, as local codes."""

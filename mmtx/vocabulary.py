@@ -2,7 +2,9 @@
 
     [0, size of text)    text pieces, first so that a pretrained text model keeps its rows
     + SLOTS ids          special tokens, each in a fixed slot
-    + one range a kind   image and audio codes, in the order in which they were added
+    + one range a kind   codes of the media, in the order in which they were added
+
+What a model needs to know of a modality to read and write streams is in its entry, so that no code is asked for it.
 
 Shape letters: V vocabulary.
 """
@@ -13,21 +15,21 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from mmtx.errors import InputError
 from mmtx.files import read_json, write_json, write_whole
 from mmtx.modality.base import Tokenizer
+from mmtx.modality.modality import MODALITIES, unknown
 from mmtx.schema import build, shown, within
 
 FORMAT = 1
 MOST_IDS = 2**30  # of a kind; ids are 32 bits
 SLOTS = 256  # reserved for special tokens; unused ones are for later, so that a new special moves no id
 MAX_SIDE = 64  # patch rows or columns of a picture
-KINDS = ("text", "image", "audio")
-MODALITIES = ("special", "text", "image", "audio")  # index: the number that `modality_of` gives
+NUMBERED = ("special", "text", "image", "audio")  # the numbers that `modality_of` gives these never change
 
 # The order is the file format: append only.
 NAMES = (
@@ -42,12 +44,25 @@ NAMES = (
 class Entry:
     """The ids [start, start + size) of one tokenizer, and the facts about it that other modules need."""
 
+    OPTIONAL: ClassVar = ("tags",)  # left out of the file where a kind has its tags among NAMES
+
     kind: str
     start: int
     size: int
     fingerprint: str
     levels: tuple[int, ...] | None = None  # FSQ levels of a codec, None where there are none
-    bands: int | None = None  # audio codes a time step, None for the other kinds
+    bands: int | None = None  # codes a time step of the layout "steps", None for the others
+    tags: tuple[int, ...] | None = None  # slots of <kind> and </kind> where NAMES has none
+
+    @property
+    def layout(self) -> Literal["pieces", "grid", "steps"]:
+        """How the stream writes its codes, as `Modality.layout` says."""
+        return "pieces" if self.kind == "text" else "grid" if self.bands is None else "steps"
+
+    @property
+    def slots(self) -> tuple[int, int]:
+        """Slots of the tags that open and close a medium."""
+        return self.tags or (NAMES.index(f"<{self.kind}>"), NAMES.index(f"</{self.kind}>"))
 
 
 @dataclass(frozen=True)
@@ -96,7 +111,10 @@ class Vocabulary:
         """Return a vocabulary with one modality more, behind all ids that exist."""
         if kind in self.kinds:
             raise InputError(f"vocabulary: {kind} is there already, expected a new kind")
-        return Vocabulary((*self.entries, _entry(kind, tokenizer, self.size)))
+        # Further modalities take slots from the end down, for NAMES grows from the beginning up.
+        free = SLOTS - 2 * sum(entry.tags is not None for entry in self.entries)
+        tags = None if kind in NUMBERED else (free - 2, free - 1)
+        return Vocabulary((*self.entries, _entry(kind, tokenizer, self.size, tags)))
 
     @property
     def size(self) -> int:
@@ -109,9 +127,30 @@ class Vocabulary:
         return tuple(entry.kind for entry in self.entries)
 
     @property
-    def bands(self) -> int | None:
-        """Audio codes a time step; None without audio."""
-        return self._entry("audio").bands if "audio" in self.kinds else None
+    def media(self) -> tuple[str, ...]:
+        """`kinds` without text."""
+        return self.kinds[1:]
+
+    @cached_property
+    def modality_names(self) -> tuple[str, ...]:
+        """What the numbers of `modality_of` stand for: those in NUMBERED, whether they have ids or not, then further kinds."""
+        return (*NUMBERED, *(kind for kind in self.kinds if kind not in NUMBERED))
+
+    def layout(self, kind: str) -> Literal["pieces", "grid", "steps"]:
+        """How the stream writes codes of `kind`: as they are, with rows and columns before them, or in steps of `bands`."""
+        return self._entry(kind).layout
+
+    def bands(self, kind: str) -> int | None:
+        """Codes in a time step of `kind`; None where its layout is not "steps"."""
+        return self._entry(kind).bands
+
+    def opening(self, kind: str) -> int:
+        """Id of <kind>."""
+        return self.entries[0].size + self._entry(kind).slots[0]
+
+    def closing(self, kind: str) -> int:
+        """Id of </kind>."""
+        return self.entries[0].size + self._entry(kind).slots[1]
 
     def levels(self, kind: str) -> tuple[int, ...] | None:
         """FSQ levels of the codec of `kind`; None where its codes have none (text)."""
@@ -148,22 +187,22 @@ class Vocabulary:
 
     @cached_property
     def modalities(self) -> np.ndarray:
-        """(V,) uint8: for every id 0 special, 1 text, 2 image, 3 audio (the index into MODALITIES)."""
+        """(V,) uint8: for every id the index into `modality_names`."""
         table = np.zeros(self.size, np.uint8)
         for entry in self.entries:
-            table[entry.start : entry.start + entry.size] = MODALITIES.index(entry.kind)
+            table[entry.start : entry.start + entry.size] = self.modality_names.index(entry.kind)
         table.flags.writeable = False
         return table
 
     def modality_of(self, ids: Any) -> np.ndarray:
-        """Ids (any shape) to uint8: 0 special, 1 text, 2 image, 3 audio. Raises InputError outside [0, V)."""
+        """Ids (any shape) to uint8: 0 special, 1 text, 2 image, 3 audio, 4.. others. Raises InputError outside [0, V)."""
         ids = np.asarray(ids, np.int64)
         _check_bounds(ids, 0, self.size, "ids")
         return self.modalities[ids]
 
     def kind(self, id: int) -> str:
-        """ "text", "special", "image" or "audio". Raises InputError outside [0, V)."""
-        return MODALITIES[int(self.modality_of(id))]
+        """ "special", "text" or a kind of media. Raises InputError outside [0, V)."""
+        return self.modality_names[int(self.modality_of(id))]
 
     def name(self, id: int) -> str:
         """A readable name of one id: "<h:8>", "image:1234", "text:17"."""
@@ -171,6 +210,9 @@ class Vocabulary:
         code = int(id) - self.range(kind).start
         if kind != "special":
             return f"{kind}:{code}"
+        for entry in self.entries:
+            if entry.tags and code in entry.tags:
+                return f"<{'/' * entry.tags.index(code)}{entry.kind}>"
         return NAMES[code] if code < len(NAMES) else f"<reserved:{code}>"
 
     def check(self, tokenizers: Mapping[str, Tokenizer]) -> None:
@@ -192,7 +234,8 @@ class Vocabulary:
 
     def to_json(self) -> bytes:
         """What `save` writes."""
-        modalities = [asdict(entry) for entry in self.entries]
+        modalities = [{name: value for name, value in asdict(entry).items() if name not in Entry.OPTIONAL or value is not None}
+                      for entry in self.entries]
         return write_json({"format": FORMAT, "slots": SLOTS, "modalities": modalities})
 
     def save(self, path: str | Path) -> None:
@@ -217,10 +260,16 @@ class Vocabulary:
         starts = [entry.start for entry in entries]
         ends = [entry.start + entry.size for entry in entries]
         kinds = [entry.kind for entry in entries]
-        if kinds[:1] != ["text"] or len(set(kinds)) < len(kinds) or not set(kinds) <= set(KINDS):
+        for kind in kinds:
+            if kind not in MODALITIES and re.fullmatch("[a-z][a-z0-9_]*", kind):
+                raise unknown(kind, path)
+        if kinds[:1] != ["text"] or len(set(kinds)) < len(kinds) or not set(kinds) <= MODALITIES.keys():
             raise InputError(f"{path}: field 'kind' reads {shown(', '.join(kinds))}, expected text, then other kinds once each")
         for entry in entries:
             _check_entry(entry, path)
+        tags = [tag for entry in entries for tag in entry.tags or ()]
+        if len(set(tags)) < len(tags):
+            raise InputError(f"{path}: field 'tags' reads {shown(str(tags))}, expected different ones")
         ends[0] += SLOTS  # the special tokens sit between text and the rest
         if starts != [0, *ends[:-1]]:
             raise InputError(f"{path}: field 'start' reads {starts}, expected {[0, *ends[:-1]]}, ranges without gaps")
@@ -238,30 +287,34 @@ class Vocabulary:
         return self.entries[0].size + NAMES.index(first) + int(count) - 1
 
 
-def _entry(kind: str, tokenizer: Tokenizer, start: int) -> Entry:
-    if kind not in KINDS or tokenizer.kind != kind:
+def _entry(kind: str, tokenizer: Tokenizer, start: int, tags: tuple[int, int] | None = None) -> Entry:
+    if kind not in MODALITIES or tokenizer.kind != kind:
         raise InputError(
             f"vocabulary: found a tokenizer of kind {tokenizer.kind!r} under {kind!r}, "
-            f"expected the same kind, one of {', '.join(KINDS)}"
+            f"expected the same kind, one of {', '.join(MODALITIES)}"
         )
-    levels = getattr(tokenizer, "levels", None)
-    bands = int(tokenizer.bands) if kind == "audio" else None
-    levels = None if levels is None else tuple(int(level) for level in levels)
-    return Entry(kind, start, tokenizer.size, tokenizer.fingerprint, levels, bands)
+    levels = None if tokenizer.levels is None else tuple(int(level) for level in tokenizer.levels)
+    bands = int(tokenizer.bands or 0) if MODALITIES[kind].layout == "steps" else None
+    if bands == 0:
+        raise InputError(f"{kind} tokenizer: found bands {tokenizer.bands}, expected 1 or more codes in a time step")
+    return Entry(kind, start, tokenizer.size, tokenizer.fingerprint, levels, bands, tags)
 
 
 def _check_entry(entry: Entry, path: str | Path) -> None:
     """Raise InputError for a range that `_entry` would not make."""
-    at, levels = f"{path}: {entry.kind}:", entry.levels
+    at, levels, stepped = f"{path}: {entry.kind}:", entry.levels, MODALITIES[entry.kind].layout == "steps"
     within(f"{at} size", entry.size, 1, MOST_IDS)
     if not re.fullmatch("[0-9a-f]{64}", entry.fingerprint):
         raise InputError(f"{at} field 'fingerprint' is {shown(entry.fingerprint)}, expected 64 hexadecimal digits")
     if levels is not None and (entry.kind == "text" or min(levels, default=0) < 2 or math.prod(levels) != entry.size):
         raise InputError(f"{at} field 'levels' is {shown(str(levels))}, expected {'null' if entry.kind == 'text' else ''}"
                          f"{'' if entry.kind == 'text' else f'numbers whose product is size={entry.size}'}")
-    if (entry.bands is None) == (entry.kind == "audio") or entry.bands is not None and not 1 <= entry.bands <= entry.size:
-        raise InputError(f"{at} field 'bands' is {shown(entry.bands)}, expected "
-                         f"{'1 or more' if entry.kind == 'audio' else 'null'}")
+    if (entry.bands is None) == stepped or entry.bands is not None and not 1 <= entry.bands <= entry.size:
+        raise InputError(f"{at} field 'bands' is {shown(entry.bands)}, expected {'1 or more' if stepped else 'null'}")
+    if (entry.tags is None) != (entry.kind in NUMBERED) or entry.tags and not (
+            len(entry.tags) == 2 and len(NAMES) <= entry.tags[0] < entry.tags[1] < SLOTS):
+        expected = "none" if entry.kind in NUMBERED else f"two slots from {len(NAMES)} to {SLOTS - 1}"
+        raise InputError(f"{at} field 'tags' is {shown(str(entry.tags))}, expected {expected}")
 
 
 def _check_bounds(values: np.ndarray, low: int, high: int, what: str) -> None:

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,13 +17,13 @@ import numpy as np
 import pytest
 from conftest import Codes
 
-from mmtx.document import AudioPart, Document, ImagePart, TextPart, Turn
+from mmtx.document import Document, MediaPart, TextPart, Turn
 from mmtx.sequence import parse, render
 from mmtx.vocabulary import Vocabulary
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PARTS = {"text": TextPart, "image": ImagePart, "audio": AudioPart}
+PARTS = {"text": TextPart, "image": partial(MediaPart, "image"), "audio": partial(MediaPart, "audio")}
 CHECKOUT = ("benchmarks", "configs", "demos", "tokenizers", "docs", "Makefile", "constraints.txt")
 SHORT = "--trainer.max_steps 2 --trainer.val_check_interval 2 --samples 2"  # what a training in the docs is made shorter by
 

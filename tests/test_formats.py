@@ -17,9 +17,10 @@ from mmtx.data import sound_files
 from mmtx.data.formats import AUDIO_FORMATS, IMAGE_FORMATS, format_of
 from mmtx.data.media import load_audio, load_image
 from mmtx.data.mpeg import frame_at
-from mmtx.data.sample import EXTENSIONS, kind_of, sniff
+from mmtx.data.sample import kind_of, sniff
 from mmtx.data.sound_files import read_sound
 from mmtx.errors import InputError
+from mmtx.modality.modality import MODALITIES
 
 RATE = 16_000
 SOUNDS, PICTURES = sound_seeds(), picture_seeds()
@@ -85,7 +86,7 @@ def test_what_is_neither_a_picture_nor_a_sound():
                  b"FORM\0\0\0\0ILBM", b"\xff\xff\x00"):
         assert format_of(data) is sniff(data) is None
     assert sniff(b"ID3\4\0\0\0\0\0\0fLaC") == "audio" and format_of(b"ID3\4\0\0\0\0\0\0fLaC") == "FLAC"
-    assert all(kind_of("x" + suffix) == kind for kind in EXTENSIONS for suffix in EXTENSIONS[kind])
+    assert all(kind_of("x" + suffix) == kind for kind, modality in MODALITIES.items() for suffix in modality.extensions)
     assert kind_of("x.mp4") is None and kind_of("x.mp4", SOUNDS["ipod aac"]) == "audio"
 
 

@@ -21,7 +21,7 @@ from mmtx.training.decoder import DecoderData, DecoderModule, LossWeights, Token
 from mmtx.training.guard import SkipNonFinite
 from mmtx.training.optimizer import OptimizerConfig
 from mmtx.training.sharding import full
-from mmtx.vocabulary import MODALITIES
+from mmtx.vocabulary import NUMBERED
 
 CASES = 20
 DECODER = DecoderConfig(width=32, depth=1, heads=2, kv_heads=1, head_dim=16, mlp_dim=32)
@@ -74,7 +74,7 @@ def by_hand(module: Noting, weights: LossWeights) -> dict[str, torch.Tensor]:
     scores = module.decoder.logits(module.decoder(batch.ids, batch.positions, batch.packing)).flatten(0, 1)
     scores = scores[batch.supervised]
     losses = torch.nn.functional.cross_entropy(scores, batch.targets, reduction="none")
-    counts = torch.tensor([weights.text if kind == MODALITIES.index("text") else weights.special
+    counts = torch.tensor([weights.text if kind == NUMBERED.index("text") else weights.special
                            for kind in batch.modality.tolist()])
     loss = ((losses + 0.1 * scores.logsumexp(-1).square()) * counts).sum() / counts.sum()
     named = dict(module.named_parameters())

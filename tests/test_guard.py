@@ -19,7 +19,7 @@ from mmtx.training.codec import CodecData, ImageCodecModule
 from mmtx.training.decoder import DecoderData, DecoderModule, TokenizerFolders
 from mmtx.training.guard import SkipNonFinite, Telemetry
 from mmtx.training.loggers import Metrics
-from mmtx.vocabulary import MODALITIES
+from mmtx.vocabulary import NUMBERED
 
 DECODER = DecoderConfig(width=32, depth=1, heads=2, kv_heads=1, head_dim=16, mlp_dim=32)
 BAD = float("nan"), float("inf")
@@ -140,7 +140,7 @@ def test_the_logs_say_what_the_step_did(data, tmp_path):
                     loss = torch.nn.functional.cross_entropy(scores, batch.targets, reduction="none")
                     self.expected = {"train/log_sum_exp": scores.logsumexp(-1).mean(),
                                      "train/last_norm": hidden[0].square().sum(-1).sqrt().mean()}
-                    for number, name in enumerate(MODALITIES):
+                    for number, name in enumerate(NUMBERED):
                         chosen = batch.modality == number
                         self.expected[f"train/share_{name}"] = chosen.float().mean()
                         if chosen.any():
@@ -159,7 +159,7 @@ def test_the_logs_say_what_the_step_did(data, tmp_path):
     # The norm is the true one, of the mean over all targets and before clipping.
     norms = [float(norm) for norm in module.norms]
     assert [float(row["train/gradient_norm"]) for row in rows] == pytest.approx(norms, rel=1e-4)
-    assert sum(float(rows[0][f"train/share_{name}"]) for name in MODALITIES) == pytest.approx(1)
+    assert sum(float(rows[0][f"train/share_{name}"]) for name in NUMBERED) == pytest.approx(1)
 
 
 def one_of_two(rank: int, port: int, data: DecoderData, folder, results) -> None:

@@ -19,12 +19,12 @@ from mmtx.data.sample import Media, Sample, SampleTurn, Text
 from mmtx.data.sources import SkipCounter
 from mmtx.data.storage import MemorySource
 from mmtx.data.tokens import Augmentation, Documents, load_media, seed_of, to_documents
-from mmtx.document import AudioPart, Document, ImagePart, TextPart, Turn
+from mmtx.document import Document, MediaPart, TextPart, Turn
 from mmtx.errors import InputError
 from mmtx.modality.base import load_tokenizer
 from mmtx.model import CodeRange, Decoder, DecoderConfig
 from mmtx.sequence import Rendered, render
-from mmtx.vocabulary import MODALITIES, Vocabulary
+from mmtx.vocabulary import NUMBERED, Vocabulary
 
 SHIPPED = Path(__file__).parents[1] / "tokenizers"
 STARTER = Path(__file__).parents[1] / "demos" / "data" / "starter"
@@ -53,7 +53,7 @@ def text(length: int, first: int = 0) -> Document:
 
 def question(length: int, answer: int, picture: bool = True) -> Document:
     """A user turn with text, and a picture of 2 x 2 codes or a sound, then an answer."""
-    medium = ImagePart([[0, 5], [2, 3]]) if picture else AudioPart([[0, 3, 2]])
+    medium = MediaPart("image", [[0, 5], [2, 3]]) if picture else MediaPart("audio", [[0, 3, 2]])
     turns = Turn("user", (TextPart(np.arange(length)), medium)), Turn("assistant", (TextPart([answer] * 3),))
     return Document(turns)
 
@@ -88,8 +88,8 @@ def same(left, right) -> bool:
 def test_a_batch_by_hand(small_vocabulary):
     v = small_vocabulary
     documents = [
-        Document((Turn("user", (ImagePart([[4]]),)), Turn("assistant", (TextPart([7]),)))),
-        Document((Turn(None, (TextPart([3]), AudioPart([[1, 0, 2]]))),)),
+        Document((Turn("user", (MediaPart("image", [[4]]),)), Turn("assistant", (TextPart([7]),)))),
+        Document((Turn(None, (TextPart([3]), MediaPart("audio", [[1, 0, 2]]))),)),
     ]
     batch = PackedBatches(store_of(documents, v), v, 20, shuffle=False)[0]
     code = v.range("audio").start
@@ -105,7 +105,7 @@ def test_a_batch_by_hand(small_vocabulary):
     assert batch.plain == 5
     assert batch.supervised.tolist() == [*no_code, *coded]
     assert batch.targets.tolist() == [*no_code.values(), *coded.values()]
-    kinds = [MODALITIES[number] for number in batch.modality.tolist()]
+    kinds = [NUMBERED[number] for number in batch.modality.tolist()]
     assert kinds == ["text", "special", "text", "special", "special", "audio", "audio", "audio", "special"]
     assert torch.equal(batch.packing.gather[batch.packing.scatter], torch.arange(20))
 
@@ -136,7 +136,7 @@ def test_the_split_follows_the_grammar(store, small_vocabulary):
         assert set(batch.targets[batch.plain:].tolist()) <= codes | {v.image_end, v.audio_end}
         counts.update(batch.ids[0, batch.supervised[batch.plain:]].tolist())
     assert not counts  # only answers in text are learned here
-    whole = [Document((Turn("assistant", (ImagePart([[1, 2]]), AudioPart([[1, 2, 3]]))),))]
+    whole = [Document((Turn("assistant", (MediaPart("image", [[1, 2]]), MediaPart("audio", [[1, 2, 3]]))),))]
     batch = PackedBatches(store_of(whole, v), v, 40)[0]
     assert set(batch.targets[batch.plain:].tolist()) >= {v.image_end, v.audio_end} and len(batch.targets) == 12
     assert len(batch.targets) - batch.plain == 3 + 4
@@ -146,7 +146,7 @@ def test_the_loss_of_six_tokens_by_hand(small_vocabulary):
     from mmtx.training.decoder import DecoderModule
 
     v = small_vocabulary
-    document = Document((Turn(None, (ImagePart([[4]]),)),))  # <bos> <image> <h:1> <w:1> code </image> <eos>
+    document = Document((Turn(None, (MediaPart("image", [[4]]),)),))  # <bos> <image> <h:1> <w:1> code </image> <eos>
     ranges = tuple(CodeRange(v.range(kind).start, v.levels(kind)) for kind in ("image", "audio"))
     config = DecoderConfig(v.size, width=16, depth=1, heads=2, kv_heads=1, head_dim=8, mlp_dim=16, composed=ranges)
     torch.manual_seed(0)
@@ -373,7 +373,7 @@ def test_documents_are_those_of_the_samples(samples, tokenizers, vocabulary):
     picture = to_documents(samples, tokenizers)[0]
     image = tokenizers["image"].encode(load_media(samples[0].turns[0].parts[0], tokenizers))
     words = TextPart(tokenizers["text"].encode("a red circle"))
-    assert picture == Document((Turn("user", (ImagePart(image),)), Turn("assistant", (words,))))
+    assert picture == Document((Turn("user", (MediaPart("image", image),)), Turn("assistant", (words,))))
 
 
 def test_views_are_augmented_and_fixed_by_the_seed(samples, tokenizers, vocabulary):

@@ -1,6 +1,7 @@
 """The grammar: streams and documents invert each other, the mask is exact, generated ids always parse."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmtx.document import AudioPart, Document, ImagePart, TextPart, Turn
+from mmtx.document import Document, MediaPart, TextPart, Turn
 from mmtx.errors import InputError
 from mmtx.grammar import Grammar
 from mmtx.sequence import Rendered, parse, prompt, render, trained
@@ -41,8 +42,8 @@ def documents(bands: int) -> st.SearchStrategy[Document]:
 
     text = st.integers(0, 5).flatmap(lambda n: array(20, n)).map(TextPart)
     side = st.integers(1, 4)
-    image = st.tuples(side, side).flatmap(lambda shape: array(8, *shape)).map(ImagePart)
-    audio = st.integers(1, 4).flatmap(lambda t: array(9, t, bands)).map(AudioPart)
+    image = st.tuples(side, side).flatmap(lambda shape: array(8, *shape)).map(partial(MediaPart, "image"))
+    audio = st.integers(1, 4).flatmap(lambda t: array(9, t, bands)).map(partial(MediaPart, "audio"))
     parts = st.lists(text | image | audio, max_size=4).map(tuple)
     turn = st.builds(Turn, st.sampled_from(["user", "assistant", None]), parts)
     return st.lists(turn, max_size=4).map(lambda turns: Document(tuple(turns)))
@@ -50,11 +51,11 @@ def documents(bands: int) -> st.SearchStrategy[Document]:
 
 CHAT = Document(
     (
-        Turn("user", (TextPart([3, 4]), ImagePart([[5, 6, 7]]))),
-        Turn("assistant", (AudioPart([[0, 1], [2, 3]]), TextPart([9]))),
+        Turn("user", (TextPart([3, 4]), MediaPart("image", [[5, 6, 7]]))),
+        Turn("assistant", (MediaPart("audio", [[0, 1], [2, 3]]), TextPart([9]))),
     )
 )
-PLAIN = Document((Turn(None, (TextPart([1]), ImagePart([[0], [7]]))),))
+PLAIN = Document((Turn(None, (TextPart([1]), MediaPart("image", [[0], [7]]))),))
 
 
 # -- Documents -----------------------------------------------------------------------------------------------
@@ -62,17 +63,17 @@ PLAIN = Document((Turn(None, (TextPart([1]), ImagePart([[0], [7]]))),))
 
 def test_parts_are_equal_by_content():
     assert TextPart([1, 2]) == TextPart(np.array([1, 2], np.int32)) != TextPart([1, 3])
-    assert ImagePart([[1]]) != AudioPart([[1]])
-    assert ImagePart([[1, 2]]) != ImagePart([[1], [2]])
+    assert MediaPart("image", [[1]]) != MediaPart("audio", [[1]])
+    assert MediaPart("image", [[1, 2]]) != MediaPart("image", [[1], [2]])
     assert len({TextPart([1]), TextPart([1]), TextPart([2])}) == 2
     codes = np.zeros((2, 2), np.int64)
-    part = ImagePart(codes)
+    part = MediaPart("image", codes)
     codes[0, 0] = 1
     assert part.codes[0, 0] == 0
     with pytest.raises(ValueError):
         part.codes[0, 0] = 1
     with pytest.raises(InputError, match="shape \\(1,\\), expected 2"):
-        ImagePart([1])
+        MediaPart("image", [1])
 
 
 def test_documents_normalise():
@@ -148,12 +149,12 @@ def test_parse_is_the_inverse_of_render(data, bands):
 
 def test_render_refuses_what_has_no_ids():
     for part, message in (
-        (ImagePart(np.zeros((65, 1))), "65 patch rows"),
-        (ImagePart(np.zeros((0, 1))), "0 patch rows"),
-        (ImagePart([[8]]), "image codes"),
+        (MediaPart("image", np.zeros((65, 1))), "65 patch rows"),
+        (MediaPart("image", np.zeros((0, 1))), "0 patch rows"),
+        (MediaPart("image", [[8]]), "image codes"),
         (TextPart([20]), "text codes"),
-        (AudioPart(np.zeros((2, 3))), "expected \\(t, 2\\)"),
-        (AudioPart(np.zeros((0, 2))), "t > 0"),
+        (MediaPart("audio", np.zeros((2, 3))), "expected \\(t, 2\\)"),
+        (MediaPart("audio", np.zeros((0, 2))), "t > 0"),
     ):
         with pytest.raises(InputError, match=message):
             render(Document((Turn("user", (part,)),)), V)

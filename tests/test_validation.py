@@ -23,7 +23,7 @@ from mmtx.sequence import render
 from mmtx.training.codec import AudioCodecModule, CodecBatches, CodecData, ImageCodecModule
 from mmtx.training.decoder import DecoderData, DecoderModule, LossWeights, TokenizerFolders
 from mmtx.training.vocoder import VocoderData, VocoderModule
-from mmtx.vocabulary import MODALITIES
+from mmtx.vocabulary import NUMBERED
 
 DECODER = DecoderConfig(width=32, depth=1, heads=2, kv_heads=1, head_dim=16, mlp_dim=32)
 IMAGE = ImageConfig(patch=8, side=32, network=runs.NETWORK)
@@ -237,10 +237,10 @@ def test_losses_of_modalities_are_those_of_all_ranks(folders, tmp_path):
     longest = int(data.validation_documents.lengths.max()) - 1  # fits, with no room for the other
     (first, second), = validate_on_two(folders, [Held("decoder", sources, longest, context)])
     (metrics, _, first), (others, _, second) = first, second
-    kinds = [{MODALITIES[kind] for _, kind in found} for found in (first, second)]
+    kinds = [{NUMBERED[kind] for _, kind in found} for found in (first, second)]
     assert kinds == [{"text", "special"}, {"image", "special"}]
     assert metrics == others
-    every = [(loss, MODALITIES[kind]) for loss, kind in (*first, *second)]
+    every = [(loss, NUMBERED[kind]) for loss, kind in (*first, *second)]
     for name in ("text", "special", "image"):
         losses = [loss for loss, kind in every if kind == name]
         assert metrics.pop(f"val/loss_{name}") == pytest.approx(sum(losses) / len(losses), rel=1e-5)

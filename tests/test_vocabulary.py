@@ -43,7 +43,7 @@ def test_layout_by_hand(vocabulary):
     specials = [v.pad, v.bos, v.eos, v.user, v.assistant, v.end, v.image, v.image_end, v.audio, v.audio_end]
     assert specials == list(range(300, 310))
     assert (v.height(1), v.height(64), v.width(1), v.width(64)) == (310, 373, 374, 437)
-    assert (v.bands, v.levels("text"), v.levels("image"), v.levels("audio")) == (3, None, (4, 4, 4), (5, 7))
+    assert (v.bands("audio"), v.levels("text"), v.levels("image"), v.levels("audio")) == (3, None, (4, 4, 4), (5, 7))
 
 
 @given(st.integers(1, 999), st.permutations(["image", "audio"]), st.integers(1, 999), st.integers(1, 999))
@@ -62,7 +62,7 @@ def test_ranges_are_disjoint_and_complete(text, order, first, second):
 def test_adding_never_moves_an_old_id():
     old = Vocabulary.build({"text": TEXT})
     new = old.add("audio", AUDIO).add("image", IMAGE)
-    assert old.size == 556 and old.kinds == ("text",) and old.bands is None
+    assert old.size == 556 and old.kinds == ("text",) and old.media == ()
     assert [new.name(i) for i in range(old.size)] == [old.name(i) for i in range(old.size)]
     assert new.range("audio") == range(556, 591)
     assert new.range("image") == range(591, 655)

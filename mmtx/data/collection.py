@@ -10,7 +10,7 @@ import yaml
 from tqdm import tqdm
 
 from mmtx.data.config import LOADER, read_text
-from mmtx.data.forms import READ
+from mmtx.data.forms import names
 from mmtx.data.sample import Sample
 from mmtx.data.sources import MAX_BAD, SkipCounter, read_rows
 from mmtx.data.storage import scrub
@@ -45,8 +45,8 @@ class DataSource:
 
     def __post_init__(self):
         given = {name: value for name, value in (self.fields or {}).items() if value is not None}
-        if wrong := sorted(set(given) - set(READ)):
-            raise InputError(f"fields: found {wrong[0]!r}, expected one of {', '.join(READ)}")
+        if wrong := sorted(set(given) - set(names().read)):
+            raise InputError(f"fields: found {wrong[0]!r}, expected one of {', '.join(names().read)}")
         if len(set(given.values())) < len(given):
             raise InputError(f"fields: found {list(given.values())}, expected a different field for each")
         if self.task not in get_args(Task):

@@ -7,9 +7,10 @@ from functools import partial
 
 from mmtx.data.fields import MAX_CAPTION, attempt, decode, json_object, renamed
 from mmtx.data.forms import CHATS, turns_of
-from mmtx.data.sample import EXTENSIONS, Media, Sample, kind_of, known_kind, suffix
+from mmtx.data.sample import Media, Sample, kind_of, known_kind, suffix
 from mmtx.data.storage import FileSource, MediaSource
 from mmtx.errors import InputError
+from mmtx.modality.modality import MODALITIES
 
 CAPTIONS = ("caption", "text", "transcription", "transcript", "sentence")  # of KEY.json, the first that is there
 METADATA = ("metadata.jsonl", "metadata.csv")  # a manifest inside a folder of media, as `datasets` has it
@@ -116,7 +117,7 @@ def captioned(key: str, files: list[tuple[str, Found]], where: str, name_prefix:
         raise InputError(f"{where}: found {found}, expected one picture or sound")
     name, source = media[0]
     if not kind_of(name):
-        known = ", ".join(extension for extensions in EXTENSIONS.values() for extension in extensions)
+        known = ", ".join(extension for modality in MODALITIES.values() for extension in modality.extensions)
         raise InputError(f"{where}: found {os.path.basename(name)}, which is not read, expected one of {known}")
     beside = {suffix(name): source for name, source in files}
     if len(beside) < len(files):

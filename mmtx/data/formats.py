@@ -50,6 +50,16 @@ def format_of(data: bytes) -> str | None:
     return None
 
 
+def is_image(data: bytes) -> bool:
+    """Whether a file that begins so is a picture."""
+    return format_of(data) in IMAGE_FORMATS
+
+
+def is_audio(data: bytes) -> bool:
+    """Whether a file that begins so is a sound."""
+    return format_of(data) in AUDIO_FORMATS
+
+
 def _iso_format(data: bytes) -> str:
     """AVIF, HEIC or MP4 by the brands that the file claims."""
     box = bytes(data[8 : min(int.from_bytes(data[:4], "big"), 256)])

@@ -25,34 +25,57 @@ from mmtx.data.fields import pop_number, pop_text, shown, text_of
 from mmtx.data.sample import Media, Part, SampleTurn, Text, known_kind, suffix
 from mmtx.data.storage import DatasetSource, MemorySource
 from mmtx.errors import InputError
+from mmtx.modality.modality import MODALITIES, media_kinds
 
-# Field -> kind of the media in it; None: what its extension says.
-FIELDS = {"image": "image", "images": "image", "audio": "audio", "audios": "audio", "audio_filepath": "audio",
-          "file_name": None}
+FILE_NAME = "file_name"  # a field with a medium of the kind that its extension says
 TEXTS = ("text", "caption", "transcription", "transcript", "sentence")
 CHATS = ("messages", "conversations")
 PAIRS = (("instruction", "output"), ("query", "response"), ("prompt", "completion"), ("prompt", "response"),
          ("question", "answer"))
-# All names that a row is read by.
-READ = (*FIELDS, *TEXTS, *CHATS, *dict.fromkeys(name for pair in PAIRS for name in pair), "input", "history", "system",
-        "offset", "duration", "key", "id")
-
-# Type of a part of a message -> kind of the medium.
-CONTENT = {"image": "image", "image_url": "image", "input_image": "image", "audio": "audio", "audio_url": "audio",
-           "input_audio": "audio"}
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
-
-PLACEHOLDER = re.compile(r"<(image|audio|video)>")
-EMBEDDED = re.compile(r"<(img|image|audio|video)>[^<>\n]{1,1000}</\1>")  # as the first Qwen-VL had it
 LOOKED_AT = 64  # items of a list or object in an unread field
 
 # Names of fields that hold a medium, or say where it lies: words, and words that mean other things too without an ending.
-_WORDS = {"image": ("image|img|picture|photo", "pic|frame"), "video": ("video", "movie|clip|film"),
-          "audio": ("audio|sound|wav", "speech|voice|music|song|recording")}
+VIDEO = ("video", "movie|clip|film")
 _NUMBER = r"[_-]?(?:\d+|[a-d])"
 _ENDING = r"[_-]?(?:path|file|file_?name|file_?path|url|uri|link|src|bytes|data|content|b64|base64|list|array)s?"
-_NAMES = {kind: re.compile(rf"(?:[a-z]+[_-])?(?:(?:{sure})s?(?P<number>{_NUMBER})?(?:{_ENDING})?|(?:{other})s?{_ENDING})")
-          for kind, (sure, other) in _WORDS.items()}
+
+
+class Names(NamedTuple):
+    """By which names rows say that they have media."""
+
+    fields: dict[str, str | None]      # field -> kind of the media in it; None: what its extension says
+    types: dict[str, str]              # type of a part of a message -> kind of the medium
+    placeholder: re.Pattern[str]       # where a medium stands in a text
+    embedded: re.Pattern[str]          # a path in a text, as the first Qwen-VL had it
+    alike: dict[str, re.Pattern[str]]  # kind -> names of fields that hold one by their look
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """All names that a row is read by."""
+        return (*self.fields, *TEXTS, *CHATS, *dict.fromkeys(name for pair in PAIRS for name in pair), "input", "history",
+                "system", "offset", "duration", "key", "id")
+
+
+def names() -> Names:
+    """Those of all modalities that are registered."""
+    return _names(media_kinds())
+
+
+@lru_cache
+def _names(kinds: tuple[str, ...]) -> Names:
+    modalities, tags = [MODALITIES[kind] for kind in kinds], "|".join((*kinds, "video"))
+    words = {**{modality.kind: modality.words for modality in modalities}, "video": VIDEO}
+    return Names(
+        {**{name: modality.kind for modality in modalities for name in modality.fields}, FILE_NAME: None},
+        {name: modality.kind for modality in modalities for name in modality.types},
+        re.compile(f"<({tags})>"),
+        re.compile(rf"<(img|{tags})>[^<>\n]{{1,1000}}</\1>"),
+        {kind: re.compile(rf"(?:[a-z]+[_-])?(?:(?:{sure})s?(?P<number>{_NUMBER})?(?:{_ENDING})?" +
+                          (rf"|(?:{other})s?{_ENDING})" if other else ")"))
+         for kind, (sure, other) in words.items()},
+    )
+
 
 Reader = Callable[[Any, str, str], Media]  # what a row says of a medium, its kind and its field -> the medium
 
@@ -98,21 +121,22 @@ def turns_of(row: dict[str, Any], where: str, read: Reader | None, given: Sequen
 def _beside(row: dict[str, Any], where: str, read: Reader) -> list[Media]:
     """The media that the fields of a row name, pictures first."""
     media: list[Media] = []
-    if FIELDS.keys().isdisjoint(row):
+    fields = names().fields
+    if fields.keys().isdisjoint(row):
         return media
     nemo = "audio_filepath" in row
-    for kind in ("image", "audio"):
-        names = [name for name in FIELDS if FIELDS[name] == kind and name in row]
-        if len(names) > 1:
-            raise InputError(f"{where}: found the fields {names}, expected one of them")
-        for name in names:
+    for kind in media_kinds():
+        found = [name for name in fields if fields[name] == kind and name in row]
+        if len(found) > 1:
+            raise InputError(f"{where}: found the fields {found}, expected one of them")
+        for name in found:
             media += _media_of(row.pop(name), kind, name, where, read)
-    name = row.get("file_name")
+    name = row.get(FILE_NAME)
     if isinstance(name, str) and not media:
         kind = known_kind(name)
         if kind or not suffix(name):
-            media = _media_of(row.pop("file_name"), kind or "image", "file_name", where, read)
-    sounds = [place for place, medium in enumerate(media) if medium.kind == "audio"]
+            media = _media_of(row.pop(FILE_NAME), kind or media_kinds()[0], FILE_NAME, where, read)
+    sounds = [place for place, medium in enumerate(media) if MODALITIES[medium.kind].cuts]
     if sounds and (nemo or "offset" in row):
         if len(sounds) > 1:
             raise InputError(f"{where}: found {len(sounds)} sounds beside 'offset' or 'duration', expected one")
@@ -159,7 +183,7 @@ def _cut(row: dict[str, Any], medium: Media, where: str) -> Media:
 
 
 def _captioned(text: str, media: Sequence[Media]) -> list[Message]:
-    if media and PLACEHOLDER.search(text):
+    if media and names().placeholder.search(text):
         return [Message(None, _pieces(text))]
     return [Message("user", list(media)), Message("assistant", [Text(text)])] if media else [Message(None, [Text(text)])]
 
@@ -221,9 +245,8 @@ def _part(item: Any, where: str, at: str, read: Reader | None, marked: bool) -> 
         rest = {name: value for name, value in item.items() if name not in ("type", "text")}
         refuse_unread(rest, where, set(), at + ".")
         return _pieces(text) if marked else [Text(text)]
-    if not isinstance(kind, str) or kind not in CONTENT:
-        raise InputError(f"{where}: field '{at}.type' is {shown(kind)}, expected text, {', '.join(CONTENT)}")
-    medium = CONTENT[kind]
+    if not isinstance(kind, str) or (medium := names().types.get(kind)) is None:
+        raise InputError(f"{where}: field '{at}.type' is {shown(kind)}, expected text, {', '.join(names().types)}")
     given = [name for name in dict.fromkeys((kind, medium, f"{medium}_url", "url", "path", "base64", "source"))
              if item.get(name) is not None]
     if not given:
@@ -237,7 +260,7 @@ def _part(item: Any, where: str, at: str, read: Reader | None, marked: bool) -> 
 def _words(text: Any, role: str, where: str, at: str, marked: bool) -> list[Part | Slot]:
     """A text that is all of a turn. What the user says has placeholders also where no media are, for then they are lost."""
     text = text_of(text, where, at)
-    if role == "user" and (found := EMBEDDED.search(text)):
+    if role == "user" and (found := names().embedded.search(text)):
         raise InputError(f"{where}: field {at!r} has {shown(found[0])} in its text, expected <image> or <audio> there and the "
                          "path in a field 'images' or 'audios'")
     return _pieces(text) if role == "user" or marked and role != "system" else [Text(text)]
@@ -246,7 +269,7 @@ def _words(text: Any, role: str, where: str, at: str, marked: bool) -> list[Part
 def _pieces(text: str) -> list[Part | Slot]:
     """A text cut at its placeholders; a line break between the two belongs to neither."""
     parts: list[Part | Slot] = []
-    for place, piece in enumerate(PLACEHOLDER.split(text)):
+    for place, piece in enumerate(names().placeholder.split(text)):
         if place % 2:
             parts.append(Slot(piece))
             continue
@@ -294,24 +317,24 @@ def refuse_unread(row: dict[str, Any], where: str, kinds: set[str], prefix: str 
             kind, at, value = found
             what = "a video, which is" if kind == "video" else "which looks like a medium and is"
             raise InputError(f"{where}: field {prefix + at!r} is {shown(value)}, {what} not read; expected pictures and "
-                             f"sounds in {', '.join(FIELDS)}, or in what `fields` names")
+                             f"sounds in {', '.join(names().fields)}, or in what `fields` names")
 
 
 def _unread(name: str, value: Any, kinds: set[str]) -> tuple[str | None, str, Any] | None:
     """Kind, name and value of a medium in a field, if there is one."""
-    kind, numbered = _kind_by_name(name)
+    kind, numbered = _kind_by_name(name, media_kinds())
     if kind and (kind not in kinds or numbered or isinstance(value, list) and len(value) > 1):
         return kind, name, value
     return _by_value(name, value, kinds)
 
 
 @lru_cache(4096)
-def _kind_by_name(name: str) -> tuple[str | None, bool]:
+def _kind_by_name(name: str, kinds: tuple[str, ...]) -> tuple[str | None, bool]:
     """The kind of medium that a field holds by its name, and whether it is one of several."""
     name = name.lower()
     if kind := known_kind("x." + name):  # columns of WebDataset shards: "jpg", "wav"
         return kind, False
-    for kind, pattern in _NAMES.items():
+    for kind, pattern in _names(kinds).alike.items():
         if match := pattern.fullmatch(name):
             return kind, bool(match["number"])
     return None, False
@@ -338,7 +361,7 @@ def _kind_by_value(text: str) -> str | None:
     """The kind of medium that a text names, if it is a path or URL of one, or a medium itself."""
     if text.startswith("data:"):
         kind = text[5:].partition("/")[0]
-        return kind if kind in ("image", "audio", "video") else None
+        return kind if kind in names().alike else None
     if "." not in text[-6:] and "?" not in text and "#" not in text or len(text) > 4096 or "\n" in text:
         return None
     return known_kind(text.partition("#")[0])

@@ -22,8 +22,9 @@ from mmtx.data.sample import kind_of, sniff
 from mmtx.data.sound_files import MAX_CHANNELS, MAX_START, check_sound, cut, read_sound
 from mmtx.data.storage import FileSource, display
 from mmtx.errors import InputError
+from mmtx.modality.base import Tokenizer
 
-__all__ = ["kind_of", "load_audio", "load_image", "sniff"]
+__all__ = ["kind_of", "load_audio", "load_image", "read_audio", "read_image", "sniff"]
 
 PEAK = 0.7
 SILENCE = 1e-4  # peak (-80 dB, three steps of 16 bit) up to which a sound is left alone: raised, it is noise
@@ -39,6 +40,16 @@ UPRIGHT = {  # how a picture is stored, as EXIF counts -> what turns it upright
 }
 NUMBERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool, torch.uint16, torch.uint32,
            torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def read_image(tokenizer: Tokenizer, data: Any, name: str | None = None) -> torch.Tensor:
+    """A picture, in any form that `load_image` takes, in the size that a tokenizer reads, uint8 (3, H, W)."""
+    return tokenizer.fit(load_image(data, name))
+
+
+def read_audio(tokenizer: Tokenizer, data: Any, name: str | None = None, **options: Any) -> torch.Tensor:
+    """A sound, in any form that `load_audio` takes, as the samples (S,) that a tokenizer reads; options are those of it."""
+    return load_audio(data, tokenizer.rate, name, **options)
 
 
 def load_image(data: Any, name: str | None = None) -> torch.Tensor:

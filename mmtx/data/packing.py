@@ -30,9 +30,9 @@ class Batch(NamedTuple):
     positions: Tensor    # (1, N) place of each token in its document, from 0
     packing: Packing     # where the documents lie
     supervised: Tensor   # (M,) places in the N whose next id is a target; the first `plain` of them see no code next
-    plain: int           # number of places behind which the grammar allows no code of a picture or sound
+    plain: int           # number of places behind which the grammar allows no code of a medium
     targets: Tensor      # (M,) those next ids
-    modality: Tensor     # (M,) modality of each target, an index into vocabulary.MODALITIES
+    modality: Tensor     # (M,) modality of each target, an index into Vocabulary.modality_names
     samples: Tensor      # (documents,) numbers of the samples; none in a batch that only keeps a rank in step
     features: dict[str, Features]  # what may stand in for codes of pictures and sounds of user turns
 

@@ -5,29 +5,23 @@ Everything here is frozen and picklable, so that samples travel to the workers o
 
 import os
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
-from mmtx.data.formats import IMAGE_FORMATS, format_of
 from mmtx.data.storage import MediaSource, bare
+from mmtx.modality.modality import MODALITIES
 
-# Without .mp4, .mov and .mkv: a folder's videos are not its sounds.
-EXTENSIONS = {
-    "image": (".webp", ".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"),
-    "audio": (".ogg", ".oga", ".opus", ".wav", ".flac", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".sph",
-              ".m4a", ".m4b", ".aac", ".webm", ".weba", ".mka"),
-}
-# What is known to be a picture, a sound or a video by its name, but has no place in EXTENSIONS: such a file is counted
-# as one that cannot be used, and never left out without a word.
-UNREAD = {
-    "image": (".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".svg", ".ico", ".icns", ".psd", ".tga", ".dds", ".exr",
-              ".hdr", ".pbm", ".pgm", ".ppm", ".pnm", ".jfif", ".jpe", ".apng", ".dib", ".xcf", ".dng", ".cr2", ".cr3",
-              ".nef", ".arw"),
-    "audio": (".m4a", ".m4b", ".aac", ".aif", ".aiff", ".aifc", ".oga", ".spx", ".webm", ".weba", ".mka", ".wma", ".amr",
-              ".caf", ".au", ".snd", ".mp2", ".ac3", ".ape", ".wv", ".w64", ".rf64", ".mid", ".midi"),
-    "video": (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".3gp"),
-}
-_READ, _KNOWN = ({extension: kind for table in tables for kind, some in table.items() for extension in some}
-                 for tables in ([EXTENSIONS], [UNREAD, EXTENSIONS]))
+# What is known by its name, but of no modality: such a file is counted as one that cannot be used, and never left out
+# without a word.
+VIDEO = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".3gp")
+
+
+@lru_cache
+def _by_extension(count: int) -> tuple[dict[str, str], dict[str, str]]:
+    """Extension -> kind of media, of those that are read and of all, where so many modalities are registered."""
+    read = {extension: kind for kind, modality in MODALITIES.items() for extension in modality.extensions}
+    known = {extension: kind for kind, modality in MODALITIES.items() for extension in modality.known}
+    return read, {**dict.fromkeys(VIDEO, "video"), **known, **read}
 
 
 @dataclass(frozen=True)
@@ -39,18 +33,23 @@ class Text:
 
 @dataclass(frozen=True)
 class Media:
-    """A picture or a sound: `load_image(media.source.read(), media.name)`.
+    """A medium, which `read` of its `Modality` makes of `source.read()`.
 
     `name` is what error messages call it: it names the file, the row or member, and what is cut out of a sound: the
     `seconds` (None: all that follow) from `start`.
     """
 
-    kind: Literal["image", "audio"]
+    kind: str
     name: str
     source: MediaSource
     # Left out of the repr, of which stamps are made: the name tells them.
     start: float = field(default=0.0, repr=False)
     seconds: float | None = field(default=None, repr=False)
+
+    @property
+    def cut(self) -> dict[str, Any]:
+        """What is cut out, as options of `Modality.read`; nothing where it is whole."""
+        return {} if self.start == 0 and self.seconds is None else {"start": self.start, "seconds": self.seconds}
 
 
 Part = Text | Media
@@ -84,20 +83,22 @@ class Sample:
         return "".join(text for role, text in texts if role != "user") or "".join(text for _, text in texts)
 
 
-def kind_of(name: str, data: bytes = b"") -> Literal["image", "audio"] | None:
-    """Tell pictures from sounds by the extension of `name`, else by the first bytes; None if unknown."""
-    return _READ.get(suffix(name)) or sniff(data)
+def kind_of(name: str, data: bytes = b"") -> str | None:
+    """The kind of a medium by the extension of `name`, else by the first bytes; None if unknown."""
+    return _by_extension(len(MODALITIES))[0].get(suffix(name)) or sniff(data)
 
 
-def known_kind(name: str) -> Literal["image", "audio", "video"] | None:
-    """What a file must be by its extension, whether it is read or not; None if unknown."""
-    return _KNOWN.get(suffix(name))
+def known_kind(name: str) -> str | None:
+    """What a file must be by its extension, whether it is read or not ("video" is never); None if unknown."""
+    return _by_extension(len(MODALITIES))[1].get(suffix(name))
 
 
-def sniff(data: bytes) -> Literal["image", "audio"] | None:
-    """Tell pictures from sounds by the first bytes, 64 at most; None for anything else."""
-    found = format_of(data[:64])
-    return None if found is None else "image" if found in IMAGE_FORMATS else "audio"
+def sniff(data: bytes) -> str | None:
+    """The kind of a medium by its first bytes, 64 at most; None for anything else."""
+    for kind, modality in MODALITIES.items() if data else ():
+        if (begins_as := modality.get("sniff")) is not None and begins_as(data[:64]):
+            return kind
+    return None
 
 
 def suffix(path: str) -> str:

@@ -12,13 +12,12 @@ import numpy as np
 import torch
 
 from mmtx.data.augment import AudioAugmentation, ImageAugmentation
-from mmtx.data.media import load_audio, load_image
 from mmtx.data.sample import Media, Sample, Text
 from mmtx.data.sources import MAX_BAD, SkipCounter
-from mmtx.document import AudioPart, Document, ImagePart, Part, TextPart, Turn
+from mmtx.document import Document, MediaPart, Part, TextPart, Turn
 from mmtx.errors import InputError
-from mmtx.modality.autoencoder import Encoding
-from mmtx.modality.base import Tokenizer
+from mmtx.modality.base import Encoding, Tokenizer
+from mmtx.modality.modality import MODALITIES
 from mmtx.sequence import Rendered, render
 from mmtx.vocabulary import Vocabulary
 
@@ -33,10 +32,18 @@ class Digest(Protocol):
 
 
 class Augmentation(NamedTuple):
-    """What is done to pictures and sounds of a training sample; None leaves them alone."""
+    """What is done to media of a training sample, by kind; None leaves them alone."""
 
     image: ImageAugmentation | None = None
     audio: AudioAugmentation | None = None
+
+    def of(self, kind: str, medium: torch.Tensor, tokenizer: Tokenizer, generator: torch.Generator) -> torch.Tensor:
+        """A medium changed."""
+        if kind == "image" and self.image:
+            return self.image(medium, generator)
+        if kind == "audio" and self.audio:
+            return self.audio(medium, tokenizer.rate, generator)
+        return medium
 
 
 class Documents:
@@ -126,22 +133,14 @@ def seed_of(*numbers: int) -> int:
 
 
 def load_media(media: Media, tokenizers: Mapping[str, Tokenizer], digest: Digest | None = None) -> torch.Tensor:
-    """Read a picture or a sound in the form that its tokenizer takes; its bytes are added to `digest`."""
+    """Read a medium in the form that its tokenizer takes; its bytes are added to `digest`."""
     if media.kind not in tokenizers:
         raise InputError(f"{media.name}: found {media.kind}, but there is no {media.kind} tokenizer")
     data = media.source.read()
     if digest is not None:
         digest.update(f"{len(data)} {media.start} {media.seconds} ".encode())
         digest.update(data)
-    if media.kind == "image":
-        return tokenizers["image"].fit(load_image(data, media.name))
-    return load_sound(media, tokenizers["audio"].rate, data)
-
-
-def load_sound(media: Media, rate: int, data: bytes | None = None) -> torch.Tensor:
-    """Read a sound, or what its row cuts out of it; `data` are its bytes where they have been read."""
-    cut = {} if media.start == 0 and media.seconds is None else {"start": media.start, "seconds": media.seconds}
-    return load_audio(media.source.read() if data is None else data, rate, media.name, **cut)
+    return MODALITIES[media.kind].get("read")(tokenizers[media.kind], data, media.name, **media.cut)
 
 
 def to_documents(samples: Sequence[Sample], tokenizers: Mapping[str, Tokenizer],
@@ -184,19 +183,16 @@ def load_sample(sample: Sample, tokenizers: Mapping[str, Tokenizer], digest: Dig
 
 def encode_samples(samples, loaded, tokenizers, augmentation: Augmentation, seeds) -> list[Document]:
     """Samples and their media -> documents; all media of a kind go through the tokenizer together."""
-    queues: dict[str, list] = {"image": [], "audio": []}
+    queues: dict[str, list] = {}
     for sample, tensors, seed in zip(samples, loaded, seeds, strict=True):
         generator = torch.Generator().manual_seed(seed)
         change = bool(torch.rand((), generator=generator) >= UNTOUCHED)
         media = [(turn.role, part) for turn in sample.turns for part in turn.parts if isinstance(part, Media)]
         for (role, part), tensor in zip(media, tensors, strict=True):
-            varied = change and role != "assistant"  # what is to be made is learnt as it is
-            if part.kind == "image" and augmentation.image and varied:
-                tensor = augmentation.image(tensor, generator)
-            if part.kind == "audio" and augmentation.audio and varied:
-                tensor = augmentation.audio(tensor, tokenizers["audio"].rate, generator)
-            queues[part.kind].append(tensor)
-    encodings = {kind: iter(tokenizers[kind].embed_batch(queue)) for kind, queue in queues.items() if queue}
+            if change and role != "assistant":  # what is to be made is learnt as it is
+                tensor = augmentation.of(part.kind, tensor, tokenizers[part.kind], generator)
+            queues.setdefault(part.kind, []).append(tensor)
+    encodings = {kind: iter(tokenizers[kind].embed_batch(queue)) for kind, queue in queues.items()}
     return [_document(sample, tokenizers, encodings) for sample in samples]
 
 
@@ -205,6 +201,6 @@ def _document(sample: Sample, tokenizers: Mapping[str, Tokenizer], encodings: Ma
     def part_of(part) -> Part:
         if isinstance(part, Text):
             return TextPart(tokenizers["text"].encode(part.text))
-        return (ImagePart if part.kind == "image" else AudioPart)(*next(encodings[part.kind]))
+        return MediaPart(part.kind, *next(encodings[part.kind]))
 
     return Document(tuple(Turn(turn.role, tuple(map(part_of, turn.parts))) for turn in sample.turns))

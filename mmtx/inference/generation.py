@@ -102,11 +102,14 @@ def steps(
 
 def _steps_to_close(grammar: Grammar, out: str, state: GrammarState, begun: bool) -> int:
     """How many steps what is open at the last moment can need. Then only closing ids are allowed where there are any."""
-    if out in ("text", "audio"):
-        return (grammar.vocabulary.bands or 0) + 2
+    v = grammar.vocabulary
+    grids = {kind for kind in v.media if v.layout(kind) == "grid"}
+    step = max((v.bands(kind) for kind in v.media if kind not in grids), default=0)
+    if out in v.kinds and out not in grids:
+        return step + 2
     # Only an answer of one picture with its size given is known to open no larger one.
-    known = int(state.remaining.max()) if out == "image" and begun else 0
-    return (known or MAX_SIDE ** 2) + 4
+    known = int(state.remaining.max()) if out in grids and begun else 0
+    return (known or max(MAX_SIDE ** 2, step)) + 4
 
 
 def generate(decoder: Decoder, grammar: Grammar, prompts: Sequence[Prompt], out: str = "text",

@@ -23,8 +23,8 @@ from torch import Tensor
 from mmtx.ambient import neutral, neutral_steps
 from mmtx.errors import InputError
 from mmtx.files import CONFIG, write_json
-from mmtx.modality.autoencoder import Codec, Encoding, NetworkConfig, PatchAutoencoder, Reconstruction
-from mmtx.modality.base import read_config
+from mmtx.modality.autoencoder import Codec, NetworkConfig, PatchAutoencoder, Reconstruction
+from mmtx.modality.base import Encoding, read_config
 from mmtx.modality.vocoder import PITCHES, Vocoder, VocoderConfig, pitch_logits
 from mmtx.schema import build, within
 from mmtx.weights import load_module, to_bytes
@@ -228,9 +228,14 @@ class AudioTokenizer(Codec):
         """Time steps and bands of the codes of a waveform (S,)."""
         return max(1, math.ceil(len(waveform) / (self.config.hop * self.config.patch_frames))), self.bands
 
-    def encode(self, waveform: Tensor) -> np.ndarray:
-        """Waveform (S,) of any length -> codes (t, bands)."""
-        return self.encode_batch([waveform])[0]
+    def batch(self, waveforms: Sequence[Tensor]) -> Tensor:
+        """Waveforms of one length (S,) -> log-mel (B, F, N)."""
+        return self.spectrogram(torch.stack(list(waveforms)))
+
+    def pictures(self, batch: Tensor) -> list[Tensor]:
+        """Spectrograms as grey pictures: time to the right, low tones at the bottom."""
+        grey = (self.mel_part(batch).clamp(-1, 3) + 1).div(4).mul(255).to(torch.uint8)
+        return [item.T.flip(0).cpu().expand(3, -1, -1) for item in grey]
 
     @neutral()
     def embed_batch(self, waveforms: Sequence[Tensor]) -> list[Encoding]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mmtx.errors import InputError
 from mmtx.files import CONFIG, write_json
 from mmtx.layers import Block, BlockConfig, RMSNorm, initialise, rotary_embedding
-from mmtx.modality.base import Tokenizer, read_config
+from mmtx.modality.base import Encoding, MediaTokenizer, read_config
 from mmtx.modality.fsq import FSQ
 from mmtx.schema import build, within
 from mmtx.weights import load_module, to_bytes
@@ -57,16 +57,6 @@ class Reconstruction(NamedTuple):
 
     output: Tensor
     codes: Tensor
-
-
-class Encoding(NamedTuple):
-    """A medium as codes (h, w), and as features (h, w, D): what the encoder made of each patch before the quantizer.
-
-    Features are float16, as prepared shards store them, so that a decoder sees the same wherever they come from.
-    """
-
-    codes: np.ndarray
-    features: Tensor
 
 
 class PatchAutoencoder(nn.Module):
@@ -123,8 +113,11 @@ class PatchAutoencoder(nn.Module):
         return norm(x).unflatten(1, (rows, columns))
 
 
-class Codec(Tokenizer, nn.Module):
-    """A tokenizer with a PatchAutoencoder in the middle; a subclass turns its medium into grids of patches."""
+class Codec(MediaTokenizer, nn.Module):
+    """A tokenizer with a PatchAutoencoder in the middle; a subclass turns its medium into grids of patches.
+
+    `mmtx.training.codec` trains any: `piece` cuts media, `batch` puts pieces together, and `forward` is what is learned.
+    """
 
     config: "object"  # a frozen dataclass with a field `network: NetworkConfig`
     network: PatchAutoencoder
@@ -146,16 +139,20 @@ class Codec(Tokenizer, nn.Module):
         return self.network.to_latent.in_features
 
     @abstractmethod
-    def grid(self, medium: Tensor) -> tuple[int, int]:
-        """Rows and columns of the codes of a medium, without encoding it."""
+    def forward(self, batch: Tensor) -> Reconstruction:
+        """What `batch` gives -> its reconstruction, and codes (B, h, w)."""
 
-    @abstractmethod
-    def embed_batch(self, media: Sequence[Tensor]) -> list[Encoding]:
-        """Media of any sizes -> codes and features of each."""
+    def piece(self, medium: Tensor, generator: torch.Generator) -> Tensor:
+        """A piece of a medium for a batch, all of one shape; by default the medium, for those that have one shape."""
+        return medium
 
-    def encode_batch(self, media: Sequence[Tensor]) -> list[np.ndarray]:
-        """Media of any sizes -> codes (h, w) of each."""
-        return [encoding.codes for encoding in self.embed_batch(media)]
+    def batch(self, pieces: Sequence[Tensor]) -> Tensor:
+        """Pieces of one shape -> what `forward` takes."""
+        return torch.stack(list(pieces))
+
+    def pictures(self, batch: Tensor) -> list[Tensor]:
+        """What `forward` takes or gives -> a picture of each, uint8 (3, H, W), for people to look at; by default none."""
+        return []
 
     @property
     def device(self) -> torch.device:

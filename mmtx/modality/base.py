@@ -4,23 +4,31 @@ Codes are local: they start at 0 in every modality. `mmtx.vocabulary` gives them
 """
 
 import hashlib
-import importlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from mmtx.ambient import neutral
 from mmtx.errors import InputError
 from mmtx.files import CONFIG, put_back, read_json, replace_folder
+from mmtx.modality.modality import MODALITIES
 from mmtx.schema import shown
 
-CLASSES = {
-    "text": ("mmtx.modality.text", "TextTokenizer"),
-    "image": ("mmtx.modality.image", "ImageTokenizer"),
-    "audio": ("mmtx.modality.audio", "AudioTokenizer"),
-    "pretrained image": ("mmtx.modality.pretrained", "PretrainedImage"),
-    "pretrained audio": ("mmtx.modality.pretrained", "PretrainedAudio"),
-}
+
+class Encoding(NamedTuple):
+    """A medium as codes (h, w), and as features (h, w, D): what the encoder made of each patch before the quantizer.
+
+    Features are float16, as prepared shards store them, so that a decoder sees the same wherever they come from; None where
+    the tokenizer has none.
+    """
+
+    codes: np.ndarray
+    features: Tensor | None
 
 
 class Tokenizer(ABC):
@@ -33,7 +41,10 @@ class Tokenizer(ABC):
     | audio | float tensor (S,) in [-1, 1] at `rate` | int64 array (t, bands), one code a spectrogram patch |
     """
 
-    kind: ClassVar[str]
+    kind: ClassVar[str]  # of a `Modality`
+    levels: tuple[int, ...] | None = None  # of a quantizer: code = mixed-radix number of one digit for each; None: no digits
+    bands: int | None = None  # codes in one time step of the layout "steps"; None: the stream writes the size, or there is none
+    feature_width: int = 0  # D of the features of an `Encoding`; 0, as where there are no `levels`: it has none
 
     @property
     @abstractmethod
@@ -42,15 +53,19 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, media: Any) -> Any:
-        """Return the codes of one medium."""
+        """Return the codes of one medium. Raises InputError for what is no such medium."""
 
     @abstractmethod
     def decode(self, codes: Any) -> Any:
-        """Return the medium that `codes` stand for."""
+        """Return the medium that `codes` stand for. Raises InputError on a code outside [0, size)."""
 
     @abstractmethod
     def files(self) -> dict[str, bytes]:
-        """Return everything that `save` writes: file name to content. Equal tokenizers give equal files."""
+        """Return everything that `save` writes: file name to content. Equal tokenizers give equal files.
+
+        One is config.json, a JSON object whose field `kind` is a word of `Modality.tokenizers`. Names are those of
+        `mmtx.files.WRITTEN`, or saving again would take the folder for somebody else's.
+        """
 
     @classmethod
     @abstractmethod
@@ -81,14 +96,44 @@ class Tokenizer(ABC):
         replace_folder(folder, self.files().items())
 
 
+class MediaTokenizer(Tokenizer):
+    """A tokenizer of media, whose codes are a grid (h, w): rows and columns, or time steps and `bands`.
+
+    What it takes is a tensor, as `Modality.read` gives it; what it makes may be larger or smaller by parts of a patch.
+    """
+
+    codes_per_second: float | None = None  # of media that last; None for the others
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where its weights are. Codes and features come back on the CPU."""
+
+    @abstractmethod
+    def grid(self, medium: Tensor) -> tuple[int, int]:
+        """Rows and columns of the codes of a medium, without encoding it."""
+
+    @abstractmethod
+    def embed_batch(self, media: Sequence[Tensor]) -> list[Encoding]:
+        """Media of any sizes -> codes and features of each, the same for a medium whatever comes beside it."""
+
+    def encode_batch(self, media: Sequence[Tensor]) -> list[np.ndarray]:
+        """Media of any sizes -> codes (h, w) of each."""
+        return [encoding.codes for encoding in self.embed_batch(media)]
+
+    def encode(self, medium: Tensor) -> np.ndarray:
+        """A medium of any size -> codes (h, w), int64."""
+        return self.encode_batch([medium])[0]
+
+
 @neutral()
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Load a tokenizer of any kind; `config.json` in the folder names the kind."""
     folder = Path(folder)
     put_back(folder)
-    kind = read_config(folder, *CLASSES)["kind"]
-    module, name = CLASSES[kind]
-    return getattr(importlib.import_module(module), name).from_folder(folder)
+    classes = {word: modality for modality in MODALITIES.values() for word in modality.tokenizers}
+    word = read_config(folder, *classes)["kind"]
+    return classes[word].tokenizer(word).from_folder(folder)
 
 
 def read_config(folder: Path, *kinds: str) -> dict[str, Any]:
@@ -99,5 +144,6 @@ def read_config(folder: Path, *kinds: str) -> dict[str, Any]:
     if (kind := config.get("kind")) not in kinds:
         if "decoder" in config:
             raise InputError(f"{folder}: found a model, expected a tokenizer, as in {folder / 'text'}")
-        raise InputError(f"{folder / CONFIG}: field 'kind' is {shown(kind)}, expected {' or '.join(map(repr, kinds))}")
+        further = ", or one that a --plugin FILE brings" if len(kinds) > 1 else ""
+        raise InputError(f"{folder / CONFIG}: field 'kind' is {shown(kind)}, expected {' or '.join(map(repr, kinds))}{further}")
     return config

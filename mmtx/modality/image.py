@@ -15,7 +15,8 @@ from torch import Tensor
 
 from mmtx.ambient import neutral
 from mmtx.errors import InputError
-from mmtx.modality.autoencoder import Codec, Encoding, NetworkConfig, PatchAutoencoder, Reconstruction
+from mmtx.modality.autoencoder import Codec, NetworkConfig, PatchAutoencoder, Reconstruction
+from mmtx.modality.base import Encoding, Tokenizer
 from mmtx.schema import within
 
 LARGE = 2 ** 22  # numbers of a picture
@@ -114,9 +115,12 @@ class ImageTokenizer(Codec):
         """Rows and columns of codes of a picture that `fit` gave."""
         return picture.shape[-2] // self.config.patch, picture.shape[-1] // self.config.patch
 
-    def encode(self, picture: Tensor) -> np.ndarray:
-        """A picture, uint8 (3, H, W) of any size -> codes (h, w)."""
-        return self.encode_batch([picture])[0]
+    def batch(self, pictures: Sequence[Tensor]) -> Tensor:
+        """Pictures of one size, uint8 (3, H, W) -> (B, 3, H, W) in [-1, 1]."""
+        return to_float(torch.stack(list(pictures)))
+
+    def pictures(self, batch: Tensor) -> list[Tensor]:
+        return list(((batch.clamp(-1, 1) + 1) * 127.5).to(torch.uint8).cpu())
 
     @neutral()
     def embed_batch(self, pictures: Sequence[Tensor]) -> list[Encoding]:
@@ -171,6 +175,11 @@ def join(windows: Sequence[Window], parts: Sequence[Tensor]) -> Tensor:
     for window, part in zip(windows, parts, strict=True):
         whole[window.kept] = part[window.within]
     return whole
+
+
+def to_picture(tokenizer: Tokenizer, codes: np.ndarray) -> Tensor:
+    """Codes (h, w) of a picture -> the picture, uint8 (3, H, W)."""
+    return tokenizer.decode(codes)
 
 
 def to_float(pictures: Tensor) -> Tensor:

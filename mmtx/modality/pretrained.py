@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from mmtx.errors import InputError
 from mmtx.files import CONFIG, read_json, write_json
-from mmtx.modality.autoencoder import Encoding
-from mmtx.modality.base import Tokenizer, read_config
+from mmtx.modality.base import Encoding, MediaTokenizer, read_config
 from mmtx.modality.image import ImageConfig, ImageTokenizer
 from mmtx.schema import build as check_settings
 from mmtx.schema import shown
@@ -59,13 +58,11 @@ class ImageSettings:
             raise InputError("scale, mean, std: expected three means, three deviations, and none of scale and std 0")
 
 
-class Pretrained(Tokenizer, nn.Module):
+class Pretrained(MediaTokenizer, nn.Module):
     """What the adapters share. `settings` is what config.json says, word for word: the fingerprint depends on it."""
 
     Settings: type  # what config.json says beside the network
     models: dict[str, str]  # model_type of the configuration -> class in transformers
-    levels = None
-    feature_width = 0
 
     def __init__(self, network: nn.Module, settings: dict[str, Any]):
         super().__init__()

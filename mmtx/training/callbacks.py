@@ -18,6 +18,7 @@ from mmtx.data.storage import redacted
 from mmtx.data.tokens import to_documents
 from mmtx.files import check_target
 from mmtx.inference.sampling import Sampling
+from mmtx.modality.modality import MODALITIES
 from mmtx.training.checkpoint import check_finite
 from mmtx.training.codec import CodecModule
 from mmtx.training.decoder import DecoderModule, with_captions
@@ -128,9 +129,9 @@ class ShowSamples(Callback):
             board.add_text("samples", "\n".join(f"    {line}" for line in lines), trainer.global_step)  # four blanks: as it is
         tiles = []
         for document, caption, sample in zip(documents, captions, samples, strict=True):
-            part = next((p for turn in document.turns for p in turn.parts if p.kind == "image"), None)
-            if part is not None:
-                picture = module.tokenizers["image"].decode(part.codes)
+            media = (part for turn in document.turns for part in turn.parts if MODALITIES[part.kind].picture is not None)
+            if (part := next(media, None)) is not None:
+                picture = MODALITIES[part.kind].get("picture")(module.tokenizers[part.kind], part.codes)
                 tiles.append((picture, f"{caption}\n({sample.caption})"))
         self._sheet(trainer, tiles, path)
 
@@ -138,13 +139,8 @@ class ShowSamples(Callback):
         batch = next(iter(trainer.datamodule.val_dataloader()))
         media = batch.media[:self.count].to(module.device)
         output = module.tokenizer(media).output
-        if module.tokenizer.kind == "image":
-            pictures = [((item.clamp(-1, 1) + 1) * 127.5).to(torch.uint8).cpu() for pair in zip(media, output) for item in pair]
-        else:
-            # A spectrogram as a grey picture: time to the right, low tones at the bottom.
-            media, output = module.shown(media), module.shown(output)
-            pictures = [(item.clamp(-1, 3) + 1).div(4).mul(255).to(torch.uint8).T.flip(0).cpu().expand(3, -1, -1)
-                        for pair in zip(media, output) for item in pair]
+        pairs = zip(module.tokenizer.pictures(media), module.tokenizer.pictures(output), strict=True)
+        pictures = [picture for pair in pairs for picture in pair]
         self._sheet(trainer, [(p, "reconstruction" if i % 2 else "original") for i, p in enumerate(pictures)], path)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Data and training module of the image and the audio codec.
+"""Data and training module of codecs: what all have in common, and what pictures and sounds have of their own.
 
 Shapes: B batch, C channels, H height, W width, S samples, F frames, M mels, K codes in the codebook.
 """
@@ -44,7 +44,7 @@ WINDOW = 11        # pixels a side of the window of SSIM
 class CodecBatch(NamedTuple):
     """Media of one size, as the codec's `forward` takes them."""
 
-    media: Tensor    # (B, 3, H, W) in [-1, 1] or log-mel (B, F, M)
+    media: Tensor    # what `Codec.batch` gives: pictures (B, 3, H, W) in [-1, 1], log-mel (B, F, M)
     samples: Tensor  # (B,) numbers of the media; none in a batch that only keeps a rank in step
 
 
@@ -77,7 +77,7 @@ class CodecBatches(Dataset):
 
 
 class CodecData(LightningDataModule):
-    """Pictures or sounds, read and checked once before training, cut and augmented by index."""
+    """Media of one kind, read and checked once before training, cut and augmented by index."""
 
     def __init__(
         self,
@@ -142,7 +142,7 @@ class CodecData(LightningDataModule):
             names += [part.name for part in parts]
             digests += [own.digest() for own in digest]
             # Long sounds have more to show than short ones.
-            weights += [float(repeat) * (tensor.shape[-1] if self.tokenizer.kind == "audio" else 1) for tensor in loaded]
+            weights += [float(repeat) * (1 if self.tokenizer.bands is None else tensor.shape[-1]) for tensor in loaded]
         found.finish()
         if not media:
             raise InputError(f"read {name}: no {self.tokenizer.kind} among {len(found.samples)} samples")
@@ -187,8 +187,12 @@ class CodecData(LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         steps = self.trainer.max_steps * self.trainer.accumulate_grad_batches
-        collate = self._pictures if self.tokenizer.kind == "image" else self._sounds
+        collate = {"image": self._pictures, "audio": self._sounds}.get(self.tokenizer.kind, self._pieces)
         return ResumableLoader(self._batches(self.train_media, collate, steps, self.weights), self.num_workers)
+
+    def _pieces(self, media: list[Tensor], generator: Generator) -> Tensor:
+        """Media of a training batch, as their codec cuts them."""
+        return self.tokenizer.batch([self.tokenizer.piece(medium, generator) for medium in media])
 
     def val_dataloader(self) -> DataLoader:
         return self._held_out(self.validation_media, "validation")
@@ -197,14 +201,12 @@ class CodecData(LightningDataModule):
         return self._held_out(self.test_media, "test")
 
     def _held_out(self, media: list[Tensor], name: str) -> DataLoader:
-        kind = self.tokenizer.kind
-        if kind == "image" and len({tuple(picture.shape) for picture in media}) > 1:
-            raise InputError(f"{name} pictures of different sizes: expected a tokenizer with `side` and fit "
-                             '"pad" or "crop"')
-        if kind == "audio":
-            # The cut of a sound depends on its own number alone, not on the batch that it comes in.
-            media = [cut for number, waveform in enumerate(media) for cut in self._cuts(
-                [waveform], self.held_out_steps(), Generator().manual_seed(seed_of(self.seed, number)))]
+        # The cut of a medium depends on its own number alone, not on the batch that it comes in.
+        media = [self.held_out_piece(medium, Generator().manual_seed(seed_of(self.seed, number)))
+                 for number, medium in enumerate(media)]
+        if len({tuple(medium.shape) for medium in media}) > 1:
+            expected = ' with `side` and fit "pad" or "crop"' if self.tokenizer.kind == "image" else " that cuts them"
+            raise InputError(f"{name}: found {self.tokenizer.kind} of different sizes, expected a tokenizer{expected}")
         steps = -(-len(media) // (self.batch_size * self.trainer.world_size))
         return loader(self._batches(media, self.held_out, steps, None), self.num_workers)
 
@@ -212,10 +214,15 @@ class CodecData(LightningDataModule):
         """Time steps of the codec in a held-out cut of sound."""
         return self.tokenizer.config.chunk
 
+    def held_out_piece(self, medium: Tensor, generator: Generator) -> Tensor:
+        """What of a held-out medium is looked at."""
+        if self.tokenizer.kind == "audio":
+            return next(self._cuts([medium], self.held_out_steps(), generator))
+        return self.tokenizer.piece(medium, generator)
+
     def held_out(self, media: list[Tensor], generator: Generator) -> Tensor:
-        """Pictures, or cuts of sound, of a validation batch, as they are."""
-        batch = torch.stack(media)
-        return to_float(batch) if self.tokenizer.kind == "image" else self.tokenizer.spectrogram(batch)
+        """Pieces of a validation batch, as they are."""
+        return self.tokenizer.batch(media)
 
     def _batches(self, media: list[Tensor], collate, steps: int, weights: Tensor | None) -> CodecBatches:
         return CodecBatches(media, collate, self.batch_size, self.seed, steps, self.trainer.global_rank,
@@ -269,7 +276,7 @@ def finished(folder: str | Path, like: Codec, name: str) -> Codec:
 
 
 class CodecModule(TestedAsValidated):
-    """Training of a codec: squared error plus a share of absolute error and, if asked for, a discriminator's opinion.
+    """Training of any codec: squared error plus a share of absolute error and, if asked for, a discriminator's opinion.
 
     Codec and discriminator take their steps together, as groups of one optimizer: accumulation, several devices, averaged
     weights and resuming are then the same with and without a discriminator.
@@ -278,8 +285,18 @@ class CodecModule(TestedAsValidated):
     tokenizer: Codec
     perceptual: Perceptual | None = None
 
-    def __init__(self, tokenizer: Codec, refine: str | None, optimizer: OptimizerConfig, l1_weight: float,
-                 adversarial: AdversarialConfig | None, channels: int):
+    def __init__(self, tokenizer: Codec, optimizer: OptimizerConfig = OptimizerConfig(), l1_weight: float = 0.2,
+                 refine: str | None = None, adversarial: AdversarialConfig | None = None, channels: int = 1):
+        """
+        Args:
+            tokenizer: the codec, of a class of a plugin say.
+            optimizer: learning rate and schedule.
+            l1_weight: weight of the absolute error beside the squared one.
+            refine: folder of a finished tokenizer of this configuration: only its way back from codes is trained
+                further. Its codes and its fingerprint stay, and so do the models that were trained with it.
+            adversarial: a discriminator that learns to tell reconstructions from originals, none by default.
+            channels: of what the discriminator sees, (B, channels, H, W) or (B, H, W).
+        """
         super().__init__()
         if refine is not None:
             tokenizer = finished(refine, tokenizer, "refine").train()
@@ -399,7 +416,7 @@ class ImageCodecModule(CodecModule):
             perceptual: a network in whose features reconstructions are to be near, none by default.
             adversarial: a discriminator that learns to tell reconstructions from originals, none by default.
         """
-        super().__init__(ImageTokenizer(tokenizer), refine, optimizer, l1_weight, adversarial, channels=3)
+        super().__init__(ImageTokenizer(tokenizer), optimizer, l1_weight, refine, adversarial, channels=3)
         self.perceptual = Perceptual(perceptual) if perceptual else None
 
     def quality(self, media: Tensor, result: Reconstruction) -> dict[str, tuple[Tensor, Tensor | int]]:
@@ -462,7 +479,7 @@ class AudioCodecModule(CodecModule):
             pitch: weight of the cross-entropy of the pitch, for a tokenizer that has it.
             adversarial: a discriminator that learns to tell reconstructed spectrograms from originals, none by default.
         """
-        super().__init__(AudioTokenizer(tokenizer), refine, optimizer, l1_weight, adversarial, channels=1)
+        super().__init__(AudioTokenizer(tokenizer), optimizer, l1_weight, refine, adversarial)
         self.pitch = pitch
         if init_from is not None:
             grow(self.tokenizer, load_tokenizer(find_shipped(init_from)))

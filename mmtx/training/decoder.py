@@ -4,8 +4,8 @@ Shapes: N tokens of a batch, M supervised tokens, V vocabulary.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +25,33 @@ from mmtx.errors import InputError
 from mmtx.files import find_shipped
 from mmtx.loss import TokenLoss, next_token_loss
 from mmtx.modality.base import Tokenizer, load_tokenizer
+from mmtx.modality.modality import media_kinds
 from mmtx.model import CodeRange, Decoder, DecoderConfig
 from mmtx.pipeline import Model, load
 from mmtx.training.loader import ResumableLoader, loader
 from mmtx.training.means import Means, TestedAsValidated
 from mmtx.training.optimizer import OptimizerConfig, configure
 from mmtx.training.sharding import shard
-from mmtx.vocabulary import MODALITIES, Vocabulary
+from mmtx.vocabulary import Vocabulary
 
 CAPTIONED = 16  # samples that `mmtx predict` captions at once
 
+
+def with_media(kind: Any, default: Any) -> Callable[[type], type]:
+    """Give a dataclass a field for each kind of media that is registered when it is defined."""
+    def extended(cls: type) -> type:
+        names = {"__doc__": cls.__doc__, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        more = [(name, kind, field(default=default)) for name in media_kinds()]
+        return make_dataclass(cls.__name__, more, bases=(cls,), namespace=names, frozen=True)
+    return extended
+
+
+@with_media(str | None, None)
 @dataclass(frozen=True)
 class TokenizerFolders:
-    """Where the tokenizers lie; leave out image or audio for a model without it."""
+    """Where the tokenizers lie, by kind (text, image, audio); leave out what a model is to be without."""
 
     text: str
-    image: str | None = None
-    audio: str | None = None
 
     def load(self) -> dict[str, Tokenizer]:
         """The tokenizers by kind. Raises InputError for a folder that holds none, or one of another kind."""
@@ -53,14 +63,15 @@ class TokenizerFolders:
         return found
 
 
+@with_media(float, 1.0)
 @dataclass(frozen=True)
 class LossWeights:
-    """What the loss of a target counts for, by its modality; `special` are the tokens that open and close the others."""
+    """What the loss of a target counts for, by its modality (text, image, audio); `special` are the tokens that open and
+    close the others.
+    """
 
     special: float = 1.0
     text: float = 1.0
-    image: float = 1.0
-    audio: float = 1.0
 
     def __post_init__(self):
         for kind, weight in asdict(self).items():
@@ -203,8 +214,7 @@ class DecoderModule(TestedAsValidated):
         self.tokenizers = None if tokenizers is None else tokenizers.load()
         self.config, self.optimizer_config = decoder, optimizer
         self.z_loss, self.continuous_inputs = z_loss, continuous_inputs
-        # No buffer, or a run in bfloat16 would round them.
-        self.loss_weights = tuple(asdict(loss_weights)[kind] for kind in MODALITIES)
+        self.weights_by_kind = asdict(loss_weights)
         self.decoder: Decoder | None = None
 
     def configure_model(self) -> None:
@@ -212,6 +222,8 @@ class DecoderModule(TestedAsValidated):
             return
         self._take_tokenizers()
         vocabulary = self.vocabulary
+        # No buffer, or a run in bfloat16 would round them.
+        self.loss_weights = tuple(self.weights_by_kind[kind] for kind in vocabulary.modality_names)
         ranges = [CodeRange(vocabulary.range(kind).start, levels) for kind in vocabulary.kinds
                   if (levels := vocabulary.levels(kind))]
         widths = {kind: self.tokenizers[kind].feature_width for kind in vocabulary.kinds if vocabulary.levels(kind)}
@@ -288,9 +300,10 @@ class DecoderModule(TestedAsValidated):
         loss = self._losses(batch).loss.double().cpu()
         if not len(batch.samples):
             return
-        targets = batch.modality.bincount(minlength=len(MODALITIES)).tolist()
-        losses = torch.zeros(len(MODALITIES), dtype=torch.double).index_add_(0, batch.modality.cpu(), loss).tolist()
-        for kind, weight, total, count in zip(MODALITIES, self.loss_weights, losses, targets, strict=True):
+        names = self.vocabulary.modality_names
+        targets = batch.modality.bincount(minlength=len(names)).tolist()
+        losses = torch.zeros(len(names), dtype=torch.double).index_add_(0, batch.modality.cpu(), loss).tolist()
+        for kind, weight, total, count in zip(names, self.loss_weights, losses, targets, strict=True):
             self.means.add(f"loss_{kind}", total, count)
             self.means.add("loss", weight * total, weight * count)
 

@@ -13,7 +13,6 @@ from mmtx.errors import InputError
 from mmtx.training.decoder import DecoderModule
 from mmtx.training.private import ends_step
 from mmtx.training.sharding import full
-from mmtx.vocabulary import MODALITIES
 
 NAMED = 8  # samples at most in an error message
 
@@ -104,7 +103,7 @@ class Telemetry(Callback):
         loss, log_sum = module.seen                           # (M,) each
         module.log("train/log_sum_exp", log_sum.mean())
         module.log("train/last_norm", self.hidden.float().norm(dim=-1).mean())
-        for number, modality in enumerate(MODALITIES):
+        for number, modality in enumerate(module.vocabulary.modality_names):
             chosen = batch.modality == number
             if chosen.any():
                 module.log(f"train/loss_{modality}", loss[chosen].mean())

@@ -26,6 +26,7 @@ from mmtx.data.prepare import write
 from mmtx.data.storage import recorded, scrub
 from mmtx.errors import InputError
 from mmtx.files import find_shipped
+from mmtx.modality.modality import PLUGINS
 from mmtx.training import private
 from mmtx.training.callbacks import ProgressBar, SaveConfig, SaveModel, ShowSamples
 from mmtx.training.checkpoint import AtomicCheckpointIO, Checkpoints, flatten, may_change, newest
@@ -382,7 +383,7 @@ def main(word: str, arguments: list[str]) -> None:
     follow_launcher()
     keep_memory()
     if is_trusted_only(arguments):
-        jsonargparse.set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=TRUSTED)
+        jsonargparse.set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*TRUSTED, *PLUGINS])
     main_thread = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGINT)
     try:
