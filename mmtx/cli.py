@@ -188,6 +188,20 @@ def _parser() -> argparse.ArgumentParser:
     _model_options(evaluate)
     _source_options(evaluate)
     evaluate.set_defaults(run=_evaluate)
+    for word, help in (("serve", "answer over HTTP in the form of OpenAI's API"),
+                       ("demo", "a page to try a model with: files, camera, microphone")):
+        serve = commands.add_parser(word, help=help, description=f"{help[0].upper()}{help[1:]}. The environment variable "
+                                    "MMTX_API_KEY, if set, holds the key that callers need.")
+        serve.add_argument("--host", default="127.0.0.1", help="address to listen at, default: 127.0.0.1, this machine only")
+        serve.add_argument("--port", type=_count(0, 65535), default=8000, help="default: 8000; 0 takes a free one")
+        serve.add_argument("--name", default=None, help="what callers call the model, default: the name of its folder")
+        for option, what, default in (("requests", "requests in the house, others are told to come again", 64),
+                                      ("megabytes", "megabytes of a request", 16), ("pixels", "pixels of a picture", 25_000_000),
+                                      ("seconds", "seconds of a sound", 60), ("tokens", "tokens of prompt and answer", 4096),
+                                      ("timeout", "seconds until an answer is whole", 120)):
+            serve.add_argument(f"--max_{option}", type=_count(1), default=default, help=f"{what}, default: {default}")
+        _model_options(serve)
+        serve.set_defaults(run=_serve, page=word == "demo")
     for command in commands.choices.values():  # taken away before anything is parsed, see `_with_plugins`
         command.add_argument("--plugin", metavar="FILE", help="import a Python file that registers a modality")
     return parser
@@ -455,3 +469,16 @@ def _evaluate(options: argparse.Namespace) -> None:
         max_bad = options.max_bad
     for section in report(_load(options), held_out, train, options.show, max_bad):
         print(section, flush=True)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    try:
+        from mmtx.serving.app import serve
+    except ImportError as error:
+        raise InputError(f'serving needs {error.name}: pip install "mmtx[serve]"') from None
+    from mmtx.serving.limits import Limits
+
+    limits = Limits(**{name: getattr(options, f"max_{name}") for name in Limits.__dataclass_fields__})
+    name = options.name or (Path(options.model).resolve().name if options.model else "starter")
+    serve(_load(options), name, options.host, options.port, limits, os.environ.get("MMTX_API_KEY") or None,
+          options.page)

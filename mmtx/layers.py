@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmtx.kernels import attend, pad_input, qk_norm_rope, rms_norm, swiglu, unpad_input
+from mmtx.kernels import Heads, attend, pad_input, qk_norm_rope, rms_norm, swiglu, unpad_input
 
 
 @dataclass(frozen=True)
@@ -112,14 +112,17 @@ class Attention(nn.Module):
         angles: tuple[Tensor, Tensor],              # (B, T, K) each
         packing: Packing | None = None,
     ) -> Tensor:                                    # (B, T, D)
-        c = self.config
-        query, key, value = qk_norm_rope(self.qkv(x), self.query_norm.weight, self.key_norm.weight, *angles,
-                                       c.heads, c.kv_heads, c.norm_eps)                  # (B, T, H | G, K)
+        query, key, value = self.heads(x, angles)
         if packing is not None:
             y = self._attend_documents(query, key, value, packing)
         else:
-            y = attend(query, key, value, c.causal)
+            y = attend(query, key, value, self.config.causal)
         return self.out(y.reshape(*x.shape[:2], -1))
+
+    def heads(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> Heads:
+        """Inputs (B, T, D) -> queries (B, T, H, K), keys and values (B, T, G, K), turned by their positions."""
+        c = self.config
+        return qk_norm_rope(self.qkv(x), self.query_norm.weight, self.key_norm.weight, *angles, c.heads, c.kv_heads, c.norm_eps)
 
     def _attend_documents(self, query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
         # Causal attention never looks right, so the padding behind a short document is never seen.

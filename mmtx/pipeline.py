@@ -25,6 +25,7 @@ import torch
 from PIL import Image as PILImage
 
 from mmtx.ambient import MOST_THREADS, in_threads, neutral, neutral_steps
+from mmtx.attention import AttentionMaps, attention_maps
 from mmtx.data.formats import AUDIO_FORMATS, IMAGE_FORMATS
 from mmtx.data.sample import kind_of
 from mmtx.data.sound_files import MAX_CHANNELS, MAX_SECONDS
@@ -33,7 +34,8 @@ from mmtx.document import Document, MediaPart, Part, TextPart, Turn
 from mmtx.errors import InputError
 from mmtx.files import CONFIG, find_shipped, read_json, replace_folder, shipped, write_json
 from mmtx.grammar import Grammar
-from mmtx.inference.generation import generate, steps
+from mmtx.inference.choose import choose_engine
+from mmtx.inference.generation import Choose, generate, steps
 from mmtx.inference.row import prepack_weights
 from mmtx.inference.sampling import Sampling
 from mmtx.inference.weights import Weights
@@ -41,7 +43,7 @@ from mmtx.modality.base import Encoding, Tokenizer, load_tokenizer
 from mmtx.modality.modality import MODALITIES, media_kinds
 from mmtx.model import Decoder, DecoderConfig
 from mmtx.schema import build, shown
-from mmtx.sequence import Prompt, parse, prompt, render
+from mmtx.sequence import Prompt, gather_features, parse, prompt, render
 from mmtx.vocabulary import Vocabulary
 from mmtx.weights import load_module, to_bytes
 
@@ -395,6 +397,18 @@ class Model:
                 yield from self._to_media(pending)
                 pending = []
 
+    @neutral_steps
+    def stream_ids(self, prompts: Sequence[Prompt], out: str = "text", size: tuple[int, int] | None = None,
+                   sampling: Sampling = Sampling(), places: Sequence[int] | None = None, wanted: torch.Tensor | None = None,
+                   choose: Choose = choose_engine) -> Iterator[torch.Tensor]:
+        """Ids of the answers to prompts, one for each (B,) at a time, as `inference.generation.steps` tells; those that
+        `size` gives are among them, so that each column is a whole answer.
+        """
+        prefix = self._size_prefix(out, size)
+        for ident in prefix:
+            yield torch.full((len(prompts),), ident)
+        yield from steps(self.decoder, self.grammar, prompts, out, sampling, prefix, self._weights, places, choose, wanted)
+
     def _prompt(self, parts: Any) -> Prompt:
         return prompt(Document((Turn("user", self._parts(parts)),)), self.vocabulary)
 
@@ -428,6 +442,35 @@ class Model:
             raise InputError(f"size: found {size}, expected multiples of {config.patch}")
         v = self.vocabulary
         return [v.image, v.height(size[0] // config.patch), v.width(size[1] // config.patch)]
+
+    # -- Vectors ---------------------------------------------------------------------------------------------
+
+    def embed(self, parts: Any) -> np.ndarray:
+        """Text, pictures and sounds (as in `generate`) -> a vector of length 1 (D,): the mean of the last hidden states."""
+        return self.embed_prompt(self._prompt(parts))
+
+    @neutral()
+    def embed_prompt(self, asked: Prompt) -> np.ndarray:
+        """`embed` of a stream."""
+        place = lambda tensor: tensor.to(self.decoder.embedding.weight.device)
+        with torch.inference_mode():
+            ids = place(torch.from_numpy(asked.ids).long())[None]
+            features = {kind: given._replace(places=place(given.places), values=place(given.values))
+                        for kind, given in gather_features([(0, asked.spans)]).items()}
+            hidden = self.decoder(ids, place(torch.arange(ids.shape[1]))[None], features=features)[0].float().mean(0)
+            return torch.nn.functional.normalize(hidden, dim=0).cpu().numpy()
+
+    @neutral()
+    def attention(self, parts: Any, answer: str | None = None) -> AttentionMaps:
+        """What each word of an answer, and everything before it, attends to.
+
+        Args:
+            parts: as in `generate`.
+            answer: what is said of them; by default what the model says, greedily.
+        """
+        asked = self._prompt(parts)
+        ids = self._answer([asked], "text", Sampling())[0] if answer is None else self.tokenizers["text"].encode(answer)
+        return attention_maps(self.decoder, self.vocabulary, self.tokenizers, asked, ids)
 
     # -- Media and ids ---------------------------------------------------------------------------------------
 

@@ -80,7 +80,7 @@ def work(tmp_path_factory) -> Path:
     tokenizer = small("tokenizer.yaml", 30, train=[train], validation=[test])
     tokenizer["model"]["init_args"]["tokenizer"]["init_args"]["config"] |= {"chunk": 4, "network": {
         "width": 16, "heads": 1, "encoder_depth": 1, "decoder_depth": 1, "levels": [4, 3]}}
-    decoder = small("decoder.yaml", 120, train=[train, pictures], validation=[test], workers=1)
+    decoder = small("decoder.yaml", 120, train=[train, pictures], validation=[test], num_workers=1)
     decoder["model"]["init_args"]["decoder"] |= {"width": 48, "depth": 1, "heads": 2, "kv_heads": 2, "head_dim": 16, "mlp_dim": 64}
     decoder["data"]["init_args"]["tokenizers"] = {
         "text": str(ROOT / "tokenizers/text"), "image": str(ROOT / "tokenizers/image"), "motion": "runs/motion/tokenizer/model"}

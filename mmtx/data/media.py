@@ -64,12 +64,22 @@ def load_image(data: Any, name: str | None = None) -> torch.Tensor:
         return _tensor(Image.fromarray(_pixels(data, name)), name)
     if isinstance(data, Image.Image):
         return _tensor(_decoded(data, None, name), name)
-    encoded = _bytes(data, name)
+    picture, file = _file(_bytes(data, name), name)
+    return _tensor(_decoded(picture, file, name), name)
+
+
+def image_size(data: bytes, name: str = "image") -> tuple[int, int]:
+    """Width and height in pixels that an encoded picture says it has; nothing is decoded. Raises InputError as `load_image`."""
+    return _file(_bytes(data, name), name)[0].size
+
+
+def _file(encoded: bytes, name: str) -> tuple[Image.Image, PictureFile]:
+    """An encoded picture whose header is read, and what its decoder is given."""
     format = format_of(encoded)
     if format not in IMAGE_FORMATS:
         raise InputError(f"{name}: not a whole picture that can be decoded, expected {', '.join(IMAGE_FORMATS)}")
     file = picture_file(encoded, format, name)
-    return _tensor(_decoded(_opened(file.data, format, name), file, name), name)
+    return _opened(file.data, format, name), file
 
 
 def _opened(data: bytes, format: str, name: str) -> Image.Image:

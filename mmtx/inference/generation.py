@@ -50,12 +50,14 @@ def steps(
     weights: Weights | None = None,
     places: Sequence[int] | None = None,
     choose: Choose = choose_engine,
+    wanted: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Yield one id for each prompt (B,) at a time until all rows are finished; finished rows yield <pad>.
 
     `prefix` are ids that every answer starts with (not yielded): the size of a picture, or its first codes. `weights` are
     those of the decoder where they were made before, for many answers. `places` are those of the prompts among all that
-    the caller asks, which the random choices go by. `choose` makes the engine.
+    the caller asks, which the random choices go by. `choose` makes the engine. `wanted` (B,), bool on the CPU, are the rows
+    that the caller waits for, who may change it between two steps: the others end as if they were finished.
 
     Each answer is the one that the prompt gets alone, up to what float32 rounds otherwise in a batch of another shape:
     where two scores, or a random number and the edge between two ids, are closer than that (some 1e-6), the other may win.
@@ -89,7 +91,10 @@ def steps(
             written = ids if len(ids) == batch else nothing.index_copy(0, writing, ids)
             left = len(ids)
             if not engine.static or step % LOOK_EVERY == LOOK_EVERY - 1 or step >= last:
-                going = (~grammar.finished(state)).nonzero().squeeze(1)
+                going = ~grammar.finished(state)
+                if wanted is not None:
+                    going &= wanted.to(device)[writing]
+                going = going.nonzero().squeeze(1)
                 left = len(going)
             if 0 < 2 * left <= len(ids) and not engine.static:
                 engine, state, ids, writing = engine.keep(going), state.keep(going), ids[going], writing[going]

@@ -1,0 +1,172 @@
+"""Requests of OpenAI's API as documents: messages and their parts, with every field that is not understood refused.
+
+Media come as bytes within the request; nothing is fetched.
+"""
+
+import base64
+import binascii
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from mmtx.data.media import image_size
+from mmtx.document import Document, MediaPart, Part, Turn
+from mmtx.errors import InputError
+from mmtx.pipeline import Audio, Image, Model
+from mmtx.serving.limits import Limits
+
+ROLES = {"user": "user", "assistant": "assistant", "system": "user", "developer": "user"}  # as in training
+
+
+class Body(BaseModel):
+    """A body in which an unknown field is a mistake, and a value of another type, too."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Address(Body):
+    url: str
+    detail: Literal["auto", "low", "high"] = "auto"  # pictures have the size that the tokenizer gives them
+
+
+class Bytes(Body):
+    data: str
+    format: str = ""  # the bytes tell
+
+
+class TextItem(Body):
+    type: Literal["text"]
+    text: str
+
+
+class ImageItem(Body):
+    type: Literal["image_url"]
+    image_url: Address
+
+
+class AudioItem(Body):
+    type: Literal["input_audio"]
+    input_audio: Bytes
+
+
+Item = Annotated[TextItem | ImageItem | AudioItem, Field(discriminator="type")]
+Content = str | list[Item]
+
+
+class Message(Body):
+    role: Literal["user", "assistant", "system", "developer"]
+    content: Content
+    name: str | None = None
+
+
+class Asking(Body):
+    """What all requests share."""
+
+    model: str
+    user: str | None = None
+
+
+class SamplingBody(Asking):
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    n: Literal[1] | None = 1
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+
+
+class WriteBody(SamplingBody):
+    max_tokens: int | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    frequency_penalty: Literal[0] | None = 0
+    presence_penalty: Literal[0] | None = 0
+
+
+class ChatBody(WriteBody):
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+
+class CompletionBody(WriteBody):
+    prompt: str
+
+
+class EmbeddingsBody(Asking):
+    input: Content | list[Content]
+    encoding_format: Literal["float", "base64"] = "float"
+
+
+class ImagesBody(SamplingBody):
+    prompt: str
+    size: str = Field("auto", pattern=r"^(auto|\d{1,4}x\d{1,4})$")
+    response_format: Literal["b64_json"] = "b64_json"
+
+
+class SpeechBody(SamplingBody):
+    input: str
+    voice: Any = None  # there is one, which the words ask for
+    response_format: Literal["mp3", "wav", "flac", "opus"] = "mp3"
+    max_tokens: int | None = None
+    speed: Literal[1] = 1
+
+
+def to_document(model: Model, messages: Sequence[Message], limits: Limits) -> Document:
+    """Read and encode all media of messages. Raises InputError that names the message and the part."""
+    return Document(tuple(
+        Turn(ROLES[message.role], to_parts(model, message.content, limits, f"messages[{number}].content"))
+        for number, message in enumerate(messages)))
+
+
+def to_parts(model: Model, content: str | Sequence[TextItem | ImageItem | AudioItem], limits: Limits, where: str) -> tuple[Part, ...]:
+    """Text, pictures and sounds as they stand in a message -> their parts."""
+    items = [TextItem(type="text", text=content)] if isinstance(content, str) else content
+    return tuple(to_part(model, _medium(item, limits, f"{where}[{number}]"), limits, f"{where}[{number}]")
+                 for number, item in enumerate(items))
+
+
+def to_part(model: Model, medium: str | Image | Audio, limits: Limits, where: str) -> Part:
+    """One medium as its codes. Raises InputError where a sound is too long."""
+    try:
+        (part,) = model.encode_parts([medium])
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    rate = model.tokenizers[part.kind].codes_per_second if isinstance(part, MediaPart) else None
+    if rate is not None:
+        seconds = part.codes.size / rate
+        if seconds > limits.seconds:
+            raise InputError(f"{where}: found {seconds:.1f} s, expected up to {limits.seconds:g} s")
+    return part
+
+
+def picture(data: bytes, limits: Limits, where: str) -> Image:
+    """Raises InputError where it has too many pixels, before they are there."""
+    width, height = image_size(data, where)
+    if width * height > limits.pixels:
+        raise InputError(f"{where}: {width} x {height} pixels, expected up to {limits.pixels} in all")
+    return Image(data)
+
+
+def _medium(item: TextItem | ImageItem | AudioItem, limits: Limits, where: str) -> str | Image | Audio:
+    if isinstance(item, TextItem):
+        return item.text
+    if isinstance(item, AudioItem):
+        return Audio(_decoded(item.input_audio.data, f"{where}.input_audio.data"))
+    where = f"{where}.image_url.url"
+    head, comma, data = item.image_url.url.partition(",")
+    if not comma or not head.startswith("data:") or not head.endswith(";base64"):
+        raise InputError(f"{where}: found {head[:40]!r}, expected data:image/...;base64,... (this server fetches nothing)")
+    return picture(_decoded(data, where), limits, where)
+
+
+def _decoded(text: str, where: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise InputError(f"{where}: not base64") from None

@@ -1,0 +1,133 @@
+"""What the model attends to: equal to the attentions of transformers, and on the right cells of the right media."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_model import qwen3
+
+import mmtx
+from mmtx import attention
+from mmtx.attention import AttentionMaps, attention_weights
+from mmtx.model import Decoder, DecoderConfig
+from mmtx.pipeline import Model
+
+PICTURE = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+TONE = (0.7 * np.sin(np.arange(3000) * 0.2)).astype(np.float32)
+PARTS = [mmtx.Image(PICTURE), "a red circle", mmtx.Audio(TONE)]
+
+
+@pytest.fixture(scope="module")
+def lively(tiny_model):
+    """Weights that attend here and there."""
+    decoder = copy.deepcopy(tiny_model.decoder)
+    torch.manual_seed(0)
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
+    return Model(decoder.requires_grad_(False), tiny_model.vocabulary, tiny_model.tokenizers)
+
+
+@pytest.fixture(scope="module")
+def with_features(tiny_model):
+    """A decoder that reads features in place of codes."""
+    features = {kind: tiny_model.tokenizers[kind].feature_width for kind in ("image", "audio")}
+    torch.manual_seed(1)
+    decoder = Decoder(DecoderConfig(**{**vars(tiny_model.decoder.config), "features": features}))
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
+    return Model(decoder.requires_grad_(False), tiny_model.vocabulary, tiny_model.tokenizers)
+
+
+def theirs(decoder: Decoder, **given) -> torch.Tensor:
+    """The attentions of transformers (L, H, T, T)."""
+    model = qwen3(decoder)
+    model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        return torch.cat(model(**given, output_attentions=True).attentions)
+
+
+def test_weights_are_those_of_transformers(lively):
+    found = lively.attention(PARTS, "a blue square")
+    ids = [*lively._prompt(PARTS).ids.tolist(), *lively.tokenizers["text"].encode("a blue square")]
+    expected = theirs(lively.decoder, input_ids=torch.tensor([ids]))
+    assert found.weights.shape == expected.shape == (2, 4, len(ids), len(ids))
+    torch.testing.assert_close(found.weights, expected, atol=1e-5, rtol=0)
+    assert expected.std(-1).max() > 0.1  # they differ from place to place
+
+
+def test_weights_over_features_are_those_of_transformers(with_features):
+    asked = with_features._prompt(PARTS)
+    found = with_features.attention(PARTS, "violin")
+    ids = torch.tensor([[*asked.ids.tolist(), *with_features.tokenizers["text"].encode("violin")]])
+    inputs = with_features.decoder.embed(ids, attention.gather_features([(0, asked.spans)]))
+    torch.testing.assert_close(found.weights, theirs(with_features.decoder, inputs_embeds=inputs), atol=1e-5, rtol=0)
+    plain = theirs(with_features.decoder, input_ids=ids)
+    assert (found.weights - plain).abs().max() > 1e-2
+
+
+def test_the_answer_is_the_models_own_unless_it_is_given(lively):
+    found = lively.attention(PARTS)
+    assert "".join(word.text for word in found.words) == lively.generate(PARTS)
+    given = lively.attention(PARTS, "trumpet, C 4")
+    assert [word.text for word in given.words] == ["trumpet,", " C", " 4"]
+    assert [place for word in given.words for place in word.places] == list(
+        range(len(lively._prompt(PARTS).ids), given.weights.shape[-1]))
+
+
+def test_media_lie_where_their_codes_are(lively):
+    found = lively.attention(PARTS, "a")
+    ids, v = lively._prompt(PARTS).ids, lively.vocabulary
+    picture, sound = found.media
+    assert (picture.kind, picture.grid) == ("image", (2, 2)) and sound.kind == "audio" and sound.grid[1] == v.bands("audio")
+    for medium in found.media:
+        assert all(v.kind(int(ids[place])) == medium.kind for place in medium.places)
+        assert len(medium.places) == np.prod(medium.grid)
+    assert sum(v.kind(int(ident)) in ("image", "audio") for ident in ids) == sum(len(medium.places) for medium in found.media)
+    assert np.array_equal(picture.shown, lively.detokenize([v.bos, *ids[2:2 + 8], v.eos])[0])
+
+
+def test_a_heat_map_has_each_weight_in_its_cell(lively):
+    real = lively.attention([mmtx.Audio(TONE)], "a b")
+    (sound,), word = real.media, real.words[-1]
+    weights = torch.zeros_like(real.weights)
+    steps, bands = sound.grid
+    for number, place in enumerate(sound.places):
+        weights[1, 2, word.places[0] - 1, place] = number
+    found = AttentionMaps(weights, real.labels, real.words, real.media)
+    expected = np.arange(steps * bands).reshape(steps, bands) / len(word.places)
+    assert np.allclose(found.heat(word, sound, layer=1, head=2), expected)
+    assert np.allclose(found.heat(word, sound, layer=1), expected / 4)
+    assert np.allclose(found.heat(word, sound), expected / 8)
+    assert not found.heat(word, sound, layer=0).any()
+
+
+def test_rollout_is_the_product_of_the_layers(lively):
+    found = lively.attention(PARTS, "a blue square")
+    first, second = (0.5 * layer.mean(0).double() + 0.5 * torch.eye(layer.shape[-1]) for layer in found.weights)
+    torch.testing.assert_close(found.rollout().double(), second @ first, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.rollout().sum(-1), torch.ones(len(first)), atol=1e-5, rtol=0)
+    assert not found.rollout().triu(1).any()
+
+
+@pytest.mark.parametrize("parts", [PARTS, ["a red circle"]])
+@pytest.mark.parametrize("options", [{}, {"layer": 1, "head": 0}, {"rollout": True}])
+def test_a_plot_is_a_picture(lively, tmp_path, parts, options):
+    pytest.importorskip("matplotlib")
+    lively.attention(parts, "costs $5 or $6, a blue square").plot(tmp_path / "a.png", **options)
+    pixels = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))
+    assert min(pixels.shape[:2]) > 100 and pixels.std() > 10
+
+
+def test_mistakes_are_told(lively, tmp_path, monkeypatch):
+    found = lively.attention("a", "a b")
+    for options, told in (({"layer": 2}, "layer: found 2, expected 0 to 1"), ({"head": -1}, "head: found -1, expected 0 to 3")):
+        with pytest.raises(mmtx.InputError, match=told):
+            found.rows(**options)
+    pytest.importorskip("matplotlib")
+    with pytest.raises(mmtx.InputError, match=r"a\.nothing: cannot be written"):
+        found.plot(tmp_path / "a.nothing")
+    monkeypatch.setattr(attention, "MOST", 100)
+    with pytest.raises(mmtx.InputError, match="attention: found 6 tokens"):
+        attention_weights(lively.decoder, torch.arange(6))

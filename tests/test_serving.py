@@ -1,0 +1,481 @@
+"""`mmtx serve` in a process of its own on loopback, asked by the official client and by sockets that behave badly."""
+
+import base64
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+from servers import serving
+
+import mmtx
+from mmtx.document import Document, Turn
+from mmtx.inference.sampling import Sampling
+from mmtx.sequence import prompt
+
+openai = pytest.importorskip("openai")
+pytest.importorskip("fastapi")
+
+ROOT = Path(__file__).parents[1]
+START = 150  # seconds that a server may take to begin
+NAME = "tiny"
+
+
+class Process:
+    """`mmtx serve` or `mmtx demo` with options, on a free port."""
+
+    def __init__(self, folder: Path, *options: str, key: str | None = None, command: str = "serve", name: str = NAME):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment.pop("MMTX_API_KEY", None)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "mmtx", command, "--model", folder, "--name", name, "--device", "cpu", "--port", "0", *options],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment | ({"MMTX_API_KEY": key} if key else {}))
+        self.name = name
+        signal.signal(signal.SIGALRM, lambda *_: self.process.kill())
+        signal.alarm(START)
+        line = self.process.stdout.readline()
+        signal.alarm(0)
+        found = re.fullmatch(rf"{name} answers at http://127\.0\.0\.1:(\d+)/(?:v1)?\n", line)
+        assert found, (line, self.process.stderr.read())
+        self.port = int(found[1])
+        self.address = f"http://127.0.0.1:{self.port}"
+        self.client = openai.OpenAI(base_url=f"{self.address}/v1", api_key=key or "none", max_retries=0, timeout=60)
+        self.chat("")  # all that is imported late is there
+
+    def chat(self, content, **options):
+        return self.client.chat.completions.create(model=self.name, messages=[{"role": "user", "content": content}],
+                                                   **{"max_tokens": 16, **options})
+
+    def metric(self, name: str) -> float:
+        text = urllib.request.urlopen(f"{self.address}/metrics", timeout=20).read().decode()
+        return float(re.search(rf"^{re.escape(name)} (\S+)$", text, re.M)[1])
+
+    def wait_for(self, name: str, value: float) -> None:
+        end = time.monotonic() + 30
+        while self.metric(name) != value:
+            assert time.monotonic() < end, f"{name} is {self.metric(name)}"
+            time.sleep(0.02)
+
+    def raw(self, head: str, body: bytes = b"") -> socket.socket:
+        """A connection that has sent this and waits for the answer."""
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        connection.sendall(head.replace("\n", "\r\n").encode() + body)
+        return connection
+
+    def close(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(30)
+        finally:
+            self.process.kill()
+            self.process.wait()
+
+
+def answer_of(connection: socket.socket) -> tuple[int, dict, dict]:
+    """Status, headers and JSON of an answer, after which the connection is closed."""
+    with connection:
+        data = b"".join(iter(lambda: connection.recv(65536), b""))
+    head, _, body = data.partition(b"\r\n\r\n")
+    first, *fields = head.decode().split("\r\n")
+    return int(first.split()[1]), {k.lower(): v.strip() for k, _, v in (field.partition(":") for field in fields)}, json.loads(body)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model, tmp_path_factory):
+    """A model whose answers depend on what it is asked, as it comes from its folder."""
+    folder = tmp_path_factory.mktemp("serving") / "model"
+    tiny_model.save(folder)
+    made = mmtx.load(folder, "cpu")
+    with torch.no_grad():
+        for parameter in made.decoder.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(10)
+    made.save(folder)
+    loaded = mmtx.load(folder, "cpu")
+    loaded.folder = folder
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    process = Process(model.folder)
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="module")
+def media():
+    """Pictures and sounds, encoded, and as the items of a message that hold them."""
+    random = np.random.default_rng(0)
+    found = []
+    for number in range(12):
+        file = io.BytesIO()
+        if number % 3 == 2:
+            soundfile.write(file, 0.5 * random.standard_normal(900 + 700 * number).clip(-1, 1), 16_000, format="WAV")
+        else:
+            Image.fromarray(random.integers(0, 256, (12 + number, 20, 3), dtype=np.uint8)).save(file, "PNG")
+        found.append(file.getvalue())
+    return found
+
+
+def is_sound(data: bytes) -> bool:
+    return data.startswith(b"OggS") or data[8:12] == b"WAVE"
+
+
+def item(data: bytes) -> dict:
+    text = base64.b64encode(data).decode()
+    if is_sound(data):
+        return {"type": "input_audio", "input_audio": {"data": text, "format": "wav"}}
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{text}"}}
+
+
+def marked(data: bytes) -> mmtx.Image | mmtx.Audio:
+    return (mmtx.Audio if is_sound(data) else mmtx.Image)(data)
+
+
+def words(text: str) -> dict:
+    return {"type": "text", "text": text}
+
+
+# -- Answers -------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_is_that_of_the_model_and_is_counted(model, server, media):
+    for data in media[1:3]:
+        answer = server.chat([words("what is this? é"), item(data)])
+        asked = model._prompt(["what is this? é", marked(data)])
+        (ids,) = model._answer([asked], "text", Sampling(max_new_tokens=16))
+        assert answer.choices[0].message.content == model.tokenizers["text"].decode(ids) != ""
+        assert answer.choices[0].message.role == "assistant" and answer.model == NAME
+        assert answer.usage.prompt_tokens == len(asked.ids)
+        ended = len(ids) < 16
+        assert answer.usage.completion_tokens == len(ids) + ended
+        assert answer.choices[0].finish_reason == ("stop" if ended else "length")
+
+
+def test_a_stream_is_the_answer_in_pieces(server, media):
+    whole = server.chat([item(media[0])], max_tokens=40)
+    events = list(server.chat([item(media[0])], max_tokens=40, stream=True, stream_options={"include_usage": True}))
+    assert "".join(event.choices[0].delta.content for event in events if event.choices) == whole.choices[0].message.content
+    assert sum(bool(event.choices and event.choices[0].delta.content) for event in events) > 5
+    assert events[-1].usage == whole.usage and events[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+
+
+def test_many_at_once_get_what_each_gets_alone(model, server, media):
+    asked = [(data, most, stream) for data in media for most in (7, 30) for stream in (False, True)]
+    truth = {(data, most): model.caption(marked(data), max_new_tokens=most) for data in media for most in (7, 30)}
+    assert len(set(truth.values())) > 6
+
+    def ask(data, most, stream):
+        answer = server.chat([item(data)], max_tokens=most, stream=stream)
+        return "".join(event.choices[0].delta.content for event in answer) if stream else answer.choices[0].message.content
+
+    rows = server.metric("mmtx_batch_rows_sum"), server.metric("mmtx_batch_rows_count")
+    with ThreadPoolExecutor(len(asked)) as pool:
+        answers = list(pool.map(lambda one: ask(*one), asked))
+    assert answers == [truth[data, most] for data, most, _ in asked]
+    rows, batches = (server.metric(f"mmtx_batch_rows_{what}") - before for what, before in zip(("sum", "count"), rows))
+    assert rows == len(asked) and rows / batches > 2
+
+
+def test_a_seed_gives_the_same_answer_in_company(model, server, media):
+    options = {"temperature": 1.0, "top_p": 0.9, "seed": 5, "max_tokens": 20}
+    truth = [model.caption(marked(data), temperature=1.0, top_p=0.9, seed=5, max_new_tokens=20) for data in media]
+    with ThreadPoolExecutor(len(media)) as pool:
+        answers = list(pool.map(lambda data: server.chat([item(data)], **options).choices[0].message.content, media))
+    assert answers == truth
+    del options["seed"]
+    with ThreadPoolExecutor(8) as pool:
+        drawn = set(pool.map(lambda _: server.chat([item(media[0])], **options).choices[0].message.content, range(8)))
+    assert len(drawn) > 5
+
+
+def test_roles_become_turns(model, server):
+    messages = [("system", "be brief"), ("user", "a red circle"), ("assistant", "a blue"), ("user", "and?")]
+    answer = server.client.chat.completions.create(model=NAME, max_tokens=12,
+                                                   messages=[{"role": role, "content": text} for role, text in messages])
+    turns = [Turn("user" if role == "system" else role, tuple(model.encode_parts([text]))) for role, text in messages]
+    asked = prompt(Document(tuple(turns)), model.vocabulary)
+    (ids,) = model._answer([asked], "text", Sampling(max_new_tokens=12))
+    assert answer.choices[0].message.content == model.tokenizers["text"].decode(ids)
+    assert answer.usage.prompt_tokens == len(asked.ids)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_are_those_of_a_full_pass(model, server, media, stream):
+    answer = server.chat([item(media[1])], logprobs=True, top_logprobs=3, stream=stream)
+    told = ([one for event in answer if event.choices and event.choices[0].logprobs for one in event.choices[0].logprobs.content]
+            if stream else answer.choices[0].logprobs.content)
+    asked = model._prompt([marked(media[1])])
+    (written,) = model._answer([asked], "text", Sampling(max_new_tokens=16))
+    assert len(told) == len(written) > 8
+    ids = torch.tensor([*asked.ids, *written])[None]
+    with torch.inference_mode():
+        logits = model.decoder.logits(model.decoder(ids, torch.arange(ids.shape[1])[None]))[0, len(asked.ids) - 1:]
+    may_come = [*model.vocabulary.range("text"), model.vocabulary.end]
+    expected = logits[:, may_come].log_softmax(-1)
+    for one, ident, shares in zip(told, written, expected):
+        assert one.logprob == pytest.approx(float(shares[ident]), abs=1e-4)
+        assert [other.logprob for other in one.top_logprobs] == pytest.approx(shares.topk(3).values.tolist(), abs=1e-4)
+    assert b"".join(bytes(one.bytes) for one in told).decode(errors="replace") == model.tokenizers["text"].decode(written)
+
+
+def test_embeddings_are_the_mean_of_hidden_states(model, server, media):
+    inputs = ["a red circle", "", [item(media[0])]]
+    answer = server.client.embeddings.create(model=NAME, input=inputs)                               # base64
+    plain = server.client.embeddings.create(model=NAME, input=inputs[0], encoding_format="float")
+    for data, parts in zip(answer.data, (["a red circle"], [""], [marked(media[0])])):
+        ids = torch.from_numpy(model._prompt(parts).ids).long()[None]
+        with torch.inference_mode():
+            mean = model.decoder(ids, torch.arange(ids.shape[1])[None])[0].mean(0)
+        np.testing.assert_allclose(data.embedding, mean / mean.norm(), atol=1e-5)
+    np.testing.assert_allclose(plain.data[0].embedding, answer.data[0].embedding, atol=1e-6)
+    assert answer.usage.prompt_tokens == sum(len(model._prompt(parts).ids) for parts in (["a red circle"], [""], [marked(media[0])]))
+
+
+def test_completions_go_on_with_a_plain_document(model, server):
+    answer = server.client.completions.create(model=NAME, prompt="a red", max_tokens=8)
+    asked = prompt(Document((Turn(None, tuple(model.encode_parts(["a red"]))),)), model.vocabulary)
+    (ids,) = model._answer([asked], "document", Sampling(max_new_tokens=8))
+    texts = model.vocabulary.range("text")
+    assert answer.choices[0].text == model.tokenizers["text"].decode([ident for ident in ids if ident in texts])
+    assert answer.usage.prompt_tokens == len(asked.ids)
+
+
+def test_transcriptions_are_captions(model, server, media):
+    for form in ("json", "text"):
+        answer = server.client.audio.transcriptions.create(model=NAME, file=("a.wav", media[2]), response_format=form)
+        assert getattr(answer, "text", answer) == model.caption(marked(media[2]))
+
+
+def test_pictures_and_sounds_are_those_of_the_model(model, server):
+    options = {"temperature": 1.0, "seed": 2}
+    for size, pixels in (("auto", None), ("16x8", (8, 16))):
+        answer = server.client.images.generate(model=NAME, prompt="a red circle", size=size, extra_body=options)
+        drawn = Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json)))
+        assert np.array_equal(drawn, model.generate("a red circle", out="image", size=pixels, **options))
+    truth = model.generate("trumpet", out="audio", max_new_tokens=20, **options)
+    for form in ("wav", "flac", "mp3", "opus"):
+        answer = server.client.audio.speech.create(model=NAME, input="trumpet", voice="any", response_format=form,
+                                                   extra_body={**options, "max_tokens": 20})
+        samples, rate = soundfile.read(io.BytesIO(answer.read()))
+        assert rate == truth.rate and (form in ("mp3", "opus") or np.abs(samples - truth.samples).max() < 1e-3)
+
+
+def test_models_and_health(server):
+    assert [one.id for one in server.client.models.list()] == [NAME] == [server.client.models.retrieve(NAME).id]
+    assert json.load(urllib.request.urlopen(f"{server.address}/health", timeout=20)) == {"status": "ok"}
+
+
+# -- Bad requests --------------------------------------------------------------------------------------------
+
+
+def bomb(side: int) -> bytes:
+    """A small PNG of many pixels."""
+    file = io.BytesIO()
+    Image.new("1", (side, side)).save(file, "PNG")
+    return file.getvalue()
+
+
+def silence(seconds: float) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(int(seconds * 8000)), 8000, format="WAV")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("content", "options", "status", "told"), [
+    ([item(bomb(6000))], {}, 400, "messages[0].content[0].image_url.url: 6000 x 6000 pixels, expected up to 25000000"),
+    ([words("a"), item(b"RIFF0000WAVE")], {}, 400, "messages[0].content[1]"),
+    ([item(silence(70))], {}, 400, "found 70.0 s, expected up to 60 s"),
+    ([item(b"GIF89a")], {}, 400, "not a whole picture"),
+    ([{"type": "image_url", "image_url": {"url": "data:image/png;base64,%%%"}}], {}, 400, "not base64"),
+    ([{"type": "image_url", "image_url": {"url": "/etc/passwd"}}], {}, 400, "fetches nothing"),
+    ([{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}], {}, 400, "fetches nothing"),
+    ([{"type": "file", "file": {}}], {}, 400, "type"),
+    ("a", {"extra_body": {"guided": 1}}, 400, "guided"),
+    ("a", {"temperature": -1}, 400, "temperature: found -1.0"),
+    ("a", {"top_p": 2.0}, 400, "top_p"),
+    ("a", {"seed": -1}, 400, "seed"),
+    ("a", {"n": 2}, 400, "n: "),
+    ("a", {"max_tokens": 5000}, 400, "tokens"),
+    ("a" * 9000, {}, 400, "expected up to 4096 in all"),
+    ("a", {"stop": ["b"]}, 400, "stop"),
+])
+def test_a_mistake_is_told_in_the_form_of_the_api(server, content, options, status, told):
+    with pytest.raises(openai.APIStatusError) as error:
+        server.chat(content, **options)
+    assert error.value.status_code == status
+    assert told in error.value.body["message"] and error.value.body["type"] == "invalid_request_error"
+    assert server.chat("a").choices
+
+
+@pytest.mark.parametrize(("path", "body", "status"), [
+    ("/v1/chat/completions", b"{", 400),
+    ("/v1/chat/completions", b"[" * 100_000, 400),
+    ("/v1/chat/completions", b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}', 400),
+    ("/v1/chat/completions", b'{"model": "tiny", "messages": [], "temperature": NaN}', 400),
+    ("/v1/chat/completions", b'{"model": "tiny", "messages": [{"role": "user", "content": "a"}], "seed": ' + b"9" * 4000 + b"}", 400),
+    ("/v1/chat/completions", b"\xff\xfe", 400),
+    ("/v1/chat/completions", b'{"model": "other", "messages": [{"role": "user", "content": "a"}]}', 404),
+    ("/v1/nothing", b"{}", 404),
+    ("/v1/models", b"{}", 405),
+])
+def test_bodies_that_are_none(server, path, body, status):
+    head = f"POST {path} HTTP/1.1\nHost: localhost\nContent-Type: application/json\nConnection: close\nContent-Length: {len(body)}\n\n"
+    found, _, told = answer_of(server.raw(head, body))
+    assert found == status and told["error"]["message"] and set(told["error"]) == {"message", "type", "param", "code"}
+    assert len(told["error"]["message"]) <= 1000
+
+
+def test_no_address_is_fetched(server):
+    with serving({}) as other:
+        with pytest.raises(openai.BadRequestError):
+            server.chat([{"type": "image_url", "image_url": {"url": f"{other.address}/a.png"}}])
+        assert not other.asked
+
+
+# -- Limits --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small_server(model):
+    process = Process(model.folder, "--max_requests", "2", "--max_megabytes", "1", "--max_timeout", "2", key="secret")
+    yield process
+    process.close()
+
+
+HEAD = "POST /v1/chat/completions HTTP/1.1\nHost: 127.0.0.1\nAuthorization: Bearer secret\nContent-Type: application/json\n"
+
+
+def test_a_key_is_asked_for(small_server):
+    for head in (HEAD.replace("secret", "other"), HEAD.replace("Authorization: Bearer secret\n", "")):
+        status, _, told = answer_of(small_server.raw(f"{head}Content-Length: 2\n\n", b"{}"))
+        assert status == 401 and told["error"]["code"] == "invalid_api_key"
+    for path, status in (("/v1/models", 401), ("/metrics", 401), ("/health", 200)):
+        found, *_ = answer_of(small_server.raw(f"GET {path} HTTP/1.1\nHost: 127.0.0.1\nConnection: close\n\n"))
+        assert found == status
+
+
+def test_another_name_of_this_machine_is_refused(small_server):
+    head = HEAD.replace("127.0.0.1", "evil.example")
+    connection = small_server.raw(f"{head}Connection: close\nContent-Length: 2\n\n", b"{}")
+    with connection:
+        assert connection.recv(65536).startswith(b"HTTP/1.1 400")
+
+
+def test_a_large_body_is_refused_whether_its_size_is_told_or_not(small_server):
+    status, _, told = answer_of(small_server.raw(f"{HEAD}Content-Length: 1048577\n\n"))
+    assert status == 413 and told["error"]["code"] == "request_too_large"
+    connection = small_server.raw(f"{HEAD}Transfer-Encoding: chunked\n\n")
+    with contextlib.suppress(OSError):
+        for _ in range(17):
+            connection.sendall(b"10000\r\n" + bytes(0x10000) + b"\r\n")
+    assert connection.recv(65536).startswith(b"HTTP/1.1 413")
+    connection.close()
+
+
+def test_a_full_house_says_when_to_come_again(small_server):
+    slow = [small_server.raw(f"{HEAD}Content-Length: 9\n\n", b"{") for _ in range(2)]
+    deadline = time.monotonic() + 20
+    while True:
+        status, headers, told = answer_of(small_server.raw(f"{HEAD}Connection: close\nContent-Length: 2\n\n", b"{}"))
+        if status == 429 or time.monotonic() > deadline:
+            break
+    assert status == 429 and int(headers["retry-after"]) >= 1 and told["error"]["type"] == "rate_limit_error"
+    # Those who do not go on lose their place.
+    for connection in slow:
+        status, _, told = answer_of(connection)
+        assert status == 408 and told["error"]["code"] == "timeout"
+    assert small_server.chat("a").choices
+
+
+@pytest.fixture(scope="module")
+def endless(model):
+    """The folder of a model that never ends by itself."""
+    folder = model.folder.with_name("endless")
+    other = mmtx.load(model.folder, "cpu")
+    with torch.no_grad():
+        other.decoder.embedding.weight[model.vocabulary.end] = 0
+        other.decoder.norm.weight.mul_(0.01)
+    other.save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_goes_frees_a_place_at_once(endless_server, stream):
+    """90,000 tokens would take minutes."""
+    body = json.dumps({"model": NAME, "stream": stream, "temperature": 1.5, "max_tokens": 90_000,
+                       "messages": [{"role": "user", "content": "a"}]}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\nHost: localhost\nContent-Type: application/json\nContent-Length: {len(body)}\n\n"
+    connections = [endless_server.raw(head, body)]
+    endless_server.wait_for("mmtx_prompts_running", 1)
+    connections += [endless_server.raw(head, body) for _ in range(2)]
+    endless_server.wait_for("mmtx_requests_inside", 3)
+    for connection in connections:
+        connection.close()
+    endless_server.wait_for("mmtx_requests_inside", 0)
+    endless_server.wait_for("mmtx_prompts_running", 0)
+    assert endless_server.chat("a", max_tokens=2).usage.completion_tokens == 2
+
+
+@pytest.fixture(scope="module")
+def endless_server(endless):
+    process = Process(endless, "--max_tokens", "100000")
+    yield process
+    process.close()
+
+
+def test_an_answer_that_takes_too_long_ends(endless):
+    process = Process(endless, "--max_timeout", "1", "--max_tokens", "100000")
+    try:
+        with pytest.raises(openai.APIStatusError) as error:
+            process.chat("a", max_tokens=90_000)
+        assert error.value.status_code == 504
+        with pytest.raises(openai.APIError, match="not ready in time"):
+            list(process.chat("a", max_tokens=90_000, stream=True))
+        process.wait_for("mmtx_requests_inside", 0)
+        process.wait_for("mmtx_prompts_running", 0)
+    finally:
+        process.close()
+    assert process.process.returncode in (0, -signal.SIGTERM)
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", process.port), timeout=5)
+
+
+# -- Rows that nobody waits for ------------------------------------------------------------------------------
+
+
+def test_rows_that_are_not_wanted_end(model):
+    prompts = [model._prompt(word) for word in ("a", "red", "blue", "circle")]
+    sampling = Sampling(max_new_tokens=12)
+    alone = [model._answer([one], "text", sampling)[0] for one in prompts]
+    assert min(map(len, alone)) > 4
+    wanted, columns = torch.ones(4, dtype=torch.bool), []
+    for ids in model.stream_ids(prompts, sampling=sampling, wanted=wanted):
+        columns.append(ids.tolist())
+        if len(columns) == 2:
+            wanted[[0, 2, 3]] = False
+    rows = list(zip(*columns))
+    assert [ident for ident in rows[1] if ident not in (model.vocabulary.pad, model.vocabulary.end)] == alone[1]
+    assert all(set(rows[row][4:]) <= {model.vocabulary.pad} for row in (0, 2, 3))
+
+
+def test_a_port_that_is_taken_is_a_mistake_of_one_line(server, model):
+    done = subprocess.run([sys.executable, "-m", "mmtx", "serve", "--model", model.folder, "--port", str(server.port)],
+                          capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.startswith(f"mmtx: error: 127.0.0.1:{server.port}: cannot be listened at")
+    assert done.stderr.count("\n") == 1
