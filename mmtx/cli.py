@@ -376,7 +376,7 @@ def _inspect(options: argparse.Namespace) -> None:
             if isinstance(row, InputError):
                 skipped.skip(row)
                 continue
-            for sample, document in usable([row], model.tokenizers, skipped):
+            for sample, document in usable([row], model.tokenizers, skipped, patches=model.decoder.config.encoders):
                 left -= 1
                 rendered = render(document, v)
                 print(f"{legend}\n{sample.where}: {len(rendered.ids)} ids, {int(rendered.loss_mask.sum())} trained")

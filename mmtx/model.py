@@ -9,7 +9,7 @@ generated, what its encoder saw before the quantizer can enter in place of its c
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mmtx.errors import InputError
 from mmtx.layers import Block, BlockConfig, Packing, RMSNorm, initialise, rotary_embedding
+from mmtx.modality.autoencoder import EncoderConfig, GridEncoder
 from mmtx.modality.modality import MODALITIES, unknown
 from mmtx.schema import within
 from mmtx.sequence import Features
@@ -46,7 +47,8 @@ class DecoderConfig:
     """Sizes of the decoder; training fills in `vocabulary_size` and `composed` from the tokenizers.
 
     `composed` lists the id ranges whose rows are composed from digits; they end the vocabulary. `features` gives the
-    width of the continuous features of each kind of media that may stand in for their codes as inputs.
+    width of the continuous features of each kind of media that may stand in for their codes as inputs. Of the kinds in
+    `encoders` it is given patches instead, and has an encoder of its own that makes features of them.
     """
 
     vocabulary_size: int = 0
@@ -61,10 +63,13 @@ class DecoderConfig:
     tied: bool = True
     composed: tuple[CodeRange, ...] = ()
     features: Mapping[str, int] = field(default_factory=dict)
+    encoders: Mapping[str, EncoderConfig] = field(default_factory=dict)
 
     def __post_init__(self):
         ranges = tuple(r if isinstance(r, CodeRange) else CodeRange(r["start"], tuple(r["levels"])) for r in self.composed)
         object.__setattr__(self, "composed", ranges)
+        object.__setattr__(self, "encoders", {kind: given if isinstance(given, EncoderConfig) else EncoderConfig(**given)
+                                              for kind, given in self.encoders.items()})
         for name, most in (("width", 2**16), ("depth", 2**12), ("heads", 2**12), ("kv_heads", 2**12), ("head_dim", 2**12),
                            ("mlp_dim", 2**20)):
             within(name, getattr(self, name), 1, most)
@@ -75,6 +80,9 @@ class DecoderConfig:
             if kind not in MODALITIES:
                 raise unknown(kind, "features")
             within(f"features.{kind}", size, 1, 2**16)
+        for kind, encoder in self.encoders.items():
+            if encoder.width != self.features.get(kind):
+                raise InputError(f"encoders.{kind[:40]}: found width {encoder.width}, expected features of that width")
         digits = sum(level for r in ranges for level in r.levels)
         within("composed: ids times digits", sum(r.stop - r.start for r in ranges) * digits, 0, MOST_COMPOSED)
         if self.heads % self.kv_heads:
@@ -86,6 +94,13 @@ class DecoderConfig:
             if r.start != end:
                 raise InputError(f"composed: found a range at id {r.start}, expected it at {end}")
             end = r.stop
+
+    def values(self) -> dict:
+        """What config.json holds."""
+        values = asdict(self)
+        if not self.encoders:  # or models without would not be as they were before there were any
+            del values["encoders"]
+        return values
 
     @property
     def plain_rows(self) -> int:
@@ -151,6 +166,7 @@ class Decoder(nn.Module):
                             causal=True, norm_eps=config.norm_eps)
         self.embedding = TokenEmbedding(config)
         self.projections = nn.ModuleDict({kind: nn.Linear(size, config.width) for kind, size in config.features.items()})
+        self.encoders = nn.ModuleDict({kind: GridEncoder(encoder) for kind, encoder in config.encoders.items()})
         self.blocks = nn.ModuleList(Block(block) for _ in range(config.depth))
         self.norm = RMSNorm(config.width, eps=config.norm_eps)
         self.output = None if config.tied else TokenEmbedding(config)
@@ -170,7 +186,10 @@ class Decoder(nn.Module):
         x = self.embedding(ids)
         for kind, given in (features or {}).items():
             if kind in self.projections:
-                values = self.projections[kind](given.values.to(self.embedding.weight.dtype))
+                values = given.values.to(self.embedding.weight.dtype)
+                if kind in self.encoders:
+                    values = self.encoders[kind](values, given.grids)
+                values = self.projections[kind](values)
                 x = x.flatten(0, 1).index_copy(0, given.places, values.to(x.dtype)).view_as(x)
         return x
 

@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral, Real
 from operator import index
@@ -147,6 +147,9 @@ def load(folder: str | Path | None = None, device: str | torch.device | None = N
     for kind, width in config.features.items():
         if width != (found := getattr(tokenizers.get(kind), "feature_width", 0)):
             raise InputError(f"{folder}: the decoder takes features of {kind} of width {width}, its tokenizer gives {found}")
+    for kind, encoder in config.encoders.items():
+        if encoder.patch != (found := tokenizers[kind].encoder_config.patch):
+            raise InputError(f"{folder}: the decoder takes patches of {kind} of {encoder.patch} numbers, its tokenizer gives {found}")
     decoder = load_module(lambda: Decoder(config), folder / "model.safetensors")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Model(decoder, vocabulary, tokenizers).to(device).prepare_for_inference()
@@ -167,7 +170,7 @@ def _read_config(folder: Path) -> DecoderConfig:
         raise InputError(f"{path}: not a model of mmtx (expected \"format\": {FORMAT})")
     if values.keys() != {"format", "decoder"}:
         raise InputError(f"{path}: found the fields {shown(', '.join(values))}, expected decoder, format")
-    return build(DecoderConfig, values["decoder"], path, "decoder")
+    return build(DecoderConfig, values["decoder"], path, "decoder", optional=("encoders",))
 
 
 class Model:
@@ -229,7 +232,7 @@ class Model:
     def _files(self) -> Iterator[tuple[str, bytes]]:
         """What `save` writes, one file after another."""
         yield "model.safetensors", to_bytes(self.decoder.state_dict())
-        yield CONFIG, write_json({"format": FORMAT, "decoder": asdict(self.decoder.config)})
+        yield CONFIG, write_json({"format": FORMAT, "decoder": self.decoder.config.values()})
         yield "vocabulary.json", self.vocabulary.to_json()
         for kind, tokenizer in self.tokenizers.items():
             for name, content in tokenizer.files().items():
@@ -517,7 +520,7 @@ class Model:
             with numbered("item", i, len(media)):
                 held.append(self._read(media[i]))
             if sum(medium.numel() for medium in held) >= BATCH_VALUES or i == chosen[-1]:
-                encodings += self.tokenizers[kind].embed_batch(held)
+                encodings += self.tokenizers[kind].embed_batch(held, kind in self.decoder.encoders)
                 held.clear()
         return encodings
 

@@ -52,7 +52,7 @@ def report(model: Model, held_out: Sequence[DataSource], train: Sequence[DataSou
     controls: dict[str, dict[str, NearestNeighbour]] = {}
     for source in held_out:
         found = read_sources([source], max_bad)
-        pairs = usable(found.samples, model.tokenizers, found.counters[0], progress("encode"))
+        pairs = usable(found.samples, model.tokenizers, found.counters[0], progress("encode"), model.decoder.config.encoders)
         found.finish()
         if not pairs:
             raise InputError(f"no sample can be used: {found.counters[0].summary()}")

@@ -29,6 +29,7 @@ class Span(NamedTuple):
     kind: str
     start: int  # place of its first code in the stream
     values: Tensor  # (codes, D)
+    grid: tuple[int, int] | None = None  # rows and columns of the codes; None where only features are stored
 
 
 class Rendered(NamedTuple):
@@ -51,6 +52,7 @@ class Features(NamedTuple):
 
     places: Tensor  # (n,) indices into the B*T flat tokens
     values: Tensor  # (n, D)
+    grids: tuple[tuple[int, int], ...] = ()  # rows and columns of each picture or sound, one behind another
 
 
 def render(document: Document, vocabulary: Vocabulary) -> Rendered:
@@ -65,7 +67,7 @@ def render(document: Document, vocabulary: Vocabulary) -> Rendered:
         for part, ids in zip(turn.parts, parts, strict=True):
             if turn.role == "user" and (features := getattr(part, "features", None)) is not None:
                 first = place + (3 if v.layout(part.kind) == "grid" else 1)  # behind <kind> <h> <w>, or <kind>
-                spans.append(Span(part.kind, first, features.flatten(0, 1)))
+                spans.append(Span(part.kind, first, features.flatten(0, 1), tuple(features.shape[:2])))
             pieces.append(ids)
             place += len(ids)
         if turn.role is not None:
@@ -89,13 +91,15 @@ def prompt(document: Document, vocabulary: Vocabulary) -> Prompt:
 
 def gather_features(streams: Iterable[tuple[int, Sequence[Span]]]) -> dict[str, Features]:
     """(place of its first token in the batch, spans) of each stream -> the features of each kind."""
-    found: dict[str, tuple[list, list]] = {}
+    found: dict[str, tuple[list, list, list]] = {}
     for start, spans in streams:
         for span in spans:
-            places, values = found.setdefault(span.kind, ([], []))
+            places, values, grids = found.setdefault(span.kind, ([], [], []))
             places.append(torch.arange(len(span.values)) + (start + span.start))
             values.append(span.values)
-    return {kind: Features(torch.cat(places), torch.cat(values)) for kind, (places, values) in found.items()}
+            grids.append(span.grid)
+    return {kind: Features(torch.cat(places), torch.cat(values), tuple(grids))
+            for kind, (places, values, grids) in found.items()}
 
 
 def trained(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:

@@ -35,6 +35,7 @@ class Case(NamedTuple):
     large: int
     weights: LossWeights
     continuous_inputs: bool = False
+    train_encoder: bool = False
 
 
 class Noting(DecoderModule):
@@ -57,7 +58,8 @@ def gradients(folders: TokenizerFolders, case: Case, tokens: int, strategy: str 
     data.setup("fit")
     batches = len(PackedBatches(data.train_documents, data.vocabulary, tokens))
     assert batches % ranks == 0
-    module = Noting(DECODER, OptimizerConfig(learning_rate=0.0), 0.1, case.continuous_inputs, case.weights)
+    module = Noting(DECODER, OptimizerConfig(learning_rate=0.0), 0.1, case.continuous_inputs, case.weights,
+                    train_encoder=case.train_encoder)
     trainer = Trainer(accelerator="cpu", devices=ranks, strategy=strategy or "auto", max_steps=1,
                       accumulate_grad_batches=batches // ranks, limit_val_batches=0, logger=False,
                       enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
@@ -150,7 +152,8 @@ def test_one_batch_many_batches_two_ranks_and_the_loss_by_hand_have_the_same_gra
 
 
 @pytest.mark.slow
-def test_ranks_whose_batches_hold_other_media_have_the_same_gradients(tokenizers, tmp_path):
+@pytest.mark.parametrize("train_encoder", [False, True])
+def test_ranks_whose_batches_hold_other_media_have_the_same_gradients(tokenizers, tmp_path, train_encoder):
     for kind, tokenizer in tokenizers.items():
         tokenizer.save(tmp_path / kind)
     folders = TokenizerFolders(*(str(tmp_path / kind) for kind in ("text", "image", "audio")))
@@ -158,7 +161,7 @@ def test_ranks_whose_batches_hold_other_media_have_the_same_gradients(tokenizers
     data = DecoderData(folders, sources, sources, max_seq_len=1024)
     data.setup("fit")
     lengths = data.train_documents.lengths - 1
-    case = Case(sources, int(lengths.max()), int(lengths.sum()), LossWeights(special=2.0), continuous_inputs=True)
+    case = Case(sources, int(lengths.max()), int(lengths.sum()), LossWeights(special=2.0), True, train_encoder)
     assert worst_error(folders, [case]) < 1e-5
 
 

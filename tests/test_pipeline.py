@@ -207,7 +207,7 @@ def work(lively_model, monkeypatch):
     embed = tokenizer.embed_batch
     monkeypatch.setattr(TorchEngine, "_prefill", lambda engine, x, *more: (prefilled.append(x[..., 0].numel()),
                                                                            begin(engine, x, *more))[1])
-    monkeypatch.setattr(tokenizer, "embed_batch", lambda media: (held.append(sum(map(len, media))), embed(media))[1])
+    monkeypatch.setattr(tokenizer, "embed_batch", lambda media, *more: (held.append(sum(map(len, media))), embed(media, *more))[1])
     return prefilled, held
 
 
@@ -596,8 +596,8 @@ def test_stream_of_mixed_parts_adds_up_to_generate(tiny_model, monkeypatch):
     euro = text.encode("\u20ac")  # three bytes, of which two are no character
     written = [*text.encode("a b"), *euro[:2], *picture, *text.encode("c"), *picture, *euro, v.end, v.pad]
     assert len(euro) == 3
-    monkeypatch.setattr("mmtx.pipeline.steps", lambda *_: iter(torch.tensor(written)[:, None]))
-    monkeypatch.setattr("mmtx.pipeline.generate", lambda *_: [np.array(written[:-1])])
+    monkeypatch.setattr("mmtx.pipeline.steps", lambda *_, **options: iter(torch.tensor(written)[:, None]))
+    monkeypatch.setattr("mmtx.pipeline.generate", lambda *_, **options: [np.array(written[:-1])])
     merged = []
     for part in tiny_model.stream("a", out="any"):
         if isinstance(part, str) and merged and isinstance(merged[-1], str):

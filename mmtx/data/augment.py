@@ -10,13 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from mmtx.schema import within
+
+EQUALISED = 8  # bands
+LOWEST = 60    # Hz, of the lowest of them
+
 
 @dataclass(frozen=True)
 class ImageAugmentation:
     """Ranges of the changes to a picture; 0 turns one off.
 
     zoom: size factor in [1/(1+zoom), 1+zoom]; stretch: the same for the ratio of the sides; shift: share of a side;
-    turn: degrees; colour: saturation factor in [1-colour, 1+colour], and gamma of each channel by half as much.
+    turn: degrees; colour: saturation factor in [1-colour, 1+colour], and gamma of each channel by half as much; hue:
+    degrees; shear: share of a side; soften: blocks of up to that many pixels more than one a side; cut: a side of a
+    rectangle that is painted over, as a share of the picture's, in half of the pictures; tint: share by which paper may be
+    darker than white. `grey`, `outline` (edges as dark lines) and `negative` are shares of pictures: icons of one colour
+    have the shapes of coloured ones. Colours that a caption names are then gone, so the shares are to be small.
     """
 
     zoom: float = 0.25
@@ -24,6 +33,18 @@ class ImageAugmentation:
     shift: float = 0.1
     turn: float = 8.0
     colour: float = 0.5
+    hue: float = 0.0
+    shear: float = 0.0
+    soften: float = 0.0
+    cut: float = 0.0
+    tint: float = 0.0
+    grey: float = 0.0
+    outline: float = 0.0
+    negative: float = 0.0
+
+    def __post_init__(self):
+        for name in ("cut", "tint", "grey", "outline", "negative"):
+            within(f"image_augmentation.{name}", getattr(self, name), 0, 1)
 
     def __call__(self, picture: Tensor, generator: Generator) -> Tensor:
         """uint8 (3, H, W) -> uint8 (3, H, W); what comes in from outside is white."""
@@ -33,12 +54,14 @@ class ImageAugmentation:
         ratio = (1 + self.stretch) ** (stretch / 2)
         angle = math.radians(self.turn) * turn
         cos, sin = math.cos(angle), math.sin(angle)
-        matrix = torch.tensor([[[size * ratio * cos, -size / ratio * sin, 2 * self.shift * right],
-                                [size * ratio * sin, size / ratio * cos, 2 * self.shift * down]]])
+        slant = self.shear * (2 * float(torch.rand((), generator=generator)) - 1) if self.shear else 0.0
+        matrix = torch.tensor([[[size * ratio * cos, size / ratio * (slant * cos - sin), 2 * self.shift * right],
+                                [size * ratio * sin, size / ratio * (slant * sin + cos), 2 * self.shift * down]]])
         # Ink on white: outside of the picture grid_sample gives 0, which is white here.
         ink = 1 - picture[None].float() / 255
         grid = F.affine_grid(matrix, list(ink.shape), align_corners=False)
         light = 1 - F.grid_sample(ink, grid, mode="bilinear", align_corners=False)[0]
+        light = self._repaint(light, generator)
         if self.colour:
             grey = light.mean(0, keepdim=True)
             light = (grey + (light - grey) * (1 + self.colour * saturation)).clamp(0, 1)
@@ -46,14 +69,67 @@ class ImageAugmentation:
             light = light.pow(gamma[:, None, None])
         return (light * 255).round().to(torch.uint8)
 
+    def _repaint(self, light: Tensor, generator: Generator) -> Tensor:
+        """Light (3, H, W) in [0, 1] -> the same shapes in other colours, or partly hidden; draws nothing where all is off."""
+        rand = lambda *size: torch.rand(size, generator=generator)
+        if self.hue:
+            light = turn_hue(light, math.radians(self.hue) * float(2 * rand() - 1)).clamp(0, 1)
+        if self.soften:
+            light = soften(light, 1 + self.soften * float(rand()))
+        shares = (self.grey, self.outline, self.negative)
+        if any(shares):
+            chance, depth = rand(2).tolist()
+            if chance < sum(shares[:2]):
+                light = (light.mean(0, keepdim=True) if chance < self.grey else outline(light, 1 + 2 * depth)).expand(3, -1, -1)
+            if rand() < self.negative:
+                light = 1 - light
+        if self.tint:
+            light = light * (1 - self.tint * rand(3, 1, 1) * rand())
+        if self.cut and rand() < 0.5:
+            height, width = light.shape[1:]
+            tall, wide, top, left, *colour = rand(7).tolist()
+            tall, wide = round(self.cut * tall * height), round(self.cut * wide * width)
+            top, left = round(top * (height - tall)), round(left * (width - wide))
+            light = light.clone()
+            light[:, top:top + tall, left:left + wide] = torch.tensor(colour)[:, None, None]
+        return light
+
+
+def turn_hue(light: Tensor, angle: float) -> Tensor:
+    """Light (3, H, W) with its colours turned around the grey axis by an angle in radians."""
+    cos, sin = math.cos(angle), math.sin(angle) / math.sqrt(3)
+    share = (1 - cos) / 3
+    matrix = torch.tensor([[cos + share, share - sin, share + sin],
+                           [share + sin, cos + share, share - sin],
+                           [share - sin, share + sin, cos + share]])
+    return torch.einsum("oc,chw->ohw", matrix, light)
+
+
+def soften(light: Tensor, pixels: float) -> Tensor:
+    """Light (3, H, W) as if one pixel of it had been `pixels` a side."""
+    height, width = light.shape[1:]
+    small = F.interpolate(light[None], (max(1, round(height / pixels)), max(1, round(width / pixels))), mode="area")
+    return F.interpolate(small, (height, width), mode="bilinear", align_corners=False)[0]
+
+
+def outline(light: Tensor, strength: float) -> Tensor:
+    """Light (3, H, W) -> (1, H, W): dark lines on white where neighbours differ."""
+    padded = F.pad(light[None], (1, 1, 1, 1), mode="replicate")[0]
+    across = padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2]
+    down = padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1]
+    return (1 - strength * torch.hypot(across, down).amax(0, keepdim=True)).clamp(0, 1)
+
 
 @dataclass(frozen=True)
 class AudioAugmentation:
     """Ranges of the changes to a sound; 0 turns one off.
 
     shift: seconds forward or back (silence fills the gap); tilt: highs against lows, in [0, 1); noise: amplitude;
-    gain: loudness factor in [1 - gain, 1]; speed: semitones up or down by which it plays faster or slower, for codecs
-    and vocoders alone: a caption that names a note would become false.
+    gain: loudness factor in [1 - gain, 1]; speed: semitones up or down by which it plays faster or slower. Below half a
+    semitone a note keeps its name; more is for codecs and vocoders alone, since a caption that names it would become false.
+    equalise: decibels by which each of EQUALISED bands is louder or softer; notch: octaves that are taken out, in half of
+    the sounds; gap: seconds of silence within, in half of the sounds; fade: decibels by which the end is softer or louder;
+    reverb: seconds in which an echo of up to the sound's own loudness decays by 60 dB, at most.
     """
 
     shift: float = 0.1
@@ -61,6 +137,11 @@ class AudioAugmentation:
     noise: float = 0.003
     gain: float = 0.6
     speed: float = 0.0
+    equalise: float = 0.0
+    notch: float = 0.0
+    gap: float = 0.0
+    fade: float = 0.0
+    reverb: float = 0.0
 
     def __call__(self, waveform: Tensor, rate: int, generator: Generator) -> Tensor:
         """Waveform (S,) at `rate` -> waveform (S,)."""
@@ -75,5 +156,38 @@ class AudioAugmentation:
         else:
             moved = F.pad(waveform[-samples:], (0, min(-samples, len(waveform))))
         moved = moved + (2 * tilt - 1) * self.tilt * F.pad(moved, (1, 0))[:-1]
-        moved = moved * (1 - gain * self.gain)
+        moved = self._colour(moved, rate, generator) * (1 - gain * self.gain)
         return moved + noise * self.noise * torch.randn(len(moved), generator=generator)
+
+    def _colour(self, waveform: Tensor, rate: int, generator: Generator) -> Tensor:
+        """Waveform (S,) as another room, instrument or microphone might have it; draws nothing where all is off."""
+        rand = lambda *size: torch.rand(size, generator=generator)
+        length = len(waveform)
+        if self.fade:
+            waveform = waveform * 10 ** (self.fade * float(2 * rand() - 1) / 20 * torch.linspace(0, 1, length))
+        if self.equalise or self.notch or self.reverb:
+            loudest = waveform.abs().max()
+            size = 2 * length if self.reverb else length
+            spectrum = torch.fft.rfft(waveform, size)
+            octave = (torch.linspace(0, rate / 2, len(spectrum)) / LOWEST).clamp_min(1).log2()  # above LOWEST Hz
+            if self.equalise:
+                place = octave / octave[-1] * (EQUALISED - 1)
+                low = place.long().clamp_max(EQUALISED - 2)
+                level = self.equalise * (2 * rand(EQUALISED) - 1)
+                spectrum = spectrum * 10 ** (torch.lerp(level[low], level[low + 1], place - low) / 20)
+            if self.notch and rand() < 0.5:
+                wide, first = (self.notch * rand()), rand()
+                spectrum = torch.where((octave - first * (octave[-1] - wide)).sub(wide / 2).abs() < wide / 2, 0, spectrum)
+            if self.reverb:
+                seconds, wet = rand(2).tolist()
+                time = torch.arange(length) / rate
+                echo = torch.randn(length, generator=generator) * 10 ** (-3 * time / (self.reverb * max(seconds, 0.01)))
+                spectrum = spectrum * (1 + wet * torch.fft.rfft(echo / echo.norm(), size))
+            waveform = torch.fft.irfft(spectrum, size)[:length]
+            waveform = waveform * (loudest / waveform.abs().max().clamp_min(1e-6))
+        if self.gap and rand() < 0.5:
+            silent = round(self.gap * float(rand()) * rate)
+            first = round(float(rand()) * max(0, length - silent))
+            waveform = waveform.clone()
+            waveform[first:first + silent] = 0
+        return waveform

@@ -1,6 +1,6 @@
 """The sources of a run as one list of documents: media that are encoded when a batch asks for them, and prepared shards."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import NamedTuple
@@ -82,9 +82,13 @@ def read_corpus(
     seed: int = 0,
     max_bad: float = MAX_BAD,
     features: bool = False,
+    patches: Collection[str] = (),
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Corpus:
-    """Open all sources. Raises InputError as `Documents` and `Prepared` do; `features`: whether the decoder takes them."""
+    """Open all sources. Raises InputError as `Documents` and `Prepared` do.
+
+    `features`: whether the decoder takes them; `patches`: the kinds of which it takes patches instead.
+    """
     parts, repeats, number = [], [], 0
     common = dict(max_seq_len=max_seq_len, augmentation=augmentation, seed=seed)
     whole = [replace(source, paths=[path for pattern in source.paths for path in expand(pattern)]) for source in sources]
@@ -92,14 +96,15 @@ def read_corpus(
         if not prepared:
             found = read_sources(list(group), max_bad)
             parts.append(Documents(found.samples, tokenizers, vocabulary, counters=found.counters, first=number,
-                                   progress=progress, **common))
+                                   patches=patches, progress=progress, **common))
             found.finish()
             repeats.append(np.array(found.repeats)[np.array(parts[-1].numbers) - number])
             number += len(found.samples)
             continue
         for source in group:
             for path in source.paths:
-                parts.append(Prepared(source, path, vocabulary, max_bad=max_bad, first=number, features=features, **common))
+                parts.append(Prepared(source, path, vocabulary, max_bad=max_bad, first=number, features=features,
+                                      patches=patches, **common))
                 repeats.append(source.repeat)
                 number += parts[-1].samples
     return Corpus(parts, repeats)

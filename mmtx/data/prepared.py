@@ -14,7 +14,7 @@ Shapes: T tokens of a document, D width of features, S shards.
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -124,8 +124,10 @@ class Prepared:
         max_bad: float = MAX_BAD,
         first: int = 0,
         features: bool = False,
+        patches: Collection[str] = (),
     ):
-        """`first` is the number of the first sample; `features` says whether the decoder takes them.
+        """`first` is the number of the first sample; `features` says whether the decoder takes them, `patches` of which
+        kinds it takes patches instead.
 
         Raises InputError for a folder that is not whole, other tokenizers, or what can be done to media only.
         """
@@ -139,7 +141,7 @@ class Prepared:
         whole = read(join(path, DONE), MOST_FACTS)
         self.folder = Path(path) if self.remote is None else cache() / hashlib.sha256(whole).hexdigest()[:32]
         self.facts = facts = Facts.of(whole, f"{self.path}/{DONE}")
-        self._check(source, facts, augmentation, features)
+        self._check(source, facts, augmentation, features, patches)
         self._fetch(INDEX)
         self.index = index = tensors(self.folder / INDEX)
         self._check_index(index)
@@ -281,7 +283,8 @@ class Prepared:
             raise InputError(f"{self.path}/{path.name}: found no checksum in its metadata, expected one of `mmtx prepare`")
         return found
 
-    def _check(self, source: DataSource, facts: Facts, augmentation: Augmentation, features: bool) -> None:
+    def _check(self, source: DataSource, facts: Facts, augmentation: Augmentation, features: bool,
+               patches: Collection[str]) -> None:
         """Raise InputError unless a run can train on this folder."""
         entries = {entry.kind: entry for entry in self.vocabulary.entries}
         for made in facts.vocabulary.entries:
@@ -303,6 +306,10 @@ class Prepared:
             if change is not None and kind in facts.media:
                 raise InputError(f"{kind}_augmentation: {self.path} is prepared, what its media look or sound like cannot "
                                  "change; expected null, or the media themselves")
+        for kind in facts.media:
+            if self.vocabulary.levels(kind) and kind in patches:
+                raise InputError(f"{self.path}: prepared, which stores no patches of {kind}; the decoder takes them "
+                                 "(train_encoder: true), expected the media themselves")
         for kind in facts.media if features else ():
             if self.vocabulary.levels(kind) and kind not in facts.features:
                 raise InputError(f"{self.path}: prepared without features of {kind}, the decoder takes them "

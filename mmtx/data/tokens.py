@@ -4,7 +4,7 @@ Shapes: T tokens of a document, h rows and w columns of codes (time steps and ba
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple, Protocol
 
@@ -61,11 +61,14 @@ class Documents:
         max_seq_len: int,
         augmentation: Augmentation = Augmentation(),
         seed: int = 0,
+        patches: Collection[str] = (),
         counters: Sequence[SkipCounter] | None = None,
         first: int = 0,
         progress: Callable[[Iterable], Iterable] = iter,
     ):
         """Samples that cannot be read, or that need more than `max_seq_len` tokens, are skipped.
+
+        Of the kinds in `patches` media come with their patches, for a decoder with encoders, and not with features.
 
         `counters` are those of the source of each sample, and say how many may be; without them all are of one source.
         `first` is the number of the first sample, by which its views are seeded.
@@ -73,6 +76,7 @@ class Documents:
         if counters is None:
             counters = [SkipCounter(MAX_BAD, len(samples))] * len(samples)
         self.tokenizers, self.vocabulary, self.augmentation, self.seed = tokenizers, vocabulary, augmentation, seed
+        self.patches = patches
         self.samples: list[Sample] = []  # those that can be used
         self.numbers: list[int] = []     # which of the given samples they are, from `first`
         lengths, digests = [], []
@@ -106,7 +110,7 @@ class Documents:
         seeds = [seed_of(self.seed, self.numbers[sample], view) for sample, view in chosen]
         samples = [_drop(self.samples[sample], seed) for (sample, _), seed in zip(chosen, seeds, strict=True)]
         media = [load_sample(sample, self.tokenizers) for sample in samples]
-        documents = encode_samples(samples, media, self.tokenizers, self.augmentation, seeds)
+        documents = encode_samples(samples, media, self.tokenizers, self.augmentation, seeds, self.patches)
         return [render(document, self.vocabulary) for document in documents]
 
     def _measure(self, sample: Sample, max_seq_len: int, digest: Digest) -> Rendered:
@@ -144,13 +148,14 @@ def load_media(media: Media, tokenizers: Mapping[str, Tokenizer], digest: Digest
 
 
 def to_documents(samples: Sequence[Sample], tokenizers: Mapping[str, Tokenizer],
-                 progress: Callable[[Iterable], Iterable] = iter) -> list[Document]:
+                 progress: Callable[[Iterable], Iterable] = iter, patches: Collection[str] = ()) -> list[Document]:
     """Samples as documents of codes, as they are. Raises InputError on the first that cannot be read."""
-    return [document for _, document in usable(samples, tokenizers, None, progress)]
+    return [document for _, document in usable(samples, tokenizers, None, progress, patches)]
 
 
 def usable(samples: Sequence[Sample], tokenizers: Mapping[str, Tokenizer], skipped: SkipCounter | None,
-           progress: Callable[[Iterable], Iterable] = iter) -> list[tuple[Sample, Document]]:
+           progress: Callable[[Iterable], Iterable] = iter,
+           patches: Collection[str] = ()) -> list[tuple[Sample, Document]]:
     """Samples with their documents of codes; those that cannot be read are left out and counted, or raise InputError."""
     found = []
     for first in progress(range(0, len(samples), ENCODE_AT_ONCE)):
@@ -163,7 +168,7 @@ def usable(samples: Sequence[Sample], tokenizers: Mapping[str, Tokenizer], skipp
                 if skipped is None:
                     raise
                 skipped.skip(error)
-        documents = encode_samples(chunk, loaded, tokenizers, Augmentation(), [0] * len(chunk))
+        documents = encode_samples(chunk, loaded, tokenizers, Augmentation(), [0] * len(chunk), patches)
         found += zip(chunk, documents, strict=True)
     return found
 
@@ -181,7 +186,8 @@ def load_sample(sample: Sample, tokenizers: Mapping[str, Tokenizer], digest: Dig
     return [load_media(part, tokenizers, digest) for turn in sample.turns for part in turn.parts if isinstance(part, Media)]
 
 
-def encode_samples(samples, loaded, tokenizers, augmentation: Augmentation, seeds) -> list[Document]:
+def encode_samples(samples, loaded, tokenizers, augmentation: Augmentation, seeds,
+                   patches: Collection[str] = ()) -> list[Document]:
     """Samples and their media -> documents; all media of a kind go through the tokenizer together."""
     queues: dict[str, list] = {}
     for sample, tensors, seed in zip(samples, loaded, seeds, strict=True):
@@ -192,7 +198,7 @@ def encode_samples(samples, loaded, tokenizers, augmentation: Augmentation, seed
             if change and role != "assistant":  # what is to be made is learnt as it is
                 tensor = augmentation.of(part.kind, tensor, tokenizers[part.kind], generator)
             queues.setdefault(part.kind, []).append(tensor)
-    encodings = {kind: iter(tokenizers[kind].embed_batch(queue)) for kind, queue in queues.items()}
+    encodings = {kind: iter(tokenizers[kind].embed_batch(queue, kind in patches)) for kind, queue in queues.items()}
     return [_document(sample, tokenizers, encodings) for sample in samples]
 
 

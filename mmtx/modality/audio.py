@@ -238,15 +238,15 @@ class AudioTokenizer(Codec):
         return [item.T.flip(0).cpu().expand(3, -1, -1) for item in grey]
 
     @neutral()
-    def embed_batch(self, waveforms: Sequence[Tensor]) -> list[Encoding]:
-        """Waveforms of any lengths -> codes (t, bands) and features (t, bands, D) of each."""
+    def embed_batch(self, waveforms: Sequence[Tensor], patches: bool = False) -> list[Encoding]:
+        """Waveforms of any lengths -> codes (t, bands) and features (t, bands, D) or `patches` (t, bands, P) of each."""
         chunks, counts = [], []
         for waveform in waveforms:
             pieces = [piece for columns in self._column_pieces(self._padded(waveform))
                       for piece in self._to_grid(columns).split(self.config.chunk)]
             chunks.extend(pieces)
             counts.append(len(pieces))
-        pieces = iter(self.embed_grids(chunks))
+        pieces = iter(self.embed_grids(chunks, patches))
         encodings = []
         for count in counts:
             codes, features = zip(*(next(pieces) for _ in range(count)))

@@ -21,7 +21,8 @@ from mmtx.schema import shown
 
 
 class Encoding(NamedTuple):
-    """A medium as codes (h, w), and as features (h, w, D): what the encoder made of each patch before the quantizer.
+    """A medium as codes (h, w), and as features (h, w, D): what the encoder made of each patch before the quantizer, or the
+    patches themselves (h, w, P), for a decoder that has an encoder of its own.
 
     Features are float16, as prepared shards store them, so that a decoder sees the same wherever they come from; None where
     the tokenizer has none.
@@ -114,8 +115,11 @@ class MediaTokenizer(Tokenizer):
         """Rows and columns of the codes of a medium, without encoding it."""
 
     @abstractmethod
-    def embed_batch(self, media: Sequence[Tensor]) -> list[Encoding]:
-        """Media of any sizes -> codes and features of each, the same for a medium whatever comes beside it."""
+    def embed_batch(self, media: Sequence[Tensor], patches: bool = False) -> list[Encoding]:
+        """Media of any sizes -> codes and features of each, the same for a medium whatever comes beside it.
+
+        With `patches` the features are what the encoder reads: (h, w, P), for a decoder that trains a copy of the encoder.
+        """
 
     def encode_batch(self, media: Sequence[Tensor]) -> list[np.ndarray]:
         """Media of any sizes -> codes (h, w) of each."""

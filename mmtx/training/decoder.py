@@ -132,16 +132,17 @@ class DecoderData(LightningDataModule):
 
     def _read(self, sources: list[DataSource], name: str, **more: Any) -> Corpus:
         return read_corpus(sources, self.tokenizers, self.vocabulary, max_seq_len=self.max_seq_len, seed=self.seed,
-                           max_bad=self.max_bad, features=self._continuous(), progress=progress(name), **more)
+                           max_bad=self.max_bad, features=self._takes("continuous_inputs"),
+                           patches=self.tokenizers if self._takes("train_encoder") else (), progress=progress(name), **more)
 
     @property
     def contents(self) -> dict[str, list[Content]]:
         """What a resumed run must find as it was."""
         return {"data.train": self.train_documents.contents(), "data.validation": self.validation_documents.contents()}
 
-    def _continuous(self) -> bool:
-        """Whether the decoder takes features."""
-        return getattr(getattr(self.trainer, "lightning_module", None), "continuous_inputs", False)
+    def _takes(self, option: str) -> bool:
+        """Whether the decoder is trained with one of the options that say how media enter."""
+        return getattr(getattr(self.trainer, "lightning_module", None), option, False)
 
     def sample_names(self, batch: Batch) -> list[str]:
         """File and row of each sample of a training batch."""
@@ -195,14 +196,17 @@ class DecoderModule(TestedAsValidated):
         loss_weights: LossWeights = LossWeights(),
         init_from: str | None = None,
         tokenizers: TokenizerFolders | None = None,
+        train_encoder: bool = False,
     ):
         """
         Args:
-            decoder: sizes of the network; `vocabulary_size`, `composed` and `features` come from the tokenizers.
+            decoder: sizes of the network; `vocabulary_size`, `composed`, `features` and `encoders` come from the tokenizers.
             optimizer: learning rate and schedule.
             z_loss: weight of the squared log-sum-exp of the scores, which keeps them from drifting.
             continuous_inputs: let pictures and sounds of user turns enter as the features that their encoder saw before the
                 quantizer. What is generated is made of codes either way.
+            train_encoder: with `continuous_inputs`, the decoder has its own copy of these encoders, which is trained along.
+                The tokenizers, and so all codes, stay as they are.
             loss_weights: what targets of each modality count for; the loss is the weighted mean over all targets.
             init_from: folder of a finished model with this configuration and text tokenizer, whose weights to start from.
                 Its other tokenizers may have been retrained: what their codes stand for is then learnt anew.
@@ -213,7 +217,10 @@ class DecoderModule(TestedAsValidated):
         self.finished: Path | None = None  # the folder of `init_from` if tokenizers and all must be the same
         self.tokenizers = None if tokenizers is None else tokenizers.load()
         self.config, self.optimizer_config = decoder, optimizer
-        self.z_loss, self.continuous_inputs = z_loss, continuous_inputs
+        self.z_loss, self.continuous_inputs, self.train_encoder = z_loss, continuous_inputs, train_encoder
+        if train_encoder and not continuous_inputs:
+            raise InputError("train_encoder: found true with continuous_inputs: false, expected continuous_inputs: true, since "
+                             "codes need no encoder")
         self.weights_by_kind = asdict(loss_weights)
         self.decoder: Decoder | None = None
 
@@ -226,10 +233,15 @@ class DecoderModule(TestedAsValidated):
         self.loss_weights = tuple(self.weights_by_kind[kind] for kind in vocabulary.modality_names)
         ranges = [CodeRange(vocabulary.range(kind).start, levels) for kind in vocabulary.kinds
                   if (levels := vocabulary.levels(kind))]
-        widths = {kind: self.tokenizers[kind].feature_width for kind in vocabulary.kinds if vocabulary.levels(kind)}
+        codecs = {kind: self.tokenizers[kind] for kind in vocabulary.kinds if vocabulary.levels(kind)}
+        widths = {kind: codec.feature_width for kind, codec in codecs.items()}
+        encoders = {kind: codec.encoder_config for kind, codec in codecs.items()}
         self.config = replace(self.config, vocabulary_size=vocabulary.size, composed=tuple(ranges),
-                              features=widths if self.continuous_inputs else {})
+                              features=widths if self.continuous_inputs else {}, encoders=encoders if self.train_encoder else {})
         self.decoder = Decoder(self.config)
+        for kind, encoder in self.decoder.encoders.items():
+            weights = self.tokenizers[kind].network.state_dict()
+            encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()})
         if self.init_from is not None:
             self._begin_with(self.init_from)
             self.init_from = None
@@ -275,7 +287,8 @@ class DecoderModule(TestedAsValidated):
         self.total += weights.sum()
         self.log("train/loss", ratio((loss * weights).sum(), weights.sum()), prog_bar=True)
         # Ranks must agree on which weights have a gradient, whatever media their batches hold.
-        idle = 0.0 * sum(parameter.sum() for parameter in self.decoder.projections.parameters())
+        decoder = self.decoder
+        idle = 0.0 * sum(parameter.sum() for module in (decoder.projections, decoder.encoders) for parameter in module.parameters())
         # The sum, not the mean: `on_before_optimizer_step` divides by the weights of all targets of the step at once.
         return (total + idle) * self.trainer.accumulate_grad_batches
 
@@ -313,7 +326,7 @@ class DecoderModule(TestedAsValidated):
 
     def predict_step(self, samples: list[Sample], index: int) -> list[dict[str, str]]:
         """Caption samples -> a row for each: where it comes from, what the model says and what is true."""
-        captions = self.model().caption_documents(to_documents(samples, self.tokenizers))
+        captions = self.model().caption_documents(to_documents(samples, self.tokenizers, patches=self.config.encoders))
         return [{"where": scrub(sample.where), "predicted": caption, "true": sample.caption}
                 for sample, caption in zip(samples, captions, strict=True)]
 
