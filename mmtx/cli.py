@@ -188,6 +188,11 @@ def _parser() -> argparse.ArgumentParser:
     _model_options(evaluate)
     _source_options(evaluate)
     evaluate.set_defaults(run=_evaluate)
+    report = commands.add_parser("report", help="a finished run on one HTML page: curves, figures, samples, configuration")
+    report.add_argument("folder", help="the output folder of mmtx fit")
+    report.add_argument("--file", type=Path, default=None, help="where the page goes, default: report.html in that folder")
+    report.set_defaults(run=_report)
+
     for word, help in (("serve", "answer over HTTP in the form of OpenAI's API"),
                        ("demo", "a page to try a model with: files, camera, microphone")):
         serve = commands.add_parser(word, help=help, description=f"{help[0].upper()}{help[1:]}. The environment variable "
@@ -482,3 +487,16 @@ def _serve(options: argparse.Namespace) -> None:
     name = options.name or (Path(options.model).resolve().name if options.model else "starter")
     serve(_load(options), name, options.host, options.port, limits, os.environ.get("MMTX_API_KEY") or None,
           options.page)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from mmtx.files import write_whole
+    from mmtx.run_page import run_page
+
+    file = options.file or Path(options.folder) / "report.html"
+    page = run_page(options.folder).encode()
+    try:
+        write_whole(file, page)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be written ({error.strerror})") from None
+    print(file)

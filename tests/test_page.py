@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import tarfile
+import urllib.error
 import urllib.request
 
 import numpy as np
@@ -108,6 +109,14 @@ def test_attention_of_the_page_is_that_of_the_model(demo, model, media):
         for word, heat in zip(found.words, told["media"][0]["heat"], strict=True):
             expected = found.heat(word, medium, rollout=True)
             np.testing.assert_allclose(heat, expected.T[::-1] if medium.kind == "audio" else expected, atol=1e-6)
+
+
+def test_the_weights_of_long_texts_are_not_computed(demo):
+    body = {"model": "starter", "messages": [{"role": "user", "content": "a b " * 1000}], "answer": "a"}
+    request = urllib.request.Request(demo.address + "/demo/attention", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request, timeout=30)
+    assert error.value.code == 400 and "expected up to 1024" in json.load(error.value)["error"]["message"]
 
 
 def test_an_upload_is_captioned_with_probabilities_and_a_heat_map(page, model, media):

@@ -24,7 +24,9 @@ from servers import serving
 
 import mmtx
 from mmtx.document import Document, Turn
+from mmtx.inference.choose import choose_engine
 from mmtx.inference.sampling import Sampling
+from mmtx.inference.scored import Scored
 from mmtx.sequence import prompt
 
 openai = pytest.importorskip("openai")
@@ -314,6 +316,7 @@ def silence(seconds: float) -> bytes:
     ("a", {"max_tokens": 5000}, 400, "tokens"),
     ("a" * 9000, {}, 400, "expected up to 4096 in all"),
     ("a", {"stop": ["b"]}, 400, "stop"),
+    ("a" * 200_000, {}, 400, "found 200000 characters, expected up to 131072"),
 ])
 def test_a_mistake_is_told_in_the_form_of_the_api(server, content, options, status, told):
     with pytest.raises(openai.APIStatusError) as error:
@@ -417,8 +420,8 @@ def endless(model):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_who_goes_frees_a_place_at_once(endless_server, stream):
-    """90,000 tokens would take minutes."""
-    body = json.dumps({"model": NAME, "stream": stream, "temperature": 1.5, "max_tokens": 90_000,
+    """400,000 tokens would take minutes."""
+    body = json.dumps({"model": NAME, "stream": stream, "max_tokens": 400_000,
                        "messages": [{"role": "user", "content": "a"}]}).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\nHost: localhost\nContent-Type: application/json\nContent-Length: {len(body)}\n\n"
     connections = [endless_server.raw(head, body)]
@@ -434,7 +437,7 @@ def test_who_goes_frees_a_place_at_once(endless_server, stream):
 
 @pytest.fixture(scope="module")
 def endless_server(endless):
-    process = Process(endless, "--max_tokens", "100000")
+    process = Process(endless, "--max_tokens", "500000")
     yield process
     process.close()
 
@@ -472,6 +475,21 @@ def test_rows_that_are_not_wanted_end(model):
     rows = list(zip(*columns))
     assert [ident for ident in rows[1] if ident not in (model.vocabulary.pad, model.vocabulary.end)] == alone[1]
     assert all(set(rows[row][4:]) <= {model.vocabulary.pad} for row in (0, 2, 3))
+
+
+def test_scores_are_those_of_their_row_when_others_have_left(model):
+    prompts, engines = [model._prompt(word) for word in ("a", "red", "blue", "circle")], []
+    choose = lambda *asked: engines.append(Scored(choose_engine(*asked))) or engines[-1]
+    wanted, written, scores = torch.ones(4, dtype=torch.bool), [], []
+    for ids in model.stream_ids(prompts, sampling=Sampling(max_new_tokens=8), wanted=wanted, choose=choose):
+        written.append(int(ids[3]))
+        scores.append(engines[0].row(3))
+        wanted[[0, 2]] = len(written) < 2
+    given = torch.tensor([*prompts[3].ids.tolist(), *written[:-1]])[None]
+    with torch.inference_mode():
+        full = model.decoder.logits(model.decoder(given, torch.arange(given.shape[1])[None]))[0, -len(written):]
+    assert len(written) == 9 and len(engines[0].of) == 2
+    torch.testing.assert_close(torch.stack(scores), full[:, :scores[0].shape[0]], atol=1e-4, rtol=1e-4)
 
 
 def test_a_port_that_is_taken_is_a_mistake_of_one_line(server, model):

@@ -16,6 +16,7 @@ from mmtx.errors import InputError
 from mmtx.pipeline import Audio, Image, Model
 from mmtx.serving.limits import Limits
 
+LONGEST = 32  # characters of a piece of text: SentencePiece makes none of more than 16 unless it is told to
 ROLES = {"user": "user", "assistant": "assistant", "system": "user", "developer": "user"}  # as in training
 
 
@@ -155,6 +156,8 @@ def picture(data: bytes, limits: Limits, where: str) -> Image:
 
 def _medium(item: TextItem | ImageItem | AudioItem, limits: Limits, where: str) -> str | Image | Audio:
     if isinstance(item, TextItem):
+        if len(item.text) > (most := LONGEST * limits.tokens):  # before it takes seconds to find its pieces
+            raise InputError(f"{where}: found {len(item.text)} characters, expected up to {most}")
         return item.text
     if isinstance(item, AudioItem):
         return Audio(_decoded(item.input_audio.data, f"{where}.input_audio.data"))

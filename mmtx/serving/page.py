@@ -15,6 +15,7 @@ from mmtx.document import Document
 from mmtx.errors import InputError
 from mmtx.serving.messages import ChatBody, to_document
 
+MOST = 1024  # tokens whose weights are computed: their number is the square of that, for each head
 PAGE = Path(__file__).with_name("page.html")
 # Nothing is loaded from elsewhere, and no other page may show this one.
 POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; media-src data: blob:; "
@@ -45,8 +46,8 @@ def add_page(app: FastAPI) -> None:
 
     def _attention(document: Document, body: AttentionBody) -> dict:
         asked, ids = service.prompt(document), model.tokenizers["text"].encode(body.answer)
-        if len(asked.ids) + len(ids) > service.limits.tokens:
-            raise InputError(f"{len(asked.ids) + len(ids)} tokens, expected up to {service.limits.tokens}")
+        if (count := len(asked.ids) + len(ids)) > MOST:
+            raise InputError(f"{count} tokens, expected up to {MOST} to be shown")
         found = attention_maps(model.decoder, model.vocabulary, model.tokenizers, asked, ids)
 
         def heat(word: Word, medium: Stretch) -> list[list[float]]:

@@ -1,0 +1,140 @@
+"""`mmtx report`: a finished run on one HTML page, which needs nothing beside it: curves, figures, samples, configuration."""
+
+import base64
+import csv
+import html
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mmtx.errors import InputError, escape
+from mmtx.files import CONFIG, read_bytes, read_json
+
+WIDE, TALL, POINTS = 420, 150, 400   # pixels of a chart; points of a curve, means of their neighbours
+MOST = 2 ** 28                       # bytes of a file
+COLOURS = {"train": "var(--soft)", "val": "var(--mark)"}
+STYLE = """
+:root { --back: #fafaf7; --card: #fff; --ink: #1d1d1b; --soft: #85837a; --line: #dedcd5; --mark: #b4411f; color-scheme: light dark; }
+@media (prefers-color-scheme: dark) { :root { --back: #161614; --card: #20201d; --ink: #ecebe6; --line: #393833; --mark: #ff9a70; } }
+body { margin: 0 auto; max-width: 82rem; padding: 1rem; background: var(--back); color: var(--ink);
+  font: 15px/1.5 system-ui, sans-serif; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); gap: 1rem; }
+figure, .card { background: var(--card); border: 1px solid var(--line); border-radius: .7rem; padding: .8rem;
+  margin: 0; overflow-x: auto; }
+svg { width: 100%; height: auto; } svg text { fill: var(--soft); font: 11px system-ui; }
+img { max-width: 100%; } td, th { padding: .15rem .8rem .15rem 0; text-align: left; vertical-align: top; } pre { overflow-x: auto; }
+"""
+
+Curve = list[tuple[float, float]]    # (step, value) in order
+
+
+def run_page(folder: str | Path) -> str:
+    """The page of a run. Raises InputError for a folder that is none, and for files that are damaged."""
+    folder = Path(folder)
+    metrics = folder / "metrics" / "metrics.csv"
+    if not metrics.is_file():
+        raise InputError(f"{folder}: found no metrics/metrics.csv, expected the output folder of mmtx fit")
+    curves = read_curves(metrics)
+    sections = [f"<h1>{_text(folder.resolve().name)}</h1>", _model(folder / "model"), _figures(curves),
+                "<h2>Curves</h2><p>The validation's in colour, the training's in grey.</p>", _charts(curves),
+                *_samples(folder / "samples"), _config(folder / "metrics" / "config.yaml")]
+    return ("<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width\">"
+            f"<title>{_text(folder.resolve().name)}</title><style>{STYLE}</style></head><body>{''.join(sections)}</body></html>\n")
+
+
+def read_curves(path: Path) -> dict[str, Curve]:
+    """Columns of metrics.csv -> their values by step; blanks are no values, and neither is what is not finite."""
+    curves: dict[str, Curve] = {}
+    rows = csv.DictReader(read_bytes(path, MOST).decode("utf-8", "replace").splitlines())
+    for number, row in enumerate(rows, 2):
+        for name, word in row.items():
+            if name in ("epoch", "step", None) or not word:
+                continue
+            try:
+                step, value = float(row["step"]), float(word)
+            except (KeyError, TypeError, ValueError):
+                raise InputError(f"{path}: row {number}, {name}: found {word!r:.40} at step {row.get('step')!r:.40}, "
+                                 "expected numbers") from None
+            if math.isfinite(value) and math.isfinite(step):
+                curves.setdefault(name, []).append((step, value))
+    return curves
+
+
+def thinned(curve: Curve) -> Curve:
+    """At most POINTS points, each the mean of as many neighbours; the last stays as it is."""
+    size = -(-len(curve) // POINTS)
+    groups = [curve[first:first + size] for first in range(0, len(curve), size)]
+    means = [tuple(sum(each) / len(group) for each in zip(*group)) for group in groups]
+    return [*means[:-1], curve[-1]]
+
+
+def _charts(curves: Mapping[str, Curve]) -> str:
+    names: dict[str, list[str]] = {}
+    for name in curves:
+        names.setdefault(re.sub(r"^(train|val|test)/", "", name), []).append(name)
+    drawn = "".join(f"<figure><b>{_text(title)}</b>{_chart([(name, thinned(curves[name])) for name in sorted(together)])}</figure>"
+                    for title, together in names.items())
+    return f"<div class=\"charts\">{drawn}</div>"
+
+
+def _chart(curves: Sequence[tuple[str, Curve]]) -> str:
+    steps, values = ([point[axis] for _, curve in curves for point in curve] for axis in (0, 1))
+    left, right, low, high = min(steps), max(steps), min(values), max(values)
+    across, up = right - left or 1.0, high - low or 1.0
+    place = lambda step, value: (8 + (step - left) / across * (WIDE - 16), 16 + (high - value) / up * (TALL - 34))
+    lines = []
+    for name, curve in curves:
+        colour = COLOURS.get(name.split("/")[0], "var(--mark)")
+        points = [place(*point) for point in curve]
+        told = f"<title>{_text(name)}: {curve[-1][1]:.5g} at step {curve[-1][0]:g}</title>"
+        dots = "".join(f"<circle cx=\"{x:.1f}\" cy=\"{y:.1f}\" r=\"2.5\" fill=\"{colour}\">{told}</circle>" for x, y in points[-1:])
+        lines.append(f"<polyline fill=\"none\" stroke=\"{colour}\" stroke-width=\"1.5\" points=\""
+                     + " ".join(f"{x:.1f},{y:.1f}" for x, y in points) + f"\">{told}</polyline>{dots}")
+    return (f"<svg viewBox=\"0 0 {WIDE} {TALL}\" role=\"img\">{''.join(lines)}<text x=\"8\" y=\"11\">{high:.4g}</text>"
+            f"<text x=\"8\" y=\"{TALL - 4}\">{low:.4g}</text><text x=\"{WIDE - 8}\" y=\"{TALL - 4}\" text-anchor=\"end\">"
+            f"step {right:g}</text></svg>")
+
+
+def _figures(curves: Mapping[str, Curve]) -> str:
+    rows = "".join(f"<tr><td>{_text(name)}</td><td>{curve[-1][1]:.5g}</td><td>{min(value for _, value in curve):.5g}</td>"
+                   f"<td>{max(value for _, value in curve):.5g}</td><td>{curve[-1][0]:g}</td></tr>"
+                   for name, curve in sorted(curves.items()) if not name.startswith("train/"))
+    return ("<h2>Figures</h2><div class=\"card\"><table><tr><th>figure</th><th>last</th><th>least</th><th>most</th><th>step</th></tr>"
+            f"{rows}</table></div>")
+
+
+def _model(folder: Path) -> str:
+    if not (folder / CONFIG).is_file():
+        return "<p>There is no model: the run has not ended.</p>"
+    config = read_json(folder / CONFIG)
+    sizes = config.get("decoder") or config if isinstance(config, dict) else {}
+    told = ", ".join(f"{name} {value}" for name, value in sizes.items() if isinstance(value, int | float | str))
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return f"<p>The model: {_text(told)}; {size / 1e6:.1f} MB with its tokenizers.</p>"
+
+
+def _samples(folder: Path) -> list[str]:
+    """The last of what was looked at while it trained."""
+    sections = []
+    for path in (max(folder.glob("step-*.png"), default=None), max(folder.glob("step-*.txt"), default=None)):
+        if path is None:
+            continue
+        data = read_bytes(path, MOST)
+        if path.suffix == ".png":
+            shown = f"<img alt=\"samples\" src=\"data:image/png;base64,{base64.b64encode(data).decode()}\">"
+        else:
+            shown = f"<pre>{_text(data.decode('utf-8', 'replace'))}</pre>"
+        sections.append(f"<h2>Samples at {_text(path.stem.replace('-', ' '))}</h2><div class=\"card\">{shown}</div>")
+    return sections
+
+
+def _config(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    text = read_bytes(path, MOST).decode("utf-8", "replace")
+    return f"<h2>Configuration</h2><details class=\"card\"><summary>{path.name}</summary><pre>{_text(text)}</pre></details>"
+
+
+def _text(text: str) -> str:
+    return html.escape(escape(text, keep="\n\t"))

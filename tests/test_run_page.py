@@ -1,0 +1,67 @@
+"""`mmtx report`: the page of a run says what its files say, whatever stands in them, and needs nothing beside it."""
+
+import re
+from html import unescape
+
+import pytest
+from PIL import Image
+
+import mmtx
+from mmtx.cli import main
+from mmtx.run_page import POINTS, read_curves, run_page, thinned
+
+
+@pytest.fixture
+def run(tiny_model, tmp_path):
+    """The folder of a run, as mmtx fit leaves it."""
+    folder = tmp_path / "a <b>run</b>"
+    (folder / "metrics").mkdir(parents=True)
+    (folder / "samples").mkdir()
+    rows = ["epoch,step,train/loss,val/loss,val/acc", "0,0,5.5,,", "0,1,4.25,,", "0,1,,4.0,0.125", "0,2,nan,,", "0,3,3.5,,", "0,3,,3.75,0.5"]
+    (folder / "metrics" / "metrics.csv").write_text("\n".join(rows) + "\n")
+    (folder / "metrics" / "config.yaml").write_text("seed_everything: 7\n")
+    for step in (1, 3):
+        (folder / "samples" / f"step-{step:06d}.txt").write_text(f"'<script>alert({step})</script>' 'cat \u202e'\n")
+        Image.new("RGB", (9, 9), (step, 0, 0)).save(folder / "samples" / f"step-{step:06d}.png")
+    tiny_model.save(folder / "model")
+    return folder
+
+
+def test_curves_are_the_columns_without_blanks(run):
+    assert read_curves(run / "metrics" / "metrics.csv") == {
+        "train/loss": [(0, 5.5), (1, 4.25), (3, 3.5)], "val/loss": [(1, 4.0), (3, 3.75)], "val/acc": [(1, 0.125), (3, 0.5)]}
+
+
+def test_the_page_shows_the_run(run, capsys):
+    main(["report", str(run)])
+    assert capsys.readouterr().out == f"{run / 'report.html'}\n"
+    page = (run / "report.html").read_text()
+    assert "<b>run</b>" not in page and "<script>" not in page and "\u202e" not in page
+    assert not re.search(r"(?:src|href|url)[=(]\W?https?:", page)
+    text = unescape(re.sub("<[^>]+>", " ", page))
+    assert "'<script>alert(3)</script>'" in text and "alert(1)" not in text and "seed_everything: 7" in text
+    assert re.search(r"val/loss\s+3\.75\s+3\.75\s+4\s+3\s", text) and re.search(r"val/acc\s+0\.5\s+0\.125\s+0\.5\s+3\s", text)
+    assert page.count("<figure>") == 2 and page.count("<polyline") == 3 and page.count("<img") == 1
+    # The curve of train/loss: steps 0, 1, 3 from the left to the right, 5.5 at the top, 3.5 at the bottom.
+    points = re.search(r'points="([^"]+)"><title>train/loss', page)[1].split()
+    assert points == ["8.0,16.0", "142.7,88.5", "412.0,132.0"]
+
+
+def test_a_long_curve_is_thinned_to_means():
+    curve = [(float(step), float(step % 2)) for step in range(8 * POINTS + 3)]
+    found = thinned(curve)
+    assert len(found) <= POINTS and found[0] == (4.0, 4 / 9) and found[-1] == curve[-1]
+    assert thinned(curve[:5]) == curve[:5]
+
+
+def test_a_run_that_has_not_ended_and_files_that_are_none(run, tmp_path, capsys):
+    (run / "model").rename(tmp_path / "elsewhere")
+    assert "the run has not ended" in run_page(run)
+    (run / "metrics" / "metrics.csv").write_text("epoch,step,val/loss\n0,1,many\n")
+    with pytest.raises(mmtx.InputError, match=r"row 2, val/loss: found 'many' at step '1', expected numbers"):
+        run_page(run)
+    for options, told in (([str(tmp_path)], "expected the output folder of mmtx fit"),
+                          ([str(run), "--file", str(tmp_path / "no" / "a.html")], "")):
+        with pytest.raises(SystemExit) as stop:
+            main(["report", *options])
+        assert stop.value.code == 2 and told in capsys.readouterr().err
