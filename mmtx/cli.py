@@ -177,6 +177,21 @@ def _parser() -> argparse.ArgumentParser:
     _source_options(prepare)
     prepare.set_defaults(run=_prepare)
 
+    convert = commands.add_parser("convert", help="make a model of a pretrained language model: Llama, Qwen2 or Qwen3")
+    convert.add_argument("--from", dest="source", required=True, metavar="FOLDER|FILE.gguf|NAME",
+                         help="a folder of transformers, a GGUF file, or user/model on the Hugging Face hub")
+    convert.add_argument("--output", required=True, help="the model folder to write")
+    convert.add_argument("--image", metavar="TOKENIZER", help="give its codes ids; default: no pictures")
+    convert.add_argument("--audio", metavar="TOKENIZER", help="give its codes ids; default: no sounds")
+    convert.set_defaults(run=_convert)
+
+    export = commands.add_parser("export", help="write a model for transformers, vLLM or llama.cpp")
+    export.add_argument("--to", choices=("transformers", "gguf"), required=True)
+    export.add_argument("--output", required=True, help="a new folder, or a new file for gguf")
+    export.add_argument("--context", type=_count(1, 2**24), default=8192, help="longest stream in tokens, default: 8192")
+    _model_options(export)
+    export.set_defaults(run=_export)
+
     evaluate = commands.add_parser("evaluate", help="caption held-out samples and compare with the true captions")
     evaluate.add_argument("sources", nargs="*", help="held-out manifests, folders or shards")
     evaluate.add_argument("--train", nargs="+", default=[], metavar="SOURCE",
@@ -447,6 +462,26 @@ def _prepare(options: argparse.Namespace) -> None:
     plugins = "".join(f"--plugin {path} " for path in PLUGINS.values())
     print(f"mmtx fit {plugins}--config {options.config or 'FILE'} --data.train '{train}' "
           "--data.image_augmentation null --data.audio_augmentation null")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from mmtx.interop.convert import convert
+
+    media = {kind: folder for kind in ("image", "audio") if (folder := getattr(options, kind)) is not None}
+    model = convert(options.source, media)
+    model.save(options.output)
+    v = model.vocabulary
+    turns = "its chat template" if v.markup is not None else "the tags of the stream (it has no chat template)"
+    told = ", ".join(f"{kind} {len(v.range(kind)):,}" for kind in ("text", "special", *v.kinds[1:]))
+    print(f"{options.output}: {sum(p.numel() for p in model.decoder.parameters()):,} parameters; ids: {told}; turns by {turns}")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from mmtx.interop.export import export
+
+    for sentence in export(_load(options), options.to, options.output, options.context):
+        print(f"mmtx: note: {sentence}", file=sys.stderr)
+    print(options.output)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -30,7 +30,8 @@ PACKAGE = Path(__file__).parent
 MOST_JSON = 2**20  # bytes of a JSON file, unless the reader expects more
 CONFIG = "config.json"
 # All that saving a model or a tokenizer writes. A folder that holds anything else is not only ours.
-WRITTEN = {CONFIG, "vocabulary.json", "model.safetensors", "vocoder.safetensors", "tokenizer.model"}
+WRITTEN = {CONFIG, "vocabulary.json", "model.safetensors", "vocoder.safetensors", "tokenizer.model", "tokenizer.json",
+           "chat_template.jinja"}
 PARTS = {"text", "image", "audio"}  # subfolders of a model
 NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.ENOTSUP}  # file systems and kernels that lack it
 

@@ -190,9 +190,11 @@ def _build_tables(v: Vocabulary, rules: Rules) -> _Tables:
     classes = torch.zeros(v.size, dtype=torch.uint8)  # other
     classes[v.height(1) : v.height(MAX_SIDE) + 1] = HEIGHT
     classes[v.width(1) : v.width(MAX_SIDE) + 1] = WIDTH
-    for name, id in (("pad", v.pad), ("eos", v.eos), ("end", v.end)):
-        classes[id] = number(name)
     classes[v.range("text").start : v.range("text").stop] = number("text")
+    if v.markup is not None:
+        classes[list(v.markup.control)] = 0  # other: they are no text
+    for name, id in (("pad", v.pad), ("eos", v.eos), ("end", v.end)):  # <end> may be one of these
+        classes[id] = number(name)
     closers = torch.zeros(v.size, dtype=torch.bool)
     closers[[v.pad, v.end, v.eos]] = True
     opens, counts, bands = torch.zeros(3, len(rules.classes), dtype=torch.int64).unbind()

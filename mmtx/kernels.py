@@ -44,18 +44,18 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def qk_norm_rope(qkv: Tensor, query_weight: Tensor, key_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int,
-               eps: float) -> Heads:
-    """Projections (..., (H + 2G) * K) -> heads, queries and keys with RMSNorm and turned by their positions.
+def qk_norm_rope(qkv: Tensor, query_weight: Tensor | None, key_weight: Tensor | None, cos: Tensor, sin: Tensor, heads: int,
+               kv_heads: int, eps: float) -> Heads:
+    """Projections (..., (H + 2G) * K) -> heads, queries and keys with RMSNorm (if it has weights) and turned by their positions.
 
     `cos` and `sin` (..., K) are of the rotary angles: the halves of a head are the pairs.
     """
-    if qkv.device.type == "cpu":
+    if qkv.device.type == "cpu" and query_weight is not None:
         return Heads(*_QKNormRoPE.apply(qkv, query_weight, key_weight, cos, sin, heads, kv_heads, eps))
-    width = query_weight.shape[0]
+    width = cos.shape[-1]
     query, key, value = (part.unflatten(-1, (-1, width)) for part in
                          qkv.split([heads * width, kv_heads * width, kv_heads * width], dim=-1))
-    query, key = (apply_rotary_emb(F.rms_norm(part, (width,), weight, eps), cos, sin)
+    query, key = (apply_rotary_emb(part if weight is None else F.rms_norm(part, (width,), weight, eps), cos, sin)
                   for part, weight in ((query, query_weight), (key, key_weight)))
     return Heads(query, key, value)
 

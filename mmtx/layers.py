@@ -3,10 +3,11 @@
 Shapes: B batch, T tokens, D width, H heads, G key-value heads, K head width, A position axes.
 
 The block is that of Qwen3 (https://arxiv.org/abs/2505.09388): RMSNorm before each half, grouped-query attention
-with RMSNorm on every query and key head (QK-norm), rotary positions, SwiGLU, no biases. Projections that read the
-same input are one matrix.
+with RMSNorm on every query and key head (QK-norm), rotary positions, SwiGLU, no biases. Without QK-norm it is that of
+Llama, with biases on queries, keys and values too that of Qwen2. Projections that read the same input are one matrix.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,6 +28,27 @@ class BlockConfig:
     mlp_dim: int
     causal: bool
     norm_eps: float = 1e-6
+    qk_norm: bool = True
+    qkv_bias: bool = False
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How Llama 3 stretches rotary positions: pairs that turn slowly are slowed by `factor`, fast ones are left alone.
+
+    Slow is less than `low_frequency` turns in `original_context` tokens, fast more than `high_frequency`.
+    """
+
+    factor: float
+    low_frequency: float = 1.0
+    high_frequency: float = 4.0
+    original_context: int = 8192
+
+    def divisors(self, frequency: Tensor) -> Tensor:
+        """What to divide each pair's angle a token (K/2,) by."""
+        turns = self.original_context * frequency / (2 * math.pi)
+        share = ((turns - self.low_frequency) / (self.high_frequency - self.low_frequency)).clamp(0, 1)
+        return 1 / ((1 - share) / self.factor + share)
 
 
 class Packing(NamedTuple):
@@ -64,7 +86,7 @@ class Packing(NamedTuple):
         return cls(torch.cat(gathers), scatter, tuple(groups))
 
 
-def rotary_embedding(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary_embedding(positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:
     """Cosine and sine (..., T, K) of the rotary angles (RoPE, https://arxiv.org/abs/2104.09864).
 
     `positions` is (..., T) for a sequence or (..., T, A) for a grid; each axis turns its own share of the pairs.
@@ -74,16 +96,18 @@ def rotary_embedding(positions: Tensor, head_dim: int, theta: float) -> tuple[Te
     axes = positions.shape[-1]
     pairs = head_dim // 2 // axes
     frequency = theta ** (-torch.arange(pairs, dtype=torch.float32, device=positions.device) / pairs)
+    if scaling is not None:
+        frequency = frequency / scaling.divisors(frequency)
     angles = (positions[..., None].float() * frequency).flatten(-2)        # (..., T, K/2)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
 
 class FusedLinear(nn.Linear):
-    """Several projections of the same input, without biases, in one matrix: (..., D) -> (..., sum(sizes))."""
+    """Several projections of the same input in one matrix: (..., D) -> (..., sum(sizes))."""
 
-    def __init__(self, width: int, sizes: tuple[int, ...]):
-        super().__init__(width, sum(sizes), bias=False)
+    def __init__(self, width: int, sizes: tuple[int, ...], bias: bool = False):
+        super().__init__(width, sum(sizes), bias=bias)
         self.sizes = sizes
 
 
@@ -95,16 +119,16 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with QK-norm."""
+    """Grouped-query self-attention, by default with QK-norm."""
 
     def __init__(self, config: BlockConfig):
         super().__init__()
         self.config = config
         query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.qkv = FusedLinear(config.width, (query, key, key))
+        self.qkv = FusedLinear(config.width, (query, key, key), config.qkv_bias)
         self.out = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
-        self.query_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
-        self.key_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
+        self.query_norm = RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.key_norm = RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
 
     def forward(
         self,
@@ -122,7 +146,8 @@ class Attention(nn.Module):
     def heads(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> Heads:
         """Inputs (B, T, D) -> queries (B, T, H, K), keys and values (B, T, G, K), turned by their positions."""
         c = self.config
-        return qk_norm_rope(self.qkv(x), self.query_norm.weight, self.key_norm.weight, *angles, c.heads, c.kv_heads, c.norm_eps)
+        norms = (self.query_norm.weight, self.key_norm.weight) if c.qk_norm else (None, None)
+        return qk_norm_rope(self.qkv(x), *norms, *angles, c.heads, c.kv_heads, c.norm_eps)
 
     def _attend_documents(self, query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
         # Causal attention never looks right, so the padding behind a short document is never seen.

@@ -1,4 +1,5 @@
-"""The decoder: token ids in, scores of the next id out. It is Qwen3's dense architecture over a longer vocabulary.
+"""The decoder: token ids in, scores of the next id out. It is Qwen3's dense architecture over a longer vocabulary, or
+with other options that of Llama or Qwen2.
 
 Shapes: B batch, T tokens, D width, H heads, G key-value heads, K head width, V vocabulary.
 
@@ -9,19 +10,22 @@ generated, what its encoder saw before the quantizer can enter in place of its c
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtx.errors import InputError
-from mmtx.layers import Block, BlockConfig, Packing, RMSNorm, initialise, rotary_embedding
+from mmtx.layers import Block, BlockConfig, Packing, RMSNorm, RopeScaling, initialise, rotary_embedding
 from mmtx.modality.autoencoder import EncoderConfig, GridEncoder
 from mmtx.modality.modality import MODALITIES, unknown
 from mmtx.schema import within
 from mmtx.sequence import Features
 
+# What files say only where it is not as in the plain Qwen3 family.
+OPTIONAL = ("encoders", "qk_norm", "qkv_bias", "rope_scaling")
 MOST_COMPOSED = 2**26  # entries of the table that composes them
 
 
@@ -64,6 +68,9 @@ class DecoderConfig:
     composed: tuple[CodeRange, ...] = ()
     features: Mapping[str, int] = field(default_factory=dict)
     encoders: Mapping[str, EncoderConfig] = field(default_factory=dict)
+    qk_norm: bool = True
+    qkv_bias: bool = False
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self):
         ranges = tuple(r if isinstance(r, CodeRange) else CodeRange(r["start"], tuple(r["levels"])) for r in self.composed)
@@ -76,6 +83,13 @@ class DecoderConfig:
         within("vocabulary_size", self.vocabulary_size, 0, 2**31)
         within("rope_theta", self.rope_theta, 1e-3, 1e12)
         within("norm_eps", self.norm_eps, 0, 1)
+        if (scaling := self.rope_scaling) is not None:
+            if isinstance(scaling, Mapping):
+                object.__setattr__(self, "rope_scaling", scaling := RopeScaling(**scaling))
+            within("rope_scaling.factor", scaling.factor, 1, 1e6)
+            within("rope_scaling.low_frequency", scaling.low_frequency, 1e-6, 1e6)
+            within("rope_scaling.high_frequency", scaling.high_frequency, scaling.low_frequency + 1e-6, 2e6)
+            within("rope_scaling.original_context", scaling.original_context, 1, 2**31)
         for kind, size in self.features.items():
             if kind not in MODALITIES:
                 raise unknown(kind, "features")
@@ -95,12 +109,10 @@ class DecoderConfig:
                 raise InputError(f"composed: found a range at id {r.start}, expected it at {end}")
             end = r.stop
 
-    def values(self) -> dict:
-        """What config.json holds."""
-        values = asdict(self)
-        if not self.encoders:  # or models without would not be as they were before there were any
-            del values["encoders"]
-        return values
+    def told(self) -> dict[str, Any]:
+        """The fields as a file has them."""
+        return {f.name: value for f, value in zip(fields(self), asdict(self).values(), strict=True)
+                if f.name not in OPTIONAL or value not in (f.default, {})}
 
     @property
     def plain_rows(self) -> int:
@@ -163,7 +175,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         block = BlockConfig(config.width, config.heads, config.kv_heads, config.head_dim, config.mlp_dim,
-                            causal=True, norm_eps=config.norm_eps)
+                            causal=True, norm_eps=config.norm_eps, qk_norm=config.qk_norm, qkv_bias=config.qkv_bias)
         self.embedding = TokenEmbedding(config)
         self.projections = nn.ModuleDict({kind: nn.Linear(size, config.width) for kind, size in config.features.items()})
         self.encoders = nn.ModuleDict({kind: GridEncoder(encoder) for kind, encoder in config.encoders.items()})
@@ -176,7 +188,7 @@ class Decoder(nn.Module):
                 features: Mapping[str, Features] | None = None) -> Tensor:
         """Ids and their positions (B, T) -> hidden states (B, T, D); documents of a packed batch do not see each other."""
         x = self.embed(ids, features)
-        angles = rotary_embedding(positions, self.config.head_dim, self.config.rope_theta)
+        angles = rotary_embedding(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         for block in self.blocks:
             x = block(x, angles, packing)
         return self.norm(x)

@@ -41,7 +41,7 @@ from mmtx.inference.sampling import Sampling
 from mmtx.inference.weights import Weights
 from mmtx.modality.base import Encoding, Tokenizer, load_tokenizer
 from mmtx.modality.modality import MODALITIES, media_kinds
-from mmtx.model import Decoder, DecoderConfig
+from mmtx.model import OPTIONAL, Decoder, DecoderConfig
 from mmtx.schema import build, shown
 from mmtx.sequence import Prompt, gather_features, parse, prompt, render
 from mmtx.vocabulary import Vocabulary
@@ -170,7 +170,7 @@ def _read_config(folder: Path) -> DecoderConfig:
         raise InputError(f"{path}: not a model of mmtx (expected \"format\": {FORMAT})")
     if values.keys() != {"format", "decoder"}:
         raise InputError(f"{path}: found the fields {shown(', '.join(values))}, expected decoder, format")
-    return build(DecoderConfig, values["decoder"], path, "decoder", optional=("encoders",))
+    return build(DecoderConfig, values["decoder"], path, "decoder", optional=OPTIONAL)
 
 
 class Model:
@@ -232,7 +232,7 @@ class Model:
     def _files(self) -> Iterator[tuple[str, bytes]]:
         """What `save` writes, one file after another."""
         yield "model.safetensors", to_bytes(self.decoder.state_dict())
-        yield CONFIG, write_json({"format": FORMAT, "decoder": self.decoder.config.values()})
+        yield CONFIG, write_json({"format": FORMAT, "decoder": self.decoder.config.told()})
         yield "vocabulary.json", self.vocabulary.to_json()
         for kind, tokenizer in self.tokenizers.items():
             for name, content in tokenizer.files().items():

@@ -74,6 +74,8 @@ def render(document: Document, vocabulary: Vocabulary) -> Rendered:
             pieces.append([v.end])
             place += 1
     ids = np.concatenate([*pieces, [v.eos]]).astype(np.int32)
+    ids, places = write_markup(ids, v)
+    spans = [span._replace(start=int(places[span.start])) for span in spans]
     return Rendered(ids, trained(ids, vocabulary), tuple(spans))
 
 
@@ -84,9 +86,12 @@ def prompt(document: Document, vocabulary: Vocabulary) -> Prompt:
     """
     ids, _, spans = render(document, vocabulary)
     role = document.turns[-1].role if document.turns else None
+    markup = vocabulary.markup
     if role == "user":
-        return Prompt(np.append(ids[:-1], np.int32(vocabulary.assistant)), spans)
-    return Prompt(ids[:-2] if role == "assistant" else ids[:-1], spans)
+        opening = [vocabulary.assistant] if markup is None else markup.assistant
+        return Prompt(np.append(ids[:-1], np.int32(opening)), spans)
+    end = 1 if markup is None else len(markup.end)
+    return Prompt(ids[:-1 - end] if role == "assistant" else ids[:-1], spans)
 
 
 def gather_features(streams: Iterable[tuple[int, Sequence[Span]]]) -> dict[str, Features]:
@@ -110,7 +115,15 @@ def trained(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     after a role turn. Streams may stand one behind another and be padded.
     """
     v = vocabulary
-    ids = np.asarray(ids)
+    if v.markup is not None:
+        tags, kept = read_markup(ids, v)
+        mask = np.zeros(len(kept), bool)
+        mask[kept] = _trained(tags[kept], v)
+        return mask
+    return _trained(np.asarray(ids), v)
+
+
+def _trained(ids: np.ndarray, v: Vocabulary) -> np.ndarray:
     owner = _owners(ids, v)
     previous = np.concatenate([[v.eos], ids[:-1]])
     in_plain = _one_of(owner, v.bos, v.end)
@@ -121,8 +134,42 @@ def trained(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
 
 def in_user_turns(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     """Which ids (T,) of a legal stream lie between <user> and its <end>, (T,) bool."""
-    v = vocabulary
+    v, ids = vocabulary, np.asarray(ids)
+    if v.markup is not None:
+        tags, kept = read_markup(ids, v)
+        mask, inner = np.zeros(len(kept), bool), tags[kept]
+        mask[kept] = (_owners(inner, v) == v.user) & ~_one_of(inner, *_tags(v))
+        return mask
     return (_owners(ids, v) == v.user) & ~_one_of(ids, *_tags(v))
+
+
+def write_markup(ids: np.ndarray, v: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
+    """A stream (T,) with the markup of a pretrained model in place of tags -> its ids, and where each id now is (T,)."""
+    if (m := v.markup) is None:
+        return ids, np.arange(len(ids))
+    of = {v.user: m.user, v.assistant: m.assistant, v.end: m.end}
+    pieces = [of.get(id, (id,)) for id in ids.tolist()]
+    if len(ids) > 1 and ids[1] in (v.user, v.assistant):
+        pieces[0] = m.begin
+    lengths = np.array([len(piece) for piece in pieces])
+    return np.concatenate(pieces).astype(ids.dtype), np.cumsum(lengths) - lengths
+
+
+def read_markup(ids: Any, v: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
+    """A stream (T,) with markup -> the same with a tag where one begins, and which ids are not the rest of a tag (T,).
+
+    Texts hold no special tokens, and all markup begins with one, so it cannot be taken for text.
+    """
+    ids = np.array(ids)
+    kept, m = np.ones(len(ids), bool), v.markup
+    for tag, piece in ((v.bos, m.begin), (v.user, m.user), (v.assistant, m.assistant), (v.end, m.end)):
+        if not piece or len(ids) < len(piece):
+            continue
+        starts = np.flatnonzero((ids[:len(ids) - len(piece) + 1] == piece[0]) & kept[:len(ids) - len(piece) + 1])
+        starts = starts[(ids[starts[:, None] + np.arange(len(piece))] == piece).all(1)]
+        ids[starts] = tag
+        kept[(starts[:, None] + np.arange(1, len(piece))).ravel()] = False
+    return ids, kept
 
 
 def _tags(v: Vocabulary) -> tuple[int, ...]:
@@ -171,7 +218,13 @@ def parse(ids: Any, vocabulary: Vocabulary) -> Document:
 
     For generated ids: parse the prompt, what was generated, and the <eos> together.
     """
-    return _Reader(np.asarray(ids, np.int64), vocabulary).document()
+    ids = np.asarray(ids, np.int64)
+    if vocabulary.markup is not None:
+        tags, kept = read_markup(ids, vocabulary)
+        ids = tags[kept]
+        if not vocabulary.markup.begin and len(ids) and ids[0] in (vocabulary.user, vocabulary.assistant):
+            ids = np.append(np.int64(vocabulary.bos), ids)
+    return _Reader(ids, vocabulary).document()
 
 
 class _Reader:
@@ -233,6 +286,7 @@ class _Reader:
         stop = None if maximum is None else self.at + maximum
         first = self.v.range(kind)
         inside = (self.ids[self.at : stop] >= first.start) & (self.ids[self.at : stop] < first.stop)
+        inside &= self.ids[self.at : stop] != self.v.end  # which with markup is an id of the text tokenizer
         length = len(inside) if inside.all() else int(inside.argmin())
         start, self.at = self.at, self.at + length
         if length < minimum:

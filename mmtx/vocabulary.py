@@ -12,7 +12,7 @@ Shape letters: V vocabulary.
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -21,7 +21,7 @@ import numpy as np
 
 from mmtx.errors import InputError
 from mmtx.files import read_json, write_json, write_whole
-from mmtx.modality.base import Tokenizer
+from mmtx.modality.base import Markup, Tokenizer
 from mmtx.modality.modality import MODALITIES, unknown
 from mmtx.schema import build, shown, within
 
@@ -72,6 +72,7 @@ class _Told:
     format: int
     slots: int
     modalities: tuple[Entry, ...]
+    markup: Markup | None = None
 
 
 def _special(name: str) -> property:
@@ -84,24 +85,29 @@ class Vocabulary:
     """Frozen id ranges; make one with `build`, `add` or `load`."""
 
     entries: tuple[Entry, ...]  # text first
+    markup: Markup | None = None  # how the pretrained model that the text is of writes turns; None: by the tags of the stream
 
     pad = _special("<pad>")
     bos = _special("<bos>")
     eos = _special("<eos>")
     user = _special("<user>")
     assistant = _special("<assistant>")
-    end = _special("<end>")
     image = _special("<image>")
     image_end = _special("</image>")
     audio = _special("<audio>")
     audio_end = _special("</audio>")
+
+    @property
+    def end(self) -> int:
+        """Id of <end>, or of what ends an answer in the markup of a pretrained model."""
+        return self.entries[0].size + NAMES.index("<end>") if self.markup is None else self.markup.end[0]
 
     @classmethod
     def build(cls, tokenizers: Mapping[str, Tokenizer]) -> "Vocabulary":
         """Give ids to `tokenizers`, by kind: text (required), then the others in the order given."""
         if "text" not in tokenizers:
             raise InputError(f"vocabulary: found tokenizers for {sorted(tokenizers)}, expected one for text")
-        vocabulary = cls((_entry("text", tokenizers["text"], 0),))
+        vocabulary = cls((_entry("text", tokenizers["text"], 0),), getattr(tokenizers["text"], "markup", None))
         for kind, tokenizer in tokenizers.items():
             if kind != "text":
                 vocabulary = vocabulary.add(kind, tokenizer)
@@ -114,7 +120,7 @@ class Vocabulary:
         # Further modalities take slots from the end down, for NAMES grows from the beginning up.
         free = SLOTS - 2 * sum(entry.tags is not None for entry in self.entries)
         tags = None if kind in NUMBERED else (free - 2, free - 1)
-        return Vocabulary((*self.entries, _entry(kind, tokenizer, self.size, tags)))
+        return Vocabulary((*self.entries, _entry(kind, tokenizer, self.size, tags)), self.markup)
 
     @property
     def size(self) -> int:
@@ -236,7 +242,8 @@ class Vocabulary:
         """What `save` writes."""
         modalities = [{name: value for name, value in asdict(entry).items() if name not in Entry.OPTIONAL or value is not None}
                       for entry in self.entries]
-        return write_json({"format": FORMAT, "slots": SLOTS, "modalities": modalities})
+        markup = {} if self.markup is None else {"markup": asdict(self.markup)}
+        return write_json({"format": FORMAT, "slots": SLOTS, "modalities": modalities, **markup})
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file."""
@@ -253,7 +260,7 @@ class Vocabulary:
     @classmethod
     def of(cls, value: Any, path: str | Path) -> "Vocabulary":
         """What `to_json` told, as a value read from `path`. Raises InputError for anything that no vocabulary says."""
-        found = build(_Told, value, path)
+        found = build(_Told, value, path, optional=("markup",))
         if (found.format, found.slots) != (FORMAT, SLOTS):
             raise InputError(f"{path}: expected a vocabulary of format {FORMAT} with {SLOTS} special slots")
         entries = found.modalities
@@ -273,7 +280,11 @@ class Vocabulary:
         ends[0] += SLOTS  # the special tokens sit between text and the rest
         if starts != [0, *ends[:-1]]:
             raise InputError(f"{path}: field 'start' reads {starts}, expected {[0, *ends[:-1]]}, ranges without gaps")
-        return cls(entries)
+        if found.markup is not None:
+            ids = [id for part in astuple(found.markup) for id in part]
+            if not found.markup.end or not all(0 <= id < entries[0].size for id in ids):
+                raise InputError(f"{path}: field 'markup' is not how turns may be written, expected text ids, one in 'end'")
+        return cls(entries, found.markup)
 
     def _entry(self, kind: str) -> Entry:
         for entry in self.entries:

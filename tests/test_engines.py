@@ -15,13 +15,15 @@ from mmtx.inference.row import FEW_ROWS, SHORT, RowEngine, prepack_weights
 from mmtx.inference.screen import Screen
 from mmtx.inference.torch_engine import ROOM, TorchEngine
 from mmtx.inference.weights import Weights
+from mmtx.layers import RopeScaling
 from mmtx.model import CodeRange, Decoder, DecoderConfig
 from mmtx.sequence import Prompt
 
 SIZES = {"width": 24, "depth": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp_dim": 32}
 COMPOSED = (CodeRange(10, (4, 3, 2)), CodeRange(34, (5, 2)))  # of 44 ids, 10 have rows of their own
 SHAPES = [{}, {"composed": COMPOSED}, {"composed": COMPOSED, "tied": False}, {"kv_heads": 4}, {"kv_heads": 1},
-          {"depth": 1}, {"norm_eps": 1e-1}, {"rope_theta": 50.0}]
+          {"depth": 1}, {"norm_eps": 1e-1}, {"rope_theta": 50.0}, {"qk_norm": False}, {"qk_norm": False, "qkv_bias": True},
+          {"rope_scaling": RopeScaling(4.0, 1.0, 3.0, 16), "rope_theta": 50.0}]
 onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs a torch with oneDNN")
 LENGTHS = (9, 1, 4, 17)
 NEW = 8

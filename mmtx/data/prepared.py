@@ -333,6 +333,8 @@ class Prepared:
 
 def turned_round(ids: np.ndarray, v: Vocabulary) -> np.ndarray:
     """The order (T,) of the ids of one question and one answer in which their contents change places."""
+    if v.markup is not None:
+        raise InputError("task: found a tokenizer with the chat markup of a pretrained model, expected the tags of the stream")
     places = np.arange(len(ids))
     users, answers = np.flatnonzero(ids == v.user), np.flatnonzero(ids == v.assistant)
     if len(users) != 1 or len(answers) != 1 or users[0] > answers[0] or len(ids) < 6:

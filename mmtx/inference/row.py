@@ -96,7 +96,9 @@ class _Layer(NamedTuple):
 
     attention_norm: _Norm
     qkv: Callable[[], object]
-    head_norm: _Norm        # weight (H + G, K), that of queries over sqrt(K)
+    qkv_bias: np.ndarray | None
+    head_norm: _Norm | None # weight (H + G, K), that of queries over sqrt(K)
+    head_scale: np.ndarray  # (H + G, 1): what queries are divided by where there is no norm
     out: Callable[[], object]
     feed_forward_norm: _Norm
     gate_up: Callable[[], object]
@@ -104,11 +106,13 @@ class _Layer(NamedTuple):
 
     @classmethod
     def of(cls, layer: Layer, config: DecoderConfig, b: _Buffers) -> "_Layer":
-        head_norm, scale = _Norm.of(layer.head_norm), np.ones((len(b.raw), 1), np.float32)
+        scale = np.ones((len(b.raw), 1), np.float32)
         scale[:config.heads] = config.head_dim ** -0.5
+        norm = None if layer.head_norm is None else _Norm.of(layer.head_norm)
         return cls(
             _Norm.of(layer.attention_norm), _product(layer.qkv.T, b.normed, b.qkv),
-            head_norm._replace(weight=head_norm.weight * scale), _product(layer.out.T, b.found, b.added),
+            None if layer.qkv_bias is None else _array(layer.qkv_bias),
+            None if norm is None else norm._replace(weight=norm.weight * scale), scale, _product(layer.out.T, b.found, b.added),
             _Norm.of(layer.feed_forward_norm), _product(layer.gate_up.T, b.normed, b.gate_up),
             _product(layer.down.T, b.inner, b.added))
 
@@ -116,12 +120,17 @@ class _Layer(NamedTuple):
         """A token (D,) and its angles (2, K / 2) -> query, key and value in the buffers."""
         self.attention_norm(x, b.normed)
         self.qkv()
-        np.multiply(b.raw, b.raw, out=b.square)
-        np.dot(b.square, b.ones, out=b.length)
-        b.length += self.head_norm.floor
-        np.sqrt(b.length, out=b.length)
-        np.divide(b.raw, b.length, out=b.flat)
-        b.flat *= self.head_norm.weight
+        if self.qkv_bias is not None:
+            b.qkv += self.qkv_bias
+        if self.head_norm is None:
+            np.multiply(b.raw, self.head_scale, out=b.flat)
+        else:
+            np.multiply(b.raw, b.raw, out=b.square)
+            np.dot(b.square, b.ones, out=b.length)
+            b.length += self.head_norm.floor
+            np.sqrt(b.length, out=b.length)
+            np.divide(b.raw, b.length, out=b.flat)
+            b.flat *= self.head_norm.weight
         np.multiply(b.back, sin, out=b.swapped)
         b.turned *= cos
         b.turned += b.swapped

@@ -79,7 +79,8 @@ class Layer(NamedTuple):
 
     attention_norm: Norm
     qkv: Tensor             # (D, (H + 2G) * K)
-    head_norm: Norm         # weight (H + G, K)
+    qkv_bias: Tensor | None # ((H + 2G) * K,)
+    head_norm: Norm | None  # weight (H + G, K)
     out: Tensor             # (H * K, D)
     feed_forward_norm: Norm
     gate_up: Tensor         # (D, 2 * hidden)
@@ -88,17 +89,22 @@ class Layer(NamedTuple):
     @classmethod
     def of(cls, block: nn.Module, config: DecoderConfig) -> "Layer":
         attention, feed_forward, eps = block.attention, block.feed_forward, config.norm_eps
-        heads = torch.cat([attention.query_norm.weight.expand(config.heads, -1),
-                           attention.key_norm.weight.expand(config.kv_heads, -1)])
+        norm = None if not config.qk_norm else Norm.of(torch.cat([
+            attention.query_norm.weight.expand(config.heads, -1), attention.key_norm.weight.expand(config.kv_heads, -1)]), eps)
         return cls(
-            Norm.of(block.attention_norm.weight, eps), attention.qkv.weight.T, Norm.of(heads, eps),
+            Norm.of(block.attention_norm.weight, eps), attention.qkv.weight.T, attention.qkv.bias, norm,
             attention.out.weight.T, Norm.of(block.feed_forward_norm.weight, eps), feed_forward.gate_up.weight.T,
             feed_forward.down.weight.T)
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor, s: Scratch) -> None:
         """Tokens (N, D) and their angles (N, 1, K) -> queries, keys and values in the scratch."""
         torch.mm(self.attention_norm(x, s.length, s.normed), self.qkv, out=s.qkv)
-        self.head_norm(s.raw, s.head_length, s.turned)
+        if self.qkv_bias is not None:
+            s.qkv.add_(self.qkv_bias)
+        if self.head_norm is None:
+            s.turned.copy_(s.raw)
+        else:
+            self.head_norm(s.raw, s.head_length, s.turned)
         torch.cat((s.high, s.low), dim=-1, out=s.swapped)
         s.turned.mul_(cos).addcmul_(s.swapped, sin)
 

@@ -6,6 +6,7 @@ Codes are local: they start at 0 in every modality. `mmtx.vocabulary` gives them
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -30,6 +31,17 @@ class Encoding(NamedTuple):
 
     codes: np.ndarray
     features: Tensor | None
+
+
+@dataclass(frozen=True)
+class Markup:
+    """How a pretrained language model writes turns: ids of its text tokenizer in place of the tags of the stream."""
+
+    begin: tuple[int, ...]      # before the first turn of a conversation: a system prompt, or nothing
+    user: tuple[int, ...]       # in place of <user>
+    assistant: tuple[int, ...]  # in place of <assistant>
+    end: tuple[int, ...]        # in place of <end>: an id that ends an answer, and what then is written before the next turn
+    control: tuple[int, ...]    # ids of special tokens: no text, so never generated, but the one that ends an answer
 
 
 class Tokenizer(ABC):

@@ -180,7 +180,10 @@ def _frames(error: Exception) -> list[Any]:
     return found
 
 
-register(Modality("text", "pieces", {"text": "mmtx.modality.text:TextTokenizer"}, words=("text", ""), shipped=True, colour="32"))
+register(Modality(
+    "text", "pieces",
+    {"text": "mmtx.modality.text:TextTokenizer", "pretrained text": "mmtx.modality.pretrained_text:PretrainedText"},
+    words=("text", ""), shipped=True, colour="32"))
 register(Modality(
     "image", "grid",
     {"image": "mmtx.modality.image:ImageTokenizer", "pretrained image": "mmtx.modality.pretrained:PretrainedImage"},

@@ -78,7 +78,7 @@ class TextTokenizer(Tokenizer):
         texts = list(texts)
         counts: Counter[str] = Counter()
         for text in texts:
-            _check_unicode(text)
+            check_unicode(text)
             counts.update(text)
         if not counts:
             raise InputError("text tokenizer: found no text to train on, expected at least one character")
@@ -136,7 +136,7 @@ class TextTokenizer(Tokenizer):
 
     def encode(self, media: str) -> list[int]:
         """Text to pieces. Raises InputError on a lone surrogate, which is no Unicode text."""
-        _check_unicode(media)
+        check_unicode(media)
         # A typed U+2581 would come back as a space, so it goes by its bytes.
         first, *others = (self._model.encode(segment) for segment in media.split(SPACE))
         for ids in others:
@@ -241,7 +241,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
             raise ValueError
 
 
-def _check_unicode(text: str) -> None:
+def check_unicode(text: str) -> None:
     if not isinstance(text, str):
         raise InputError(f"text: found {type(text).__name__}, expected str")
     try:

@@ -1,0 +1,71 @@
+"""The chat template of a pretrained model as the markup of turns."""
+
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from mmtx.errors import InputError
+from mmtx.modality.base import Markup
+from mmtx.modality.pretrained_text import PretrainedText
+
+FIRST, SECOND, THIRD = "Alpha", "Beta", "Gamma"  # stand for what is said
+
+
+def markup_of(tokenizer: PretrainedText, where: Any) -> Markup | None:
+    """How the chat template of a tokenizer writes turns; None without a template.
+
+    Raises InputError where it says more about a turn than its role, so that turns cannot be written one by one.
+    """
+    if not tokenizer.template:
+        return None
+    said = [("user", FIRST), ("assistant", SECOND), ("user", THIRD)]
+    whole, one = render(tokenizer, said, where), render(tokenizer, said[:1], where)
+    try:
+        head, rest = whole.split(FIRST)
+        middle, rest = rest.split(SECOND)
+        after, tail = rest.split(THIRD)
+        opening = common_end(head, after)
+        # What ends a user's turn begins both what is between the turns, and what follows the last of them.
+        close = common_start(middle, after)
+        user, assistant = after[len(close):], middle[len(close):]
+        told = head.endswith(user) and tail == close + assistant and one == head + FIRST + tail and bool(opening)
+    except ValueError:
+        told = False
+    if not told:
+        raise InputError(f"{where}: its chat template writes turns in more ways than one, expected a markup of their roles")
+    begin = head.removesuffix(user)
+    ids = [tuple(tokenizer.marked(text)) for text in (begin, user, assistant, close)]
+    control = tuple(sorted(tokenizer.control))
+    if not all(part and part[0] in tokenizer.control for part in ids[1:]) or ids[0] and ids[0][0] not in tokenizer.control:
+        raise InputError(f"{where}: its chat template begins a turn with {user[:20]!r} or ends it with {close[:20]!r}, "
+                         "expected special tokens")
+    return Markup(*ids, control)
+
+
+def render(tokenizer: PretrainedText, said: list[tuple[str, str]], where: Any) -> str:
+    """What the template makes of a conversation, with the opening of an answer, as transformers does it."""
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment.globals["raise_exception"] = refuse
+    messages = [{"role": role, "content": text} for role, text in said]
+    try:
+        return environment.from_string(tokenizer.template).render(
+            messages=messages, add_generation_prompt=True, **tokenizer.specials)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise InputError(f"{where}: its chat template fails ({' '.join(str(error).split())[:80]})") from None
+
+
+def common_start(a: str, b: str) -> str:
+    """The longest text that both begin with, cut before the last special token that only one of them may go on with."""
+    n = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    # The openings of both roles share a beginning ("<|im_start|>"), which is not part of the end.
+    at = a[:n].rfind("<")
+    return a[:n] if at <= 0 else a[:at]
+
+
+def common_end(a: str, b: str) -> str:
+    n = next((i for i, (x, y) in enumerate(zip(reversed(a), reversed(b))) if x != y), min(len(a), len(b)))
+    return a[len(a) - n:]

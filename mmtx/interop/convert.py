@@ -1,0 +1,133 @@
+"""A pretrained language model as the start of a model of ours: its vocabulary grown by specials and codes of media."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from mmtx.errors import InputError
+from mmtx.files import CONFIG, find_shipped, read_bytes, read_json
+from mmtx.interop.chat import markup_of
+from mmtx.interop.families import read_settings, read_weights
+from mmtx.interop.gguf_files import read_gguf
+from mmtx.modality.base import Tokenizer, load_tokenizer
+from mmtx.modality.pretrained_text import TEMPLATE, TOKENIZER, PretrainedText, read_specials
+from mmtx.modality.text import MOST_BYTES
+from mmtx.model import CodeRange, Decoder, DecoderConfig
+from mmtx.pipeline import Model
+from mmtx.schema import shown
+from mmtx.vocabulary import Vocabulary
+from mmtx.weights import PICKLES
+
+INDEX = "model.safetensors.index.json"
+NOISE = 0.1  # of new rows around the mean of those of text, in their standard deviations
+
+
+def convert(source: str | Path, media: Mapping[str, str | Path] | None = None, seed: int = 0) -> Model:
+    """A pretrained language model with ids for media.
+
+    Args:
+        source: a folder of transformers, a GGUF file, or the name of a model on the Hugging Face hub ("user/model").
+        media: folders of tokenizers by kind, "image" and "audio".
+        seed: of the noise in the rows of new ids.
+
+    Raises:
+        InputError: a family that is not supported, a tokenizer that does not fit, tensors that are missing or of other shapes.
+    """
+    path = find_model(source)
+    gguf = path.suffix == ".gguf"
+    config, found, text = read_gguf(path) if gguf else read_folder(path)
+    text = PretrainedText(text.content, text.size, markup_of(text, path), text.template, text.specials, path)
+    state = read_weights(config, found, path, gguf)
+    tokenizers: dict[str, Tokenizer] = {"text": text}
+    for kind, folder in (media or {}).items():
+        tokenizers[kind] = load_tokenizer(find_shipped(folder))
+        if tokenizers[kind].kind != kind:
+            raise InputError(f"--{kind}: {folder} holds a tokenizer for {tokenizers[kind].kind}")
+    vocabulary = Vocabulary.build(tokenizers)
+    return Model(grow(config, state, vocabulary, text, seed), vocabulary, tokenizers).to("cpu")
+
+
+def find_model(source: str | Path) -> Path:
+    """The folder or file of a model; one on the hub is fetched."""
+    path = Path(source)
+    if path.exists():
+        return path
+    if path.suffix == ".gguf" or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+        raise InputError(f"{source}: no such file or folder")
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError:
+        raise InputError(f"{source}: no such folder, and huggingface_hub is not installed to fetch it") from None
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.jinja", "*.safetensors", "*/*.json",
+                                                                   "*/*.safetensors", "*/*.model", "*/*.jinja"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(f"{source}: no such folder, and not on the hub ({type(error).__name__})") from None
+
+
+def read_folder(folder: Path) -> tuple[DecoderConfig, dict[str, Tensor], PretrainedText]:
+    """The sizes, tensors and text tokenizer of a folder of transformers."""
+    values = read_json(folder / CONFIG)
+    if not isinstance(values, dict):
+        raise InputError(f"{folder / CONFIG}: found {shown(values)}, expected an object")
+    config = read_settings(values, folder / CONFIG)
+    names = ["model.safetensors"]
+    if (folder / INDEX).exists():
+        index = read_json(folder / INDEX)
+        weights = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(weights, dict) or not all(isinstance(n, str) and Path(n).name == n for n in weights.values()):
+            raise InputError(f"{folder / INDEX}: expected a weight_map from tensors to files of the folder")
+        names = sorted(set(weights.values()))
+    found: dict[str, Tensor] = {}
+    for name in names:
+        if not (folder / name).exists():
+            pickle = next((p for p in PICKLES if (folder / p).exists()), None)
+            raise InputError(f"{folder / name}: no such file" + (f"; found {pickle}, a pickle, which is code and is not read"
+                                                                 if pickle else ""))
+        try:
+            found |= safetensors.torch.load_file(folder / name)
+        except SafetensorError as error:
+            raise InputError(f"{folder / name}: not a safetensors file ({str(error)[:80]})") from None
+    template = read_bytes(folder / TEMPLATE, MOST_BYTES).decode() if (folder / TEMPLATE).exists() else ""
+    if not template and (path := folder / "tokenizer_config.json").exists():
+        said = read_json(path)
+        template = said.get("chat_template") or "" if isinstance(said, dict) else ""
+    if not isinstance(template, str):
+        raise InputError(f"{folder}: found several chat templates, expected one, as {TEMPLATE}")
+    content = read_bytes(folder / TOKENIZER, MOST_BYTES).decode()
+    text = PretrainedText(content, config.vocabulary_size, None, template, read_specials(folder), folder / TOKENIZER)
+    return config, found, text
+
+
+def grow(config: DecoderConfig, state: Mapping[str, Tensor], vocabulary: Vocabulary, text: PretrainedText,
+         seed: int) -> Decoder:
+    """The decoder with rows for all ids of a vocabulary: those of text as they are, new ones near the mean of these.
+
+    A new id then is as likely as the mean of the others, and takes little from them. The rows of the digits of composed
+    ids add up to that mean.
+    """
+    ranges = tuple(CodeRange(vocabulary.range(kind).start, levels) for kind in vocabulary.kinds
+                   if (levels := vocabulary.levels(kind)))
+    config = replace(config, vocabulary_size=vocabulary.size, composed=ranges)
+    decoder = Decoder(config)
+    generator, state = torch.Generator().manual_seed(seed), dict(state)
+    ends = {vocabulary.eos: text.specials.get("eos_token"), vocabulary.bos: text.specials.get("bos_token")}
+    for name in [name for name in ("embedding.weight", "output.weight") if name in state]:
+        rows = state[name]
+        mean, spread = rows.mean(0), rows.std(0)
+        plain = config.plain_rows - len(rows)
+        shares = torch.tensor([1.0] * plain + [1 / len(r.levels) for r in ranges for level in r.levels for _ in range(level)])
+        noise = torch.randn(len(shares), config.width, generator=generator)
+        new = shares[:, None] * mean + NOISE * spread * noise
+        for ident, token in ends.items():
+            if token is not None and (known := text.id(token)) is not None:
+                new[ident - len(rows)] = rows[known]
+        state[name] = torch.cat([rows, new])
+    decoder.load_state_dict(state)
+    return decoder.eval()

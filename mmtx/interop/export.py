@@ -1,0 +1,139 @@
+"""A model of ours for engines that exist: a folder of transformers (vLLM and others read it too), or GGUF for llama.cpp."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+
+from mmtx.errors import InputError
+from mmtx.files import CONFIG, replace_folder, write_json
+from mmtx.interop.families import write_settings, write_weights
+from mmtx.interop.gguf_files import CONTROL, NORMAL, UNUSED, write_gguf
+from mmtx.modality.pretrained_text import TEMPLATE, TOKENIZER, PretrainedText
+from mmtx.modality.text import BYTE, SPACE, UNKNOWN, TextTokenizer
+from mmtx.pipeline import Model
+
+CONTEXT = 8192  # tokens that an engine is told to make room for
+TAGS = ("{{ '<bos>' }}{% for message in messages %}{{ '<user>' if message['role'] == 'user' else '<assistant>' }}"
+        "{{ message['content'] }}{{ '<end>' }}{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}")
+
+
+def export(model: Model, to: str, output: str | Path, context: int = CONTEXT) -> list[str]:
+    """Write a model for an engine -> what the engine cannot do with it, a sentence each.
+
+    Args:
+        model: any model; ids that are composed of digits become rows of their own.
+        to: "transformers", a folder, or "gguf", a file in float32.
+        output: a new folder or file.
+        context: the longest stream in tokens that engines make room for.
+
+    Raises:
+        InputError: an output that exists, or a decoder or text tokenizer that the format has no words for.
+    """
+    if to not in ("transformers", "gguf"):
+        raise InputError(f"--to: found {to!r}, expected transformers or gguf")
+    output = Path(output)
+    if output.exists():
+        raise InputError(f"{output}: exists, expected a new {'folder' if to == 'transformers' else 'file'}")
+    text, v = model.tokenizers["text"], model.vocabulary
+    template = text.template if isinstance(text, PretrainedText) and v.markup is not None else TAGS
+    content = text_content(model)
+    if to == "transformers":
+        replace_folder(output, _files(model, content, template, context))
+    else:
+        part = output.with_name(f".{output.name}.{os.getpid()}")
+        try:
+            pieces = pieces_of(model, content)
+            scores = None if isinstance(text, PretrainedText) else [
+                text._model.get_score(i) if i < text.size else 0.0 for i in range(v.size)]
+            specials = {"eos": v.end, "bos": begin_of(model), "pad": v.pad}
+            write_gguf(part, model.decoder.config, v.size, write_weights(model.decoder, gguf=True), pieces, scores, content,
+                       specials, template, context)
+            os.replace(part, output)
+        except OSError as error:
+            raise InputError(f"{output}: cannot be written ({error.strerror})") from None
+        finally:
+            part.unlink(missing_ok=True)
+    return cannot(model)
+
+
+def cannot(model: Model) -> list[str]:
+    """What an engine that knows ids only cannot do with a model."""
+    kinds = list(model.decoder.config.features)
+    return [f"{' and '.join(kinds)} given to this model enter as continuous features, which no engine computes: it reads and writes "
+            "ids, for which a model trained with continuous_inputs: false is needed"] if kinds else []
+
+
+def name_of(model: Model, ident: int) -> str:
+    """The name of an id that is no piece of text; no two have the same."""
+    name = model.vocabulary.name(ident)
+    return name if name.startswith("<") else f"<{name}>"
+
+
+def begin_of(model: Model) -> int:
+    """What a chat template calls bos_token: that of the pretrained model, where it has one."""
+    text = model.tokenizers["text"]
+    known = text.id(text.specials["bos_token"]) if isinstance(text, PretrainedText) and "bos_token" in text.specials else None
+    return model.vocabulary.bos if known is None else known
+
+
+def text_content(model: Model) -> dict[str, Any]:
+    """tokenizer.json with names for all ids."""
+    text, size = model.tokenizers["text"], model.vocabulary.size
+    content = json.loads(text.content) if isinstance(text, PretrainedText) else _of_sentencepiece(text)
+    known = {*content["model"]["vocab"].values(), *(token["id"] for token in content["added_tokens"])}
+    content["added_tokens"] = [*content["added_tokens"], *(
+        {"id": ident, "content": name_of(model, ident), "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False, "special": True} for ident in range(size) if ident not in known)]
+    return content
+
+
+def _of_sentencepiece(text: TextTokenizer) -> dict[str, Any]:
+    """The same pieces and merges as tokenizer.json has them. A piece that is merged earlier has a higher score."""
+    vocabulary = {text.piece(ident): ident for ident in range(text.size)}
+    normal = {piece: ident for piece, ident in vocabulary.items() if not text._model.is_byte(ident)
+              and not text._model.is_unknown(ident) and not text._model.is_control(ident)}
+    merges = [(text._model.get_score(ident), [piece[:at], piece[at:]]) for piece, ident in normal.items()
+              for at in range(1, len(piece)) if piece[:at] in normal and piece[at:] in normal]
+    merges.sort(key=lambda merge: -merge[0])
+    replaced = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": replaced,
+            "pre_tokenizer": None, "post_processor": None,
+            "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}]},
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                      "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
+                      "vocab": vocabulary, "merges": [merge for _, merge in merges]}}
+
+
+def pieces_of(model: Model, content: dict[str, Any]) -> list[tuple[str, int]]:
+    """Text and type in GGUF of every id."""
+    text = model.tokenizers["text"]
+    pieces = [("", UNUSED)] * model.vocabulary.size
+    for piece, ident in content["model"]["vocab"].items():
+        kind = NORMAL
+        if isinstance(text, TextTokenizer):
+            kind = BYTE if text._model.is_byte(ident) else UNKNOWN if text._model.is_unknown(ident) else NORMAL
+        pieces[ident] = piece, kind
+    for token in content["added_tokens"]:
+        pieces[token["id"]] = token["content"], CONTROL if token["special"] else 4
+    return pieces
+
+
+def _files(model: Model, content: dict[str, Any], template: str, context: int) -> Iterator[tuple[str, bytes]]:
+    v, text = model.vocabulary, model.tokenizers["text"]
+    name = lambda ident: text.piece(ident) if ident < text.size else name_of(model, ident)
+    yield "model.safetensors", safetensors.torch.save(dict(write_weights(model.decoder)), {"format": "pt"})
+    bos = begin_of(model)
+    ids = {"bos_token_id": bos, "eos_token_id": v.end, "pad_token_id": v.pad}
+    yield CONFIG, write_json({**write_settings(model.decoder.config, context), **ids})
+    yield "generation_config.json", write_json({**ids, "do_sample": False})
+    yield TOKENIZER, json.dumps(content, ensure_ascii=False).encode()
+    yield "tokenizer_config.json", write_json({
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": name(bos), "eos_token": name(v.end), "pad_token": name(v.pad),
+        "clean_up_tokenization_spaces": False, "model_max_length": context})
+    yield TEMPLATE, template.encode()
+    yield "vocabulary.json", v.to_json()

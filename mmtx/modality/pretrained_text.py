@@ -1,0 +1,135 @@
+"""Text tokenizers of pretrained language models: byte-level BPE through the `tokenizers` library (extra `interop`).
+
+Special tokens that a user types stay text: their ids come only from the markup of turns.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar
+
+from mmtx.errors import InputError
+from mmtx.files import CONFIG, read_bytes, read_json, write_json
+from mmtx.modality.base import Markup, Tokenizer, read_config
+from mmtx.modality.text import MOST_BYTES, check_unicode
+from mmtx.schema import build, shown, within
+
+TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
+
+
+def _alphabet() -> dict[str, int]:
+    """The character by which byte-level BPE writes each byte: printable ones are themselves, the others follow from U+0100 on."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+ALPHABET = _alphabet()
+
+
+class PretrainedText(Tokenizer):
+    """A byte-level BPE as tokenizer.json has it, the markup of turns and the chat template that it came from."""
+
+    kind: ClassVar[str] = "text"
+
+    def __init__(self, content: str, size: int, markup: Markup | None = None, template: str = "",
+                 specials: dict[str, str] | None = None, where: str | Path = "text tokenizer"):
+        """
+        Args:
+            content: tokenizer.json.
+            size: rows of the model's embedding, which may be more than there are pieces.
+            markup: how turns are written.
+            template: the chat template in Jinja; kept for those who export the model.
+            specials: names of special tokens by role: "bos_token", "eos_token".
+        """
+        try:
+            import tokenizers
+        except ImportError:
+            raise InputError("text tokenizer: tokenizers is not installed, expected pip install 'mmtx[interop]'") from None
+        self.content, self.markup, self.template, self.specials = content, markup, template, specials or {}
+        try:
+            values = json.loads(content)
+            model = values["model"]
+            vocabulary, added = model["vocab"], values.get("added_tokens", [])
+            steps = [values.get("pre_tokenizer") or {}, *((values.get("pre_tokenizer") or {}).get("pretokenizers", ()))]
+            if model.get("type", "BPE") != "BPE" or not any(step.get("type") == "ByteLevel" for step in steps):
+                raise InputError(f"{where}: found {shown(model.get('type'))} of other pieces, expected a byte-level BPE")
+            self._tokenizer = tokenizers.Tokenizer.from_str(content)
+        except InputError:
+            raise
+        except Exception as error:  # the library raises Exception itself for what it cannot read
+            raise InputError(f"{where}: not a tokenizer.json ({' '.join(str(error).split())[:100]})") from None
+        self._tokenizer.encode_special_tokens = True
+        within(f"{where}: rows of the embedding", size, self._tokenizer.get_vocab_size(), 2**22)
+        self._size, self._bytes, self._names = size, [b"\xef\xbf\xbd"] * size, [""] * size
+        for piece, ident in vocabulary.items():
+            self._names[ident] = piece
+            self._bytes[ident] = bytes(ALPHABET[c] for c in piece) if all(c in ALPHABET for c in piece) else piece.encode()
+        # Rows of the embedding that no piece has are never written either.
+        self.control = frozenset({*(token["id"] for token in added if token["special"]),
+                                  *range(self._tokenizer.get_vocab_size(), size)})
+        for token in added:
+            self._names[token["id"]] = token["content"]
+            self._bytes[token["id"]] = b"" if token["special"] else token["content"].encode()
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "PretrainedText":
+        folder = Path(folder)
+        config, where = read_config(folder, "pretrained text"), folder / CONFIG
+        if config.keys() != {"kind", "size", "markup", "specials"}:
+            raise InputError(f"{where}: found the fields {shown(', '.join(config))}, expected kind, size, markup, specials")
+        markup = None if config["markup"] is None else build(Markup, config["markup"], where, "markup")
+        template = read_bytes(folder / TEMPLATE, MOST_BYTES).decode() if (folder / TEMPLATE).exists() else ""
+        return cls(read_bytes(folder / TOKENIZER, MOST_BYTES).decode(), config["size"], markup, template,
+                   config["specials"], folder / TOKENIZER)
+
+    def files(self) -> dict[str, bytes]:
+        config = {"kind": "pretrained text", "size": self.size, "markup": self.markup and asdict(self.markup),
+                  "specials": self.specials}
+        return {TOKENIZER: self.content.encode(), CONFIG: write_json(config),
+                **({TEMPLATE: self.template.encode()} if self.template else {})}
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    def encode(self, media: str) -> list[int]:
+        """Text to pieces. Raises InputError on a lone surrogate, which is no Unicode text."""
+        check_unicode(media)
+        return self._tokenizer.encode(media, add_special_tokens=False).ids
+
+    def piece(self, id: int) -> str:
+        """A piece as the library writes it, for people to look at."""
+        return self._names[id]
+
+    def id(self, name: str) -> int | None:
+        """The id of a special token by its name."""
+        return self._tokenizer.token_to_id(name)
+
+    def decode(self, codes: Sequence[int]) -> str:
+        """Pieces to text; special tokens are no text. Raises InputError on a code outside [0, size)."""
+        codes = [int(code) for code in codes]
+        if codes and not 0 <= min(codes) <= max(codes) < self.size:
+            raise InputError(f"text codes: found values from {min(codes)} to {max(codes)}, expected [0, {self.size})")
+        return b"".join(self._bytes[code] for code in codes).decode("utf-8", errors="replace")
+
+    def marked(self, text: str) -> list[int]:
+        """The ids of markup, in which names of special tokens are special tokens."""
+        self._tokenizer.encode_special_tokens = False
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        finally:
+            self._tokenizer.encode_special_tokens = True
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.content, self.size, self.markup, self.template, self.specials)
+
+
+def read_specials(folder: Path) -> dict[str, str]:
+    """The special tokens by role of a folder of transformers; none where it does not say."""
+    path = folder / "tokenizer_config.json"
+    values = read_json(path) if path.exists() else {}
+    named = {role: values.get(role) for role in ("bos_token", "eos_token")} if isinstance(values, dict) else {}
+    named = {role: token.get("content") if isinstance(token, dict) else token for role, token in named.items()}
+    return {role: token for role, token in named.items() if isinstance(token, str)}

