@@ -38,7 +38,7 @@ def attention_weights(decoder: Decoder, ids: Tensor, features: Mapping[str, Feat
     if (count := c.depth * c.heads * length ** 2) > MOST:
         raise InputError(f"attention: found {length} tokens, so {count} weights, expected up to {MOST}")
     x, found = decoder.embed(ids[None], features), []
-    angles = rotary_embedding(torch.arange(length, device=ids.device)[None], c.head_dim, c.rope_theta)
+    angles = rotary_embedding(torch.arange(length, device=ids.device)[None], c.head_dim, c.rope_theta, c.rope_scaling)
     later = torch.ones(length, length, dtype=torch.bool, device=ids.device).triu(1)
     for block in decoder.blocks:
         query, key, _ = block.attention.heads(block.attention_norm(x), angles)

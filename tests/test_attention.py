@@ -11,6 +11,7 @@ from test_model import qwen3
 import mmtx
 from mmtx import attention
 from mmtx.attention import AttentionMaps, attention_weights
+from mmtx.layers import RopeScaling, rotary_embedding
 from mmtx.model import Decoder, DecoderConfig
 from mmtx.pipeline import Model
 
@@ -131,3 +132,20 @@ def test_mistakes_are_told(lively, tmp_path, monkeypatch):
     monkeypatch.setattr(attention, "MOST", 100)
     with pytest.raises(mmtx.InputError, match="attention: found 6 tokens"):
         attention_weights(lively.decoder, torch.arange(6))
+
+
+def test_weights_of_other_families_are_those_that_their_blocks_use():
+    torch.manual_seed(0)
+    config = DecoderConfig(64, width=32, depth=1, heads=4, kv_heads=2, head_dim=16, mlp_dim=64, qk_norm=False, qkv_bias=True,
+                           rope_theta=100.0, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16))
+    decoder, ids = Decoder(config), torch.randint(64, (40,))
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    (block,), positions = decoder.blocks, torch.arange(40)[None]
+    with torch.no_grad():
+        x = block.attention_norm(decoder.embed(ids[None]))
+        angles = rotary_embedding(positions, 16, 100.0, config.rope_scaling)
+        value = block.attention.heads(x, angles)[2].repeat_interleave(2, 2)[0]                      # (T, H, K)
+        (shares,) = attention_weights(decoder, ids)
+        found = block.attention.out(torch.einsum("hqt,thk->qhk", shares, value).flatten(1))
+        assert torch.allclose(found, block.attention(x, angles)[0], atol=1e-5)
