@@ -430,12 +430,14 @@ def _prepare(options: argparse.Namespace) -> None:
         raise InputError("found both sources and --config, expected one of them" if options.config
                          else "found neither sources nor --config, expected one of them")
     folders, features, sources = options.tokenizers, options.features, [_source(options, options.sources)]
-    max_bad = MAX_BAD
+    max_bad, frozen = MAX_BAD, ""
     outputs = [options.output]
     _check_source_options(options)
     if options.config:
         config = read_config(find_shipped(options.config))
         sources, folders, features, max_bad = config.train, config.tokenizers, config.continuous_inputs, config.max_bad
+        # Shards hold what encoders made, and not what an encoder that is trained along would read.
+        frozen = " --model.train_encoder false" if config.train_encoder else ""
         # The same samples are prepared once, however often they are used.
         read = [repr((source.paths, source.select, source.fields, source.follow_links)) for source in sources]
         outputs = [check_output(options.output) / str(list(dict.fromkeys(read)).index(what)) for what in read]
@@ -461,7 +463,7 @@ def _prepare(options: argparse.Namespace) -> None:
     train = yaml.safe_dump(train, default_flow_style=True, sort_keys=False, width=10**6).strip()
     plugins = "".join(f"--plugin {path} " for path in PLUGINS.values())
     print(f"mmtx fit {plugins}--config {options.config or 'FILE'} --data.train '{train}' "
-          "--data.image_augmentation null --data.audio_augmentation null")
+          "--data.image_augmentation null --data.audio_augmentation null" + frozen)
 
 
 def _convert(options: argparse.Namespace) -> None:

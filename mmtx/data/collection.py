@@ -63,9 +63,10 @@ class TrainingData(NamedTuple):
 
     train: list[DataSource]
     validation: list[DataSource]
-    tokenizers: list[str]  # folders
-    continuous_inputs: bool       # whether the decoder takes features
-    max_bad: float         # share of the rows of a source that may be unusable
+    tokenizers: list[str]    # folders
+    continuous_inputs: bool  # whether the decoder takes features
+    train_encoder: bool      # whether it trains the encoders that make them
+    max_bad: float           # share of the rows of a source that may be unusable
 
 
 def read_config(path: str | Path) -> TrainingData:
@@ -75,7 +76,8 @@ def read_config(path: str | Path) -> TrainingData:
         data, model = (config[name]["init_args"] for name in ("data", "model"))
         folders = [folder for folder in data["tokenizers"].values() if folder is not None]
         train, held_out = ([DataSource(**source) for source in data[name]] for name in ("train", "validation"))
-        return TrainingData(train, held_out, folders, bool(model.get("continuous_inputs")), float(data.get("max_bad", MAX_BAD)))
+        return TrainingData(train, held_out, folders, bool(model.get("continuous_inputs")), bool(model.get("train_encoder")),
+                            float(data.get("max_bad", MAX_BAD)))
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not the configuration of a decoder ({type(error).__name__}: {scrub(str(error))})") from None
 
