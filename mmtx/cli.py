@@ -188,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="write a model for transformers, vLLM or llama.cpp")
     export.add_argument("--to", choices=("transformers", "gguf"), required=True)
     export.add_argument("--output", required=True, help="a new folder, or a new file for gguf")
-    export.add_argument("--context", type=_count(1, 2**24), default=8192, help="longest stream in tokens, default: 8192")
+    export.add_argument("--max_seq_len", type=_count(1, 2**24), default=8192, help="longest stream in tokens, default: 8192")
     _model_options(export)
     export.set_defaults(run=_export)
 
@@ -481,7 +481,7 @@ def _convert(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from mmtx.interop.export import export
 
-    for sentence in export(_load(options), options.to, options.output, options.context):
+    for sentence in export(_load(options), options.to, options.output, options.max_seq_len):
         print(f"mmtx: note: {sentence}", file=sys.stderr)
     print(options.output)
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mmtx.errors import InputError
 from mmtx.layers import Block, BlockConfig, Packing, RMSNorm, RopeScaling, initialise, rotary_embedding
@@ -174,6 +175,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False  # compute blocks again on the way back
         block = BlockConfig(config.width, config.heads, config.kv_heads, config.head_dim, config.mlp_dim,
                             causal=True, norm_eps=config.norm_eps, qk_norm=config.qk_norm, qkv_bias=config.qkv_bias)
         self.embedding = TokenEmbedding(config)
@@ -189,8 +191,9 @@ class Decoder(nn.Module):
         """Ids and their positions (B, T) -> hidden states (B, T, D); documents of a packed batch do not see each other."""
         x = self.embed(ids, features)
         angles = rotary_embedding(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
+        again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for block in self.blocks:
-            x = block(x, angles, packing)
+            x = checkpoint(block, x, angles, packing, use_reentrant=False) if again else block(x, angles, packing)
         return self.norm(x)
 
     def embed(self, ids: Tensor, features: Mapping[str, Features] | None = None) -> Tensor:

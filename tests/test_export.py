@@ -11,7 +11,7 @@ import torch
 from test_interop import CASES, CHATML, LLAMA3, conversation, full, media, messages, save_model  # noqa: F401
 
 from mmtx.cli import main
-from mmtx.document import Document, ImagePart, TextPart, Turn
+from mmtx.document import Document, MediaPart, TextPart, Turn
 from mmtx.errors import InputError
 from mmtx.interop.convert import convert
 from mmtx.interop.export import export
@@ -61,7 +61,7 @@ def test_transformers_gives_the_same_scores_and_answers(models, name, tmp_path):
         if name != "llama scaled" or said.strip() == said:
             assert text.apply_chat_template(messages(said), add_generation_prompt=True, return_dict=False) == asked.tolist()
     # A picture in, as ids of the stream, and whatever comes best, codes too.
-    image = ImagePart(rng.integers(0, model.tokenizers["image"].size, (2, 2)))
+    image = MediaPart("image", rng.integers(0, model.tokenizers["image"].size, (2, 2)))
     question = TextPart(model.tokenizers["text"].encode("what is it"))
     asked = torch.from_numpy(prompt(Document((Turn("user", (image, question)),)), v).ids).long()[None]
     found = theirs.generate(asked, attention_mask=torch.ones_like(asked), max_new_tokens=10, do_sample=False, eos_token_id=v.size + 1,

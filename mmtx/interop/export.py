@@ -16,19 +16,19 @@ from mmtx.modality.pretrained_text import TEMPLATE, TOKENIZER, PretrainedText
 from mmtx.modality.text import BYTE, SPACE, UNKNOWN, TextTokenizer
 from mmtx.pipeline import Model
 
-CONTEXT = 8192  # tokens that an engine is told to make room for
+MAX_SEQ_LEN = 8192  # tokens that an engine is told to make room for
 TAGS = ("{{ '<bos>' }}{% for message in messages %}{{ '<user>' if message['role'] == 'user' else '<assistant>' }}"
         "{{ message['content'] }}{{ '<end>' }}{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}")
 
 
-def export(model: Model, to: str, output: str | Path, context: int = CONTEXT) -> list[str]:
+def export(model: Model, to: str, output: str | Path, max_seq_len: int = MAX_SEQ_LEN) -> list[str]:
     """Write a model for an engine -> what the engine cannot do with it, a sentence each.
 
     Args:
         model: any model; ids that are composed of digits become rows of their own.
         to: "transformers", a folder, or "gguf", a file in float32.
         output: a new folder or file.
-        context: the longest stream in tokens that engines make room for.
+        max_seq_len: the longest stream in tokens that engines make room for.
 
     Raises:
         InputError: an output that exists, or a decoder or text tokenizer that the format has no words for.
@@ -42,7 +42,7 @@ def export(model: Model, to: str, output: str | Path, context: int = CONTEXT) ->
     template = text.template if isinstance(text, PretrainedText) and v.markup is not None else TAGS
     content = text_content(model)
     if to == "transformers":
-        replace_folder(output, _files(model, content, template, context))
+        replace_folder(output, _files(model, content, template, max_seq_len))
     else:
         part = output.with_name(f".{output.name}.{os.getpid()}")
         try:
@@ -51,7 +51,7 @@ def export(model: Model, to: str, output: str | Path, context: int = CONTEXT) ->
                 text._model.get_score(i) if i < text.size else 0.0 for i in range(v.size)]
             specials = {"eos": v.end, "bos": begin_of(model), "pad": v.pad}
             write_gguf(part, model.decoder.config, v.size, write_weights(model.decoder, gguf=True), pieces, scores, content,
-                       specials, template, context)
+                       specials, template, max_seq_len)
             os.replace(part, output)
         except OSError as error:
             raise InputError(f"{output}: cannot be written ({error.strerror})") from None
@@ -123,17 +123,17 @@ def pieces_of(model: Model, content: dict[str, Any]) -> list[tuple[str, int]]:
     return pieces
 
 
-def _files(model: Model, content: dict[str, Any], template: str, context: int) -> Iterator[tuple[str, bytes]]:
+def _files(model: Model, content: dict[str, Any], template: str, max_seq_len: int) -> Iterator[tuple[str, bytes]]:
     v, text = model.vocabulary, model.tokenizers["text"]
     name = lambda ident: text.piece(ident) if ident < text.size else name_of(model, ident)
     yield "model.safetensors", safetensors.torch.save(dict(write_weights(model.decoder)), {"format": "pt"})
     bos = begin_of(model)
     ids = {"bos_token_id": bos, "eos_token_id": v.end, "pad_token_id": v.pad}
-    yield CONFIG, write_json({**write_settings(model.decoder.config, context), **ids})
+    yield CONFIG, write_json({**write_settings(model.decoder.config, max_seq_len), **ids})
     yield "generation_config.json", write_json({**ids, "do_sample": False})
     yield TOKENIZER, json.dumps(content, ensure_ascii=False).encode()
     yield "tokenizer_config.json", write_json({
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": name(bos), "eos_token": name(v.end), "pad_token": name(v.pad),
-        "clean_up_tokenization_spaces": False, "model_max_length": context})
+        "clean_up_tokenization_spaces": False, "model_max_length": max_seq_len})
     yield TEMPLATE, template.encode()
     yield "vocabulary.json", v.to_json()

@@ -111,8 +111,8 @@ def _read_scaling(rope: Mapping[str, Any], where: Any) -> RopeScaling | None:
     return RopeScaling(*(float(rope[name]) for name in names[:3]), int(rope[names[3]]))
 
 
-def write_settings(config: DecoderConfig, context: int) -> dict[str, Any]:
-    """config.json of transformers; `context` is the longest document in tokens."""
+def write_settings(config: DecoderConfig, max_seq_len: int) -> dict[str, Any]:
+    """config.json of transformers; `max_seq_len` is the longest document in tokens."""
     family, scaling = family_of(config), config.rope_scaling
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     if scaling is not None:
@@ -122,7 +122,7 @@ def write_settings(config: DecoderConfig, context: int) -> dict[str, Any]:
             "hidden_size": config.width, "num_hidden_layers": config.depth, "num_attention_heads": config.heads,
             "num_key_value_heads": config.kv_heads, "head_dim": config.head_dim, "intermediate_size": config.mlp_dim,
             "hidden_act": "silu", "rms_norm_eps": config.norm_eps, "tie_word_embeddings": config.tied, "dtype": "float32",
-            "max_position_embeddings": context, "rope_theta": config.rope_theta, "rope_parameters": rope,
+            "max_position_embeddings": max_seq_len, "rope_theta": config.rope_theta, "rope_parameters": rope,
             **({"rope_scaling": rope} if scaling is not None else {})}
 
 

@@ -55,7 +55,7 @@ def read_gguf(path: Path) -> tuple[DecoderConfig, dict[str, Tensor], PretrainedT
     if "token_embd.weight" not in shapes:
         raise InputError(f"{path}: found no tensor token_embd.weight, expected one")
     heads, width = int(read(at + "attention.head_count")), int(read(at + "embedding_length"))
-    if kind := fields.get(at + "rope.scaling.type") not in (None, "none"):
+    if (kind := fields.get(at + "rope.scaling.type")) not in (None, "none"):
         raise InputError(f"{path}: found RoPE scaling {shown(kind)}, expected none or that of Llama 3")
     tensors: dict[str, Tensor] = {}
     for tensor in reader.tensors:
@@ -119,7 +119,7 @@ def _read_tokenizer(fields: Mapping[str, Any], size: int, path: Path) -> Pretrai
 
 def write_gguf(path: Path, config: DecoderConfig, size: int, tensors: Iterable[tuple[str, Tensor]],
                pieces: list[tuple[str, int]], scores: list[float] | None, content: Mapping[str, Any],
-               specials: Mapping[str, int], template: str, context: int) -> None:
+               specials: Mapping[str, int], template: str, max_seq_len: int) -> None:
     """A file that llama.cpp runs. `pieces` are text and type of each of `size` ids, `content` is tokenizer.json; pieces of
     SentencePiece have `scores`.
     """
@@ -127,7 +127,7 @@ def write_gguf(path: Path, config: DecoderConfig, size: int, tensors: Iterable[t
     if config.rope_scaling is not None and family.name != "llama":
         raise InputError(f"gguf: found RoPE scaling in a decoder of {family.name}, expected none (llama.cpp has it for llama)")
     writer = gguf.GGUFWriter(path, family.name)
-    writer.add_context_length(context)
+    writer.add_context_length(max_seq_len)
     writer.add_embedding_length(config.width)
     writer.add_block_count(config.depth)
     writer.add_feed_forward_length(config.mlp_dim)

@@ -4,6 +4,7 @@ Shapes: N tokens of a batch, M supervised tokens, V vocabulary.
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, make_dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
+from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
 
 from mmtx.data.augment import AudioAugmentation, ImageAugmentation
@@ -28,6 +30,7 @@ from mmtx.modality.base import Tokenizer, load_tokenizer
 from mmtx.modality.modality import media_kinds
 from mmtx.model import CodeRange, Decoder, DecoderConfig
 from mmtx.pipeline import Model, load
+from mmtx.training.adapters import LoRA, adapt, merged, parameters_by_group, save_adapter
 from mmtx.training.loader import ResumableLoader, loader
 from mmtx.training.means import Means, TestedAsValidated
 from mmtx.training.optimizer import OptimizerConfig, configure
@@ -197,6 +200,8 @@ class DecoderModule(TestedAsValidated):
         init_from: str | None = None,
         tokenizers: TokenizerFolders | None = None,
         train_encoder: bool = False,
+        lora: LoRA | None = None,
+        gradient_checkpointing: bool = False,
     ):
         """
         Args:
@@ -211,8 +216,13 @@ class DecoderModule(TestedAsValidated):
             init_from: folder of a finished model with this configuration and text tokenizer, whose weights to start from.
                 Its other tokenizers may have been retrained: what their codes stand for is then learnt anew.
             tokenizers: folders of the tokenizers, where batches come from a plain loader; by default those of the data.
+            lora: train low-rank adapters and the rows of ids that are no text, and leave the rest as it is in `init_from`.
+            gradient_checkpointing: compute each block again on the way back: less memory, a third more time.
         """
         super().__init__()
+        if lora is not None and init_from is None:
+            raise InputError("model.init_args.init_from: found none with lora, expected the model that is to be adapted")
+        self.lora, self.gradient_checkpointing = lora, gradient_checkpointing
         self.init_from = None if init_from is None else load(init_from, "cpu")
         self.finished: Path | None = None  # the folder of `init_from` if tokenizers and all must be the same
         self.tokenizers = None if tokenizers is None else tokenizers.load()
@@ -245,6 +255,11 @@ class DecoderModule(TestedAsValidated):
         if self.init_from is not None:
             self._begin_with(self.init_from)
             self.init_from = None
+        self.decoder.gradient_checkpointing = self.gradient_checkpointing
+        if self.lora is not None:
+            if self.device_mesh is not None:
+                raise InputError("trainer.strategy: found sharded with lora, expected another")
+            adapt(self.decoder, self.lora, vocabulary.range("special").start)
         if self.device_mesh is not None:
             shard(self.decoder, self.device_mesh["data_parallel"])
 
@@ -276,6 +291,10 @@ class DecoderModule(TestedAsValidated):
                 raise InputError(f"{where}: found {'an' if kind[0] in 'aeiou' else 'a'} {kind} tokenizer of fingerprint {found}, "
                                  f"expected {expected}, tokenizers.{kind}")
         self.decoder.load_state_dict(model.decoder.state_dict())
+
+    def on_fit_start(self) -> None:
+        if self.global_rank == 0:
+            print(f"mmtx: {parameters_by_group(self.decoder)}", file=sys.stderr)
 
     def configure_optimizers(self) -> dict:
         return configure(self.decoder, self.optimizer_config, self.trainer.max_steps)
@@ -336,16 +355,20 @@ class DecoderModule(TestedAsValidated):
         Where the grammar allows no code, the scores of codes are left out of the softmax: they are most of the
         vocabulary, and generation never looks at them there.
         """
-        hidden = self.decoder(batch.ids, batch.positions, batch.packing, batch.features).flatten(0, 1)[batch.supervised]
-        output = self.decoder.output or self.decoder.embedding
-        return next_token_loss(output, hidden, batch.targets, batch.plain, weights, self.z_loss)
+        with parametrize.cached():  # the table whose new rows train is put together once
+            hidden = self.decoder(batch.ids, batch.positions, batch.packing, batch.features).flatten(0, 1)[batch.supervised]
+            output = self.decoder.output or self.decoder.embedding
+            return next_token_loss(output, hidden, batch.targets, batch.plain, weights, self.z_loss)
 
     def model(self) -> Model:
         """The decoder with its tokenizers, for captions during training and for saving."""
-        return Model(self.decoder, self.vocabulary, self.tokenizers)
+        decoder = self.decoder if self.lora is None else merged(self.decoder)
+        return Model(decoder, self.vocabulary, self.tokenizers)
 
     def save(self, folder: Path) -> None:
         self.model().save(folder)
+        if self.lora is not None:
+            save_adapter(self.decoder, self.lora, folder.with_name("adapter"))
 
 
 def ratio(total: Tensor, weight: Tensor) -> Tensor:

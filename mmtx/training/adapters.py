@@ -1,0 +1,152 @@
+"""LoRA through peft (extra `lora`): a decoder stays as it is, low-rank matrices beside it and the rows of new ids train."""
+
+import copy
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from mmtx.errors import InputError
+from mmtx.files import write_whole
+from mmtx.interop.families import BLOCK, sizes_of
+from mmtx.model import Decoder, TokenEmbedding
+
+NAME = "default"  # of the adapter in peft
+TARGETS = {"attention": ("qkv", "out"), "feed_forward": ("gate_up", "down")}
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters (https://arxiv.org/abs/2106.09685) of a decoder that starts from a finished model.
+
+    `parts` of each block get one: "attention", "feed_forward". `new_rows` also trains the rows of ids that are no text:
+    without them a model never learns what a code of a picture means. `rank_stabilized` scales by alpha / sqrt(rank).
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    parts: tuple[str, ...] = ("attention", "feed_forward")
+    new_rows: bool = True
+    rank_stabilized: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "parts", tuple(self.parts))
+        if not 1 <= self.rank <= 2**12:
+            raise InputError(f"lora.rank: found {self.rank}, expected 1 to {2**12}")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"lora.dropout: found {self.dropout}, expected 0 or more, and less than 1")
+        if not self.parts or not {*self.parts} <= TARGETS.keys():
+            raise InputError(f"lora.parts: found {', '.join(self.parts) or 'none'}, expected some of {', '.join(TARGETS)}")
+
+
+def peft_library() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise InputError("lora: peft is not installed, expected pip install 'mmtx[lora]'") from None
+    return peft
+
+
+class NewRows(nn.Module):
+    """Takes the place of a table's rows from `first` on: these train, the others stay."""
+
+    def __init__(self, table: Tensor, first: int):
+        super().__init__()
+        self.first, self.rows = first, nn.Parameter(table[first:].detach().clone())
+
+    def forward(self, table: Tensor) -> Tensor:
+        return torch.cat([table[:self.first], self.rows])
+
+
+def adapt(decoder: Decoder, lora: LoRA, text: int) -> None:
+    """Freeze a decoder but for its projections, and put adapters into it; ids from `text` on are no text."""
+    peft = peft_library()
+    decoder.requires_grad_(False)
+    peft.inject_adapter_in_model(_config(peft, lora), decoder, NAME)
+    decoder.projections.requires_grad_(True)
+    if lora.new_rows:
+        for table in tables(decoder):
+            parametrize.register_parametrization(table, "weight", NewRows(table.weight, text))
+            table.parametrizations.weight.original.requires_grad_(False)
+
+
+def _config(peft: Any, lora: LoRA, targets: list[str] | None = None, **more: Any) -> Any:
+    targets = targets or [name for part in lora.parts for name in TARGETS[part]]
+    return peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets,
+                           use_rslora=lora.rank_stabilized, **more)
+
+
+def tables(decoder: Decoder) -> list[TokenEmbedding]:
+    return [table for table in (decoder.embedding, decoder.output) if table is not None]
+
+
+def merged(decoder: Decoder) -> Decoder:
+    """A decoder of its own with the adapters added to its weights."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    whole = copy.deepcopy(decoder)
+    for module in list(whole.modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+    state = {name.replace(".base_layer", ""): tensor for name, tensor in whole.state_dict().items()
+             if ".lora_" not in name and ".parametrizations." not in name}
+    state |= {f"{name}.weight": table.weight for name, table in whole.named_children() if table in tables(whole)}
+    plain = Decoder(decoder.config)
+    plain.load_state_dict(state)
+    return plain.to(next(decoder.parameters()).device).eval()
+
+
+def adapter_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
+    """The adapters as peft names those of the exported model. Of a fused projection each part has its rows and a copy of what
+    they share.
+    """
+    for number, block in enumerate(decoder.blocks):
+        for ours, part, theirs, _ in BLOCK:
+            layer = block.get_submodule(ours) if "." in ours and not ours.endswith("_norm") else None
+            if layer is None or not hasattr(layer, "lora_A"):
+                continue
+            rows = layer.lora_B[NAME].weight                                                      # (rows, r)
+            rows = rows if part is None else rows.split(sizes_of(decoder.config, ours))[part]
+            at = f"base_model.model.model.layers.{number}.{theirs}"
+            yield f"{at}.lora_A.weight", layer.lora_A[NAME].weight.detach().clone()
+            yield f"{at}.lora_B.weight", rows.detach().clone()
+    for table, name in ((decoder.embedding, "model.embed_tokens"), (decoder.output, "lm_head")):
+        if table is not None and parametrize.is_parametrized(table):
+            first = table.parametrizations.weight[0].first
+            yield (f"base_model.model.{name}.token_adapter.trainable_tokens_delta",
+                   table.matrix()[first:].detach().clone())
+
+
+def save_adapter(decoder: Decoder, lora: LoRA, folder: Path) -> None:
+    """Write the adapters in peft's own format, for the model that `mmtx export --to transformers` makes of the start."""
+    config, targets = decoder.config, [row[2].split(".")[1] for row in BLOCK if "_proj" in row[2]
+                                       and row[0].split(".")[0] in lora.parts]
+    first = decoder.embedding.parametrizations.weight[0].first if lora.new_rows else 0
+    names = ["embed_tokens"] if config.tied else ["embed_tokens", "lm_head"]
+    rows = {name: list(range(first, config.vocabulary_size)) for name in names} if lora.new_rows else None
+    settings = _config(peft_library(), lora, targets, trainable_token_indices=rows, task_type="CAUSAL_LM", inference_mode=True)
+    values = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.to_dict().items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter_tensors(decoder)}
+    write_whole(folder / "adapter_model.safetensors", safetensors.torch.save(tensors, {"format": "pt"}))
+    write_whole(folder / "adapter_config.json", json.dumps(values, indent=2, default=str).encode())
+
+
+def parameters_by_group(decoder: nn.Module) -> str:
+    """How many parameters of which group train, and which are frozen, on one line."""
+    counts: dict[bool, dict[str, int]] = {True: {}, False: {}}
+    for name, parameter in decoder.named_parameters():
+        group = ("adapters" if ".lora_" in name else "new rows" if name.endswith(".rows") else "projections"
+                 if name.startswith("projections") else "norms" if "norm" in name else
+                 "attention" if ".attention." in name else "feed-forward" if ".feed_forward." in name else "embedding")
+        groups = counts[parameter.requires_grad]
+        groups[group] = groups.get(group, 0) + parameter.numel()
+    told = [", ".join(f"{group} {count:,}" for group, count in groups.items()) or "none" for groups in counts.values()]
+    return f"{sum(counts[True].values()):,} parameters train ({told[0]}), {sum(counts[False].values()):,} are frozen ({told[1]})"

@@ -1,0 +1,119 @@
+"""LoRA: what trains, what stays to the bit, and that peft alone makes the same model of what is saved."""
+
+import json
+
+import pytest
+import torch
+from test_export import sharpen
+from test_interop import full, media, save_model  # noqa: F401
+from test_training import DECODER, FEW, TRAINER, fit, section
+
+from mmtx.errors import InputError
+from mmtx.interop.convert import convert
+from mmtx.interop.export import export
+from mmtx.model import Decoder, DecoderConfig
+from mmtx.pipeline import load
+from mmtx.training.adapters import LoRA, adapt, merged, parameters_by_group
+from mmtx.training.decoder import DecoderModule
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+NAMES = ("llama scaled", "qwen2", "qwen3")  # the first is tied
+
+
+@pytest.fixture(scope="module")
+def starts(media, tmp_path_factory):  # noqa: F811
+    """Folders of grown models of each family."""
+    made = {}
+    for name in NAMES:
+        folder = tmp_path_factory.mktemp("start")
+        save_model(folder / "in", name)
+        convert(folder / "in", media).save(folder / "start")
+        made[name] = folder / "start"
+    return made
+
+
+def told(folder) -> dict:
+    """The decoder of a model as a configuration says it."""
+    config = json.loads((folder / "config.json").read_text())["decoder"]
+    return {name: value for name, value in config.items() if name not in ("vocabulary_size", "composed", "features")}
+
+
+def arguments(start) -> tuple[dict, dict]:
+    folders = {kind: str(start / kind) for kind in ("text", "image", "audio")}
+    model = {"decoder": told(start), "init_from": str(start), "lora": {"rank": 4}, "optimizer": {"learning_rate": 0.02, "warmup_steps": 0}}
+    return model, {"tokenizers": folders, "train": FEW, "validation": FEW, "tokens_per_batch": 512, "max_seq_len": 256}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_adapters_and_new_rows_train_and_peft_alone_gives_the_same_model(starts, name, tmp_path, capsys):
+    start = starts[name]
+    model, data = arguments(start)
+    fit(tmp_path / "run", section("decoder.DecoderModule", **model), section("decoder.DecoderData", **data), {**TRAINER, "max_steps": 4})
+    before, after = load(start, "cpu"), load(tmp_path / "run" / "model", "cpu")
+    said = capsys.readouterr().err
+    rows = before.decoder.embedding.weight.shape[0] - before.tokenizers["text"].size
+    new = rows * 32 * (1 if before.decoder.config.tied else 2)
+    assert f"new rows {new:,}" in said and "are frozen (" in said and "embedding" in said.split("are frozen")[1]
+
+    size = before.tokenizers["text"].size
+    for old, table in [(before.decoder.embedding, after.decoder.embedding), (before.decoder.output, after.decoder.output)]:
+        if table is not None:
+            assert torch.equal(old.weight[:size], table.weight[:size])
+            for kind in ("image", "audio"):  # the digits of codes, which were in the batches, moved
+                moved = (old.matrix() - table.matrix()).detach().abs().amax(1)
+                chosen = before.vocabulary.range(kind)
+                assert (moved[chosen.start:chosen.stop] > 1e-4).all()
+    norms = [(a, b) for (n, a), (_, b) in zip(before.decoder.named_parameters(), after.decoder.named_parameters()) if "norm" in n or "bias" in n]
+    assert norms and all(torch.equal(a, b) for a, b in norms)
+    assert not torch.equal(before.decoder.blocks[0].attention.qkv.weight, after.decoder.blocks[0].attention.qkv.weight)
+
+    export(before, "transformers", tmp_path / "base", max_seq_len=256)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
+    ids = torch.randperm(before.vocabulary.size, generator=torch.Generator().manual_seed(0))[:60]
+    with torch.no_grad():
+        found = theirs(ids[None]).logits[0]
+    assert (full(before, ids) - full(after, ids)).abs().max() > 0.05
+    assert torch.allclose(full(after, ids), found, atol=1e-4)
+
+
+def test_a_merged_decoder_scores_as_the_adapted_one(starts):
+    decoder = sharpen(load(starts["qwen2"], "cpu")).decoder
+    adapt(decoder, LoRA(rank=3, rank_stabilized=True, parts=("feed_forward",)), 336)
+    for name, parameter in decoder.named_parameters():
+        assert parameter.requires_grad == (".lora_" in name or name.endswith(".rows"))
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    ids, positions = torch.arange(0, 600, 17)[None], torch.arange(36)[None]
+    with torch.no_grad():
+        expected, plain = decoder.eval().logits(decoder(ids, positions)), merged(decoder)
+        found = plain.logits(plain(ids, positions))
+    assert torch.allclose(expected, found, atol=1e-5)
+    assert {*plain.state_dict()} == {*Decoder(plain.config).state_dict()}
+    assert "attention" in parameters_by_group(decoder).split("are frozen")[1]
+
+
+def test_gradient_checkpointing_changes_no_gradient(starts):
+    found = []
+    for again in (False, True):
+        decoder = Decoder(DecoderConfig(40, **DECODER)).train()
+        sharpen(type("Model", (), {"decoder": decoder}))
+        decoder.gradient_checkpointing = again
+        calls = []
+        decoder.blocks[0].attention.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        decoder(torch.arange(30)[None], torch.arange(30)[None]).square().sum().backward()
+        assert len(calls) == 1 + again
+        found.append([parameter.grad for parameter in decoder.parameters() if parameter.grad is not None])
+    assert len(found[0]) > 8 and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_mistakes_are_told_in_one_line():
+    with pytest.raises(InputError, match="found none with lora, expected the model that is to be adapted"):
+        DecoderModule(DecoderConfig(**DECODER), lora=LoRA())
+    with pytest.raises(InputError, match="lora.rank: found 0, expected 1 to 4096"):
+        LoRA(rank=0)
+    with pytest.raises(InputError, match="lora.parts: found mlp, expected some of attention, feed_forward"):
+        LoRA(parts=("mlp",))
+    with pytest.raises(InputError, match="lora.dropout: found 1"):
+        LoRA(dropout=1.0)
