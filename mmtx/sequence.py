@@ -29,7 +29,7 @@ class Span(NamedTuple):
     kind: str
     start: int  # place of its first code in the stream
     values: Tensor  # (codes, D)
-    grid: tuple[int, int] | None = None  # rows and columns of the codes; None where only features are stored
+    grid: tuple[int, int] | None = None  # rows and columns of the codes, which encoders need
 
 
 class Rendered(NamedTuple):

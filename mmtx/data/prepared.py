@@ -372,4 +372,11 @@ def _spans(kind: str, values: np.ndarray, whole: np.ndarray, order: np.ndarray, 
     ids, rows = whole[order], (np.cumsum(coded) - 1)[order]
     places = np.flatnonzero(coded[order] & in_user_turns(ids, v))
     runs = np.split(places, np.flatnonzero(np.diff(places) != 1) + 1)
-    return [Span(kind, int(run[0]), torch.from_numpy(np.array(values[rows[run]]))) for run in runs if len(run)]
+    return [Span(kind, int(run[0]), torch.from_numpy(np.array(values[rows[run]])), _grid(kind, ids, run, v))
+            for run in runs if len(run)]
+
+
+def _grid(kind: str, ids: np.ndarray, run: np.ndarray, v: Vocabulary) -> tuple[int, int]:
+    """Rows and columns of the codes of a medium at the places `run`: in the layout "grid" the columns stand just before."""
+    columns = v.bands(kind) or int(ids[run[0] - 1]) - v.width(1) + 1
+    return len(run) // columns, columns
