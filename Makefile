@@ -1,6 +1,6 @@
 # make quickstart   train on the starter data and caption what the model never saw
-# make test-fast    run the tests that train nothing: what most changes need
-# make test         run the tests
+# make test-fast    run the tests of the stream, the network and the tokenizers: under a minute
+# make test         run the tests, those that train nothing first: a quarter to half an hour
 # make test-long    run the long forms of the proofs: kills, full disks, fuzzing, a soak (hours)
 # make lint         check the code with ruff
 # make docs         build the documentation into docs/_build
@@ -41,8 +41,10 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest $(TEST_ARGS)
 
+FAST := layout kernels layers model loss sequence vocabulary modality files schema fsq text optimizer formats packing encoders attention
+
 test-fast: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest -m "not slow" $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow" $(FAST:%=tests/test_%.py) $(TEST_ARGS)
 
 test-long: $(VENV)/.installed-test
 	$(VENV)/bin/python tests/fuzz.py media --count 4000
