@@ -2,7 +2,7 @@
 # make test-fast    run the tests of the stream, the network and the tokenizers: under a minute
 # make test         run the tests, those that train nothing first: a quarter to half an hour
 # make test-long    run the long forms of the proofs: kills, full disks, fuzzing, a soak (hours)
-# make lint         check the code with ruff
+# make lint         check the code with ruff and mypy
 # make docs         build the documentation into docs/_build
 # make mutants      plant bugs, one after another, and see that tests catch them (MUTANTS='names' for some of them)
 # make bench        measure speed against what else there is (BENCH_ARGS=--short: only see that all scripts run)
@@ -56,6 +56,7 @@ test-long: $(VENV)/.installed-test
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m mypy
 
 docs: $(VENV)/.installed-docs
 	$(VENV)/bin/python -m sphinx -q -W --keep-going -b html docs docs/_build

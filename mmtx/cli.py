@@ -72,7 +72,8 @@ def _run(arguments: list[str]) -> None:
 
 def _with_plugins(arguments: list[str]) -> list[str]:
     """Import each `--plugin FILE`, before anything that depends on which modalities there are -> the other arguments."""
-    rest, words = [], iter(arguments)
+    rest: list[str] = []
+    words = iter(arguments)
     for word in words:
         if word == "--":
             return [*rest, word, *words]

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -208,7 +208,7 @@ class Codec(MediaTokenizer, nn.Module):
     `mmtx.training.codec` trains any: `piece` cuts media, `batch` puts pieces together, and `forward` is what is learned.
     """
 
-    config: "object"  # a frozen dataclass with a field `network: NetworkConfig`
+    config: Any  # a frozen dataclass with a field `network: NetworkConfig`
     network: PatchAutoencoder
     parts: ClassVar[tuple[str, ...]] = ()  # keys of config.json that are not `config`'s: of what a subclass adds
     later: ClassVar[tuple[str, ...]] = ()  # fields of `config` that are left out while they have their default

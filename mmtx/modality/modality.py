@@ -174,7 +174,8 @@ def load_plugin(path: str | Path) -> None:
 
 def _frames(error: Exception) -> list[Any]:
     """The tracebacks of an error, the last call first."""
-    found, at = [], error.__traceback__
+    found: list[Any] = []
+    at = error.__traceback__
     while at is not None:
         found, at = [at, *found], at.tb_next
     return found
