@@ -125,6 +125,11 @@ class DecoderData(LightningDataModule):
         self.vocabulary = Vocabulary.build(self.tokenizers)
 
     def setup(self, stage: str) -> None:
+        takes = self._takes("continuous_inputs"), self._takes("train_encoder")
+        if takes != getattr(self, "read_for", takes):  # for another decoder, or before there was one
+            for name in ("train_documents", "validation_documents", "test_documents"):
+                self.__dict__.pop(name, None)
+        self.read_for = takes
         if stage == "test" and not hasattr(self, "test_documents"):
             self.test_documents = self._read(test_sources(self.test), "read test")
         if stage != "test" and not hasattr(self, "validation_documents"):
