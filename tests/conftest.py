@@ -1,5 +1,7 @@
 """Small real parts that many tests share: trained text pieces, random codecs and a random decoder."""
 
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,10 @@ from mmtx.vocabulary import Vocabulary
 
 # Two cores are shared: more threads than one can be fifty times slower while another process runs.
 torch.set_num_threads(1)
+
+# A shell that puts the tests in the background has them ignore Ctrl-C, and so would the programs that they interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SLOW = 1800  # seconds for a slow test; the others' limit is in pyproject.toml
 
