@@ -148,7 +148,8 @@ def load(folder: str | Path | None = None, device: str | torch.device | None = N
         if width != (found := getattr(tokenizers.get(kind), "feature_width", 0)):
             raise InputError(f"{folder}: the decoder takes features of {kind} of width {width}, its tokenizer gives {found}")
     for kind, encoder in config.encoders.items():
-        if encoder.patch != (found := tokenizers[kind].encoder_config.patch):
+        given = tokenizers[kind].encoder_config
+        if encoder.patch != (found := given.patch if given else 0):
             raise InputError(f"{folder}: the decoder takes patches of {kind} of {encoder.patch} numbers, its tokenizer gives {found}")
     decoder = load_module(lambda: Decoder(config), folder / "model.safetensors")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

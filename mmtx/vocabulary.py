@@ -107,7 +107,7 @@ class Vocabulary:
         """Give ids to `tokenizers`, by kind: text (required), then the others in the order given."""
         if "text" not in tokenizers:
             raise InputError(f"vocabulary: found tokenizers for {sorted(tokenizers)}, expected one for text")
-        vocabulary = cls((_entry("text", tokenizers["text"], 0),), getattr(tokenizers["text"], "markup", None))
+        vocabulary = cls((_entry("text", tokenizers["text"], 0),), tokenizers["text"].markup)
         for kind, tokenizer in tokenizers.items():
             if kind != "text":
                 vocabulary = vocabulary.add(kind, tokenizer)

@@ -11,6 +11,7 @@ from test_training import DECODER, FEW, TRAINER, fit, section
 from mmtx.errors import InputError
 from mmtx.interop.convert import convert
 from mmtx.interop.export import export
+from mmtx.modality.autoencoder import EncoderConfig
 from mmtx.model import Decoder, DecoderConfig
 from mmtx.pipeline import load
 from mmtx.training.adapters import LoRA, adapt, merged, parameters_by_group
@@ -117,3 +118,15 @@ def test_mistakes_are_told_in_one_line():
         LoRA(parts=("mlp",))
     with pytest.raises(InputError, match="lora.dropout: found 1"):
         LoRA(dropout=1.0)
+
+
+def test_encoders_train_as_they_are_and_adapters_stand_in_blocks_alone():
+    decoder = Decoder(DecoderConfig(300, **DECODER, features={"image": 16}, encoders={"image": EncoderConfig(12, 16, 2, 1, 4)}))
+    adapt(decoder, LoRA(rank=2), 280)
+    adapted = {name.split(".lora_A")[0] for name, _ in decoder.named_parameters() if ".lora_A" in name}
+    assert adapted == {f"blocks.{n}.{part}" for n in range(len(decoder.blocks))
+                       for part in ("attention.qkv", "attention.out", "feed_forward.gate_up", "feed_forward.down")}
+    assert all(parameter.requires_grad for parameter in decoder.encoders.parameters())
+    size = sum(parameter.numel() for parameter in decoder.encoders.parameters())
+    assert f"encoders {size:,}" in parameters_by_group(decoder).split("train (")[1].split(")")[0]
+    assert torch.equal(merged(decoder).encoders["image"].embed.weight, decoder.encoders["image"].embed.weight)

@@ -23,6 +23,7 @@ class FakeTokenizer:
     levels: tuple[int, ...] | None = None
     bands: int | None = None
     fingerprint: str = "0123456789abcdef"
+    markup: None = None
 
 
 TEXT, IMAGE = FakeTokenizer("text", 20), FakeTokenizer("image", 8, (2, 2, 2))

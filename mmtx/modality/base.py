@@ -58,6 +58,7 @@ class Tokenizer(ABC):
     levels: tuple[int, ...] | None = None  # of a quantizer: code = mixed-radix number of one digit for each; None: no digits
     bands: int | None = None  # codes in one time step of the layout "steps"; None: the stream writes the size, or there is none
     feature_width: int = 0  # D of the features of an `Encoding`; 0, as where there are no `levels`: it has none
+    markup: Markup | None = None  # of a text tokenizer whose model writes turns in a way of its own
 
     @property
     @abstractmethod
@@ -116,6 +117,7 @@ class MediaTokenizer(Tokenizer):
     """
 
     codes_per_second: float | None = None  # of media that last; None for the others
+    encoder_config: Any = None  # an `EncoderConfig`: sizes of an encoder that a decoder may train along; None: there is none
 
     @property
     @abstractmethod

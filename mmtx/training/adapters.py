@@ -66,19 +66,20 @@ class NewRows(nn.Module):
 
 
 def adapt(decoder: Decoder, lora: LoRA, text: int) -> None:
-    """Freeze a decoder but for its projections, and put adapters into it; ids from `text` on are no text."""
+    """Freeze a decoder but for its encoders and projections, and put adapters into its blocks; ids from `text` on are no text."""
     peft = peft_library()
     decoder.requires_grad_(False)
-    peft.inject_adapter_in_model(_config(peft, lora), decoder, NAME)
+    targets = "|".join(name for part in lora.parts for name in TARGETS[part])
+    peft.inject_adapter_in_model(_config(peft, lora, rf"blocks\..*\.({targets})"), decoder, NAME)  # and not into encoders
     decoder.projections.requires_grad_(True)
+    decoder.encoders.requires_grad_(True)
     if lora.new_rows:
         for table in tables(decoder):
             parametrize.register_parametrization(table, "weight", NewRows(table.weight, text))
             table.parametrizations.weight.original.requires_grad_(False)
 
 
-def _config(peft: Any, lora: LoRA, targets: list[str] | None = None, **more: Any) -> Any:
-    targets = targets or [name for part in lora.parts for name in TARGETS[part]]
+def _config(peft: Any, lora: LoRA, targets: list[str] | str, **more: Any) -> Any:
     return peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets,
                            use_rslora=lora.rank_stabilized, **more)
 
@@ -143,7 +144,8 @@ def parameters_by_group(decoder: nn.Module) -> str:
     """How many parameters of which group train, and which are frozen, on one line."""
     counts: dict[bool, dict[str, int]] = {True: {}, False: {}}
     for name, parameter in decoder.named_parameters():
-        group = ("adapters" if ".lora_" in name else "new rows" if name.endswith(".rows") else "projections"
+        group = ("adapters" if ".lora_" in name else "encoders" if name.startswith("encoders") else
+                 "new rows" if name.endswith(".rows") else "projections"
                  if name.startswith("projections") else "norms" if "norm" in name else
                  "attention" if ".attention." in name else "feed-forward" if ".feed_forward." in name else "embedding")
         groups = counts[parameter.requires_grad]

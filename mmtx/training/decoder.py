@@ -251,6 +251,8 @@ class DecoderModule(TestedAsValidated):
         codecs = {kind: self.tokenizers[kind] for kind in vocabulary.kinds if vocabulary.levels(kind)}
         widths = {kind: codec.feature_width for kind, codec in codecs.items()}
         encoders = {kind: codec.encoder_config for kind, codec in codecs.items()}
+        for kind in (kind for kind, encoder in encoders.items() if self.train_encoder and encoder is None):
+            raise InputError(f"train_encoder: found a {kind} tokenizer without an encoder that trains, expected a codec of mmtx")
         self.config = replace(self.config, vocabulary_size=vocabulary.size, composed=tuple(ranges),
                               features=widths if self.continuous_inputs else {}, encoders=encoders if self.train_encoder else {})
         self.decoder = Decoder(self.config)
