@@ -42,3 +42,12 @@ def test_make_bench_runs_every_script_that_reports_speed():
     reporting = {path.stem for path in (ROOT / "benchmarks").glob("*.py")
                  if "measure import interleave" in path.read_text(encoding="utf-8")}
     assert reporting == set(SPEED)
+
+
+@pytest.mark.slow
+def test_specialists_run_in_short_form():
+    result = subprocess.run([sys.executable, "benchmarks/specialists.py", "--short"], cwd=ROOT, capture_output=True, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    rows = [line.split()[0] for line in result.stdout.splitlines()]
+    assert rows == [task for task in ("pictures", "notes", "sentences") for _ in range(3)]
