@@ -50,4 +50,4 @@ def test_specialists_run_in_short_form():
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr
     rows = [line.split()[0] for line in result.stdout.splitlines()]
-    assert rows == [task for task in ("pictures", "notes", "sentences") for _ in range(3)]
+    assert rows == [task for task in ("pictures", "notes", "sentences") for _ in range(5)]
