@@ -148,6 +148,27 @@ def test_encoders_that_fit_nothing_are_refused(model, tmp_path):
 
 
 @pytest.mark.slow
+def test_training_goes_on_from_a_model_of_frozen_features(tmp_path):
+    config = runs.prepare(tmp_path, steps=2)
+    options = config["model"]["init_args"]
+    options["continuous_inputs"] = True
+    assert runs.fit(config, tmp_path / "first") == [0], (tmp_path / "first.log").read_text()
+    options |= {"train_encoder": True, "init_from": str(tmp_path / "first" / "model"),
+                "optimizer": {"learning_rate": 0.0, "weight_decay": 0.0}}
+    assert runs.fit(config, tmp_path / "second") == [0], (tmp_path / "second.log").read_text()
+    first, second = (mmtx.load(tmp_path / name / "model", "cpu") for name in ("first", "second"))
+    own = {f"encoders.{kind}.{name}": value for kind in KINDS for name, value in copy_of(first.tokenizers[kind]).state_dict().items()}
+    expected = {**first.decoder.state_dict(), **own}
+    assert set(expected) == set(second.decoder.state_dict())
+    # The step of a learning rate of 0 still rounds.
+    assert all(torch.allclose(value, expected[name], rtol=0, atol=1e-6) for name, value in second.decoder.state_dict().items())
+    # With another codec the features would mean something else.
+    config["data"]["init_args"]["tokenizers"]["image"] = "tokenizers/image"
+    assert runs.fit(config, tmp_path / "refused") != [0]
+    assert "init_from: found" in (told := (tmp_path / "refused.log").read_text()) and "Traceback" not in told
+
+
+@pytest.mark.slow
 def test_training_changes_the_encoders_and_no_tokenizer(tmp_path):
     config = runs.prepare(tmp_path, steps=3)
     config["model"]["init_args"] |= {"continuous_inputs": True, "train_encoder": True}

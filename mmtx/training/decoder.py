@@ -219,7 +219,8 @@ class DecoderModule(TestedAsValidated):
                 The tokenizers, and so all codes, stay as they are.
             loss_weights: what targets of each modality count for; the loss is the weighted mean over all targets.
             init_from: folder of a finished model with this configuration and text tokenizer, whose weights to start from.
-                Its other tokenizers may have been retrained: what their codes stand for is then learnt anew.
+                Its other tokenizers may have been retrained: what their codes stand for is then learnt anew. With
+                `train_encoder` it may be a model of frozen features: then its tokenizers must be these.
             tokenizers: folders of the tokenizers, where batches come from a plain loader; by default those of the data.
             lora: train low-rank adapters and the rows of ids that are no text, and leave the rest as it is in `init_from`.
             gradient_checkpointing: compute each block again on the way back: less memory, a third more time.
@@ -289,15 +290,20 @@ class DecoderModule(TestedAsValidated):
     def _begin_with(self, model: Model) -> None:
         where = self.finished or "init_from"
         given, wanted = asdict(model.decoder.config), asdict(self.config)
+        # Encoders begin as those of the codecs, which made the features that a model without them has learnt to read.
+        added = bool(wanted["encoders"]) and not given["encoders"] and self.finished is None
         for name, value in wanted.items():
+            if name == "encoders" and added:
+                continue
             if given[name] != value:
                 raise InputError(f"{where}: found {name} {given[name]}, expected {value}")
-        for kind, tokenizer in self.tokenizers.items() if self.finished else [("text", self.tokenizers["text"])]:
+        for kind, tokenizer in self.tokenizers.items() if self.finished or added else [("text", self.tokenizers["text"])]:
             found, expected = model.tokenizers[kind].fingerprint[:12], tokenizer.fingerprint[:12]
             if found != expected:
                 raise InputError(f"{where}: found {'an' if kind[0] in 'aeiou' else 'a'} {kind} tokenizer of fingerprint {found}, "
                                  f"expected {expected}, tokenizers.{kind}")
-        self.decoder.load_state_dict(model.decoder.state_dict())
+        own = {f"encoders.{name}": value for name, value in self.decoder.encoders.state_dict().items()} if added else {}
+        self.decoder.load_state_dict({**own, **model.decoder.state_dict()})
 
     def on_fit_start(self) -> None:
         if self.global_rank == 0:
