@@ -130,7 +130,7 @@ def test_a_codec_run_compares_its_media(root, config):
         "tokenizer": {"patch": 16, "side": 32, "network": {"width": 16, "heads": 1, "encoder_depth": 1, "decoder_depth": 1,
                                                            "levels": [4, 3, 3]}}}}}
     data = {"train": [{"paths": [str(folder / "train")]}], "validation": [{"paths": [str(folder / "held-out")]}], "batch_size": 2}
-    codec["data"] = {"class_path": "mmtx.training.codec.CodecData", "init_args": data}
+    codec["data"] = {"class_path": "mmtx.training.codec_data.CodecData", "init_args": data}
     assert runs.fit(codec, folder / "run") == [0], (folder / "run.log").read_text()
     path = str(newest(folder / "run" / "checkpoints"))
     assert runs.fit(codec, folder / "again", "--ckpt_path", path) == [0], (folder / "again.log").read_text()
