@@ -170,7 +170,7 @@ def picture_controls(data: bytes, name: str) -> dict[str, np.ndarray]:
     return {preset: pixel_features(picture, **options) for preset, options in PIXELS.items()}
 
 
-def sound_controls(data: bytes, name: str, **cut: float | None) -> dict[str, np.ndarray]:
+def sound_controls(data: bytes, name: str, **cut: Any) -> dict[str, np.ndarray]:
     """An encoded sound, or what is cut out of it, by each way to compare sounds."""
     sound = load_audio(data, CONTROL_RATE, name, **cut)
     return {preset: mel_features(sound, **options) for preset, options in MELS.items()}

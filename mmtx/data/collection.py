@@ -131,8 +131,9 @@ def read_sources(sources: Sequence[DataSource], max_bad: float) -> Collected:
     for source in sources:
         skipped = SkipCounter(max_bad)
         found = _read(source, skipped)
-        for values, more in zip(whole, (found, [source.repeat] * len(found), [skipped] * len(found)), strict=True):
-            values += more
+        whole.samples.extend(found)
+        whole.repeats.extend([source.repeat] * len(found))
+        whole.counters.extend([skipped] * len(found))
     return whole
 
 

@@ -6,9 +6,10 @@ Shapes: B batch, C channels, H height, W width, F frames, M mels, K codes in the
 import math
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
@@ -25,6 +26,7 @@ from mmtx.training.codec_data import CodecBatch
 from mmtx.training.discriminator import AdversarialConfig, Discriminator, Perceptual, PerceptualConfig, adaptive_weight
 from mmtx.training.means import Means, TestedAsValidated
 from mmtx.training.optimizer import OptimizerConfig, configure
+from mmtx.training.private import data_of
 
 COLLAPSED = 1 / 3  # share of the bits that codes could carry below which a codec is said to have collapsed
 AT_ONCE = 64       # pictures that are compared at a time: each takes some hundred times its size in between
@@ -60,7 +62,7 @@ def _entropy(counts: Tensor) -> float:
 
 def finished(folder: str | Path, like: Codec, name: str) -> Codec:
     """The tokenizer in a folder, which `name` names. Raises InputError if it has not the kind and configuration of another."""
-    tokenizer = load_tokenizer(find_shipped(folder))
+    tokenizer = cast(Codec, load_tokenizer(find_shipped(folder)))
     if tokenizer.kind != like.kind or tokenizer.config != like.config:
         raise InputError(f"{name}: {folder} holds a tokenizer for {tokenizer.kind} with {tokenizer.config}, "
                          f"expected {like.kind} with {like.config}")
@@ -98,7 +100,7 @@ class CodecModule(TestedAsValidated):
         self.adversarial = adversarial
         self.discriminator = Discriminator(channels, adversarial) if adversarial else None
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         more = []
         if self.discriminator is not None:
             more.append({"params": list(self.discriminator.parameters()), "lr": self.adversarial.learning_rate,
@@ -130,7 +132,7 @@ class CodecModule(TestedAsValidated):
         return media
 
     def on_train_batch_start(self, batch: CodecBatch, index: int) -> None:
-        torch.manual_seed(seed_of(getattr(self.trainer.datamodule, "seed", 0), index, self.global_rank))
+        torch.manual_seed(seed_of(getattr(data_of(self.trainer), "seed", 0), index, self.global_rank))
 
     def training_step(self, batch: CodecBatch, index: int) -> Tensor:
         output = self.tokenizer(batch.media).output
@@ -169,7 +171,7 @@ class CodecModule(TestedAsValidated):
     def on_validation_epoch_end(self) -> None:
         for name, value in self.figures(self.means.whole()).items():
             self.log(f"{self.split}/{name}", value, prog_bar=name != "loss", sync_dist=True)
-        used = self.all_gather(self.used).reshape(-1, len(self.used)).sum(0)
+        used = cast(Tensor, self.all_gather(self.used)).reshape(-1, len(self.used)).sum(0)
         usage = CodebookUsage.of(used, self.tokenizer.levels)
         self.log(f"{self.split}/perplexity", usage.perplexity, prog_bar=True, sync_dist=True)
         self.log(f"{self.split}/dead_codes", usage.dead, sync_dist=True)
@@ -224,12 +226,14 @@ def picture_quality(media: Tensor, output: Tensor) -> dict[str, Tensor]:
     parts need double precision, or SSIM is wrong there by up to 1e-3. Pictures smaller than its window have no SSIM.
     """
     precise = torch.float32 if media.device.type == "mps" else torch.float64
-    psnr, ssim = [], []
+    psnr: list[Tensor] = []
+    ssim: list[Tensor] = []
     for some, made in zip(media.split(AT_ONCE), output.split(AT_ONCE), strict=True):
         wanted, found = (some.to(precise) + 1) / 2, (made.to(precise).clamp(-1, 1) + 1) / 2
         psnr.append(peak_signal_noise_ratio(found, wanted, data_range=1.0, reduction="none", dim=(1, 2, 3)).clamp_max(100))
         if min(media.shape[-2:]) > WINDOW:
-            ssim.append(structural_similarity_index_measure(found, wanted, data_range=1.0, kernel_size=WINDOW, reduction="none"))
+            alike = structural_similarity_index_measure(found, wanted, data_range=1.0, kernel_size=WINDOW, reduction="none")
+            ssim.append(cast(Tensor, alike))
     return {name: torch.cat(values).mean() for name, values in (("psnr_db", psnr), ("ssim", ssim)) if values}
 
 
@@ -256,6 +260,8 @@ def grow(codec: Codec, smaller: Codec) -> None:
 class AudioCodecModule(CodecModule):
     """Training of an audio tokenizer."""
 
+    tokenizer: AudioTokenizer
+
     def __init__(self, tokenizer: AudioConfig = AudioConfig(), optimizer: OptimizerConfig = OptimizerConfig(),
                  l1_weight: float = 0.2, refine: str | None = None, init_from: str | None = None, pitch: float = 0.1,
                  adversarial: AdversarialConfig | None = None):
@@ -274,7 +280,7 @@ class AudioCodecModule(CodecModule):
         super().__init__(AudioTokenizer(tokenizer), optimizer, l1_weight, refine, adversarial)
         self.pitch = pitch
         if init_from is not None:
-            grow(self.tokenizer, load_tokenizer(find_shipped(init_from)))
+            grow(self.tokenizer, cast(Codec, load_tokenizer(find_shipped(init_from))))
 
     def loss(self, media: Tensor, output: Tensor) -> Tensor:
         loss = self.distance(media, output)

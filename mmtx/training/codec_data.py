@@ -5,7 +5,7 @@ Shapes: B batch, H height, W width, S samples, F frames, M mels.
 
 import hashlib
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from mmtx.data.corpus import Content
 from mmtx.data.sample import Media
 from mmtx.data.tokens import load_media, seed_of
 from mmtx.errors import InputError
+from mmtx.modality.audio import AudioTokenizer
 from mmtx.modality.autoencoder import Codec
 from mmtx.modality.image import resize, to_float
 from mmtx.training.loader import ResumableLoader, loader
@@ -98,7 +99,7 @@ class CodecData(LightningDataModule):
         self.contents: dict[str, list[Content]] = {}
 
     def setup(self, stage: str) -> None:
-        self.tokenizer: Codec = self.trainer.lightning_module.tokenizer
+        self.tokenizer = cast(Codec, self.trainer.lightning_module.tokenizer)
         if stage == "test":
             if not hasattr(self, "test_media"):
                 self.test_media, _, _ = self._load(read_sources(test_sources(self.test), self.max_bad), "test")
@@ -133,6 +134,11 @@ class CodecData(LightningDataModule):
         self.contents[f"data.{name}"] = [Content(np.frombuffer(b"".join(digests), "<i8"), names.__getitem__)]
         return media, torch.tensor(weights, dtype=torch.float64), names
 
+    @property
+    def _audio(self) -> AudioTokenizer:
+        """The codec, where it is of sounds."""
+        return cast(AudioTokenizer, self.tokenizer)
+
     def sample_names(self, batch: CodecBatch) -> list[str]:
         """File and row of each medium of a training batch."""
         return [self.names[number] for number in batch.samples.tolist()]
@@ -158,9 +164,9 @@ class CodecData(LightningDataModule):
         cuts = []
         for cut in self._cuts(waveforms, steps, generator):
             if self.audio_augmentation and torch.rand((), generator=generator) < 0.5:
-                cut = self.audio_augmentation(cut, self.tokenizer.rate, generator)
+                cut = self.audio_augmentation(cut, self._audio.rate, generator)
             cuts.append(cut)
-        return self.tokenizer.spectrogram(torch.stack(cuts))
+        return self._audio.spectrogram(torch.stack(cuts))
 
     def _cuts(self, waveforms: list[Tensor], steps: int, generator: Generator) -> Iterator[Tensor]:
         samples = steps * self.tokenizer.config.patch_frames * self.tokenizer.config.hop
