@@ -14,7 +14,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -144,7 +144,9 @@ def in_threads(run: Callable[[Any], Any], items: Sequence[Any], threads: int) ->
     Of several errors, that of the first item is raised. The threads serve all callers in turn and stay for later calls.
     """
     pool = _pool()
-    numbers, running, failed = iter(range(len(items))), {}, {}
+    numbers = iter(range(len(items)))
+    running: dict[Future, int] = {}
+    failed: dict[int, BaseException] = {}
     results: list[Any] = [None] * len(items)
     try:
         while True:

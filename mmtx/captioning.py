@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from mmtx.data.sample import kind_of
 from mmtx.data.trust import is_url
@@ -30,7 +30,9 @@ def find_media(names: Sequence[str]) -> Iterator[str | InputError]:
                 yield name
             elif path.is_dir():
                 inside = sorted(str(file) for file in path.rglob("*") if kind_of(file.name) and file.is_file())
-                yield from inside or [InputError(f"{name}: found no pictures or sounds in this folder")]
+                yield from inside
+                if not inside:
+                    yield InputError(f"{name}: found no pictures or sounds in this folder")
             elif path.exists():
                 yield InputError(f"{name}: found neither a file nor a folder")
             else:
@@ -77,4 +79,5 @@ def _captions(model: Model, names: list[str], first: int, sampling: dict[str, An
         yield from _captions(model, names[:half], first, sampling)
         yield from _captions(model, names[half:], first + half, sampling)
     else:
-        yield from map(Captioned, names, captions)
+        for name, caption in zip(names, captions):
+            yield Captioned(name, cast(str, caption))

@@ -199,6 +199,8 @@ def _parser() -> argparse.ArgumentParser:
                           help="training samples, for the nearest-neighbour control and for what only they can tell of a "
                                "caption")
     evaluate.add_argument("--config", help="take both from the data of this training configuration")
+    evaluate.add_argument("--reader", default=None, metavar="FILE:FUNCTION", help="what reads the fields of a caption, so that each "
+                          "is scored; as `reader` of a source in --config")
     evaluate.add_argument("--max_bad", type=float, help=MAX_BAD_HELP)
     evaluate.add_argument("--show", type=_count(0), default=8, help="examples to print, default: 8")
     _model_options(evaluate)
@@ -246,8 +248,8 @@ def _field(word: str) -> tuple[str, str | None]:
 
 def _check_source_options(options: argparse.Namespace) -> None:
     """Raise InputError for what the sources of --config say themselves."""
-    for name in ("fields", "follow_links"):
-        if options.config and getattr(options, name):
+    for name in ("fields", "follow_links", "reader"):
+        if options.config and getattr(options, name, None):
             raise InputError(f"--{name.replace('_', '-')}: found with --config, expected it in the sources of {options.config}")
 
 
@@ -492,11 +494,12 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     from mmtx.data.collection import read_config
     from mmtx.data.sources import MAX_BAD
+    from mmtx.files import find_shipped
     from mmtx.report import report
 
     _check_source_options(options)
     if options.config:
-        config = read_config(options.config)
+        config = read_config(find_shipped(options.config))
         train, held_out = ([source for source in sources if source.task == "caption"]
                            for sources in (config.train, config.validation))
         max_bad = config.max_bad
@@ -505,7 +508,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     else:
         max_bad = MAX_BAD
         train = [_source(options, options.train)] if options.train else []
-        held_out = [_source(options, [source]) for source in options.sources]
+        held_out = [replace(_source(options, [source]), reader=options.reader) for source in options.sources]
     if not held_out:
         raise InputError("found neither held-out sources nor --config, expected one of them")
     if options.max_bad is not None:

@@ -45,7 +45,7 @@ class TextPart(Part):
     """Text pieces, (T,)."""
 
     ids: np.ndarray
-    kind: ClassVar[str] = "text"
+    kind: ClassVar[str] = "text"  # type: ignore[misc]  # of all, where each medium has its own
     ndim: ClassVar[int] = 1
     field: ClassVar[str] = "ids"
 

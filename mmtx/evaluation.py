@@ -29,6 +29,21 @@ MELS: dict[str, dict[str, Any]] = {
 }
 
 
+class FieldReader(NamedTuple):
+    """What captions say field by field, so that each field is scored for itself.
+
+    A source names a function that makes one as its `reader`, "FILE.py:FUNCTION"; it is called with the fields of all training
+    samples: their metadata and "caption", a mapping each.
+    """
+
+    fields: tuple[str, ...]                  # those that are compared with a sample's metadata; "caption" is the whole caption
+    read: Callable[[str], Mapping[str, Any]]  # a caption -> its fields, without those that it does not tell
+    unknown: tuple[str, ...] = ()            # fields left out, since these training samples do not tell them of a caption
+
+
+WHOLE_CAPTION = FieldReader(("caption",), lambda caption: {"caption": caption})
+
+
 class Score(NamedTuple):
     """A figure with its confidence interval [low, high] over `n` items."""
 
@@ -79,7 +94,7 @@ def field_scores(
     """Per field: 1.0 where the prediction, as `read` understands it, has the true value, else 0.0.
 
     `true` holds the fields of each item, the caption and the metadata of a sample; `read` turns a
-    caption into fields (`name_reader`, `note_reader`). A field that `read` leaves out counts as wrong. Raises
+    caption into fields, as that of a `FieldReader`. A field that `read` leaves out counts as wrong. Raises
     InputError when a true item lacks a field.
     """
     _check_pairs(predicted, true)
@@ -89,42 +104,6 @@ def field_scores(
                 raise InputError(f"item {number}: field {field!r} is missing, expected one of {sorted(item)}")
     guesses = [read(p) for p in predicted]
     return {f: [float(f in g and g[f] == t[f]) for g, t in zip(guesses, true)] for f in fields}
-
-
-NAME_FIELDS = ("caption", "group", "subgroup")
-NOTE_FIELDS = ("caption", "instrument", "family", "note")
-
-
-def name_reader(train: Iterable[Mapping]) -> Callable[[str], Mapping]:
-    """Read picture names: the group and subgroup of a caption in training; an unknown one has neither."""
-    known: dict[str, Mapping] = {}
-    for item in train:
-        fields = {field: item[field] for field in NAME_FIELDS}
-        if known.setdefault(item["caption"], fields) != fields:
-            other = known[item["caption"]]
-            raise InputError(f"caption {item['caption']!r}: found {fields} and {other}, expected one of them")
-    return lambda caption: known.get(caption, {"caption": caption})
-
-
-def note_reader(train: Iterable[Mapping]) -> Callable[[str], Mapping]:
-    """Read "trumpet, D sharp 4": instrument, note, and the family that the instrument has in training."""
-    families: dict[str, str] = {}
-    for item in train:
-        if families.setdefault(item["instrument"], item["family"]) != item["family"]:
-            raise InputError(
-                f"instrument {item['instrument']!r}: found families {item['family']!r} and "
-                f"{families[item['instrument']]!r}, expected one"
-            )
-
-    def read(caption: str) -> Mapping:
-        instrument, comma, note = caption.rpartition(", ")
-        if not comma:  # without a note the whole text may still name the instrument
-            instrument, note = caption, None
-        family = families.get(instrument)
-        found = {"caption": caption, "instrument": instrument, "note": note, "family": family}
-        return {field: value for field, value in found.items() if value is not None}
-
-    return read
 
 
 # Confidence.

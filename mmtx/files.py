@@ -258,7 +258,8 @@ class _Lock:
     """Whether no living process holds a folder: the system gives up the lock of one that ends, whatever ends it."""
 
     def __init__(self, folder: Path):
-        self.folder, self.descriptor = folder, None
+        self.folder = folder
+        self.descriptor: int | None = None
 
     def __enter__(self) -> bool:
         if fcntl is None:

@@ -246,7 +246,8 @@ class _UnpadInput(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        return dy.new_zeros(ctx.slots, *dy.shape[1:]).index_copy_(0, *ctx.saved_tensors, dy), None
+        (slots,) = ctx.saved_tensors
+        return dy.new_zeros(ctx.slots, *dy.shape[1:]).index_copy_(0, slots, dy), None
 
 
 def _rows(query_weight: Tensor, key_weight: Tensor, heads: int, kv_heads: int) -> Tensor:

@@ -81,7 +81,7 @@ class Packing(NamedTuple):
             slots = base + torch.arange(real.numel(), device=documents.device).view_as(real)
             scatter[tokens[real]] = slots[real]
             gathers.append(torch.where(real, tokens, 0).flatten())
-            groups.append(tuple(real.shape))
+            groups.append((real.shape[0], real.shape[1]))
             base += real.numel()
         return cls(torch.cat(gathers), scatter, tuple(groups))
 
@@ -155,8 +155,8 @@ class Attention(nn.Module):
         sizes = [documents * longest for documents, longest in packing.groups]
         query, key, value = (pad_input(part.flatten(0, 1), packing.gather, packing.scatter).split(sizes)
                              for part in (query, key, value))                            # (slots, H | G, K), by group
-        outputs = [attend(*(part.unflatten(0, group) for part in parts), causal=True).flatten(0, 1)
-                   for group, *parts in zip(packing.groups, query, key, value, strict=True)]
+        outputs = [attend(q.unflatten(0, group), k.unflatten(0, group), v.unflatten(0, group), causal=True).flatten(0, 1)
+                   for group, q, k, v in zip(packing.groups, query, key, value, strict=True)]
         return unpad_input(torch.cat(outputs), packing.scatter)
 
 

@@ -9,7 +9,7 @@ its digits, so the sum of exp(score) over all codes of a range is the product of
 a range of 8 * 8 * 8 * 6 * 5 = 15 360 codes costs 35 scores.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -124,7 +124,7 @@ def _softmax_(scores: Tensor, groups: tuple[tuple[int, ...], ...]) -> Tensor:
         return _shares_(scores)
     digits = iter(scores.split([size for group in groups for size in group], dim=-1))
     runs = [[next(digits) for _ in group] for group in groups]
-    totals = torch.stack([sum(map(_shares_, group)) for group in runs])                 # (groups, m)
+    totals = torch.stack([cast(Tensor, sum(map(_shares_, group))) for group in runs])                 # (groups, m)
     log_sum = totals.logsumexp(0)
     for group, total in zip(runs, totals, strict=True):
         for run in group:

@@ -9,9 +9,9 @@ generated, what its encoder saw before the quantizer can enter in place of its c
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -124,6 +124,9 @@ class DecoderConfig:
 class TokenEmbedding(nn.Module):
     """One table: a row for each plain id, then a row for each digit value of each composed range."""
 
+    parts: Tensor  # (V, digits) rows of each id
+    basis: Tensor  # (composed ids, digit rows)
+
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.plain = config.plain_rows
@@ -181,7 +184,7 @@ class Decoder(nn.Module):
         self.embedding = TokenEmbedding(config)
         self.projections = nn.ModuleDict({kind: nn.Linear(size, config.width) for kind, size in config.features.items()})
         self.encoders = nn.ModuleDict({kind: GridEncoder(encoder) for kind, encoder in config.encoders.items()})
-        self.blocks = nn.ModuleList(Block(block) for _ in range(config.depth))
+        self.blocks = cast("Sequence[Block]", nn.ModuleList(Block(block) for _ in range(config.depth)))
         self.norm = RMSNorm(config.width, eps=config.norm_eps)
         self.output = None if config.tied else TokenEmbedding(config)
         initialise(self, config.depth)

@@ -18,7 +18,7 @@ from functools import cached_property
 from numbers import Integral, Real
 from operator import index
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from PIL import Image as PILImage
 from mmtx.ambient import MOST_THREADS, in_threads, neutral, neutral_steps
 from mmtx.attention import AttentionMaps, attention_maps
 from mmtx.data.formats import AUDIO_FORMATS, IMAGE_FORMATS
+from mmtx.data.media import Sampled
 from mmtx.data.sample import kind_of
 from mmtx.data.sound_files import MAX_CHANNELS, MAX_SECONDS
 from mmtx.data.storage import FileSource, display, open_binary
@@ -39,13 +40,16 @@ from mmtx.inference.generation import Choose, generate, steps
 from mmtx.inference.row import prepack_weights
 from mmtx.inference.sampling import Sampling
 from mmtx.inference.weights import Weights
-from mmtx.modality.base import Encoding, Tokenizer, load_tokenizer
+from mmtx.modality.base import Encoding, Tokenizer, load_tokenizer, media_tokenizer
 from mmtx.modality.modality import MODALITIES, media_kinds
 from mmtx.model import OPTIONAL, Decoder, DecoderConfig
 from mmtx.schema import build, shown
 from mmtx.sequence import Prompt, gather_features, parse, prompt, render
 from mmtx.vocabulary import Vocabulary
 from mmtx.weights import load_module, to_bytes
+
+if TYPE_CHECKING:
+    from mmtx.modality.image import ImageConfig, ImageTokenizer
 
 FORMAT = 2
 DEFAULT_MODEL = "demos/starter"
@@ -87,7 +91,7 @@ class Image(Marked):
     """Marks something as a picture: a path, URL, PIL image, uint8 or float array (H, W, C) or tensor (C, H, W)."""
 
     data: Any
-    kind: ClassVar[str] = "image"
+    kind: ClassVar[str] = "image"  # type: ignore[misc]  # of all, where a `Medium` has its own
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ class Audio(Marked):
 
     data: Any
     rate: int | None = None
-    kind: ClassVar[str] = "audio"
+    kind: ClassVar[str] = "audio"  # type: ignore[misc]  # of all, where a `Medium` has its own
 
     def options(self) -> dict[str, Any]:
         return {"source_rate": self.rate}
@@ -148,7 +152,7 @@ def load(folder: str | Path | None = None, device: str | torch.device | None = N
         if width != (found := getattr(tokenizers.get(kind), "feature_width", 0)):
             raise InputError(f"{folder}: the decoder takes features of {kind} of width {width}, its tokenizer gives {found}")
     for kind, encoder in config.encoders.items():
-        given = tokenizers[kind].encoder_config
+        given = media_tokenizer(tokenizers, kind).encoder_config
         if encoder.patch != (found := given.patch if given else 0):
             raise InputError(f"{folder}: the decoder takes patches of {kind} of {encoder.patch} numbers, its tokenizer gives {found}")
     decoder = load_module(lambda: Decoder(config), folder / "model.safetensors")
@@ -340,12 +344,13 @@ class Model:
         if rows is not None and not isinstance(rows, Integral):
             raise InputError(f"rows: found {rows!r:.100}, expected a whole number")
         given, v = self._given(picture, "image"), self.vocabulary
-        patch, (height, width) = self.tokenizers["image"].config.patch, given.codes.shape
+        patch, (height, width) = self._image_config.patch, given.array.shape
         kept = height // 2 if rows is None else rows // patch
         if not 0 <= kept <= height or (rows is not None and rows % patch):
             raise InputError(f"rows: found {rows}, expected a multiple of {patch} from 0 to {height * patch}")
-        prefix = [v.image, v.height(height), v.width(width), *v.to_global("image", given.codes[:kept]).ravel()]
-        return self._to_media(self._answer([self._prompt(parts)], "image", Sampling.of(**sampling), prefix)[0])[0]
+        prefix = [v.image, v.height(height), v.width(width), *v.to_global("image", given.array[:kept]).ravel()]
+        (ids,) = self._answer([self._prompt(parts)], "image", Sampling.of(**sampling), prefix)
+        return cast(PILImage.Image, self._to_media(ids)[0])
 
     @neutral()
     def continue_audio(self, sound: Any, seconds: float = 1.0, parts: Any = (), **sampling: Any) -> Sound:
@@ -430,12 +435,16 @@ class Model:
                 made.append(make(item))
         return made
 
+    @property
+    def _image_config(self) -> "ImageConfig":
+        return cast("ImageTokenizer", self.tokenizers["image"]).config
+
     def _size_prefix(self, out: str, size: tuple[int, int] | None) -> list[int]:
         if not isinstance(out, str):
             raise InputError(f"out: found {type(out).__name__}, expected {', '.join(self.tokenizers)} or any")
         if out != "image" or "image" not in self.tokenizers:
             return []
-        config = self.tokenizers["image"].config
+        config = self._image_config
         if size is None:
             if config.side is None:
                 return []
@@ -521,7 +530,7 @@ class Model:
             with numbered("item", i, len(media)):
                 held.append(self._read(media[i]))
             if sum(medium.numel() for medium in held) >= BATCH_VALUES or i == chosen[-1]:
-                encodings += self.tokenizers[kind].embed_batch(held, kind in self.decoder.encoders)
+                encodings += media_tokenizer(self.tokenizers, kind).embed_batch(held, kind in self.decoder.encoders)
                 held.clear()
         return encodings
 
@@ -541,7 +550,7 @@ class Model:
         if getattr(tokenizer, "vocoder", tokenizer) is None:
             tokenizer = self._voice
         show = MODALITIES[part.kind].get("show") or to_array
-        return show(tokenizer, part.codes)
+        return show(tokenizer, part.array)
 
     @cached_property
     def _voice(self) -> Tokenizer:
@@ -584,7 +593,7 @@ def to_pil(tokenizer: Tokenizer, codes: np.ndarray) -> PILImage.Image:
 
 def to_sound(tokenizer: Tokenizer, codes: np.ndarray) -> Sound:
     """Codes (t, bands) as a sound."""
-    return Sound(tokenizer.decode(codes).numpy(), tokenizer.rate)
+    return Sound(tokenizer.decode(codes).numpy(), cast(Sampled, tokenizer).rate)
 
 
 def to_array(tokenizer: Tokenizer, codes: np.ndarray) -> np.ndarray:

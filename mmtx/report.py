@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,22 +15,22 @@ from mmtx.data.tokens import usable
 from mmtx.errors import InputError
 from mmtx.evaluation import (
     MELS,
-    NAME_FIELDS,
-    NOTE_FIELDS,
     PIXELS,
+    WHOLE_CAPTION,
+    FieldReader,
     NearestNeighbour,
     Score,
     confidence_interval,
     field_scores,
     mel_features,
-    name_reader,
-    note_reader,
     pixel_features,
     table,
     word_errors,
 )
+from mmtx.files import find_shipped
 from mmtx.modality.modality import MODALITIES
 from mmtx.pipeline import Model
+from mmtx.plugins import import_file
 
 WIDEST = 60            # characters of a predicted caption that are shown
 ERRORS = "word error rate"  # the figure of which less is better
@@ -40,17 +41,17 @@ def report(model: Model, held_out: Sequence[DataSource], train: Sequence[DataSou
            max_bad: float = MAX_BAD) -> Iterator[str]:
     """Yield a section for each held-out source: examples, then a table of figures.
 
-    Figures are the exact caption, the fields that the samples' metadata allow (names of the starter data: group and
-    subgroup; notes: instrument, family and note) and the word error rate. With `train` nearest-neighbour controls
-    answer the same samples with the caption of the training sample that looks or sounds most alike, in each of several
-    ways to compare; of each figure the strongest is shown, and where the model is behind it, that is said. Fields that only
-    training samples can tell of a caption (the group of a name, the family of an instrument) are left out without them.
+    Figures are the exact caption, the fields that the `reader` of the source tells of a caption, and the word error rate. With
+    `train` nearest-neighbour controls answer the same samples with the caption of the training sample that looks or sounds most
+    alike, in each of several ways to compare; of each figure the strongest is shown, and where the model is behind it, that is
+    said. Fields that only training samples can tell of a caption are left out without them.
     Up to `max_bad` of the rows of a source may be unusable.
     """
     training = read_sources(train, max_bad)
-    known = training.samples
+    known = _facts(training.samples)
+    readers = [_reader(source, known) for source in held_out]
     controls: dict[str, dict[str, NearestNeighbour]] = {}
-    for source in held_out:
+    for source, reader in zip(held_out, readers, strict=True):
         found = read_sources([source], max_bad)
         pairs = usable(found.samples, model.tokenizers, found.counters[0], progress("encode"), model.decoder.config.encoders)
         found.finish()
@@ -62,16 +63,35 @@ def report(model: Model, held_out: Sequence[DataSource], train: Sequence[DataSou
         kind = _kind(samples)
         if known and kind and kind not in controls and MODALITIES[kind].controls is not None:
             controls[kind] = _controls(training, kind)
-        figures, unknown = _figures(samples, known, predicted)
-        best = _strongest(samples, known, controls.get(kind, {}), kind)
+        figures = _figures(samples, reader, predicted)
+        best = _strongest(samples, reader, controls.get(kind, {}), kind)
         rows = [(name, score, *best.get(name, (None, ""))) for name, score in figures.items()]
         behind = [name for name, score, control, _ in rows if control is not None and _is_better(name, control, score)]
+        unknown = [f"exact {name}" for name in reader.unknown]
         told = [f"left out: {', '.join(unknown)} (only training samples tell {'it' if len(unknown) == 1 else 'them'} of a "
                 "caption, see --train)"] if unknown else []
         told += [f"behind a control that learns nothing: {', '.join(behind)}"] if behind else []
         yield "\n".join([f"\n{', '.join(Path(display(path)).name for path in source.paths)}: {len(samples)} samples",
                          *_examples(predicted, true, show), "", table(rows), *told])
     training.finish()
+
+
+def _facts(samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    """The fields of samples: their metadata and their captions."""
+    return [{**sample.metadata, "caption": sample.caption} for sample in samples]
+
+
+def _reader(source: DataSource, known: list[dict[str, Any]]) -> FieldReader:
+    """What reads captions of a source; `known` are the fields of the training samples. Raises InputError where there is none."""
+    if source.reader is None:
+        return WHOLE_CAPTION
+    file, _, name = source.reader.rpartition(":")
+    at = f"reader {source.reader}"
+    make = getattr(import_file(find_shipped(file), at), name, None)
+    found = make(known) if callable(make) else None
+    if not isinstance(found, FieldReader):
+        raise InputError(f"{at}: found no function {name!r} that gives an mmtx.evaluation.FieldReader, expected FILE.py:FUNCTION")
+    return found
 
 
 def _controls(training: Collected, kind: str) -> dict[str, NearestNeighbour]:
@@ -93,13 +113,13 @@ def _controls(training: Collected, kind: str) -> dict[str, NearestNeighbour]:
     return {name: NearestNeighbour.fit(values, captions) for name, values in features.items()} if captions else {}
 
 
-def _strongest(samples: Sequence[Sample], known: list[Sample], controls: Mapping[str, NearestNeighbour],
+def _strongest(samples: Sequence[Sample], reader: FieldReader, controls: Mapping[str, NearestNeighbour],
                kind: str | None) -> dict[str, tuple[Score, str]]:
     """Name of each figure -> the best score that any of the controls reaches, and which it is."""
     best: dict[str, tuple[Score, str]] = {}
     features = [_features(sample, kind) for sample in samples] if controls else []
     for by, control in controls.items():
-        for name, score in _figures(samples, known, control.predict([found[by] for found in features]))[0].items():
+        for name, score in _figures(samples, reader, control.predict([found[by] for found in features])).items():
             if name not in best or _is_better(name, score, best[name][0]):
                 best[name] = score, by
     return best
@@ -120,22 +140,15 @@ def _examples(predicted: list[str], true: list[str], show: int) -> list[str]:
     return [f"    {'predicted':<{width}}  true", *lines]
 
 
-def _figures(samples: Sequence[Sample], known: list[Sample], predicted: list[str]) -> tuple[dict[str, Score], list[str]]:
-    """Name of each figure -> its score, and names of those that nothing is known of; the metadata say what there are."""
-    facts = [{**sample.metadata, "caption": sample.caption} for sample in samples]
-    learned = [{**sample.metadata, "caption": sample.caption} for sample in known]
-    fields, reader, unknown = ("caption",), (lambda caption: {"caption": caption}), []
-    for names, make, taught in ((NAME_FIELDS, name_reader, ("group", "subgroup")), (NOTE_FIELDS, note_reader, ("family",))):
-        if all(name in fact for fact in facts for name in names):
-            teachers = [fact for fact in learned if all(name in fact for name in names)]
-            reader, unknown = make(teachers), [] if teachers else list(taught)
-            fields = [name for name in names if name not in unknown]
+def _figures(samples: Sequence[Sample], reader: FieldReader, predicted: list[str]) -> dict[str, Score]:
+    """Name of each figure -> its score."""
+    facts = _facts(samples)
     scores = {f"exact {name}": confidence_interval(values)
-              for name, values in field_scores(predicted, facts, reader, fields).items()}
+              for name, values in field_scores(predicted, facts, reader.read, reader.fields).items()}
     errors, counts = word_errors(predicted, [fact["caption"] for fact in facts])
     if sum(counts):  # or there is no rate
         scores[ERRORS] = confidence_interval(errors, counts)
-    return scores, [f"exact {name}" for name in unknown]
+    return scores
 
 
 def _kind(samples: Sequence[Sample]) -> str | None:
@@ -157,7 +170,7 @@ def picture_controls(data: bytes, name: str) -> dict[str, np.ndarray]:
     return {preset: pixel_features(picture, **options) for preset, options in PIXELS.items()}
 
 
-def sound_controls(data: bytes, name: str, **cut: float | None) -> dict[str, np.ndarray]:
+def sound_controls(data: bytes, name: str, **cut: Any) -> dict[str, np.ndarray]:
     """An encoded sound, or what is cut out of it, by each way to compare sounds."""
     sound = load_audio(data, CONTROL_RATE, name, **cut)
     return {preset: mel_features(sound, **options) for preset, options in MELS.items()}

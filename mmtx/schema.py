@@ -33,7 +33,8 @@ def build(cls: type[T], value: Any, where: str | Path, name: str = "", optional:
     """
     if not isinstance(value, dict):
         raise InputError(f"{where}: {f'field {name!r} is' if name else 'found'} {shown(value)}, expected an object")
-    kinds, at = _kinds(cls), f"{name}." if name else ""
+    kinds = _kinds(cls)  # type: ignore[arg-type]  # a class has a hash
+    at = f"{name}." if name else ""
     for key in value:
         if key not in kinds:
             raise InputError(f"{where}: found the unknown field {shown(at + key)}, expected {_few(kinds)}")
@@ -51,7 +52,7 @@ def check(kind: Any, value: Any, where: str | Path, name: str) -> Any:
     """The value, lists as tuples and objects as dataclasses where `kind` says so. Raises InputError."""
     if kind is Any:
         return value
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return build(kind, value, where, name)
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):

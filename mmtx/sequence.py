@@ -58,7 +58,8 @@ class Features(NamedTuple):
 def render(document: Document, vocabulary: Vocabulary) -> Rendered:
     """Write a document as ids. Raises InputError on codes or sizes that the vocabulary has no ids for."""
     v, place = vocabulary, 1
-    pieces, spans = [[v.bos]], []
+    pieces: list[Sequence[int] | np.ndarray] = [[v.bos]]
+    spans: list[Span] = []
     for turn in document.turns:
         parts = [_part(part, v) for part in turn.parts]
         if turn.role is not None:
@@ -89,7 +90,7 @@ def prompt(document: Document, vocabulary: Vocabulary) -> Prompt:
     markup = vocabulary.markup
     if role == "user":
         opening = [vocabulary.assistant] if markup is None else markup.assistant
-        return Prompt(np.append(ids[:-1], np.int32(opening)), spans)
+        return Prompt(np.append(ids[:-1], np.asarray(opening, np.int32)), spans)
     end = 1 if markup is None else len(markup.end)
     return Prompt(ids[:-1 - end] if role == "assistant" else ids[:-1], spans)
 
@@ -258,7 +259,8 @@ class _Reader:
 
     def parts(self) -> tuple[Part, ...]:
         """All parts from here."""
-        v, parts = self.v, []
+        v = self.v
+        parts: list[Part] = []
         while (id := self.peek()) not in (v.user, v.assistant, v.eos, v.end, None):
             if id in self.kinds:
                 parts.append(self.medium(self.kinds[id]))

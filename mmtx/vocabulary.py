@@ -62,7 +62,9 @@ class Entry:
     @property
     def slots(self) -> tuple[int, int]:
         """Slots of the tags that open and close a medium."""
-        return self.tags or (NAMES.index(f"<{self.kind}>"), NAMES.index(f"</{self.kind}>"))
+        if self.tags:
+            return self.tags[0], self.tags[1]
+        return NAMES.index(f"<{self.kind}>"), NAMES.index(f"</{self.kind}>")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import safetensors.torch
 import torch
@@ -14,6 +14,8 @@ from torch.overrides import TorchFunctionMode
 from mmtx.errors import InputError
 from mmtx.files import CONFIG, open_regular, parse_json
 from mmtx.schema import shown
+
+M = TypeVar("M", bound=nn.Module)
 
 MOST_HEADER = 16 * 2**20  # bytes
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
@@ -79,7 +81,7 @@ def _place(name: str, value: Any, where: str | Path) -> Place:
     raise InputError(f"{where}: tensor {shown(name)} is not described as a safetensors file does")
 
 
-def load_module(build: Callable[[], nn.Module], path: Path) -> nn.Module:
+def load_module(build: Callable[[], M], path: Path) -> M:
     """What `build` makes, with the weights of a file. Raises InputError that names the file and the tensor."""
     for name in PICKLES:
         if not path.exists() and (path.parent / name).exists():

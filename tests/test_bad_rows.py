@@ -15,7 +15,7 @@ from mmtx.data.corpus import read_corpus
 from mmtx.data.prepare import prepare
 from mmtx.errors import InputError
 from mmtx.report import report
-from mmtx.training.codec import CodecData
+from mmtx.training.codec_data import CodecData
 
 ROWS = 20
 

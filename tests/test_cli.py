@@ -228,7 +228,9 @@ MISTAKES = [
     ("evaluate --config nothing.yaml --fields image=x", ["--fields", "--config"]),
     ("evaluate", ["held-out", "--config"]),
     ("evaluate nothing.jsonl", ["nothing.jsonl", "no such file"]),
-    ("evaluate --config nothing.yaml", ["nothing.yaml", "no such file"]),
+    ("evaluate --config nothing.yaml", ["nothing.yaml", "no such folder or file"]),
+    ("evaluate --config nothing.yaml --reader a.py:b", ["--reader", "--config"]),
+    ("evaluate pictures.jsonl --reader nothing.py:b", ["nothing.py", "no such"]),
     ("evaluate --config text.txt", ["text.txt", "not the configuration of a decoder"]),
     ("evaluate pictures.jsonl --train nothing.jsonl", ["nothing.jsonl", "no such file"]),
 ]

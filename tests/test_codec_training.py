@@ -18,7 +18,8 @@ from mmtx.modality.autoencoder import NetworkConfig
 from mmtx.modality.fsq import FSQ
 from mmtx.modality.image import ImageConfig
 from mmtx.modality.vocoder import PITCHES
-from mmtx.training.codec import AudioCodecModule, CodebookUsage, CodecBatches, CodecData, ImageCodecModule, picture_quality
+from mmtx.training.codec import AudioCodecModule, CodebookUsage, ImageCodecModule, picture_quality
+from mmtx.training.codec_data import CodecBatches, CodecData
 from mmtx.training.discriminator import AdversarialConfig, Discriminator, Perceptual, PerceptualConfig, adaptive_weight
 from mmtx.training.optimizer import OptimizerConfig
 
@@ -310,7 +311,7 @@ def fit(output: Path, *more: str) -> bytes:
             "tokenizer": {"patch": 8, "side": 32, "network": network},
             "perceptual": {"network": JUDGE, "layers": ["0"]},
             "adversarial": {"start_step": 2, "width": 8, "depth": 2, "learning_rate": 1e-3}}},
-        "data": {"class_path": "mmtx.training.codec.CodecData", "init_args": {
+        "data": {"class_path": "mmtx.training.codec_data.CodecData", "init_args": {
             "train": sources, "validation": sources, "batch_size": 4, "multi_size_prob": 0.5, "image_augmentation": {}}},
         "trainer": {"accelerator": "cpu", "max_steps": 6, "val_check_interval": 6, "check_val_every_n_epoch": None,
                     "log_every_n_steps": 1, "enable_progress_bar": False, "gradient_clip_val": 1.0},

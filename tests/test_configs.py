@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from mmtx.model import CodeRange, Decoder
+from mmtx.plugins import import_file
 from mmtx.training.codec import AudioCodecModule, ImageCodecModule
 from mmtx.training.decoder import DecoderModule
 from mmtx.training.run import TRAINER, command_line
@@ -84,6 +85,9 @@ def test_config_names_data_that_exist(name):
     for source in [*arguments["train"], *arguments.get("validation", [])]:
         for path in source["paths"]:
             assert glob.glob(str(ROOT / path)), path
+        if reader := source.get("reader"):
+            file, function = reader.split(":")
+            assert callable(getattr(import_file(ROOT / file, file), function)), reader
     for folder in arguments.get("tokenizers", {}).values():
         assert (ROOT / folder / "config.json").is_file(), folder
 

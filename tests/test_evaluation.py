@@ -6,6 +6,7 @@ import random
 import re
 import tarfile
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,6 @@ from mmtx.data.collection import DataSource
 from mmtx.errors import InputError
 from mmtx.evaluation import (
     MELS,
-    NAME_FIELDS,
-    NOTE_FIELDS,
     PIXELS,
     NearestNeighbour,
     Score,
@@ -28,17 +27,19 @@ from mmtx.evaluation import (
     exact,
     field_scores,
     mel_features,
-    name_reader,
-    note_reader,
     pixel_features,
     table,
     word_error_rate,
     word_errors,
     words,
 )
+from mmtx.plugins import import_file
 from mmtx.report import report
 
 STARTER = Path(__file__).parent.parent / "demos/data/starter"
+CAPTIONS = import_file(STARTER.parent / "starter_captions.py", "captions")
+NAME_FIELDS, NOTE_FIELDS = CAPTIONS.NAME_FIELDS, CAPTIONS.NOTE_FIELDS
+NAMES, NOTES = (f"demos/data/starter_captions.py:{name}" for name in ("names", "notes"))
 
 
 def test_exact_compares_every_character():
@@ -150,18 +151,18 @@ def test_name_fields():
     ]
     true = {"caption": "grinning face", "group": "smileys", "subgroup": "smiling"}
     predicted = ["grinning face", "sad face", "camel", "grinning faces"]
-    assert field_scores(predicted, [true] * 4, name_reader(train), NAME_FIELDS) == {
+    assert field_scores(predicted, [true] * 4, CAPTIONS.names(train).read, NAME_FIELDS) == {
         "caption": [1, 0, 0, 0], "group": [1, 1, 0, 0], "subgroup": [1, 0, 0, 0],
     }
     # A name that training never held can be right itself, but has no group that could be.
     unseen = {"caption": "yak", "group": "animals", "subgroup": "mammal"}
-    assert field_scores(["yak"], [unseen], name_reader(train), NAME_FIELDS) == {
+    assert field_scores(["yak"], [unseen], CAPTIONS.names(train).read, NAME_FIELDS) == {
         "caption": [1], "group": [0], "subgroup": [0],
     }
     with pytest.raises(InputError, match="item 1: field 'group' is missing"):
-        field_scores(["yak", "yak"], [unseen, {"caption": "yak"}], name_reader(train), NAME_FIELDS)
+        field_scores(["yak", "yak"], [unseen, {"caption": "yak"}], CAPTIONS.names(train).read, NAME_FIELDS)
     with pytest.raises(InputError, match="caption 'camel'"):
-        name_reader([*train, {"caption": "camel", "group": "food", "subgroup": "mammal"}])
+        CAPTIONS.names([*train, {"caption": "camel", "group": "food", "subgroup": "mammal"}])
 
 
 def test_note_fields():
@@ -170,14 +171,14 @@ def test_note_fields():
     true = {"caption": "trumpet, D sharp 4", "instrument": "trumpet", "family": "brass", "note": "D sharp 4"}
     predicted = ["trumpet, D sharp 4", "tuba, D sharp 4", "violin, D sharp 4", "trumpet, D 4", "trumpet",
                  "kazoo, D 4", "", "a, b, D sharp 4"]
-    assert field_scores(predicted, [true] * 8, note_reader(train), NOTE_FIELDS) == {
+    assert field_scores(predicted, [true] * 8, CAPTIONS.notes(train).read, NOTE_FIELDS) == {
         "caption": [1, 0, 0, 0, 0, 0, 0, 0],
         "instrument": [1, 0, 0, 1, 1, 0, 0, 0],
         "family": [1, 1, 0, 1, 1, 0, 0, 0],
         "note": [1, 1, 1, 0, 0, 0, 0, 1],
     }
     with pytest.raises(InputError, match="instrument 'tuba'"):
-        note_reader([*train, {"instrument": "tuba", "family": "strings"}])
+        CAPTIONS.notes([*train, {"instrument": "tuba", "family": "strings"}])
 
 
 def test_nearest_neighbour_equals_brute_force(monkeypatch):
@@ -292,9 +293,9 @@ def test_the_strongest_control_is_shown_and_the_model_is_told_to_be_behind(tiny_
     assert "behind" not in text
 
 
-def reported(model, pattern, train=()):
+def reported(model, pattern, train=(), reader=None):
     """The table of a report as names and values, and the line below it."""
-    sources = [[DataSource([str(STARTER / name)], limit=4)] for name in (pattern, *train)]
+    sources = [[DataSource([str(STARTER / name)], limit=4, reader=reader)] for name in (pattern, *train)]
     (section,) = report(model, sources[0], sources[1] if train else [], show=0)
     lines = section.splitlines()
     start = next(n for n, line in enumerate(lines) if line.startswith("metric")) + 1
@@ -303,17 +304,53 @@ def reported(model, pattern, train=()):
 
 
 def test_what_only_training_samples_tell_is_left_out_without_them(tiny_model):
-    names, told = reported(tiny_model, "images-test-unseen-style.tar.gz")
+    names, told = reported(tiny_model, "images-test-unseen-style.tar.gz", reader=NAMES)
     assert names == {"exact caption", "word error rate"}
     assert told == ["left out: exact group, exact subgroup (only training samples tell them of a caption, see --train)"]
-    names, told = reported(tiny_model, "sounds-test-unseen-notes.tar.gz")
+    names, told = reported(tiny_model, "sounds-test-unseen-notes.tar.gz", reader=NOTES)
     assert names == {"exact caption", "exact instrument", "exact note", "word error rate"}
     assert told == ["left out: exact family (only training samples tell it of a caption, see --train)"]
     # Training samples without these fields tell nothing either.
-    names, told = reported(tiny_model, "images-test-unseen-style.tar.gz", ["speech-test.tar.gz"])
+    names, told = reported(tiny_model, "images-test-unseen-style.tar.gz", ["speech-test.tar.gz"], NAMES)
     assert "exact group" not in names and told
-    names, told = reported(tiny_model, "images-test-unseen-style.tar.gz", ["images-train-000.tar.gz"])
+    names, told = reported(tiny_model, "images-test-unseen-style.tar.gz", ["images-train-000.tar.gz"], NAMES)
     assert names == {"exact caption", "exact group", "exact subgroup", "word error rate"} and not told
+    # Without a reader nothing is known of captions but their words.
+    names, told = reported(tiny_model, "sounds-test-unseen-notes.tar.gz")
+    assert names == {"exact caption", "word error rate"} and not told
+
+
+def test_a_reader_of_ones_own(tiny_model, tmp_path, monkeypatch):
+    (tmp_path / "shouted.py").write_text('''
+from mmtx.evaluation import FieldReader
+
+def first(train):
+    known = sorted({item["style"] for item in train})
+    return FieldReader(("caption", "style"), lambda caption: {"caption": caption.upper(), "style": known[0]}, unknown=("age",))
+
+def none(train):
+    return 3
+''')
+    monkeypatch.chdir(tmp_path)  # from here the reader is found, and that of the starter data among what comes with mmtx
+    rows = [{"image": str(tmp_path / "a.png"), "text": text, "style": style}
+            for text, style in (("a dog", "ink"), ("A CAT", "ink"), ("A COW", "oil"), ("A HEN", "ink"))]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    source = DataSource(["rows.jsonl"])
+    monkeypatch.setattr(tiny_model, "caption_documents", lambda documents: ["a dog", "a cat", "a cow", "a pig"])
+    (section,) = report(tiny_model, [replace(source, reader="shouted.py:first")], [source], show=0)
+    figures = {line.split("  ")[0]: line.split()[2] for line in section.splitlines() if line.startswith("exact")}
+    assert figures == {"exact caption": "0.500", "exact style": "0.750"}
+    assert "left out: exact age" in section
+    (section,) = report(tiny_model, [replace(source, reader=NAMES)], [], show=0)
+    assert "left out: exact group, exact subgroup" in section
+    for reader, said in (("shouted.py:last", "reader shouted.py:last: found no function 'last'"),
+                         ("shouted.py:none", "reader shouted.py:none: found no function 'none' that gives"),
+                         ("shouted.txt:a", "shouted.txt: no such"), ("rows.jsonl:a", "reader rows.jsonl:a: found no such Python"),
+                         ("names", "reader names: found no such Python file")):
+        with pytest.raises(InputError) as told:
+            list(report(tiny_model, [replace(source, reader=reader)], [], show=0))
+        assert str(told.value).startswith(said)
 
 
 def test_captions_without_words_have_no_rate_of_word_errors(tiny_model, tmp_path):
@@ -351,7 +388,7 @@ def test_picture_control(preset, right):
         return pixel_features(pixels, **PIXELS[preset])
 
     rows = [row for row, _ in test]
-    read = name_reader(row for row, _ in train)
+    read = CAPTIONS.names([row for row, _ in train]).read
     scores = field_scores(_control(train, test, features), rows, read, NAME_FIELDS)
     assert len(rows) == 1466
     assert {field: sum(s) for field, s in scores.items()} == pytest.approx(
@@ -371,7 +408,7 @@ def test_sound_control(preset, right):
         return mel_features(soundfile.read(io.BytesIO(data))[0], **MELS[preset])
 
     rows = [row for row, _ in test]
-    read = note_reader(row for row, _ in train)
+    read = CAPTIONS.notes([row for row, _ in train]).read
     scores = field_scores(_control(train, test, features), rows, read, NOTE_FIELDS)
     assert len(rows) == 345
     assert {field: sum(scores[field]) for field in right} == pytest.approx(right, abs=2)

@@ -15,7 +15,8 @@ from mmtx.data.packing import Batch
 from mmtx.errors import InputError
 from mmtx.modality.image import ImageConfig, to_float
 from mmtx.model import DecoderConfig
-from mmtx.training.codec import CodecData, ImageCodecModule
+from mmtx.training.codec import ImageCodecModule
+from mmtx.training.codec_data import CodecData
 from mmtx.training.decoder import DecoderData, DecoderModule, TokenizerFolders
 from mmtx.training.guard import SkipNonFinite, Telemetry
 from mmtx.training.loggers import Metrics

@@ -171,7 +171,7 @@ def test_what_cannot_be_sharded_ends_in_one_line(name, config, tmp_path, capsys)
 def test_a_codec_cannot_be_sharded(config, tmp_path, capsys):
     main_config = {"output": str(tmp_path / "run"), "trainer": config["trainer"],
                    "model": {"class_path": "mmtx.training.codec.ImageCodecModule"},
-                   "data": {"class_path": "mmtx.training.codec.CodecData",
+                   "data": {"class_path": "mmtx.training.codec_data.CodecData",
                             "init_args": {"train": runs.FEW, "validation": runs.FEW}}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(main_config))
     with pytest.raises(SystemExit):

@@ -20,7 +20,8 @@ from mmtx.modality.image import ImageConfig
 from mmtx.modality.vocoder import VocoderConfig
 from mmtx.model import DecoderConfig
 from mmtx.sequence import render
-from mmtx.training.codec import AudioCodecModule, CodecBatches, CodecData, ImageCodecModule
+from mmtx.training.codec import AudioCodecModule, ImageCodecModule
+from mmtx.training.codec_data import CodecBatches, CodecData
 from mmtx.training.decoder import DecoderData, DecoderModule, LossWeights, TokenizerFolders
 from mmtx.training.vocoder import VocoderData, VocoderModule
 from mmtx.vocabulary import NUMBERED

@@ -30,7 +30,8 @@ class DataSource:
     learns to do without it, as classifier-free guidance needs. trusted: rows of a source at a URL may name local files,
     private addresses and other schemes than https; by default what lies below its own address, and public https. fields:
     names under which rows have what is read, as in {"image": "img_path", "text": "label"}; null for a field that shall not be
-    read though it looks like a medium. follow_links: read also what links in a folder lead to outside of it.
+    read though it looks like a medium. follow_links: read also what links in a folder lead to outside of it. reader: a function
+    "FILE.py:FUNCTION", which `mmtx evaluate` runs to score captions field by field (`mmtx.evaluation.FieldReader`).
     """
 
     paths: list[str]
@@ -42,6 +43,7 @@ class DataSource:
     trusted: bool = False
     fields: dict[str, str | None] | None = None
     follow_links: bool = False
+    reader: str | None = None
 
     def __post_init__(self):
         given = {name: value for name, value in (self.fields or {}).items() if value is not None}
@@ -129,8 +131,9 @@ def read_sources(sources: Sequence[DataSource], max_bad: float) -> Collected:
     for source in sources:
         skipped = SkipCounter(max_bad)
         found = _read(source, skipped)
-        for values, more in zip(whole, (found, [source.repeat] * len(found), [skipped] * len(found)), strict=True):
-            values += more
+        whole.samples.extend(found)
+        whole.repeats.extend([source.repeat] * len(found))
+        whole.counters.extend([skipped] * len(found))
     return whole
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -53,7 +53,7 @@ class Corpus:
 
     def contents(self) -> list[Content]:
         """What the parts hold, to be compared with what they held."""
-        return [Content(part.digests, (lambda _, path=part.path: path) if isinstance(part, Prepared) else part.where)
+        return [Content(part.digests, _always(part.path) if isinstance(part, Prepared) else part.where)
                 for part in self.parts]
 
     def render(self, chosen: Sequence[tuple[int, int]]) -> list[Rendered]:
@@ -70,6 +70,10 @@ class Corpus:
 
     def _part(self, number: int) -> int:
         return int(np.searchsorted(self.starts, number, "right")) - 1
+
+
+def _always(path: str) -> Callable[[int], str]:
+    return lambda _: path
 
 
 def read_corpus(
@@ -89,24 +93,28 @@ def read_corpus(
 
     `features`: whether the decoder takes them; `patches`: the kinds of which it takes patches instead.
     """
-    parts, repeats, number = [], [], 0
-    common = dict(max_seq_len=max_seq_len, augmentation=augmentation, seed=seed)
+    parts: list[Documents | Prepared] = []
+    repeats: list[np.ndarray | int] = []
+    number = 0
+    common: dict[str, Any] = dict(max_seq_len=max_seq_len, augmentation=augmentation, seed=seed)
     whole = [replace(source, paths=[path for pattern in source.paths for path in expand(pattern)]) for source in sources]
     for prepared, group in groupby(whole, _is_prepared):
         if not prepared:
             found = read_sources(list(group), max_bad)
-            parts.append(Documents(found.samples, tokenizers, vocabulary, counters=found.counters, first=number,
-                                   patches=patches, progress=progress, **common))
+            documents = Documents(found.samples, tokenizers, vocabulary, counters=found.counters, first=number,
+                                  patches=patches, progress=progress, **common)
             found.finish()
-            repeats.append(np.array(found.repeats)[np.array(parts[-1].numbers) - number])
+            parts.append(documents)
+            repeats.append(np.array(found.repeats)[np.array(documents.numbers) - number])
             number += len(found.samples)
             continue
         for source in group:
             for path in source.paths:
-                parts.append(Prepared(source, path, vocabulary, max_bad=max_bad, first=number, features=features,
-                                      patches=patches, **common))
+                shards = Prepared(source, path, vocabulary, max_bad=max_bad, first=number, features=features,
+                                  patches=patches, **common)
+                parts.append(shards)
                 repeats.append(source.repeat)
-                number += parts[-1].samples
+                number += shards.samples
     return Corpus(parts, repeats)
 
 

@@ -108,18 +108,20 @@ def is_wanted(name: str) -> bool:
 def captioned(key: str, files: list[tuple[str, Found]], where: str, name_prefix: str,
               fields: Mapping[str, str | None] | None = None) -> Sample:
     """One medium with KEY.json, KEY.txt or both (JSON fields win)."""
-    for _, found in files:
+    sources: list[tuple[str, MediaSource]] = []
+    for name, found in files:
         if isinstance(found, InputError):
             raise found
-    media = [(name, source) for name, source in files if known_kind(name)]
+        sources.append((name, found))
+    media = [(name, source) for name, source in sources if known_kind(name)]
     if len(media) != 1:
-        found = ", ".join(os.path.basename(name) for name, _ in media) or "none"
-        raise InputError(f"{where}: found {found}, expected one picture or sound")
+        names = ", ".join(os.path.basename(name) for name, _ in media) or "none"
+        raise InputError(f"{where}: found {names}, expected one picture or sound")
     name, source = media[0]
     if not kind_of(name):
         known = ", ".join(extension for modality in MODALITIES.values() for extension in modality.extensions)
         raise InputError(f"{where}: found {os.path.basename(name)}, which is not read, expected one of {known}")
-    beside = {suffix(name): source for name, source in files}
+    beside = {suffix(name): source for name, source in sources}
     if len(beside) < len(files):
         raise InputError(f"{where}: found {', '.join(os.path.basename(name) for name, _ in files)}, expected one of each")
     row = json_object(beside[".json"].read(), f"{where}.json") if ".json" in beside else {}

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from mmtx.data.fields import pop_number, pop_text, shown, text_of
 from mmtx.data.sample import Media, Part, SampleTurn, Text, known_kind, suffix
@@ -281,11 +281,16 @@ def _pieces(text: str) -> list[Part | Slot]:
             for part, after in zip(parts, [*parts[1:], None])]
 
 
+def _side(role: str | None) -> Literal["user", "assistant"] | None:
+    """Who says it: the stream has no system role, an instruction is a user turn of its own."""
+    return "user" if role in ("user", "system") else "assistant" if role == "assistant" else None
+
+
 def _filled(messages: Sequence[Message], beside: Sequence[Media], where: str) -> tuple[SampleTurn, ...]:
     """Messages as turns, with the media beside them where the slots are, or first in the first user turn."""
     slots = [part.kind for message in messages for part in message.parts if isinstance(part, Slot)]
     if not slots and not beside:
-        return tuple(SampleTurn("user" if role == "system" else role, tuple(parts)) for role, parts in messages)
+        return tuple(SampleTurn(_side(role), tuple(part for part in parts if not isinstance(part, Slot))) for role, parts in messages)
     there = {id(part) for message in messages for part in message.parts}
     waiting = [medium for medium in beside if id(medium) not in there]
     first = [medium for medium in waiting if medium.kind not in slots]
@@ -296,8 +301,7 @@ def _filled(messages: Sequence[Message], beside: Sequence[Media], where: str) ->
                              "stand there, expected as many")
     turns = []
     for message in messages:
-        # The stream has no system role: an instruction is a user turn of its own.
-        role = "user" if message.role == "system" else message.role
+        role = _side(message.role)
         if message.role == "user":
             message, first = Message(role, [*first, *message.parts]), []
         turns.append(SampleTurn(role, tuple(queues[p.kind].popleft() if isinstance(p, Slot) else p for p in message.parts)))

@@ -2,7 +2,7 @@
 
 import csv
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, BinaryIO
 
@@ -77,7 +77,8 @@ def _table(delimiter: str, file: BinaryIO, name: str) -> Iterator[tuple[int, dic
 
 
 # Extension -> how its rows are read.
-MANIFESTS = {".jsonl": _json_lines, ".json": _json_list, ".csv": partial(_table, ","), ".tsv": partial(_table, "\t")}
+MANIFESTS: dict[str, Callable[[BinaryIO, str], Iterator[tuple[int, Any]]]] = {
+    ".jsonl": _json_lines, ".json": _json_list, ".csv": partial(_table, ","), ".tsv": partial(_table, "\t")}
 
 
 def parse_row(row: dict[str, Any], base: Base, number: int, where: str, fields: Fields = None) -> Sample:

@@ -9,7 +9,7 @@ import io
 import math
 import os
 from numbers import Real
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from mmtx.data.sample import kind_of, sniff
 from mmtx.data.sound_files import MAX_CHANNELS, MAX_START, check_sound, cut, read_sound
 from mmtx.data.storage import FileSource, display
 from mmtx.errors import InputError
-from mmtx.modality.base import Tokenizer
 
 __all__ = ["kind_of", "load_audio", "load_image", "read_audio", "read_image", "sniff"]
 
@@ -42,12 +41,25 @@ NUMBERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch
            torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def read_image(tokenizer: Tokenizer, data: Any, name: str | None = None) -> torch.Tensor:
+class _Fitting(Protocol):
+    """A tokenizer of pictures."""
+
+    def fit(self, picture: torch.Tensor) -> torch.Tensor: ...
+
+
+class Sampled(Protocol):
+    """A tokenizer of sounds."""
+
+    @property
+    def rate(self) -> int: ...
+
+
+def read_image(tokenizer: _Fitting, data: Any, name: str | None = None) -> torch.Tensor:
     """A picture, in any form that `load_image` takes, in the size that a tokenizer reads, uint8 (3, H, W)."""
     return tokenizer.fit(load_image(data, name))
 
 
-def read_audio(tokenizer: Tokenizer, data: Any, name: str | None = None, **options: Any) -> torch.Tensor:
+def read_audio(tokenizer: Sampled, data: Any, name: str | None = None, **options: Any) -> torch.Tensor:
     """A sound, in any form that `load_audio` takes, as the samples (S,) that a tokenizer reads; options are those of it."""
     return load_audio(data, tokenizer.rate, name, **options)
 

@@ -30,7 +30,7 @@ class Frame(NamedTuple):
     rate: int
     channels: int
     layer: int
-    index: int  # where in the frame an index would be
+    index: int  # type: ignore[assignment]  # where in the frame an index would be; hides a method of tuples
 
     @property
     def kind(self) -> tuple[int, ...]:

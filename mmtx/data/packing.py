@@ -56,7 +56,7 @@ class PackedBatches(torch.utils.data.Dataset):
     """
 
     def __init__(self, documents: Packable, vocabulary: Vocabulary, tokens: int, *,
-                 repeats: Sequence[int] | None = None, shuffle: bool = True, seed: int = 0, steps: int | None = None,
+                 repeats: Sequence[int] | np.ndarray | None = None, shuffle: bool = True, seed: int = 0, steps: int | None = None,
                  rank: int = 0, world: int = 1):
         """`steps` is the length: the number of batches a rank can ask for, by default one epoch."""
         self.documents, self.vocabulary, self.tokens = documents, vocabulary, tokens

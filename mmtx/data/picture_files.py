@@ -8,7 +8,7 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from mmtx.errors import InputError
 
@@ -59,13 +59,14 @@ class Entry(NamedTuple):
     place: int
     tag: int
     type: int
-    count: int
+    count: int  # type: ignore[assignment]  # its name in the standard, which hides a method of tuples
     value: int
 
 
 def tiff_entries(data: bytes) -> Iterator[Entry]:
     """The fields of the first directory of a TIFF, which EXIF is too, as far as it is there."""
-    order = {b"II": "little", b"MM": "big"}.get(bytes(data[:2]))
+    orders: dict[bytes, Literal["little", "big"]] = {b"II": "little", b"MM": "big"}
+    order = orders.get(bytes(data[:2]))
     if order is None:
         return
     number = lambda place, size: int.from_bytes(data[place : place + size], order)

@@ -29,7 +29,7 @@ from mmtx.data.sources import MAX_BAD, PLAN, SkipCounter, is_selected, scan
 from mmtx.data.storage import recorded
 from mmtx.data.tokens import ENCODE_AT_ONCE, Augmentation, encode_samples, load_sample
 from mmtx.data.workers import Ended, Workers
-from mmtx.document import Document
+from mmtx.document import Document, MediaPart
 from mmtx.errors import InputError
 from mmtx.files import read_json, write_json, write_whole
 from mmtx.modality.base import Tokenizer
@@ -137,6 +137,7 @@ def _flat(row: Sample | InputError, use: Callable[[Any], Any]) -> Sample | Input
         use(row)
         return row
     except RecursionError:
+        assert isinstance(row, Sample)  # an error has no metadata
         return replace(row, metadata={})
 
 
@@ -190,13 +191,14 @@ def _finish(folder: Path, plan: dict, shards: Sequence[dict], samples: int,
     skipped.check()
     if skipped.count == sum(shard["rows"] for shard in shards):
         raise InputError(f"{', '.join(plan['sources'])}: no sample is left of {skipped.rows} rows")
-    numbers, lengths, features = [], [], {}
+    numbers, lengths = [], []
+    features: dict[str, int] = {}
     for number in range(len(shards)):
         # One at a time: a process can hold some ten thousand maps, and a large corpus has more tensors than that.
-        shard = tensors.__wrapped__(folder / shard_name(number))
-        numbers.append(np.array(shard["numbers"]))
-        lengths.append(np.diff(shard["ends.ids"]).astype(np.uint32))
-        features |= {name.removeprefix("features."): values.shape[1] for name, values in shard.items()
+        maps = tensors.__wrapped__(folder / shard_name(number))
+        numbers.append(np.array(maps["numbers"]))
+        lengths.append(np.diff(maps["ends.ids"]).astype(np.uint32))
+        features |= {name.removeprefix("features."): values.shape[1] for name, values in maps.items()
                      if name.startswith("features.")}
     index = {
         "lengths": np.concatenate(lengths),
@@ -275,7 +277,8 @@ def make_shard(rows: Sequence[Sample | InputError], first: int, tokenizers: Mapp
     }
     counts: dict[str, int] = {}
     for kind in vocabulary.kinds[1:]:
-        parts = [[part for turn in document.turns for part in turn.parts if part.kind == kind] for document in documents]
+        parts = [[part for turn in document.turns for part in turn.parts if isinstance(part, MediaPart) and part.kind == kind]
+                 for document in documents]
         if codes := sum(part.codes.size for some in parts for part in some):
             counts[kind] = codes
             values = [part.features for some in parts for part in some]

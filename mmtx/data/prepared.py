@@ -72,7 +72,7 @@ def digest(made: Mapping[str, np.ndarray]) -> str:
     found = hashlib.sha256()
     for name, values in sorted(made.items()):
         found.update(f"{name} {values.dtype} {values.shape}".encode())
-        found.update(np.ascontiguousarray(values))
+        found.update(np.ascontiguousarray(values))  # type: ignore[arg-type]  # a buffer, which NumPy does not say before Python 3.12
     return found.hexdigest()
 
 

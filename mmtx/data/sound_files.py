@@ -9,6 +9,7 @@ import math
 import re
 import zlib
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 import soundfile
@@ -99,7 +100,8 @@ Blocks = Iterator[tuple[int, int, np.ndarray]]  # rate, place in the sound, floa
 
 def _cut(blocks: Blocks, name: str, start: float, seconds: float | None) -> tuple[np.ndarray, int]:
     """The blocks of a cut as one. Memory follows what is really there, whatever the header says."""
-    kept, read, end, sort = [], 0, 0, None
+    kept: list[np.ndarray] = []
+    read, end, sort = 0, 0, None
     for rate, place, block in blocks:
         if sort not in (None, (rate, block.shape[1])):
             raise InputError(
@@ -164,7 +166,7 @@ def _ffmpeg(data: bytes, format: str, name: str, start: float) -> Blocks:
     # Neither another file nor another decoder is opened, whatever the file says.
     options = {"codec_whitelist": ",".join(CODECS), "protocol_whitelist": "none"}
     try:
-        with av.open(io.BytesIO(data), format=FFMPEG[format], metadata_errors="replace", options=options) as file:
+        with av.open(io.BytesIO(data), "r", format=FFMPEG[format], metadata_errors="replace", options=options) as file:
             sounds = file.streams.audio
             if any(not video.disposition & av.stream.Disposition.attached_pic for video in file.streams.video):
                 raise InputError(f"{name}: a video, expected a picture or a sound")
@@ -214,7 +216,7 @@ def _whole_file(data: bytes, format: str, name: str) -> bytes:
 
 
 def _wav_end(data: bytes) -> tuple[bytes, int]:
-    order = "big" if data[:4] == b"RIFX" else "little"
+    order: Literal["big", "little"] = "big" if data[:4] == b"RIFX" else "little"
     place, wide = 12, None  # where RF64 has the length that 32 bit do not hold
     while place + 8 <= len(data):
         kind, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], order)
@@ -274,7 +276,8 @@ def _nist_end(data: bytes) -> int:
 
 
 def _mp4_end(data: bytes) -> int:
-    place, boxes = 0, set()
+    place = 0
+    boxes: set[bytes] = set()
     while data[place + 4 : place + 8] in MP4_BOXES - (boxes & {b"ftyp"}):
         boxes.add(data[place + 4 : place + 8])
         size = int.from_bytes(data[place : place + 4], "big")

@@ -207,7 +207,7 @@ def _bounded(path: str, run: Any, *arguments: Any) -> Any:
 
 @contextmanager
 def open_binary(path: str, base: Base | None = None, *, seek: bool = False, start: int = 0,
-                stop: int | None = None) -> Iterator[BinaryIO]:
+                stop: int | None = None) -> Iterator["Opened"]:
     """Open a local file or URL; what goes wrong in opening and reading it becomes an InputError that names it.
 
     Args:
@@ -218,7 +218,7 @@ def open_binary(path: str, base: Base | None = None, *, seek: bool = False, star
     """
     path = path if seek else uncached(path)
     raw = _told(path, _opened, path, base, seek, start, stop)
-    with io.BufferedReader(_Reader(path, raw), 2**16) as file:
+    with Opened(_Reader(path, raw), 2**16) as file:
         file.private = getattr(raw, "private", False)
         yield file
 
@@ -301,6 +301,12 @@ def save(source: BinaryIO, path: Path) -> None:
 def cache() -> Path:
     """Where copies of remote files are kept: $MMTX_CACHE or ~/.cache/mmtx."""
     return Path(os.environ.get("MMTX_CACHE") or Path.home() / ".cache" / "mmtx")
+
+
+class Opened(io.BufferedReader):
+    """What `open_binary` gives."""
+
+    private: bool  # whether it lies at a private address
 
 
 class _Reader(io.RawIOBase):

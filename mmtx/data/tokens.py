@@ -6,17 +6,18 @@ Shapes: T tokens of a document, h rows and w columns of codes (time steps and ba
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
 
 from mmtx.data.augment import AudioAugmentation, ImageAugmentation
+from mmtx.data.media import Sampled
 from mmtx.data.sample import Media, Sample, Text
 from mmtx.data.sources import MAX_BAD, SkipCounter
 from mmtx.document import Document, MediaPart, Part, TextPart, Turn
 from mmtx.errors import InputError
-from mmtx.modality.base import Encoding, Tokenizer
+from mmtx.modality.base import Encoding, Tokenizer, media_tokenizer
 from mmtx.modality.modality import MODALITIES
 from mmtx.sequence import Rendered, render
 from mmtx.vocabulary import Vocabulary
@@ -42,7 +43,7 @@ class Augmentation(NamedTuple):
         if kind == "image" and self.image:
             return self.image(medium, generator)
         if kind == "audio" and self.audio:
-            return self.audio(medium, tokenizer.rate, generator)
+            return self.audio(medium, cast(Sampled, tokenizer).rate, generator)
         return medium
 
 
@@ -120,7 +121,7 @@ class Documents:
             digest.update(f"{turn.role} {texts}".encode("utf-8", "backslashreplace"))
         media = load_sample(sample, self.tokenizers, digest)
         kinds = [part.kind for turn in sample.turns for part in turn.parts if isinstance(part, Media)]
-        blank = {kind: iter([Encoding(np.zeros(self.tokenizers[kind].grid(tensor), int), None)
+        blank = {kind: iter([Encoding(np.zeros(media_tokenizer(self.tokenizers, kind).grid(tensor), int), None)
                              for k, tensor in zip(kinds, media, strict=True) if k == kind]) for kind in set(kinds)}
         rendered = render(_document(sample, self.tokenizers, blank), self.vocabulary)
         if len(rendered.ids) - 1 > max_seq_len:
@@ -157,7 +158,7 @@ def usable(samples: Sequence[Sample], tokenizers: Mapping[str, Tokenizer], skipp
            progress: Callable[[Iterable], Iterable] = iter,
            patches: Collection[str] = ()) -> list[tuple[Sample, Document]]:
     """Samples with their documents of codes; those that cannot be read are left out and counted, or raise InputError."""
-    found = []
+    found: list[tuple[Sample, Document]] = []
     for first in progress(range(0, len(samples), ENCODE_AT_ONCE)):
         chunk, loaded = [], []
         for sample in samples[first:first + ENCODE_AT_ONCE]:

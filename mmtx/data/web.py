@@ -81,10 +81,13 @@ class Stream(io.RawIOBase):
     false), all bytes come in order. Raises Failure. Time counts while the server is waited for, not while the reader is busy.
     """
 
+    answer: "Answer | None" = None  # what is read from now
+    version: tuple[str | None, str | None, int | None] | None = None  # that of the first answer
+
     def __init__(self, url: str, base: Base | None = None, start: int = 0, stop: int | None = None):
         super().__init__()
         self.url, self.base, self.position, self.stop = url, base, start, stop
-        self.budget, self.answer, self.version = Budget(), None, None
+        self.budget = Budget()
         self._retried(self._open)
         self.ranged, self.size, self.version = self.answer.ranged, self.answer.total, self.answer.version
         self.private = self.answer.private
@@ -367,7 +370,7 @@ def exchange(url: str, scheme: str, host: str, port: int, headers: dict[str, str
         wire.deadline = deadline
         try:
             wire.send(request)
-            response = http.client.HTTPResponse(wire, method="GET")
+            response = http.client.HTTPResponse(wire, method="GET")  # type: ignore[arg-type]  # it asks a socket for `makefile` alone
             try:
                 response.begin()
             except http.client.RemoteDisconnected:

@@ -9,6 +9,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from typing import Any
 
 from mmtx.errors import InputError
@@ -32,14 +33,17 @@ class Workers:
         context = multiprocessing.get_context(METHOD)
         if METHOD == "forkserver":
             context.set_forkserver_preload([work.__module__])
-        self.processes, self.free, data = [], queue.SimpleQueue(), pickle.dumps((work, setting))
+        self.processes: list[tuple[Any, Connection]] = []
+        self.free: queue.SimpleQueue[Connection] = queue.SimpleQueue()
+        data = pickle.dumps((work, setting))
         self.threads = ThreadPoolExecutor(count, "worker")  # each waits for an answer
         try:
             with uninterrupted():
                 for _ in range(count):
                     here, there = context.Pipe()
                     with there:
-                        process = context.Process(target=_serve, args=(there, data), daemon=True)
+                        make = context.Process  # type: ignore[attr-defined]  # all contexts have one
+                        process = make(target=_serve, args=(there, data), daemon=True)
                         process.start()
                     self.processes.append((process, here))
                     self.free.put(here)

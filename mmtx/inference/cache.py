@@ -35,10 +35,10 @@ class KVCache:
         """A cache of prompts of `lengths` (B,), whose keys and values are still to be written, up to slot `used`."""
         c, batch, device = config, len(lengths), like.device
         shape = batch, c.kv_heads, capacity, c.head_dim
-        return cls(
-            c, *([_empty(like, shape) for _ in range(c.depth)] for _ in range(2)),
-            torch.arange(capacity, device=device) < lengths[:, None], used, torch.tensor([used], device=device),
-            lengths.clone(), *_angles(c, capacity, like))
+        keys, values = ([_empty(like, shape) for _ in range(c.depth)] for _ in range(2))
+        seen = torch.arange(capacity, device=device) < lengths[:, None]
+        cos, sin = _angles(c, capacity, like)
+        return cls(c, keys, values, seen, used, torch.tensor([used], device=device), lengths.clone(), cos, sin)
 
     @property
     def capacity(self) -> int:

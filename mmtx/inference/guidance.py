@@ -21,7 +21,7 @@ class Guided(Engine):
         self.static = engine.static
 
     @property
-    def hidden(self) -> Tensor:
+    def hidden(self) -> Tensor:  # type: ignore[override]  # those of an engine are read, never set from outside
         """Those of the prompts, then of the same without user turns (2B, D)."""
         return self.engine.hidden
 

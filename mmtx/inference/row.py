@@ -200,7 +200,8 @@ class RowEngine(TorchEngine):
         self.layers = [_Layer.of(layer, weights.config, self.buffers) for layer in weights.layers]
         self.norm, self.table = _Norm.of(weights.norm), weights.output.detach()                    # (R, D)
         self.screens = weights.screens if Screen.pays() else None
-        self.allowed = self.forbidden = None
+        self.allowed: Tensor | None = None
+        self.forbidden: np.ndarray | None = None
         self.cache.close_gaps()
         self._bind()
 

@@ -101,7 +101,8 @@ class Draws:
             seed = np.random.SeedSequence().entropy
         sequences = [np.random.SeedSequence(seed, spawn_key=(place,)) for place in places]
         self._rows = [np.random.Philox(sequence) for sequence in sequences]
-        self._device, self._numbers, self._next = device, None, DRAWN
+        self._device, self._next = device, DRAWN
+        self._numbers: Tensor | None = None
 
     def next(self) -> Tensor:
         """The numbers of a step (B,)."""

@@ -16,10 +16,11 @@ class Scored(Engine):
     """Another engine, whose choices stay as they are, and the scores (B, V) that each came from."""
 
     def __init__(self, engine: Engine):
-        self.engine, self.static, self.rows = engine, engine.static, None
+        self.engine, self.static = engine, engine.static
+        self.rows: Tensor | None = None
 
     @property
-    def hidden(self) -> Tensor:
+    def hidden(self) -> Tensor:  # type: ignore[override]  # those of an engine are read, never set from outside
         return self.engine.hidden
 
     def prefill(self, prompts: Sequence[Prompt]) -> None:
@@ -30,7 +31,8 @@ class Scored(Engine):
         self.engine.step(ids)
 
     def scores(self, first: int | None = None) -> Tensor:
-        self.last, self.of = self.engine.scores(first), self.rows
+        self.last: Tensor = self.engine.scores(first)
+        self.of: Tensor = self.rows
         return self.last.clone()
 
     def best(self, allowed: Tensor) -> Tensor:

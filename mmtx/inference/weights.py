@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from mmtx.layers import Block
 from mmtx.model import Decoder, DecoderConfig
 
 
@@ -87,7 +88,7 @@ class Layer(NamedTuple):
     down: Tensor            # (hidden, D)
 
     @classmethod
-    def of(cls, block: nn.Module, config: DecoderConfig) -> "Layer":
+    def of(cls, block: Block, config: DecoderConfig) -> "Layer":
         attention, feed_forward, eps = block.attention, block.feed_forward, config.norm_eps
         norm = None if not config.qk_norm else Norm.of(torch.cat([
             attention.query_norm.weight.expand(config.heads, -1), attention.key_norm.weight.expand(config.kv_heads, -1)]), eps)

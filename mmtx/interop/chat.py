@@ -40,7 +40,8 @@ def markup_of(tokenizer: PretrainedText, where: Any) -> Markup | None:
     if not all(part and part[0] in tokenizer.control for part in ids[1:]) or ids[0] and ids[0][0] not in tokenizer.control:
         raise InputError(f"{where}: its chat template begins a turn with {user[:20]!r} or ends it with {close[:20]!r}, "
                          "expected special tokens")
-    return Markup(*ids, control)
+    opening, asked, answered, end = ids
+    return Markup(opening, asked, answered, end, control)
 
 
 def render(tokenizer: PretrainedText, said: list[tuple[str, str]], where: Any) -> str:

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors.torch
 
@@ -48,7 +48,7 @@ def export(model: Model, to: str, output: str | Path, max_seq_len: int = MAX_SEQ
         try:
             pieces = pieces_of(model, content)
             scores = None if isinstance(text, PretrainedText) else [
-                text._model.get_score(i) if i < text.size else 0.0 for i in range(v.size)]
+                cast(TextTokenizer, text)._model.get_score(i) if i < text.size else 0.0 for i in range(v.size)]
             specials = {"eos": v.end, "bos": begin_of(model), "pad": v.pad}
             write_gguf(part, model.decoder.config, v.size, write_weights(model.decoder, gguf=True), pieces, scores, content,
                        specials, template, max_seq_len)
@@ -83,7 +83,7 @@ def begin_of(model: Model) -> int:
 def text_content(model: Model) -> dict[str, Any]:
     """tokenizer.json with names for all ids."""
     text, size = model.tokenizers["text"], model.vocabulary.size
-    content = json.loads(text.content) if isinstance(text, PretrainedText) else _of_sentencepiece(text)
+    content = json.loads(text.content) if isinstance(text, PretrainedText) else _of_sentencepiece(cast(TextTokenizer, text))
     known = {*content["model"]["vocab"].values(), *(token["id"] for token in content["added_tokens"])}
     content["added_tokens"] = [*content["added_tokens"], *(
         {"id": ident, "content": name_of(model, ident), "single_word": False, "lstrip": False, "rstrip": False,
@@ -124,7 +124,7 @@ def pieces_of(model: Model, content: dict[str, Any]) -> list[tuple[str, int]]:
 
 
 def _files(model: Model, content: dict[str, Any], template: str, max_seq_len: int) -> Iterator[tuple[str, bytes]]:
-    v, text = model.vocabulary, model.tokenizers["text"]
+    v, text = model.vocabulary, cast(TextTokenizer | PretrainedText, model.tokenizers["text"])
     name = lambda ident: text.piece(ident) if ident < text.size else name_of(model, ident)
     yield "model.safetensors", safetensors.torch.save(dict(write_weights(model.decoder)), {"format": "pt"})
     bos = begin_of(model)

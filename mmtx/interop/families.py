@@ -5,14 +5,14 @@ Shapes: D width, H heads, G key-value heads, K head width, R rows of an embeddin
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from mmtx.errors import InputError
 from mmtx.layers import RopeScaling
-from mmtx.model import Decoder, DecoderConfig
+from mmtx.model import Decoder, DecoderConfig, TokenEmbedding
 from mmtx.schema import shown
 
 
@@ -108,7 +108,8 @@ def _read_scaling(rope: Mapping[str, Any], where: Any) -> RopeScaling | None:
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     if kind != "llama3" or not all(type(rope.get(name)) in (int, float) for name in names):
         raise InputError(f"{where}: found RoPE scaling {shown(kind)}, expected none or llama3 with {', '.join(names)}")
-    return RopeScaling(*(float(rope[name]) for name in names[:3]), int(rope[names[3]]))
+    factor, low, high, length = (rope[name] for name in names)
+    return RopeScaling(float(factor), float(low), float(high), int(length))
 
 
 def write_settings(config: DecoderConfig, max_seq_len: int) -> dict[str, Any]:
@@ -181,7 +182,8 @@ def write_weights(decoder: Decoder, gguf: bool = False) -> Iterator[tuple[str, T
     config, state = decoder.config, decoder.state_dict()
     for ours, part, theirs in names(config, gguf):
         if ours in ("embedding.weight", "output.weight"):
-            yield theirs, decoder.get_submodule(ours.split(".")[0]).matrix().detach().contiguous()
+            table = cast(TokenEmbedding, decoder.get_submodule(ours.split(".")[0]))
+            yield theirs, table.matrix().detach().contiguous()
             continue
         tensor = state[ours]
         if part is not None:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -78,6 +79,7 @@ class AudioTokenizer(Codec):
 
     kind = "audio"
     Config = AudioConfig
+    hann: Tensor  # (window,)
     parts = ("vocoder",)
     later = ("pitch",)
 
@@ -113,7 +115,7 @@ class AudioTokenizer(Codec):
     @classmethod
     def from_folder(cls, folder: Path) -> "AudioTokenizer":
         folder = Path(folder)
-        tokenizer = super().from_folder(folder)
+        tokenizer = cast(AudioTokenizer, super().from_folder(folder))
         if (values := read_config(folder, cls.kind).get("vocoder")) is not None:
             config, matrix = build(VocoderConfig, values, folder / CONFIG, "vocoder"), tokenizer._mel_matrix
             make = lambda: Vocoder(config, matrix, tokenizer.rate, tokenizer.config.hop)
@@ -126,12 +128,12 @@ class AudioTokenizer(Codec):
         return self.config.rate
 
     @property
-    def bands(self) -> int:
+    def bands(self) -> int:  # type: ignore[override]  # the contract lets it be a property
         """Codes in one time step."""
         return self.config.mels // self.config.patch_mels
 
     @property
-    def codes_per_second(self) -> float:
+    def codes_per_second(self) -> float:  # type: ignore[override]  # the contract lets it be a property
         return self.rate / self.config.hop / self.config.patch_frames * self.bands
 
     @cached_property

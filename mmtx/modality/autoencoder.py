@@ -208,7 +208,8 @@ class Codec(MediaTokenizer, nn.Module):
     `mmtx.training.codec` trains any: `piece` cuts media, `batch` puts pieces together, and `forward` is what is learned.
     """
 
-    config: Any  # a frozen dataclass with a field `network: NetworkConfig`
+    Config: ClassVar[type]
+    config: Any  # a frozen dataclass, an instance of `Config`, with a field `network: NetworkConfig`
     network: PatchAutoencoder
     parts: ClassVar[tuple[str, ...]] = ()  # keys of config.json that are not `config`'s: of what a subclass adds
     later: ClassVar[tuple[str, ...]] = ()  # fields of `config` that are left out while they have their default
@@ -218,12 +219,12 @@ class Codec(MediaTokenizer, nn.Module):
         return self.network.quantizer.size
 
     @property
-    def levels(self) -> tuple[int, ...]:
+    def levels(self) -> tuple[int, ...]:  # type: ignore[override]  # the contract lets it be a property
         """Levels of the quantizer: code = mixed-radix number of one digit for each."""
         return self.network.quantizer.levels
 
     @property
-    def feature_width(self) -> int:
+    def feature_width(self) -> int:  # type: ignore[override]  # the contract lets it be a property
         """D of the features of an `Encoding`."""
         return self.network.to_latent.in_features
 
@@ -308,5 +309,5 @@ class Codec(MediaTokenizer, nn.Module):
     def from_folder(cls, folder: Path) -> "Codec":
         folder = Path(folder)
         values = {key: value for key, value in read_config(folder, cls.kind).items() if key not in ("kind", *cls.parts)}
-        config = build(cls.Config, values, folder / CONFIG, optional=cls.later)
+        config: Any = build(cls.Config, values, folder / CONFIG, optional=cls.later)
         return load_module(lambda: cls(config), folder / "model.safetensors").eval()

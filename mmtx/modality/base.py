@@ -5,10 +5,10 @@ Codes are local: they start at 0 in every modality. `mmtx.vocabulary` gives them
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -144,6 +144,11 @@ class MediaTokenizer(Tokenizer):
         return self.encode_batch([medium])[0]
 
 
+def media_tokenizer(tokenizers: Mapping[str, Tokenizer], kind: str) -> MediaTokenizer:
+    """The tokenizer of a kind of media: all are of media but that of text."""
+    return cast(MediaTokenizer, tokenizers[kind])
+
+
 @neutral()
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Load a tokenizer of any kind; `config.json` in the folder names the kind."""
@@ -151,7 +156,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     put_back(folder)
     classes = {word: modality for modality in MODALITIES.values() for word in modality.tokenizers}
     word = read_config(folder, *classes)["kind"]
-    return classes[word].tokenizer(word).from_folder(folder)
+    found: type[Tokenizer] = classes[word].tokenizer(word)
+    return found.from_folder(folder)
 
 
 def read_config(folder: Path, *kinds: str) -> dict[str, Any]:

@@ -16,6 +16,9 @@ from mmtx.errors import InputError
 class FSQ(nn.Module):
     """Quantizer with `levels` steps on each of its d dimensions; `size` is their product."""
 
+    level: Tensor  # (d,) the levels
+    step: Tensor   # (d,) what a digit counts in a code
+
     def __init__(self, levels: tuple[int, ...]):
         super().__init__()
         if not levels or any(level < 2 for level in levels):

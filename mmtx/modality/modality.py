@@ -5,7 +5,6 @@ imports it. Nothing heavy is imported here.
 """
 
 import importlib
-import importlib.util
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from typing import Any, Literal
 
 from mmtx.errors import InputError
 from mmtx.files import PARTS
+from mmtx.plugins import import_file
 
 RESERVED = ("special", "any", "document", "video")  # words that mean something else where a kind is named
 
@@ -143,42 +143,15 @@ def unknown(kind: str, where: object) -> InputError:
 def load_plugin(path: str | Path) -> None:
     """Import a Python file that registers a modality, under the name of the file; a second time nothing happens.
 
-    Worker processes find it by its folder, which is put at the end of `sys.path`. Raises InputError for a file that cannot be
-    imported, registers no modality, or has the name of another module.
+    Raises InputError for a file that cannot be imported, registers no modality, or has the name of another module.
     """
-    path = Path(path)
-    name, place = path.stem, str(path.absolute())
-    if not path.is_file() or path.suffix != ".py" or not name.isidentifier():
-        raise InputError(f"plugin {path}: found no such Python file, expected NAME.py")
-    if name in sys.modules:
-        if getattr(sys.modules[name], "__file__", None) == place:
-            return
-        raise InputError(f"plugin {path}: found another module of the name {name!r}, expected a name of its own")
-    if importlib.util.find_spec(name) is not None and Path(importlib.util.find_spec(name).origin or "").absolute() != Path(place):
-        raise InputError(f"plugin {path}: found another module of the name {name!r}, expected a name of its own")
-    folder, before = str(path.absolute().parent), len(MODALITIES)
-    if folder not in sys.path:
-        sys.path.append(folder)
-    try:
-        importlib.import_module(name)
-    except InputError as error:
-        raise InputError(f"plugin {path}: {error}") from None
-    except Exception as error:  # whatever the code of others raises
-        line = next((f" in line {at.tb_lineno}" for at in _frames(error) if at.tb_frame.f_code.co_filename == place), "")
-        raise InputError(f"plugin {path}: cannot be imported ({type(error).__name__}{line}: "
-                         f"{' '.join(str(error).split())[:150]})") from error
+    at, before, known = f"plugin {path}", len(MODALITIES), Path(path).stem in sys.modules
+    import_file(path, at)
+    if known:
+        return
     if len(MODALITIES) == before:
-        raise InputError(f"plugin {path}: registered no modality, expected a call of mmtx.modality.modality.register")
-    PLUGINS[name] = str(path)
-
-
-def _frames(error: Exception) -> list[Any]:
-    """The tracebacks of an error, the last call first."""
-    found: list[Any] = []
-    at = error.__traceback__
-    while at is not None:
-        found, at = [at, *found], at.tb_next
-    return found
+        raise InputError(f"{at}: registered no modality, expected a call of mmtx.modality.modality.register")
+    PLUGINS[Path(path).stem] = str(path)
 
 
 register(Modality(

@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self, cast
 
 import numpy as np
 import safetensors.torch
@@ -63,20 +63,21 @@ class Pretrained(MediaTokenizer, nn.Module):
 
     Settings: type  # what config.json says beside the network
     models: dict[str, str]  # model_type of the configuration -> class in transformers
+    network: Any  # of transformers, each with an interface of its own
 
-    def __init__(self, network: nn.Module, settings: dict[str, Any]):
+    def __init__(self, network: Any, settings: dict[str, Any]):
         super().__init__()
         self.network, self.settings = network.eval().requires_grad_(False), settings
 
     @classmethod
-    def wrap(cls, network: nn.Module, **settings: Any) -> "Pretrained":
+    def wrap(cls, network: Any, **settings: Any) -> Self:
         """An adapter for a model of transformers that is in memory. `settings` as in `from_pretrained`."""
         values = {name: value for name, value in network.config.to_dict().items()
                   if name not in ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures")}
         return cls(network.float(), {"kind": f"pretrained {cls.kind}", "network": values, **settings})
 
     @classmethod
-    def load(cls, folder: Path) -> nn.Module:
+    def load(cls, folder: Path) -> Any:
         """The codec in a folder that transformers wrote: alone, or as the part `vq_config` of a larger model."""
         transformers = require_transformers()
         values = read_json(folder / "config.json")
@@ -157,7 +158,7 @@ class PretrainedAudio(Pretrained):
     models = AUDIO
     Settings = AudioSettings
 
-    def __init__(self, network: nn.Module, settings: dict[str, Any]):
+    def __init__(self, network: Any, settings: dict[str, Any]):
         super().__init__(network, settings)
         c = network.config
         if c.model_type == "encodec" and (c.normalize or c.audio_channels != 1 or c.chunk_length_s is not None):
@@ -175,7 +176,7 @@ class PretrainedAudio(Pretrained):
         return cls.wrap(cls.load(Path(folder)), codebooks=codebooks)
 
     @property
-    def bands(self) -> int:
+    def bands(self) -> int:  # type: ignore[override]  # the contract lets it be a property
         """Codes in one time step."""
         return self.settings["codebooks"]
 
@@ -189,7 +190,7 @@ class PretrainedAudio(Pretrained):
         return self.network.config.sampling_rate
 
     @property
-    def codes_per_second(self) -> float:
+    def codes_per_second(self) -> float:  # type: ignore[override]  # the contract lets it be a property
         return self.rate / self.hop * self.bands
 
     def grid(self, waveform: Tensor) -> tuple[int, int]:
@@ -232,9 +233,8 @@ class PretrainedImage(Pretrained):
     kind = "image"
     models = IMAGE
     Settings = ImageSettings
-    fit, grid = ImageTokenizer.fit, ImageTokenizer.grid
 
-    def __init__(self, network: nn.Module, settings: dict[str, Any]):
+    def __init__(self, network: Any, settings: dict[str, Any]):
         super().__init__(network, settings)
         patch = 2 ** (len(network.config.channel_multiplier) - 1)
         self.config = ImageConfig(patch=patch, side=settings["side"], fit=settings["fit"])
@@ -252,6 +252,14 @@ class PretrainedImage(Pretrained):
         scale, mean, std = PIXELS[network.config.model_type]
         return cls.wrap(network, side=side, fit=fit, scale=found.get("rescale_factor", scale),
                         mean=found.get("image_mean", mean), std=found.get("image_std", std))
+
+    def fit(self, picture: Tensor) -> Tensor:
+        """As `ImageTokenizer.fit`."""
+        return ImageTokenizer.fit(cast(ImageTokenizer, self), picture)
+
+    def grid(self, picture: Tensor) -> tuple[int, int]:
+        """As `ImageTokenizer.grid`."""
+        return ImageTokenizer.grid(cast(ImageTokenizer, self), picture)
 
     @property
     def size(self) -> int:
@@ -296,7 +304,7 @@ def build(transformers, name: str, values: dict[str, Any]) -> nn.Module:
 
 def part(folder: Path, name: str) -> dict[str, Tensor]:
     """The weights of a folder whose names contain `name`, by what comes behind it; the others are not read."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safetensors.safe_open(path, "pt") as file:
             found |= {key.partition(name)[2]: file.get_tensor(key) for key in file.keys() if name in key}

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from math import isfinite
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import sentencepiece
 
@@ -206,7 +206,7 @@ def read_pieces(model_proto: bytes, where: str | Path) -> list[Piece]:
     return pieces
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
     """Numbers and values of the fields of a message in the wire format of protocol buffers."""
     at, end = 0, len(data)
     while at < end:

@@ -90,6 +90,11 @@ class Sound(NamedTuple):
 class Vocoder(nn.Module):
     """Log-mel (B, F, M), natural logarithms of magnitudes, to a waveform (B, F * hop)."""
 
+    hann: Tensor    # (window,)
+    shares: Tensor  # (K, M)
+    total: Tensor   # (M,)
+    noise: Tensor   # (NOISE_FRAMES, K)
+
     def __init__(self, config: VocoderConfig, mel_matrix: Tensor, rate: int, hop: int):
         """`mel_matrix` (K, M) makes mel magnitudes of a spectrum's, `rate` in Hz, `hop` in samples: the codec's."""
         super().__init__()

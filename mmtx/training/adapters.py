@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors.torch
 import torch
@@ -76,7 +76,12 @@ def adapt(decoder: Decoder, lora: LoRA, text: int) -> None:
     if lora.new_rows:
         for table in tables(decoder):
             parametrize.register_parametrization(table, "weight", NewRows(table.weight, text))
-            table.parametrizations.weight.original.requires_grad_(False)
+            _parametrized(table).original.requires_grad_(False)
+
+
+def _parametrized(table: nn.Module) -> Any:
+    """What torch makes the weight of a table of: its `original`, and `NewRows` as the first step."""
+    return cast(Any, table.parametrizations).weight
 
 
 def _config(peft: Any, lora: LoRA, targets: list[str] | str, **more: Any) -> Any:
@@ -110,7 +115,7 @@ def adapter_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
     """
     for number, block in enumerate(decoder.blocks):
         for ours, part, theirs, _ in BLOCK:
-            layer = block.get_submodule(ours) if "." in ours and not ours.endswith("_norm") else None
+            layer: Any = block.get_submodule(ours) if "." in ours and not ours.endswith("_norm") else None
             if layer is None or not hasattr(layer, "lora_A"):
                 continue
             rows = layer.lora_B[NAME].weight                                                      # (rows, r)
@@ -120,7 +125,7 @@ def adapter_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
             yield f"{at}.lora_B.weight", rows.detach().clone()
     for table, name in ((decoder.embedding, "model.embed_tokens"), (decoder.output, "lm_head")):
         if table is not None and parametrize.is_parametrized(table):
-            first = table.parametrizations.weight[0].first
+            first = _parametrized(table)[0].first
             yield (f"base_model.model.{name}.token_adapter.trainable_tokens_delta",
                    table.matrix()[first:].detach().clone())
 
@@ -129,7 +134,7 @@ def save_adapter(decoder: Decoder, lora: LoRA, folder: Path) -> None:
     """Write the adapters in peft's own format, for the model that `mmtx export --to transformers` makes of the start."""
     config, targets = decoder.config, [row[2].split(".")[1] for row in BLOCK if "_proj" in row[2]
                                        and row[0].split(".")[0] in lora.parts]
-    first = decoder.embedding.parametrizations.weight[0].first if lora.new_rows else 0
+    first = _parametrized(decoder.embedding)[0].first if lora.new_rows else 0
     names = ["embed_tokens"] if config.tied else ["embed_tokens", "lm_head"]
     rows = {name: list(range(first, config.vocabulary_size)) for name in names} if lora.new_rows else None
     settings = _config(peft_library(), lora, targets, trainable_token_indices=rows, task_type="CAUSAL_LM", inference_mode=True)

@@ -2,7 +2,7 @@
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from mmtx.training.checkpoint import check_finite
 from mmtx.training.codec import CodecModule
 from mmtx.training.decoder import DecoderModule, with_captions
 from mmtx.training.loggers import Metrics, writing
+from mmtx.training.private import data_of
 from mmtx.training.sharding import whole
 
 TILE = 96  # pixels a side of a picture on a contact sheet
@@ -85,7 +86,7 @@ class SaveModel(Callback):
         with whole(module), writing(self.folder):
             if trainer.is_global_zero:
                 check_finite(module.state_dict(), str(self.folder))
-                module.save(self.folder)
+                cast(Any, module).save(self.folder)  # all of ours have it
 
 
 class ShowSamples(Callback):
@@ -118,7 +119,7 @@ class ShowSamples(Callback):
         module.train(was_training)
 
     def _captions(self, trainer: Trainer, module: DecoderModule, path: Path) -> None:
-        samples = getattr(trainer.datamodule, "held_out", [])
+        samples = getattr(data_of(trainer), "held_out", [])
         samples = with_captions(samples[:: max(1, len(samples) // self.count)])
         model, documents = module.model(), to_documents(samples, module.tokenizers, patches=module.config.encoders)
         captions = model.caption_documents(documents, Sampling(max_new_tokens=48))
@@ -131,12 +132,12 @@ class ShowSamples(Callback):
         for document, caption, sample in zip(documents, captions, samples, strict=True):
             media = (part for turn in document.turns for part in turn.parts if MODALITIES[part.kind].picture is not None)
             if (part := next(media, None)) is not None:
-                picture = MODALITIES[part.kind].get("picture")(module.tokenizers[part.kind], part.codes)
+                picture = MODALITIES[part.kind].get("picture")(module.tokenizers[part.kind], part.array)
                 tiles.append((picture, f"{caption}\n({sample.caption})"))
         self._sheet(trainer, tiles, path)
 
     def _reconstructions(self, trainer: Trainer, module: CodecModule, path: Path) -> None:
-        batch = next(iter(trainer.datamodule.val_dataloader()))
+        batch = next(iter(data_of(trainer).val_dataloader()))
         media = batch.media[:self.count].to(module.device)
         output = module.tokenizer(media).output
         pairs = zip(module.tokenizer.pictures(media), module.tokenizer.pictures(output), strict=True)

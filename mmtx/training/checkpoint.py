@@ -13,7 +13,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             with open(part, "wb") as file:
                 writer = _Writer(file)
-                torch.save({**checkpoint, "record": self.record}, writer)
+                torch.save({**checkpoint, "record": self.record}, cast(IO[bytes], writer))
                 writer.finish()
             os.replace(part, path)
             sync_folder(path.parent)
@@ -91,7 +91,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 def may_change(name: str) -> bool:
     """Whether what a run is told may differ from one process to the next: where data lie, which are compared themselves."""
-    place = r"data\.init_args\.(num_workers|test(\..*)?|(train|validation)\.\d+\.(paths\.\d+|trusted|follow_links))"
+    place = r"data\.init_args\.(num_workers|test(\..*)?|(train|validation)\.\d+\.(paths\.\d+|trusted|follow_links|reader))"
     return re.fullmatch(place, name) is not None
 
 
@@ -115,7 +115,8 @@ class _Writer:
     """What `torch.save` writes to: it hashes, counts, and keeps an error for later, since torch would abort on it."""
 
     def __init__(self, file: BinaryIO):
-        self.file, self.hash, self.size, self.error = file, hashlib.sha256(), 0, None
+        self.file, self.hash, self.size = file, hashlib.sha256(), 0
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         self.hash.update(data)
@@ -172,7 +173,7 @@ def newest(folder: Path) -> Path | None:
     for path in reversed(paths):
         if (why := damage(path)) is None:
             return path
-        if rank_zero_only.rank == 0:
+        if getattr(rank_zero_only, "rank", 0) == 0:
             print(f"mmtx: {path}: {why}; going back to the checkpoint before it", file=sys.stderr)
     if paths:
         raise InputError(f"{folder}: found {len(paths)} damaged checkpoints and no sound one")
@@ -241,7 +242,7 @@ class Checkpoints(Checkpoint):
         if isinstance(loader, ResumableLoader) and loader.next != trainer.global_step * trainer.accumulate_grad_batches:
             raise InputError(f"{trainer.ckpt_path}: found {loader.next} batches for {trainer.global_step} steps, expected "
                              f"{trainer.accumulate_grad_batches} each")
-        contents = getattr(trainer.datamodule, "contents", {})
+        contents = getattr(private.data_of(trainer), "contents", {})
         if self.contents:
             for name, sources in contents.items():
                 compare(name, sources, self.contents.get(name, []))

@@ -8,10 +8,11 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, make_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
@@ -26,7 +27,8 @@ from mmtx.data.tokens import Augmentation, seed_of, to_documents
 from mmtx.errors import InputError
 from mmtx.files import find_shipped
 from mmtx.loss import TokenLoss, next_token_loss
-from mmtx.modality.base import Tokenizer, load_tokenizer
+from mmtx.modality.autoencoder import Codec
+from mmtx.modality.base import Tokenizer, load_tokenizer, media_tokenizer
 from mmtx.modality.modality import media_kinds
 from mmtx.model import CodeRange, Decoder, DecoderConfig
 from mmtx.pipeline import Model, load
@@ -34,6 +36,7 @@ from mmtx.training.adapters import LoRA, adapt, merged, parameters_by_group, sav
 from mmtx.training.loader import ResumableLoader, loader
 from mmtx.training.means import Means, TestedAsValidated
 from mmtx.training.optimizer import OptimizerConfig, configure
+from mmtx.training.private import data_of
 from mmtx.training.sharding import shard
 from mmtx.vocabulary import Vocabulary
 
@@ -179,7 +182,7 @@ class DecoderData(LightningDataModule):
         samples = with_captions(self.held_out)
         if not samples:
             raise InputError("data.validation: found no samples that a caption answers, expected media, not prepared shards")
-        return DataLoader(samples, batch_size=CAPTIONED, collate_fn=list)
+        return DataLoader(samples, batch_size=CAPTIONED, collate_fn=list)  # type: ignore[arg-type]  # a list is a dataset
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         # Samples to caption are no tensors yet.
@@ -249,7 +252,7 @@ class DecoderModule(TestedAsValidated):
         self.loss_weights = tuple(self.weights_by_kind[kind] for kind in vocabulary.modality_names)
         ranges = [CodeRange(vocabulary.range(kind).start, levels) for kind in vocabulary.kinds
                   if (levels := vocabulary.levels(kind))]
-        codecs = {kind: self.tokenizers[kind] for kind in vocabulary.kinds if vocabulary.levels(kind)}
+        codecs = {kind: media_tokenizer(self.tokenizers, kind) for kind in vocabulary.kinds if vocabulary.levels(kind)}
         widths = {kind: codec.feature_width for kind, codec in codecs.items()}
         encoders = {kind: codec.encoder_config for kind, codec in codecs.items()}
         for kind in (kind for kind, encoder in encoders.items() if self.train_encoder and encoder is None):
@@ -258,7 +261,7 @@ class DecoderModule(TestedAsValidated):
                               features=widths if self.continuous_inputs else {}, encoders=encoders if self.train_encoder else {})
         self.decoder = Decoder(self.config)
         for kind, encoder in self.decoder.encoders.items():
-            weights = self.tokenizers[kind].network.state_dict()
+            weights = cast(Codec, self.tokenizers[kind]).network.state_dict()
             encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()})
         if self.init_from is not None:
             self._begin_with(self.init_from)
@@ -272,7 +275,7 @@ class DecoderModule(TestedAsValidated):
             shard(self.decoder, self.device_mesh["data_parallel"])
 
     def _take_tokenizers(self) -> None:
-        theirs = getattr(self.trainer.datamodule, "tokenizers", None)
+        theirs = getattr(data_of(self.trainer), "tokenizers", None)
         if self.tokenizers is None and theirs is None:
             raise InputError("model.init_args.tokenizers: found none, expected folders of tokenizers, since the data have none")
         found, expected = ({kind: tokenizer.fingerprint for kind, tokenizer in (some or {}).items()}
@@ -309,7 +312,7 @@ class DecoderModule(TestedAsValidated):
         if self.global_rank == 0:
             print(f"mmtx: {parameters_by_group(self.decoder)}", file=sys.stderr)
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         return configure(self.decoder, self.optimizer_config, self.trainer.max_steps)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
@@ -327,12 +330,12 @@ class DecoderModule(TestedAsValidated):
     def on_train_batch_start(self, batch: Batch, index: int) -> None:
         if index % self.trainer.accumulate_grad_batches == 0:
             self.total = torch.zeros((), dtype=torch.float32, device=self.device)
-        torch.manual_seed(seed_of(getattr(self.trainer.datamodule, "seed", 0), index, self.global_rank))
+        torch.manual_seed(seed_of(getattr(data_of(self.trainer), "seed", 0), index, self.global_rank))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # Ranks average their gradients; the right divisor is the weight of the targets of all ranks.
         world = self.trainer.world_size
-        total = self.all_gather(self.total).sum() if world > 1 else self.total
+        total = cast(Tensor, self.all_gather(self.total)).sum() if world > 1 else self.total
         self.gradient_scale = ratio(torch.full_like(total, world), total)
         for parameter in self.parameters():
             if parameter.grad is not None:

@@ -8,7 +8,7 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors.torch
 import torch
@@ -168,7 +168,7 @@ class Discriminator(nn.Sequential):
 
     def zero_loss(self) -> Tensor:
         """Zero, with a gradient of zero for every weight: processes that train together expect one in each step."""
-        return sum(parameter.sum() for parameter in self.parameters()) * 0.0
+        return cast(Tensor, sum(parameter.sum() for parameter in self.parameters())) * 0.0
 
 
 def adaptive_weight(term: Tensor, rest: Tensor, output: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmtx.errors import InputError
 from mmtx.training.decoder import DecoderModule
-from mmtx.training.private import ends_step
+from mmtx.training.private import data_of, ends_step
 from mmtx.training.sharding import full
 
 NAMED = 8  # samples at most in an error message
@@ -64,7 +64,7 @@ class SkipNonFinite(Callback):
         names = [name for batch, index, _ in bad for name in self._samples(trainer, batch, index)]
         every = [name for batch, index, _ in self.losses for name in self._samples(trainer, batch, index)]
         if trainer.world_size > 1:
-            both = [None] * trainer.world_size
+            both: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(both, (names, every))
             names, every = ([name for part in parts for name in part] for parts in zip(*both))
         names = list(dict.fromkeys(names or every))
@@ -73,7 +73,7 @@ class SkipNonFinite(Callback):
 
     @staticmethod
     def _samples(trainer: Trainer, batch: Any, index: int) -> list[str]:
-        name = getattr(trainer.datamodule, "sample_names", None)
+        name = getattr(data_of(trainer), "sample_names", None)
         return name(batch) if name else [f"batch {index}"]
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
@@ -98,7 +98,8 @@ class Telemetry(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int,
                            ) -> None:
-        if not isinstance(module, DecoderModule) or trainer.global_step % trainer.log_every_n_steps:
+        if not isinstance(module, DecoderModule) or (
+                trainer.global_step % trainer.log_every_n_steps):  # type: ignore[attr-defined]  # there without being declared
             return
         loss, log_sum = module.seen                           # (M,) each
         module.log("train/log_sum_exp", log_sum.mean())

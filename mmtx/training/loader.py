@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -11,7 +11,15 @@ from mmtx.data.workers import end_with_parent
 from mmtx.errors import InputError
 
 
-def loader(dataset: Dataset, workers: int = 0, first: int = 0) -> DataLoader:
+class Batches(Protocol):
+    """Batch k by its number alone."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, k: int, /) -> Any: ...
+
+
+def loader(dataset: Batches, workers: int = 0, first: int = 0) -> DataLoader:
     """Items `first`, `first` + 1, ... of a dataset of batches. Raises InputError as the dataset does, also from a worker."""
     return _Loader(_Told(dataset), batch_size=None, sampler=range(first, len(dataset)), num_workers=workers,
                    pin_memory=torch.cuda.is_available(), worker_init_fn=_begin_worker)
@@ -20,7 +28,7 @@ def loader(dataset: Dataset, workers: int = 0, first: int = 0) -> DataLoader:
 class _Told(Dataset):
     """A dataset that hands out an InputError where it would raise it: a worker would make pages of text of it."""
 
-    def __init__(self, dataset: Dataset):
+    def __init__(self, dataset: Batches):
         self.dataset = dataset
 
     def __len__(self) -> int:
@@ -36,7 +44,7 @@ class _Told(Dataset):
 class _Loader(DataLoader):
     """Raises what `_Told` has handed out."""
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # Lightning asks for no more
         for batch in super().__iter__():
             if isinstance(batch, InputError):
                 raise batch
@@ -49,7 +57,7 @@ class ResumableLoader:
     Lightning stores and restores `state_dict` with its checkpoints.
     """
 
-    def __init__(self, dataset: Dataset, workers: int = 0):
+    def __init__(self, dataset: Batches, workers: int = 0):
         self.dataset, self.workers = dataset, workers
         self.next = 0
 

@@ -53,7 +53,9 @@ class MetricsWriter:
     """
 
     def __init__(self, folder: str | Path):
-        self.path, self.names, self.rows = Path(folder) / "metrics.csv", [], []
+        self.path = Path(folder) / "metrics.csv"
+        self.names: list[str] = []
+        self.rows: list[dict[str, Any]] = []
         with writing(folder):
             Path(folder).mkdir(parents=True, exist_ok=True)
 
@@ -179,6 +181,8 @@ class EventFile(FileWriter):
 
 class EventWriter(SummaryWriter):
     """The stock writer of scalars, text, pictures and more, into an `EventFile`."""
+
+    file_writer: EventFile | None
 
     def _get_file_writer(self) -> EventFile:
         if self.file_writer is None:

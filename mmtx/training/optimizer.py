@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from mmtx.layers import Block, FusedLinear
@@ -39,7 +40,7 @@ class Muon(torch.optim.AdamW):
     momentum = 0.95
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]  # a loss is a tensor
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -81,7 +82,8 @@ def orthogonal(matrix: Tensor) -> Tensor:
     return (x.T if tall else x).to(matrix.dtype)
 
 
-def configure(module: nn.Module, config: OptimizerConfig, max_steps: int, more: Sequence[dict] = ()) -> dict:
+def configure(module: nn.Module, config: OptimizerConfig, max_steps: int, more: Sequence[dict] = ()
+              ) -> OptimizerLRSchedulerConfig:
     """What `LightningModule.configure_optimizers` returns. Only matrices decay, not gains and biases.
 
     `more` are parameter groups of what trains beside `module`, with learning rates of their own.

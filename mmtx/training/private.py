@@ -24,6 +24,11 @@ class PlainCLI(LightningCLI):
         pass
 
 
+def data_of(trainer: Trainer) -> Any:
+    """The data module of a run; None where it was given loaders alone. The trainer has it without declaring it."""
+    return trainer.datamodule  # type: ignore[attr-defined]
+
+
 def ends_step(trainer: Trainer) -> bool:
     """Whether the optimizer has taken a step after this batch.
 
@@ -61,7 +66,7 @@ def log_step_now(trainer: Trainer) -> None:
         if {*connector.metrics["log"]} != logged:
             connector.update_train_step_metrics()
 
-    connector.update_train_step_metrics = rest
+    connector.update_train_step_metrics = rest  # type: ignore[method-assign]
 
 
 def on_sigterm(trainer: Trainer, handle: Callable[..., None]) -> None:
@@ -70,7 +75,7 @@ def on_sigterm(trainer: Trainer, handle: Callable[..., None]) -> None:
     The trainer's own handler starts a collective operation within the signal handler, where other ranks may be in another
     one: then all wait for each other forever. It ends a training with status 0, and a validation not at all.
     """
-    trainer._signal_connector._sigterm_notifier_fn = handle
+    trainer._signal_connector._sigterm_notifier_fn = handle  # type: ignore[method-assign]
 
 
 def launch_within(launcher: Any, around: Callable[[], AbstractContextManager]) -> None:
@@ -98,8 +103,8 @@ def before_restoring(trainer: Trainer, check: Callable[[Mapping[str, Any]], None
 
         return wrapped
 
-    connector.restore_model = guarded(connector.restore_model)
-    connector.restore_training_state = guarded(connector.restore_training_state)
+    connector.restore_model = guarded(connector.restore_model)  # type: ignore[method-assign]
+    connector.restore_training_state = guarded(connector.restore_training_state)  # type: ignore[method-assign]
 
 
 def state_now(trainer: Trainer) -> dict[str, Any]:

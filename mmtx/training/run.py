@@ -84,7 +84,7 @@ class FitCLI(private.PlainCLI):
         self.word, self.held = word, held
         super().__init__(*args, **kwargs)
 
-    def subcommands(self) -> dict[str, set[str]]:
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # static there, and called on the instance
         """The one that is asked for: parsers of the others would take as long to make."""
         return {self.word: super().subcommands()[self.word]}
 

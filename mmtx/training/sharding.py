@@ -69,7 +69,7 @@ def shard(decoder: Decoder, mesh: DeviceMesh) -> None:
 @contextmanager
 def whole(module: LightningModule) -> Iterator[None]:
     """Within, a sharded `module.decoder` is on rank 0 a copy with all weights; to be entered by all ranks at once."""
-    decoder = getattr(module, "decoder", None)
+    decoder: Decoder = getattr(module, "decoder", None)
     if not isinstance(decoder, FSDPModule):
         yield
         return

@@ -56,7 +56,8 @@ class Termination:
     def leave(self, trainer: Trainer) -> None:
         """End this process; to be called by all ranks at once."""
         # A rank that Lightning started must not fail: rank 0 would be killed for it before it has cleaned up.
-        started = trainer.local_rank > 0 and isinstance(trainer.strategy.cluster_environment, LightningEnvironment)
+        started = trainer.local_rank > 0 and isinstance(
+            getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
         if self.asked == signal.SIGINT and trainer.is_global_zero:
             print("mmtx: interrupted; the same command with --ckpt_path last goes on", file=sys.stderr, flush=True)
         sys.exit(0 if started else status(self.asked or signal.SIGTERM))

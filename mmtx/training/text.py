@@ -33,7 +33,7 @@ class TextData(LightningDataModule):
                       if isinstance(part, Text)]
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader([self.texts], batch_size=None)
+        return DataLoader([self.texts], batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
 
 
 class TextModule(LightningModule):

@@ -5,9 +5,11 @@ Shapes: B batch, S samples, F frames, M mels.
 
 import math
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Generator, Tensor
 
 from mmtx.data.tokens import seed_of
@@ -16,9 +18,10 @@ from mmtx.files import find_shipped
 from mmtx.modality.audio import AudioTokenizer
 from mmtx.modality.base import load_tokenizer
 from mmtx.modality.vocoder import CENTS, CLARITY, LOWEST, PITCHES, VocoderConfig, hertz, track_frames
-from mmtx.training.codec import CodecBatch, CodecData
+from mmtx.training.codec_data import CodecBatch, CodecData
 from mmtx.training.means import Means, TestedAsValidated
 from mmtx.training.optimizer import OptimizerConfig, configure
+from mmtx.training.private import data_of
 
 # (FFT size, hop, window) in samples. PUBLISHED are those of Parallel WaveGAN (https://arxiv.org/abs/1910.11480).
 PUBLISHED = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))
@@ -38,7 +41,7 @@ class VocoderData(CodecData):
 
     def _sounds(self, waveforms: list[Tensor], generator: Generator) -> Tensor:
         return torch.stack([
-            self.audio_augmentation(cut, self.tokenizer.rate, generator)
+            self.audio_augmentation(cut, self._audio.rate, generator)
             if self.audio_augmentation and torch.rand((), generator=generator) < 0.5 else cut
             for cut in self._cuts(waveforms, self.steps, generator)])
 
@@ -85,11 +88,11 @@ class VocoderModule(TestedAsValidated):
                              f"{expected[:12]}, model.init_args.tokenizer")
         self.tokenizer = found
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         return configure(self.tokenizer.vocoder, self.optimizer_config, self.trainer.max_steps)
 
     def on_train_batch_start(self, batch: CodecBatch, index: int) -> None:
-        torch.manual_seed(seed_of(getattr(self.trainer.datamodule, "seed", 0), index, self.global_rank))
+        torch.manual_seed(seed_of(getattr(data_of(self.trainer), "seed", 0), index, self.global_rank))
 
     def training_step(self, batch: CodecBatch, index: int) -> Tensor:
         true, vocoder = batch.media, self.tokenizer.vocoder
@@ -150,7 +153,7 @@ def finished(folder: str | Path, config: VocoderConfig, name: str) -> AudioToken
     vocoder = getattr(tokenizer, "vocoder", None)
     if vocoder is None or vocoder.config != config:
         raise InputError(f"{name}: {folder} has {'no vocoder' if vocoder is None else vocoder.config}, expected {config}")
-    return tokenizer
+    return cast(AudioTokenizer, tokenizer)
 
 
 def stft_distance(output: Tensor, true: Tensor, resolutions=PUBLISHED) -> Tensor:

@@ -1,0 +1,48 @@
+"""A Python file of the user's as a module: a modality from outside of the package, or a reader of captions."""
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType, TracebackType
+
+from mmtx.errors import InputError
+
+
+def import_file(path: str | Path, at: str) -> ModuleType:
+    """Import a Python file under its own name, once.
+
+    Worker processes find it by its folder, which is put at the end of `sys.path`. Raises InputError, which begins with `at`, for a
+    file that cannot be imported or has the name of another module.
+    """
+    path = Path(path)
+    name, place = path.stem, str(path.absolute())
+    if not path.is_file() or path.suffix != ".py" or not name.isidentifier():
+        raise InputError(f"{at}: found no such Python file, expected NAME.py")
+    if name in sys.modules:
+        if getattr(sys.modules[name], "__file__", None) == place:
+            return sys.modules[name]
+        raise InputError(f"{at}: found another module of the name {name!r}, expected a name of its own")
+    found = importlib.util.find_spec(name)
+    if found is not None and Path(found.origin or "").absolute() != Path(place):
+        raise InputError(f"{at}: found another module of the name {name!r}, expected a name of its own")
+    folder = str(path.absolute().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    try:
+        return importlib.import_module(name)
+    except InputError as error:
+        raise InputError(f"{at}: {error}") from None
+    except Exception as error:  # whatever the code of others raises
+        line = next((f" in line {frame.tb_lineno}" for frame in _frames(error) if frame.tb_frame.f_code.co_filename == place), "")
+        raise InputError(f"{at}: cannot be imported ({type(error).__name__}{line}: "
+                         f"{' '.join(str(error).split())[:150]})") from error
+
+
+def _frames(error: Exception) -> list[TracebackType]:
+    """The tracebacks of an error, the last call first."""
+    found: list[TracebackType] = []
+    at = error.__traceback__
+    while at is not None:
+        found, at = [at, *found], at.tb_next
+    return found
