@@ -342,6 +342,7 @@ def serve(model: Model, name: str, host: str, port: int, limits: Limits, key: st
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
     except OSError as error:
         raise InputError(f"{host}:{port}: cannot be listened at ({error.strerror})") from None
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or the body of an answer waits 40 ms for word of its head
     app = make_app(model, name, limits, key, host in LOOPBACK)
     if page:
         from mmtx.serving.page import add_page
