@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Integral, Real
 from operator import index
@@ -104,6 +104,20 @@ class Audio(Marked):
     def __post_init__(self):
         if self.rate is not None and not (isinstance(self.rate, Real) and math.isfinite(self.rate)):
             raise InputError(f"rate: found {self.rate!r:.100}, expected a number of Hz")
+
+
+@dataclass(frozen=True, eq=False)
+class ReadMedium(Marked):
+    """A medium as its tokenizer takes it, which `Model.read_medium` gives: decoded, in its size, still to be encoded."""
+
+    kind: str
+    data: torch.Tensor
+    grid: tuple[int, int]  # rows and columns of its codes
+
+    @property
+    def blank(self) -> MediaPart:
+        """As many codes as it has, all 0: a stream with them is as long as that of the medium."""
+        return MediaPart(self.kind, np.zeros(self.grid, np.int64))
 
 
 class Sound(NamedTuple):
@@ -497,13 +511,37 @@ class Model:
         return self.detokenize([v.bos, *map(int, ids), v.eos])
 
     @neutral()
-    def encode_parts(self, media: Sequence[str | Marked]) -> list[Part]:
+    def read_medium(self, item: Marked) -> ReadMedium:
+        """Decode a medium, so that `encode_parts` can encode it beside others. Raises InputError where it is none."""
+        self._check_kind(item.kind)
+        medium = self._read(item)
+        return ReadMedium(item.kind, medium, self.tokenizers[item.kind].grid(medium))
+
+    @neutral()
+    def encode_documents(self, documents: Sequence[Document]) -> list[Document]:
+        """Documents with a `ReadMedium` in place of some parts -> with codes, each as it would be encoded alone."""
+        parts = iter(self.encode_parts([part for document in documents for turn in document.turns for part in turn.parts]))
+        return [Document(tuple(replace(turn, parts=tuple(next(parts) for _ in turn.parts)) for turn in document.turns))
+                for document in documents]
+
+    def prompt_length(self, document: Document) -> int:
+        """Tokens of the prompt that a document makes, whose media need not be encoded yet."""
+        blank = lambda part: part.blank if isinstance(part, ReadMedium) else part
+        turns = tuple(replace(turn, parts=tuple(map(blank, turn.parts))) for turn in document.turns)
+        return len(prompt(Document(turns), self.vocabulary).ids)
+
+    def _check_kind(self, kind: str) -> None:
+        if kind not in self.tokenizers:
+            raise InputError(f"found {kind}, but this model has tokenizers for {', '.join(self.tokenizers)} only")
+
+    @neutral()
+    def encode_parts(self, media: Sequence[str | Marked | Part]) -> list[Part]:
         """Text and media -> parts of codes and features; media of a kind go through their tokenizer together."""
-        parts: list[Part | None] = [None] * len(media)
+        parts: list[Part | None] = [item if isinstance(item, Part) else None for item in media]
         for kind in media_kinds():
             places = [i for i, item in enumerate(media) if isinstance(item, Marked) and item.kind == kind]
-            if places and kind not in self.tokenizers:
-                raise InputError(f"found {kind}, but this model has tokenizers for {', '.join(self.tokenizers)} only")
+            if places:
+                self._check_kind(kind)
             embed = lambda chosen: self._embed(kind, media, chosen)  # noqa: B023
             batches = [places[first:first + BATCH] for first in range(0, len(places), BATCH)]
             for i, encoding in self._in_batches(embed, batches):
@@ -526,6 +564,8 @@ class Model:
         return encodings
 
     def _read(self, item: Marked) -> torch.Tensor:
+        if isinstance(item, ReadMedium):
+            return item.data
         data, name = item.data, None
         if isinstance(data, (str, Path)):
             name = display(str(data))
