@@ -390,12 +390,19 @@ class Model:
 
     @neutral_steps
     def stream(self, parts: Any, out: str = "text", size: tuple[int, int] | None = None, **sampling: Any) -> Iterator[Media]:
-        """Like `generate`, but yields text in pieces as it is written, and pictures and sounds when they are whole."""
+        """Like `generate`, but yields text and sounds in pieces as they are written, and pictures when they are whole.
+
+        The samples of all pieces of a sound are those that `generate` gives, up to rounding. A code changes samples of its own
+        chunk and `vocoder.context` frames around it (with the shipped codec chunks of 0.8 s and 0.28 s), so a piece comes when
+        the codes up to there have been written. Without a vocoder a sound, too, comes when it is whole: Griffin-Lim needs all of it.
+        """
         v, decode = self.vocabulary, self.tokenizers["text"].decode
         prefix = self._size_prefix(out, size)
         pending, shown, closing = list(prefix), 0, {v.closing(kind) for kind in v.media}
-        for step in steps(self.decoder, self.grammar, [self._prompt(parts)], out, Sampling.of(**sampling), prefix, self._weights):
-            ident = int(step[0])
+        begins = v.opening("audio") if "audio" in v.media and getattr(self._voice, "vocoder", None) is not None else None
+        asked = steps(self.decoder, self.grammar, [self._prompt(parts)], out, Sampling.of(**sampling), prefix, self._weights)
+        ids = (int(step[0]) for step in asked)
+        for ident in ids:
             writing = bool(pending) and v.kind(pending[0]) == "text"
             if writing and v.kind(ident) != "text":
                 # Bytes that did not become a character were held back.
@@ -404,6 +411,10 @@ class Model:
                 pending, shown = [], 0
             if ident in (v.end, v.pad):
                 break
+            if ident == begins:
+                for samples in self._voice.decode_stream(self._time_steps(ids)):
+                    yield Sound(samples.numpy(), self._voice.rate)
+                continue
             pending.append(ident)
             if v.kind(pending[0]) == "text":
                 text = decode(pending)
@@ -414,6 +425,17 @@ class Model:
             elif ident in closing:
                 yield from self._to_media(pending)
                 pending = []
+
+    def _time_steps(self, ids: Iterator[int]) -> Iterator[np.ndarray]:
+        """Ids of a sound that has begun, which are taken up to its end -> its codes, a time step (1, bands) at a time."""
+        v, step = self.vocabulary, []
+        for ident in ids:
+            if ident == v.closing("audio"):
+                return
+            step.append(ident)
+            if len(step) == v.bands("audio"):
+                yield v.to_local("audio", np.array(step))[None]
+                step = []
 
     @neutral_steps
     def stream_ids(self, prompts: Sequence[Prompt], out: str = "text", size: tuple[int, int] | None = None,
