@@ -25,6 +25,7 @@ from servers import serving
 
 import mmtx
 from mmtx.document import Document, Turn
+from mmtx.errors import InputError
 from mmtx.inference.choose import choose_engine
 from mmtx.inference.sampling import Sampling
 from mmtx.inference.scored import Scored
@@ -479,18 +480,17 @@ def test_documents_that_are_encoded_together_are_those_of_each_alone(model, medi
     assert len({truth.ids.tobytes() for truth in alone}) == len(media)
 
 
-def test_requests_that_wait_together_are_encoded_in_one_batch(model, media, monkeypatch):
-    tokenizer, seen = model.tokenizers["image"], []
-    embed = tokenizer.embed_batch
-    monkeypatch.setattr(tokenizer, "embed_batch", lambda pictures, *more: seen.append(len(pictures)) or embed(pictures, *more))
-    pictures = [data for data in media if not is_sound(data)]
-    truth = [model.caption(marked(data), max_new_tokens=9) for data in pictures]
-    seen.clear()
+def answers_of(model, media: list[bytes]) -> list[str | Exception]:
+    """What requests that wait together are told."""
+    def told(new: list) -> str | Exception:
+        if isinstance(new[-1], Exception):
+            return new[-1]
+        return model.tokenizers["text"].decode([item[0] for item in new[:-1] if item[0] != model.vocabulary.end])
 
-    async def ask() -> list[str]:
+    async def ask() -> list[str | Exception]:
         batches = Batches(model)
         jobs = []
-        for data in pictures:
+        for data in media:
             document = Document((Turn("user", (model.read_medium(marked(data)),)),))
             jobs.append(Job(document, model.prompt_length(document), "text", Sampling(max_new_tokens=9), None, time.monotonic() + 60))
         with batches._ready:
@@ -498,11 +498,36 @@ def test_requests_that_wait_together_are_encoded_in_one_batch(model, media, monk
             batches._ready.notify()
         found = [await job.queue.get() for job in jobs]  # not live: all at once
         batches.close()
-        ids = [[item[0] for item in new[:-1] if item[0] != model.vocabulary.end] for new in found]
-        return [model.tokenizers["text"].decode(one) for one in ids]
+        return [told(new) for new in found]
 
-    assert asyncio.run(ask()) == truth and len(set(truth)) > 3
+    return asyncio.run(ask())
+
+
+def test_requests_that_wait_together_are_encoded_in_one_batch(model, media, monkeypatch):
+    tokenizer, seen = model.tokenizers["image"], []
+    embed = tokenizer.embed_batch
+    monkeypatch.setattr(tokenizer, "embed_batch", lambda pictures, *more: seen.append(len(pictures)) or embed(pictures, *more))
+    pictures = [data for data in media if not is_sound(data)]
+    truth = [model.caption(marked(data), max_new_tokens=9) for data in pictures]
+    seen.clear()
+    assert answers_of(model, pictures) == truth and len(set(truth)) > 3
     assert sum(seen) == len(pictures) and max(seen) >= len(pictures) // 2
+
+
+def test_what_is_wrong_with_one_is_not_told_to_the_others(model, media, monkeypatch):
+    pictures = [data for data in media if not is_sound(data)]
+    truth = [model.caption(marked(data), max_new_tokens=9) for data in pictures]
+    tokenizer, bad = model.tokenizers["image"], model.read_medium(marked(pictures[3])).data
+    embed = tokenizer.embed_batch
+
+    def failing(given, *more):
+        if any(torch.equal(picture, bad) for picture in given):
+            raise InputError("the third")
+        return embed(given, *more)
+
+    monkeypatch.setattr(tokenizer, "embed_batch", failing)
+    found = answers_of(model, pictures)
+    assert isinstance(found[3], InputError) and found[:3] + found[4:] == truth[:3] + truth[4:]
 
 
 # -- Rows that nobody waits for ------------------------------------------------------------------------------

@@ -86,14 +86,22 @@ class Batches:
             one_thread()
         rows = 0
         while (jobs := self._next(rows)) is not None:
-            try:
-                if jobs:
-                    self._answer(jobs)
-            except Exception as error:  # each of them is told, and the server lives
-                _tell([(job, [error]) for job in jobs])
             rows = len(jobs)
+            if jobs:
+                self._try(jobs)
             with self._ready:
                 self.running -= rows
+
+    def _try(self, jobs: Sequence[Job]) -> None:
+        """Answer jobs, or tell them why not: what is wrong with one of them is not told to the others, and the server lives."""
+        try:
+            self._answer(jobs)
+        except Exception as error:
+            if len(jobs) > 1 and not any(job.written for job in jobs):
+                for job in jobs:
+                    self._try([job])
+            else:
+                _tell([(job, [error]) for job in jobs])
 
     def _next(self, before: int) -> list[Job] | None:
         """The next batch of a thread whose last one had `before` rows: their callers, once answered, often ask again."""
