@@ -436,6 +436,8 @@ def test_who_goes_frees_a_place_at_once(endless_server, stream):
         connection.close()
     endless_server.wait_for("mmtx_requests_inside", 0)
     endless_server.wait_for("mmtx_prompts_running", 0)
+    told = urllib.request.urlopen(f"{endless_server.address}/metrics", timeout=20).read().decode()
+    assert 'status="500"' not in told and (stream or 'status="499"} 3.0' in told)  # no answer, and no error of the server's
     assert endless_server.chat("a", max_tokens=2).usage.completion_tokens == 2
 
 
