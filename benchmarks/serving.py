@@ -156,6 +156,8 @@ def main() -> None:
             user.join()
         marks.append(load.memory())
         p99, middle = quantiles(load.times, n=100)[98], median(load.times)
+        print(f"{len(load.times)} answers, {len(load.wrong)} wrong, errors {load.errors[:10]}, median {middle:.3f} s, p99 {p99:.3f}, "
+              f"memory {marks}", flush=True)
         pictures = asked[:8]
         words = [[{"type": "text", "text": "a long story"}, *picture] for picture in pictures]
         found = {}

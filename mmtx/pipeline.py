@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Integral, Real
 from operator import index
@@ -108,6 +108,20 @@ class Audio(Marked):
     def __post_init__(self):
         if self.rate is not None and not (isinstance(self.rate, Real) and math.isfinite(self.rate)):
             raise InputError(f"rate: found {self.rate!r:.100}, expected a number of Hz")
+
+
+@dataclass(frozen=True, eq=False)
+class ReadMedium(Marked):
+    """A medium as its tokenizer takes it, which `Model.read_medium` gives: decoded, in its size, still to be encoded."""
+
+    kind: str
+    data: torch.Tensor
+    grid: tuple[int, int]  # rows and columns of its codes
+
+    @property
+    def blank(self) -> MediaPart:
+        """As many codes as it has, all 0: a stream with them is as long as that of the medium."""
+        return MediaPart(self.kind, np.zeros(self.grid, np.int64))
 
 
 class Sound(NamedTuple):
@@ -381,12 +395,19 @@ class Model:
 
     @neutral_steps
     def stream(self, parts: Any, out: str = "text", size: tuple[int, int] | None = None, **sampling: Any) -> Iterator[Media]:
-        """Like `generate`, but yields text in pieces as it is written, and pictures and sounds when they are whole."""
+        """Like `generate`, but yields text and sounds in pieces as they are written, and pictures when they are whole.
+
+        The samples of all pieces of a sound are those that `generate` gives, up to rounding. A code changes samples of its own
+        chunk and `vocoder.context` frames around it (with the shipped codec chunks of 0.8 s and 0.28 s), so a piece comes when
+        the codes up to there have been written. Without a vocoder a sound, too, comes when it is whole: Griffin-Lim needs all of it.
+        """
         v, decode = self.vocabulary, self.tokenizers["text"].decode
         prefix = self._size_prefix(out, size)
         pending, shown, closing = list(prefix), 0, {v.closing(kind) for kind in v.media}
-        for step in steps(self.decoder, self.grammar, [self._prompt(parts)], out, Sampling.of(**sampling), prefix, self._weights):
-            ident = int(step[0])
+        begins = v.opening("audio") if "audio" in v.media and getattr(self._voice, "vocoder", None) is not None else None
+        asked = steps(self.decoder, self.grammar, [self._prompt(parts)], out, Sampling.of(**sampling), prefix, self._weights)
+        ids = (int(step[0]) for step in asked)
+        for ident in ids:
             writing = bool(pending) and v.kind(pending[0]) == "text"
             if writing and v.kind(ident) != "text":
                 # Bytes that did not become a character were held back.
@@ -395,6 +416,10 @@ class Model:
                 pending, shown = [], 0
             if ident in (v.end, v.pad):
                 break
+            if ident == begins:
+                for samples in self._voice.decode_stream(self._time_steps(ids)):
+                    yield Sound(samples.numpy(), self._voice.rate)
+                continue
             pending.append(ident)
             if v.kind(pending[0]) == "text":
                 text = decode(pending)
@@ -405,6 +430,17 @@ class Model:
             elif ident in closing:
                 yield from self._to_media(pending)
                 pending = []
+
+    def _time_steps(self, ids: Iterator[int]) -> Iterator[np.ndarray]:
+        """Ids of a sound that has begun, which are taken up to its end -> its codes, a time step (1, bands) at a time."""
+        v, step = self.vocabulary, []
+        for ident in ids:
+            if ident == v.closing("audio"):
+                return
+            step.append(ident)
+            if len(step) == v.bands("audio"):
+                yield v.to_local("audio", np.array(step))[None]
+                step = []
 
     @neutral_steps
     def stream_ids(self, prompts: Sequence[Prompt], out: str = "text", size: tuple[int, int] | None = None,
@@ -506,13 +542,37 @@ class Model:
         return self.detokenize([v.bos, *map(int, ids), v.eos])
 
     @neutral()
-    def encode_parts(self, media: Sequence[str | Marked]) -> list[Part]:
+    def read_medium(self, item: Marked) -> ReadMedium:
+        """Decode a medium, so that `encode_parts` can encode it beside others. Raises InputError where it is none."""
+        self._check_kind(item.kind)
+        medium = self._read(item)
+        return ReadMedium(item.kind, medium, self.tokenizers[item.kind].grid(medium))
+
+    @neutral()
+    def encode_documents(self, documents: Sequence[Document]) -> list[Document]:
+        """Documents with a `ReadMedium` in place of some parts -> with codes, each as it would be encoded alone."""
+        parts = iter(self.encode_parts([part for document in documents for turn in document.turns for part in turn.parts]))
+        return [Document(tuple(replace(turn, parts=tuple(next(parts) for _ in turn.parts)) for turn in document.turns))
+                for document in documents]
+
+    def prompt_length(self, document: Document) -> int:
+        """Tokens of the prompt that a document makes, whose media need not be encoded yet."""
+        blank = lambda part: part.blank if isinstance(part, ReadMedium) else part
+        turns = tuple(replace(turn, parts=tuple(map(blank, turn.parts))) for turn in document.turns)
+        return len(prompt(Document(turns), self.vocabulary).ids)
+
+    def _check_kind(self, kind: str) -> None:
+        if kind not in self.tokenizers:
+            raise InputError(f"found {kind}, but this model has tokenizers for {', '.join(self.tokenizers)} only")
+
+    @neutral()
+    def encode_parts(self, media: Sequence[str | Marked | Part]) -> list[Part]:
         """Text and media -> parts of codes and features; media of a kind go through their tokenizer together."""
-        parts: list[Part | None] = [None] * len(media)
+        parts: list[Part | None] = [item if isinstance(item, Part) else None for item in media]
         for kind in media_kinds():
             places = [i for i, item in enumerate(media) if isinstance(item, Marked) and item.kind == kind]
-            if places and kind not in self.tokenizers:
-                raise InputError(f"found {kind}, but this model has tokenizers for {', '.join(self.tokenizers)} only")
+            if places:
+                self._check_kind(kind)
             embed = lambda chosen: self._embed(kind, media, chosen)  # noqa: B023
             batches = [places[first:first + BATCH] for first in range(0, len(places), BATCH)]
             for i, encoding in self._in_batches(embed, batches):
@@ -535,6 +595,8 @@ class Model:
         return encodings
 
     def _read(self, item: Marked) -> torch.Tensor:
+        if isinstance(item, ReadMedium):
+            return item.data
         data, name = item.data, None
         if isinstance(data, (str, Path)):
             name = display(str(data))

@@ -80,9 +80,9 @@ each_engine = pytest.mark.parametrize("make", ENGINES.values(), ids=ENGINES)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("together", [1, 3, 4], ids="{} rows together".format)
+@pytest.mark.parametrize("together", [0.3, 1, 3, 4], ids="{} rows together".format)  # of a long prompt a part at a time
 def test_scores_are_those_of_full_passes(rows, shape, together, monkeypatch):
-    monkeypatch.setattr("mmtx.inference.torch_engine.TOKENS", together * max(LENGTHS))
+    monkeypatch.setattr("mmtx.inference.torch_engine.TOKENS", int(together * max(LENGTHS)))
     decoder = random_decoder(**shape)
     engine = begin(decoder, rows)
     for new in range(NEW):

@@ -668,3 +668,12 @@ def test_starter_media():
         medium = sample.turns[0].parts[0]
         audio = load_audio(medium.source.read(), 16_000, medium.name)
         assert len(audio) == 24_000 and audio.abs().max() == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize("pixels", [1, 50, 7 * 40, 10**6])
+def test_a_picture_that_is_read_in_bands_is_the_whole(pixels, monkeypatch):
+    monkeypatch.setattr("mmtx.data.media.BAND", pixels)
+    truth = np.random.default_rng(0).integers(0, 256, (33, 40, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(truth).save(file, "PNG")
+    assert np.array_equal(load_image(file.getvalue()).permute(1, 2, 0), truth)

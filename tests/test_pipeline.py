@@ -21,6 +21,7 @@ from PIL import Image as PILImage
 import mmtx
 from mmtx.document import Document, MediaPart, TextPart, Turn
 from mmtx.files import find_shipped, shipped
+from mmtx.inference.generation import steps
 from mmtx.inference.torch_engine import TorchEngine
 from mmtx.modality import image
 from mmtx.modality.audio import CHUNKS
@@ -578,16 +579,39 @@ def test_stream_adds_up_to_generate_for_text(tiny_model, seed):
     assert "".join(pieces) == tiny_model.generate("a red circle", **sampling)
 
 
-@pytest.mark.parametrize("out", ["image", "audio"])
-def test_stream_yields_whole_media(tiny_model, out):
-    (streamed,) = tiny_model.stream("a", out=out, **SAMPLED)
-    made = tiny_model.generate("a", out=out, **SAMPLED)
-    if out == "image":
-        streamed, made = np.asarray(streamed), np.asarray(made)
-    else:
-        assert streamed.rate == made.rate
-        streamed, made = streamed.samples, made.samples
-    assert np.array_equal(streamed, made)
+def test_stream_yields_whole_pictures(tiny_model):
+    (streamed,) = tiny_model.stream("a", out="image", **SAMPLED)
+    assert np.array_equal(np.asarray(streamed), np.asarray(tiny_model.generate("a", out="image", **SAMPLED)))
+
+
+def test_stream_yields_whole_sounds_where_there_is_no_vocoder(tiny_model):
+    assert tiny_model._voice.vocoder is None
+    (streamed,) = tiny_model.stream("a", out="audio", **SAMPLED)
+    made = tiny_model.generate("a", out="audio", **SAMPLED)
+    assert streamed.rate == made.rate and np.array_equal(streamed.samples, made.samples)
+
+
+@pytest.fixture(scope="module")
+def player():
+    """The model that plays, whose vocoder is the shipped one."""
+    return mmtx.load(Path(__file__).parents[1] / "demos" / "generate", "cpu")
+
+
+@pytest.mark.parametrize("said", ["trumpet, C 5", "acoustic grand piano, F 3"])
+def test_streamed_sounds_add_up_to_generate(player, said, monkeypatch):
+    written = []
+    monkeypatch.setattr("mmtx.pipeline.steps", lambda *a, **b: (written.append(1) or step for step in steps(*a, **b)))
+    asked, began = {"out": "audio", "temperature": 1.0, "seed": 3, "max_new_tokens": 300}, []
+    pieces = [began.append(len(written)) or piece for piece in player.stream(said, **asked)]
+    made = player.generate(said, **asked)
+    assert len(pieces) > 2 and {piece.rate for piece in pieces} == {made.rate}
+    streamed = np.concatenate([piece.samples for piece in pieces])
+    assert streamed.shape == made.samples.shape and np.abs(streamed - made.samples).max() < 1e-5
+    # The first piece comes with the first chunk of codes: <audio>, and 32 time steps of two.
+    assert began[0] == 65 < len(written) - 30
+    tokenizer = player._voice
+    heard = tokenizer.config.chunk * tokenizer.config.patch_frames - tokenizer.vocoder.context
+    assert len(pieces[0].samples) == heard * tokenizer.config.hop
 
 
 def test_stream_of_mixed_parts_adds_up_to_generate(tiny_model, monkeypatch):

@@ -1,5 +1,6 @@
 """`mmtx serve` in a process of its own on loopback, asked by the official client and by sockets that behave badly."""
 
+import asyncio
 import base64
 import contextlib
 import io
@@ -24,6 +25,7 @@ from servers import serving
 
 import mmtx
 from mmtx.document import Document, Turn
+from mmtx.errors import InputError
 from mmtx.inference.choose import choose_engine
 from mmtx.inference.sampling import Sampling
 from mmtx.inference.scored import Scored
@@ -31,6 +33,8 @@ from mmtx.sequence import prompt
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
+
+from mmtx.serving.batches import Batches, Job  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 START = 150  # seconds that a server may take to begin
@@ -432,6 +436,8 @@ def test_who_goes_frees_a_place_at_once(endless_server, stream):
         connection.close()
     endless_server.wait_for("mmtx_requests_inside", 0)
     endless_server.wait_for("mmtx_prompts_running", 0)
+    told = urllib.request.urlopen(f"{endless_server.address}/metrics", timeout=20).read().decode()
+    assert 'status="500"' not in told and (stream or 'status="499"} 3.0' in told)  # no answer, and no error of the server's
     assert endless_server.chat("a", max_tokens=2).usage.completion_tokens == 2
 
 
@@ -457,6 +463,73 @@ def test_an_answer_that_takes_too_long_ends(endless):
     assert process.process.returncode in (0, -signal.SIGTERM)
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", process.port), timeout=5)
+
+
+# -- Media that are encoded together --------------------------------------------------------------------------
+
+
+def test_documents_that_are_encoded_together_are_those_of_each_alone(model, media):
+    parts = [[marked(data), "a red circle"] if number % 2 else ["b", marked(data), marked(media[0])]
+             for number, data in enumerate(media)]
+    read = lambda item: model.encode_parts([item])[0] if isinstance(item, str) else model.read_medium(item)
+    waiting = [Document((Turn("user", tuple(map(read, items))),)) for items in parts]
+    alone = [prompt(Document((Turn("user", tuple(model.encode_parts(items))),)), model.vocabulary) for items in parts]
+    together = [prompt(document, model.vocabulary) for document in model.encode_documents(waiting)]
+    for one, document, truth in zip(together, waiting, alone):
+        assert np.array_equal(one.ids, truth.ids) and model.prompt_length(document) == len(truth.ids)
+        assert len(one.spans) == len(truth.spans) > 0
+        assert all(torch.equal(a.values, b.values) and a.start == b.start for a, b in zip(one.spans, truth.spans))
+    assert len({truth.ids.tobytes() for truth in alone}) == len(media)
+
+
+def answers_of(model, media: list[bytes]) -> list[str | Exception]:
+    """What requests that wait together are told."""
+    def told(new: list) -> str | Exception:
+        if isinstance(new[-1], Exception):
+            return new[-1]
+        return model.tokenizers["text"].decode([item[0] for item in new[:-1] if item[0] != model.vocabulary.end])
+
+    async def ask() -> list[str | Exception]:
+        batches = Batches(model)
+        jobs = []
+        for data in media:
+            document = Document((Turn("user", (model.read_medium(marked(data)),)),))
+            jobs.append(Job(document, model.prompt_length(document), "text", Sampling(max_new_tokens=9), None, time.monotonic() + 60))
+        with batches._ready:
+            batches._jobs += jobs
+            batches._ready.notify()
+        found = [await job.queue.get() for job in jobs]  # not live: all at once
+        batches.close()
+        return [told(new) for new in found]
+
+    return asyncio.run(ask())
+
+
+def test_requests_that_wait_together_are_encoded_in_one_batch(model, media, monkeypatch):
+    tokenizer, seen = model.tokenizers["image"], []
+    embed = tokenizer.embed_batch
+    monkeypatch.setattr(tokenizer, "embed_batch", lambda pictures, *more: seen.append(len(pictures)) or embed(pictures, *more))
+    pictures = [data for data in media if not is_sound(data)]
+    truth = [model.caption(marked(data), max_new_tokens=9) for data in pictures]
+    seen.clear()
+    assert answers_of(model, pictures) == truth and len(set(truth)) > 3
+    assert sum(seen) == len(pictures) and max(seen) >= len(pictures) // 2
+
+
+def test_what_is_wrong_with_one_is_not_told_to_the_others(model, media, monkeypatch):
+    pictures = [data for data in media if not is_sound(data)]
+    truth = [model.caption(marked(data), max_new_tokens=9) for data in pictures]
+    tokenizer, bad = model.tokenizers["image"], model.read_medium(marked(pictures[3])).data
+    embed = tokenizer.embed_batch
+
+    def failing(given, *more):
+        if any(torch.equal(picture, bad) for picture in given):
+            raise InputError("the third")
+        return embed(given, *more)
+
+    monkeypatch.setattr(tokenizer, "embed_batch", failing)
+    found = answers_of(model, pictures)
+    assert isinstance(found[3], InputError) and found[:3] + found[4:] == truth[:3] + truth[4:]
 
 
 # -- Rows that nobody waits for ------------------------------------------------------------------------------

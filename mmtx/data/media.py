@@ -27,6 +27,7 @@ __all__ = ["kind_of", "load_audio", "load_image", "read_audio", "read_image", "s
 
 PEAK = 0.7
 SILENCE = 1e-4  # peak (-80 dB, three steps of 16 bit) up to which a sound is left alone: raised, it is noise
+BAND = 2**20  # pixels
 TURN = Image.Transpose
 UPRIGHT = {  # how a picture is stored, as EXIF counts -> what turns it upright
     2: TURN.FLIP_LEFT_RIGHT,
@@ -136,8 +137,14 @@ def _not_whole(name: str, error: Exception) -> InputError:
 
 
 def _tensor(picture: Image.Image, name: str) -> torch.Tensor:
-    pixels = torch.from_numpy(np.array(_rgb(picture, name)))  # (H, W, C)
-    return pixels.permute(2, 0, 1).contiguous()  # (C, H, W)
+    picture = _rgb(picture, name)
+    width, height = picture.size
+    pixels = torch.empty(3, height, width, dtype=torch.uint8)
+    rows = max(1, BAND // width)  # at a time: all of a photograph would be there twice more
+    for top in range(0, height, rows):
+        band = picture if height <= rows else picture.crop((0, top, width, min(top + rows, height)))
+        pixels[:, top:top + rows] = torch.from_numpy(np.array(band)).permute(2, 0, 1)  # (H, W, C) -> (C, H, W)
+    return pixels
 
 
 def _rgb(picture: Image.Image, name: str) -> Image.Image:
@@ -161,7 +168,7 @@ def _rgb(picture: Image.Image, name: str) -> Image.Image:
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def _pixels(data: np.ndarray | torch.Tensor, name: str) -> np.ndarray:

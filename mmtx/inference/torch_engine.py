@@ -41,10 +41,11 @@ class TorchEngine(Engine):
         self.cache = KVCache.of(weights.config, lengths, length, length + room, x)
         self.scratch = Scratch.of(weights.config, batch, x)
         # A few rows at a time go through all layers, so that what the operations make stays in the cache of a CPU.
-        size = batch if self.static else max(1, TOKENS // length)
-        scratch = Scratch.of(weights.config, min(batch, size) * length, x)
+        size = batch if self.static else TOKENS // length
+        scratch = Scratch.of(weights.config, min(batch, size) * length or TOKENS, x)
         self.hidden = torch.cat([self._prefill(x[first:first + size], lengths[first:first + size], first, scratch)
-                                 for first in range(0, batch, size)])
+                                 for first in range(0, batch, size)] if size else
+                                [self._prefill_long(x[row], int(lengths[row]), row, scratch) for row in range(batch)])
 
     def _prefill(self, x: Tensor, lengths: Tensor, first: int, scratch: Scratch) -> Tensor:
         """Feed inputs of the cache's rows from the `first` on -> the last hidden state of each."""
@@ -69,6 +70,33 @@ class TorchEngine(Engine):
                 y = y.transpose(1, 2).reshape(batch * length, -1)
             layer.finish(x, y, scratch)
         return weights.norm(x, scratch.length, torch.empty_like(x))
+
+    def _prefill_long(self, x: Tensor, length: int, row: int, scratch: Scratch) -> Tensor:
+        """Feed inputs (T, D) of one row of the cache, which are changed, up to its `length` -> its last hidden state (1, D).
+
+        Of all tokens are held: inputs, queries and what attention found. The rest is made of TOKENS at a time: it takes three times
+        the memory of these and the cache of the starter model together.
+        """
+        weights, (cos, sin) = self.weights, (each[:, None] for each in (self.cache.cos, self.cache.sin))   # (C, 1, K)
+        x, pieces = x[:length], [slice(first, min(first + TOKENS, length)) for first in range(0, length, TOKENS)]
+        query = x.new_empty(weights.config.heads, length, weights.config.head_dim)                         # (H, T, K)
+        for layer, keys, values in zip(weights.layers, self.cache.keys, self.cache.values, strict=True):
+            key, value = keys[row, :, :length], values[row, :, :length]                                    # (G, T, K)
+            keys[row, :, length:self.cache.used] = values[row, :, length:self.cache.used] = 0  # masked, but read: no NaN
+            for piece in pieces:
+                s = scratch.keep(piece.stop - piece.start)
+                layer.project(x[piece], cos[piece], sin[piece], s)
+                for whole, part in ((query, s.query), (key, s.key), (value, s.value)):
+                    whole[:, piece] = part.transpose(0, 1)
+            if layer is weights.layers[-1]:
+                x, s = x[-1:], scratch.keep(1)
+                layer.finish(x, attend(query[None, :, -1], key[None], value[None], None), s)
+            else:
+                y = F.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=True,
+                                                   enable_gqa=len(query) != len(key))[0]
+                for piece in pieces:
+                    layer.finish(x[piece], y[:, piece].transpose(0, 1).flatten(1), scratch.keep(piece.stop - piece.start))
+        return weights.norm(x, scratch.keep(1).length, torch.empty_like(x))
 
     def step(self, ids: Tensor) -> None:
         weights, cache = self.weights, self.cache
@@ -100,8 +128,8 @@ class TorchEngine(Engine):
         return self if self.alone is None or len(rows) > 1 else self.alone(self)
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """One query a row (B, H, K) over keys and values (B, G, T, K), mask (B, 1, 1, T) -> what it found (B, H * K)."""
+def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """One query a row (B, H, K) over keys and values (B, G, T, K), mask (B, 1, 1, T) or none -> what it found (B, H * K)."""
     # The queries of a group share keys and values: they take the place of tokens.
     query = query.unflatten(1, (keys.shape[1], -1))                                            # (B, G, H / G, K)
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask).flatten(1)

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from fastapi import FastAPI, Form, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
@@ -37,9 +38,9 @@ from mmtx.serving.messages import (
     SamplingBody,
     SpeechBody,
     WriteBody,
-    to_document,
-    to_part,
-    to_parts,
+    read_document,
+    read_part,
+    read_parts,
 )
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
@@ -65,40 +66,44 @@ class Metrics:
 class Writing:
     """An answer on its way: its ids, and its text as far as no character is cut."""
 
-    def __init__(self, service: "Service", asked: Prompt, body: SamplingBody, out: str = "text", size=None, top: int | None = None):
-        self.service, self.asked, self.top, self.ids, self.scores = service, asked, top, [], []
-        self.shown, self.reason = 0, "length"
-        limits, self.queue = service.limits, asyncio.Queue()
-        room = limits.tokens - len(asked.ids)
+    def __init__(self, service: "Service", document: Document, body: SamplingBody, out: str = "text", size=None,
+                 top: int | None = None):
+        self.service, self.top, self.ids, self.scores = service, top, [], []
+        self.shown, self.reason, self.length = 0, "length", service.model.prompt_length(document)
+        limits = service.limits
+        room = limits.tokens - self.length
         wished = getattr(body, "max_completion_tokens", None) or getattr(body, "max_tokens", None)
         if room < (wished or 1):
-            raise Refused(400, f"{len(asked.ids)} tokens of prompt and {wished or 1} of answer, expected up to {limits.tokens} "
+            raise Refused(400, f"{self.length} tokens of prompt and {wished or 1} of answer, expected up to {limits.tokens} "
                           "in all", "context_length_exceeded")
         chosen = {"max_new_tokens": min(256, room) if wished is None else wished, "temperature": body.temperature,
                   "top_p": body.top_p, "top_k": body.top_k, "seed": body.seed}
-        loop = asyncio.get_running_loop()
-        self.job = Job(asked, out, Sampling.of(**chosen), size, time.monotonic() + limits.timeout,
-                       lambda item: loop.call_soon_threadsafe(self.queue.put_nowait, item), top is not None)
+        scored = top is not None
+        self.job = Job(document, self.length, out, Sampling.of(**chosen), size, time.monotonic() + limits.timeout,
+                       live=scored or getattr(body, "stream", False), scored=scored)
 
     async def steps(self) -> AsyncIterator[int]:
         """Each id as it comes, <end> left out. What ends early gives its place to others."""
         v = self.service.model.vocabulary
         self.service.batches.submit(self.job)
         try:
-            while (item := await self.queue.get()) is not None:
-                if isinstance(item, Exception):
-                    raise item
-                ident, scores = item
-                self.ids.append(ident)
-                if ident in (v.end, v.eos):
-                    self.reason = "stop" if len(self.ids) <= self.job.sampling.max_new_tokens else "length"
-                    continue
-                if scores is not None:
-                    self.scores.append(self._logprob(ident, scores))
-                yield ident
+            while True:
+                for item in await self.job.queue.get():
+                    if item is None:
+                        return
+                    if isinstance(item, Exception):
+                        raise item
+                    ident, scores = item
+                    self.ids.append(ident)
+                    if ident in (v.end, v.eos):
+                        self.reason = "stop" if len(self.ids) <= self.job.sampling.max_new_tokens else "length"
+                        continue
+                    if scores is not None:
+                        self.scores.append(self._logprob(ident, scores))
+                    yield ident
         finally:
             self.job.dropped = True
-            self.service.metrics.tokens.labels("read").inc(len(self.asked.ids))
+            self.service.metrics.tokens.labels("read").inc(self.length)
             self.service.metrics.tokens.labels("written").inc(len(self.ids))
 
     async def whole(self) -> list[int]:
@@ -124,7 +129,7 @@ class Writing:
 
     @property
     def usage(self) -> dict:
-        read, wrote = len(self.asked.ids), len(self.ids)
+        read, wrote = self.length, len(self.ids)
         return {"prompt_tokens": read, "completion_tokens": wrote, "total_tokens": read + wrote}
 
 
@@ -148,6 +153,9 @@ class Service:
 
     def prompt(self, document: Document) -> Prompt:
         return prompt(document, self.model.vocabulary)
+
+    def embed(self, document: Document) -> np.ndarray:
+        return self.model.embed_prompt(self.prompt(*self.model.encode_documents([document])))
 
     def text(self, ids: Sequence[int]) -> str:
         """The text among ids."""
@@ -244,8 +252,8 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
     @app.post("/v1/chat/completions")
     async def chat(body: ChatBody):
         check(body.model)
-        document = await service.read(to_document, model, body.messages, limits)
-        writing = Writing(service, service.prompt(document), body, top=(body.top_logprobs or 0) if body.logprobs else None)
+        document = await service.read(read_document, model, body.messages, limits)
+        writing = Writing(service, document, body, top=(body.top_logprobs or 0) if body.logprobs else None)
         streamed = body.stream
 
         def choice(text: str, reason: str | None, scores: list | None) -> dict:
@@ -257,8 +265,8 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
     @app.post("/v1/completions")
     async def completions(body: CompletionBody):
         check(body.model)
-        parts = await service.read(to_parts, model, body.prompt, limits, "prompt")
-        writing = Writing(service, service.prompt(Document((Turn(None, parts),))), body, "document")
+        parts = await service.read(read_parts, model, body.prompt, limits, "prompt")
+        writing = Writing(service, Document((Turn(None, parts),)), body, "document")
         return await finished(answer(writing, body, "text_completion", lambda text, reason, scores: {
             "index": 0, "text": text, "finish_reason": reason, "logprobs": None}))
 
@@ -268,12 +276,12 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
         one = isinstance(body.input, str) or not body.input or not isinstance(body.input[0], (str, list))
         data, count = [], 0
         for number, content in enumerate([body.input] if one else body.input):
-            parts = await service.read(to_parts, model, content, limits, f"input[{number}]")
-            asked = service.prompt(Document((Turn("user", parts),)))
-            count += len(asked.ids)
+            parts = await service.read(read_parts, model, content, limits, f"input[{number}]")
+            document = Document((Turn("user", parts),))
+            count += model.prompt_length(document)
             if count > limits.tokens:
                 raise Refused(400, f"{count} tokens, expected up to {limits.tokens} in all", "context_length_exceeded")
-            vector = await service.read(model.embed_prompt, asked)
+            vector = await service.read(service.embed, document)
             shown = base64.b64encode(vector.tobytes()).decode() if body.encoding_format == "base64" else vector.tolist()
             data.append({"object": "embedding", "index": number, "embedding": shown})
         return {"object": "list", "data": data, "model": name, "usage": {"prompt_tokens": count, "total_tokens": count}}
@@ -283,9 +291,8 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
                              temperature: Annotated[float, Form()] = 0.0,
                              response_format: Annotated[Literal["json", "text"], Form()] = "json"):
         check(model_name)
-        part = await service.read(to_part, model, Audio(await file.read()), limits, "file")
-        writing = Writing(service, service.prompt(Document((Turn("user", (part,)),))),
-                          SamplingBody(model=name, temperature=temperature))
+        part = await service.read(read_part, model, Audio(await file.read()), limits, "file")
+        writing = Writing(service, Document((Turn("user", (part,)),)), SamplingBody(model=name, temperature=temperature))
         text = service.text(await writing.whole())
         return PlainTextResponse(text) if response_format == "text" else {"text": text}
 
@@ -311,8 +318,8 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
 
     async def draw(body: SamplingBody, words: str, out: str, size: tuple[int, int] | None = None) -> tuple[Any, Writing]:
         check(body.model)
-        parts = await service.read(to_parts, model, words, limits, "prompt" if out == "image" else "input")
-        writing = Writing(service, service.prompt(Document((Turn("user", parts),))), body, out, size)
+        parts = await service.read(read_parts, model, words, limits, "prompt" if out == "image" else "input")
+        writing = Writing(service, Document((Turn("user", parts),)), body, out, size)
         return await service.read(service.media, await writing.whole()), writing
 
     return app
@@ -342,6 +349,7 @@ def serve(model: Model, name: str, host: str, port: int, limits: Limits, key: st
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
     except OSError as error:
         raise InputError(f"{host}:{port}: cannot be listened at ({error.strerror})") from None
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or the body of an answer waits 40 ms for word of its head
     app = make_app(model, name, limits, key, host in LOOPBACK)
     if page:
         from mmtx.serving.page import add_page

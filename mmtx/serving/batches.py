@@ -1,41 +1,48 @@
-"""Prompts that wait together are answered together, each as it would be alone.
+"""Prompts that wait together are encoded and answered together, each as it would be alone.
 
 Whoever waits longest chooses the batch: all that are asked for in the same way and are of about its length come along. Text
 that is cut earlier than its neighbours, or that nobody waits for any more, leaves the batch at the next step.
 """
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from mmtx.ambient import MOST_THREADS, one_thread
+from mmtx.document import Document
 from mmtx.inference.choose import choose_engine
 from mmtx.inference.sampling import Sampling
 from mmtx.inference.scored import Scored
 from mmtx.pipeline import Model, by_length
-from mmtx.sequence import Prompt
+from mmtx.sequence import prompt
 from mmtx.serving.limits import Refused
 
-PATIENCE = 0.01  # seconds at most that a batch waits for requests whose media are being read
+PATIENCE = 0.01  # seconds at most that a batch waits for requests that will be there in a moment
+LEAST = 4        # rows of a batch below which a thread that has nothing to do gets no share of it
 
 
 @dataclass(eq=False)
 class Job:
-    """A prompt on its way. `tell` gets each id with its log-probabilities (V,) or None, and None or an error at the end."""
+    """A prompt on its way. In `queue` come lists of what is new: an id with its scores (V,) or None, an error, None at the end."""
 
-    prompt: Prompt
+    document: Document  # media are read, and encoded together with those of the others
+    length: int         # tokens of its prompt
     out: str
     sampling: Sampling
     size: tuple[int, int] | None
-    deadline: float                # of time.monotonic
-    tell: Callable[[Any], None]
-    scored: bool = False           # whether log-probabilities are wanted
-    dropped: bool = False          # set by who no longer waits
+    deadline: float     # of time.monotonic
+    live: bool = False    # whether ids are told as they come, not all at the end
+    scored: bool = False  # whether scores are wanted
+    dropped: bool = False  # set by who no longer waits
     written: int = 0
+    untold: list[Any] = field(default_factory=list)
+    queue: asyncio.Queue = field(default_factory=asyncio.Queue)
+    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
 
     @property
     def way(self) -> tuple:
@@ -52,7 +59,7 @@ class Batches:
         self.coming = 0   # requests whose jobs will be there in a moment
         self.running = 0  # prompts that are being answered
         self._jobs: list[Job] = []
-        self._ready, self._ended = threading.Condition(), False
+        self._ready, self._idle, self._ended = threading.Condition(), 0, False
         on_cpu = model.decoder.embedding.weight.device.type == "cpu"
         count = min(torch.get_num_threads(), MOST_THREADS) if on_cpu else 1
         self._threads = [threading.Thread(target=self._run, args=(on_cpu,), daemon=True) for _ in range(count)]
@@ -70,68 +77,96 @@ class Batches:
             self._ended = True
             left, self._jobs = self._jobs, []
             self._ready.notify_all()
-        for job in left:
-            job.tell(Refused(503, "the server is going down", "going_down"))
+        _tell([(job, [Refused(503, "the server is going down", "going_down")]) for job in left])
         for thread in self._threads:
             thread.join()
 
     def _run(self, alone: bool) -> None:
         if alone:
             one_thread()
-        while (jobs := self._next()) is not None:
-            self.running += len(jobs)
-            try:
-                if jobs:
-                    self._answer(jobs)
-            except Exception as error:  # each of them is told, and the server lives
-                for job in jobs:
-                    job.tell(error)
-            self.running -= len(jobs)
+        rows = 0
+        while (jobs := self._next(rows)) is not None:
+            rows = len(jobs)
+            if jobs:
+                self._try(jobs)
+            with self._ready:
+                self.running -= rows
 
-    def _next(self) -> list[Job] | None:
+    def _try(self, jobs: Sequence[Job]) -> None:
+        """Answer jobs, or tell them why not: what is wrong with one of them is not told to the others, and the server lives."""
+        try:
+            self._answer(jobs)
+        except Exception as error:
+            if len(jobs) > 1 and not any(job.written for job in jobs):
+                for job in jobs:
+                    self._try([job])
+            else:
+                _tell([(job, [error]) for job in jobs])
+
+    def _next(self, before: int) -> list[Job] | None:
+        """The next batch of a thread whose last one had `before` rows: their callers, once answered, often ask again."""
         with self._ready:
-            while not self._jobs:
-                if self._ended:
-                    return None
-                self._ready.wait()
+            self._idle += 1
             patient = time.monotonic() + PATIENCE
-            while self.coming and self._jobs and (left := patient - time.monotonic()) > 0:
-                self._ready.wait(left)
+            while not self._ended and (
+                    not self._jobs or (self.coming or len(self._jobs) < before) and time.monotonic() < patient):
+                self._ready.wait(patient - time.monotonic() if self._jobs else None)
+            self._idle -= 1
+            if self._ended:
+                return None
             self._jobs = [job for job in self._jobs if not job.dropped]
             if not self._jobs:
                 return []
             same = [job for job in self._jobs if job.way == self._jobs[0].way]
-            (chosen,) = (batch for batch in by_length([len(job.prompt.ids) for job in same]) if 0 in batch)
-            jobs = [same[number] for number in sorted(chosen)]
+            (chosen,) = (batch for batch in by_length([job.length for job in same]) if 0 in batch)
+            share = max(LEAST, -(-len(chosen) // (1 + self._idle)))
+            jobs = [same[number] for number in sorted(chosen)[:share]]
             self._jobs = [job for job in self._jobs if job not in jobs]
+            self.running += len(jobs)
             return jobs
 
     def _answer(self, jobs: Sequence[Job]) -> None:
         self.observe(len(jobs))
-        way = jobs[0]
+        way, v = jobs[0], self.model.vocabulary
+        prompts = [prompt(document, v) for document in self.model.encode_documents([job.document for job in jobs])]
         sampling = replace(way.sampling, max_new_tokens=max(job.sampling.max_new_tokens for job in jobs))
         # With a seed every job is the first of its own list; without one each draws for itself.
         places = range(len(jobs)) if sampling.seed is None else [0] * len(jobs)
         engines: list[Scored] = []
         choose = (lambda *asked: engines.append(Scored(choose_engine(*asked))) or engines[-1]) if (
             any(job.scored for job in jobs)) else choose_engine
-        wanted, ends = torch.ones(len(jobs), dtype=torch.bool), (self.model.vocabulary.end, self.model.vocabulary.eos)
-        for ids in self.model.stream_ids([job.prompt for job in jobs], way.out, way.size, sampling, places, wanted, choose):
+        wanted = torch.ones(len(jobs), dtype=torch.bool)
+        for ids in self.model.stream_ids(prompts, way.out, way.size, sampling, places, wanted, choose):
             for row, (job, ident) in enumerate(zip(jobs, ids.tolist())):
-                if wanted[row] and self._tell(job, ident, engines[0].row(row) if job.scored else None, ident in ends):
-                    wanted[row] = False
+                if wanted[row]:
+                    scores = engines[0].row(row) if job.scored else None
+                    wanted[row] = not self._take(job, ident, scores, ident in (v.end, v.eos))
+            told = [(job, job.untold) for row, job in enumerate(jobs) if job.untold and (job.live or not wanted[row])]
+            for job, _ in told:
+                job.untold = []
+            _tell(told)
             if not wanted.any():
                 return
 
-    def _tell(self, job: Job, ident: int, scores: torch.Tensor | None, ended: bool) -> bool:
+    def _take(self, job: Job, ident: int, scores: torch.Tensor | None, ended: bool) -> bool:
         """Give a job its next id -> whether it needs no more."""
         if job.dropped:
             return True
         if time.monotonic() > job.deadline:
-            job.tell(Refused(504, "the answer was not ready in time", "timeout"))
+            job.untold.append(Refused(504, "the answer was not ready in time", "timeout"))
             return True
         job.written += 1
-        job.tell((ident, scores))
+        job.untold.append((ident, scores))
         if ended := ended or job.out == "text" and job.written == job.sampling.max_new_tokens:
-            job.tell(None)
+            job.untold.append(None)
         return ended
+
+
+def _tell(told: Sequence[tuple[Job, list[Any]]]) -> None:
+    """Put into the queues of jobs what is new, in the thread of their loop, which is woken once."""
+    def put() -> None:
+        for job, new in told:
+            job.queue.put_nowait(new)
+
+    if told:
+        told[0][0].loop.call_soon_threadsafe(put)

@@ -15,6 +15,7 @@ from mmtx.errors import one_line
 MB = 2 ** 20
 RETRY = 1  # seconds after which one who was refused may ask again
 OPEN = ("/", "/health")  # paths that need no key
+GONE = 499  # what is counted where a caller went before the answer began, as nginx has it
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Door:
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        headers, metrics, begin, status = dict(scope["headers"]), self.metrics, time.monotonic(), 500
+        headers, metrics, begin, status = dict(scope["headers"]), self.metrics, time.monotonic(), GONE
 
         async def noted(message):
             nonlocal status

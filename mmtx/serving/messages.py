@@ -5,15 +5,16 @@ Media come as bytes within the request; nothing is fetched.
 
 import base64
 import binascii
+import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from mmtx.data.media import image_size
-from mmtx.document import Document, MediaPart, Part, Turn
+from mmtx.document import Document, TextPart, Turn
 from mmtx.errors import InputError
-from mmtx.pipeline import Audio, Image, Model
+from mmtx.pipeline import Audio, Image, Model, ReadMedium
 from mmtx.serving.limits import Limits
 
 LONGEST = 32  # characters of a piece of text: SentencePiece makes none of more than 16 unless it is told to
@@ -118,32 +119,37 @@ class SpeechBody(SamplingBody):
     speed: Literal[1] = 1
 
 
-def to_document(model: Model, messages: Sequence[Message], limits: Limits) -> Document:
-    """Read and encode all media of messages. Raises InputError that names the message and the part."""
+def read_document(model: Model, messages: Sequence[Message], limits: Limits) -> Document:
+    """Decode all media of messages, which are still to be encoded. Raises InputError that names the message and the part."""
     return Document(tuple(
-        Turn(ROLES[message.role], to_parts(model, message.content, limits, f"messages[{number}].content"))
+        Turn(ROLES[message.role], read_parts(model, message.content, limits, f"messages[{number}].content"))
         for number, message in enumerate(messages)))
 
 
-def to_parts(model: Model, content: str | Sequence[TextItem | ImageItem | AudioItem], limits: Limits, where: str) -> tuple[Part, ...]:
-    """Text, pictures and sounds as they stand in a message -> their parts."""
+def to_document(model: Model, messages: Sequence[Message], limits: Limits) -> Document:
+    """Messages with their media encoded."""
+    return model.encode_documents([read_document(model, messages, limits)])[0]
+
+
+def read_parts(model: Model, content: Content, limits: Limits, where: str) -> tuple[TextPart | ReadMedium, ...]:
+    """Text, pictures and sounds as they stand in a message -> their parts, media still to be encoded."""
     items = [TextItem(type="text", text=content)] if isinstance(content, str) else content
-    return tuple(to_part(model, _medium(item, limits, f"{where}[{number}]"), limits, f"{where}[{number}]")
+    return tuple(read_part(model, _medium(item, limits, f"{where}[{number}]"), limits, f"{where}[{number}]")
                  for number, item in enumerate(items))
 
 
-def to_part(model: Model, medium: str | Image | Audio, limits: Limits, where: str) -> Part:
-    """One medium as its codes. Raises InputError where a sound is too long."""
+def read_part(model: Model, medium: str | Image | Audio, limits: Limits, where: str) -> TextPart | ReadMedium:
+    """One medium, decoded. Raises InputError where it is none, and where a sound is too long."""
     try:
-        (part,) = model.encode_parts([medium])
+        if isinstance(medium, str):
+            return model.encode_parts([medium])[0]
+        read = model.read_medium(medium)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    rate = model.tokenizers[part.kind].codes_per_second if isinstance(part, MediaPart) else None
-    if rate is not None:
-        seconds = part.codes.size / rate
-        if seconds > limits.seconds:
-            raise InputError(f"{where}: found {seconds:.1f} s, expected up to {limits.seconds:g} s")
-    return part
+    rate = model.tokenizers[read.kind].codes_per_second
+    if rate is not None and (seconds := math.prod(read.grid) / rate) > limits.seconds:
+        raise InputError(f"{where}: found {seconds:.1f} s, expected up to {limits.seconds:g} s")
+    return read
 
 
 def picture(data: bytes, limits: Limits, where: str) -> Image:
