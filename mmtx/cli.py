@@ -222,6 +222,14 @@ def _parser() -> argparse.ArgumentParser:
                                       ("timeout", "seconds until an answer is whole", 120)):
             serve.add_argument(f"--max_{option}", type=_count(1), default=default, help=f"{what}, default: {default}")
         _model_options(serve)
+        if word == "demo":
+            serve.add_argument("--generate_model", metavar="FOLDER", help="what draws, plays and goes on, default: --model, and with "
+                               "the model that comes with mmtx the one that comes along for that")
+            serve.add_argument("--examples", nargs="*", metavar="FILE", help="pictures and sounds to try, files or folders; default: "
+                               "five that come with mmtx")
+            serve.add_argument("--train", nargs="+", default=[], metavar="SOURCE", help="training samples, of which the nearest are "
+                               "shown beside an answer")
+            _source_options(serve)
         serve.set_defaults(run=_serve, page=word == "demo")
     for command in commands.choices.values():  # taken away before anything is parsed, see `_with_plugins`
         command.add_argument("--plugin", metavar="FILE", help="import a Python file that registers a modality")
@@ -523,8 +531,28 @@ def _serve(options: argparse.Namespace) -> None:
 
     limits = Limits(**{name: getattr(options, f"max_{name}") for name in Limits.__dataclass_fields__})
     name = options.name or (Path(options.model).resolve().name if options.model else "starter")
-    serve(_load(options), name, options.host, options.port, limits, os.environ.get("MMTX_API_KEY") or None,
-          options.page)
+    model = _load(options)
+    serve(model, name, options.host, options.port, limits, os.environ.get("MMTX_API_KEY") or None,
+          _page(options, model) if options.page else None)
+
+
+def _page(options: argparse.Namespace, model):
+    """What puts the page of `mmtx demo` on a server."""
+    from functools import partial
+
+    from mmtx.captioning import find_media
+    from mmtx.files import shipped
+    from mmtx.pipeline import load
+    from mmtx.serving.nearest import Nearest
+    from mmtx.serving.page import add_page
+
+    folder = options.generate_model or (None if options.model else shipped("demos/generate"))
+    examples = list(find_media([str(shipped("demos/examples"))] if options.examples is None else options.examples))
+    for found in examples:
+        if isinstance(found, InputError):
+            raise found
+    nearest = Nearest(model, [_source(options, options.train)]) if options.train else None
+    return partial(add_page, maker=load(folder, options.device) if folder else None, examples=examples, nearest=nearest)
 
 
 def _report(options: argparse.Namespace) -> None:

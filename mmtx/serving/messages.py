@@ -128,7 +128,7 @@ def to_document(model: Model, messages: Sequence[Message], limits: Limits) -> Do
 def to_parts(model: Model, content: str | Sequence[TextItem | ImageItem | AudioItem], limits: Limits, where: str) -> tuple[Part, ...]:
     """Text, pictures and sounds as they stand in a message -> their parts."""
     items = [TextItem(type="text", text=content)] if isinstance(content, str) else content
-    return tuple(to_part(model, _medium(item, limits, f"{where}[{number}]"), limits, f"{where}[{number}]")
+    return tuple(to_part(model, to_medium(item, limits, f"{where}[{number}]"), limits, f"{where}[{number}]")
                  for number, item in enumerate(items))
 
 
@@ -154,7 +154,7 @@ def picture(data: bytes, limits: Limits, where: str) -> Image:
     return Image(data)
 
 
-def _medium(item: TextItem | ImageItem | AudioItem, limits: Limits, where: str) -> str | Image | Audio:
+def to_medium(item: TextItem | ImageItem | AudioItem, limits: Limits, where: str) -> str | Image | Audio:
     if isinstance(item, TextItem):
         if len(item.text) > (most := LONGEST * limits.tokens):  # before it takes seconds to find its pieces
             raise InputError(f"{where}: found {len(item.text)} characters, expected up to {most}")
