@@ -13,6 +13,7 @@ import soundfile
 from PIL import Image
 
 import mmtx
+from mmtx.data.media import load_audio
 
 DEMO = Path(__file__).parents[1] / "demos" / "caption.py"
 
@@ -30,8 +31,8 @@ def folder(tiny_model, tmp_path_factory):
     return folder
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, DEMO, *arguments, "--model", "model"], cwd=folder, stdout=subprocess.PIPE,
+def start(folder: Path, *arguments: str, demo: Path = DEMO) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, demo, *arguments, "--model", "model"], cwd=folder, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True)
 
 
@@ -74,3 +75,34 @@ def test_a_page_that_cannot_be_written_is_told_before_any_work(folder):
     process = start(folder, "media/a.png", "--page", "nowhere/page.html")
     out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (2, "") and "cannot be written" in err
+
+
+@pytest.mark.parametrize(("script", "mine", "other", "told"), [
+    ("image_captioning.py", ["media/<b>&.png", "media/a.png"], "media/c.wav", "media/c.wav: found audio, expected a picture"),
+    ("audio_captioning.py", ["media/c.wav"], "media/a.png", "media/a.png: found image, expected a sound")])
+def test_a_script_for_one_kind_captions_that_and_names_the_rest(folder, script, mine, other, told):
+    process = start(folder, "media", other, "nothing.png", demo=DEMO.with_name(script))
+    out, err = process.communicate(timeout=120)
+    model = mmtx.load(folder / "model", device="cpu")
+    assert out == "".join(f"{name}\t{mmtx.escape(model.caption(folder / name))}\n" for name in mine)
+    assert process.returncode == 1 and f"error: {told}\nerror: nothing.png: no such file or folder\n" in err
+    assert ("media/broken.png: not a whole picture" in err) == (script == "image_captioning.py") and "Traceback" not in err
+
+
+def test_what_words_read_of_a_picture_is_drawn(folder):
+    pytest.importorskip("matplotlib")
+    process = start(folder, "media/a.png", "--attention", "read.png", demo=DEMO.with_name("image_captioning.py"))
+    assert process.communicate(timeout=120)[1] == "" and process.returncode == 0
+    assert np.asarray(Image.open(folder / "read.png").convert("L")).std() > 5
+
+
+def test_a_sound_is_captioned_piece_by_piece(folder):
+    process = start(folder, "media/c.wav", "--every", "0.1", demo=DEMO.with_name("audio_captioning.py"))
+    out, err = process.communicate(timeout=120)
+    samples, rate = soundfile.read(folder / "media" / "c.wav", dtype="float32")
+    model = mmtx.load(folder / "model", device="cpu")
+    whole = load_audio(samples, model.tokenizers["audio"].rate, source_rate=rate)
+    pieces = whole.split(model.tokenizers["audio"].rate // 10)
+    captions = model.caption([mmtx.Audio(piece) for piece in pieces])
+    assert (out, err) == ("".join(f"media/c.wav {n / 10:g}s\t{mmtx.escape(caption)}\n" for n, caption in enumerate(captions)), "")
+    assert len(pieces) == 3 and process.returncode == 0
