@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -207,6 +207,9 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="a finished run on one HTML page: curves, figures, samples, configuration")
     report.add_argument("folder", help="the output folder of mmtx fit")
     report.add_argument("--file", type=Path, default=None, help="where the page goes, default: report.html in that folder")
+    report.add_argument("--evaluate", action="store_true", help="caption the run's data.validation as mmtx evaluate does, with "
+                        "controls; what that tells is kept as evaluation.txt in the folder and is part of later reports, too")
+    _model_options(report, model=False)
     report.set_defaults(run=_report)
 
     for word, help in (("serve", "answer over HTTP in the form of OpenAI's API"),
@@ -266,8 +269,9 @@ def _source(options: argparse.Namespace, paths: Sequence[str]):
     return DataSource(list(paths), trusted=options.trusted, fields=fields, follow_links=options.follow_links)
 
 
-def _model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default=None, help="model folder, default: the one that comes with mmtx")
+def _model_options(parser: argparse.ArgumentParser, model: bool = True) -> None:
+    if model:
+        parser.add_argument("--model", default=None, help="model folder, default: the one that comes with mmtx")
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; default: the GPU if there is one")
 
 
@@ -496,6 +500,11 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    for section in _evaluation(options):
+        print(section, flush=True)
+
+
+def _evaluation(options: argparse.Namespace) -> Iterator[str]:
     from dataclasses import replace
 
     from mmtx.data.collection import read_config
@@ -518,8 +527,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise InputError("found neither held-out sources nor --config, expected one of them")
     if options.max_bad is not None:
         max_bad = options.max_bad
-    for section in report(_load(options), held_out, train, options.show, max_bad):
-        print(section, flush=True)
+    yield from report(_load(options), held_out, train, options.show, max_bad)
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -557,12 +565,18 @@ def _page(options: argparse.Namespace, model):
 
 def _report(options: argparse.Namespace) -> None:
     from mmtx.files import write_whole
-    from mmtx.run_page import run_page
+    from mmtx.run_page import EVALUATION, run_page
 
-    file = options.file or Path(options.folder) / "report.html"
-    page = run_page(options.folder).encode()
-    try:
-        write_whole(file, page)
-    except OSError as error:
-        raise InputError(f"{file}: cannot be written ({error.strerror})") from None
-    print(file)
+    folder = Path(options.folder)
+    files = {}
+    if options.evaluate:
+        asked = argparse.Namespace(config=str(folder / "metrics" / "config.yaml"), model=str(folder / "model"), device=options.device,
+                                   trusted=False, fields=None, follow_links=False, max_bad=None, show=16)
+        files[folder / EVALUATION] = "\n".join(_evaluation(asked)).strip("\n") + "\n"
+    files[options.file or folder / "report.html"] = run_page(folder, files.get(folder / EVALUATION))
+    for file, text in files.items():
+        try:
+            write_whole(file, text.encode())
+        except OSError as error:
+            raise InputError(f"{file}: cannot be written ({error.strerror})") from None
+        print(file)
