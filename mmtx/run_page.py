@@ -120,7 +120,7 @@ def _chart(curves: Sequence[tuple[str, Curve]]) -> str:
 def _figures(curves: Mapping[str, Curve]) -> str:
     rows = "".join(f"<tr><td>{_text(name)}</td><td>{curve[-1][1]:.5g}</td><td>{min(value for _, value in curve):.5g}</td>"
                    f"<td>{max(value for _, value in curve):.5g}</td><td>{curve[-1][0]:g}</td></tr>"
-                   for name, curve in sorted(curves.items()) if not name.startswith("train/"))
+                   for name, curve in sorted(curves.items()) if not name.startswith(("train/", "lr-")))
     return ("<h2>Figures</h2><div class=\"card\"><table><tr><th>figure</th><th>last</th><th>least</th><th>most</th><th>step</th></tr>"
             f"{rows}</table></div>")
 

@@ -1,5 +1,7 @@
 """The demo: captions on the terminal, and a page that shows them, whatever is wrong with a file or ends the run."""
 
+import itertools
+import random
 import re
 import signal
 import socket
@@ -23,10 +25,10 @@ def folder(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     tiny_model.save(folder / "model")
     (folder / "media").mkdir()
-    random = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for name in ("a.png", "<b>&.png"):
-        Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / "media" / name)
-    soundfile.write(folder / "media" / "c.wav", 0.5 * random.standard_normal(4000).clip(-1, 1), 16_000)
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / "media" / name)
+    soundfile.write(folder / "media" / "c.wav", 0.5 * rng.standard_normal(4000).clip(-1, 1), 16_000)
     (folder / "media" / "broken.png").write_bytes((folder / "media" / "a.png").read_bytes()[:60])
     return folder
 
@@ -106,3 +108,30 @@ def test_a_sound_is_captioned_piece_by_piece(folder):
     captions = model.caption([mmtx.Audio(piece) for piece in pieces])
     assert (out, err) == ("".join(f"media/c.wav {n / 10:g}s\t{mmtx.escape(caption)}\n" for n, caption in enumerate(captions)), "")
     assert len(pieces) == 3 and process.returncode == 0
+
+
+def test_the_head_of_a_verb_is_chosen_and_judged_by_different_animals(folder):
+    process = subprocess.Popen([sys.executable, DEMO.with_name("attention.py"), "--model", "model", "--pairs", "3"], cwd=folder,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    head, *lines = out.splitlines()
+    layer, number = map(int, re.match(r"layer (\d+) of 0 to 1, head (\d+) of 0 to 3; 3 sentences", head).groups())
+    model = mmtx.load(folder / "model", device="cpu")
+
+    def read(animals: list[tuple[str, str]], sentence: str) -> np.ndarray:
+        """What "was" reads of the last pieces of the nouns, by sentence, layer and head."""
+        told = []
+        for first, second in animals:
+            found = model.attention("", sentence.format(first, second))
+            places = {word.text.strip(" ."): word.places[-1] for word in found.words}
+            told.append(found.weights[:, :, places["was"]][:, :, [places[first], places[second]]].numpy())
+        return np.stack(told)
+
+    pairs = [random.Random(0).sample(list(itertools.permutations(animals, 2)), 3) for animals in (
+        ("dog", "cat", "fox", "horse", "goat", "bear", "wolf", "cow"), ("lion", "rabbit", "mouse", "pig", "duck", "sheep", "tiger", "bird"))]
+    margins = np.subtract(*np.moveaxis(read(pairs[0], "The {} that chased the {} was tired.").mean(0), -1, 0))
+    assert margins[layer, number] == pytest.approx(margins.max())
+    judged = read(pairs[1], "The {} chased the {} that was tired.")[:, layer, number]
+    found = re.search(r"this head +A ([\d.e-]+), B ([\d.e-]+); A more than B: ([\d.]+)", lines[5])
+    assert [float(word) for word in found.groups()] == pytest.approx([*judged.mean(0), (judged[:, 0] > judged[:, 1]).mean()], rel=0.06)
