@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -209,6 +209,9 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="a finished run on one HTML page: curves, figures, samples, configuration")
     report.add_argument("folder", help="the output folder of mmtx fit")
     report.add_argument("--file", type=Path, default=None, help="where the page goes, default: report.html in that folder")
+    report.add_argument("--evaluate", action="store_true", help="caption the run's data.validation as mmtx evaluate does, with "
+                        "controls; what that tells is kept as evaluation.txt in the folder and is part of later reports, too")
+    _model_options(report, model=False)
     report.set_defaults(run=_report)
 
     for word, help in (("serve", "answer over HTTP in the form of OpenAI's API"),
@@ -224,6 +227,14 @@ def _parser() -> argparse.ArgumentParser:
                                       ("timeout", "seconds until an answer is whole", 120)):
             serve.add_argument(f"--max_{option}", type=_count(1), default=default, help=f"{what}, default: {default}")
         _model_options(serve)
+        if word == "demo":
+            serve.add_argument("--generate_model", metavar="FOLDER", help="what draws, plays and goes on, default: --model, and with "
+                               "the model that comes with mmtx the one that comes along for that")
+            serve.add_argument("--examples", nargs="*", metavar="FILE", help="pictures and sounds to try, files or folders; default: "
+                               "five that come with mmtx")
+            serve.add_argument("--train", nargs="+", default=[], metavar="SOURCE", help="training samples, of which the nearest are "
+                               "shown beside an answer")
+            _source_options(serve)
         serve.set_defaults(run=_serve, page=word == "demo")
     for command in commands.choices.values():  # taken away before anything is parsed, see `_with_plugins`
         command.add_argument("--plugin", metavar="FILE", help="import a Python file that registers a modality")
@@ -260,8 +271,9 @@ def _source(options: argparse.Namespace, paths: Sequence[str]):
     return DataSource(list(paths), trusted=options.trusted, fields=fields, follow_links=options.follow_links)
 
 
-def _model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default=None, help="model folder, default: the one that comes with mmtx")
+def _model_options(parser: argparse.ArgumentParser, model: bool = True) -> None:
+    if model:
+        parser.add_argument("--model", default=None, help="model folder, default: the one that comes with mmtx")
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; default: the GPU if there is one")
 
 
@@ -490,6 +502,11 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    for section in _evaluation(options):
+        print(section, flush=True)
+
+
+def _evaluation(options: argparse.Namespace) -> Iterator[str]:
     from dataclasses import replace
 
     from mmtx.data.collection import read_config
@@ -513,8 +530,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise InputError("found neither held-out sources nor --config, expected one of them")
     if options.max_bad is not None:
         max_bad = options.max_bad
-    for section in report(_load(options), held_out, train, options.show, max_bad):
-        print(section, flush=True)
+    yield from report(_load(options), held_out, train, options.show, max_bad)
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -526,18 +542,44 @@ def _serve(options: argparse.Namespace) -> None:
 
     limits = Limits(**{name: getattr(options, f"max_{name}") for name in Limits.__dataclass_fields__})
     name = options.name or (Path(options.model).resolve().name if options.model else "starter")
-    serve(_load(options), name, options.host, options.port, limits, os.environ.get("MMTX_API_KEY") or None,
-          options.page)
+    model = _load(options)
+    serve(model, name, options.host, options.port, limits, os.environ.get("MMTX_API_KEY") or None,
+          _page(options, model) if options.page else None)
+
+
+def _page(options: argparse.Namespace, model):
+    """What puts the page of `mmtx demo` on a server."""
+    from functools import partial
+
+    from mmtx.captioning import find_media
+    from mmtx.files import shipped
+    from mmtx.pipeline import load
+    from mmtx.serving.nearest import Nearest
+    from mmtx.serving.page import add_page
+
+    folder = options.generate_model or (None if options.model else shipped("demos/generate"))
+    examples = list(find_media([str(shipped("demos/examples"))] if options.examples is None else options.examples))
+    for found in examples:
+        if isinstance(found, InputError):
+            raise found
+    nearest = Nearest(model, [_source(options, options.train)]) if options.train else None
+    return partial(add_page, maker=load(folder, options.device) if folder else None, examples=examples, nearest=nearest)
 
 
 def _report(options: argparse.Namespace) -> None:
     from mmtx.files import write_whole
-    from mmtx.run_page import run_page
+    from mmtx.run_page import EVALUATION, run_page
 
-    file = options.file or Path(options.folder) / "report.html"
-    page = run_page(options.folder).encode()
-    try:
-        write_whole(file, page)
-    except OSError as error:
-        raise InputError(f"{file}: cannot be written ({error.strerror})") from None
-    print(file)
+    folder = Path(options.folder)
+    files = {}
+    if options.evaluate:
+        asked = argparse.Namespace(config=str(folder / "metrics" / "config.yaml"), model=str(folder / "model"), device=options.device,
+                                   trusted=False, fields=None, follow_links=False, max_bad=None, show=16)
+        files[folder / EVALUATION] = "\n".join(_evaluation(asked)).strip("\n") + "\n"
+    files[options.file or folder / "report.html"] = run_page(folder, files.get(folder / EVALUATION))
+    for file, text in files.items():
+        try:
+            write_whole(file, text.encode())
+        except OSError as error:
+            raise InputError(f"{file}: cannot be written ({error.strerror})") from None
+        print(file)

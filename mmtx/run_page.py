@@ -1,12 +1,18 @@
-"""`mmtx report`: a finished run on one HTML page, which needs nothing beside it: curves, figures, samples, configuration."""
+"""`mmtx report`: a finished run on one HTML page, which needs nothing beside it: curves, figures, samples, sounds, configuration."""
 
+import ast
 import base64
 import csv
 import html
+import io
 import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
+import soundfile
+from PIL import Image
 
 from mmtx.errors import InputError, escape
 from mmtx.files import CONFIG, read_bytes, read_json
@@ -14,6 +20,13 @@ from mmtx.files import CONFIG, read_bytes, read_json
 WIDE, TALL, POINTS = 420, 150, 400   # pixels of a chart; points of a curve, means of their neighbours
 MOST = 2 ** 28                       # bytes of a file
 COLOURS = {"train": "var(--soft)", "val": "var(--mark)"}
+EVALUATION = "evaluation.txt"        # what mmtx report --evaluate leaves in the folder of the run
+# Sections of curves, by what their names match without train/ or val/; the last takes the rest.
+SECTIONS = {"Loss": "loss$", "Loss by modality": "loss_", "Codebook": "perplexity|dead_codes",
+            "Gradients and stability": "gradient_norm|skipped|last_norm|log_sum_exp|adversarial_scale",
+            "Schedule and batches": "lr-|share_|weight_decay", "Other figures": ""}
+LITERAL = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
+WINDOW, ROWS, COLUMNS, DEPTH = 1024, 128, 400, 70  # samples, pixels, and dB of a spectrogram
 STYLE = """
 :root { --back: #fafaf7; --card: #fff; --ink: #1d1d1b; --soft: #85837a; --line: #dedcd5; --mark: #b4411f; color-scheme: light dark; }
 @media (prefers-color-scheme: dark) { :root { --back: #161614; --card: #20201d; --ink: #ecebe6; --line: #393833; --mark: #ff9a70; } }
@@ -24,21 +37,25 @@ figure, .card { background: var(--card); border: 1px solid var(--line); border-r
   margin: 0; overflow-x: auto; }
 svg { width: 100%; height: auto; } svg text { fill: var(--soft); font: 11px system-ui; }
 img { max-width: 100%; } td, th { padding: .15rem .8rem .15rem 0; text-align: left; vertical-align: top; } pre { overflow-x: auto; }
+audio, .sound img { width: 100%; } .sound img { height: 7rem; border-radius: .3rem; } .wrong { color: var(--mark); }
 """
 
 Curve = list[tuple[float, float]]    # (step, value) in order
 
 
-def run_page(folder: str | Path) -> str:
-    """The page of a run. Raises InputError for a folder that is none, and for files that are damaged."""
+def run_page(folder: str | Path, evaluation: str | None = None) -> str:
+    """The page of a run, with what `mmtx evaluate` told of it: by default what the folder has of that, if anything. Raises
+    InputError for a folder that is none, and for files that are damaged.
+    """
     folder = Path(folder)
     metrics = folder / "metrics" / "metrics.csv"
     if not metrics.is_file():
         raise InputError(f"{folder}: found no metrics/metrics.csv, expected the output folder of mmtx fit")
     curves = read_curves(metrics)
-    sections = [f"<h1>{_text(folder.resolve().name)}</h1>", _model(folder / "model"), _figures(curves),
-                "<h2>Curves</h2><p>The validation's in colour, the training's in grey.</p>", _charts(curves),
-                *_samples(folder / "samples"), _config(folder / "metrics" / "config.yaml")]
+    sections = [f"<h1>{_text(folder.resolve().name)}</h1>", _model(folder / "model"),
+                _environment(folder / "metrics" / "environment.json"), _figures(curves), _evaluation(folder / EVALUATION, evaluation),
+                "<h2>Curves</h2><p>The validation's in colour, the training's in grey.</p>", *_charts(curves),
+                *_samples(folder / "samples"), *_sounds(folder / "samples"), _config(folder / "metrics" / "config.yaml")]
     return ("<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width\">"
             f"<title>{_text(folder.resolve().name)}</title><style>{STYLE}</style></head><body>{''.join(sections)}</body></html>\n")
 
@@ -69,13 +86,17 @@ def thinned(curve: Curve) -> Curve:
     return [*means[:-1], curve[-1]]
 
 
-def _charts(curves: Mapping[str, Curve]) -> str:
+def _charts(curves: Mapping[str, Curve]) -> list[str]:
+    """A chart for each name without its split, in the sections that they belong to."""
     names: dict[str, list[str]] = {}
-    for name in curves:
+    for name in sorted(curves):
         names.setdefault(re.sub(r"^(train|val|test)/", "", name), []).append(name)
-    drawn = "".join(f"<figure><b>{_text(title)}</b>{_chart([(name, thinned(curves[name])) for name in sorted(together)])}</figure>"
-                    for title, together in names.items())
-    return f"<div class=\"charts\">{drawn}</div>"
+    drawn: dict[str, str] = dict.fromkeys(SECTIONS, "")
+    for title, together in names.items():
+        section = next(section for section, pattern in SECTIONS.items() if re.match(pattern, title))
+        chart = _chart([(name, thinned(curves[name])) for name in together])
+        drawn[section] += f"<figure><b>{_text(title)}</b>{chart}</figure>"
+    return [f"<h3>{section}</h3><div class=\"charts\">{charts}</div>" for section, charts in drawn.items() if charts]
 
 
 def _chart(curves: Sequence[tuple[str, Curve]]) -> str:
@@ -99,7 +120,7 @@ def _chart(curves: Sequence[tuple[str, Curve]]) -> str:
 def _figures(curves: Mapping[str, Curve]) -> str:
     rows = "".join(f"<tr><td>{_text(name)}</td><td>{curve[-1][1]:.5g}</td><td>{min(value for _, value in curve):.5g}</td>"
                    f"<td>{max(value for _, value in curve):.5g}</td><td>{curve[-1][0]:g}</td></tr>"
-                   for name, curve in sorted(curves.items()) if not name.startswith("train/"))
+                   for name, curve in sorted(curves.items()) if not name.startswith(("train/", "lr-")))
     return ("<h2>Figures</h2><div class=\"card\"><table><tr><th>figure</th><th>last</th><th>least</th><th>most</th><th>step</th></tr>"
             f"{rows}</table></div>")
 
@@ -114,19 +135,81 @@ def _model(folder: Path) -> str:
     return f"<p>The model: {_text(told)}; {size / 1e6:.1f} MB with its tokenizers.</p>"
 
 
+def _environment(path: Path) -> str:
+    """The commit and what else the run was made with, where it says so."""
+    facts = read_json(path) if path.is_file() else {}
+    told = [f"{name} {value}" for name, value in facts.items() if value is not None] if isinstance(facts, dict) else []
+    return f"<p>Made with {_text(', '.join(told))}.</p>" if told else ""
+
+
+def _evaluation(path: Path, text: str | None) -> str:
+    """Figures with intervals, beside those of controls."""
+    if text is None and not path.is_file():
+        return ""
+    text = text or read_bytes(path, MOST).decode("utf-8", "replace")
+    return f"<h2>Held-out figures beside controls</h2><div class=\"card\"><pre>{_text(text)}</pre></div>"
+
+
 def _samples(folder: Path) -> list[str]:
-    """The last of what was looked at while it trained."""
+    """The last of what was looked at and listened to while it trained."""
     sections = []
     for path in (max(folder.glob("step-*.png"), default=None), max(folder.glob("step-*.txt"), default=None)):
         if path is None:
             continue
         data = read_bytes(path, MOST)
         if path.suffix == ".png":
-            shown = f"<img alt=\"samples\" src=\"data:image/png;base64,{base64.b64encode(data).decode()}\">"
+            shown = f"<img alt=\"samples\" src=\"{_url(data, 'image/png')}\">"
         else:
             shown = f"<pre>{_text(data.decode('utf-8', 'replace'))}</pre>"
         sections.append(f"<h2>Samples at {_text(path.stem.replace('-', ' '))}</h2><div class=\"card\">{shown}</div>")
     return sections
+
+
+def _sounds(folder: Path) -> list[str]:
+    """Players under spectrograms of the last validation that has sounds, with what was said of them."""
+    step = max((path.name.rpartition("-")[0] for path in folder.glob("step-*-*.ogg")), default=None)
+    if step is None:
+        return []
+    said, cards = _captions(folder / f"{step}.txt"), ""
+    for path in sorted(folder.glob(f"{step}-*.ogg")):
+        data, row = read_bytes(path, MOST), path.stem.rpartition("-")[2]
+        number = int(row) if row.isdigit() else 0
+        told = f"<b>{('original', 'reconstruction')[number % 2]}</b>"
+        if number < len(said):
+            predicted, true = said[number]
+            told = f"<b class=\"{'right' if predicted == true else 'wrong'}\">{_text(predicted) or '(empty)'}</b><br>{_text(true)}"
+        try:
+            picture = _url(spectrogram(data), "image/png")
+        except soundfile.SoundFileError as error:
+            raise InputError(f"{path}: not a sound that can be read ({error})") from None
+        cards += (f"<figure class=\"sound\"><img alt=\"spectrogram\" src=\"{picture}\"><audio controls preload=\"none\" "
+                  f"src=\"{_url(data, 'audio/ogg')}\"></audio><figcaption>{told}</figcaption></figure>")
+    return [f"<h2>Sounds at {_text(step.replace('-', ' '))}</h2><p>As their codes tell them.</p><div class=\"charts\">{cards}</div>"]
+
+
+def _captions(path: Path) -> list[list[str]]:
+    """Rows of two texts, predicted and true, as ShowSamples writes them; empty for a row that is none."""
+    text = read_bytes(path, MOST).decode("utf-8", "replace") if path.is_file() else ""
+    rows = [re.findall(LITERAL, line) for line in text.splitlines()[1:]]
+    return [[ast.literal_eval(word) for word in row] if len(row) == 2 else ["", ""] for row in rows]
+
+
+def spectrogram(data: bytes) -> bytes:
+    """An encoded sound -> a PNG: time to the right, pitch upwards up to 8 kHz, loud is bright."""
+    samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+    padded = np.pad(samples[:, 0], WINDOW // 2)
+    starts = np.linspace(0, max(0, len(padded) - WINDOW), COLUMNS).astype(int)
+    frames = np.resize(padded, max(len(padded), WINDOW))[starts[:, None] + np.arange(WINDOW)] * np.hanning(WINDOW)
+    power = np.square(np.abs(np.fft.rfft(frames)))[:, :WINDOW * 8000 // rate]                       # (COLUMNS, bins)
+    level = 10 * np.log10(np.maximum(power, 1e-9))
+    shade = (np.clip((level - level.max()) / DEPTH + 1, 0, 1) * 255).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(shade.T[::-1]).resize((COLUMNS, ROWS)).save(file, "PNG")
+    return file.getvalue()
+
+
+def _url(data: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def _config(path: Path) -> str:

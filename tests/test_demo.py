@@ -1,5 +1,7 @@
 """The demo: captions on the terminal, and a page that shows them, whatever is wrong with a file or ends the run."""
 
+import itertools
+import random
 import re
 import signal
 import socket
@@ -13,6 +15,7 @@ import soundfile
 from PIL import Image
 
 import mmtx
+from mmtx.data.media import load_audio
 
 DEMO = Path(__file__).parents[1] / "demos" / "caption.py"
 
@@ -22,16 +25,16 @@ def folder(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     tiny_model.save(folder / "model")
     (folder / "media").mkdir()
-    random = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for name in ("a.png", "<b>&.png"):
-        Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / "media" / name)
-    soundfile.write(folder / "media" / "c.wav", 0.5 * random.standard_normal(4000).clip(-1, 1), 16_000)
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / "media" / name)
+    soundfile.write(folder / "media" / "c.wav", 0.5 * rng.standard_normal(4000).clip(-1, 1), 16_000)
     (folder / "media" / "broken.png").write_bytes((folder / "media" / "a.png").read_bytes()[:60])
     return folder
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, DEMO, *arguments, "--model", "model"], cwd=folder, stdout=subprocess.PIPE,
+def start(folder: Path, *arguments: str, demo: Path = DEMO) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, demo, *arguments, "--model", "model"], cwd=folder, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True)
 
 
@@ -74,3 +77,61 @@ def test_a_page_that_cannot_be_written_is_told_before_any_work(folder):
     process = start(folder, "media/a.png", "--page", "nowhere/page.html")
     out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (2, "") and "cannot be written" in err
+
+
+@pytest.mark.parametrize(("script", "mine", "other", "told"), [
+    ("image_captioning.py", ["media/<b>&.png", "media/a.png"], "media/c.wav", "media/c.wav: found audio, expected a picture"),
+    ("audio_captioning.py", ["media/c.wav"], "media/a.png", "media/a.png: found image, expected a sound")])
+def test_a_script_for_one_kind_captions_that_and_names_the_rest(folder, script, mine, other, told):
+    process = start(folder, "media", other, "nothing.png", demo=DEMO.with_name(script))
+    out, err = process.communicate(timeout=120)
+    model = mmtx.load(folder / "model", device="cpu")
+    assert out == "".join(f"{name}\t{mmtx.escape(model.caption(folder / name))}\n" for name in mine)
+    assert process.returncode == 1 and f"error: {told}\nerror: nothing.png: no such file or folder\n" in err
+    assert ("media/broken.png: not a whole picture" in err) == (script == "image_captioning.py") and "Traceback" not in err
+
+
+def test_what_words_read_of_a_picture_is_drawn(folder):
+    pytest.importorskip("matplotlib")
+    process = start(folder, "media/a.png", "--attention", "read.png", demo=DEMO.with_name("image_captioning.py"))
+    assert process.communicate(timeout=120)[1] == "" and process.returncode == 0
+    assert np.asarray(Image.open(folder / "read.png").convert("L")).std() > 5
+
+
+def test_a_sound_is_captioned_piece_by_piece(folder):
+    process = start(folder, "media/c.wav", "--every", "0.1", demo=DEMO.with_name("audio_captioning.py"))
+    out, err = process.communicate(timeout=120)
+    samples, rate = soundfile.read(folder / "media" / "c.wav", dtype="float32")
+    model = mmtx.load(folder / "model", device="cpu")
+    whole = load_audio(samples, model.tokenizers["audio"].rate, source_rate=rate)
+    pieces = whole.split(model.tokenizers["audio"].rate // 10)
+    captions = model.caption([mmtx.Audio(piece) for piece in pieces])
+    assert (out, err) == ("".join(f"media/c.wav {n / 10:g}s\t{mmtx.escape(caption)}\n" for n, caption in enumerate(captions)), "")
+    assert len(pieces) == 3 and process.returncode == 0
+
+
+def test_the_head_of_a_verb_is_chosen_and_judged_by_different_animals(folder):
+    process = subprocess.Popen([sys.executable, DEMO.with_name("attention.py"), "--model", "model", "--pairs", "3"], cwd=folder,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    head, *lines = out.splitlines()
+    layer, number = map(int, re.match(r"layer (\d+) of 0 to 1, head (\d+) of 0 to 3; 3 sentences", head).groups())
+    model = mmtx.load(folder / "model", device="cpu")
+
+    def read(animals: list[tuple[str, str]], sentence: str) -> np.ndarray:
+        """What "was" reads of the last pieces of the nouns, by sentence, layer and head."""
+        told = []
+        for first, second in animals:
+            found = model.attention("", sentence.format(first, second))
+            places = {word.text.strip(" ."): word.places[-1] for word in found.words}
+            told.append(found.weights[:, :, places["was"]][:, :, [places[first], places[second]]].numpy())
+        return np.stack(told)
+
+    pairs = [random.Random(0).sample(list(itertools.permutations(animals, 2)), 3) for animals in (
+        ("dog", "cat", "fox", "horse", "goat", "bear", "wolf", "cow"), ("lion", "rabbit", "mouse", "pig", "duck", "sheep", "tiger", "bird"))]
+    margins = np.subtract(*np.moveaxis(read(pairs[0], "The {} that chased the {} was tired.").mean(0), -1, 0))
+    assert margins[layer, number] == pytest.approx(margins.max())
+    judged = read(pairs[1], "The {} chased the {} that was tired.")[:, layer, number]
+    found = re.search(r"this head +A ([\d.e-]+), B ([\d.e-]+); A more than B: ([\d.]+)", lines[5])
+    assert [float(word) for word in found.groups()] == pytest.approx([*judged.mean(0), (judged[:, 0] > judged[:, 1]).mean()], rel=0.06)

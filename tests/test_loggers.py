@@ -1,17 +1,24 @@
 """Where the numbers of a run go: metrics.csv always, TensorBoard by default, and whatever else `--trainer.logger` names."""
 
 import csv
+import json
+import re
 import struct
+import subprocess
 from pathlib import Path
 
 import pytest
 import runs
+import soundfile
+import torch
 import yaml
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 from test_output import room
 
+import mmtx
 from mmtx.errors import InputError
+from mmtx.run_page import run_page
 from mmtx.training.callbacks import contact_sheet
 from mmtx.training.decoder import DecoderModule
 from mmtx.training.loggers import EventFile, Metrics, TensorBoard
@@ -113,6 +120,41 @@ def test_tensorboard_has_the_samples(whole):
 
     sheet = Image.open(whole / "samples" / "step-000003.png")
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(picture.encoded_image_string))), np.asarray(sheet))
+
+
+def test_a_log_gets_a_line_for_each_step_and_sounds_can_be_heard(fit, monkeypatch, capsys):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    folder = fit("log", "--trainer.enable_progress_bar", "true", "--samples", "10")
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert "\r" not in out + err and "\x1b" not in out and "%|" not in err
+    told = [re.fullmatch(r"step (\d) of 4: (?:(train)/loss ([\d.]+), [\d.e+]+ steps/s|(val)/loss_\w+ .*)", line) for line in lines]
+    assert [(one[1], one[2] or one[4]) for one in told] == [
+        ("1", "train"), ("2", "train"), ("3", "train"), ("3", "val"), ("4", "train")]
+    losses = [float(row["train/loss"]) for row in table(folder) if row["train/loss"]]
+    assert [float(one[3]) for one in told if one[3]] == pytest.approx(losses, rel=1e-3)
+
+    rows = (folder / "samples" / "step-000003.txt").read_text().splitlines()[1:]
+    notes = [number for number, row in enumerate(rows) if re.search(r"[A-G]( sharp)? -?\d'$", row)]
+    assert len(rows) == 10 and len(notes) == 4
+    assert sorted(path.name for path in folder.glob("samples/*.ogg")) == [f"step-000003-{number:02d}.ogg" for number in notes]
+    sound, rate = soundfile.read(folder / "samples" / f"step-000003-{notes[0]:02d}.ogg")
+    assert rate == 16_000 and 1 < len(sound) / rate < 3 and sound.std() > 0
+
+    page = run_page(folder)
+    assert page.count("<audio") == page.count('alt="spectrogram"') == 4 and page.count('alt="samples"') == 1
+    assert all(f"<h3>{section}</h3>" in page for section in ("Loss", "Loss by modality", "Gradients and stability", "Schedule and batches"))
+
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    fit("silent", "--trainer.enable_progress_bar", "true", "--trainer.max_steps", "1")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_run_tells_what_it_was_made_with(whole):
+    facts = json.loads((whole / "metrics" / "environment.json").read_text())
+    made = subprocess.run(["git", "-C", Path(mmtx.__file__).parents[1], "rev-parse", "HEAD"], capture_output=True, text=True)
+    assert (facts["commit"] or "").split(" ")[0] == made.stdout.strip()
+    assert (facts["mmtx"], facts["torch"], facts["device"], facts["processes"]) == (mmtx.__version__, torch.__version__, "cpu", 1)
 
 
 @pytest.fixture(scope="module")

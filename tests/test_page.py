@@ -1,11 +1,13 @@
-"""The page of `mmtx demo` in headless Chromium: MMTX_CHROMIUM names it, or a `chromium` on the path."""
+"""The page of `mmtx demo` in headless Chromium: MMTX_CHROMIUM names it, or a `chromium` on the path (Debian: apt install chromium)."""
 
+import base64
 import io
 import json
 import os
 import re
 import shutil
 import tarfile
+import time
 import urllib.error
 import urllib.request
 
@@ -16,6 +18,7 @@ from PIL import Image
 from test_serving import ROOT, Process, item, marked
 
 import mmtx
+from mmtx.cli import main
 
 pytest.importorskip("fastapi")
 CHROMIUM = os.environ.get("MMTX_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
@@ -38,10 +41,43 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def demo():
-    process = Process(ROOT / "demos" / "starter", command="demo", name="starter")
+def maker():
+    return mmtx.load(ROOT / "demos" / "generate", "cpu")
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory):
+    """Ten pictures and two notes of the training data, with their captions."""
+    folder = tmp_path_factory.mktemp("training")
+    for name, count in (("images-train-000", 10), ("sounds-train-000", 2)):
+        with tarfile.open(ROOT / "demos" / "data" / "starter" / f"{name}.tar.gz") as archive:
+            for member in archive.getmembers()[:2 * count]:
+                (folder / member.name).write_bytes(archive.extractfile(member).read())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def demo(training):
+    process = Process(ROOT / "demos" / "starter", "--generate_model", str(ROOT / "demos" / "generate"), "--train", str(training),
+                      command="demo", name="starter")
     yield process
     process.close()
+
+
+def asked(demo, route: str, **body):
+    """What a route of the page answers, or the status and the message of its refusal."""
+    request = urllib.request.Request(demo.address + route, json.dumps({"model": "starter", **body}).encode(),
+                                     {"Content-Type": "application/json"})
+    try:
+        return json.load(urllib.request.urlopen(request, timeout=60))
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)["error"]["message"]
+
+
+def opened(url: str):
+    """What a data URL holds: pixels, or samples."""
+    data = base64.b64decode(url.partition(",")[2])
+    return np.asarray(Image.open(io.BytesIO(data))) if url.startswith("data:image") else soundfile.read(io.BytesIO(data))[0]
 
 
 @pytest.fixture(scope="module")
@@ -92,17 +128,18 @@ def pixels(page, selector: str) -> np.ndarray:
 def test_the_page_is_served_with_its_rules(demo):
     with urllib.request.urlopen(demo.address + "/", timeout=20) as answer:
         text, policy = answer.read().decode(), answer.headers["Content-Security-Policy"]
-    assert "<h1>starter</h1>" in text and "image audio" in text and "{{" not in text
+    assert "<h1>starter</h1>" in text and "{{" not in text
+    settings = json.loads(re.search(r'id="settings">(.*?)</script>', text)[1])
+    assert (settings["kinds"], settings["makes"], settings["nearest"]) == (["image", "audio"], ["image", "audio"], True)
+    files = {path.stem: path.read_bytes() for path in (ROOT / "demos" / "examples").iterdir() if path.suffix in (".webp", ".ogg")}
+    assert {one["name"]: base64.b64decode(one["data"]) for one in settings["examples"]} == files and len(files) == 5
     assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy
     assert not re.search(r"(?:src|href)=.https?:", text)
 
 
 def test_attention_of_the_page_is_that_of_the_model(demo, model, media):
     for data in media[1:3]:
-        body = {"model": "starter", "messages": [{"role": "user", "content": [item(data)]}], "answer": "a cat", "rollout": True}
-        request = urllib.request.Request(demo.address + "/demo/attention", json.dumps(body).encode(),
-                                         {"Content-Type": "application/json"})
-        told = json.load(urllib.request.urlopen(request, timeout=30))
+        told = asked(demo, "/demo/attention", messages=[{"role": "user", "content": [item(data)]}], answer="a cat", rollout=True)
         found = model.attention([marked(data)], "a cat")
         assert told["words"] == [word.text for word in found.words] and told["layers"] == [0, 1, 2, 3]
         (medium,) = found.media
@@ -112,11 +149,68 @@ def test_attention_of_the_page_is_that_of_the_model(demo, model, media):
 
 
 def test_the_weights_of_long_texts_are_not_computed(demo):
-    body = {"model": "starter", "messages": [{"role": "user", "content": "a b " * 1000}], "answer": "a"}
-    request = urllib.request.Request(demo.address + "/demo/attention", json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with pytest.raises(urllib.error.HTTPError) as error:
-        urllib.request.urlopen(request, timeout=30)
-    assert error.value.code == 400 and "expected up to 1024" in json.load(error.value)["error"]["message"]
+    status, told = asked(demo, "/demo/attention", messages=[{"role": "user", "content": "a b " * 1000}], answer="a")
+    assert status == 400 and "expected up to 1024" in told
+
+
+def test_what_is_made_is_what_the_model_makes(demo, maker, media):
+    options = {"temperature": 0.5, "seed": 3}
+    drawn = asked(demo, "/demo/make", out="image", content="red apple", **options)
+    assert np.array_equal(opened(drawn["shown"]), np.asarray(maker.generate("red apple", "image", **options)))
+    played = asked(demo, "/demo/make", out="audio", content="trumpet, C 5", seconds=0.5, **options)
+    expected = maker.generate("trumpet, C 5", "audio", max_new_tokens=40, **options)
+    np.testing.assert_allclose(opened(played["shown"]), expected.samples, atol=1e-4)
+    assert 0.3 < len(expected.samples) / expected.rate <= 0.5
+
+    completed = asked(demo, "/demo/make", out="image", begin=item(media[0]), kept=0.25, content="cat", **options)
+    assert np.array_equal(opened(completed["shown"]), np.asarray(maker.outpaint(mmtx.Image(media[0]), 16, ["cat"], **options)))
+    longer = asked(demo, "/demo/make", out="audio", begin=item(media[2]), seconds=0.5, **options)
+    expected = maker.continue_audio(mmtx.Audio(media[2]), 0.5, **options)
+    np.testing.assert_allclose(opened(longer["shown"]), expected.samples, atol=1e-4)
+
+
+def test_mistakes_in_what_is_made_are_told(demo, media):
+    for body, told in (({"out": "image"}, "content: found nothing"), ({"out": "video"}, "out: Input should be 'image' or 'audio'"),
+                       ({"out": "audio", "begin": item(media[0])}, "begin: found image, expected audio"),
+                       ({"out": "image", "begin": item(media[0][:80])}, "begin.image_url.url: not a whole picture"),
+                       ({"out": "audio", "content": "a", "seconds": 11}, "seconds: Input should be less than or equal to 10"),
+                       ({"out": "audio", "content": "1 2 3 4 5 " * 1000}, "tokens, expected up to 4096 in all")):
+        status, message = asked(demo, "/demo/make", **body)
+        assert status == 400 and told in message
+
+
+def test_nearest_training_samples_are_those_of_the_models_vectors(demo, model, training, media):
+    captions = {path: json.loads(path.with_suffix(".json").read_text())["caption"] for path in sorted(training.iterdir())
+                if path.suffix != ".json"}
+    for _ in range(300):
+        found = asked(demo, "/demo/nearest", content=[item(media[0])])
+        if found["read"] == found["of"] == 12:
+            break
+        time.sleep(0.1)
+    for data in (media[0], media[2]):
+        asked_for = model.embed([marked(data)])
+        alike = {path: float(model.embed([marked(path.read_bytes())]) @ asked_for) for path in captions}
+        expected = sorted(captions, key=alike.get, reverse=True)[:4]
+        found = asked(demo, "/demo/nearest", content=[item(data)])["samples"]
+        assert [one["caption"] for one in found] == [captions[path] for path in expected]
+        np.testing.assert_allclose([one["alike"] for one in found], [alike[path] for path in expected], atol=1e-5)
+    itself = next(path for path in captions if path.suffix == ".webp")
+    first = asked(demo, "/demo/nearest", content=[item(itself.read_bytes())])["samples"][0]
+    assert first["alike"] == pytest.approx(1, abs=1e-5) and first["kind"] == "image"
+    assert np.array_equal(opened(first["shown"]), np.asarray(Image.open(itself).convert("RGB")))
+    assert asked(demo, "/demo/nearest", content="words alone")["samples"] == []
+
+
+@pytest.mark.parametrize(("options", "told"), [
+    (["--examples", "nothing.png"], "nothing.png: no such file or folder"),
+    (["--train", "nothing.jsonl"], "nothing.jsonl"),
+    (["--generate_model", "nothing"], "nothing: no such folder or file")])
+def test_mistakes_of_who_starts_it_are_one_line(options, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", "--port", "0", *options])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and told in err and err.count("\n") == 1
 
 
 def test_an_upload_is_captioned_with_probabilities_and_a_heat_map(page, model, media):
@@ -145,9 +239,61 @@ def test_a_sound_is_captioned_with_the_probability_of_each_word(page, demo, mode
     page.wait_for_selector("#heat:not([hidden])")
     first = pixels(page, "#heat")
     page.locator(".word").last.click()
-    page.wait_for_function("document.querySelector('.word:last-child').getAttribute('aria-pressed') === 'true'")
+    page.wait_for_selector(".word:last-child[aria-pressed=true]")
     page.wait_for_timeout(200)
     assert not np.array_equal(pixels(page, "#heat"), first)
+
+
+def test_an_example_is_captioned_beside_its_neighbours(page, model):
+    example = ROOT / "demos" / "examples" / "trumpet.ogg"
+    page.click("[aria-label='example: trumpet']")
+    assert words_of(page) == model.caption(example)
+    page.wait_for_selector("#alike:not([hidden])")
+    assert page.locator("#near figure").count() == 4 and page.locator("#near audio").count() >= 1
+
+
+def test_a_chat_remembers_what_was_said_and_shown(page, model, media):
+    asked = []
+    page.on("request", lambda request: request.url.endswith("/chat/completions") and asked.append(json.loads(request.post_data)))
+    page.click("[data-tab=chat]")
+    upload(page, media[0], "a.webp")
+    page.fill("#words", "What is it?")
+    page.click("#ask")
+    page.wait_for_selector("body[aria-busy=false] .turn >> nth=1")
+    first = page.locator(".turn").last.inner_text()
+    assert first == model.generate(["What is it?", mmtx.Image(media[0])])
+    page.fill("#words", "And now?")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("body[aria-busy=false] .turn >> nth=3")
+    picture = {"type": "image_url", "image_url": {"url": "data:image/webp;base64," + base64.b64encode(media[0]).decode()}}
+    assert asked[1]["messages"] == [{"role": "user", "content": [{"type": "text", "text": "What is it?"}, picture]},
+                                    {"role": "assistant", "content": first},
+                                    {"role": "user", "content": [{"type": "text", "text": "And now?"}]}]
+    page.click("#anew")
+    assert page.locator(".turn").count() == 0
+
+
+def test_tabs_draw_play_and_go_on(page, maker, media):
+    def made(selector: str):
+        page.wait_for_selector(selector)
+        return opened(page.get_attribute(selector, "src"))
+
+    page.click("[data-tab=make]")
+    page.fill("#words", "red apple")
+    page.fill("#temperature", "0")
+    page.click("#ask")
+    assert np.array_equal(made("#make .made img"), np.asarray(maker.generate("red apple", "image")))
+    page.select_option("#out", "audio")
+    page.fill("#words", "trumpet, C 5")
+    page.fill("#seconds", "0.5")
+    page.click("#ask")
+    np.testing.assert_allclose(made("#make .made audio"), maker.generate("trumpet, C 5", "audio", max_new_tokens=40).samples, atol=1e-4)
+    page.locator("[data-tab=make]").press("ArrowRight")
+    page.fill("#words", "")
+    upload(page, media[0], "a.webp")
+    assert np.array_equal(made("#go_on .made img"), np.asarray(maker.outpaint(mmtx.Image(media[0]))))
+    upload(page, media[2], "a.ogg")
+    np.testing.assert_allclose(made("#go_on .made audio"), maker.continue_audio(mmtx.Audio(media[2]), 0.5).samples, atol=1e-4)
 
 
 @pytest.mark.parametrize("device", ["camera", "microphone"])
@@ -184,8 +330,12 @@ def test_it_fits_a_phone_in_the_light_and_in_the_dark(browser, demo, media, sche
     boxes = [box.bounding_box() for box in page.locator("section").all()]
     assert boxes[0]["y"] + boxes[0]["height"] <= boxes[1]["y"]  # one below the other
     assert (np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("L"))[5, 5] < 60) == (scheme == "dark")
-    small = page.eval_on_selector_all("#drop button, #drop label", "all => all.map(one => one.getBoundingClientRect().height)")
+    small = page.eval_on_selector_all("[role=tab], #drop button, #drop label, #examples button", "all => all.map(one => one.getBoundingClientRect().height)")
     assert min(small) >= 44  # as wide as a thumb
+    for tab in ("chat", "make", "go_on"):
+        page.click(f"[data-tab={tab}]")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    page.click("[data-tab=say]")
     if folder := os.environ.get("MMTX_SCREENSHOTS"):
         page.screenshot(path=f"{folder}/demo-{scheme}.png", full_page=True)
     context.close()

@@ -1,9 +1,15 @@
 """`mmtx report`: the page of a run says what its files say, whatever stands in them, and needs nothing beside it."""
 
+import base64
+import html
+import io
 import re
 from html import unescape
 
+import numpy as np
 import pytest
+import soundfile
+import yaml
 from PIL import Image
 
 import mmtx
@@ -45,6 +51,55 @@ def test_the_page_shows_the_run(run, capsys):
     # The curve of train/loss: steps 0, 1, 3 from the left to the right, 5.5 at the top, 3.5 at the bottom.
     points = re.search(r'points="([^"]+)"><title>train/loss', page)[1].split()
     assert points == ["8.0,16.0", "142.7,88.5", "412.0,132.0"]
+    assert "<h3>Loss</h3>" in page and "<h3>Other figures</h3>" in page and "Codebook" not in page
+
+
+def test_the_page_plays_sounds_and_says_where_the_run_came_from(run):
+    rate, time = 16_000, np.arange(16_000) / 16_000
+    for row, tone in ((0, 1000), (1, 4000)):
+        soundfile.write(run / "samples" / f"step-000003-{row:02d}.ogg", 0.5 * np.sin(2 * np.pi * tone * time), rate)
+    soundfile.write(run / "samples" / "step-000001-00.ogg", np.zeros(100), rate)  # of an earlier validation
+    rows = ["predicted true", """'tone' "it's a tone\\x1b" """, "'<b>'          '<b>'"]
+    (run / "samples" / "step-000003.txt").write_text("\n".join(rows) + "\n")
+    (run / "metrics" / "environment.json").write_text('{"commit": "<abc>", "device": "cpu", "torch": null}')
+    page = run_page(run)
+    assert "Made with commit &lt;abc&gt;, device cpu." in page
+    sounds = re.findall(r'alt="spectrogram" src="data:image/png;base64,([^"]+)"><audio [^>]*src="data:audio/ogg;base64,([^"]+)"></audio>'
+                        r"<figcaption>(.*?)</figcaption>", page)
+    assert [told for _, _, told in sounds] == [
+        '<b class="wrong">tone</b><br>it&#x27;s a tone\\x1b', '<b class="right">&lt;b&gt;</b><br>&lt;b&gt;']
+    for (shown, data, _), tone in zip(sounds, (1000, 4000)):
+        assert base64.b64decode(data) == (run / "samples" / f"step-000003-{int(tone == 4000):02d}.ogg").read_bytes()
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(shown)))).astype(float)
+        loudest = pixels[:, 100:300].mean(1).argmax()
+        assert abs(loudest - (1 - tone / 8000) * len(pixels)) <= 2   # low tones below
+    (run / "samples" / "step-000003-00.ogg").write_bytes(b"noise")
+    with pytest.raises(mmtx.InputError, match=r"step-000003-00\.ogg: not a sound that can be read"):
+        run_page(run)
+
+
+def test_figures_beside_controls_are_part_of_the_page(run, tiny_model, tmp_path, capsys):
+    """`--evaluate` says what `mmtx evaluate` says of the run's own configuration, and later reports say it again."""
+    random = np.random.default_rng(0)
+    for split in ("train", "held-out"):
+        (tmp_path / split).mkdir()
+        for number in range(4):
+            Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / split / f"{number}.png")
+            (tmp_path / split / f"{number}.txt").write_text(f"caption {number}")
+    data = {name: [{"paths": [str(tmp_path / split)]}] for name, split in (("train", "train"), ("validation", "held-out"))}
+    (run / "metrics" / "config.yaml").write_text(yaml.safe_dump(
+        {"model": {"init_args": {}}, "data": {"init_args": {"tokenizers": {}, **data}}}))
+    main(["report", str(run), "--evaluate", "--device", "cpu"])
+    out = capsys.readouterr().out.splitlines()
+    assert out == [str(run / "evaluation.txt"), str(run / "report.html")]
+    main(["evaluate", "--config", str(run / "metrics" / "config.yaml"), "--model", str(run / "model"), "--show", "16", "--device", "cpu"])
+    told = capsys.readouterr().out
+    assert (run / "evaluation.txt").read_text() == told.strip("\n") + "\n" and "strongest control" in told
+    assert re.search(r"exact caption +\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\] +\d\.\d{3} \[", told)
+    first = (run / "report.html").read_text()
+    assert html.escape(told.strip()) in first and "Held-out figures beside controls" in first
+    main(["report", str(run)])
+    assert (run / "report.html").read_text() == first
 
 
 def test_a_long_curve_is_thinned_to_means():

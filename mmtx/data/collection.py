@@ -1,5 +1,6 @@
 """Which samples a run trains on and is judged by: the `train` and `validation` lists of every config."""
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -149,5 +150,6 @@ def to_stderr(line: str) -> None:
 
 
 def progress(name: str) -> Callable[[Iterable], Iterable]:
-    """A progress bar for long work: `progress("encode")(items)`."""
-    return lambda items: tqdm(items, desc=name, leave=False)
+    """A progress bar for long work: `progress("encode")(items)`; none where it would fill a log."""
+    quiet = {} if "TQDM_DISABLE" in os.environ else {"disable": None}  # None: where stderr is no terminal
+    return lambda items: tqdm(items, desc=name, leave=False, **quiet)

@@ -341,8 +341,9 @@ def as_refused(error: Exception) -> Refused:
     return Refused(500, "the server failed; its log says why")
 
 
-def serve(model: Model, name: str, host: str, port: int, limits: Limits, key: str | None, page: bool = False) -> None:
-    """Answer until SIGINT or SIGTERM; with `page`, there is one for people."""
+def serve(model: Model, name: str, host: str, port: int, limits: Limits, key: str | None,
+          page: Callable[[FastAPI], None] | None = None) -> None:
+    """Answer until SIGINT or SIGTERM; `page` adds one for people."""
     import uvicorn
 
     try:
@@ -352,9 +353,7 @@ def serve(model: Model, name: str, host: str, port: int, limits: Limits, key: st
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or the body of an answer waits 40 ms for word of its head
     app = make_app(model, name, limits, key, host in LOOPBACK)
     if page:
-        from mmtx.serving.page import add_page
-
-        add_page(app)
+        page(app)
     print(f"{name} answers at http://{host}:{listener.getsockname()[1]}/{'' if page else 'v1'}", flush=True)
     config = uvicorn.Config(app, log_level="warning", timeout_keep_alive=30, timeout_graceful_shutdown=10, server_header=False,
                             limit_concurrency=8 * limits.requests)

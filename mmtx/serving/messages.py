@@ -134,7 +134,7 @@ def to_document(model: Model, messages: Sequence[Message], limits: Limits) -> Do
 def read_parts(model: Model, content: Content, limits: Limits, where: str) -> tuple[TextPart | ReadMedium, ...]:
     """Text, pictures and sounds as they stand in a message -> their parts, media still to be encoded."""
     items = [TextItem(type="text", text=content)] if isinstance(content, str) else content
-    return tuple(read_part(model, _medium(item, limits, f"{where}[{number}]"), limits, f"{where}[{number}]")
+    return tuple(read_part(model, to_medium(item, limits, f"{where}[{number}]"), limits, f"{where}[{number}]")
                  for number, item in enumerate(items))
 
 
@@ -160,7 +160,7 @@ def picture(data: bytes, limits: Limits, where: str) -> Image:
     return Image(data)
 
 
-def _medium(item: TextItem | ImageItem | AudioItem, limits: Limits, where: str) -> str | Image | Audio:
+def to_medium(item: TextItem | ImageItem | AudioItem, limits: Limits, where: str) -> str | Image | Audio:
     if isinstance(item, TextItem):
         if len(item.text) > (most := LONGEST * limits.tokens):  # before it takes seconds to find its pieces
             raise InputError(f"{where}: found {len(item.text)} characters, expected up to {most}")

@@ -1,10 +1,15 @@
 """What a run leaves behind: its configuration, the finished model folder, and samples that one can look at."""
 
 import io
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import soundfile
 import torch
 from jsonargparse import Namespace
 from lightning import Callback, LightningModule, Trainer
@@ -13,12 +18,14 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image, ImageDraw
 
+from mmtx import __version__
 from mmtx.data.prepare import write
 from mmtx.data.storage import redacted
 from mmtx.data.tokens import to_documents
-from mmtx.files import check_target
+from mmtx.files import PACKAGE, check_target, write_json
 from mmtx.inference.sampling import Sampling
 from mmtx.modality.modality import MODALITIES
+from mmtx.pipeline import Sound, to_sound
 from mmtx.training.checkpoint import check_finite
 from mmtx.training.codec import CodecModule
 from mmtx.training.decoder import DecoderModule, with_captions
@@ -26,16 +33,47 @@ from mmtx.training.loggers import Metrics, writing
 from mmtx.training.private import data_of
 from mmtx.training.sharding import whole
 
-TILE = 96  # pixels a side of a picture on a contact sheet
+TILE = 96   # pixels a side of a picture on a contact sheet
+SOUNDS = 8  # sounds of a validation that can be listened to
 
 
 class ProgressBar(TQDMProgressBar):
-    """The stock bar without the logger's version, which tells nothing here."""
+    """The stock bar without the logger's version, which tells nothing here. Where it would fill a log, for what is printed goes
+    to a file or a pipe, there is a line for each logged step and for each validation instead; with TQDM_DISABLE=1 nothing.
+    """
+
+    def __init__(self):
+        self.plain = not sys.stdout.isatty() and "ipykernel" not in sys.modules
+        super().__init__(refresh_rate=0 if self.plain else 1)
+        self.told, self.since = 0, (0, time.monotonic())  # the last step that was told; step and time of the one before
 
     def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict:
         metrics = super().get_metrics(trainer, module)
         metrics.pop("v_num", None)
         return metrics
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        super().on_train_start(trainer, module)
+        self.told, self.since = trainer.global_step, (trainer.global_step, time.monotonic())
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *given: Any) -> None:
+        super().on_train_batch_end(trainer, module, *given)
+        step = trainer.global_step
+        if step != self.told and step % trainer.log_every_n_steps == 0:
+            now, (before, then) = time.monotonic(), self.since
+            self.told, self.since = step, (step, now)
+            self._tell(trainer, module, "train/", f"{(step - before) / max(now - then, 1e-9):.3g} steps/s")
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        super().on_validation_end(trainer, module)
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self._tell(trainer, module, "val/")
+            self.since = (trainer.global_step, time.monotonic())
+
+    def _tell(self, trainer: Trainer, module: LightningModule, prefix: str, *more: str) -> None:
+        if self.plain and trainer.is_global_zero and os.environ.get("TQDM_DISABLE", "0") in ("", "0"):
+            figures = [f"{name} {value:.4g}" for name, value in self.get_metrics(trainer, module).items() if name.startswith(prefix)]
+            print(f"step {trainer.global_step} of {trainer.max_steps}: {', '.join([*figures, *more])}", flush=True)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -57,6 +95,26 @@ class SaveConfig(SaveConfigCallback):
         with writing(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
         write(path, self.parser.dump(self.config, skip_none=False).encode())
+        write(path.with_name("environment.json"), write_json(environment(trainer)))
+
+
+def environment(trainer: Trainer) -> dict[str, Any]:
+    """What a run was made with, beside its configuration."""
+    accelerator = torch.cuda.get_device_name() if trainer.strategy.root_device.type == "cuda" else trainer.strategy.root_device.type
+    return {"mmtx": __version__, "commit": commit(), "python": sys.version.split()[0], "torch": torch.__version__,
+            "device": accelerator, "processes": trainer.world_size}
+
+
+def commit() -> str | None:
+    """The commit of the checkout that the package lies in, "+ changes" where its files differ from it; None where there is none."""
+    git = lambda *words: subprocess.run(["git", "-C", PACKAGE.parent, *words], capture_output=True, text=True, timeout=20,
+                                        check=True).stdout
+    if not (PACKAGE.parent / ".git").exists():
+        return None
+    try:
+        return git("rev-parse", "HEAD").strip() + (" + changes" if git("status", "--porcelain", "-uno").strip() else "")
+    except (OSError, subprocess.SubprocessError):  # no git, or a checkout of somebody else
+        return None
 
 
 def without_secrets(value: Any) -> Any:
@@ -90,9 +148,11 @@ class SaveModel(Callback):
 
 
 class ShowSamples(Callback):
-    """After each validation: captions of held-out samples as text, and pictures as a contact sheet.
+    """After each validation: captions of held-out samples as text, pictures as a contact sheet, and the first sounds as their codes
+    tell them, `step-S-N.ogg` of row N of the text.
 
-    For a codec the sheet shows originals above their reconstructions. Loggers of TensorBoard get both.
+    For a codec the sheet shows originals above their reconstructions, and sounds are rows of the two in turn. Loggers of TensorBoard
+    get text and sheet.
     """
 
     def __init__(self, folder: str | Path, count: int = 16):
@@ -135,6 +195,9 @@ class ShowSamples(Callback):
                 picture = MODALITIES[part.kind].get("picture")(module.tokenizers[part.kind], part.array)
                 tiles.append((picture, f"{caption}\n({sample.caption})"))
         self._sheet(trainer, tiles, path)
+        heard = [(row, part) for row, document in enumerate(documents) for turn in document.turns for part in turn.parts
+                 if part.kind == "audio"][:SOUNDS]
+        self._sounds({row: to_sound(module.tokenizers["audio"], part.codes) for row, part in heard}, path)
 
     def _reconstructions(self, trainer: Trainer, module: CodecModule, path: Path) -> None:
         batch = next(iter(data_of(trainer).val_dataloader()))
@@ -143,6 +206,17 @@ class ShowSamples(Callback):
         pairs = zip(module.tokenizer.pictures(media), module.tokenizer.pictures(output), strict=True)
         pictures = [picture for pair in pairs for picture in pair]
         self._sheet(trainer, [(p, "reconstruction" if i % 2 else "original") for i, p in enumerate(pictures)], path)
+        if hasattr(module.tokenizer, "waveform"):
+            tokenizer = module.tokenizer
+            waves = [wave for medium in media[:SOUNDS // 2] for wave in (medium, tokenizer.decode(tokenizer.encode(medium)))]
+            self._sounds({row: Sound(wave.float().cpu().numpy(), tokenizer.rate) for row, wave in enumerate(waves)}, path)
+
+    @staticmethod
+    def _sounds(sounds: dict[int, Sound], path: Path) -> None:
+        for row, sound in sounds.items():
+            file = io.BytesIO()
+            soundfile.write(file, sound.samples, sound.rate, format="OGG")
+            write(path.with_name(f"{path.name}-{row:02d}.ogg"), file.getvalue())
 
     @staticmethod
     def _sheet(trainer: Trainer, tiles: list[tuple[torch.Tensor, str]], path: Path) -> None:

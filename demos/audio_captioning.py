@@ -1,0 +1,71 @@
+"""Say what sounds are: on the terminal, or on a page to try it with.
+
+    python demos/audio_captioning.py                                   # a page: files, microphone, examples (needs mmtx[serve])
+    python demos/audio_captioning.py trumpet.wav recordings/           # a line for each sound
+    python demos/audio_captioning.py speech.wav --every 2              # a line for every two seconds of it
+
+`demos/caption.py` writes pictures and sounds with their captions as one HTML page.
+"""
+
+import argparse
+import sys
+
+import mmtx
+from mmtx.cli import main as command
+from mmtx.data.media import load_audio
+from mmtx.data.sample import kind_of
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Say what sounds are.")
+    parser.add_argument("files", nargs="*", metavar="FILE", help="files, folders or URLs of sounds; none: open the page")
+    parser.add_argument("--model", help="model folder, default: the one that comes with mmtx")
+    parser.add_argument("--every", type=float, metavar="SECONDS", help="caption pieces of this length; default: whole sounds")
+    options = parser.parse_args()
+    if options.every is not None and not 0.1 <= options.every <= 600:
+        parser.error(f"--every: found {options.every:g}, expected 0.1 to 600 seconds")
+    if not options.files:
+        return command(["demo", *(["--model", options.model] if options.model else [])])
+
+    status = 0
+    try:
+        model = mmtx.load(options.model)
+        files = list(wanted(options.files))
+        found = mmtx.caption_files(model, files) if options.every is None else pieces(model, files, options.every)
+        for name, caption, error in found:
+            if error is not None:
+                print(f"error: {error}", file=sys.stderr)
+                status = 1
+            else:
+                print(f"{mmtx.display(name)}\t{mmtx.escape(caption)}", flush=True)
+    except mmtx.InputError as error:
+        sys.exit(f"error: {error}")
+    sys.exit(status)
+
+
+def pieces(model: mmtx.Model, files: list, seconds: float):
+    """Names with the second at which a piece begins, captions and errors of sounds piece by piece."""
+    rate = model.tokenizers["audio"].rate
+    for file in files:
+        try:
+            if isinstance(file, mmtx.InputError):
+                raise file
+            parts = load_audio(file, rate).split(round(seconds * rate))
+            captions = model.caption([mmtx.Audio(part) for part in parts])
+        except mmtx.InputError as error:
+            yield str(file), None, error
+        else:
+            yield from ((f"{file} {seconds * n:g}s", caption, None) for n, caption in enumerate(captions))
+
+
+def wanted(names: list[str]):
+    """Files of a sound each, those of other kinds left out of folders; what is wrong with a name as its error."""
+    for file in mmtx.find_media(names):
+        if isinstance(file, mmtx.InputError) or (kind := kind_of(file)) in ("audio", None):
+            yield file
+        elif file in names:
+            yield mmtx.InputError(f"{mmtx.display(file)}: found {kind}, expected a sound")
+
+
+if __name__ == "__main__":
+    main()
