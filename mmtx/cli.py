@@ -259,7 +259,8 @@ def _source(options: argparse.Namespace, paths: Sequence[str]):
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default=None, help="model folder, default: the one that comes with mmtx")
+    parser.add_argument("--model", default=None, help="model folder, or user/model on the Hugging Face hub; default: the one "
+                        "that comes with mmtx")
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; default: the GPU if there is one")
 
 
