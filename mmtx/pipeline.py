@@ -18,7 +18,7 @@ from functools import cached_property
 from numbers import Integral, Real
 from operator import index
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -135,6 +135,14 @@ def load(folder: str | Path | None = None, device: str | torch.device | None = N
     Raises:
         InputError: the folder is not a whole model, or does not fit its tokenizers.
     """
+    config, vocabulary, tokenizers, folder = read_model(folder)
+    decoder = load_module(lambda: Decoder(config), folder / "model.safetensors")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Model(decoder, vocabulary, tokenizers).to(device).prepare_for_inference()
+
+
+def read_model(folder: str | Path | None) -> tuple[DecoderConfig, Vocabulary, dict[str, Tokenizer], Path]:
+    """What `load` reads beside the weights of the decoder, all of which fits together, and where it lies."""
     folder = shipped(DEFAULT_MODEL) if folder is None else find_model(folder)
     config = _read_config(folder)
     vocabulary = Vocabulary.load(folder / "vocabulary.json")
@@ -152,9 +160,7 @@ def load(folder: str | Path | None = None, device: str | torch.device | None = N
         given = tokenizers[kind].encoder_config
         if encoder.patch != (found := given.patch if given else 0):
             raise InputError(f"{folder}: the decoder takes patches of {kind} of {encoder.patch} numbers, its tokenizer gives {found}")
-    decoder = load_module(lambda: Decoder(config), folder / "model.safetensors")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Model(decoder, vocabulary, tokenizers).to(device).prepare_for_inference()
+    return config, vocabulary, tokenizers, folder
 
 
 def _read_config(folder: Path) -> DecoderConfig:
@@ -492,8 +498,16 @@ class Model:
     # -- Media and ids ---------------------------------------------------------------------------------------
 
     @neutral()
-    def tokenize(self, parts: Any) -> list[int]:
-        """Text, pictures and sounds (as in `generate`) -> ids of a plain document, <bos> and <eos> included."""
+    def tokenize(self, parts: Any, format: Literal["document", "chat"] = "document", out: str = "text") -> list[int]:
+        """Text, pictures and sounds (as in `generate`) -> their ids.
+
+        Those of a plain document, <bos> and <eos> included; or, with "chat", the prompt that `generate` would answer with `out`,
+        for engines that take ids.
+        """
+        if format not in ("document", "chat"):
+            raise InputError(f"format: found {format!r:.40}, expected document or chat")
+        if format == "chat":
+            return [*self._prompt(parts).ids.tolist(), *self._size_prefix(out, None)]
         return render(Document((Turn(None, self._parts(parts)),)), self.vocabulary).ids.tolist()
 
     @neutral()
