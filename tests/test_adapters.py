@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import runs
 import torch
 from test_export import sharpen
 from test_interop import full, media, save_model  # noqa: F401
@@ -77,6 +78,24 @@ def test_adapters_and_new_rows_train_and_peft_alone_gives_the_same_model(starts,
         found = theirs(ids[None]).logits[0]
     assert (full(before, ids) - full(after, ids)).abs().max() > 0.05
     assert torch.allclose(full(after, ids), found, atol=1e-4)
+
+
+def test_a_killed_run_goes_on_bit_by_bit(starts, tmp_path):
+    """Model, adapters and figures; with dropout, which draws anew at every step."""
+    model, data = arguments(starts["qwen2"])
+    model["lora"] |= {"dropout": 0.1}
+    config = {"seed_everything": 0, "save_every": 2, "ema": 0.9, "model": section("decoder.DecoderModule", **model),
+              "data": section("decoder.DecoderData", **{**data, "num_workers": 1, "image_augmentation": {}, "audio_augmentation": {}}),
+              "trainer": {**TRAINER, "max_steps": 6}}
+    assert runs.fit(config, tmp_path / "whole") == [0], (tmp_path / "whole.log").read_text()
+    processes = runs.start(config, tmp_path / "killed")
+    runs.wait_for(lambda: runs.latest(tmp_path / "killed") >= 2, processes)
+    runs.kill(processes)
+    assert not (tmp_path / "killed" / "model").exists()
+    assert runs.fit(config, tmp_path / "killed", "--ckpt_path", "last") == [0], (tmp_path / "killed.log").read_text()
+    assert runs.results(tmp_path / "killed") == runs.results(tmp_path / "whole")
+    adapters = [(tmp_path / run / "adapter" / "adapter_model.safetensors").read_bytes() for run in ("whole", "killed")]
+    assert adapters[0] == adapters[1]
 
 
 def test_a_merged_decoder_scores_as_the_adapted_one(starts):
