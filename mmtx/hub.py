@@ -8,7 +8,7 @@ from typing import Any
 
 from mmtx import __version__
 from mmtx.errors import InputError
-from mmtx.files import find_shipped
+from mmtx.files import find_shipped, require
 from mmtx.model import DecoderConfig
 from mmtx.vocabulary import Vocabulary
 
@@ -62,13 +62,10 @@ def push(name: str, save: Callable[[Path], None], card: str, private: bool | Non
 
 def _asked(failed: str, function: str, *arguments: Any, **options: Any) -> Any:
     """What a function of the library returns. Raises InputError that begins with `failed`."""
+    library = require("huggingface_hub", "hub", failed)
+    from huggingface_hub.errors import HFValidationError, HTTPError
     try:
-        import huggingface_hub
-        from huggingface_hub.errors import HFValidationError, HTTPError
-    except ImportError:
-        raise InputError(f"{failed}: huggingface_hub is not installed, expected pip install 'mmtx[hub]'") from None
-    try:
-        return getattr(huggingface_hub, function)(*arguments, **options)
+        return getattr(library, function)(*arguments, **options)
     except (HTTPError, HFValidationError, OSError) as error:
         said = " ".join(str(error).split())[:200]
         raise InputError(f"{failed} ({type(error).__name__}: {said})") from None

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtx.errors import InputError
-from mmtx.files import CONFIG, read_json, write_json
+from mmtx.files import CONFIG, read_json, require, write_json
 from mmtx.modality.base import Encoding, MediaTokenizer, read_config
 from mmtx.modality.image import ImageConfig, ImageTokenizer
 from mmtx.schema import build as check_settings
@@ -150,7 +150,8 @@ class PretrainedAudio(Pretrained):
     """EnCodec (https://arxiv.org/abs/2210.13438), DAC (https://arxiv.org/abs/2306.06546) or Mimi
     (https://arxiv.org/abs/2410.00037): sound (S,) at `rate` to codes (T, bands), coarse to fine, and back.
 
-    A band is a residual codebook: band b has the codes [b * entries, (b + 1) * entries).
+    A band is a residual codebook: band b has the codes [b * entries, (b + 1) * entries). In the stream all bands of a time step stand
+    one behind another (the flattened pattern): exact, at `bands` ids a step, where a delayed pattern would write them at once.
     """
 
     kind = "audio"
@@ -278,13 +279,7 @@ class PretrainedImage(Pretrained):
 
 
 def require_transformers():
-    """The package, or how to get it."""
-    try:
-        import transformers
-    except ImportError:
-        raise InputError("pretrained codecs: transformers is not installed, expected pip install 'mmtx[pretrained]'"
-                         ) from None
-    return transformers
+    return require("transformers", "pretrained", "pretrained codecs")
 
 
 def build(transformers, name: str, values: dict[str, Any]) -> nn.Module:
