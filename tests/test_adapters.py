@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import runs
@@ -167,7 +168,7 @@ def test_gradient_checkpointing_changes_no_gradient(starts):
     assert len(found[0]) > 8 and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_mistakes_are_told_in_one_line():
+def test_mistakes_are_told_in_one_line(monkeypatch):
     with pytest.raises(InputError, match="found none with lora, expected the model that is to be adapted"):
         DecoderModule(DecoderConfig(**DECODER), lora=LoRA())
     with pytest.raises(InputError, match="lora.rank: found 0, expected 1 to 4096"):
@@ -176,6 +177,10 @@ def test_mistakes_are_told_in_one_line():
         LoRA(parts=("mlp",))
     with pytest.raises(InputError, match="lora.dropout: found 1"):
         LoRA(dropout=1.0)
+    for package, extra, lora in (("peft", "lora", LoRA()), ("bitsandbytes", "qlora", LoRA(load_in_4bit=True))):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(InputError, match=rf"lora.*: {package} is not installed, expected pip install 'mmtx\[{extra}\]'"):
+            adapt(Decoder(DecoderConfig(300, **DECODER)), lora, 280)
 
 
 def test_encoders_train_as_they_are_and_adapters_stand_in_blocks_alone():

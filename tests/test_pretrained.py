@@ -26,11 +26,13 @@ from transformers.models.emu3.configuration_emu3 import Emu3VQVAEConfig  # noqa:
 
 import mmtx  # noqa: E402
 from mmtx.cli import main  # noqa: E402
+from mmtx.document import Document, MediaPart, Turn  # noqa: E402
 from mmtx.errors import InputError  # noqa: E402
 from mmtx.modality.base import load_tokenizer  # noqa: E402
 from mmtx.modality.image import resize  # noqa: E402
 from mmtx.modality.pretrained import PretrainedAudio, PretrainedImage  # noqa: E402
 from mmtx.modality.text import TextTokenizer  # noqa: E402
+from mmtx.sequence import render  # noqa: E402
 
 SOUNDS, PICTURES = ("encodec", "dac", "mimi"), ("emu3", "chameleon")
 
@@ -248,8 +250,9 @@ def test_a_decoder_trains_on_pretrained_codecs_and_keeps_a_copy(folders, tmp_pat
     heard = model.generate(["a red circle"], out="audio", max_new_tokens=12, temperature=1.0, seed=0)
     assert heard.rate == 800 and len(heard.samples) in {steps * audio.hop for steps in range(1, 5)}
     waveform = sound(100)
-    ids = model.tokenize([mmtx.Audio(waveform.numpy(), 800)])[2:-2]  # between <bos> <audio> and </audio> <eos>
-    codes = np.array(ids).reshape(-1, 3) - v.range("audio").start
+    document = Document((Turn(None, (MediaPart("audio", audio.encode(waveform)),)),))
+    ids = render(document, v).ids[2:-2]  # between <bos> <audio> and </audio> <eos>
+    codes = ids.reshape(-1, 3) - v.range("audio").start
     assert len(codes) == audio.grid(waveform)[0] and (codes // audio.entries == [0, 1, 2]).all()
     with torch.no_grad():  # of the original, its first three codebooks
         original = adapter(folders, sounds, codebooks=3).encode(waveform)

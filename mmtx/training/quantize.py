@@ -17,7 +17,7 @@ def quantize(decoder: Decoder) -> None:
     """Put layers of 4 bits in the place of all linear layers of a decoder's blocks, in the order of the blocks."""
     bitsandbytes = library()
 
-    class Linear4bit(bitsandbytes.nn.Linear4bit):
+    class Linear4bit(bitsandbytes.nn.Linear4bit):  # type: ignore[name-defined]
         """Is made anew from the start of a run, of which it is a function, and so is not part of checkpoints."""
 
         def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -37,7 +37,7 @@ def quantize(decoder: Decoder) -> None:
             small.support_avx512bf16_for_cpu = False
             parent, _, last = name.rpartition(".")
             setattr(block.get_submodule(parent), last, small.to(layer.weight.device))  # which makes the 4 bits
-    decoder.is_loaded_in_4bit = True  # peft asks for it
+    decoder.is_loaded_in_4bit = True  # type: ignore[assignment]  # peft asks for it
 
 
 def weight_of(layer: nn.Linear) -> Tensor:
