@@ -44,8 +44,9 @@ def run(way: str, folder: str, steps: int, tokens: int) -> dict[str, float]:
         decoder = Decoder(DecoderConfig(text + 256, width=1024, depth=28, heads=16, kv_heads=8, head_dim=128, mlp_dim=3072))
     else:
         model = load(folder, "cpu")
-        decoder, text = model.decoder, model.vocabulary.range("special").start
-        del model
+        decoder, text = Decoder(model.decoder.config), model.vocabulary.range("special").start
+        decoder.load_state_dict(model.decoder.state_dict())
+        del model  # with what it laid out for inference
     decoder.train()
     if way != "full":
         adapt(decoder, LoRA(rank=16, load_in_4bit=way == "qlora"), text)

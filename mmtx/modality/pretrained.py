@@ -239,6 +239,7 @@ class PretrainedImage(Pretrained):
         super().__init__(network, settings)
         patch = 2 ** (len(network.config.channel_multiplier) - 1)
         self.config = ImageConfig(patch=patch, side=settings["side"], fit=settings["fit"])
+        self.decodes = hasattr(network, "decode")
         mean, std = (torch.tensor(settings[name])[:, None, None] for name in ("mean", "std"))
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
@@ -272,7 +273,7 @@ class PretrainedImage(Pretrained):
     def decode(self, codes: np.ndarray) -> Tensor:
         """Codes (h, w) -> a picture, uint8 (3, patch*h, patch*w). Raises InputError for Chameleon."""
         codes = self.check(codes)
-        if not hasattr(self.network, "decode"):
+        if not self.decodes:
             raise InputError("image codes of Chameleon: found no decoder in transformers; its pictures are input only")
         pixels = (self.network.decode(codes[None])[0] * self.std + self.mean) / self.settings["scale"]
         return pixels.round().clamp(0, 255).to(torch.uint8).cpu()

@@ -130,7 +130,7 @@ class ShowSamples(Callback):
         tiles = []
         for document, caption, sample in zip(documents, captions, samples, strict=True):
             media = (part for turn in document.turns for part in turn.parts if MODALITIES[part.kind].picture is not None)
-            if (part := next(media, None)) is not None:
+            if (part := next(media, None)) is not None and module.tokenizers[part.kind].decodes:
                 picture = MODALITIES[part.kind].get("picture")(module.tokenizers[part.kind], part.codes)
                 tiles.append((picture, f"{caption}\n({sample.caption})"))
         self._sheet(trainer, tiles, path)
