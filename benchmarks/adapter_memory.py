@@ -11,6 +11,7 @@ Prints what it held at most in these steps, less what it held before the model w
 
 import argparse
 import ctypes
+import gc
 import importlib.util
 import json
 import subprocess
@@ -46,7 +47,8 @@ def run(way: str, folder: str, steps: int, tokens: int) -> dict[str, float]:
         model = load(folder, "cpu")
         decoder, text = Decoder(model.decoder.config), model.vocabulary.range("special").start
         decoder.load_state_dict(model.decoder.state_dict())
-        del model  # with what it laid out for inference
+        del model
+        gc.collect()  # with what it laid out for inference
     decoder.train()
     if way != "full":
         adapt(decoder, LoRA(rank=16, load_in_4bit=way == "qlora"), text)
@@ -63,7 +65,7 @@ def run(way: str, folder: str, steps: int, tokens: int) -> dict[str, float]:
         optimizer.step()
         optimizer.zero_grad()
     return {"parameters trained": sum(map(torch.numel, trained)), "peak MB": round((held("VmHWM") - before) / 1e6),
-            "seconds a step": round((time.perf_counter() - begin) / steps, 1), "loss": round(float(loss), 3)}
+            "seconds a step": round((time.perf_counter() - begin) / steps, 1), "loss": round(loss.item(), 3)}
 
 
 def compare(folder: str, options: argparse.Namespace) -> None:
