@@ -130,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
 
     caption = commands.add_parser("caption", help="say what pictures and sounds are")
     caption.add_argument("files", nargs="+", help="files, folders or URLs of files")
+    _server_option(caption)
     _model_options(caption)
     _sampling_options(caption)
     caption.set_defaults(run=_caption)
@@ -141,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--begin", metavar="FILE", help="a picture to be completed, or a sound that shall go on")
     generate.add_argument("--rows", type=_count(0), help="pixel rows that are kept of that picture, default: the upper half")
     generate.add_argument("--seconds", type=float, default=1.0, help="the most that is added to that sound, default: 1")
+    _server_option(generate)
     _model_options(generate)
     _sampling_options(generate)
     generate.add_argument("--guidance_scale", type=float, default=1.0,
@@ -150,8 +152,18 @@ def _parser() -> argparse.ArgumentParser:
 
     tokenize = commands.add_parser("tokenize", help="print the ids of text, pictures and sounds")
     tokenize.add_argument("parts", nargs="+", help="text, and paths of pictures and sounds, in order")
+    tokenize.add_argument("--format", choices=("document", "chat"), default="document", help="chat: the prompt that generate "
+                          "would answer, for engines that take ids; default: document")
+    tokenize.add_argument("--out", choices=tuple(MODALITIES), default="text", help="what that answer is to be, default: text")
     _model_options(tokenize)
     tokenize.set_defaults(run=_tokenize)
+
+    detokenize = commands.add_parser("detokenize", help="make text, pictures and sounds of ids, such as an engine answers")
+    detokenize.add_argument("ids", nargs="*", metavar="ID", help="an answer, a prompt with its answer, of which the answer is shown, "
+                            "or a document; default: those on standard input, as numbers or in JSON")
+    detokenize.add_argument("--output", type=Path, metavar="FOLDER", help="where pictures and sounds go, as 1.png, 2.wav")
+    _model_options(detokenize)
+    detokenize.set_defaults(run=_detokenize)
 
     inspect = commands.add_parser("inspect", help="show documents as coloured ids, and which of them train")
     inspect.add_argument("sources", nargs="+", help="manifests, folders or shards")
@@ -273,8 +285,14 @@ def _source(options: argparse.Namespace, paths: Sequence[str]):
 
 def _model_options(parser: argparse.ArgumentParser, model: bool = True) -> None:
     if model:
-        parser.add_argument("--model", default=None, help="model folder, default: the one that comes with mmtx")
+        parser.add_argument("--model", default=None, help="model folder, or user/model on the Hugging Face hub; default: the one "
+                            "that comes with mmtx")
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; default: the GPU if there is one")
+
+
+def _server_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--server", metavar="URL", help="answer with llama.cpp's server at this address, which runs what mmtx export "
+                        "made of --model: ids are sent, and ids come back")
 
 
 def _sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -286,6 +304,10 @@ def _sampling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _load(options: argparse.Namespace):
+    if getattr(options, "server", None) is not None:
+        from mmtx.interop.remote import connect
+
+        return connect(options.server, options.model)
     from mmtx.pipeline import load
 
     return load(options.model, options.device)
@@ -359,7 +381,7 @@ def _generate(options: argparse.Namespace) -> None:
     print(options.file)
 
 
-def _write(result, path: Path) -> None:
+def _write(result, path: Path, option: str = "--file") -> None:
     """Save what was generated, which appears whole or not at all: what has a method `save`, or an array."""
     import numpy as np
 
@@ -374,14 +396,49 @@ def _write(result, path: Path) -> None:
         if not special:
             os.replace(part, path)
     except (OSError, ValueError, RuntimeError, TypeError) as error:  # of what the extension chose
-        raise InputError(f"--file {path}: cannot be written ({str(error).replace(str(part), str(path))})") from None
+        raise InputError(f"{option} {path}: cannot be written ({str(error).replace(str(part), str(path))})") from None
     finally:
         if not special:
             part.unlink(missing_ok=True)
 
 
 def _tokenize(options: argparse.Namespace) -> None:
-    print(*_load(options).tokenize(_parts(options.parts)))
+    model = _load(options)
+    print(*model.tokenize(_parts(options.parts), options.format, options.out))
+    if options.format == "chat":
+        _tell_engines(model)
+
+
+def _tell_engines(model) -> None:
+    from mmtx.interop.export import cannot
+
+    for sentence in cannot(model):
+        print(f"mmtx: note: {sentence}", file=sys.stderr)
+
+
+def _detokenize(options: argparse.Namespace) -> None:
+    from mmtx.interop.remote import answer_in, finish
+
+    words = options.ids or re.sub(r"[\[\],]", " ", sys.stdin.read()).split()
+    try:
+        ids = list(map(int, words))
+    except ValueError as error:
+        raise InputError(f"ids: {error}") from None
+    model = _load(options)
+    parts = model._to_media(finish(answer_in(ids, model.vocabulary), model.vocabulary))
+    media = [part for part in parts if not isinstance(part, str)]
+    if media and options.output is None:
+        raise InputError("--output is missing: where shall pictures and sounds go?")
+    if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)
+    for number, part in enumerate(parts, 1):
+        if isinstance(part, str):
+            print(escape(part, keep="\n\t"))
+            continue
+        ending = "png" if hasattr(part, "getpixel") else "wav" if hasattr(part, "rate") else "npy"
+        file = options.output / f"{number}.{ending}"
+        _write(part, file, "--output")
+        print(file)
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -496,8 +553,9 @@ def _convert(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from mmtx.interop.export import export
 
-    for sentence in export(_load(options), options.to, options.output, options.max_seq_len):
-        print(f"mmtx: note: {sentence}", file=sys.stderr)
+    model = _load(options)
+    export(model, options.to, options.output, options.max_seq_len)
+    _tell_engines(model)
     print(options.output)
 
 

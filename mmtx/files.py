@@ -8,6 +8,7 @@ a killed save leaves behind is removed by the next save to the same target.
 
 import ctypes
 import errno
+import importlib
 import json
 import os
 import re
@@ -117,6 +118,14 @@ def shipped(name: str | Path) -> Path:
         if (base / name).exists():
             return base / name
     raise InputError(f"{name}: not among what comes with mmtx, which must be whole")
+
+
+def require(package: str, extra: str, what: str) -> Any:
+    """A package that only an extra of mmtx brings. Raises InputError that names what needs it, and how to get it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise InputError(f"{what}: {package} is not installed, expected pip install 'mmtx[{extra}]'") from None
 
 
 # -- Writing -------------------------------------------------------------------------------------------------

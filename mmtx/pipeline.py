@@ -18,7 +18,7 @@ from functools import cached_property
 from numbers import Integral, Real
 from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -33,8 +33,9 @@ from mmtx.data.sound_files import MAX_CHANNELS, MAX_SECONDS
 from mmtx.data.storage import FileSource, display, open_binary
 from mmtx.document import Document, MediaPart, Part, TextPart, Turn
 from mmtx.errors import InputError
-from mmtx.files import CONFIG, find_shipped, read_json, replace_folder, shipped, write_json
+from mmtx.files import CONFIG, read_json, replace_folder, shipped, write_json
 from mmtx.grammar import Grammar
+from mmtx.hub import find_model, model_card, push
 from mmtx.inference.choose import choose_engine
 from mmtx.inference.generation import Choose, generate, steps
 from mmtx.inference.row import prepack_weights
@@ -145,14 +146,22 @@ def load(folder: str | Path | None = None, device: str | torch.device | None = N
     """Load a model folder.
 
     Args:
-        folder: what training wrote; by default the small model that comes with the package, whatever lies in the
-            current directory.
+        folder: what training wrote, or the name of a model on the Hugging Face hub ("user/model", "user/model@revision"); by
+            default the small model that comes with the package, whatever lies in the current directory.
         device: by default the GPU if there is one.
 
     Raises:
         InputError: the folder is not a whole model, or does not fit its tokenizers.
     """
-    folder = shipped(DEFAULT_MODEL) if folder is None else find_shipped(folder)
+    config, vocabulary, tokenizers, folder = read_model(folder)
+    decoder = load_module(lambda: Decoder(config), folder / "model.safetensors")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Model(decoder, vocabulary, tokenizers).to(device).prepare_for_inference()
+
+
+def read_model(folder: str | Path | None) -> tuple[DecoderConfig, Vocabulary, dict[str, Tokenizer], Path]:
+    """What `load` reads beside the weights of the decoder, all of which fits together, and where it lies."""
+    folder = shipped(DEFAULT_MODEL) if folder is None else find_model(folder)
     config = _read_config(folder)
     vocabulary = Vocabulary.load(folder / "vocabulary.json")
     tokenizers = {kind: load_tokenizer(folder / kind) for kind in vocabulary.kinds}
@@ -169,9 +178,7 @@ def load(folder: str | Path | None = None, device: str | torch.device | None = N
         given = media_tokenizer(tokenizers, kind).encoder_config
         if encoder.patch != (found := given.patch if given else 0):
             raise InputError(f"{folder}: the decoder takes patches of {kind} of {encoder.patch} numbers, its tokenizer gives {found}")
-    decoder = load_module(lambda: Decoder(config), folder / "model.safetensors")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Model(decoder, vocabulary, tokenizers).to(device).prepare_for_inference()
+    return config, vocabulary, tokenizers, folder
 
 
 def _read_config(folder: Path) -> DecoderConfig:
@@ -247,6 +254,18 @@ class Model:
         Raises InputError when there is something that mmtx did not write, or no room.
         """
         replace_folder(folder, self._files())
+
+    save_pretrained = save  # as the libraries of Hugging Face call it
+
+    def push_to_hub(self, name: str, private: bool | None = None) -> str:
+        """Send the model folder to the Hugging Face hub as "user/model", with a card -> its address.
+
+        A card that is there and was not written by mmtx stays. Who sends it is said by `hf auth login` or HF_TOKEN. `private`: who
+        may see a new one, None as the user's settings say. Raises InputError when the hub refuses, or cannot be reached.
+        """
+        count = sum(parameter.numel() for parameter in self.decoder.parameters())
+        card = model_card(name, self.decoder.config, self.vocabulary, count, self.vocabulary.markup is not None)
+        return push(name, self.save, card, private)
 
     def _files(self) -> Iterator[tuple[str, bytes]]:
         """What `save` writes, one file after another."""
@@ -524,8 +543,16 @@ class Model:
     # -- Media and ids ---------------------------------------------------------------------------------------
 
     @neutral()
-    def tokenize(self, parts: Any) -> list[int]:
-        """Text, pictures and sounds (as in `generate`) -> ids of a plain document, <bos> and <eos> included."""
+    def tokenize(self, parts: Any, format: Literal["document", "chat"] = "document", out: str = "text") -> list[int]:
+        """Text, pictures and sounds (as in `generate`) -> their ids.
+
+        Those of a plain document, <bos> and <eos> included; or, with "chat", the prompt that `generate` would answer with `out`,
+        for engines that take ids.
+        """
+        if format not in ("document", "chat"):
+            raise InputError(f"format: found {format!r:.40}, expected document or chat")
+        if format == "chat":
+            return [*self._prompt(parts).ids.tolist(), *self._size_prefix(out, None)]
         return render(Document((Turn(None, self._parts(parts)),)), self.vocabulary).ids.tolist()
 
     @neutral()

@@ -1,13 +1,19 @@
 """LoRA: what trains, what stays to the bit, and that peft alone makes the same model of what is saved."""
 
 import json
+import shutil
+import sys
 
 import pytest
+import runs
 import torch
+import yaml
+from safetensors.torch import load_file
 from test_export import sharpen
 from test_interop import full, media, save_model  # noqa: F401
 from test_training import DECODER, FEW, TRAINER, fit, section
 
+from mmtx.cli import main
 from mmtx.errors import InputError
 from mmtx.interop.convert import convert
 from mmtx.interop.export import export
@@ -79,6 +85,24 @@ def test_adapters_and_new_rows_train_and_peft_alone_gives_the_same_model(starts,
     assert torch.allclose(full(after, ids), found, atol=1e-4)
 
 
+def test_a_killed_run_goes_on_bit_by_bit(starts, tmp_path):
+    """Model, adapters and figures; with dropout, which draws anew at every step."""
+    model, data = arguments(starts["qwen2"])
+    model["lora"] |= {"dropout": 0.1}
+    config = {"seed_everything": 0, "save_every": 2, "ema": 0.9, "model": section("decoder.DecoderModule", **model),
+              "data": section("decoder.DecoderData", **{**data, "num_workers": 1, "image_augmentation": {}, "audio_augmentation": {}}),
+              "trainer": {**TRAINER, "max_steps": 6}}
+    assert runs.fit(config, tmp_path / "whole") == [0], (tmp_path / "whole.log").read_text()
+    processes = runs.start(config, tmp_path / "killed")
+    runs.wait_for(lambda: runs.latest(tmp_path / "killed") >= 2, processes)
+    runs.kill(processes)
+    assert not (tmp_path / "killed" / "model").exists()
+    assert runs.fit(config, tmp_path / "killed", "--ckpt_path", "last") == [0], (tmp_path / "killed.log").read_text()
+    assert runs.results(tmp_path / "killed") == runs.results(tmp_path / "whole")
+    adapters = [(tmp_path / run / "adapter" / "adapter_model.safetensors").read_bytes() for run in ("whole", "killed")]
+    assert adapters[0] == adapters[1]
+
+
 def test_a_merged_decoder_scores_as_the_adapted_one(starts):
     decoder = sharpen(load(starts["qwen2"], "cpu")).decoder
     adapt(decoder, LoRA(rank=3, rank_stabilized=True, parts=("feed_forward",)), 336)
@@ -95,6 +119,41 @@ def test_a_merged_decoder_scores_as_the_adapted_one(starts):
     assert "attention" in parameters_by_group(decoder).split("are frozen")[1]
 
 
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_a_base_in_4_bits_stays_and_adapters_and_new_rows_train(starts, name, tmp_path, capsys):
+    """QLoRA on a CPU: the base is that of bitsandbytes, to the bit; what comes out is that base with the adapters added."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model, data = arguments(starts[name])
+    model["lora"] |= {"load_in_4bit": True}
+    config = {"seed_everything": 0, "save_every": 2, "model": section("decoder.DecoderModule", **model),
+              "data": section("decoder.DecoderData", **data), "trainer": {**TRAINER, "max_steps": 4}}
+    before = load(starts[name], "cpu").decoder
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"output": str(tmp_path / "whole"), **config}))
+    main(["fit", "--config", str(tmp_path / "run.yaml")])
+    attention = sum(parameter.numel() for name, parameter in before.named_parameters() if ".attention." in name and "norm" not in name)
+    assert f"attention {attention:,}" in capsys.readouterr().err.split("are frozen (")[1]
+    after = load(tmp_path / "whole" / "model", "cpu").decoder
+    adapters = load_file(tmp_path / "whole" / "adapter" / "adapter_model.safetensors")
+    base, layer = before.blocks[0].feed_forward.down.weight.data, "base_model.model.model.layers.0.mlp.down_proj"
+    small = bitsandbytes.nn.Params4bit(base.clone(), requires_grad=False, quant_type="nf4").to("cpu")
+    small = bitsandbytes.functional.dequantize_4bit(small.data, small.quant_state)
+    assert 0.02 < (small - base).abs().mean() / base.abs().mean() < 0.2
+    update = adapters[f"{layer}.lora_B.weight"] @ adapters[f"{layer}.lora_A.weight"] * 16.0 / 4
+    assert update.abs().max() > 1e-3 and torch.allclose(after.blocks[0].feed_forward.down.weight, small + update, atol=1e-6)
+    start = load(starts[name], "cpu").vocabulary.range("image").start
+    assert not torch.equal(before.embedding.weight[start:], after.embedding.weight[start:])
+
+    # Checkpoints hold no base, which is made anew: the same run goes on from one.
+    saved = torch.load(tmp_path / "whole" / "checkpoints" / "step-000000002.ckpt", weights_only=True)["state_dict"]
+    assert not any("down.base_layer" in name for name in saved) and any("down.lora_A" in name for name in saved)
+    (tmp_path / "resumed" / "checkpoints").mkdir(parents=True)
+    shutil.copy(tmp_path / "whole" / "checkpoints" / "step-000000002.ckpt", tmp_path / "resumed" / "checkpoints")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"output": str(tmp_path / "resumed"), **config}))
+    main(["fit", "--config", str(tmp_path / "run.yaml"), "--ckpt_path", "last"])
+    whole, resumed = ((tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("whole", "resumed"))
+    assert whole == resumed
+
+
 def test_gradient_checkpointing_changes_no_gradient(starts):
     found = []
     for again in (False, True):
@@ -109,7 +168,7 @@ def test_gradient_checkpointing_changes_no_gradient(starts):
     assert len(found[0]) > 8 and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_mistakes_are_told_in_one_line():
+def test_mistakes_are_told_in_one_line(monkeypatch):
     with pytest.raises(InputError, match="found none with lora, expected the model that is to be adapted"):
         DecoderModule(DecoderConfig(**DECODER), lora=LoRA())
     with pytest.raises(InputError, match="lora.rank: found 0, expected 1 to 4096"):
@@ -118,6 +177,10 @@ def test_mistakes_are_told_in_one_line():
         LoRA(parts=("mlp",))
     with pytest.raises(InputError, match="lora.dropout: found 1"):
         LoRA(dropout=1.0)
+    for package, extra, lora in (("peft", "lora", LoRA()), ("bitsandbytes", "qlora", LoRA(load_in_4bit=True))):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(InputError, match=rf"lora.*: {package} is not installed, expected pip install 'mmtx\[{extra}\]'"):
+            adapt(Decoder(DecoderConfig(300, **DECODER)), lora, 280)
 
 
 def test_encoders_train_as_they_are_and_adapters_stand_in_blocks_alone():

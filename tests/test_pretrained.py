@@ -1,5 +1,6 @@
 """Adapters for pretrained codecs, with small random configurations: their codes are those of transformers."""
 
+import csv
 import json
 
 import numpy as np
@@ -25,11 +26,13 @@ from transformers.models.emu3.configuration_emu3 import Emu3VQVAEConfig  # noqa:
 
 import mmtx  # noqa: E402
 from mmtx.cli import main  # noqa: E402
+from mmtx.document import Document, MediaPart, Turn  # noqa: E402
 from mmtx.errors import InputError  # noqa: E402
 from mmtx.modality.base import load_tokenizer  # noqa: E402
 from mmtx.modality.image import resize  # noqa: E402
 from mmtx.modality.pretrained import PretrainedAudio, PretrainedImage  # noqa: E402
 from mmtx.modality.text import TextTokenizer  # noqa: E402
+from mmtx.sequence import render  # noqa: E402
 
 SOUNDS, PICTURES = ("encodec", "dac", "mimi"), ("emu3", "chameleon")
 
@@ -213,31 +216,48 @@ def test_the_quantizer_of_a_whole_model_is_read_alone(folders, name, tmp_path):
     assert np.array_equal(found.encode(picture()), adapter(folders, name, fit="crop").encode(picture()))
 
 
-def test_a_decoder_trains_on_pretrained_codecs_and_keeps_a_copy(folders, tmp_path):
+@pytest.mark.parametrize(("sounds", "pictures"), [("encodec", "emu3"), ("dac", "chameleon"), ("mimi", "emu3")])
+def test_a_decoder_trains_on_pretrained_codecs_and_keeps_a_copy(folders, tmp_path, sounds, pictures):
+    """With three codebooks, which stand one behind another in each time step (flattened), coarse to fine, each with ids of its own."""
     texts = ["a red circle", "a blue square", "trumpet, C 4", "violin, D sharp 5"]
     TextTokenizer.train(texts, 300).save(tmp_path / "text")
-    adapter(folders, "emu3").save(tmp_path / "image")
-    adapter(folders, "dac", codebooks=1).save(tmp_path / "audio")
+    adapter(folders, pictures).save(tmp_path / "image")
+    adapter(folders, sounds, codebooks=3).save(tmp_path / "audio")
     decoder = {"width": 32, "depth": 1, "heads": 2, "kv_heads": 1, "head_dim": 16, "mlp_dim": 32}
     config = {
         "output": str(tmp_path / "run"), "seed_everything": 0, "samples": 2,
         "model": {"class_path": "mmtx.training.decoder.DecoderModule",
-                  "init_args": {"decoder": decoder, "continuous_inputs": True}},
+                  "init_args": {"decoder": decoder, "continuous_inputs": True, "optimizer": {"learning_rate": 0.02, "warmup_steps": 0}}},
         "data": {"class_path": "mmtx.training.decoder.DecoderData", "init_args": {
             "tokenizers": {kind: str(tmp_path / kind) for kind in ("text", "image", "audio")},
-            "train": FEW, "validation": FEW, "tokens_per_batch": 512, "max_seq_len": 511}},
-        "trainer": {"accelerator": "cpu", "max_steps": 2, "val_check_interval": 2, "check_val_every_n_epoch": None,
+            "train": FEW, "validation": FEW, "tokens_per_batch": 2048, "max_seq_len": 2047, "image_augmentation": None,
+            "audio_augmentation": None}},
+        "trainer": {"accelerator": "cpu", "max_steps": 6, "val_check_interval": 3, "check_val_every_n_epoch": None,
                     "log_every_n_steps": 1, "enable_progress_bar": False},
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     main(["fit", "--config", str(tmp_path / "run.yaml")])
     for kind in ("image", "audio"):
         (tmp_path / kind / "model.safetensors").unlink()
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics" / "metrics.csv").open()))
+    losses = [float(row["val/loss"]) for row in rows if row["val/loss"]]
+    assert len(losses) == 2 and losses[1] < losses[0]
+
     model = mmtx.load(tmp_path / "run" / "model", device="cpu")
-    assert isinstance(model.tokenizers["image"], PretrainedImage) and model.vocabulary.levels("audio") is None
+    v, audio = model.vocabulary, model.tokenizers["audio"]
+    assert isinstance(model.tokenizers["image"], PretrainedImage) and v.levels("audio") is None and v.bands("audio") == 3
     assert isinstance(model.caption(picture(40, 40).permute(1, 2, 0).numpy(), max_new_tokens=2), str)
-    heard = model.generate(["a red circle"], out="audio", max_new_tokens=10, temperature=1.0, seed=0)
-    assert heard.rate == 800 and len(heard.samples) % 8 == 0
+    heard = model.generate(["a red circle"], out="audio", max_new_tokens=12, temperature=1.0, seed=0)
+    assert heard.rate == 800 and len(heard.samples) in {steps * audio.hop for steps in range(1, 5)}
+    waveform = sound(100)
+    document = Document((Turn(None, (MediaPart("audio", audio.encode(waveform)),)),))
+    ids = render(document, v).ids[2:-2]  # between <bos> <audio> and </audio> <eos>
+    codes = ids.reshape(-1, 3) - v.range("audio").start
+    assert len(codes) == audio.grid(waveform)[0] and (codes // audio.entries == [0, 1, 2]).all()
+    with torch.no_grad():  # of the original, its first three codebooks
+        original = adapter(folders, sounds, codebooks=3).encode(waveform)
+    assert np.array_equal(codes, original)
+    assert np.array_equal(model.detokenize([v.bos, v.audio, *ids, v.audio_end, v.eos])[0].samples, audio.decode(original).numpy())
 
 
 def test_mistakes_are_told(folders, tmp_path):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmtx.errors import InputError
 from mmtx.files import CONFIG, find_shipped, read_bytes, read_json
+from mmtx.hub import NAME, fetch
 from mmtx.interop.chat import markup_of
 from mmtx.interop.families import read_settings, read_weights
 from mmtx.interop.gguf_files import read_gguf
@@ -57,18 +58,9 @@ def find_model(source: str | Path) -> Path:
     path = Path(source)
     if path.exists():
         return path
-    if path.suffix == ".gguf" or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+    if path.suffix == ".gguf" or not NAME.fullmatch(str(source)):
         raise InputError(f"{source}: no such file or folder")
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    except ImportError:
-        raise InputError(f"{source}: no such folder, and huggingface_hub is not installed to fetch it") from None
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.jinja", "*.safetensors", "*/*.json",
-                                                                   "*/*.safetensors", "*/*.model", "*/*.jinja"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(f"{source}: no such folder, and not on the hub ({type(error).__name__})") from None
+    return fetch(str(source))
 
 
 def read_folder(folder: Path) -> tuple[DecoderConfig, dict[str, Tensor], PretrainedText]:

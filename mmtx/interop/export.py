@@ -63,8 +63,8 @@ def export(model: Model, to: str, output: str | Path, max_seq_len: int = MAX_SEQ
 def cannot(model: Model) -> list[str]:
     """What an engine that knows ids only cannot do with a model."""
     kinds = list(model.decoder.config.features)
-    return [f"{' and '.join(kinds)} given to this model enter as continuous features, which no engine computes: it reads and writes "
-            "ids, for which a model trained with continuous_inputs: false is needed"] if kinds else []
+    return [f"{' and '.join(kinds)} given to this model enter as continuous features, which no engine computes: it answers text and "
+            "writes codes; one that reads media too takes a model trained with continuous_inputs: false"] if kinds else []
 
 
 def name_of(model: Model, ident: int) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmtx.errors import InputError
+from mmtx.files import require
 from mmtx.interop.families import family_named, family_of
 from mmtx.layers import RopeScaling
 from mmtx.modality.pretrained_text import PretrainedText
@@ -27,11 +28,7 @@ LLAMA_3 = (RopeScaling(8.0), RopeScaling(32.0))  # GGUF holds the divisors only
 
 
 def library() -> Any:
-    try:
-        import gguf
-    except ImportError:
-        raise InputError("GGUF: gguf is not installed, expected pip install 'mmtx[interop]'") from None
-    return gguf
+    return require("gguf", "interop", "GGUF")
 
 
 def read_gguf(path: Path) -> tuple[DecoderConfig, dict[str, Tensor], PretrainedText]:

@@ -57,6 +57,7 @@ class Tokenizer(ABC):
     kind: ClassVar[str]  # of a `Modality`
     levels: tuple[int, ...] | None = None  # of a quantizer: code = mixed-radix number of one digit for each; None: no digits
     bands: int | None = None  # codes in one time step of the layout "steps"; None: the stream writes the size, or there is none
+    decodes: bool = True  # False: its codes are input only, `decode` refuses them
     feature_width: int = 0  # D of the features of an `Encoding`; 0, as where there are no `levels`: it has none
     markup: Markup | None = None  # of a text tokenizer whose model writes turns in a way of its own
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtx.errors import InputError
-from mmtx.files import CONFIG, read_json, write_json
+from mmtx.files import CONFIG, read_json, require, write_json
 from mmtx.modality.base import Encoding, MediaTokenizer, read_config
 from mmtx.modality.image import ImageConfig, ImageTokenizer
 from mmtx.schema import build as check_settings
@@ -151,7 +151,8 @@ class PretrainedAudio(Pretrained):
     """EnCodec (https://arxiv.org/abs/2210.13438), DAC (https://arxiv.org/abs/2306.06546) or Mimi
     (https://arxiv.org/abs/2410.00037): sound (S,) at `rate` to codes (T, bands), coarse to fine, and back.
 
-    A band is a residual codebook: band b has the codes [b * entries, (b + 1) * entries).
+    A band is a residual codebook: band b has the codes [b * entries, (b + 1) * entries). In the stream all bands of a time step stand
+    one behind another (the flattened pattern): exact, at `bands` ids a step, where a delayed pattern would write them at once.
     """
 
     kind = "audio"
@@ -238,6 +239,7 @@ class PretrainedImage(Pretrained):
         super().__init__(network, settings)
         patch = 2 ** (len(network.config.channel_multiplier) - 1)
         self.config = ImageConfig(patch=patch, side=settings["side"], fit=settings["fit"])
+        self.decodes = hasattr(network, "decode")
         mean, std = (torch.tensor(settings[name])[:, None, None] for name in ("mean", "std"))
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
@@ -279,20 +281,14 @@ class PretrainedImage(Pretrained):
     def decode(self, codes: np.ndarray) -> Tensor:
         """Codes (h, w) -> a picture, uint8 (3, patch*h, patch*w). Raises InputError for Chameleon."""
         codes = self.check(codes)
-        if not hasattr(self.network, "decode"):
+        if not self.decodes:
             raise InputError("image codes of Chameleon: found no decoder in transformers; its pictures are input only")
         pixels = (self.network.decode(codes[None])[0] * self.std + self.mean) / self.settings["scale"]
         return pixels.round().clamp(0, 255).to(torch.uint8).cpu()
 
 
 def require_transformers():
-    """The package, or how to get it."""
-    try:
-        import transformers
-    except ImportError:
-        raise InputError("pretrained codecs: transformers is not installed, expected pip install 'mmtx[pretrained]'"
-                         ) from None
-    return transformers
+    return require("transformers", "pretrained", "pretrained codecs")
 
 
 def build(transformers, name: str, values: dict[str, Any]) -> nn.Module:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mmtx.errors import InputError
-from mmtx.files import CONFIG, read_bytes, read_json, write_json
+from mmtx.files import CONFIG, read_bytes, read_json, require, write_json
 from mmtx.modality.base import Markup, Tokenizer, read_config
 from mmtx.modality.text import MOST_BYTES, check_unicode
 from mmtx.schema import build, shown, within
@@ -43,10 +43,7 @@ class PretrainedText(Tokenizer):
             template: the chat template in Jinja; kept for those who export the model.
             specials: names of special tokens by role: "bos_token", "eos_token".
         """
-        try:
-            import tokenizers
-        except ImportError:
-            raise InputError("text tokenizer: tokenizers is not installed, expected pip install 'mmtx[interop]'") from None
+        tokenizers = require("tokenizers", "interop", "text tokenizer")
         self.content, self.markup, self.template, self.specials = content, markup, template, specials or {}
         try:
             values = json.loads(content)

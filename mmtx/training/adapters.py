@@ -1,6 +1,5 @@
 """LoRA through peft (extra `lora`): a decoder stays as it is, low-rank matrices beside it and the rows of new ids train."""
 
-import copy
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mmtx.errors import InputError
-from mmtx.files import write_whole
+from mmtx.files import require, write_whole
 from mmtx.interop.families import BLOCK, sizes_of
 from mmtx.model import Decoder, TokenEmbedding
+from mmtx.training.quantize import quantize, size_of, weight_of
 
 NAME = "default"  # of the adapter in peft
 TARGETS = {"attention": ("qkv", "out"), "feed_forward": ("gate_up", "down")}
@@ -27,6 +27,7 @@ class LoRA:
 
     `parts` of each block get one: "attention", "feed_forward". `new_rows` also trains the rows of ids that are no text:
     without them a model never learns what a code of a picture means. `rank_stabilized` scales by alpha / sqrt(rank).
+    `load_in_4bit` keeps the linear layers of blocks in 4 bits a weight (QLoRA, see `mmtx.training.quantize`).
     """
 
     rank: int = 8
@@ -35,6 +36,7 @@ class LoRA:
     parts: tuple[str, ...] = ("attention", "feed_forward")
     new_rows: bool = True
     rank_stabilized: bool = False
+    load_in_4bit: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "parts", tuple(self.parts))
@@ -44,14 +46,6 @@ class LoRA:
             raise InputError(f"lora.dropout: found {self.dropout}, expected 0 or more, and less than 1")
         if not self.parts or not {*self.parts} <= TARGETS.keys():
             raise InputError(f"lora.parts: found {', '.join(self.parts) or 'none'}, expected some of {', '.join(TARGETS)}")
-
-
-def peft_library() -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise InputError("lora: peft is not installed, expected pip install 'mmtx[lora]'") from None
-    return peft
 
 
 class NewRows(nn.Module):
@@ -67,10 +61,12 @@ class NewRows(nn.Module):
 
 def adapt(decoder: Decoder, lora: LoRA, text: int) -> None:
     """Freeze a decoder but for its encoders and projections, and put adapters into its blocks; ids from `text` on are no text."""
-    peft = peft_library()
     decoder.requires_grad_(False)
+    if lora.load_in_4bit:
+        quantize(decoder)
     targets = "|".join(name for part in lora.parts for name in TARGETS[part])
-    peft.inject_adapter_in_model(_config(peft, lora, rf"blocks\..*\.({targets})"), decoder, NAME)  # and not into encoders
+    config = _config(lora, rf"blocks\..*\.({targets})")  # and not encoders
+    require("peft", "lora", "lora").inject_adapter_in_model(config, decoder, NAME)
     decoder.projections.requires_grad_(True)
     decoder.encoders.requires_grad_(True)
     if lora.new_rows:
@@ -84,9 +80,9 @@ def _parametrized(table: nn.Module) -> Any:
     return cast(Any, table.parametrizations).weight
 
 
-def _config(peft: Any, lora: LoRA, targets: list[str] | str, **more: Any) -> Any:
-    return peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets,
-                           use_rslora=lora.rank_stabilized, **more)
+def _config(lora: LoRA, targets: list[str] | str, **more: Any) -> Any:
+    options = dict(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, use_rslora=lora.rank_stabilized)
+    return require("peft", "lora", "lora").LoraConfig(target_modules=targets, **options, **more)
 
 
 def tables(decoder: Decoder) -> list[TokenEmbedding]:
@@ -95,16 +91,15 @@ def tables(decoder: Decoder) -> list[TokenEmbedding]:
 
 def merged(decoder: Decoder) -> Decoder:
     """A decoder of its own with the adapters added to its weights."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    whole = copy.deepcopy(decoder)
-    for module in list(whole.modules()):
-        if isinstance(module, BaseTunerLayer):
-            module.merge()
-    state = {name.replace(".base_layer", ""): tensor for name, tensor in whole.state_dict().items()
-             if ".lora_" not in name and ".parametrizations." not in name}
-    state |= {f"{name}.weight": table.weight for name, table in whole.named_children() if table in tables(whole)}
     plain = Decoder(decoder.config)
+    state = {name.replace(".base_layer", ""): tensor for name, tensor in decoder.state_dict().items()
+             if ".lora_" not in name and ".parametrizations." not in name}
+    for name, layer in decoder.named_modules():
+        if hasattr(layer, "lora_A"):
+            state[f"{name}.weight"] = weight_of(layer.get_base_layer()) + layer.get_delta_weight(NAME).detach()
+        elif isinstance(layer, nn.Linear) and ".lora_" not in name and not name.endswith(".base_layer"):
+            state[f"{name}.weight"] = weight_of(layer)
+    state |= {f"{name}.weight": table.weight for name, table in decoder.named_children() if table in tables(decoder)}
     plain.load_state_dict(state)
     return plain.to(next(decoder.parameters()).device).eval()
 
@@ -137,7 +132,7 @@ def save_adapter(decoder: Decoder, lora: LoRA, folder: Path) -> None:
     first = _parametrized(decoder.embedding)[0].first if lora.new_rows else 0
     names = ["embed_tokens"] if config.tied else ["embed_tokens", "lm_head"]
     rows = {name: list(range(first, config.vocabulary_size)) for name in names} if lora.new_rows else None
-    settings = _config(peft_library(), lora, targets, trainable_token_indices=rows, task_type="CAUSAL_LM", inference_mode=True)
+    settings = _config(lora, targets, trainable_token_indices=rows, task_type="CAUSAL_LM", inference_mode=True)
     values = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.to_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter_tensors(decoder)}
@@ -154,6 +149,6 @@ def parameters_by_group(decoder: nn.Module) -> str:
                  if name.startswith("projections") else "norms" if "norm" in name else
                  "attention" if ".attention." in name else "feed-forward" if ".feed_forward." in name else "embedding")
         groups = counts[parameter.requires_grad]
-        groups[group] = groups.get(group, 0) + parameter.numel()
+        groups[group] = groups.get(group, 0) + size_of(parameter)
     told = [", ".join(f"{group} {count:,}" for group, count in groups.items()) or "none" for groups in counts.values()]
     return f"{sum(counts[True].values()):,} parameters train ({told[0]}), {sum(counts[False].values()):,} are frozen ({told[1]})"

@@ -191,12 +191,12 @@ class ShowSamples(Callback):
         tiles = []
         for document, caption, sample in zip(documents, captions, samples, strict=True):
             media = (part for turn in document.turns for part in turn.parts if MODALITIES[part.kind].picture is not None)
-            if (part := next(media, None)) is not None:
+            if (part := next(media, None)) is not None and module.tokenizers[part.kind].decodes:
                 picture = MODALITIES[part.kind].get("picture")(module.tokenizers[part.kind], part.array)
                 tiles.append((picture, f"{caption}\n({sample.caption})"))
         self._sheet(trainer, tiles, path)
         heard = [(row, part) for row, document in enumerate(documents) for turn in document.turns for part in turn.parts
-                 if part.kind == "audio"][:SOUNDS]
+                 if part.kind == "audio" and module.tokenizers["audio"].decodes][:SOUNDS]
         self._sounds({row: to_sound(module.tokenizers["audio"], part.codes) for row, part in heard}, path)
 
     def _reconstructions(self, trainer: Trainer, module: CodecModule, path: Path) -> None:
