@@ -112,6 +112,14 @@ def _count(least: int, most: int | None = None) -> Callable[[str], int]:
     return number
 
 
+def _part(word: str) -> tuple[int, int]:
+    """ "3/8" -> (3, 8)."""
+    found = re.fullmatch(r"([1-9]\d{0,8})/([1-9]\d{0,8})", word, re.ASCII)
+    if found is None or int(found[1]) > int(found[2]):
+        raise argparse.ArgumentTypeError(f"found {word!r}, expected K/N with K from 1 to N, as 3/8")
+    return int(found[1]), int(found[2])
+
+
 class Parser(argparse.ArgumentParser):
     """Tells mistakes in the arguments as any other mistake of the user."""
 
@@ -174,6 +182,8 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--num_workers", type=_count(1), default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
                          else os.cpu_count(), help="processes, default: one a core")
     prepare.add_argument("--rows", type=_count(1), default=2048, help="rows of a shard, default: 2048")
+    prepare.add_argument("--part", type=_part, metavar="K/N", help="only part K of N, for as many machines; the same command "
+                         "without --part joins all parts that are in --output, and makes what is missing")
     prepare.add_argument("--max_bad", type=float, help=MAX_BAD_HELP)
     _source_options(prepare)
     prepare.set_defaults(run=_prepare)
@@ -450,10 +460,17 @@ def _prepare(options: argparse.Namespace) -> None:
     for source, output in zip(sources, outputs, strict=True):
         if output not in done:
             facts = prepare(source, tokenizers, output, features=features, rows=options.rows, num_workers=options.num_workers,
-                            max_bad=max_bad if options.max_bad is None else options.max_bad)
+                            max_bad=max_bad if options.max_bad is None else options.max_bad, part=options.part)
+            if options.part:
+                print(f"{output}: part {options.part[0]} of {options.part[1]}: {facts['shards']:,} shards, {facts['rows']:,} rows; "
+                      "the same command without --part joins the parts", flush=True)
+                done.add(output)
+                continue
             print(f"{output}: {facts['documents']:,} documents, {facts['tokens']:,} tokens, {facts['shards']:,} shards, "
                   f"{facts['skipped']:,} of {facts['rows']:,} rows skipped", flush=True)
         done.add(output)
+    if options.part:
+        return
     default = asdict(DataSource([]))
     # The command line goes on from each source of the configuration: a `select` that has done its work must be undone.
     done_with = ("select", "fields", "follow_links")
