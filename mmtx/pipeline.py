@@ -135,7 +135,7 @@ def load(folder: str | Path | None = None, device: str | torch.device | None = N
         InputError: the folder is not a whole model, or does not fit its tokenizers.
     """
     folder = shipped(DEFAULT_MODEL) if folder is None else find_shipped(folder)
-    config = _read_config(folder)
+    config = read_model_config(folder)
     vocabulary = Vocabulary.load(folder / "vocabulary.json")
     tokenizers = {kind: load_tokenizer(folder / kind) for kind in vocabulary.kinds}
     vocabulary.check(tokenizers)
@@ -156,7 +156,7 @@ def load(folder: str | Path | None = None, device: str | torch.device | None = N
     return Model(decoder, vocabulary, tokenizers).to(device).prepare_for_inference()
 
 
-def _read_config(folder: Path) -> DecoderConfig:
+def read_model_config(folder: Path) -> DecoderConfig:
     """What config.json of a model says. Raises InputError that tells what the folder is instead, and where a model is."""
     path = folder / CONFIG
     if not folder.is_dir():
