@@ -179,7 +179,8 @@ def fit(runs: Sequence[Run], what: str = "loss", resamples: int = RESAMPLES) -> 
     points = torch.tensor([[run.parameters, run.tokens, run.losses[what]] for run in chosen], dtype=torch.float64).log()
     least = points[:, 2].min().item()
     starts = [(least + math.log(share), alpha, beta) for share in (0.2, 0.6, 0.9) for alpha in (0.2, 0.5) for beta in (0.2, 0.5)]
-    best = min((_descend(points, _start(points, *start)) for start in starts), key=lambda found: found[1])[0]
+    near = min((_descend(points, _start(points, *start), 40) for start in starts), key=lambda found: found[1])[0]
+    best = _descend(points, near, 400)[0]
     random, drawn = np.random.default_rng(0), []
     while len(drawn) < resamples:
         rows = points[random.integers(0, len(points), len(points))]
@@ -203,7 +204,7 @@ def _constants(x: Tensor) -> tuple[float, ...]:
     return math.exp(e), math.exp(a), alpha, math.exp(b), beta
 
 
-def _descend(points: Tensor, start: Tensor, rounds: int = 400) -> tuple[Tensor, float]:
+def _descend(points: Tensor, start: Tensor, rounds: int) -> tuple[Tensor, float]:
     """Huber loss of the logarithm, by L-BFGS -> log E, log A, alpha, log B, beta, and what is left."""
     n, d, wanted = points.T
     x = start.clone().requires_grad_()

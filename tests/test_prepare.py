@@ -286,15 +286,16 @@ def test_a_part_that_is_none_is_refused(word):
 
 @pytest.mark.slow
 def test_parts_that_are_killed_lose_and_double_nothing(media, folders, tmp_path):
-    """Three parts at the same time, each killed when it has made a shard and started again, then joined by a run that is killed."""
+    """Three parts, each killed when it has made a shard and started again beside the others, then joined by a run that is killed."""
     sources = [str(media / name) for name in ("pictures", "notes.tar", "rows.jsonl")]
     process = start(folders, tmp_path / "one", *sources, "--rows", "1", "--num_workers", "1")
     assert process.wait(200) == 0, (tmp_path / "one.log").read_text()
     expected, output = content(tmp_path / "one"), tmp_path / "many"
     killed = 0
     begin = lambda k: start(folders, output, *sources, "--rows", "1", "--num_workers", "1", "--part", f"{k}/3")
-    running = {k: begin(k) for k in (1, 2, 3)}
-    for k, process in running.items():
+    running = {}
+    for k in (1, 2, 3):
+        process = begin(k)
         while process.poll() is None and not list(output.glob(f"part-{k}-of-3/shard-*.safetensors")):
             time.sleep(0.001)
         if process.poll() is None:

@@ -31,6 +31,11 @@ def made(noise: float = 0.0) -> list[Run]:
             for n in (10**5, 10**6, 10**7, 10**8) for d in (10**7, 10**8, 10**9)]
 
 
+@pytest.fixture(scope="module")
+def law():
+    return fit(made(), resamples=0)
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 def test_parameters_and_operations_are_those_of_a_profiler(config):
     torch.manual_seed(0)
@@ -48,15 +53,14 @@ def test_parameters_and_operations_are_those_of_a_profiler(config):
     assert scores.shape == (batch, length, 300)
 
 
-def test_a_fit_finds_the_constants():
-    law = fit(made(), resamples=0)
+def test_a_fit_finds_the_constants(law):
     assert (law.e, law.alpha, law.beta) == pytest.approx((E, ALPHA, BETA), rel=0.01)
     assert (law.a, law.b) == pytest.approx((A, B), rel=0.1)
     assert law.loss(10**9, 2 * 10**10) == pytest.approx(loss(10**9, 2 * 10**10), rel=1e-3)
 
 
 def test_intervals_hold_the_constants_of_noisy_runs():
-    law = fit(made(0.003), resamples=40)
+    law = fit(made(0.003), resamples=20)
     assert all(low <= high for low, high in law.intervals.values())
     for name, true in (("alpha", ALPHA), ("beta", BETA), ("e", E)):
         low, high = law.intervals[name]
@@ -76,9 +80,8 @@ def test_the_largest_run_is_foretold_by_the_others():
     assert told == pytest.approx(run.losses["loss"], rel=0.005)
 
 
-def test_plans_spend_the_budget_by_their_laws():
+def test_plans_spend_the_budget_by_their_laws(law):
     config, batch, length, budget = CONFIGS[0], 8192, 512, 1e18
-    law = fit(made(), resamples=0)
     hoffmann, kaplan, own = plans(config, budget, batch, length, law)
     for each in (hoffmann, kaplan, own):
         assert each.tokens * each.cost.training / batch == pytest.approx(budget)
@@ -93,14 +96,14 @@ def test_plans_spend_the_budget_by_their_laws():
     assert own.cost.parameters == pytest.approx(share, rel=0.5)
 
 
-def test_epochs_of_the_same_data_count_less():
+def test_epochs_of_the_same_data_count_less(law):
     assert worth_of(5e6, None) == worth_of(5e6, 1e7) == 5e6
     # Four epochs are worth nearly four; no number is worth more than 1 + 15.39 of them.
     assert worth_of(4e7, 1e7) == pytest.approx(1e7 * (1 + 15.39 * (1 - math.exp(-3 / 15.39))))
     assert 3.6e7 < worth_of(4e7, 1e7) < 4e7
     assert worth_of(1e12, 1e7) == pytest.approx(1e7 * 16.39)
-    few = plans(CONFIGS[0], 1e18, 8192, 512, fit(made(), resamples=0), unique=1e7)[2]
-    many = plans(CONFIGS[0], 1e18, 8192, 512, fit(made(), resamples=0))[2]
+    few = plans(CONFIGS[0], 1e18, 8192, 512, law, unique=1e7)[2]
+    many = plans(CONFIGS[0], 1e18, 8192, 512, law)[2]
     assert few.loss > many.loss and few.epochs == pytest.approx(few.tokens / 1e7)
 
 
