@@ -112,6 +112,24 @@ def _count(least: int, most: int | None = None) -> Callable[[str], int]:
     return number
 
 
+def _amount(word: str) -> float:
+    """A number above 0."""
+    try:
+        if 0 < (value := float(word)) < float("inf"):
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"found {word!r}, expected a number above 0, as 1e18")
+
+
+def _part(word: str) -> tuple[int, int]:
+    """ "3/8" -> (3, 8)."""
+    found = re.fullmatch(r"([1-9]\d{0,8})/([1-9]\d{0,8})", word, re.ASCII)
+    if found is None or int(found[1]) > int(found[2]):
+        raise argparse.ArgumentTypeError(f"found {word!r}, expected K/N with K from 1 to N, as 3/8")
+    return int(found[1]), int(found[2])
+
+
 class Parser(argparse.ArgumentParser):
     """Tells mistakes in the arguments as any other mistake of the user."""
 
@@ -186,6 +204,8 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--num_workers", type=_count(1), default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
                          else os.cpu_count(), help="processes, default: one a core")
     prepare.add_argument("--rows", type=_count(1), default=2048, help="rows of a shard, default: 2048")
+    prepare.add_argument("--part", type=_part, metavar="K/N", help="only part K of N, for as many machines; the same command "
+                         "without --part joins all parts that are in --output, and makes what is missing")
     prepare.add_argument("--max_bad", type=float, help=MAX_BAD_HELP)
     _source_options(prepare)
     prepare.set_defaults(run=_prepare)
@@ -225,6 +245,20 @@ def _parser() -> argparse.ArgumentParser:
                         "controls; what that tells is kept as evaluation.txt in the folder and is part of later reports, too")
     _model_options(report, model=False)
     report.set_defaults(run=_report)
+
+    plan = commands.add_parser("plan", help="which size to train for how long with a budget of compute",
+                               description="Which size to train for how long: by Hoffmann et al. 2022, by Kaplan et al. 2020, and "
+                               "by a fit of your own runs. The budget is --flops, or --hours at a measured --rate.")
+    plan.add_argument("--flops", type=_amount, help="floating-point operations of the training, e.g. 1e18")
+    plan.add_argument("--hours", type=_amount, help="hours of the training")
+    plan.add_argument("--rate", type=_amount, help="FLOPs a second that the machine was measured to train at, e.g. 3e14")
+    plan.add_argument("--tokens_per_batch", type=_count(1), default=8192, help="tokens of a step, default: 8192")
+    plan.add_argument("--max_seq_len", type=_count(1), default=1024, help="tokens of a document, default: 1024")
+    plan.add_argument("--unique_tokens", type=_amount, help="tokens of the data before they repeat")
+    plan.add_argument("--runs", metavar="FOLDER", help="a folder of finished runs, at least 6 of 3 sizes and 3 numbers of tokens")
+    plan.add_argument("--file", type=Path, help="where a plot of the losses of equal compute goes, e.g. plan.png")
+    plan.add_argument("--model", help="whose vocabulary and head width the plan is for, default: the one that comes with mmtx")
+    plan.set_defaults(run=_plan)
 
     for word, help in (("serve", "answer over HTTP in the form of OpenAI's API"),
                        ("demo", "a page to try a model with: files, camera, microphone")):
@@ -521,10 +555,17 @@ def _prepare(options: argparse.Namespace) -> None:
     for source, output in zip(sources, outputs, strict=True):
         if output not in done:
             facts = prepare(source, tokenizers, output, features=features, rows=options.rows, num_workers=options.num_workers,
-                            max_bad=max_bad if options.max_bad is None else options.max_bad)
+                            max_bad=max_bad if options.max_bad is None else options.max_bad, part=options.part)
+            if options.part:
+                print(f"{output}: part {options.part[0]} of {options.part[1]}: {facts['shards']:,} shards, {facts['rows']:,} rows; "
+                      "the same command without --part joins the parts", flush=True)
+                done.add(output)
+                continue
             print(f"{output}: {facts['documents']:,} documents, {facts['tokens']:,} tokens, {facts['shards']:,} shards, "
                   f"{facts['skipped']:,} of {facts['rows']:,} rows skipped", flush=True)
         done.add(output)
+    if options.part:
+        return
     default = asdict(DataSource([]))
     # The command line goes on from each source of the configuration: a `select` that has done its work must be undone.
     done_with = ("select", "fields", "follow_links")
@@ -622,6 +663,46 @@ def _page(options: argparse.Namespace, model):
             raise found
     nearest = Nearest(model, [_source(options, options.train)]) if options.train else None
     return partial(add_page, maker=load(folder, options.device) if folder else None, examples=examples, nearest=nearest)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from mmtx.files import find_shipped, shipped
+    from mmtx.pipeline import read_model_config
+    from mmtx.scaling import EPOCHS, fit, held_out, isoflop_plot, plans, read_runs
+
+    if (options.flops is None) == (options.hours is None) or (options.hours is None) != (options.rate is None):
+        raise InputError("found another budget, expected --flops, or --hours with --rate")
+    if options.file and not options.runs:
+        raise InputError("--file: found no --runs, expected the folder of runs to plot")
+    budget = options.flops or options.hours * 3600 * options.rate
+    config = read_model_config(Path(find_shipped(options.model) if options.model else shipped("demos/starter")))
+    runs = read_runs(options.runs) if options.runs else []
+    law = fit(runs) if runs else None
+    print(f"budget: {budget:.4g} FLOPs")
+    if law is not None:
+        for what in sorted({name for run in runs for name in run.losses}):
+            if sum(what in run.losses for run in runs) < len(runs):
+                continue
+            found = law if what == "loss" else fit(runs, what)
+            print(f"{what} = {found.e:.4g} + {found.a:.4g} / N^{found.alpha:.3f} + {found.b:.4g} / D^{found.beta:.3f}; 90 %: " +
+                  ", ".join(f"{name} {low:.3g} to {high:.3g}" for name, (low, high) in found.intervals.items()))
+        if len(runs) > 6:
+            run, told = held_out(runs)
+            measured = run.losses["loss"]
+            print(f"held out {run.name}: foretold {told:.4f}, measured {measured:.4f} ({told / measured - 1:+.1%})")
+    print("| by | parameters | width x depth | tokens | steps | GB of state | " + "hours | " * bool(options.rate) + "loss |")
+    print("| --- | --- | --- | --- | --- | --- | " + "--- | " * bool(options.rate) + "--- |")
+    for each in plans(config, budget, options.tokens_per_batch, options.max_seq_len, law, options.unique_tokens):
+        hours = f"{budget / options.rate / 3600:.3g} | " if options.rate else ""
+        loss = "-" if each.loss is None else f"{each.loss:.3f}"
+        print(f"| {each.source} | {each.cost.parameters:,} | {each.config.width} x {each.config.depth} | {each.tokens:,.0f} | "
+              f"{each.steps:,} | {each.gigabytes:.3g} | {hours}{loss} |")
+        if each.epochs is not None and each.epochs > EPOCHS:
+            print(f"mmtx: note: {each.source}: {each.epochs:.1f} epochs of the same data are worth {each.worth:,.0f} new tokens; "
+                  f"more than {EPOCHS} pay little", file=sys.stderr)
+    if options.file:
+        isoflop_plot(law, runs, budget, options.file)
+        print(options.file)
 
 
 def _report(options: argparse.Namespace) -> None:

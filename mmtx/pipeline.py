@@ -162,7 +162,7 @@ def load(folder: str | Path | None = None, device: str | torch.device | None = N
 def read_model(folder: str | Path | None) -> tuple[DecoderConfig, Vocabulary, dict[str, Tokenizer], Path]:
     """What `load` reads beside the weights of the decoder, all of which fits together, and where it lies."""
     folder = shipped(DEFAULT_MODEL) if folder is None else find_model(folder)
-    config = _read_config(folder)
+    config = read_model_config(folder)
     vocabulary = Vocabulary.load(folder / "vocabulary.json")
     tokenizers = {kind: load_tokenizer(folder / kind) for kind in vocabulary.kinds}
     vocabulary.check(tokenizers)
@@ -181,7 +181,7 @@ def read_model(folder: str | Path | None) -> tuple[DecoderConfig, Vocabulary, di
     return config, vocabulary, tokenizers, folder
 
 
-def _read_config(folder: Path) -> DecoderConfig:
+def read_model_config(folder: Path) -> DecoderConfig:
     """What config.json of a model says. Raises InputError that tells what the folder is instead, and where a model is."""
     path = folder / CONFIG
     if not folder.is_dir():

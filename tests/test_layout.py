@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CHAIN = ("files", "plugins", "schema", "ambient", "weights", "kernels", "layers", "modality", "vocabulary", "document", "sequence", "grammar", "data", "model", "loss",
-         "inference", "attention", "hub", "pipeline", "captioning", "evaluation", "report", "run_page", "interop", "serving", "training", "cli")
+         "inference", "attention", "hub", "pipeline", "captioning", "evaluation", "report", "run_page", "scaling", "interop", "serving", "training", "cli")
 ANYWHERE = ("errors",)
 FILES = sorted((ROOT / "mmtx").rglob("*.py"))
 

@@ -233,6 +233,90 @@ def test_kills_lose_and_double_nothing(media, folders, tmp_path):
     assert len(set(partial) - {38}) >= 3, partial
 
 
+def test_parts_joined_are_one_run(media, tokenizers, tmp_path):
+    """Every part is a folder that knows nothing of the others; one was damaged, and another never ran."""
+    source, options = DataSource([str(media / "pictures"), str(media / "notes.tar")]), {"features": True, "rows": 3, "max_bad": 0.5}
+    prepare(source, tokenizers, tmp_path / "one", **options)
+    expected, output = content(tmp_path / "one"), tmp_path / "many"
+    shards = sorted(name for name in expected if name.startswith("shard-"))
+    assert len(shards) >= 6
+    for k in (3, 1):
+        facts = prepare(source, tokenizers, output, part=(k, 4), **options)
+        folder = output / f"part-{k}-of-4"
+        assert facts["shards"] == len(shards[k - 1::4])
+        assert content(folder) == {name: expected[name] for name in ("plan.json", *shards[k - 1::4])}
+        assert [path.name for path in output.iterdir() if not path.name.startswith("part-")] == []
+    made = folder / shards[0]
+    before = made.stat().st_ino
+    assert prepare(source, tokenizers, output, part=(1, 4), **options) == {"shards": len(shards[0::4]), "rows": facts["rows"]}
+    assert made.stat().st_ino == before  # what is there is not made again
+    (output / "part-3-of-4" / shards[2]).write_bytes(expected[shards[2]][:-1])
+    prepare(source, tokenizers, output, part=(2, 9), **options)  # another number of parts: its shards are the same
+    facts = prepare(source, tokenizers, output, **options)
+    assert content(output) == expected and facts["shards"] == len(shards)
+    assert (output / shards[0]).stat().st_ino == before
+    with pytest.raises(InputError, match="many: is whole already, expected no --part, or another --output"):
+        prepare(source, tokenizers, output, part=(1, 4), **options)
+
+
+def test_parts_of_something_else_are_refused(tokenizers, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"text": f"line {n}"}) for n in range(10)))
+    source, output = DataSource([str(rows)]), tmp_path / "a"
+    prepare(source, tokenizers, output, rows=2, part=(1, 2))
+    with pytest.raises(InputError, match="part-1-of-2: was begun with shard_rows 2, found 3; expected the same"):
+        prepare(source, tokenizers, output, rows=3)
+    with pytest.raises(InputError, match="part-1-of-2: was begun with shard_rows 2, found 3; expected the same"):
+        prepare(source, tokenizers, output, rows=3, part=(1, 2))
+    rows.write_text(rows.read_text().replace("line 4", "line four"))
+    with pytest.raises(InputError, match="shard-00002.safetensors: the sources changed since it was written"):
+        prepare(source, tokenizers, output, rows=2)
+    prepare(source, tokenizers, tmp_path / "b", rows=2, part=(2, 2))
+    rows.write_text("\n".join(rows.read_text().split("\n")[:4]))
+    with pytest.raises(InputError, match="shard-00003.safetensors: the sources have no rows for it"):
+        prepare(source, tokenizers, tmp_path / "b", rows=2, part=(2, 2))
+
+
+@pytest.mark.parametrize("word", ["0/8", "9/8", "3", "3/", "a/b", "-1/2", "1/2/3", "1 /2", "٣/٨"])
+def test_a_part_that_is_none_is_refused(word):
+    with pytest.raises(SystemExit) as stop:
+        main(["prepare", "x", "--output", "y", f"--part={word}"])
+    assert stop.value.code == 2
+
+
+@pytest.mark.slow
+def test_parts_that_are_killed_lose_and_double_nothing(media, folders, tmp_path):
+    """Three parts, each killed when it has made a shard and started again beside the others, then joined by a run that is killed."""
+    sources = [str(media / name) for name in ("pictures", "notes.tar", "rows.jsonl")]
+    process = start(folders, tmp_path / "one", *sources, "--rows", "1", "--num_workers", "1")
+    assert process.wait(200) == 0, (tmp_path / "one.log").read_text()
+    expected, output = content(tmp_path / "one"), tmp_path / "many"
+    killed = 0
+    begin = lambda k: start(folders, output, *sources, "--rows", "1", "--num_workers", "1", "--part", f"{k}/3")
+    running = {}
+    for k in (1, 2, 3):
+        process = begin(k)
+        while process.poll() is None and not list(output.glob(f"part-{k}-of-3/shard-*.safetensors")):
+            time.sleep(0.001)
+        if process.poll() is None:
+            process.kill()
+            killed += 1
+        process.wait()
+        assert ended(process.pid)
+        running[k] = begin(k)
+    assert [process.wait(200) for process in running.values()] == [0, 0, 0], output.with_suffix(".log").read_text()
+    assert killed >= 2
+    process = start(folders, output, *sources, "--rows", "1")
+    while process.poll() is None and not (output / "shard-00000.safetensors").exists():
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    assert ended(process.pid)
+    process = start(folders, output, *sources, "--rows", "1")
+    assert process.wait(200) == 0, output.with_suffix(".log").read_text()
+    assert content(output) == expected
+
+
 def test_a_damaged_shard_is_written_again(media, tokenizers, tmp_path):
     source = DataSource([str(media / "notes.tar")])
     prepare(source, tokenizers, tmp_path / "a", features=True, rows=3)

@@ -1,9 +1,13 @@
 """`mmtx prepare`: sources to a folder of tokenized shards (its form: mmtx/data/prepared.py), by several processes.
 
 Rows are cut into shards in the order of the sources, and each shard is a pure function of its rows: whatever the number
-of processes, and wherever a run was killed and started again, the folder ends up the same byte for byte.
+of processes and machines, and wherever a run was killed and started again, the folder ends up the same byte for byte.
+
+Several machines take a part each: part k of n writes every n-th shard to a folder of its own in the output, and knows nothing
+of the others. The run without a part takes these over, makes what is missing, and writes the index.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -40,6 +44,7 @@ ROWS = 2048  # of a shard: 34 MB with the features of as many pictures of 64 cod
 AHEAD = 2    # shards a process that are read before they are needed
 UNFINISHED = re.compile(r"(plan\.json|shard-\d+\.safetensors|index\.safetensors|prepared\.json)\.\d+\.part|\.probe-\d+")
 MOST_WORKERS = 1024
+PART = re.compile(r"part-\d+-of-\d+")
 
 
 def prepare(
@@ -51,8 +56,11 @@ def prepare(
     rows: int = ROWS,
     num_workers: int = 1,
     max_bad: float = MAX_BAD,
+    part: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Write `output`, or finish what is there already of the same sources and tokenizers -> what its prepared.json says.
+
+    Of a part, only the numbers of its "shards" and "rows"; `max_bad` is looked at where the parts are joined.
 
     Args:
         source: what is read: its `paths`, `select`, `fields` and `follow_links`. The rest is for the training, which finds
@@ -63,6 +71,8 @@ def prepare(
         rows: rows of a shard.
         num_workers: processes that read and encode.
         max_bad: share of the rows of the source that may be unusable.
+        part: (k, n) with k from 1 to n: only every n-th shard from the k-th on, into a folder of its own in `output`. Without
+            it the folders of parts in `output` are taken over first, however many there are.
 
     Raises:
         InputError: the folder holds something else, sources or tokenizers changed since it was begun, it cannot be
@@ -78,10 +88,18 @@ def prepare(
     plan = {"format": FORMAT, "sources": [shown(recorded(path)) for path in source.paths], "select": source.select,
             "shard_rows": rows, "features": features, "vocabulary": json.loads(vocabulary.to_json()), **reading}
     folder = check_output(os.fspath(output))
+    if part is not None:
+        if (folder / DONE).exists():
+            raise InputError(f"{folder}: is whole already, expected no --part, or another --output")
+        folder = check_output(os.fspath(folder / "part-{}-of-{}".format(*part)))
     with alone(folder, "output"):
         _begin(folder, plan)
         try:
-            shards, samples = _shards(source, (folder, dict(tokenizers), vocabulary, features), rows, num_workers, skipped)
+            if part is None:
+                _take_over(folder, plan)
+            shards, samples = _shards(source, (folder, dict(tokenizers), vocabulary, features), rows, num_workers, skipped, part)
+            if part is not None:
+                return {"shards": len(shards), "rows": sum(shard["rows"] for shard in shards)}
             return _finish(folder, plan, shards, samples, skipped)
         finally:
             for path in folder.iterdir():
@@ -89,10 +107,26 @@ def prepare(
                     path.unlink(missing_ok=True)
 
 
-def _shards(source: DataSource, setting: tuple, rows: int, num_workers: int,
-            skipped: SkipCounter) -> tuple[list[dict], int]:
+def _take_over(folder: Path, plan: dict) -> None:
+    """Move the shards of finished and unfinished parts to where a run without parts has them."""
+    for made in sorted(path for path in folder.iterdir() if PART.fullmatch(path.name) and path.is_dir()):
+        with alone(made, "output"):
+            if (made / PLAN).is_file():
+                _compare(made, plan)
+            for path in sorted(made.iterdir()):
+                if re.fullmatch(r"shard-\d+\.safetensors", path.name):
+                    os.replace(path, folder / path.name)
+                elif path.name == PLAN or UNFINISHED.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            made.rmdir()  # unless it holds what is not ours
+
+
+def _shards(source: DataSource, setting: tuple, rows: int, num_workers: int, skipped: SkipCounter,
+            part: tuple[int, int] | None) -> tuple[list[dict], int]:
     """Write the shards -> facts about each, and the number of samples; rows are counted in `skipped`."""
     folder, number, samples = setting[0], 0, 0
+    place, step = (0, 1) if part is None else (part[0] - 1, part[1])
     shards: dict[int, dict] = {}
     running: set[Future] = set()
     pool = Workers(num_workers, _make, setting)
@@ -108,7 +142,8 @@ def _shards(source: DataSource, setting: tuple, rows: int, num_workers: int,
                         bar.update(facts["rows"])
 
             for number, block in enumerate(_blocks(source, rows, skipped), 1):
-                running.add(pool.submit(_packed(number - 1, samples, block)))
+                if (number - 1) % step == place:
+                    running.add(pool.submit(_packed(number - 1, samples, block)))
                 samples += sum(isinstance(row, Sample) for row in block)
                 collect(AHEAD * num_workers)
             collect(0)
@@ -117,10 +152,12 @@ def _shards(source: DataSource, setting: tuple, rows: int, num_workers: int,
                          "the same command goes on") from None
     finally:
         pool.end()
-    if (folder / shard_name(number)).exists():
-        raise InputError(f"{folder / shard_name(number)}: the sources have no rows for it, they changed since it was "
+    for beyond in range(number, number + step):
+        if not (folder / shard_name(beyond)).exists():
+            continue
+        raise InputError(f"{folder / shard_name(beyond)}: the sources have no rows for it, they changed since it was "
                          "written; expected the same sources, or another --output")
-    return [shards[i] for i in range(number)], samples
+    return [shards[i] for i in sorted(shards)], samples
 
 
 def _packed(number: int, first: int, rows: list[Sample | InputError]) -> bytes:
@@ -149,18 +186,23 @@ def shown(text: str) -> str:
 def _begin(folder: Path, plan: dict) -> None:
     """Put the plan into the folder, or compare the plan there with this one."""
     if (folder / PLAN).is_file() and any(folder.glob("shard-*.safetensors")):
-        begun = read_json(folder / PLAN)
-        for name in plan:
-            found, expected = plan[name], begun.get(name) if isinstance(begun, dict) else None
-            if found != expected:
-                if name == "vocabulary":
-                    name, found, expected = "tokenizers", _fingerprints(found), _fingerprints(expected)
-                raise InputError(f"{folder}: was begun with {name} {expected}, found {found}; expected the same, or "
-                                 "another --output")
+        _compare(folder, plan)
         return
-    if any(path.name not in (PLAN, LOCK) and not UNFINISHED.fullmatch(path.name) for path in folder.iterdir()):
+    if any(path.name not in (PLAN, LOCK) and not UNFINISHED.fullmatch(path.name) and not PART.fullmatch(path.name)
+           for path in folder.iterdir()):
         raise InputError(f"{folder}: holds other files, expected a new folder or one that `mmtx prepare` began")
     write(folder / PLAN, write_json(plan))
+
+
+def _compare(folder: Path, plan: dict) -> None:
+    """Raise InputError unless the plan in a folder is this one."""
+    begun = read_json(folder / PLAN)
+    for name in plan:
+        found, expected = plan[name], begun.get(name) if isinstance(begun, dict) else None
+        if found != expected:
+            if name == "vocabulary":
+                name, found, expected = "tokenizers", _fingerprints(found), _fingerprints(expected)
+            raise InputError(f"{folder}: was begun with {name} {expected}, found {found}; expected the same, or another --output")
 
 
 def _fingerprints(vocabulary: Any) -> str:

@@ -7,15 +7,17 @@ Shapes: D width, H heads, G key-value heads, K head width, C capacity of the cac
 """
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmtx.ambient import alone
 from mmtx.inference.screen import Screen
 from mmtx.inference.torch_engine import ROOM, TorchEngine
 from mmtx.inference.weights import Layer, Norm
@@ -55,16 +57,16 @@ class _Norm(NamedTuple):
         return out
 
 
-def _product(matrix: Tensor, x: np.ndarray, out: np.ndarray) -> Callable[[], object]:
+def _product(shared: bool, matrix: Tensor, x: np.ndarray, out: np.ndarray) -> Callable[[], object]:
     """What puts the product of a matrix (O, I), as it is then, and `x` (I,) into `out` (O,) when it is called.
 
     One thread of NumPy's (OpenBLAS) reads memory at up to 1.3 times the rate of torch's (MKL), on an AMD EPYC; on an Intel
-    Xeon they are equal. Threads of both would wait for more to do on cores that the other needs, so many are torch's only:
-    on two cores of that Xeon, 384 x 6, 91 ids a second with NumPy's and 294 so.
+    Xeon they are equal. Threads of both would wait for more to do on cores that the other needs, so products that threads
+    share are torch's: on two cores of that Xeon, 384 x 6, 91 ids a second with NumPy's and 294 so.
     """
-    if torch.get_num_threads() == 1:
-        return partial(np.dot, _array(matrix), x, out)
-    return partial(torch.mv, matrix.detach(), torch.from_numpy(x), out=torch.from_numpy(out))
+    if shared:
+        return partial(torch.mv, matrix.detach(), torch.from_numpy(x), out=torch.from_numpy(out))
+    return partial(np.dot, _array(matrix), x, out)
 
 
 class _Buffers:
@@ -105,16 +107,17 @@ class _Layer(NamedTuple):
     down: Callable[[], object]
 
     @classmethod
-    def of(cls, layer: Layer, config: DecoderConfig, b: _Buffers) -> "_Layer":
+    def of(cls, layer: Layer, config: DecoderConfig, b: _Buffers, shared: bool) -> "_Layer":
+        product = partial(_product, shared)
         scale = np.ones((len(b.raw), 1), np.float32)
         scale[:config.heads] = config.head_dim ** -0.5
         norm = None if layer.head_norm is None else _Norm.of(layer.head_norm)
         return cls(
-            _Norm.of(layer.attention_norm), _product(layer.qkv.T, b.normed, b.qkv),
+            _Norm.of(layer.attention_norm), product(layer.qkv.T, b.normed, b.qkv),
             None if layer.qkv_bias is None else _array(layer.qkv_bias),
-            None if norm is None else norm._replace(weight=norm.weight * scale), scale, _product(layer.out.T, b.found, b.added),
-            _Norm.of(layer.feed_forward_norm), _product(layer.gate_up.T, b.normed, b.gate_up),
-            _product(layer.down.T, b.inner, b.added))
+            None if norm is None else norm._replace(weight=norm.weight * scale), scale, product(layer.out.T, b.found, b.added),
+            _Norm.of(layer.feed_forward_norm), product(layer.gate_up.T, b.normed, b.gate_up),
+            product(layer.down.T, b.inner, b.added))
 
     def project(self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray, b: _Buffers) -> None:
         """A token (D,) and its angles (2, K / 2) -> query, key and value in the buffers."""
@@ -197,7 +200,9 @@ class RowEngine(TorchEngine):
     def _begin(self) -> None:
         weights = self.weights
         self.buffers = _Buffers(weights.config)
-        self.layers = [_Layer.of(layer, weights.config, self.buffers) for layer in weights.layers]
+        self.several = torch.get_num_threads() > 1
+        self.layers = {shared: [_Layer.of(layer, weights.config, self.buffers, shared) for layer in weights.layers]
+                       for shared in ((True, False) if self.several else (False,))}
         self.norm, self.table = _Norm.of(weights.norm), weights.output.detach()                    # (R, D)
         self.screens = weights.screens if Screen.pays() else None
         self.allowed: Tensor | None = None
@@ -213,20 +218,36 @@ class RowEngine(TorchEngine):
                       for keys, values in zip(cache.keys, cache.values, strict=True)]
 
     def step(self, ids: Tensor) -> None:
+        shared, start = self._shared(), time.perf_counter()
+        self._on_threads(shared, lambda: self._step(ids, self.layers[shared]))
+        if self.several:
+            self.weights.pace.took(shared, time.perf_counter() - start)
+
+    def best(self, allowed: Tensor) -> Tensor:
+        return self._on_threads(self._shared(), lambda: self._best(allowed))
+
+    def _shared(self) -> bool:
+        """Whether threads share what comes next."""
+        return self.several and self.weights.pace.shared
+
+    def _on_threads(self, shared: bool, run: Callable[[], Any]) -> Any:
+        return alone(run) if self.several and not shared else run()
+
+    def _step(self, ids: Tensor, layers: list[_Layer]) -> None:
         if self.cache.used == self.cache.capacity:
             self.cache.grow()
             self._bind()
         x, b, slot = self.decoder.embedding(ids).numpy()[0].copy(), self.buffers, self.cache.used
         cos, sin = self.cos[slot], self.sin[slot]      # without gaps in the cache the slot is the position
         with np.errstate(over="ignore"):
-            for layer, slots in zip(self.layers, self.slots, strict=True):
+            for layer, slots in zip(layers, self.slots, strict=True):
                 layer.project(x, cos, sin, b)
                 slots.attend(slot, b)
                 layer.finish(x, b)
         self.cache.used += 1
         self.hidden = torch.from_numpy(self.norm(x, b.hidden))[None]
 
-    def best(self, allowed: Tensor) -> Tensor:
+    def _best(self, allowed: Tensor) -> Tensor:
         table, (hidden,) = self.table[:allowed.shape[1]], self.hidden
         if allowed.shape[1] > self.weights.plain or not hidden.dot(hidden).isfinite():
             return super().best(allowed)

@@ -1,0 +1,258 @@
+"""`mmtx plan`: which size to train for how long with a budget of compute, from laws in the literature and a fit of one's own runs.
+
+    loss(N, D) = E + A / N^alpha + B / D^beta      (https://arxiv.org/abs/2203.15556, approach 3)
+
+N parameters, D tokens, C floating-point operations (FLOPs) of a training.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from mmtx.errors import InputError
+from mmtx.files import CONFIG
+from mmtx.model import Decoder, DecoderConfig
+from mmtx.pipeline import read_model_config
+from mmtx.run_page import read_curves
+
+TOKENS_A_PARAMETER = 20.0         # Hoffmann et al. 2022, of all parameters
+KAPLAN = (5e3, 0.74)              # Kaplan et al. 2020: D >= 5e3 N^0.74 keeps overfitting small, N without embeddings
+REUSE = 15.39                     # Muennighoff et al. 2023: how fast epochs lose their worth
+EPOCHS = 4                        # of the same data count nearly as new ones
+HUBER = 1e-3                      # of logarithms of losses
+RESAMPLES = 60
+STATE = 16                        # bytes a parameter in float32: weight, gradient and AdamW's two means
+
+
+class Cost(NamedTuple):
+    """What a decoder has and does, exactly."""
+
+    parameters: int
+    blocks: int         # parameters without embeddings, output and what makes features
+    forward: int        # FLOPs of a batch, scores of every token included
+    training: int       # forward and back
+
+
+def cost(config: DecoderConfig, tokens: int, length: int) -> Cost:
+    """Of a batch of `tokens` in documents of `length`, none of which takes features or is checkpointed.
+
+    Matrix products only, a product of (n, k) and (k, m) as 2 n k m; attention over whole documents, as profilers count it.
+    """
+    c = config
+    with torch.device("meta"):
+        decoder = Decoder(replace(c, depth=1))  # all blocks are alike
+    block = sum(p.numel() for p in decoder.blocks.parameters())
+    matrices = c.depth * sum(p.numel() for p in decoder.blocks.parameters() if p.dim() == 2)
+    attention = 4 * c.depth * c.heads * c.head_dim * length
+    coded = c.vocabulary_size - c.plain_rows
+    digits = sum(level for r in c.composed for level in r.levels)
+    # The rows of composed ids are made once a batch; on the way back only their digits have a gradient.
+    composed = 2 * coded * digits * c.width
+    products = tokens * (2 * matrices + attention + 2 * c.vocabulary_size * c.width)
+    return Cost(sum(p.numel() for p in decoder.parameters()) + (c.depth - 1) * block, c.depth * block,
+                products + composed, 3 * products + 2 * composed)
+
+
+def sizes(config: DecoderConfig) -> list[DecoderConfig]:
+    """Decoders of all sizes with the vocabulary and head width of one: about 64 of width a block, and MLPs of 8/3 the width."""
+    found = []
+    for heads in (*range(1, 17), *range(18, 33, 2), *range(36, 65, 4), *range(72, 257, 8)):
+        width = heads * config.head_dim
+        found.append(replace(config, width=width, heads=heads, kv_heads=heads, depth=max(2, round(width / 64)),
+                             mlp_dim=max(64, round(width * 8 / 3 / 64) * 64)))
+    return [c for c in found if c.depth <= 200]
+
+
+class Plan(NamedTuple):
+    source: str
+    config: DecoderConfig
+    cost: Cost
+    tokens: float
+    steps: int
+    gigabytes: float    # of weights, gradients and the optimizer; activations come on top
+    loss: float | None  # where a fit of runs foretells it
+    epochs: float | None
+    worth: float        # tokens of new data that those tokens are worth
+
+
+def plan(source: str, config: DecoderConfig, budget: float, batch: int, length: int, tokens_of: Callable[[Cost], float] | None,
+         law: "Law | None" = None, unique: float | None = None) -> Plan:
+    """The decoder for a budget of FLOPs: the one whose tokens by `tokens_of` cost it, or that a law says has the least loss."""
+    def tokens(c: Cost) -> float:
+        return budget * batch / c.training
+
+    made = [(size, cost(size, batch, length)) for size in sizes(config)]
+    if tokens_of is not None:
+        size, found = min(made, key=lambda each: abs(math.log(tokens(each[1]) / tokens_of(each[1]))))
+    else:
+        assert law is not None
+        size, found = min(made, key=lambda each: law.loss(each[1].parameters, worth_of(tokens(each[1]), unique)))
+    count = tokens(found)
+    loss = None if law is None else law.loss(found.parameters, worth_of(count, unique))
+    return Plan(source, size, found, count, max(1, round(count / batch)), found.parameters * STATE / 1e9, loss,
+                None if unique is None else count / unique, worth_of(count, unique))
+
+
+def plans(config: DecoderConfig, budget: float, batch: int, length: int, law: "Law | None" = None,
+          unique: float | None = None) -> list[Plan]:
+    """From all sources side by side; `unique` is how many tokens there are before they repeat."""
+    factor, power = KAPLAN
+    found = [plan("Hoffmann et al. 2022", config, budget, batch, length, lambda c: TOKENS_A_PARAMETER * c.parameters, law, unique),
+             plan("Kaplan et al. 2020", config, budget, batch, length, lambda c: factor * c.blocks ** power, law, unique)]
+    return found if law is None else [*found, plan("your runs", config, budget, batch, length, None, law, unique)]
+
+
+def worth_of(tokens: float, unique: float | None) -> float:
+    """Tokens of new data that `tokens` are worth when only `unique` are new (https://arxiv.org/abs/2305.16264)."""
+    if unique is None or tokens <= unique:
+        return tokens
+    return unique * (1 + REUSE * (1 - math.exp(-(tokens / unique - 1) / REUSE)))
+
+
+# -- A fit of runs -------------------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    name: str
+    parameters: int
+    tokens: float
+    losses: Mapping[str, float]  # the last of the validation: "loss", and of kinds as "loss_text"
+
+
+class Law(NamedTuple):
+    """loss = E + A / N^alpha + B / D^beta, with intervals of 90 % by resampling the runs."""
+
+    e: float
+    a: float
+    alpha: float
+    b: float
+    beta: float
+    intervals: Mapping[str, tuple[float, float]]
+
+    def loss(self, parameters: float, tokens: float) -> float:
+        return self.e + self.a / parameters ** self.alpha + self.b / tokens ** self.beta
+
+
+def read_runs(folder: str | Path) -> list[Run]:
+    """All finished runs of decoders in a folder of runs. Raises InputError where there is none, or one is damaged."""
+    runs = []
+    for metrics in sorted(Path(folder).glob("*/metrics/metrics.csv")):
+        run = metrics.parents[1]
+        if not (run / "model" / CONFIG).is_file():
+            continue
+        curves = read_curves(metrics)
+        losses = {name.removeprefix("val/"): curve[-1][1] for name, curve in curves.items() if name.startswith("val/loss")}
+        if "loss" not in losses:
+            raise InputError(f"{metrics}: found no val/loss, expected a run that was validated")
+        parameters = cost(read_model_config(run / "model"), 1, 1).parameters
+        runs.append(Run(run.name, parameters, curves["val/loss"][-1][0] * _tokens_of_a_step(run), losses))
+    if not runs:
+        raise InputError(f"{folder}: found no finished run of a decoder, expected folders that mmtx fit made")
+    return runs
+
+
+def _tokens_of_a_step(run: Path) -> int:
+    path = run / "metrics" / "config.yaml"
+    try:
+        config: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        trainer, devices = config["trainer"], config["trainer"]["devices"]
+        return (int(config["data"]["init_args"]["tokens_per_batch"]) * int(trainer["accumulate_grad_batches"])
+                * int(trainer["num_nodes"]) * (devices if isinstance(devices, int) and devices > 0 else 1))
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not the configuration of a decoder's run ({type(error).__name__})") from None
+
+
+def fit(runs: Sequence[Run], what: str = "loss", resamples: int = RESAMPLES) -> Law:
+    """The law of a loss. Raises InputError unless there are at least 6 runs of 3 sizes and 3 numbers of tokens."""
+    chosen = [run for run in runs if what in run.losses and run.losses[what] > 0 and run.tokens > 0]
+    n, d = (len({getattr(run, name) for run in chosen}) for name in ("parameters", "tokens"))
+    if len(chosen) < 6 or n < 3 or d < 3:
+        raise InputError(f"runs with val/{what}: found {len(chosen)} of {n} sizes and {d} numbers of tokens, expected 6 or more of "
+                         "3 or more each")
+    points = torch.tensor([[run.parameters, run.tokens, run.losses[what]] for run in chosen], dtype=torch.float64).log()
+    least = points[:, 2].min().item()
+    starts = [(least + math.log(share), alpha, beta) for share in (0.2, 0.6, 0.9) for alpha in (0.2, 0.5) for beta in (0.2, 0.5)]
+    near = min((_descend(points, _start(points, *start), 40) for start in starts), key=lambda found: found[1])[0]
+    best = _descend(points, near, 400)[0]
+    random, drawn = np.random.default_rng(0), []
+    while len(drawn) < resamples:
+        rows = points[random.integers(0, len(points), len(points))]
+        if min(len(set(rows[:, 0].tolist())), len(set(rows[:, 1].tolist()))) >= 3:
+            drawn.append(_constants(_descend(rows, best, 40)[0]))
+    names = ("e", "a", "alpha", "b", "beta")
+    intervals = {} if not drawn else {name: tuple(np.percentile([each[i] for each in drawn], (5, 95)).tolist())
+                                      for i, name in enumerate(names)}
+    return Law(*_constants(best), intervals)
+
+
+def _start(points: Tensor, e: float, alpha: float, beta: float) -> Tensor:
+    """Constants at which each of the two terms is half of what the mean loss has above E."""
+    n, d, loss = points.mean(0).tolist()
+    half = math.log(max(math.exp(loss) - math.exp(e), 1e-3) / 2)
+    return torch.tensor([e, half + alpha * n, alpha, half + beta * d, beta], dtype=torch.float64)
+
+
+def _constants(x: Tensor) -> tuple[float, ...]:
+    e, a, alpha, b, beta = x.tolist()
+    return math.exp(e), math.exp(a), alpha, math.exp(b), beta
+
+
+def _descend(points: Tensor, start: Tensor, rounds: int) -> tuple[Tensor, float]:
+    """Huber loss of the logarithm, by L-BFGS -> log E, log A, alpha, log B, beta, and what is left."""
+    n, d, wanted = points.T
+    x = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([x], max_iter=rounds, history_size=20, tolerance_grad=1e-12, tolerance_change=1e-14,
+                                  line_search_fn="strong_wolfe")
+
+    def objective() -> Tensor:
+        e, a, alpha, b, beta = x
+        told = torch.logsumexp(torch.stack([e.expand_as(n), a - alpha * n, b - beta * d]), 0)
+        return torch.nn.functional.huber_loss(told, wanted, reduction="sum", delta=HUBER) / HUBER
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = objective()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return x.detach(), float(objective().detach())
+
+
+def held_out(runs: Sequence[Run], what: str = "loss") -> tuple[Run, float]:
+    """The run of the most compute, and the loss that a fit of the others foretells for it."""
+    largest = max(runs, key=lambda run: run.parameters * run.tokens)
+    law = fit([run for run in runs if run is not largest], what, resamples=0)
+    return largest, law.loss(largest.parameters, largest.tokens)
+
+
+def isoflop_plot(law: Law, runs: Sequence[Run], budget: float, file: Path) -> None:
+    """Losses over parameters at equal compute (6 N D), up to the budget, the least of each, and the runs."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError('a plot needs matplotlib: pip install "mmtx[plot]"') from None
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    least, best = min(6 * run.parameters * run.tokens for run in runs), []
+    for compute in np.geomspace(least, max(budget, 2 * least), 6):
+        sizes = np.geomspace(1e4, max(1e6, math.sqrt(compute)), 200)
+        losses = np.array([law.loss(n, compute / 6 / n) for n in sizes])
+        near = losses < 1.5 * losses.min()
+        axes.plot(sizes[near], losses[near], label=f"{compute:.1e} FLOPs")
+        best.append((sizes[losses.argmin()], losses.min()))
+    axes.plot(*zip(*best), "k--", label="frontier")
+    axes.scatter([run.parameters for run in runs], [run.losses["loss"] for run in runs], color="k", s=12, label="runs")
+    axes.set(xscale="log", xlabel="parameters", ylabel="loss")
+    axes.legend(fontsize=8)
+    try:
+        figure.savefig(file)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: cannot be written ({error})") from None

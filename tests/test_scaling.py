@@ -1,0 +1,165 @@
+"""Plans from known laws: exact counts, constants that a fit must find, and data that repeat."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmtx.cli import main
+from mmtx.errors import InputError
+from mmtx.model import CodeRange, Decoder, DecoderConfig
+from mmtx.scaling import Run, cost, fit, held_out, plans, read_runs, worth_of
+
+CONFIGS = [
+    DecoderConfig(300, width=96, depth=3, heads=6, kv_heads=2, head_dim=16, mlp_dim=256),
+    DecoderConfig(300, width=64, depth=2, heads=4, kv_heads=4, head_dim=16, mlp_dim=128, tied=False, qk_norm=False, qkv_bias=True),
+    DecoderConfig(300, width=64, depth=2, heads=2, kv_heads=2, head_dim=32, mlp_dim=192, composed=(CodeRange(180, (5, 4, 6)),)),
+]
+E, A, ALPHA, B, BETA = 1.7, 406.0, 0.34, 410.0, 0.28
+
+
+def loss(n: float, d: float) -> float:
+    return E + A / n ** ALPHA + B / d ** BETA
+
+
+def made(noise: float = 0.0) -> list[Run]:
+    random = torch.Generator().manual_seed(0)
+    return [Run(f"{n}-{d}", n, d, {"loss": loss(n, d) * math.exp(noise * torch.randn((), generator=random).item())})
+            for n in (10**5, 10**6, 10**7, 10**8) for d in (10**7, 10**8, 10**9)]
+
+
+@pytest.fixture(scope="module")
+def law():
+    return fit(made(), resamples=0)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_parameters_and_operations_are_those_of_a_profiler(config):
+    torch.manual_seed(0)
+    decoder, batch, length = Decoder(config), 4, 64
+    ids, positions = torch.randint(0, 300, (batch, length)), torch.arange(length).expand(batch, length)
+    told = cost(config, batch * length, length)
+    assert told.parameters == sum(p.numel() for p in decoder.parameters())
+    assert told.blocks == sum(p.numel() for p in decoder.blocks.parameters())
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        scores = decoder.logits(decoder(ids, positions))
+    assert counter.get_total_flops() == pytest.approx(told.forward, rel=0.01)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as back:
+        decoder.logits(decoder(ids, positions)).square().mean().backward()
+    assert back.get_total_flops() == pytest.approx(told.training, rel=0.01)
+    assert scores.shape == (batch, length, 300)
+
+
+def test_a_fit_finds_the_constants(law):
+    assert (law.e, law.alpha, law.beta) == pytest.approx((E, ALPHA, BETA), rel=0.01)
+    assert (law.a, law.b) == pytest.approx((A, B), rel=0.1)
+    assert law.loss(10**9, 2 * 10**10) == pytest.approx(loss(10**9, 2 * 10**10), rel=1e-3)
+
+
+def test_intervals_hold_the_constants_of_noisy_runs():
+    law = fit(made(0.003), resamples=20)
+    assert all(low <= high for low, high in law.intervals.values())
+    for name, true in (("alpha", ALPHA), ("beta", BETA), ("e", E)):
+        low, high = law.intervals[name]
+        assert low * 0.97 <= true <= high * 1.03 and high > low
+
+
+def test_one_run_that_went_wrong_does_not_bend_the_law():
+    runs = made()
+    runs[4] = runs[4]._replace(losses={"loss": 3 * runs[4].losses["loss"]})
+    law = fit(runs, resamples=0)
+    assert (law.alpha, law.beta) == pytest.approx((ALPHA, BETA), rel=0.05)
+
+
+def test_the_largest_run_is_foretold_by_the_others():
+    run, told = held_out(made())
+    assert (run.parameters, run.tokens) == (10**8, 10**9)
+    assert told == pytest.approx(run.losses["loss"], rel=0.005)
+
+
+def test_plans_spend_the_budget_by_their_laws(law):
+    config, batch, length, budget = CONFIGS[0], 8192, 512, 1e18
+    hoffmann, kaplan, own = plans(config, budget, batch, length, law)
+    for each in (hoffmann, kaplan, own):
+        assert each.tokens * each.cost.training / batch == pytest.approx(budget)
+        assert each.steps == round(each.tokens / batch) and each.worth == each.tokens
+        assert each.loss == pytest.approx(law.loss(each.cost.parameters, each.tokens))
+    # Sizes come in steps: what is nearest is within one of them.
+    assert hoffmann.tokens / hoffmann.cost.parameters == pytest.approx(20, rel=0.4)
+    assert kaplan.tokens == pytest.approx(5e3 * kaplan.cost.blocks ** 0.74, rel=0.4)
+    assert own.loss <= min(hoffmann.loss, kaplan.loss)
+    # Where the optimum of the law lies: N (alpha A / beta B)^... of the paper, in FLOPs of 6 N D.
+    share = (ALPHA * A / (BETA * B)) ** (1 / (ALPHA + BETA)) * (budget / 6) ** (BETA / (ALPHA + BETA))
+    assert own.cost.parameters == pytest.approx(share, rel=0.5)
+
+
+def test_epochs_of_the_same_data_count_less(law):
+    assert worth_of(5e6, None) == worth_of(5e6, 1e7) == 5e6
+    # Four epochs are worth nearly four; no number is worth more than 1 + 15.39 of them.
+    assert worth_of(4e7, 1e7) == pytest.approx(1e7 * (1 + 15.39 * (1 - math.exp(-3 / 15.39))))
+    assert 3.6e7 < worth_of(4e7, 1e7) < 4e7
+    assert worth_of(1e12, 1e7) == pytest.approx(1e7 * 16.39)
+    few = plans(CONFIGS[0], 1e18, 8192, 512, law, unique=1e7)[2]
+    many = plans(CONFIGS[0], 1e18, 8192, 512, law)[2]
+    assert few.loss > many.loss and few.epochs == pytest.approx(few.tokens / 1e7)
+
+
+def run_folder(folder, run: Run, model) -> None:
+    (folder / run.name / "metrics").mkdir(parents=True)
+    rows = f"step,val/loss,val/loss_text\n0,9,9\n{round(run.tokens / 4096)},{run.losses['loss']},{run.losses['loss'] / 2}\n"
+    (folder / run.name / "metrics" / "metrics.csv").write_text(rows)
+    (folder / run.name / "metrics" / "config.yaml").write_text(json.dumps({
+        "trainer": {"devices": "auto", "num_nodes": 1, "accumulate_grad_batches": 2},
+        "data": {"init_args": {"tokens_per_batch": 2048}}}))
+    (folder / run.name / "model").mkdir()
+    (folder / run.name / "model" / "config.json").write_text(json.dumps({"format": 2, "decoder": model.told()}))
+
+
+def write_runs(folder) -> list[DecoderConfig]:
+    models = [DecoderConfig(300, width=w, depth=2, heads=2, kv_heads=2, head_dim=16, mlp_dim=4 * w) for w in (32, 64, 128)]
+    for model in models:
+        n = cost(model, 1, 1).parameters
+        for steps in (100, 1000, 10_000):
+            run_folder(folder, Run(f"{model.width}-{steps}", n, steps * 4096, {"loss": loss(n, steps * 4096)}), model)
+    return models
+
+
+def test_runs_are_read_with_their_sizes_tokens_and_losses(tmp_path):
+    models = write_runs(tmp_path)
+    runs = {run.name: run for run in read_runs(tmp_path)}
+    assert len(runs) == 9
+    run = runs["64-1000"]
+    assert (run.parameters, run.tokens) == (cost(models[1], 1, 1).parameters, 1000 * 4096)
+    assert run.losses == {"loss": pytest.approx(loss(run.parameters, run.tokens)), "loss_text": pytest.approx(run.losses["loss"] / 2)}
+    law = fit(list(runs.values()), "loss_text", resamples=0)
+    assert law.e == pytest.approx(E / 2, rel=0.1) and law.alpha == pytest.approx(ALPHA, rel=0.1)
+
+
+def test_too_few_runs_are_refused(tmp_path):
+    with pytest.raises(InputError, match="found no finished run of a decoder, expected folders that mmtx fit made"):
+        read_runs(tmp_path)
+    with pytest.raises(InputError, match=r"runs with val/loss: found 3 of 1 sizes and 3 numbers of tokens, expected 6"):
+        fit(made()[:3])
+
+
+def test_the_command_tells_all_sources_and_what_repeats(tmp_path, capsys):
+    write_runs(tmp_path)
+    main(["plan", "--model", str(tmp_path / "64-1000" / "model"), "--hours", "10", "--rate", "1e12", "--runs", str(tmp_path),
+          "--unique_tokens", "1e6", "--file", str(tmp_path / "plan.png")])
+    told = capsys.readouterr()
+    for word in ("3.6e+16", "Hoffmann et al. 2022", "Kaplan et al. 2020", "your runs", "loss_text", "held out 128-10000"):
+        assert word in told.out
+    assert "epochs of the same data" in told.err
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("options", [[], ["--flops", "1e15", "--hours", "2"], ["--hours", "2"], ["--flops", "nan"],
+                                     ["--flops", "-1"], ["--flops", "1e15", "--rate", "2"]])
+def test_budgets_that_are_none_are_refused(options, tmp_path, capsys):
+    write_runs(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", "--model", str(tmp_path / "64-1000" / "model"), *options])
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
