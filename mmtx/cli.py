@@ -657,10 +657,11 @@ def _page(options: argparse.Namespace, model):
     from mmtx.serving.page import add_page
 
     folder = options.generate_model or (None if options.model else shipped("demos/generate"))
-    examples = list(find_media([str(shipped("demos/examples"))] if options.examples is None else options.examples))
-    for found in examples:
+    examples: list[str] = []
+    for found in find_media([str(shipped("demos/examples"))] if options.examples is None else options.examples):
         if isinstance(found, InputError):
             raise found
+        examples.append(found)
     nearest = Nearest(model, [_source(options, options.train)]) if options.train else None
     return partial(add_page, maker=load(folder, options.device) if folder else None, examples=examples, nearest=nearest)
 

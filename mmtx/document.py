@@ -4,7 +4,7 @@ Shapes: T pieces of a text, h rows and w columns of codes (of a picture, or time
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -68,7 +68,7 @@ class Turn:
     """
 
     role: str | None
-    parts: tuple[Part, ...]
+    parts: tuple[Any, ...]  # of Part; in the server also media that are still to be encoded
 
     def __post_init__(self):
         if self.role not in ROLES:

@@ -573,7 +573,7 @@ class Model:
         """Decode a medium, so that `encode_parts` can encode it beside others. Raises InputError where it is none."""
         self._check_kind(item.kind)
         medium = self._read(item)
-        return ReadMedium(item.kind, medium, self.tokenizers[item.kind].grid(medium))
+        return ReadMedium(item.kind, medium, media_tokenizer(self.tokenizers, item.kind).grid(medium))
 
     @neutral()
     def encode_documents(self, documents: Sequence[Document]) -> list[Document]:
@@ -642,7 +642,7 @@ class Model:
         return show(tokenizer, part.array)
 
     @cached_property
-    def _voice(self) -> Tokenizer:
+    def _voice(self) -> Any:
         """What makes sounds: the audio tokenizer or, where it lacks a vocoder and the codes are the same, the shipped one."""
         own = self.tokenizers["audio"]
         if getattr(own, "vocoder", own) is None:

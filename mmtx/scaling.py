@@ -48,8 +48,8 @@ def cost(config: DecoderConfig, tokens: int, length: int) -> Cost:
     c = config
     with torch.device("meta"):
         decoder = Decoder(replace(c, depth=1))  # all blocks are alike
-    block = sum(p.numel() for p in decoder.blocks.parameters())
-    matrices = c.depth * sum(p.numel() for p in decoder.blocks.parameters() if p.dim() == 2)
+    block = sum(p.numel() for p in decoder.blocks[0].parameters())
+    matrices = c.depth * sum(p.numel() for p in decoder.blocks[0].parameters() if p.dim() == 2)
     attention = 4 * c.depth * c.heads * c.head_dim * length
     coded = c.vocabulary_size - c.plain_rows
     digits = sum(level for r in c.composed for level in r.levels)
@@ -181,14 +181,17 @@ def fit(runs: Sequence[Run], what: str = "loss", resamples: int = RESAMPLES) -> 
     starts = [(least + math.log(share), alpha, beta) for share in (0.2, 0.6, 0.9) for alpha in (0.2, 0.5) for beta in (0.2, 0.5)]
     near = min((_descend(points, _start(points, *start), 40) for start in starts), key=lambda found: found[1])[0]
     best = _descend(points, near, 400)[0]
-    random, drawn = np.random.default_rng(0), []
+    random = np.random.default_rng(0)
+    drawn: list[tuple[float, ...]] = []
     while len(drawn) < resamples:
         rows = points[random.integers(0, len(points), len(points))]
         if min(len(set(rows[:, 0].tolist())), len(set(rows[:, 1].tolist()))) >= 3:
             drawn.append(_constants(_descend(rows, best, 40)[0]))
     names = ("e", "a", "alpha", "b", "beta")
-    intervals = {} if not drawn else {name: tuple(np.percentile([each[i] for each in drawn], (5, 95)).tolist())
-                                      for i, name in enumerate(names)}
+    intervals: dict[str, tuple[float, float]] = {}
+    for i, name in enumerate(names if drawn else ()):
+        low, high = np.percentile([each[i] for each in drawn], (5, 95)).tolist()
+        intervals[name] = low, high
     return Law(*_constants(best), intervals)
 
 
@@ -199,7 +202,7 @@ def _start(points: Tensor, e: float, alpha: float, beta: float) -> Tensor:
     return torch.tensor([e, half + alpha * n, alpha, half + beta * d, beta], dtype=torch.float64)
 
 
-def _constants(x: Tensor) -> tuple[float, ...]:
+def _constants(x: Tensor) -> tuple[float, float, float, float, float]:
     e, a, alpha, b, beta = x.tolist()
     return math.exp(e), math.exp(a), alpha, math.exp(b), beta
 

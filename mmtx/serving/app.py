@@ -68,7 +68,9 @@ class Writing:
 
     def __init__(self, service: "Service", document: Document, body: SamplingBody, out: str = "text", size=None,
                  top: int | None = None):
-        self.service, self.top, self.ids, self.scores = service, top, [], []
+        self.service, self.top = service, top
+        self.ids: list[int] = []
+        self.scores: list[Any] = []
         self.shown, self.reason, self.length = 0, "length", service.model.prompt_length(document)
         limits = service.limits
         room = limits.tokens - self.length
@@ -165,7 +167,8 @@ class Service:
     def bytes(self, ident: int) -> list[int]:
         """The bytes that a piece of text stands for, possibly part of a character."""
         texts = self.model.vocabulary.range("text")
-        piece = self.model.tokenizers["text"].piece(ident - texts.start) if ident in texts else ""
+        tokenizer: Any = self.model.tokenizers["text"]
+        piece = tokenizer.piece(ident - texts.start) if ident in texts else ""
         return [int(piece[3:5], 16)] if piece.startswith("<0x") and len(piece) == 6 else list(self.text([ident]).encode())
 
     def media(self, ids: Sequence[int]) -> Any:
@@ -298,8 +301,11 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
 
     @app.post("/v1/images/generations")
     async def images(body: ImagesBody) -> dict:
-        made, writing = await draw(body, body.prompt, "image",
-                                   None if body.size == "auto" else tuple(int(side) for side in body.size.split("x"))[::-1])
+        size = None
+        if body.size != "auto":
+            width, height = map(int, body.size.split("x"))
+            size = height, width
+        made, writing = await draw(body, body.prompt, "image", size)
         file = io.BytesIO()
         made.save(file, "PNG")
         usage = {"input_tokens": writing.usage["prompt_tokens"], "output_tokens": writing.usage["completion_tokens"],

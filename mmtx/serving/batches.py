@@ -133,8 +133,12 @@ class Batches:
         # With a seed every job is the first of its own list; without one each draws for itself.
         places = range(len(jobs)) if sampling.seed is None else [0] * len(jobs)
         engines: list[Scored] = []
-        choose = (lambda *asked: engines.append(Scored(choose_engine(*asked))) or engines[-1]) if (
-            any(job.scored for job in jobs)) else choose_engine
+
+        def scored(*asked: Any) -> Scored:
+            engines.append(Scored(choose_engine(*asked)))
+            return engines[-1]
+
+        choose = scored if any(job.scored for job in jobs) else choose_engine
         wanted = torch.ones(len(jobs), dtype=torch.bool)
         for ids in self.model.stream_ids(prompts, way.out, way.size, sampling, places, wanted, choose):
             for row, (job, ident) in enumerate(zip(jobs, ids.tolist())):

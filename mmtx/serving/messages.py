@@ -7,13 +7,14 @@ import base64
 import binascii
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from mmtx.data.media import image_size
 from mmtx.document import Document, TextPart, Turn
 from mmtx.errors import InputError
+from mmtx.modality.base import media_tokenizer
 from mmtx.pipeline import Audio, Image, Model, ReadMedium
 from mmtx.serving.limits import Limits
 
@@ -142,11 +143,11 @@ def read_part(model: Model, medium: str | Image | Audio, limits: Limits, where: 
     """One medium, decoded. Raises InputError where it is none, and where a sound is too long."""
     try:
         if isinstance(medium, str):
-            return model.encode_parts([medium])[0]
+            return cast(TextPart, model.encode_parts([medium])[0])
         read = model.read_medium(medium)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    rate = model.tokenizers[read.kind].codes_per_second
+    rate = media_tokenizer(model.tokenizers, read.kind).codes_per_second
     if rate is not None and (seconds := math.prod(read.grid) / rate) > limits.seconds:
         raise InputError(f"{where}: found {seconds:.1f} s, expected up to {limits.seconds:g} s")
     return read

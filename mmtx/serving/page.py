@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from html import escape
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from fastapi import FastAPI
@@ -25,7 +25,7 @@ from mmtx.data.sample import kind_of
 from mmtx.data.storage import read
 from mmtx.document import Document, Turn
 from mmtx.errors import InputError
-from mmtx.pipeline import Model, Sound
+from mmtx.pipeline import Model, ReadMedium, Sound
 from mmtx.serving.limits import Refused
 from mmtx.serving.messages import (
     Asking,
@@ -133,21 +133,23 @@ def add_page(app: FastAPI, maker: Model | None = None, examples: Sequence[str] =
         parts = [to_medium(item, limits, f"content[{number}]") for number, item in enumerate(items) if getattr(item, "text", " ")]
         if not parts and body.begin is None:
             raise InputError("content: found nothing, expected words that say what is to be made")
-        sampling = {"temperature": body.temperature, "top_p": body.top_p, "top_k": body.top_k, "seed": body.seed}
-        tokenizer = maker.tokenizers[body.out]
+        sampling: dict[str, Any] = {"temperature": body.temperature, "top_p": body.top_p, "top_k": body.top_k, "seed": body.seed}
+        tokenizer: Any = maker.tokenizers[body.out]
         count = sum(len(maker.tokenizers["text"].encode(part)) for part in parts if isinstance(part, str))
         if body.out == "audio":
             count += (limit := math.ceil(body.seconds * tokenizer.codes_per_second))
         if body.begin is not None:
             begin = to_medium(body.begin, limits, "begin")
             part = read_part(maker, begin, limits, "begin")
-            if part.kind != body.out:
+            if not isinstance(part, ReadMedium) or part.kind != body.out:
                 raise InputError(f"begin: found {part.kind}, expected {body.out}")
             count += math.prod(part.grid)
         if count > limits.tokens:
             raise InputError(f"{count} tokens, expected up to {limits.tokens} in all")
         if body.begin is None:
-            made = maker.generate(parts, body.out, **sampling, **({"max_new_tokens": limit} if body.out == "audio" else {}))
+            if body.out == "audio":
+                sampling["max_new_tokens"] = limit
+            made = maker.generate(parts, body.out, **sampling)
         elif body.out == "image":
             made = maker.outpaint(begin, round(body.kept * part.grid[0]) * tokenizer.config.patch, parts, **sampling)
         else:

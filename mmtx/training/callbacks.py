@@ -59,7 +59,7 @@ class ProgressBar(TQDMProgressBar):
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *given: Any) -> None:
         super().on_train_batch_end(trainer, module, *given)
         step = trainer.global_step
-        if step != self.told and step % trainer.log_every_n_steps == 0:
+        if step != self.told and step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             now, (before, then) = time.monotonic(), self.since
             self.told, self.since = step, (step, now)
             self._tell(trainer, module, "train/", f"{(step - before) / max(now - then, 1e-9):.3g} steps/s")
@@ -197,7 +197,7 @@ class ShowSamples(Callback):
         self._sheet(trainer, tiles, path)
         heard = [(row, part) for row, document in enumerate(documents) for turn in document.turns for part in turn.parts
                  if part.kind == "audio" and module.tokenizers["audio"].decodes][:SOUNDS]
-        self._sounds({row: to_sound(module.tokenizers["audio"], part.codes) for row, part in heard}, path)
+        self._sounds({row: to_sound(module.tokenizers["audio"], part.array) for row, part in heard}, path)
 
     def _reconstructions(self, trainer: Trainer, module: CodecModule, path: Path) -> None:
         batch = next(iter(data_of(trainer).val_dataloader()))
@@ -207,7 +207,7 @@ class ShowSamples(Callback):
         pictures = [picture for pair in pairs for picture in pair]
         self._sheet(trainer, [(p, "reconstruction" if i % 2 else "original") for i, p in enumerate(pictures)], path)
         if hasattr(module.tokenizer, "waveform"):
-            tokenizer = module.tokenizer
+            tokenizer: Any = module.tokenizer
             waves = [wave for medium in media[:SOUNDS // 2] for wave in (medium, tokenizer.decode(tokenizer.encode(medium)))]
             self._sounds({row: Sound(wave.float().cpu().numpy(), tokenizer.rate) for row, wave in enumerate(waves)}, path)
 
