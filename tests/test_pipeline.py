@@ -204,10 +204,12 @@ def test_prompts_of_one_length_are_not_torn_apart():
 def work(lively_model, monkeypatch):
     """Tokens that the decoder is fed as prompts, and numbers of media that an encoder holds at a time."""
     prefilled, held = [], []
-    begin, tokenizer = TorchEngine._prefill, lively_model.tokenizers["audio"]
+    begin, begin_long, tokenizer = TorchEngine._prefill, TorchEngine._prefill_long, lively_model.tokenizers["audio"]
     embed = tokenizer.embed_batch
     monkeypatch.setattr(TorchEngine, "_prefill", lambda engine, x, *more: (prefilled.append(x[..., 0].numel()),
                                                                            begin(engine, x, *more))[1])
+    monkeypatch.setattr(TorchEngine, "_prefill_long", lambda engine, x, length, *more: (prefilled.append(length),
+                                                                                        begin_long(engine, x, length, *more))[1])
     monkeypatch.setattr(tokenizer, "embed_batch", lambda media, *more: (held.append(sum(map(len, media))), embed(media, *more))[1])
     return prefilled, held
 

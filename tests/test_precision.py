@@ -18,8 +18,8 @@ WORKING = ["32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true
 DTYPES = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 4e-3}
 NETWORK = {"width": 16, "heads": 1, "encoder_depth": 1, "decoder_depth": 1, "levels": [4, 3, 3]}
 TOKENIZERS = {
-    "image": ("codec.ImageCodecModule", "codec.CodecData", {"tokenizer": {"patch": 8, "side": 32, "network": NETWORK}}),
-    "audio": ("codec.AudioCodecModule", "codec.CodecData", {"tokenizer": {
+    "image": ("codec.ImageCodecModule", "codec_data.CodecData", {"tokenizer": {"patch": 8, "side": 32, "network": NETWORK}}),
+    "audio": ("codec.AudioCodecModule", "codec_data.CodecData", {"tokenizer": {
         "mels": 16, "patch_mels": 8, "patch_frames": 4, "window": 512, "chunk": 16, "pitch": True, "network": NETWORK}}),
     "vocoder": ("vocoder.VocoderModule", "vocoder.VocoderData", {"vocoder": {"width": 16}}),
 }

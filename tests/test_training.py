@@ -67,11 +67,11 @@ def folders(root):
                     {"accelerator": "cpu", "max_epochs": 1, "log_every_n_steps": 1, "enable_progress_bar": False}),
         "image": fit(root / "image",
                      section("codec.ImageCodecModule", tokenizer={"patch": 16, "side": 32, "network": NETWORK}),
-                     section("codec.CodecData", image_augmentation={}, **codec)),
+                     section("codec_data.CodecData", image_augmentation={}, **codec)),
         "audio": fit(root / "audio",
                      section("codec.AudioCodecModule", tokenizer={"mels": 16, "patch_mels": 16, "patch_frames": 4,
                                                                   "window": 512, "chunk": 16, "network": NETWORK}),
-                     section("codec.CodecData", audio_augmentation={}, **codec)),
+                     section("codec_data.CodecData", audio_augmentation={}, **codec)),
     }
 
 
@@ -141,7 +141,7 @@ def test_a_run_starts_from_a_finished_model(root, run, decoder_data):
     module = changed(DECODER_MODULE, "init_args.init_from", str(run / "model"))
     module = changed(module, "init_args.optimizer", {"learning_rate": 1e-9})
     retrained = fit(root / "image2", section("codec.ImageCodecModule", tokenizer={"patch": 16, "side": 32, "network": NETWORK}),
-                    section("codec.CodecData", train=FEW, validation=FEW, batch_size=4), {**TRAINER, "max_steps": 1})
+                    section("codec_data.CodecData", train=FEW, validation=FEW, batch_size=4), {**TRAINER, "max_steps": 1})
     data = changed(decoder_data, "init_args.tokenizers.image", str(retrained))
     before, after = mmtx.load(run / "model", "cpu"), mmtx.load(fit(root / "started", module, data), "cpu")
     assert before.tokenizers["image"].fingerprint != after.tokenizers["image"].fingerprint
@@ -324,7 +324,7 @@ def test_mistakes_of_held_out_commands_end_in_one_line(name, run, config, tmp_pa
 
 def test_other_tokenizers_than_the_models_are_refused(run, config, folders, root, capsys):
     other = fit(root / "image3", section("codec.ImageCodecModule", tokenizer={"patch": 16, "side": 32, "network": NETWORK}),
-                section("codec.CodecData", train=FEW, validation=FEW, batch_size=4), {**TRAINER, "max_steps": 1})
+                section("codec_data.CodecData", train=FEW, validation=FEW, batch_size=4), {**TRAINER, "max_steps": 1})
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         main(["validate", *config, "--data.tokenizers.image", str(other)])

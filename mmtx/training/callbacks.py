@@ -208,7 +208,7 @@ class ShowSamples(Callback):
         self._sheet(trainer, [(p, "reconstruction" if i % 2 else "original") for i, p in enumerate(pictures)], path)
         if hasattr(module.tokenizer, "waveform"):
             tokenizer: Any = module.tokenizer
-            waves = [wave for medium in media[:SOUNDS // 2] for wave in (medium, tokenizer.decode(tokenizer.encode(medium)))]
+            waves = [tokenizer.waveform(mel.float()) for pair in zip(media[:SOUNDS // 2], output) for mel in pair]
             self._sounds({row: Sound(wave.float().cpu().numpy(), tokenizer.rate) for row, wave in enumerate(waves)}, path)
 
     @staticmethod
