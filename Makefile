@@ -47,6 +47,7 @@ test-fast: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow" $(FAST:%=tests/test_%.py) $(TEST_ARGS)
 
 test-long: $(VENV)/.installed-test
+	MMTX_LONG=1 $(VENV)/bin/python -m pytest tests/test_long_media.py
 	$(VENV)/bin/python tests/fuzz.py media --count 4000
 	$(VENV)/bin/python tests/fuzz_files.py --seconds 300
 	$(VENV)/bin/python benchmarks/write_kills.py

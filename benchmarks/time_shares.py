@@ -127,7 +127,7 @@ def decoding(shape: str, times: int) -> dict:
             going.step(ids)
             screen.candidates(hidden, free)
 
-    layers = row().layers
+    layers = row().layers[False]  # of one thread
 
     def reading() -> None:
         for layer in layers:

@@ -396,6 +396,10 @@ def _generate(options: argparse.Namespace) -> None:
         raise InputError(f"--file is missing: where shall the {options.out} go?")
     if options.out == "text" and options.begin is not None:
         raise InputError("--begin: found --out text, expected --out image or --out audio")
+    if options.model is None and options.server is None and options.out in ("image", "audio"):
+        from mmtx.files import shipped
+
+        options.model = shipped("demos/generate")  # the model for captions neither draws nor plays
     model, parts, sampling = _load(options), _parts(options.parts), {**_sampling(options), "guidance_scale": options.guidance_scale}
     if options.out == "text":
         for piece in model.stream(parts, **sampling):

@@ -96,6 +96,15 @@ def test_generate_writes_a_picture_and_a_sound(run, folder, tmp_path):
     assert soundfile.info(sound).samplerate == RATE
 
 
+@pytest.mark.slow
+def test_a_picture_is_drawn_by_the_model_for_it_where_none_is_named(tmp_path, capsys):
+    for name, model in (("default", ()), ("named", ("--model", "demos/generate"))):
+        assert main(["generate", "red apple", "--out", "image", "--file", str(tmp_path / f"{name}.png"), "--device", "cpu", *model]) in (0, None)
+    capsys.readouterr()
+    default, named = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("default", "named"))
+    assert default.std() > 10 and np.array_equal(default, named)
+
+
 def test_generate_completes_a_picture(run, model, tmp_path):
     file, sampling = tmp_path / "out.png", {"temperature": 1.0, "seed": 4, "guidance_scale": 2.0}
     options = ("--out", "image", "--file", str(file), "--begin", "media/a.png", "--temperature", "1", "--seed", "4",

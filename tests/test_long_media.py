@@ -1,5 +1,6 @@
 """Captions of long sounds and large photographs in bounded memory, in processes of their own that load the shipped model."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,10 @@ def megabytes(paths: list[Path]) -> float:
     return float(result.stdout)
 
 
-@pytest.mark.parametrize(("seconds", "most"), [(120, 250), (600, 600)])
+LONG = pytest.mark.skipif("MMTX_LONG" not in os.environ, reason="minutes: make test-long")
+
+
+@pytest.mark.parametrize(("seconds", "most"), [(120, 250), pytest.param(600, 600, marks=LONG)])
 def test_a_long_sound(tmp_path, seconds, most):
     time, random = np.arange(44_100) / 44_100, np.random.default_rng(0)
     with soundfile.SoundFile(tmp_path / "a.flac", "w", 44_100, 2) as file:
@@ -42,7 +46,7 @@ def test_a_long_sound(tmp_path, seconds, most):
     assert megabytes([tmp_path / "a.flac"]) < most
 
 
-@pytest.mark.parametrize(("count", "most"), [(3, 300), (32, 600)])
+@pytest.mark.parametrize(("count", "most"), [(3, 300), pytest.param(32, 600, marks=LONG)])
 def test_photographs(tmp_path, count, most):
     """Of 24 megapixels each."""
     random, paths = np.random.default_rng(0), []
