@@ -158,7 +158,7 @@ def captions(name: str, times: int, files: int = 2 * BATCH) -> dict:
                                  else (mmtx.Audio, partial(MediaPart, "audio"), "audio"))
         media = [mark(data) for data in media[:files]]
         tensors = [model._read(item) for item in media]
-        embed = model.tokenizers[tokenizer].embed_batch
+        embed = partial(model.tokenizers[tokenizer].embed_batch, patches=tokenizer in model.decoder.encoders)
         asked = [prompt(Document((Turn("user", (make(*encoding),)),)), model.vocabulary) for encoding in embed(tensors)]
         weights = model._weights
 
