@@ -86,7 +86,9 @@ starter: $(VENV)/.installed
 	cp -r $(RUNS)/starter/image-refined/model/* tokenizers/image/
 	cp -r $(RUNS)/starter/vocoder/model/* tokenizers/audio/
 	$(MMTX) fit --config configs/starter/decoder.yaml --output $(RUNS)/starter/decoder $(FIT_ARGS)
-	$(MMTX) evaluate --model $(RUNS)/starter/decoder/model --config configs/starter/decoder.yaml $(EVALUATE_ARGS)
+	$(MMTX) fit --config configs/starter/captions.yaml --output $(RUNS)/starter/captions --model.init_from $(RUNS)/starter/decoder/model \
+	    --data.tokenizers.text tokenizers/text --data.tokenizers.image tokenizers/image --data.tokenizers.audio tokenizers/audio $(FIT_ARGS)
+	$(MMTX) evaluate --model $(RUNS)/starter/captions/model --config configs/starter/captions.yaml $(EVALUATE_ARGS)
 
 environment: $(VENV)/.installed
 
