@@ -162,10 +162,15 @@ def test_training_goes_on_from_a_model_of_frozen_features(tmp_path):
     assert set(expected) == set(second.decoder.state_dict())
     # The step of a learning rate of 0 still rounds.
     assert all(torch.allclose(value, expected[name], rtol=0, atol=1e-6) for name, value in second.decoder.state_dict().items())
-    # With another codec the features would mean something else.
-    config["data"]["init_args"]["tokenizers"]["image"] = "tokenizers/image"
+    # With another codec, were it of the same sizes, the features would mean something else.
+    other = first.tokenizers["image"]
+    with torch.no_grad():
+        next(other.network.parameters()).add_(0.1)
+    other.save(tmp_path / "other")
+    config["data"]["init_args"]["tokenizers"]["image"] = str(tmp_path / "other")
     assert runs.fit(config, tmp_path / "refused") != [0]
-    assert "init_from: found" in (told := (tmp_path / "refused.log").read_text()) and "Traceback" not in told
+    assert "init_from: found an image tokenizer of fingerprint" in (told := (tmp_path / "refused.log").read_text())
+    assert "Traceback" not in told
 
 
 @pytest.mark.slow
