@@ -14,11 +14,12 @@ from test_interop import full, media, save_model  # noqa: F401
 from test_training import DECODER, FEW, TRAINER, fit, section
 
 from mmtx.cli import main
+from mmtx.config import DecoderConfig, EncoderConfig
 from mmtx.errors import InputError
 from mmtx.interop.convert import convert
 from mmtx.interop.export import export
-from mmtx.modality.autoencoder import EncoderConfig
-from mmtx.model import Decoder, DecoderConfig
+from mmtx.modality.encoder import GridEncoder
+from mmtx.model import Decoder
 from mmtx.pipeline import load
 from mmtx.training.adapters import LoRA, adapt, merged, parameters_by_group
 from mmtx.training.decoder import DecoderModule
@@ -115,7 +116,7 @@ def test_a_merged_decoder_scores_as_the_adapted_one(starts):
         expected, plain = decoder.eval().logits(decoder(ids, positions)), merged(decoder)
         found = plain.logits(plain(ids, positions))
     assert torch.allclose(expected, found, atol=1e-5)
-    assert {*plain.state_dict()} == {*Decoder(plain.config).state_dict()}
+    assert {*plain.state_dict()} == {*Decoder(plain.config, GridEncoder).state_dict()}
     assert "attention" in parameters_by_group(decoder).split("are frozen")[1]
 
 
@@ -184,7 +185,8 @@ def test_mistakes_are_told_in_one_line(monkeypatch):
 
 
 def test_encoders_train_as_they_are_and_adapters_stand_in_blocks_alone():
-    decoder = Decoder(DecoderConfig(300, **DECODER, features={"image": 16}, encoders={"image": EncoderConfig(12, 16, 2, 1, 4)}))
+    config = DecoderConfig(300, **DECODER, features={"image": 16}, encoders={"image": EncoderConfig(12, 16, 2, 1, 4)})
+    decoder = Decoder(config, GridEncoder)
     adapt(decoder, LoRA(rank=2), 280)
     adapted = {name.split(".lora_A")[0] for name, _ in decoder.named_parameters() if ".lora_A" in name}
     assert adapted == {f"blocks.{n}.{part}" for n in range(len(decoder.blocks))

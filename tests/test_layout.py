@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CHAIN = ("files", "plugins", "schema", "ambient", "weights", "kernels", "layers", "modality", "vocabulary", "document", "sequence", "grammar", "data", "model", "loss",
+CHAIN = ("files", "plugins", "schema", "ambient", "weights", "kernels", "varlen", "config", "embedding", "model", "modality", "vocabulary", "document", "sequence", "grammar", "data", "loss",
          "inference", "attention", "hub", "pipeline", "captioning", "evaluation", "report", "run_page", "scaling", "interop", "serving", "training", "cli")
 ANYWHERE = ("errors",)
 FILES = sorted((ROOT / "mmtx").rglob("*.py"))
@@ -76,6 +76,13 @@ def test_imports_only_from_the_left(path):
 
 def test_errors_import_nothing_of_ours():
     assert imported(ROOT / "mmtx" / "errors.py") <= {"unicodedata"}
+
+
+def test_the_whole_decoder_stands_in_one_file_of_at_most_250_lines():
+    text = (ROOT / "mmtx" / "model.py").read_text(encoding="utf-8")
+    made = [node.name for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
+    assert made[-6:] == ["FusedLinear", "RMSNorm", "Attention", "FeedForward", "Block", "Decoder"]
+    assert len(text.splitlines()) <= 250
 
 
 def test_lightning_is_imported_in_training_only():

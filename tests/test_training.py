@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 import mmtx
 from mmtx.cli import main
+from mmtx.config import DecoderConfig
 from mmtx.data.collection import DataSource, read_source
 from mmtx.data.output import alone
 from mmtx.data.packing import PackedBatches
@@ -23,7 +24,6 @@ from mmtx.data.tokens import to_documents
 from mmtx.errors import InputError
 from mmtx.modality.base import load_tokenizer
 from mmtx.modality.text import TextTokenizer
-from mmtx.model import DecoderConfig
 from mmtx.training.checkpoint import AtomicCheckpointIO
 from mmtx.training.decoder import DecoderData, DecoderModule, TokenizerFolders
 from mmtx.training.optimizer import OptimizerConfig

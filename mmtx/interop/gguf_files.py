@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmtx.config import DecoderConfig, RopeScaling
 from mmtx.errors import InputError
 from mmtx.files import require
 from mmtx.interop.families import family_named, family_of
-from mmtx.layers import RopeScaling
 from mmtx.modality.pretrained_text import PretrainedText
-from mmtx.model import DecoderConfig
 from mmtx.schema import shown
 
 CONTROL, USER_DEFINED = 3, 4

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
 
+from mmtx.config import CodeRange, DecoderConfig
 from mmtx.data.augment import AudioAugmentation, ImageAugmentation
 from mmtx.data.collection import DataSource, progress, test_sources
 from mmtx.data.corpus import Content, Corpus, read_corpus
@@ -29,8 +30,9 @@ from mmtx.files import find_shipped
 from mmtx.loss import TokenLoss, next_token_loss
 from mmtx.modality.autoencoder import Codec
 from mmtx.modality.base import Tokenizer, load_tokenizer, media_tokenizer
+from mmtx.modality.encoder import GridEncoder
 from mmtx.modality.modality import media_kinds
-from mmtx.model import CodeRange, Decoder, DecoderConfig
+from mmtx.model import Decoder
 from mmtx.pipeline import Model, load
 from mmtx.training.adapters import LoRA, adapt, merged, parameters_by_group, save_adapter
 from mmtx.training.loader import ResumableLoader, loader
@@ -259,7 +261,7 @@ class DecoderModule(TestedAsValidated):
             raise InputError(f"train_encoder: found a {kind} tokenizer without an encoder that trains, expected a codec of mmtx")
         self.config = replace(self.config, vocabulary_size=vocabulary.size, composed=tuple(ranges),
                               features=widths if self.continuous_inputs else {}, encoders=encoders if self.train_encoder else {})
-        self.decoder = Decoder(self.config)
+        self.decoder = Decoder(self.config, GridEncoder)
         for kind, encoder in self.decoder.encoders.items():
             weights = cast(Codec, self.tokenizers[kind]).network.state_dict()
             encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()})
