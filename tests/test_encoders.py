@@ -67,12 +67,12 @@ def model(tokenizers, vocabulary):
     return Model(decoder(tokenizers, vocabulary, True), vocabulary, tokenizers).to("cpu")
 
 
-@pytest.mark.parametrize("kind", KINDS)
 def test_a_decoder_with_encoders_is_told_what_makes_them():
     with pytest.raises(TypeError, match="GridEncoder"):
         Decoder(DecoderConfig(300, features={"image": 32}, encoders={"image": EncoderConfig(192, 32, 2, 1, 8)}))
 
 
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_copy_makes_the_features_of_the_codec_of_its_patches(kind, tokenizers):
     codec = tokenizers[kind].at(None) if kind == "image" else tokenizers[kind]
     whole = [medium for medium in media(kind) if kind == "image" or len(medium) < 16_000]  # sounds of a chunk
