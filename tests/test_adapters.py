@@ -57,7 +57,7 @@ def arguments(start) -> tuple[dict, dict]:
 def test_adapters_and_new_rows_train_and_peft_alone_gives_the_same_model(starts, name, tmp_path, capsys):
     start = starts[name]
     model, data = arguments(start)
-    fit(tmp_path / "run", section("decoder.DecoderModule", **model), section("decoder.DecoderData", **data), {**TRAINER, "max_steps": 4})
+    fit(tmp_path / "run", section("decoder.DecoderModule", **model), section("decoder_data.DecoderData", **data), {**TRAINER, "max_steps": 4})
     before, after = load(start, "cpu"), load(tmp_path / "run" / "model", "cpu")
     said = capsys.readouterr().err
     rows = before.decoder.embedding.weight.shape[0] - before.tokenizers["text"].size
@@ -91,7 +91,7 @@ def test_a_killed_run_goes_on_bit_by_bit(starts, tmp_path):
     model, data = arguments(starts["qwen2"])
     model["lora"] |= {"dropout": 0.1}
     config = {"seed_everything": 0, "save_every": 2, "ema": 0.9, "model": section("decoder.DecoderModule", **model),
-              "data": section("decoder.DecoderData", **{**data, "num_workers": 1, "image_augmentation": {}, "audio_augmentation": {}}),
+              "data": section("decoder_data.DecoderData", **{**data, "num_workers": 1, "image_augmentation": {}, "audio_augmentation": {}}),
               "trainer": {**TRAINER, "max_steps": 6}}
     assert runs.fit(config, tmp_path / "whole") == [0], (tmp_path / "whole.log").read_text()
     processes = runs.start(config, tmp_path / "killed")
@@ -127,7 +127,7 @@ def test_a_base_in_4_bits_stays_and_adapters_and_new_rows_train(starts, name, tm
     model, data = arguments(starts[name])
     model["lora"] |= {"load_in_4bit": True}
     config = {"seed_everything": 0, "save_every": 2, "model": section("decoder.DecoderModule", **model),
-              "data": section("decoder.DecoderData", **data), "trainer": {**TRAINER, "max_steps": 4}}
+              "data": section("decoder_data.DecoderData", **data), "trainer": {**TRAINER, "max_steps": 4}}
     before = load(starts[name], "cpu").decoder
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"output": str(tmp_path / "whole"), **config}))
     main(["fit", "--config", str(tmp_path / "run.yaml")])

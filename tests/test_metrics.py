@@ -20,7 +20,8 @@ from mmtx.modality.autoencoder import NetworkConfig, Reconstruction
 from mmtx.modality.image import ImageConfig
 from mmtx.modality.vocoder import hertz, pitch_logits
 from mmtx.training.codec import AudioCodecModule, ImageCodecModule, picture_quality
-from mmtx.training.decoder import DecoderData, DecoderModule, LossWeights, TokenizerFolders
+from mmtx.training.decoder import DecoderModule, LossWeights
+from mmtx.training.decoder_data import DecoderData, TokenizerFolders
 from mmtx.training.means import Means
 from mmtx.training.vocoder import PUBLISHED, stft_distance, track
 

@@ -22,7 +22,8 @@ from mmtx.modality.vocoder import VocoderConfig
 from mmtx.sequence import render
 from mmtx.training.codec import AudioCodecModule, ImageCodecModule
 from mmtx.training.codec_data import CodecBatches, CodecData
-from mmtx.training.decoder import DecoderData, DecoderModule, LossWeights, TokenizerFolders
+from mmtx.training.decoder import DecoderModule, LossWeights
+from mmtx.training.decoder_data import DecoderData, TokenizerFolders
 from mmtx.training.vocoder import VocoderData, VocoderModule
 from mmtx.vocabulary import NUMBERED
 
