@@ -38,6 +38,11 @@ class BlockConfig:
     qkv_bias: bool = False
 
 
+def rotary_frequencies(pairs: int, theta: float, device: torch.device | None = None) -> Tensor:
+    """The angle of each pair a token, (pairs,), from 1 down to almost 1 / theta."""
+    return theta ** (-torch.arange(pairs, dtype=torch.float32, device=device) / pairs)
+
+
 def rotary_embedding(positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:
     """Cosine and sine (..., T, K) of the rotary angles (RoPE, https://arxiv.org/abs/2104.09864).
 
@@ -46,8 +51,7 @@ def rotary_embedding(positions: Tensor, head_dim: int, theta: float, scaling: Ro
     if positions.dim() < 3:
         positions = positions[..., None]
     axes = positions.shape[-1]
-    pairs = head_dim // 2 // axes
-    frequency = theta ** (-torch.arange(pairs, dtype=torch.float32, device=positions.device) / pairs)
+    frequency = rotary_frequencies(head_dim // 2 // axes, theta, positions.device)
     if scaling is not None:
         frequency = frequency / scaling.divisors(frequency)
     angles = (positions[..., None].float() * frequency).flatten(-2)        # (..., T, K/2)

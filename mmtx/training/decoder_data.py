@@ -5,10 +5,8 @@ from dataclasses import asdict, dataclass, field, make_dataclass
 from typing import Any
 
 import torch
-from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from mmtx.data.augment import AudioAugmentation, ImageAugmentation
 from mmtx.data.collection import DataSource, progress, test_sources
 from mmtx.data.corpus import Content, Corpus, read_corpus
 from mmtx.data.packing import Batch, PackedBatches
@@ -19,6 +17,7 @@ from mmtx.files import find_shipped
 from mmtx.modality.base import Tokenizer, load_tokenizer
 from mmtx.modality.modality import media_kinds
 from mmtx.training.loader import ResumableLoader, loader
+from mmtx.training.source_data import SourceData
 from mmtx.vocabulary import Vocabulary
 
 CAPTIONED = 16  # samples that `mmtx predict` captions at once
@@ -50,43 +49,21 @@ class TokenizerFolders:
         return found
 
 
-class DecoderData(LightningDataModule):
+class DecoderData(SourceData):
     """Samples -> documents of codes and features -> packed batches."""
 
-    def __init__(
-        self,
-        tokenizers: TokenizerFolders,
-        train: list[DataSource],
-        validation: list[DataSource],
-        tokens_per_batch: int = 4096,
-        max_seq_len: int = 1024,
-        image_augmentation: ImageAugmentation | None = None,
-        audio_augmentation: AudioAugmentation | None = None,
-        num_workers: int = 0,
-        max_bad: float = 0.01,
-        seed: int = 0,
-        test: list[DataSource] | None = None,
-    ):
+    def __init__(self, tokenizers: TokenizerFolders, train: list[DataSource], validation: list[DataSource],
+                 tokens_per_batch: int = 4096, max_seq_len: int = 1024, **options: Any):
         """
         Args:
             tokenizers: folders of the tokenizers.
-            train: what to learn from: media, or what `mmtx prepare` made of them.
-            validation: held-out samples, for losses and shown captions.
             tokens_per_batch: tokens of a batch on each device.
             max_seq_len: longest document in tokens.
-            image_augmentation: changes to pictures, new ones each time; none by default, nor where `train` is prepared,
-                nor to what an assistant turn is to make.
-            audio_augmentation: changes to sounds, likewise.
-            num_workers: processes that read and encode media and put batches together.
-            max_bad: share of the rows of each source that may be unusable.
-            seed: fixes order and augmentation.
-            test: samples for `mmtx test`, which nothing else reads.
+            **options: of `SourceData`.
         """
-        super().__init__()
-        self.max_seq_len, self.tokens_per_batch, self.num_workers = max_seq_len, tokens_per_batch, num_workers
-        self.max_bad, self.seed = max_bad, seed
-        self.train_sources, self.validation_sources, self.test = train, validation, test
-        self.augmentation = Augmentation(image_augmentation, audio_augmentation)
+        super().__init__(train, validation, **options)
+        self.max_seq_len, self.tokens_per_batch = max_seq_len, tokens_per_batch
+        self.augmentation = Augmentation(self.image_augmentation, self.audio_augmentation)
         self.tokenizers = tokenizers.load()
         self.vocabulary = Vocabulary.build(self.tokenizers)
 
