@@ -41,7 +41,7 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest $(TEST_ARGS)
 
-FAST := layout kernels layers model loss sequence vocabulary modality files schema fsq text optimizer formats packing encoders attention
+FAST := layout kernels block model loss sequence vocabulary modality files schema fsq text optimizer formats packing encoders attention
 
 test-fast: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow" $(FAST:%=tests/test_%.py) $(TEST_ARGS)

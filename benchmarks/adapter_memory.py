@@ -22,10 +22,12 @@ from pathlib import Path
 
 import torch
 
+from mmtx.config import DecoderConfig
 from mmtx.files import find_shipped
 from mmtx.interop.convert import convert
 from mmtx.loss import next_token_loss
-from mmtx.model import Decoder, DecoderConfig
+from mmtx.modality.encoder import GridEncoder
+from mmtx.model import Decoder
 from mmtx.pipeline import load
 from mmtx.training.adapters import LoRA, adapt
 
@@ -45,7 +47,7 @@ def run(way: str, folder: str, steps: int, tokens: int) -> dict[str, float]:
         decoder = Decoder(DecoderConfig(text + 256, width=1024, depth=28, heads=16, kv_heads=8, head_dim=128, mlp_dim=3072))
     else:
         model = load(folder, "cpu")
-        decoder, text = Decoder(model.decoder.config), model.vocabulary.range("special").start
+        decoder, text = Decoder(model.decoder.config, GridEncoder), model.vocabulary.range("special").start
         decoder.load_state_dict(model.decoder.state_dict())
         del model
         gc.collect()  # with what it laid out for inference

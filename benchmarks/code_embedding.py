@@ -17,15 +17,16 @@ import torch
 import torch.nn.functional as F
 import yaml
 
+from mmtx.config import CodeRange, DecoderConfig
 from mmtx.data.augment import AudioAugmentation, ImageAugmentation
 from mmtx.data.collection import read_config, read_source
 from mmtx.data.sample import Media
 from mmtx.data.tokens import load_media, seed_of
+from mmtx.embedding import Features
 from mmtx.files import find_shipped
-from mmtx.layers import Packing
 from mmtx.modality.base import load_tokenizer
-from mmtx.model import CodeRange, Decoder, DecoderConfig
-from mmtx.sequence import Features
+from mmtx.model import Decoder
+from mmtx.varlen import Packing
 from mmtx.vocabulary import Vocabulary
 
 CONFIG = "configs/quickstart/decoder.yaml"

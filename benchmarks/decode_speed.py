@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from measure import interleave, report
 
+from mmtx.config import DecoderConfig
 from mmtx.grammar import Grammar
 from mmtx.inference.generation import generate
 from mmtx.inference.row import prepack_weights
 from mmtx.inference.sampling import Sampling
 from mmtx.inference.weights import Weights
-from mmtx.model import Decoder, DecoderConfig
+from mmtx.model import Decoder
 from mmtx.sequence import Prompt
 from mmtx.vocabulary import SLOTS, Entry, Vocabulary
 

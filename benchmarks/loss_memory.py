@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from measure import interleave, report
 from torch import Tensor
 
+from mmtx.config import DecoderConfig
+from mmtx.embedding import TokenEmbedding
 from mmtx.loss import next_token_loss
-from mmtx.model import DecoderConfig, TokenEmbedding
 
 BAR, LOSS, GRADIENT = 0.25, 1e-5, 1e-4
 PEER = "scores of all tokens"

@@ -20,11 +20,12 @@ import torch
 import torch.nn.functional as F
 from code_embedding import CONFIG, encode
 
+from mmtx.config import CodeRange, DecoderConfig
 from mmtx.data.collection import read_config, read_source
 from mmtx.files import find_shipped
-from mmtx.layers import Packing
 from mmtx.modality.base import load_tokenizer
-from mmtx.model import CodeRange, Decoder, DecoderConfig
+from mmtx.model import Decoder
+from mmtx.varlen import Packing
 from mmtx.vocabulary import Vocabulary
 
 WAYS = ("mean", "codebook", "wide", "random")

@@ -13,9 +13,10 @@ import time
 import torch
 from measure import interleave, report
 
-from mmtx.layers import Packing
+from mmtx.config import DecoderConfig
 from mmtx.loss import next_token_loss
-from mmtx.model import Decoder, DecoderConfig
+from mmtx.model import Decoder
+from mmtx.varlen import Packing
 
 CONFIG = DecoderConfig(20_000, width=192, depth=4, heads=3, kv_heads=3, head_dim=64, mlp_dim=512)
 BAR = 1.15

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torchaudio.functional import edit_distance
 from torchaudio.transforms import MelSpectrogram
 
+from mmtx.config import CodeRange, DecoderConfig
 from mmtx.data.augment import AudioAugmentation, ImageAugmentation
 from mmtx.data.collection import Collected, read_config, read_sources
 from mmtx.data.packing import Batch, PackedBatches
@@ -36,7 +37,7 @@ from mmtx.data.tokens import Augmentation, Documents, load_media, to_documents
 from mmtx.files import find_shipped
 from mmtx.loss import next_token_loss
 from mmtx.modality.base import load_tokenizer
-from mmtx.model import CodeRange, Decoder, DecoderConfig
+from mmtx.model import Decoder
 from mmtx.pipeline import Model
 from mmtx.training.optimizer import OptimizerConfig, configure
 from mmtx.vocabulary import Vocabulary

@@ -31,6 +31,7 @@ from train_speed import SHAPES as TRAINED
 from train_speed import Ours
 
 import mmtx
+from mmtx.config import DecoderConfig
 from mmtx.document import Document, MediaPart, Turn
 from mmtx.inference.choose import choose_engine
 from mmtx.inference.engine import Engine
@@ -38,7 +39,7 @@ from mmtx.inference.generation import generate
 from mmtx.inference.row import RowEngine, prepack_weights
 from mmtx.inference.screen import Screen
 from mmtx.inference.weights import Weights
-from mmtx.model import Decoder, DecoderConfig
+from mmtx.model import Decoder
 from mmtx.pipeline import BATCH, DEFAULT_MODEL
 from mmtx.sequence import Prompt, prompt
 from mmtx.training.memory import keep_memory

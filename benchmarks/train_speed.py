@@ -19,8 +19,9 @@ import torch
 from measure import interleave, report
 from torch import nn
 
+from mmtx.config import DecoderConfig
 from mmtx.loss import next_token_loss
-from mmtx.model import Decoder, DecoderConfig
+from mmtx.model import Decoder
 from mmtx.training.memory import keep_memory
 from mmtx.training.optimizer import OptimizerConfig, configure
 

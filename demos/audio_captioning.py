@@ -13,7 +13,6 @@ import sys
 import mmtx
 from mmtx.cli import main as command
 from mmtx.data.media import load_audio
-from mmtx.data.sample import kind_of
 
 
 def main() -> None:
@@ -30,7 +29,7 @@ def main() -> None:
     status = 0
     try:
         model = mmtx.load(options.model)
-        files = list(wanted(options.files))
+        files = list(mmtx.find_media(options.files, "audio"))
         found = mmtx.caption_files(model, files) if options.every is None else pieces(model, files, options.every)
         for name, caption, error in found:
             if error is not None:
@@ -56,15 +55,6 @@ def pieces(model: mmtx.Model, files: list, seconds: float):
             yield str(file), None, error
         else:
             yield from ((f"{file} {seconds * n:g}s", caption, None) for n, caption in enumerate(captions))
-
-
-def wanted(names: list[str]):
-    """Files of a sound each, those of other kinds left out of folders; what is wrong with a name as its error."""
-    for file in mmtx.find_media(names):
-        if isinstance(file, mmtx.InputError) or (kind := kind_of(file)) in ("audio", None):
-            yield file
-        elif file in names:
-            yield mmtx.InputError(f"{mmtx.display(file)}: found {kind}, expected a sound")
 
 
 if __name__ == "__main__":

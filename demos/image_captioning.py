@@ -12,7 +12,6 @@ import sys
 
 import mmtx
 from mmtx.cli import main as command
-from mmtx.data.sample import kind_of
 
 
 def main() -> None:
@@ -27,7 +26,7 @@ def main() -> None:
     status, last = 0, None
     try:
         model = mmtx.load(options.model)
-        files = list(wanted(options.files))
+        files = list(mmtx.find_media(options.files, "image"))
         for name, caption, error in mmtx.caption_files(model, files):
             if error is not None:
                 print(f"error: {error}", file=sys.stderr)
@@ -40,15 +39,6 @@ def main() -> None:
     except mmtx.InputError as error:
         sys.exit(f"error: {error}")
     sys.exit(status)
-
-
-def wanted(names: list[str]):
-    """Files of a picture each, those of other kinds left out of folders; what is wrong with a name as its error."""
-    for file in mmtx.find_media(names):
-        if isinstance(file, mmtx.InputError) or (kind := kind_of(file)) in ("image", None):
-            yield file
-        elif file in names:
-            yield mmtx.InputError(f"{mmtx.display(file)}: found {kind}, expected a picture")
 
 
 if __name__ == "__main__":

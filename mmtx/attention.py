@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmtx.embedding import Features
 from mmtx.errors import InputError
-from mmtx.layers import rotary_embedding
 from mmtx.modality.base import Tokenizer
-from mmtx.model import Decoder
-from mmtx.sequence import Features, Prompt, gather_features
+from mmtx.model import Decoder, rotary_embedding
+from mmtx.sequence import Prompt, gather_features
 from mmtx.vocabulary import Vocabulary
 
 MOST = 2 ** 28    # numbers of all weights: 1 GB

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from mmtx.data.sample import kind_of
+from mmtx.data.storage import display
 from mmtx.data.trust import is_url
 from mmtx.errors import InputError
 from mmtx.inference.sampling import Sampling
+from mmtx.modality.modality import media_kinds
 from mmtx.pipeline import Model
 
 TOGETHER = 64  # files that are asked for at once: each thread of a CPU gets a batch, and captions appear as they come
@@ -21,18 +23,20 @@ class Captioned(NamedTuple):
     error: InputError | None = None
 
 
-def find_media(names: Sequence[str]) -> Iterator[str | InputError]:
-    """Files, URLs, and all pictures and sounds in folders, in order; what is missing or empty as its error."""
+def find_media(names: Sequence[str], kind: str | None = None) -> Iterator[str | InputError]:
+    """Files, URLs, and all media in folders, in order; what is missing, empty or not of the `kind` that is wanted as its error."""
+    kinds = media_kinds() if kind is None else (kind,)
     for name in names:
         path = Path(name)
         try:
             if is_url(name) or path.is_file():
-                yield name
+                found = kind_of(name)
+                yield name if found in (None, *kinds) else InputError(f"{display(name)}: found {found}, expected {kind}")
             elif path.is_dir():
-                inside = sorted(str(file) for file in path.rglob("*") if kind_of(file.name) and file.is_file())
+                inside = sorted(str(file) for file in path.rglob("*") if kind_of(file.name) in kinds and file.is_file())
                 yield from inside
                 if not inside:
-                    yield InputError(f"{name}: found no pictures or sounds in this folder")
+                    yield InputError(f"{name}: found no {'pictures or sounds' if kind is None else kind} in this folder")
             elif path.exists():
                 yield InputError(f"{name}: found neither a file nor a folder")
             else:

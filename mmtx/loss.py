@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmtx.model import TokenEmbedding
+from mmtx.embedding import TokenEmbedding
 
 CHUNK = 2 ** 24  # scores that are held at a time
 NEAR = 2 ** 19   # scores that a core of a CPU keeps in its caches

@@ -26,6 +26,7 @@ from PIL import Image as PILImage
 
 from mmtx.ambient import MOST_THREADS, in_threads, neutral, neutral_steps
 from mmtx.attention import AttentionMaps, attention_maps
+from mmtx.config import OPTIONAL, DecoderConfig
 from mmtx.data.formats import AUDIO_FORMATS, IMAGE_FORMATS
 from mmtx.data.media import Sampled
 from mmtx.data.sample import kind_of
@@ -42,8 +43,9 @@ from mmtx.inference.row import prepack_weights
 from mmtx.inference.sampling import Sampling
 from mmtx.inference.weights import Weights
 from mmtx.modality.base import Encoding, Tokenizer, load_tokenizer, media_tokenizer
-from mmtx.modality.modality import MODALITIES, media_kinds
-from mmtx.model import OPTIONAL, Decoder, DecoderConfig
+from mmtx.modality.encoder import GridEncoder
+from mmtx.modality.modality import MODALITIES, media_kinds, unknown
+from mmtx.model import Decoder
 from mmtx.schema import build, shown
 from mmtx.sequence import Prompt, gather_features, parse, prompt, render
 from mmtx.vocabulary import Vocabulary
@@ -154,7 +156,7 @@ def load(folder: str | Path | None = None, device: str | torch.device | None = N
         InputError: the folder is not a whole model, or does not fit its tokenizers.
     """
     config, vocabulary, tokenizers, folder = read_model(folder)
-    decoder = load_module(lambda: Decoder(config), folder / "model.safetensors")
+    decoder = load_module(lambda: Decoder(config, GridEncoder), folder / "model.safetensors")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Model(decoder, vocabulary, tokenizers).to(device).prepare_for_inference()
 
@@ -172,6 +174,8 @@ def read_model(folder: str | Path | None) -> tuple[DecoderConfig, Vocabulary, di
         if (part.start, part.levels) not in [(entry.start, entry.levels) for entry in vocabulary.entries]:
             raise InputError(f"{folder}: the decoder composes ids from {part.start} on of other digits than its vocabulary")
     for kind, width in config.features.items():
+        if kind not in MODALITIES:
+            raise unknown(kind, folder / CONFIG)
         if width != (found := getattr(tokenizers.get(kind), "feature_width", 0)):
             raise InputError(f"{folder}: the decoder takes features of {kind} of width {width}, its tokenizer gives {found}")
     for kind, encoder in config.encoders.items():

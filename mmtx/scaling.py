@@ -16,9 +16,11 @@ import torch
 import yaml
 from torch import Tensor
 
+from mmtx.config import DecoderConfig
 from mmtx.errors import InputError
 from mmtx.files import CONFIG
-from mmtx.model import Decoder, DecoderConfig
+from mmtx.modality.encoder import GridEncoder
+from mmtx.model import Decoder
 from mmtx.pipeline import read_model_config
 from mmtx.run_page import read_curves
 
@@ -47,7 +49,7 @@ def cost(config: DecoderConfig, tokens: int, length: int) -> Cost:
     """
     c = config
     with torch.device("meta"):
-        decoder = Decoder(replace(c, depth=1))  # all blocks are alike
+        decoder = Decoder(replace(c, depth=1), GridEncoder)  # all blocks are alike
     block = sum(p.numel() for p in decoder.blocks[0].parameters())
     matrices = c.depth * sum(p.numel() for p in decoder.blocks[0].parameters() if p.dim() == 2)
     attention = 4 * c.depth * c.heads * c.head_dim * length

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mmtx.document import Document, MediaPart, Part, TextPart, Turn
+from mmtx.embedding import Features
 from mmtx.errors import InputError
 from mmtx.vocabulary import MAX_SIDE, NUMBERED, Vocabulary
 
@@ -45,14 +46,6 @@ class Prompt(NamedTuple):
 
     ids: np.ndarray  # (T,) int32
     spans: tuple[Span, ...] = ()
-
-
-class Features(NamedTuple):
-    """Features that stand in for the codes of one kind in a batch."""
-
-    places: Tensor  # (n,) indices into the B*T flat tokens
-    values: Tensor  # (n, D)
-    grids: tuple[tuple[int, int], ...] = ()  # rows and columns of each picture or sound, one behind another
 
 
 def render(document: Document, vocabulary: Vocabulary) -> Rendered:

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from mmtx.config import CodeRange, DecoderConfig
 from mmtx.modality.audio import AudioConfig, AudioTokenizer
 from mmtx.modality.autoencoder import NetworkConfig
 from mmtx.modality.base import Tokenizer
 from mmtx.modality.image import ImageConfig, ImageTokenizer
 from mmtx.modality.text import TextTokenizer
-from mmtx.model import CodeRange, Decoder, DecoderConfig
+from mmtx.model import Decoder
 from mmtx.pipeline import Model
 from mmtx.vocabulary import Vocabulary
 

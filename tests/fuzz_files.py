@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 import mmtx
+from mmtx.config import CodeRange, DecoderConfig
 from mmtx.data.collection import DataSource
 from mmtx.data.corpus import read_corpus
 from mmtx.data.prepare import prepare
@@ -33,7 +34,7 @@ from mmtx.modality.base import load_tokenizer
 from mmtx.modality.image import ImageConfig, ImageTokenizer
 from mmtx.modality.text import TextTokenizer
 from mmtx.modality.vocoder import VocoderConfig
-from mmtx.model import CodeRange, Decoder, DecoderConfig
+from mmtx.model import Decoder
 from mmtx.pipeline import Model
 from mmtx.vocabulary import Vocabulary
 

@@ -38,7 +38,7 @@ def prepare(root: Path, steps: int = 8, **trainer) -> dict:
         "seed_everything": 0, "save_every": 2, "samples": 2, "ema": 0.9,
         "model": {"class_path": "mmtx.training.decoder.DecoderModule", "init_args": {
             "decoder": {"width": 32, "depth": 1, "heads": 2, "kv_heads": 1, "head_dim": 16, "mlp_dim": 32}}},
-        "data": {"class_path": "mmtx.training.decoder.DecoderData", "init_args": {
+        "data": {"class_path": "mmtx.training.decoder_data.DecoderData", "init_args": {
             "tokenizers": {kind: str(root / kind) for kind in ("text", "image", "audio")},
             "train": FEW, "validation": FEW, "tokens_per_batch": 256, "max_seq_len": 255, "num_workers": 2,
             "image_augmentation": {}, "audio_augmentation": {}}},

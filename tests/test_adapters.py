@@ -14,11 +14,12 @@ from test_interop import full, media, save_model  # noqa: F401
 from test_training import DECODER, FEW, TRAINER, fit, section
 
 from mmtx.cli import main
+from mmtx.config import DecoderConfig, EncoderConfig
 from mmtx.errors import InputError
 from mmtx.interop.convert import convert
 from mmtx.interop.export import export
-from mmtx.modality.autoencoder import EncoderConfig
-from mmtx.model import Decoder, DecoderConfig
+from mmtx.modality.encoder import GridEncoder
+from mmtx.model import Decoder
 from mmtx.pipeline import load
 from mmtx.training.adapters import LoRA, adapt, merged, parameters_by_group
 from mmtx.training.decoder import DecoderModule
@@ -56,7 +57,7 @@ def arguments(start) -> tuple[dict, dict]:
 def test_adapters_and_new_rows_train_and_peft_alone_gives_the_same_model(starts, name, tmp_path, capsys):
     start = starts[name]
     model, data = arguments(start)
-    fit(tmp_path / "run", section("decoder.DecoderModule", **model), section("decoder.DecoderData", **data), {**TRAINER, "max_steps": 4})
+    fit(tmp_path / "run", section("decoder.DecoderModule", **model), section("decoder_data.DecoderData", **data), {**TRAINER, "max_steps": 4})
     before, after = load(start, "cpu"), load(tmp_path / "run" / "model", "cpu")
     said = capsys.readouterr().err
     rows = before.decoder.embedding.weight.shape[0] - before.tokenizers["text"].size
@@ -90,7 +91,7 @@ def test_a_killed_run_goes_on_bit_by_bit(starts, tmp_path):
     model, data = arguments(starts["qwen2"])
     model["lora"] |= {"dropout": 0.1}
     config = {"seed_everything": 0, "save_every": 2, "ema": 0.9, "model": section("decoder.DecoderModule", **model),
-              "data": section("decoder.DecoderData", **{**data, "num_workers": 1, "image_augmentation": {}, "audio_augmentation": {}}),
+              "data": section("decoder_data.DecoderData", **{**data, "num_workers": 1, "image_augmentation": {}, "audio_augmentation": {}}),
               "trainer": {**TRAINER, "max_steps": 6}}
     assert runs.fit(config, tmp_path / "whole") == [0], (tmp_path / "whole.log").read_text()
     processes = runs.start(config, tmp_path / "killed")
@@ -115,7 +116,7 @@ def test_a_merged_decoder_scores_as_the_adapted_one(starts):
         expected, plain = decoder.eval().logits(decoder(ids, positions)), merged(decoder)
         found = plain.logits(plain(ids, positions))
     assert torch.allclose(expected, found, atol=1e-5)
-    assert {*plain.state_dict()} == {*Decoder(plain.config).state_dict()}
+    assert {*plain.state_dict()} == {*Decoder(plain.config, GridEncoder).state_dict()}
     assert "attention" in parameters_by_group(decoder).split("are frozen")[1]
 
 
@@ -126,7 +127,7 @@ def test_a_base_in_4_bits_stays_and_adapters_and_new_rows_train(starts, name, tm
     model, data = arguments(starts[name])
     model["lora"] |= {"load_in_4bit": True}
     config = {"seed_everything": 0, "save_every": 2, "model": section("decoder.DecoderModule", **model),
-              "data": section("decoder.DecoderData", **data), "trainer": {**TRAINER, "max_steps": 4}}
+              "data": section("decoder_data.DecoderData", **data), "trainer": {**TRAINER, "max_steps": 4}}
     before = load(starts[name], "cpu").decoder
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"output": str(tmp_path / "whole"), **config}))
     main(["fit", "--config", str(tmp_path / "run.yaml")])
@@ -184,7 +185,8 @@ def test_mistakes_are_told_in_one_line(monkeypatch):
 
 
 def test_encoders_train_as_they_are_and_adapters_stand_in_blocks_alone():
-    decoder = Decoder(DecoderConfig(300, **DECODER, features={"image": 16}, encoders={"image": EncoderConfig(12, 16, 2, 1, 4)}))
+    config = DecoderConfig(300, **DECODER, features={"image": 16}, encoders={"image": EncoderConfig(12, 16, 2, 1, 4)})
+    decoder = Decoder(config, GridEncoder)
     adapt(decoder, LoRA(rank=2), 280)
     adapted = {name.split(".lora_A")[0] for name, _ in decoder.named_parameters() if ".lora_A" in name}
     assert adapted == {f"blocks.{n}.{part}" for n in range(len(decoder.blocks))

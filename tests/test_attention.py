@@ -11,8 +11,8 @@ from test_model import qwen3
 import mmtx
 from mmtx import attention
 from mmtx.attention import AttentionMaps, attention_weights
-from mmtx.layers import RopeScaling, rotary_embedding
-from mmtx.model import Decoder, DecoderConfig
+from mmtx.config import DecoderConfig, RopeScaling
+from mmtx.model import Decoder, rotary_embedding
 from mmtx.pipeline import Model
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)

@@ -9,7 +9,8 @@ import pytest
 import torch
 import yaml
 
-from mmtx.model import CodeRange, Decoder
+from mmtx.config import CodeRange
+from mmtx.model import Decoder
 from mmtx.plugins import import_file
 from mmtx.training.codec import AudioCodecModule, ImageCodecModule
 from mmtx.training.decoder import DecoderModule

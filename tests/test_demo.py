@@ -80,8 +80,8 @@ def test_a_page_that_cannot_be_written_is_told_before_any_work(folder):
 
 
 @pytest.mark.parametrize(("script", "mine", "other", "told"), [
-    ("image_captioning.py", ["media/<b>&.png", "media/a.png"], "media/c.wav", "media/c.wav: found audio, expected a picture"),
-    ("audio_captioning.py", ["media/c.wav"], "media/a.png", "media/a.png: found image, expected a sound")])
+    ("image_captioning.py", ["media/<b>&.png", "media/a.png"], "media/c.wav", "media/c.wav: found audio, expected image"),
+    ("audio_captioning.py", ["media/c.wav"], "media/a.png", "media/a.png: found image, expected audio")])
 def test_a_script_for_one_kind_captions_that_and_names_the_rest(folder, script, mine, other, told):
     process = start(folder, "media", other, "nothing.png", demo=DEMO.with_name(script))
     out, err = process.communicate(timeout=120)

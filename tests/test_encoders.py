@@ -8,15 +8,16 @@ import runs
 import torch
 
 import mmtx
+from mmtx.config import CodeRange, DecoderConfig, EncoderConfig
 from mmtx.data.collection import DataSource, read_sources
 from mmtx.data.packing import PackedBatches
 from mmtx.data.prepare import prepare
 from mmtx.data.tokens import Documents, to_documents
 from mmtx.errors import InputError
 from mmtx.inference.sampling import Sampling
-from mmtx.modality.autoencoder import EncoderConfig, GridEncoder
 from mmtx.modality.base import load_tokenizer
-from mmtx.model import CodeRange, Decoder, DecoderConfig
+from mmtx.modality.encoder import GridEncoder
+from mmtx.model import Decoder
 from mmtx.pipeline import Model
 from mmtx.training.decoder import DecoderModule
 
@@ -48,7 +49,7 @@ def decoder(tokenizers, vocabulary, encoders: bool) -> Decoder:
         features={kind: codec.feature_width for kind, codec in codecs.items()},
         encoders={kind: codec.encoder_config for kind, codec in codecs.items()} if encoders else {})
     torch.manual_seed(0)
-    made = Decoder(config)
+    made = Decoder(config, GridEncoder)
     if encoders:
         made.load_state_dict({**made.state_dict(), **decoder(tokenizers, vocabulary, False).state_dict(),
                               **{f"encoders.{kind}.{name}": value for kind in KINDS
@@ -64,6 +65,11 @@ def samples():
 @pytest.fixture(scope="module")
 def model(tokenizers, vocabulary):
     return Model(decoder(tokenizers, vocabulary, True), vocabulary, tokenizers).to("cpu")
+
+
+def test_a_decoder_with_encoders_is_told_what_makes_them():
+    with pytest.raises(TypeError, match="GridEncoder"):
+        Decoder(DecoderConfig(300, features={"image": 32}, encoders={"image": EncoderConfig(192, 32, 2, 1, 8)}))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from mmtx.config import CodeRange, DecoderConfig, RopeScaling
 from mmtx.inference.choose import choose_engine
 from mmtx.inference.reference import ReferenceEngine
 from mmtx.inference.row import FEW_ROWS, SHORT, RowEngine, prepack_weights
 from mmtx.inference.screen import Screen
 from mmtx.inference.torch_engine import ROOM, TorchEngine
 from mmtx.inference.weights import Weights
-from mmtx.layers import RopeScaling
-from mmtx.model import CodeRange, Decoder, DecoderConfig
+from mmtx.model import Decoder
 from mmtx.sequence import Prompt
 
 SIZES = {"width": 24, "depth": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp_dim": 32}

@@ -11,11 +11,12 @@ import torch
 from test_interop import CASES, CHATML, LLAMA3, conversation, full, media, messages, save_model  # noqa: F401
 
 from mmtx.cli import main
+from mmtx.config import DecoderConfig
 from mmtx.document import Document, MediaPart, TextPart, Turn
 from mmtx.errors import InputError
 from mmtx.interop.convert import convert
 from mmtx.interop.export import export
-from mmtx.model import Decoder, DecoderConfig
+from mmtx.model import Decoder
 from mmtx.pipeline import Model, load
 from mmtx.sequence import prompt, render
 

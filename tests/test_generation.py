@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mmtx
+from mmtx.config import CodeRange, DecoderConfig
 from mmtx.data.media import load_audio
 from mmtx.document import Document, TextPart, Turn
 from mmtx.errors import InputError
@@ -25,7 +26,7 @@ from mmtx.inference.reference import ReferenceEngine
 from mmtx.inference.sampling import DRAWN, Draws, Sampling, sample
 from mmtx.inference.torch_engine import ROOM, TorchEngine
 from mmtx.inference.weights import Weights
-from mmtx.model import CodeRange, Decoder, DecoderConfig
+from mmtx.model import Decoder
 from mmtx.pipeline import Model
 from mmtx.sequence import Prompt, Span, gather_features, parse, prompt
 from mmtx.vocabulary import Vocabulary

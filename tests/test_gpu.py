@@ -12,14 +12,15 @@ import yaml
 
 import mmtx
 from mmtx.cli import main
+from mmtx.config import DecoderConfig
 from mmtx.data.sample import Media
 from mmtx.data.sources import open_source
 from mmtx.data.tokens import load_media
 from mmtx.inference.choose import choose_engine
 from mmtx.inference.reference import ReferenceEngine
-from mmtx.layers import Packing
-from mmtx.model import Decoder, DecoderConfig
+from mmtx.model import Decoder
 from mmtx.sequence import Prompt
+from mmtx.varlen import Packing
 
 ROOT = Path(__file__).parents[1]
 STARTER = ROOT / "demos" / "data" / "starter"

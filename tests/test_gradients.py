@@ -13,11 +13,12 @@ import torch
 from fresh import context
 from lightning import Trainer
 
+from mmtx.config import DecoderConfig
 from mmtx.data.collection import DataSource
 from mmtx.data.packing import PackedBatches
 from mmtx.errors import InputError
-from mmtx.model import DecoderConfig
-from mmtx.training.decoder import DecoderData, DecoderModule, LossWeights, TokenizerFolders
+from mmtx.training.decoder import DecoderModule, LossWeights
+from mmtx.training.decoder_data import DecoderData, TokenizerFolders
 from mmtx.training.guard import SkipNonFinite
 from mmtx.training.optimizer import OptimizerConfig
 from mmtx.training.sharding import full

@@ -10,14 +10,15 @@ import torch
 from fresh import context
 from lightning import Trainer
 
+from mmtx.config import DecoderConfig
 from mmtx.data.collection import DataSource
 from mmtx.data.packing import Batch
 from mmtx.errors import InputError
 from mmtx.modality.image import ImageConfig, to_float
-from mmtx.model import DecoderConfig
 from mmtx.training.codec import ImageCodecModule
 from mmtx.training.codec_data import CodecData
-from mmtx.training.decoder import DecoderData, DecoderModule, TokenizerFolders
+from mmtx.training.decoder import DecoderModule
+from mmtx.training.decoder_data import DecoderData, TokenizerFolders
 from mmtx.training.guard import SkipNonFinite, Telemetry
 from mmtx.training.loggers import Metrics
 from mmtx.vocabulary import NUMBERED

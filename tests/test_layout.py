@@ -1,16 +1,19 @@
 """The order of the chain, what may be imported where, and what must not be loaded before it is needed."""
 
 import ast
+import io
+import keyword
 import os
 import re
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CHAIN = ("files", "plugins", "schema", "ambient", "weights", "kernels", "layers", "modality", "vocabulary", "document", "sequence", "grammar", "data", "model", "loss",
+CHAIN = ("files", "plugins", "schema", "ambient", "weights", "kernels", "varlen", "config", "embedding", "model", "modality", "vocabulary", "document", "sequence", "grammar", "data", "loss",
          "inference", "attention", "hub", "pipeline", "captioning", "evaluation", "report", "run_page", "scaling", "interop", "serving", "training", "cli")
 ANYWHERE = ("errors",)
 FILES = sorted((ROOT / "mmtx").rglob("*.py"))
@@ -78,10 +81,42 @@ def test_errors_import_nothing_of_ours():
     assert imported(ROOT / "mmtx" / "errors.py") <= {"unicodedata"}
 
 
+def test_the_whole_decoder_stands_in_one_file_of_at_most_250_lines():
+    text = (ROOT / "mmtx" / "model.py").read_text(encoding="utf-8")
+    made = [node.name for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
+    assert made[-6:] == ["FusedLinear", "RMSNorm", "Attention", "FeedForward", "Block", "Decoder"]
+    assert len(text.splitlines()) <= 250
+
+
 def test_lightning_is_imported_in_training_only():
     users = {home(path) for path in FILES for name in imported(path)
              if name.split(".")[0] in ("lightning", "pytorch_lightning", "jsonargparse")}
     assert users == {"training"}
+
+
+def code_lines(path: Path, shape: bool) -> list[tuple[int, str]]:
+    """Numbers and tokens of the lines that do something; as `shape` without names and values, and without what only declares them."""
+    text, rows = path.read_text(encoding="utf-8"), {}
+    passed = {line for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)
+              or isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) for line in range(node.lineno, node.end_lineno + 1)}
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type in (tokenize.NAME, tokenize.NUMBER, tokenize.STRING, tokenize.OP) and token.start[0] not in passed:
+            fixed = not shape or token.type == tokenize.OP or keyword.iskeyword(token.string)
+            rows.setdefault(token.start[0], []).append(token.string if fixed else tokenize.tok_name[token.type])
+    return [(number, " ".join(row)) for number, row in sorted(rows.items()) if any(word[0].isalnum() for word in row)
+            and not (shape and (row[1:2] == [":"] or row[:2] == ["NAME", "="] and len(row) == 3))]
+
+
+@pytest.mark.parametrize("shape", [False, True], ids=["to the letter", "with other names"])
+def test_no_ten_lines_are_written_twice(shape):
+    first, again = {}, []
+    for path in FILES:
+        lines = code_lines(path, shape)
+        for i in range(len(lines) - 9):
+            place = first.setdefault(tuple(text for _, text in lines[i:i + 10]), (path, i, lines[i][0]))
+            if place[0] != path or i - place[1] >= 10:
+                again.append(f"{place[0].relative_to(ROOT)}:{place[2]} ~ {path.relative_to(ROOT)}:{lines[i][0]}")
+    assert not again
 
 
 @pytest.mark.parametrize("folder", ["tokenizers", "configs"])

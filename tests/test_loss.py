@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import mmtx.loss
+from mmtx.config import CodeRange, DecoderConfig
+from mmtx.embedding import TokenEmbedding
 from mmtx.loss import next_token_loss
-from mmtx.model import CodeRange, DecoderConfig, TokenEmbedding
 
 RANGES = {"rows alone": (), "one range": (CodeRange(10, (4, 3, 2)),), "one digit": (CodeRange(10, (5,)),),
           "two ranges": (CodeRange(10, (4, 3, 2)), CodeRange(34, (5, 2)))}

@@ -13,14 +13,15 @@ import torch
 from lightning import Trainer
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
+from mmtx.config import DecoderConfig
 from mmtx.data.collection import DataSource
 from mmtx.modality.audio import AudioConfig, AudioTokenizer
 from mmtx.modality.autoencoder import NetworkConfig, Reconstruction
 from mmtx.modality.image import ImageConfig
 from mmtx.modality.vocoder import hertz, pitch_logits
-from mmtx.model import DecoderConfig
 from mmtx.training.codec import AudioCodecModule, ImageCodecModule, picture_quality
-from mmtx.training.decoder import DecoderData, DecoderModule, LossWeights, TokenizerFolders
+from mmtx.training.decoder import DecoderModule, LossWeights
+from mmtx.training.decoder_data import DecoderData, TokenizerFolders
 from mmtx.training.means import Means
 from mmtx.training.vocoder import PUBLISHED, stft_distance, track
 

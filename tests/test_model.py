@@ -6,10 +6,12 @@ from dataclasses import asdict
 import pytest
 import torch
 
+from mmtx.config import CodeRange, DecoderConfig
+from mmtx.embedding import TokenEmbedding
 from mmtx.errors import InputError
-from mmtx.layers import Packing
 from mmtx.modality.fsq import FSQ
-from mmtx.model import CodeRange, Decoder, DecoderConfig, TokenEmbedding
+from mmtx.model import Decoder
+from mmtx.varlen import Packing
 
 SIZES = {"width": 32, "depth": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "mlp_dim": 48, "rope_theta": 5000.0}
 COMPOSED = (CodeRange(10, (4, 3, 2)), CodeRange(34, (5, 2)))  # 24 and 10 ids

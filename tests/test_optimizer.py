@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmtx.layers import Block, BlockConfig
+from mmtx.model import Block, BlockConfig
 from mmtx.training.optimizer import Muon, OptimizerConfig, configure, orthogonal
 
 BLOCK = BlockConfig(width=24, heads=4, kv_heads=2, head_dim=8, mlp_dim=40, causal=True)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from mmtx.config import CodeRange, DecoderConfig
 from mmtx.data import packing
 from mmtx.data.augment import AudioAugmentation, ImageAugmentation
 from mmtx.data.collection import DataSource, read_source
@@ -23,7 +24,7 @@ from mmtx.data.tokens import Augmentation, Documents, load_media, seed_of, to_do
 from mmtx.document import Document, MediaPart, TextPart, Turn
 from mmtx.errors import InputError
 from mmtx.modality.base import load_tokenizer
-from mmtx.model import CodeRange, Decoder, DecoderConfig
+from mmtx.model import Decoder
 from mmtx.sequence import Rendered, render
 from mmtx.vocabulary import NUMBERED, Vocabulary
 

@@ -10,8 +10,9 @@ import yaml
 
 import mmtx
 from mmtx.cli import main
+from mmtx.config import CodeRange, DecoderConfig
 from mmtx.loss import next_token_loss
-from mmtx.model import CodeRange, Decoder, DecoderConfig
+from mmtx.model import Decoder
 from mmtx.pipeline import Model
 
 WORKING = ["32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true"]

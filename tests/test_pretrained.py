@@ -228,7 +228,7 @@ def test_a_decoder_trains_on_pretrained_codecs_and_keeps_a_copy(folders, tmp_pat
         "output": str(tmp_path / "run"), "seed_everything": 0, "samples": 2,
         "model": {"class_path": "mmtx.training.decoder.DecoderModule",
                   "init_args": {"decoder": decoder, "continuous_inputs": True, "optimizer": {"learning_rate": 0.02, "warmup_steps": 0}}},
-        "data": {"class_path": "mmtx.training.decoder.DecoderData", "init_args": {
+        "data": {"class_path": "mmtx.training.decoder_data.DecoderData", "init_args": {
             "tokenizers": {kind: str(tmp_path / kind) for kind in ("text", "image", "audio")},
             "train": FEW, "validation": FEW, "tokens_per_batch": 2048, "max_seq_len": 2047, "image_augmentation": None,
             "audio_augmentation": None}},

@@ -17,12 +17,13 @@ from test_export import sharpen
 from test_interop import media, save_model  # noqa: F401
 
 from mmtx.cli import main
+from mmtx.config import DecoderConfig
 from mmtx.errors import InputError, escape
 from mmtx.inference.sampling import Sampling
 from mmtx.interop.convert import convert
 from mmtx.interop.export import export
 from mmtx.interop.remote import answer_in, connect, finish
-from mmtx.model import Decoder, DecoderConfig
+from mmtx.model import Decoder
 from mmtx.pipeline import Audio, Model, load
 
 ENGINE = """

@@ -9,8 +9,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmtx.cli import main
+from mmtx.config import CodeRange, DecoderConfig
 from mmtx.errors import InputError
-from mmtx.model import CodeRange, Decoder, DecoderConfig
+from mmtx.model import Decoder
 from mmtx.scaling import Run, cost, fit, held_out, plans, read_runs, worth_of
 
 CONFIGS = [

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 
 from mmtx.cli import main
-from mmtx.model import CodeRange, Decoder, DecoderConfig
+from mmtx.config import CodeRange, DecoderConfig
+from mmtx.model import Decoder
 from mmtx.training.checkpoint import damage
 from mmtx.training.optimizer import OptimizerConfig, configure
 from mmtx.training.sharding import full, shard, whole

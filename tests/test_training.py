@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 import mmtx
 from mmtx.cli import main
+from mmtx.config import DecoderConfig
 from mmtx.data.collection import DataSource, read_source
 from mmtx.data.output import alone
 from mmtx.data.packing import PackedBatches
@@ -23,9 +24,9 @@ from mmtx.data.tokens import to_documents
 from mmtx.errors import InputError
 from mmtx.modality.base import load_tokenizer
 from mmtx.modality.text import TextTokenizer
-from mmtx.model import DecoderConfig
 from mmtx.training.checkpoint import AtomicCheckpointIO
-from mmtx.training.decoder import DecoderData, DecoderModule, TokenizerFolders
+from mmtx.training.decoder import DecoderModule
+from mmtx.training.decoder_data import DecoderData, TokenizerFolders
 from mmtx.training.optimizer import OptimizerConfig
 from mmtx.training.run import TRAINER as TRAINER_DEFAULTS
 from mmtx.training.run import command_line
@@ -78,7 +79,7 @@ def folders(root):
 @pytest.fixture(scope="module")
 def decoder_data(folders):
     tokenizers = {kind: str(folder) for kind, folder in folders.items()}
-    return section("decoder.DecoderData", tokenizers=tokenizers, train=FEW, validation=FEW, tokens_per_batch=256, max_seq_len=255,
+    return section("decoder_data.DecoderData", tokenizers=tokenizers, train=FEW, validation=FEW, tokens_per_batch=256, max_seq_len=255,
                    image_augmentation={}, audio_augmentation={})
 
 

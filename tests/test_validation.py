@@ -12,17 +12,18 @@ import runs
 import torch
 from lightning import Callback, Trainer
 
+from mmtx.config import DecoderConfig
 from mmtx.data.collection import DataSource
 from mmtx.data.packing import PackedBatches
 from mmtx.document import Document, TextPart, Turn
 from mmtx.modality.audio import AudioConfig
 from mmtx.modality.image import ImageConfig
 from mmtx.modality.vocoder import VocoderConfig
-from mmtx.model import DecoderConfig
 from mmtx.sequence import render
 from mmtx.training.codec import AudioCodecModule, ImageCodecModule
 from mmtx.training.codec_data import CodecBatches, CodecData
-from mmtx.training.decoder import DecoderData, DecoderModule, LossWeights, TokenizerFolders
+from mmtx.training.decoder import DecoderModule, LossWeights
+from mmtx.training.decoder_data import DecoderData, TokenizerFolders
 from mmtx.training.vocoder import VocoderData, VocoderModule
 from mmtx.vocabulary import NUMBERED
 

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmtx.embedding import Features
 from mmtx.errors import InputError
-from mmtx.layers import Packing
-from mmtx.sequence import Features, Rendered, code_follows, gather_features
+from mmtx.sequence import Rendered, code_follows, gather_features
+from mmtx.varlen import Packing
 from mmtx.vocabulary import Vocabulary
 
 LOOK = 64          # documents among which a batch chooses

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmtx.layers import rotary_embedding
-from mmtx.model import DecoderConfig
+from mmtx.config import DecoderConfig
+from mmtx.model import rotary_embedding
 
 
 @dataclass

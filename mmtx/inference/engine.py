@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmtx.sequence import Features, Prompt, gather_features
+from mmtx.embedding import Features
+from mmtx.sequence import Prompt, gather_features
 
 
 class Engine(ABC):

@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtx.ambient import alone
+from mmtx.config import DecoderConfig
 from mmtx.inference.screen import Screen
 from mmtx.inference.torch_engine import ROOM, TorchEngine
 from mmtx.inference.weights import Layer, Norm
-from mmtx.model import Decoder, DecoderConfig
+from mmtx.model import Decoder
 from mmtx.sequence import Prompt
 
 FEW_ROWS = 4096   # output matrices up to here are read as a whole

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmtx.config import DecoderConfig
 from mmtx.inference.pace import Pace
-from mmtx.layers import Block
-from mmtx.model import Decoder, DecoderConfig
+from mmtx.model import Block, Decoder
 
 
 def precise(like: Tensor) -> torch.dtype:

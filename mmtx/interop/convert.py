@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from mmtx.config import CodeRange, DecoderConfig
 from mmtx.errors import InputError
 from mmtx.files import CONFIG, find_shipped, read_bytes, read_json
 from mmtx.hub import NAME, fetch
@@ -18,7 +19,7 @@ from mmtx.interop.gguf_files import read_gguf
 from mmtx.modality.base import Tokenizer, load_tokenizer
 from mmtx.modality.pretrained_text import TEMPLATE, TOKENIZER, PretrainedText, read_specials
 from mmtx.modality.text import MOST_BYTES
-from mmtx.model import CodeRange, Decoder, DecoderConfig
+from mmtx.model import Decoder
 from mmtx.pipeline import Model
 from mmtx.schema import shown
 from mmtx.vocabulary import Vocabulary

@@ -10,9 +10,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from mmtx.config import DecoderConfig, RopeScaling
+from mmtx.embedding import TokenEmbedding
 from mmtx.errors import InputError
-from mmtx.layers import RopeScaling
-from mmtx.model import Decoder, DecoderConfig, TokenEmbedding
+from mmtx.model import Decoder
 from mmtx.schema import shown
 
 

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmtx.config import DecoderConfig, RopeScaling
 from mmtx.errors import InputError
 from mmtx.files import require
 from mmtx.interop.families import family_named, family_of
-from mmtx.layers import RopeScaling
 from mmtx.modality.pretrained_text import PretrainedText
-from mmtx.model import DecoderConfig
+from mmtx.model import rotary_frequencies
 from mmtx.schema import shown
 
 CONTROL, USER_DEFINED = 3, 4
@@ -74,14 +74,9 @@ def read_gguf(path: Path) -> tuple[DecoderConfig, dict[str, Tensor], PretrainedT
     return config, tensors, _read_tokenizer(fields, config.vocabulary_size, path)
 
 
-def frequencies(config: DecoderConfig) -> Tensor:
-    half = config.head_dim // 2
-    return config.rope_theta ** (-torch.arange(half, dtype=torch.float32) / half)
-
-
 def _scaled(config: DecoderConfig, found: Tensor, path: Path) -> DecoderConfig:
     for scaling in LLAMA_3:
-        expected = scaling.divisors(frequencies(config))
+        expected = scaling.divisors(rotary_frequencies(config.head_dim // 2, config.rope_theta))
         if found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-4):
             return replace(config, rope_scaling=scaling)
     raise InputError(f"{path}: tensor rope_freqs.weight is of no known RoPE scaling, expected that of Llama 3")
@@ -153,7 +148,8 @@ def write_gguf(path: Path, config: DecoderConfig, size: int, tensors: Iterable[t
     if template:
         writer.add_chat_template(template)
     if config.rope_scaling is not None:
-        writer.add_tensor("rope_freqs.weight", config.rope_scaling.divisors(frequencies(config)).numpy())
+        frequencies = rotary_frequencies(config.head_dim // 2, config.rope_theta)
+        writer.add_tensor("rope_freqs.weight", config.rope_scaling.divisors(frequencies).numpy())
     for name, tensor in tensors:
         writer.add_tensor(name, tensor.float().numpy())
     writer.write_header_to_file()

@@ -17,6 +17,7 @@ import torch
 from mmtx.errors import InputError
 from mmtx.inference.sampling import Sampling
 from mmtx.interop.export import cannot
+from mmtx.modality.encoder import GridEncoder
 from mmtx.model import Decoder
 from mmtx.pipeline import Media, Model, read_model
 from mmtx.schema import shown
@@ -35,7 +36,7 @@ def connect(server: str, folder: str | Path | None = None) -> "RemoteModel":
     """
     config, vocabulary, tokenizers, _ = read_model(folder)
     with torch.device("meta"):
-        decoder = Decoder(config)
+        decoder = Decoder(config, GridEncoder)
     model = RemoteModel(decoder, vocabulary, tokenizers)
     model.server = server.rstrip("/")
     if not model.server.startswith(("http://", "https://")):

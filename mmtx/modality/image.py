@@ -15,8 +15,9 @@ from torch import Tensor
 
 from mmtx.ambient import neutral
 from mmtx.errors import InputError
-from mmtx.modality.autoencoder import Codec, NetworkConfig, PatchAutoencoder, Reconstruction, Window, join, windows
+from mmtx.modality.autoencoder import Codec, NetworkConfig, PatchAutoencoder, Reconstruction
 from mmtx.modality.base import Encoding, Tokenizer
+from mmtx.modality.encoder import Window, join, windows
 from mmtx.schema import within
 
 LARGE = 2 ** 22  # numbers of a picture

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from mmtx.embedding import TokenEmbedding
 from mmtx.errors import InputError
 from mmtx.files import require, write_whole
 from mmtx.interop.families import BLOCK, sizes_of
-from mmtx.model import Decoder, TokenEmbedding
+from mmtx.modality.encoder import GridEncoder
+from mmtx.model import Decoder
 from mmtx.training.quantize import quantize, size_of, weight_of
 
 NAME = "default"  # of the adapter in peft
@@ -91,7 +93,7 @@ def tables(decoder: Decoder) -> list[TokenEmbedding]:
 
 def merged(decoder: Decoder) -> Decoder:
     """A decoder of its own with the adapters added to its weights."""
-    plain = Decoder(decoder.config)
+    plain = Decoder(decoder.config, GridEncoder)
     state = {name.replace(".base_layer", ""): tensor for name, tensor in decoder.state_dict().items()
              if ".lora_" not in name and ".parametrizations." not in name}
     for name, layer in decoder.named_modules():

@@ -28,7 +28,8 @@ from mmtx.modality.modality import MODALITIES
 from mmtx.pipeline import Sound, to_sound
 from mmtx.training.checkpoint import check_finite
 from mmtx.training.codec import CodecModule
-from mmtx.training.decoder import DecoderModule, with_captions
+from mmtx.training.decoder import DecoderModule
+from mmtx.training.decoder_data import with_captions
 from mmtx.training.loggers import Metrics, writing
 from mmtx.training.private import data_of
 from mmtx.training.sharding import whole

@@ -5,16 +5,14 @@ Shapes: B batch, H height, W width, S samples, F frames, M mels.
 
 import hashlib
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning import LightningDataModule
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mmtx.data.augment import AudioAugmentation, ImageAugmentation
 from mmtx.data.collection import Collected, DataSource, progress, read_sources, test_sources
 from mmtx.data.corpus import Content
 from mmtx.data.sample import Media
@@ -24,6 +22,7 @@ from mmtx.modality.audio import AudioTokenizer
 from mmtx.modality.autoencoder import Codec
 from mmtx.modality.image import resize, to_float
 from mmtx.training.loader import ResumableLoader, loader
+from mmtx.training.source_data import SourceData
 
 
 class CodecBatch(NamedTuple):
@@ -61,41 +60,20 @@ class CodecBatches(Dataset):
         return CodecBatch(self.collate([self.media[i] for i in chosen], generator), torch.tensor(chosen))
 
 
-class CodecData(LightningDataModule):
+class CodecData(SourceData):
     """Media of one kind, read and checked once before training, cut and augmented by index."""
 
-    def __init__(
-        self,
-        train: list[DataSource],
-        validation: list[DataSource],
-        batch_size: int = 32,
-        multi_size_prob: float = 0.0,
-        image_augmentation: ImageAugmentation | None = None,
-        audio_augmentation: AudioAugmentation | None = None,
-        num_workers: int = 0,
-        max_bad: float = 0.01,
-        seed: int = 0,
-        test: list[DataSource] | None = None,
-    ):
+    def __init__(self, train: list[DataSource], validation: list[DataSource], batch_size: int = 32, multi_size_prob: float = 0.0,
+                 **options: Any):
         """
         Args:
-            train: what to learn from; only media of the codec's kind are used.
-            validation: held-out media.
             batch_size: pictures or cuts of sound in a step on each device.
             multi_size_prob: share of training batches of other sizes than the usual one, so that the codec works at any:
                 magnified cut-outs of pictures with sides from half a chunk to a whole one, shorter cuts of sound.
-            image_augmentation: changes to every second picture, none by default.
-            audio_augmentation: changes to every second cut of sound, none by default.
-            num_workers: processes that put batches together.
-            max_bad: share of the rows of each source that may be unusable.
-            seed: fixes order, cuts and augmentation.
-            test: media for `mmtx test`, which nothing else reads.
+            **options: of `SourceData`.
         """
-        super().__init__()
-        self.train_sources, self.validation_sources, self.test = train, validation, test
-        self.batch_size, self.multi_size_prob, self.num_workers = batch_size, multi_size_prob, num_workers
-        self.max_bad, self.seed = max_bad, seed
-        self.image_augmentation, self.audio_augmentation = image_augmentation, audio_augmentation
+        super().__init__(train, validation, **options)
+        self.batch_size, self.multi_size_prob = batch_size, multi_size_prob
         self.contents: dict[str, list[Content]] = {}
 
     def setup(self, stage: str) -> None:

@@ -1,72 +1,38 @@
-"""The decoder's data and training module.
+"""Training of the decoder.
 
 Shapes: N tokens of a batch, M supervised tokens, V vocabulary.
 """
 
 import math
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, make_dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
-from lightning import LightningDataModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn.utils import parametrize
-from torch.utils.data import DataLoader
 
-from mmtx.data.augment import AudioAugmentation, ImageAugmentation
-from mmtx.data.collection import DataSource, progress, test_sources
-from mmtx.data.corpus import Content, Corpus, read_corpus
-from mmtx.data.packing import Batch, PackedBatches
-from mmtx.data.sample import Sample, Text
+from mmtx.config import CodeRange, DecoderConfig
+from mmtx.data.packing import Batch
+from mmtx.data.sample import Sample
 from mmtx.data.storage import scrub
-from mmtx.data.tokens import Augmentation, seed_of, to_documents
+from mmtx.data.tokens import seed_of, to_documents
 from mmtx.errors import InputError
-from mmtx.files import find_shipped
 from mmtx.loss import TokenLoss, next_token_loss
 from mmtx.modality.autoencoder import Codec
-from mmtx.modality.base import Tokenizer, load_tokenizer, media_tokenizer
-from mmtx.modality.modality import media_kinds
-from mmtx.model import CodeRange, Decoder, DecoderConfig
+from mmtx.modality.base import media_tokenizer
+from mmtx.modality.encoder import GridEncoder
+from mmtx.model import Decoder
 from mmtx.pipeline import Model, load
 from mmtx.training.adapters import LoRA, adapt, merged, parameters_by_group, save_adapter
-from mmtx.training.loader import ResumableLoader, loader
+from mmtx.training.decoder_data import TokenizerFolders, with_media
 from mmtx.training.means import Means, TestedAsValidated
 from mmtx.training.optimizer import OptimizerConfig, configure
 from mmtx.training.private import data_of
 from mmtx.training.sharding import shard
 from mmtx.vocabulary import Vocabulary
-
-CAPTIONED = 16  # samples that `mmtx predict` captions at once
-
-
-def with_media(kind: Any, default: Any) -> Callable[[type], type]:
-    """Give a dataclass a field for each kind of media that is registered when it is defined."""
-    def extended(cls: type) -> type:
-        names = {"__doc__": cls.__doc__, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-        more = [(name, kind, field(default=default)) for name in media_kinds()]
-        return make_dataclass(cls.__name__, more, bases=(cls,), namespace=names, frozen=True)
-    return extended
-
-
-@with_media(str | None, None)
-@dataclass(frozen=True)
-class TokenizerFolders:
-    """Where the tokenizers lie, by kind (text, image, audio); leave out what a model is to be without."""
-
-    text: str
-
-    def load(self) -> dict[str, Tokenizer]:
-        """The tokenizers by kind. Raises InputError for a folder that holds none, or one of another kind."""
-        folders = {kind: folder for kind, folder in asdict(self).items() if folder is not None}
-        found = {kind: load_tokenizer(find_shipped(folder)) for kind, folder in folders.items()}
-        for kind, tokenizer in found.items():
-            if tokenizer.kind != kind:
-                raise InputError(f"tokenizers.{kind}: {folders[kind]} holds a tokenizer for {tokenizer.kind}")
-        return found
 
 
 @with_media(float, 1.0)
@@ -85,114 +51,6 @@ class LossWeights:
                 raise InputError(f"loss_weights.{kind}: found {weight}, expected a finite number of 0 or more")
         if not any(asdict(self).values()):
             raise InputError("loss_weights: found 0 for all modalities, expected more for one of them")
-
-
-class DecoderData(LightningDataModule):
-    """Samples -> documents of codes and features -> packed batches."""
-
-    def __init__(
-        self,
-        tokenizers: TokenizerFolders,
-        train: list[DataSource],
-        validation: list[DataSource],
-        tokens_per_batch: int = 4096,
-        max_seq_len: int = 1024,
-        image_augmentation: ImageAugmentation | None = None,
-        audio_augmentation: AudioAugmentation | None = None,
-        num_workers: int = 0,
-        max_bad: float = 0.01,
-        seed: int = 0,
-        test: list[DataSource] | None = None,
-    ):
-        """
-        Args:
-            tokenizers: folders of the tokenizers.
-            train: what to learn from: media, or what `mmtx prepare` made of them.
-            validation: held-out samples, for losses and shown captions.
-            tokens_per_batch: tokens of a batch on each device.
-            max_seq_len: longest document in tokens.
-            image_augmentation: changes to pictures, new ones each time; none by default, nor where `train` is prepared,
-                nor to what an assistant turn is to make.
-            audio_augmentation: changes to sounds, likewise.
-            num_workers: processes that read and encode media and put batches together.
-            max_bad: share of the rows of each source that may be unusable.
-            seed: fixes order and augmentation.
-            test: samples for `mmtx test`, which nothing else reads.
-        """
-        super().__init__()
-        self.max_seq_len, self.tokens_per_batch, self.num_workers = max_seq_len, tokens_per_batch, num_workers
-        self.max_bad, self.seed = max_bad, seed
-        self.train_sources, self.validation_sources, self.test = train, validation, test
-        self.augmentation = Augmentation(image_augmentation, audio_augmentation)
-        self.tokenizers = tokenizers.load()
-        self.vocabulary = Vocabulary.build(self.tokenizers)
-
-    def setup(self, stage: str) -> None:
-        takes = self._takes("continuous_inputs"), self._takes("train_encoder")
-        if takes != getattr(self, "read_for", takes):  # for another decoder, or before there was one
-            for name in ("train_documents", "validation_documents", "test_documents"):
-                self.__dict__.pop(name, None)
-        self.read_for = takes
-        if stage == "test" and not hasattr(self, "test_documents"):
-            self.test_documents = self._read(test_sources(self.test), "read test")
-        if stage != "test" and not hasattr(self, "validation_documents"):
-            self.validation_documents = self._read(self.validation_sources, "read validation")
-            self.held_out = self.validation_documents.samples
-        if stage == "fit" and not hasattr(self, "train_documents"):
-            self.train_documents = self._read(self.train_sources, "read train", augmentation=self.augmentation)
-
-    def _read(self, sources: list[DataSource], name: str, **more: Any) -> Corpus:
-        return read_corpus(sources, self.tokenizers, self.vocabulary, max_seq_len=self.max_seq_len, seed=self.seed,
-                           max_bad=self.max_bad, features=self._takes("continuous_inputs"),
-                           patches=self.tokenizers if self._takes("train_encoder") else (), progress=progress(name), **more)
-
-    @property
-    def contents(self) -> dict[str, list[Content]]:
-        """What a resumed run must find as it was."""
-        return {"data.train": self.train_documents.contents(), "data.validation": self.validation_documents.contents()}
-
-    def _takes(self, option: str) -> bool:
-        """Whether the decoder is trained with one of the options that say how media enter."""
-        return getattr(getattr(self.trainer, "lightning_module", None), option, False)
-
-    def sample_names(self, batch: Batch) -> list[str]:
-        """File and row of each sample of a training batch."""
-        return [self.train_documents.where(number) for number in batch.samples.tolist()]
-
-    def train_dataloader(self) -> ResumableLoader:
-        trainer = self.trainer
-        batches = PackedBatches(
-            self.train_documents, self.vocabulary, self.tokens_per_batch, repeats=self.train_documents.repeats, seed=self.seed,
-            steps=trainer.max_steps * trainer.accumulate_grad_batches, rank=trainer.global_rank,
-            world=trainer.world_size)
-        return ResumableLoader(batches, self.num_workers)
-
-    def val_dataloader(self) -> DataLoader:
-        return self._held_out(self.validation_documents)
-
-    def test_dataloader(self) -> DataLoader:
-        return self._held_out(self.test_documents)
-
-    def _held_out(self, documents: Corpus) -> DataLoader:
-        return loader(PackedBatches(documents, self.vocabulary, self.tokens_per_batch, shuffle=False,
-                                    rank=self.trainer.global_rank, world=self.trainer.world_size))
-
-    def predict_dataloader(self) -> DataLoader:
-        """Lists of validation samples that have a caption. Raises InputError where there are none."""
-        samples = with_captions(self.held_out)
-        if not samples:
-            raise InputError("data.validation: found no samples that a caption answers, expected media, not prepared shards")
-        return DataLoader(samples, batch_size=CAPTIONED, collate_fn=list)  # type: ignore[arg-type]  # a list is a dataset
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        # Samples to caption are no tensors yet.
-        return batch if isinstance(batch, list) else super().transfer_batch_to_device(batch, device, dataloader_idx)
-
-
-def with_captions(samples: Sequence[Sample]) -> list[Sample]:
-    """Those whose answer is text."""
-    return [sample for sample in samples
-            if sample.turns[-1].role == "assistant" and all(isinstance(part, Text) for part in sample.turns[-1].parts)]
 
 
 class DecoderModule(TestedAsValidated):
@@ -259,7 +117,7 @@ class DecoderModule(TestedAsValidated):
             raise InputError(f"train_encoder: found a {kind} tokenizer without an encoder that trains, expected a codec of mmtx")
         self.config = replace(self.config, vocabulary_size=vocabulary.size, composed=tuple(ranges),
                               features=widths if self.continuous_inputs else {}, encoders=encoders if self.train_encoder else {})
-        self.decoder = Decoder(self.config)
+        self.decoder = Decoder(self.config, GridEncoder)
         for kind, encoder in self.decoder.encoders.items():
             weights = cast(Codec, self.tokenizers[kind]).network.state_dict()
             encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()})

@@ -7,8 +7,8 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
-from mmtx.layers import Block, FusedLinear
 from mmtx.modality.vocoder import ConvNeXtBlock
+from mmtx.model import Block, FusedLinear
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the published method, for five rounds
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mmtx.kernels import apply_rotary_emb
-from mmtx.layers import Block, BlockConfig, Packing, initialise, rotary_embedding
+from mmtx.model import Block, BlockConfig, initialise, rotary_embedding
+from mmtx.varlen import Packing
 
 CAUSAL = BlockConfig(width=24, heads=4, kv_heads=2, head_dim=8, mlp_dim=40, causal=True)
 # Two documents and the padding of row 0; three documents in row 1.

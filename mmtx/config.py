@@ -1,0 +1,141 @@
+"""What a decoder is made of: the sizes that config.json of a model holds, and what of them goes together."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from torch import Tensor
+
+from mmtx.errors import InputError
+from mmtx.schema import within
+
+# What files say only where it is not as in the plain Qwen3 family.
+OPTIONAL = ("encoders", "qk_norm", "qkv_bias", "rope_scaling")
+MOST_COMPOSED = 2**26  # entries of the table that composes them
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How Llama 3 stretches rotary positions: pairs that turn slowly are slowed by `factor`, fast ones are left alone.
+
+    Slow is less than `low_frequency` turns in `original_context` tokens, fast more than `high_frequency`.
+    """
+
+    factor: float
+    low_frequency: float = 1.0
+    high_frequency: float = 4.0
+    original_context: int = 8192
+
+    def divisors(self, frequency: Tensor) -> Tensor:
+        """What to divide each pair's angle a token (K/2,) by."""
+        turns = self.original_context * frequency / (2 * math.pi)
+        share = ((turns - self.low_frequency) / (self.high_frequency - self.low_frequency)).clamp(0, 1)
+        return 1 / ((1 - share) / self.factor + share)
+
+
+@dataclass(frozen=True)
+class CodeRange:
+    """Ids [start, start + product of levels) whose code is the mixed-radix number of digits with these levels."""
+
+    start: int
+    levels: tuple[int, ...]
+
+    def __post_init__(self):
+        if self.start < 0 or min(self.levels, default=0) < 1 or math.prod(self.levels) > 2**31:
+            raise InputError(f"composed: found start {self.start} and {len(self.levels)} levels, expected a start of 0 or "
+                             "more, levels of 1 or more, and 2**31 codes at most")
+
+    @property
+    def stop(self) -> int:
+        return self.start + math.prod(self.levels)
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Sizes of an encoder that a decoder trains along: `patch` numbers in, `width` out, `chunk` patches a side at once."""
+
+    patch: int
+    width: int
+    heads: int
+    depth: int
+    chunk: int
+
+    def __post_init__(self):
+        for name, least, most in (("patch", 1, 2**16), ("width", 1, 2**16), ("heads", 1, 2**10), ("depth", 0, 2**10),
+                                  ("chunk", 1, 4096)):
+            within(f"encoders: {name}", getattr(self, name), least, most)
+        if self.width % (4 * self.heads):
+            raise InputError(f"encoders: width: found {self.width} with {self.heads} heads, expected a multiple of 4 * heads")
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of the decoder; training fills in `vocabulary_size` and `composed` from the tokenizers.
+
+    `composed` lists the id ranges whose rows are composed from digits; they end the vocabulary. `features` gives the
+    width of the continuous features of each kind of media that may stand in for their codes as inputs. Of the kinds in
+    `encoders` it is given patches instead, and has an encoder of its own that makes features of them.
+    """
+
+    vocabulary_size: int = 0
+    width: int = 192
+    depth: int = 4
+    heads: int = 3
+    kv_heads: int = 3
+    head_dim: int = 64
+    mlp_dim: int = 512
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    tied: bool = True
+    composed: tuple[CodeRange, ...] = ()
+    features: Mapping[str, int] = field(default_factory=dict)
+    encoders: Mapping[str, EncoderConfig] = field(default_factory=dict)
+    qk_norm: bool = True
+    qkv_bias: bool = False
+    rope_scaling: RopeScaling | None = None
+
+    def __post_init__(self):
+        ranges = tuple(r if isinstance(r, CodeRange) else CodeRange(r["start"], tuple(r["levels"])) for r in self.composed)
+        object.__setattr__(self, "composed", ranges)
+        object.__setattr__(self, "encoders", {kind: given if isinstance(given, EncoderConfig) else EncoderConfig(**given)
+                                              for kind, given in self.encoders.items()})
+        for name, most in (("width", 2**16), ("depth", 2**12), ("heads", 2**12), ("kv_heads", 2**12), ("head_dim", 2**12),
+                           ("mlp_dim", 2**20)):
+            within(name, getattr(self, name), 1, most)
+        within("vocabulary_size", self.vocabulary_size, 0, 2**31)
+        within("rope_theta", self.rope_theta, 1e-3, 1e12)
+        within("norm_eps", self.norm_eps, 0, 1)
+        if (scaling := self.rope_scaling) is not None:
+            if isinstance(scaling, Mapping):
+                object.__setattr__(self, "rope_scaling", scaling := RopeScaling(**scaling))
+            within("rope_scaling.factor", scaling.factor, 1, 1e6)
+            within("rope_scaling.low_frequency", scaling.low_frequency, 1e-6, 1e6)
+            within("rope_scaling.high_frequency", scaling.high_frequency, scaling.low_frequency + 1e-6, 2e6)
+            within("rope_scaling.original_context", scaling.original_context, 1, 2**31)
+        for kind, size in self.features.items():
+            within(f"features.{kind[:40]}", size, 1, 2**16)
+        for kind, encoder in self.encoders.items():
+            if encoder.width != self.features.get(kind):
+                raise InputError(f"encoders.{kind[:40]}: found width {encoder.width}, expected features of that width")
+        digits = sum(level for r in ranges for level in r.levels)
+        within("composed: ids times digits", sum(r.stop - r.start for r in ranges) * digits, 0, MOST_COMPOSED)
+        if self.heads % self.kv_heads:
+            raise InputError(f"heads: found {self.heads}, expected a multiple of kv_heads={self.kv_heads}")
+        if self.head_dim % 2:
+            raise InputError(f"head_dim: found {self.head_dim}, expected an even number")
+        end = self.plain_rows
+        for r in ranges:
+            if r.start != end:
+                raise InputError(f"composed: found a range at id {r.start}, expected it at {end}")
+            end = r.stop
+
+    def told(self) -> dict[str, Any]:
+        """The fields as a file has them."""
+        return {f.name: value for f, value in zip(fields(self), asdict(self).values(), strict=True)
+                if f.name not in OPTIONAL or value not in (f.default, {})}
+
+    @property
+    def plain_rows(self) -> int:
+        """Number of ids that have a row of their own: [0, plain_rows)."""
+        return self.vocabulary_size - sum(r.stop - r.start for r in self.composed)

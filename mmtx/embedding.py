@@ -1,0 +1,74 @@
+"""What enters the decoder: the table of embeddings, whose rows codes of a scalar quantizer share, and features of media.
+
+Shapes: B batch, T tokens, D width, V vocabulary.
+
+Most ids have a row of the embedding of their own. The codes of a scalar quantizer can be composed from the rows of
+their digits instead, so that a code never seen in training has a meaning.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmtx.config import DecoderConfig
+
+
+class Features(NamedTuple):
+    """Features that stand in for the codes of one kind in a batch."""
+
+    places: Tensor  # (n,) indices into the B*T flat tokens
+    values: Tensor  # (n, D)
+    grids: tuple[tuple[int, int], ...] = ()  # rows and columns of each picture or sound, one behind another
+
+
+class TokenEmbedding(nn.Module):
+    """One table: a row for each plain id, then a row for each digit value of each composed range."""
+
+    parts: Tensor  # (V, digits) rows of each id
+    basis: Tensor  # (composed ids, digit rows)
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.plain = config.plain_rows
+        rows = self.plain + sum(sum(r.levels) for r in config.composed)
+        self.weight = nn.Parameter(torch.empty(rows, config.width))
+        longest = max((len(r.levels) for r in config.composed), default=1)
+        # parts[id] are the rows whose sum is the embedding of `id`; `rows` stands for none.
+        parts = torch.full((config.vocabulary_size, longest), rows)
+        parts[:self.plain, 0] = torch.arange(self.plain)
+        first = self.plain
+        for r in config.composed:
+            codes, step = torch.arange(r.stop - r.start), 1
+            for place, level in enumerate(r.levels):
+                parts[r.start:r.stop, place] = first + codes // step % level
+                step, first = step * level, first + level
+        # How the rows lie: those of the plain ids, then those of each digit of each range.
+        self.groups = ((self.plain,), *(r.levels for r in config.composed))
+        self.register_buffer("parts", parts, persistent=False)
+        self.register_buffer("basis", self._basis(rows), persistent=False)
+
+    def _basis(self, rows: int) -> Tensor:
+        """0/1 matrix (composed ids, digit rows): a product is much faster than gathering every row of the vocabulary."""
+        parts = self.parts[self.plain:] - self.plain
+        basis = torch.zeros(len(parts), rows - self.plain + 1)
+        return basis.scatter_(1, parts, 1.0)[:, :-1].contiguous()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids (B, T) -> embeddings (B, T, D)."""
+        if not len(self.basis):
+            return F.embedding(ids, self.weight)
+        # Only the rows of digits are copied: there are few of them, and a plain table may be large.
+        digits = F.pad(self.weight[self.plain:], (0, 0, 0, 1))
+        composed = F.embedding((self.parts[ids] - self.plain).clamp_min(0), digits).sum(-2)
+        plain = F.embedding(ids.clamp_max(self.plain - 1), self.weight)
+        return torch.where((ids < self.plain)[..., None], plain, composed)
+
+    def matrix(self, plain: bool = False) -> Tensor:
+        """The embedding of every id (V, D), or of those before the composed ranges only."""
+        if not len(self.basis):
+            return self.weight
+        if plain:
+            return self.weight[:self.plain]
+        return torch.cat([self.weight[:self.plain], self.basis.to(self.weight.dtype) @ self.weight[self.plain:]])

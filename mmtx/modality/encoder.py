@@ -1,0 +1,112 @@
+"""The encoder of codecs, patches to features, which a decoder may also have a copy of and train along.
+
+Shapes: B batch, h rows and w columns of a grid of patches, P numbers in a patch, D width.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mmtx.config import EncoderConfig
+from mmtx.model import Block, BlockConfig, RMSNorm, rotary_embedding
+
+NORM_EPS = torch.finfo(torch.float32).eps
+# Patches at the edges of a window that its neighbour sees better. Without any, PSNR where windows meet was 2.2 dB lower
+# than elsewhere (sheets of starter pictures, 256 pixels a side); with 1 or 2 it was 0.2 dB lower, with 3 0.1 dB.
+MARGIN = 1
+
+
+class Window(NamedTuple):
+    """A part of a grid that goes through the network, as rows and columns."""
+
+    seen: tuple[slice, slice]    # of the grid: what goes in
+    kept: tuple[slice, slice]    # of the grid: what is taken from what comes out
+    within: tuple[slice, slice]  # the same, counted from the window's corner
+
+
+def windows(rows: int, columns: int, chunk: int) -> list[Window]:
+    """Windows of at most a chunk a side that cover a grid, each patch kept from the one where it lies further inside."""
+    return [Window(*zip(row, column)) for row in _spans(rows, chunk) for column in _spans(columns, chunk)]
+
+
+def _spans(length: int, chunk: int) -> list[tuple[slice, slice, slice]]:
+    """`seen`, `kept` and `within` of the windows along one side."""
+    if length <= chunk:
+        return [(slice(0, length),) * 3]
+    margin = min(MARGIN, (chunk - 1) // 2)
+    count = -(-(length - 2 * margin) // (chunk - 2 * margin))
+    starts = [round(i * (length - chunk) / (count - 1)) for i in range(count)]
+    cuts = [0, *((a + chunk + b) // 2 for a, b in zip(starts, starts[1:])), length]
+    return [(slice(start, start + chunk), slice(a, b), slice(a - start, b - start))
+            for start, a, b in zip(starts, cuts, cuts[1:])]
+
+
+def join(windows: Sequence[Window], parts: Sequence[Tensor]) -> Tensor:
+    """What came out for each of the windows of a grid, (h, w, ...) -> all of it."""
+    rows, columns = (side.stop for side in windows[-1].kept)
+    whole = parts[0].new_empty((rows, columns, *parts[0].shape[2:]))
+    for window, part in zip(windows, parts, strict=True):
+        whole[window.kept] = part[window.within]
+    return whole
+
+
+class PatchEncoder(nn.Module):
+    """Patches -> features: the half of a PatchAutoencoder before the quantizer, which a decoder may train along."""
+
+    def __init__(self, patch_size: int, width: int, heads: int, depth: int):
+        super().__init__()
+        self.block = BlockConfig(
+            width=width,
+            heads=heads,
+            kv_heads=heads,
+            head_dim=width // heads,
+            mlp_dim=4 * width * 2 // 3 // 8 * 8,
+            causal=False,
+        )
+        self.embed = nn.Linear(patch_size, width)
+        self.encoder = nn.ModuleList(Block(self.block) for _ in range(depth))
+        self.encoder_norm = RMSNorm(width, eps=NORM_EPS)
+
+    def features(self, patches: Tensor) -> Tensor:
+        """Patches (B, h, w, P) -> what the encoder makes of each before the quantizer, (B, h, w, D)."""
+        return self._run(self.embed(patches), self.encoder, self.encoder_norm)
+
+    def _run(self, x: Tensor, blocks: nn.ModuleList, norm: nn.Module) -> Tensor:
+        _, rows, columns, _ = x.shape
+        grid = torch.cartesian_prod(torch.arange(rows, device=x.device), torch.arange(columns, device=x.device))
+        angles = rotary_embedding(grid[None], self.block.head_dim, theta=100.0)
+        x = x.flatten(1, 2)                                     # (B, h*w, D)
+        for block in blocks:
+            x = block(x, angles)
+        return norm(x).unflatten(1, (rows, columns))
+
+
+class GridEncoder(PatchEncoder):
+    """A PatchEncoder over the grids of a batch, which lie one behind another and have any sizes."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__(config.patch, config.width, config.heads, config.depth)
+        self.chunk = config.chunk
+
+    def forward(self, patches: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+        """Patches (n, P) of grids, row by row -> features (n, D); windows of equal size share a pass."""
+        seen, kept = defaultdict(list), defaultdict(list)
+        first = 0
+        for rows, columns in grids:
+            places = torch.arange(first, first + rows * columns).view(rows, columns)
+            for window in windows(rows, columns, self.chunk):
+                part = places[window.seen]
+                inside = torch.zeros(part.shape, dtype=torch.bool)
+                inside[window.within] = True
+                seen[part.shape].append(part)
+                kept[part.shape].append(inside)
+            first += rows * columns
+        order, parts = [], []
+        for shape, members in seen.items():
+            places, inside = torch.stack(members).to(patches.device), torch.stack(kept[shape]).to(patches.device)
+            parts.append(self.features(patches[places])[inside])
+            order.append(places[inside])
+        return torch.cat(parts)[torch.cat(order).argsort()]
