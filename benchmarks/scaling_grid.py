@@ -4,8 +4,8 @@
     mmtx plan --runs runs/scaling --flops 1e15 --model runs/scaling/64-600/model --file plan.png
 
 Each run is `mmtx fit --config configs/scaling/decoder.yaml` with another width (of `mmtx.scaling.sizes`) and another number of steps,
-after whose last its learning rate is 0, as the law wants it: a run that goes on from a shorter one would not be at its best. Runs that
-are finished are left alone and one that was interrupted goes on, so the command may be given again at any time.
+after whose last its learning rate is 0, as the law wants it: the state of a longer run in passing would not be at its best. Runs
+that are finished are left alone and one that was interrupted goes on, so the command may be given again at any time.
 """
 
 import argparse

@@ -684,8 +684,8 @@ def _plan(options: argparse.Namespace) -> None:
     runs = read_runs(options.runs) if options.runs else []
     unique = options.unique_tokens
     if repeated := [run for run in runs if unique is not None and run.tokens > unique]:
-        print(f"mmtx: note: {len(repeated)} of {len(runs)} runs repeat data, {max(run.tokens for run in repeated) / unique:.1f} epochs "
-              "at most: their tokens count for the new ones that they are worth", file=sys.stderr)
+        print(f"mmtx: note: {len(repeated)} of {len(runs)} runs repeat data, {max(run.tokens for run in repeated) / unique:.1f} "
+              "epochs at most: their tokens count for the new ones that they are worth", file=sys.stderr)
         runs = [run._replace(tokens=worth_of(run.tokens, unique)) for run in runs]
     law = fit(runs) if runs else None
     print(f"budget: {budget:.4g} FLOPs")
@@ -694,8 +694,12 @@ def _plan(options: argparse.Namespace) -> None:
         found = law if what == "loss" else fit(runs, what)
         print(f"{what} = {found.e:.4g} + {found.a:.4g} / N^{found.alpha:.3f} + {found.b:.4g} / D^{found.beta:.3f}; 90 %: " +
               ", ".join(f"{name} {low:.3g} to {high:.3g}" for name, (low, high) in found.intervals.items()))
-    for what in kinds if len(runs) > 6 else ():
-        run, others = held_out(runs, what, RESAMPLES)
+    for what in kinds:
+        try:
+            run, others = held_out(runs, what, RESAMPLES)
+        except InputError as error:  # enough for a fit, and too few without the largest
+            print(f"mmtx: note: nothing held out: {error}", file=sys.stderr)
+            break
         point, measured = (run.parameters, run.tokens), run.losses[what]
         told, (low, high) = others.loss(*point), others.interval(*point)
         print(f"held out {run.name}: {what} foretold {told:.4f} [{low:.4f}, {high:.4f}], measured {measured:.4f} "

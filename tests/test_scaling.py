@@ -90,6 +90,15 @@ def test_the_largest_run_is_not_asked_what_it_is():
     assert run is runs[-1] and law.loss(10**8, 10**9) == pytest.approx(loss(10**8, 10**9), rel=0.005)
 
 
+def test_six_runs_are_enough_for_a_law_and_too_few_to_hold_one_out(tmp_path, models, capsys):
+    for name in ("32-100", "64-1000", "128-10000"):
+        (tmp_path / name / "model" / "config.json").unlink()
+    main(["plan", "--runs", str(tmp_path), "--flops", "1e15", "--model", str(tmp_path / "32-1000" / "model")])
+    told = capsys.readouterr()
+    assert "your runs" in told.out and "held out" not in told.out
+    assert told.err.count("\n") == 1 and "nothing held out: runs with val/loss: found 5 of" in told.err
+
+
 def test_what_noisy_runs_foretell_has_an_interval_that_holds_it():
     run, law = held_out(made(0.003), resamples=20)
     low, high = law.interval(run.parameters, run.tokens)
