@@ -86,8 +86,8 @@ def configure(module: nn.Module, config: OptimizerConfig, max_steps: int, more: 
               scaled: Sequence[nn.Parameter] = (), ratio: float = 1.0) -> OptimizerLRSchedulerConfig:
     """What `LightningModule.configure_optimizers` returns. Only matrices decay, not gains and biases.
 
-    `more` are parameter groups of what trains beside `module`, with learning rates of their own. Of `scaled` (mup.py), AdamW's rate is
-    multiplied by `ratio` and Muon's by its root; what a step decays stays as it is.
+    `more` are parameter groups of what trains beside `module`, with learning rates of their own. Of `scaled` (mup.py), AdamW's rate
+    is multiplied by `ratio` and Muon's by its root; what a step decays stays as it is.
     """
     parts = {}
     if config.muon_lr is not None:
