@@ -4,9 +4,9 @@
     python benchmarks/learning_rate.py --ways adamw adamw+mup
 
 Trains decoders of several widths at several learning rates for a few steps each, on the shards of benchmarks/scaling_grid.py and
-with the options of configs/scaling/decoder.yaml, and says at which rate the held-out loss is least: where a parabola through the best
-rate and its neighbours (over the logarithm of the rate) is lowest. The bar: it moves by less than a factor of 1.5. What is measured is
-added to results/learning_rate.json at once, and what is there is not measured again.
+with the shape of configs/scaling/decoder.yaml, and says at which rate the held-out loss is least: where a parabola through the best
+rate and its neighbours (over the logarithm of the rate) is lowest. The bar: it moves by less than a factor of 1.5. What is measured
+is added to results/learning_rate.json at once, and what is there is not measured again.
 """
 
 import argparse

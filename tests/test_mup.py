@@ -1,11 +1,19 @@
 """muP: with it, activations move as much in a step at any width (coordinate check); what it changes, and that it is an option."""
 
+import csv
+
 import pytest
+import runs as tiny
 import torch
+import yaml
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
+import mmtx
+from mmtx.cli import main
 from mmtx.errors import InputError
 from mmtx.model import Decoder, DecoderConfig
+from mmtx.training.adapters import LoRA
 from mmtx.training.decoder import DecoderModule
 from mmtx.training.mup import rescale, scaled
 from mmtx.training.optimizer import OptimizerConfig, configure
@@ -97,3 +105,24 @@ def test_widths_that_are_none_are_refused(base):
         DecoderModule(DecoderConfig(), mup_base_width=base)
 
 
+
+
+def test_mmtx_fit_trains_by_it_and_leaves_a_model_as_any_other(tmp_path):
+    config = tiny.prepare(tmp_path)  # a decoder of width 32
+    config.update(output=str(tmp_path / "run"), samples=0, ema=None)
+    config["data"]["init_args"]["num_workers"] = 0
+    config["model"]["init_args"] |= {"mup_base_width": 8, "optimizer": {"learning_rate": 4e-3, "muon_lr": 1e-2, "warmup_steps": 0}}
+    config["trainer"] |= {"max_steps": 1, "val_check_interval": 1.0, "logger": False}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", "--config", str(tmp_path / "config.yaml")])
+    with (tmp_path / "run" / "metrics" / "metrics.csv").open() as file:
+        rates = {float(value) for row in csv.DictReader(file) for name, value in row.items() if name.startswith("lr-") and value}
+    assert rates == {4e-3, 1e-3, 5e-3}
+    gain = load_file(tmp_path / "run" / "model" / "model.safetensors")["norm.weight"]
+    assert (gain - 0.25).abs().max() < 2e-3  # a step from where it begins
+    assert mmtx.load(tmp_path / "run" / "model").decoder.config.width == 32
+
+
+def test_with_lora_it_is_refused():
+    with pytest.raises(InputError, match="^mup_base_width: found one with lora, expected none"):
+        DecoderModule(DecoderConfig(), init_from="any", lora=LoRA(), mup_base_width=32)

@@ -1,9 +1,9 @@
 """muP: learning rates that are set at one width and hold at others (https://arxiv.org/abs/2203.03466).
 
-With w = width / base, the matrices of blocks begin smaller by sqrt(w), AdamW trains them at 1 / w of its rate, and Muon at 1 / sqrt(w)
-of its own, since the largest singular value of a step of AdamW grows with w and of Muon's, as it is scaled here, with sqrt(w). Scores
-are to be multiplied by 1 / w: the last norm, whose gain is a factor of all of them, begins there, and its rate is as much smaller. So
-nothing changes in a finished model and in engines.
+With w = width / base, the matrices of blocks begin smaller by sqrt(w), AdamW trains them at 1 / w of its rate, and Muon at
+1 / sqrt(w) of its own, since the largest singular value of a step of AdamW grows with w and of Muon's, as it is scaled here, with
+sqrt(w). Scores are to be multiplied by 1 / w: the last norm, whose gain is a factor of all of them, begins there, and its rate is as
+much smaller. So nothing changes in a finished model and in engines.
 """
 
 import torch
