@@ -673,7 +673,7 @@ def _page(options: argparse.Namespace, model):
 def _plan(options: argparse.Namespace) -> None:
     from mmtx.files import find_shipped, shipped
     from mmtx.pipeline import read_model_config
-    from mmtx.scaling import EPOCHS, fit, held_out, isoflop_plot, plans, read_runs
+    from mmtx.scaling import EPOCHS, RESAMPLES, fit, held_out, isoflop_plot, plans, read_runs, worth_of
 
     if (options.flops is None) == (options.hours is None) or (options.hours is None) != (options.rate is None):
         raise InputError("found another budget, expected --flops, or --hours with --rate")
@@ -682,22 +682,31 @@ def _plan(options: argparse.Namespace) -> None:
     budget = options.flops or options.hours * 3600 * options.rate
     config = read_model_config(Path(find_shipped(options.model) if options.model else shipped("demos/starter")))
     runs = read_runs(options.runs) if options.runs else []
+    unique = options.unique_tokens
+    if repeated := [run for run in runs if unique is not None and run.tokens > unique]:
+        print(f"mmtx: note: {len(repeated)} of {len(runs)} runs repeat data, {max(run.tokens for run in repeated) / unique:.1f} "
+              "epochs at most: their tokens count for the new ones that they are worth", file=sys.stderr)
+        runs = [run._replace(tokens=worth_of(run.tokens, unique)) for run in runs]
     law = fit(runs) if runs else None
     print(f"budget: {budget:.4g} FLOPs")
-    if law is not None:
-        for what in sorted({name for run in runs for name in run.losses}):
-            if sum(what in run.losses for run in runs) < len(runs):
-                continue
-            found = law if what == "loss" else fit(runs, what)
-            print(f"{what} = {found.e:.4g} + {found.a:.4g} / N^{found.alpha:.3f} + {found.b:.4g} / D^{found.beta:.3f}; 90 %: " +
-                  ", ".join(f"{name} {low:.3g} to {high:.3g}" for name, (low, high) in found.intervals.items()))
-        if len(runs) > 6:
-            run, told = held_out(runs)
-            measured = run.losses["loss"]
-            print(f"held out {run.name}: foretold {told:.4f}, measured {measured:.4f} ({told / measured - 1:+.1%})")
+    kinds = sorted({name for run in runs for name in run.losses if all(name in each.losses for each in runs)})
+    for what in kinds:
+        found = law if what == "loss" else fit(runs, what)
+        print(f"{what} = {found.e:.4g} + {found.a:.4g} / N^{found.alpha:.3f} + {found.b:.4g} / D^{found.beta:.3f}; 90 %: " +
+              ", ".join(f"{name} {low:.3g} to {high:.3g}" for name, (low, high) in found.intervals.items()))
+    for what in kinds:
+        try:
+            run, others = held_out(runs, what, RESAMPLES)
+        except InputError as error:  # enough for a fit, and too few without the largest
+            print(f"mmtx: note: nothing held out: {error}", file=sys.stderr)
+            break
+        point, measured = (run.parameters, run.tokens), run.losses[what]
+        told, (low, high) = others.loss(*point), others.interval(*point)
+        print(f"held out {run.name}: {what} foretold {told:.4f} [{low:.4f}, {high:.4f}], measured {measured:.4f} "
+              f"({told / measured - 1:+.1%})")
     print("| by | parameters | width x depth | tokens | steps | GB of state | " + "hours | " * bool(options.rate) + "loss |")
     print("| --- | --- | --- | --- | --- | --- | " + "--- | " * bool(options.rate) + "--- |")
-    for each in plans(config, budget, options.tokens_per_batch, options.max_seq_len, law, options.unique_tokens):
+    for each in plans(config, budget, options.tokens_per_batch, options.max_seq_len, law, unique):
         hours = f"{budget / options.rate / 3600:.3g} | " if options.rate else ""
         loss = "-" if each.loss is None else f"{each.loss:.3f}"
         print(f"| {each.source} | {each.cost.parameters:,} | {each.config.width} x {each.config.depth} | {each.tokens:,.0f} | "
@@ -706,7 +715,7 @@ def _plan(options: argparse.Namespace) -> None:
             print(f"mmtx: note: {each.source}: {each.epochs:.1f} epochs of the same data are worth {each.worth:,.0f} new tokens; "
                   f"more than {EPOCHS} pay little", file=sys.stderr)
     if options.file:
-        isoflop_plot(law, runs, budget, options.file)
+        isoflop_plot(law, runs, config, options.tokens_per_batch, options.max_seq_len, budget, options.file)
         print(options.file)
 
 

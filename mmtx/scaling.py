@@ -23,13 +23,15 @@ from mmtx.modality.encoder import GridEncoder
 from mmtx.model import Decoder
 from mmtx.pipeline import read_model_config
 from mmtx.run_page import read_curves
+from mmtx.vocabulary import Vocabulary
 
 TOKENS_A_PARAMETER = 20.0         # Hoffmann et al. 2022, of all parameters
 KAPLAN = (5e3, 0.74)              # Kaplan et al. 2020: D >= 5e3 N^0.74 keeps overfitting small, N without embeddings
 REUSE = 15.39                     # Muennighoff et al. 2023: how fast epochs lose their worth
 EPOCHS = 4                        # of the same data count nearly as new ones
 HUBER = 1e-3                      # of logarithms of losses
-RESAMPLES = 60
+RESAMPLES = 400
+ROUNDS = 300                      # of a descent, which needs a few dozen
 STATE = 16                        # bytes a parameter in float32: weight, gradient and AdamW's two means
 
 
@@ -137,24 +139,38 @@ class Law(NamedTuple):
     b: float
     beta: float
     intervals: Mapping[str, tuple[float, float]]
+    resampled: Sequence["Law"] = ()  # those of the resampled runs
 
     def loss(self, parameters: float, tokens: float) -> float:
         return self.e + self.a / parameters ** self.alpha + self.b / tokens ** self.beta
 
+    def interval(self, parameters: float, tokens: float) -> tuple[float, float]:
+        """90 % of what the resampled runs foretell."""
+        low, high = np.percentile([law.loss(parameters, tokens) for law in self.resampled], (5, 95)).tolist()
+        return low, high
+
 
 def read_runs(folder: str | Path) -> list[Run]:
-    """All finished runs of decoders in a folder of runs. Raises InputError where there is none, or one is damaged."""
-    runs = []
-    for metrics in sorted(Path(folder).glob("*/metrics/metrics.csv")):
-        run = metrics.parents[1]
-        if not (run / "model" / CONFIG).is_file():
-            continue
+    """All finished runs of decoders in a folder of runs. Raises InputError where there is none, one is damaged, or their
+    tokenizers differ, since a loss is that of the codes of a tokenizer.
+    """
+    runs, first = [], None
+    for config in sorted(Path(folder).glob(f"*/model/{CONFIG}")):
+        run = config.parents[1]
+        metrics = run / "metrics" / "metrics.csv"
+        if not metrics.is_file():
+            raise InputError(f"{metrics}: no such file, expected the metrics of a run")
+        entries = Vocabulary.load(run / "model" / "vocabulary.json").entries
+        first = first or (run, entries)
+        if entries != first[1]:
+            raise InputError(f"{run}: found other tokenizers than those of {first[0]}, expected runs with the same")
         curves = read_curves(metrics)
         losses = {name.removeprefix("val/"): curve[-1][1] for name, curve in curves.items() if name.startswith("val/loss")}
         if "loss" not in losses:
             raise InputError(f"{metrics}: found no val/loss, expected a run that was validated")
         parameters = cost(read_model_config(run / "model"), 1, 1).parameters
-        runs.append(Run(run.name, parameters, curves["val/loss"][-1][0] * _tokens_of_a_step(run), losses))
+        steps = curves["val/loss"][-1][0] + 1  # the first has number 0
+        runs.append(Run(run.name, parameters, steps * _tokens_of_a_step(run), losses))
     if not runs:
         raise InputError(f"{folder}: found no finished run of a decoder, expected folders that mmtx fit made")
     return runs
@@ -180,21 +196,22 @@ def fit(runs: Sequence[Run], what: str = "loss", resamples: int = RESAMPLES) -> 
                          "3 or more each")
     points = torch.tensor([[run.parameters, run.tokens, run.losses[what]] for run in chosen], dtype=torch.float64).log()
     least = points[:, 2].min().item()
-    starts = [(least + math.log(share), alpha, beta) for share in (0.2, 0.6, 0.9) for alpha in (0.2, 0.5) for beta in (0.2, 0.5)]
-    near = min((_descend(points, _start(points, *start), 40) for start in starts), key=lambda found: found[1])[0]
-    best = _descend(points, near, 400)[0]
+    starts = torch.stack([_start(points, least + math.log(share), alpha, beta)
+                          for share in (0.2, 0.6, 0.9) for alpha in (0.2, 0.5) for beta in (0.2, 0.5)])
+    found, left = _descend(points.expand(len(starts), -1, -1), starts)
+    best = found[left.argmin()]
     random = np.random.default_rng(0)
-    drawn: list[tuple[float, ...]] = []
-    while len(drawn) < resamples:
-        rows = points[random.integers(0, len(points), len(points))]
-        if min(len(set(rows[:, 0].tolist())), len(set(rows[:, 1].tolist()))) >= 3:
-            drawn.append(_constants(_descend(rows, best, 40)[0]))
-    names = ("e", "a", "alpha", "b", "beta")
+    rows: list[Tensor] = []
+    while len(rows) < resamples:
+        drawn = points[random.integers(0, len(points), len(points))]
+        if min(len(set(drawn[:, 0].tolist())), len(set(drawn[:, 1].tolist()))) >= 3:
+            rows.append(drawn)
+    laws = [_law(x) for x in _descend(torch.stack(rows), best.expand(len(rows), -1))[0]] if rows else []
     intervals: dict[str, tuple[float, float]] = {}
-    for i, name in enumerate(names if drawn else ()):
-        low, high = np.percentile([each[i] for each in drawn], (5, 95)).tolist()
+    for name in ("e", "a", "alpha", "b", "beta") if laws else ():
+        low, high = np.percentile([getattr(law, name) for law in laws], (5, 95)).tolist()
         intervals[name] = low, high
-    return Law(*_constants(best), intervals)
+    return _law(best)._replace(intervals=intervals, resampled=laws)
 
 
 def _start(points: Tensor, e: float, alpha: float, beta: float) -> Tensor:
@@ -204,59 +221,77 @@ def _start(points: Tensor, e: float, alpha: float, beta: float) -> Tensor:
     return torch.tensor([e, half + alpha * n, alpha, half + beta * d, beta], dtype=torch.float64)
 
 
-def _constants(x: Tensor) -> tuple[float, float, float, float, float]:
+def _law(x: Tensor) -> Law:
     e, a, alpha, b, beta = x.tolist()
-    return math.exp(e), math.exp(a), alpha, math.exp(b), beta
+    return Law(math.exp(e), math.exp(a), alpha, math.exp(b), beta, {})
 
 
-def _descend(points: Tensor, start: Tensor, rounds: int) -> tuple[Tensor, float]:
-    """Huber loss of the logarithm, by L-BFGS -> log E, log A, alpha, log B, beta, and what is left."""
-    n, d, wanted = points.T
-    x = start.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([x], max_iter=rounds, history_size=20, tolerance_grad=1e-12, tolerance_change=1e-14,
-                                  line_search_fn="strong_wolfe")
+def _descend(points: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """Huber loss of the logarithm, by Levenberg and Marquardt, of many sets of runs at once: logarithms of N, D and loss
+    (sets, runs, 3), log E, log A, alpha, log B, beta (sets, 5) to begin with -> the same where it is least, and what is left (sets,).
+    """
+    n, d, wanted = points.unbind(-1)
 
-    def objective() -> Tensor:
-        e, a, alpha, b, beta = x
-        told = torch.logsumexp(torch.stack([e.expand_as(n), a - alpha * n, b - beta * d]), 0)
-        return torch.nn.functional.huber_loss(told, wanted, reduction="sum", delta=HUBER) / HUBER
+    def at(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        e, a, alpha, b, beta = x[..., None].unbind(1)
+        terms = torch.stack([e.expand_as(n), a - alpha * n, b - beta * d])
+        told = terms.logsumexp(0)
+        shares = (terms - told).exp()
+        slopes = torch.stack([shares[0], shares[1], -shares[1] * n, shares[2], -shares[2] * d], -1)
+        wrong = told - wanted
+        return wrong, slopes, torch.nn.functional.huber_loss(wrong, torch.zeros_like(wrong), reduction="none", delta=HUBER).sum(1)
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = objective()
-        loss.backward()
-        return loss
+    x, damping = start, torch.full((len(points), 1), 1e-2, dtype=points.dtype)
+    wrong, slopes, left = at(x)
+    for _ in range(ROUNDS):
+        weighted = slopes / wrong.abs().clamp_min(HUBER)[..., None]
+        square = weighted.mT @ slopes
+        ridge = torch.diag_embed(damping * square.diagonal(dim1=1, dim2=2) + 1e-9)
+        step = torch.linalg.solve(square + ridge, weighted.mT @ wrong[..., None]).squeeze(-1)
+        there = x - step
+        wrong_there, slopes_there, left_there = at(there)
+        better = left_there < left
+        x, wrong, slopes, left = (torch.where(better.view(-1, *[1] * (old.dim() - 1)), new, old) for new, old in (
+            (there, x), (wrong_there, wrong), (slopes_there, slopes), (left_there, left)))
+        damping = torch.where(better[:, None], damping / 3, damping * 2).clamp(1e-9, 1e9)
+    return x, left
 
-    optimizer.step(closure)
-    return x.detach(), float(objective().detach())
 
-
-def held_out(runs: Sequence[Run], what: str = "loss") -> tuple[Run, float]:
-    """The run of the most compute, and the loss that a fit of the others foretells for it."""
+def held_out(runs: Sequence[Run], what: str = "loss", resamples: int = 0) -> tuple[Run, Law]:
+    """The run of the most compute, and the law of the others."""
     largest = max(runs, key=lambda run: run.parameters * run.tokens)
-    law = fit([run for run in runs if run is not largest], what, resamples=0)
-    return largest, law.loss(largest.parameters, largest.tokens)
+    return largest, fit([run for run in runs if run is not largest], what, resamples)
 
 
-def isoflop_plot(law: Law, runs: Sequence[Run], budget: float, file: Path) -> None:
-    """Losses over parameters at equal compute (6 N D), up to the budget, the least of each, and the runs."""
+def isoflop_plot(law: Law, runs: Sequence[Run], config: DecoderConfig, batch: int, length: int, budget: float, file: Path) -> None:
+    """Losses of decoders of all sizes at equal compute, up to the budget, with the least of each; and measured losses beside those
+    that the law tells. The compute is exact, and so counts scores too: 6 N D would leave out most of it where decoders are small.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError('a plot needs matplotlib: pip install "mmtx[plot]"') from None
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    axes = figure.subplots()
-    least, best = min(6 * run.parameters * run.tokens for run in runs), []
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    axes, beside = figure.subplots(1, 2)
+    made = [(c.parameters, c.training / batch) for c in (cost(size, batch, length) for size in sizes(config))]
+    rates = dict(made)
+    nearest = {run.name: min(rates, key=lambda n: abs(math.log(n / run.parameters))) for run in runs}
+    least, best = min(rates[nearest[run.name]] * run.tokens for run in runs), []
     for compute in np.geomspace(least, max(budget, 2 * least), 6):
-        sizes = np.geomspace(1e4, max(1e6, math.sqrt(compute)), 200)
-        losses = np.array([law.loss(n, compute / 6 / n) for n in sizes])
-        near = losses < 1.5 * losses.min()
-        axes.plot(sizes[near], losses[near], label=f"{compute:.1e} FLOPs")
-        best.append((sizes[losses.argmin()], losses.min()))
+        losses = np.array([law.loss(n, compute / rate) for n, rate in made])
+        near = losses < 1.25 * losses.min()
+        axes.plot(np.array(list(rates))[near], losses[near], ".-", markersize=3, label=f"{compute:.1e} FLOPs")
+        best.append((made[losses.argmin()][0], losses.min()))
     axes.plot(*zip(*best), "k--", label="frontier")
-    axes.scatter([run.parameters for run in runs], [run.losses["loss"] for run in runs], color="k", s=12, label="runs")
+    points = axes.scatter([run.parameters for run in runs], [run.losses["loss"] for run in runs], s=14, zorder=3,
+                          c=[math.log10(run.tokens) for run in runs])
+    figure.colorbar(points, ax=axes, label="runs: log10 of tokens")
     axes.set(xscale="log", xlabel="parameters", ylabel="loss")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=7)
+    measured = [run.losses["loss"] for run in runs]
+    beside.scatter([law.loss(run.parameters, run.tokens) for run in runs], measured, s=14, c=[math.log10(run.tokens) for run in runs])
+    beside.plot((min(measured), max(measured)), (min(measured), max(measured)), "k--")
+    beside.set(xlabel="loss by the law", ylabel="loss measured")
     try:
         figure.savefig(file)
     except (OSError, ValueError) as error:

@@ -4,7 +4,9 @@ import json
 import math
 
 import pytest
+import runs as tiny
 import torch
+import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -12,7 +14,8 @@ from mmtx.cli import main
 from mmtx.config import CodeRange, DecoderConfig
 from mmtx.errors import InputError
 from mmtx.model import Decoder
-from mmtx.scaling import Run, cost, fit, held_out, plans, read_runs, worth_of
+from mmtx.scaling import Run, cost, fit, held_out, isoflop_plot, plans, read_runs, worth_of
+from mmtx.vocabulary import Vocabulary
 
 CONFIGS = [
     DecoderConfig(300, width=96, depth=3, heads=6, kv_heads=2, head_dim=16, mlp_dim=256),
@@ -76,9 +79,32 @@ def test_one_run_that_went_wrong_does_not_bend_the_law():
 
 
 def test_the_largest_run_is_foretold_by_the_others():
-    run, told = held_out(made())
+    run, law = held_out(made())
     assert (run.parameters, run.tokens) == (10**8, 10**9)
-    assert told == pytest.approx(run.losses["loss"], rel=0.005)
+    assert law.loss(run.parameters, run.tokens) == pytest.approx(run.losses["loss"], rel=0.005)
+
+
+def test_the_largest_run_is_not_asked_what_it_is():
+    runs = made()
+    runs[-1] = runs[-1]._replace(losses={"loss": 99.0})
+    run, law = held_out(runs)
+    assert run is runs[-1] and law.loss(10**8, 10**9) == pytest.approx(loss(10**8, 10**9), rel=0.005)
+
+
+def test_six_runs_are_enough_for_a_law_and_too_few_to_hold_one_out(tmp_path, models, capsys):
+    for name in ("32-100", "64-1000", "128-10000"):
+        (tmp_path / name / "model" / "config.json").unlink()
+    main(["plan", "--runs", str(tmp_path), "--flops", "1e15", "--model", str(tmp_path / "32-1000" / "model")])
+    told = capsys.readouterr()
+    assert "your runs" in told.out and "held out" not in told.out
+    assert told.err.count("\n") == 1 and "nothing held out: runs with val/loss: found 5 of" in told.err
+
+
+def test_what_noisy_runs_foretell_has_an_interval_that_holds_it():
+    run, law = held_out(made(0.003), resamples=20)
+    low, high = law.interval(run.parameters, run.tokens)
+    assert len(law.resampled) == 20 and low < high
+    assert low * 0.99 <= loss(run.parameters, run.tokens) <= high * 1.01
 
 
 def test_plans_spend_the_budget_by_their_laws(law):
@@ -108,28 +134,31 @@ def test_epochs_of_the_same_data_count_less(law):
     assert few.loss > many.loss and few.epochs == pytest.approx(few.tokens / 1e7)
 
 
-def run_folder(folder, run: Run, model) -> None:
+def run_folder(folder, run: Run, model, vocabulary: Vocabulary) -> None:
     (folder / run.name / "metrics").mkdir(parents=True)
-    rows = f"step,val/loss,val/loss_text\n0,9,9\n{round(run.tokens / 4096)},{run.losses['loss']},{run.losses['loss'] / 2}\n"
+    rows = f"step,val/loss,val/loss_text\n0,9,9\n{round(run.tokens / 4096) - 1},{run.losses['loss']},{run.losses['loss'] / 2}\n"
     (folder / run.name / "metrics" / "metrics.csv").write_text(rows)
     (folder / run.name / "metrics" / "config.yaml").write_text(json.dumps({
         "trainer": {"devices": "auto", "num_nodes": 1, "accumulate_grad_batches": 2},
         "data": {"init_args": {"tokens_per_batch": 2048}}}))
     (folder / run.name / "model").mkdir()
     (folder / run.name / "model" / "config.json").write_text(json.dumps({"format": 2, "decoder": model.told()}))
+    vocabulary.save(folder / run.name / "model" / "vocabulary.json")
 
 
-def write_runs(folder) -> list[DecoderConfig]:
+@pytest.fixture
+def models(tmp_path, tokenizers) -> list[DecoderConfig]:
+    """Sizes of which there are three runs each in `tmp_path`."""
     models = [DecoderConfig(300, width=w, depth=2, heads=2, kv_heads=2, head_dim=16, mlp_dim=4 * w) for w in (32, 64, 128)]
     for model in models:
         n = cost(model, 1, 1).parameters
         for steps in (100, 1000, 10_000):
-            run_folder(folder, Run(f"{model.width}-{steps}", n, steps * 4096, {"loss": loss(n, steps * 4096)}), model)
+            run_folder(tmp_path, Run(f"{model.width}-{steps}", n, steps * 4096, {"loss": loss(n, steps * 4096)}), model,
+                       Vocabulary.build(tokenizers))
     return models
 
 
-def test_runs_are_read_with_their_sizes_tokens_and_losses(tmp_path):
-    models = write_runs(tmp_path)
+def test_runs_are_read_with_their_sizes_tokens_and_losses(tmp_path, models):
     runs = {run.name: run for run in read_runs(tmp_path)}
     assert len(runs) == 9
     run = runs["64-1000"]
@@ -146,21 +175,69 @@ def test_too_few_runs_are_refused(tmp_path):
         fit(made()[:3])
 
 
-def test_the_command_tells_all_sources_and_what_repeats(tmp_path, capsys):
-    write_runs(tmp_path)
+def test_runs_of_other_tokenizers_are_refused(tmp_path, models, tokenizers):
+    others = {kind: tokenizer for kind, tokenizer in tokenizers.items() if kind != "audio"}
+    run_folder(tmp_path, Run("other", 1, 4096, {"loss": 2.0}), models[0], Vocabulary.build(others))
+    with pytest.raises(InputError, match=f"^{tmp_path}/other: found other tokenizers than those of {tmp_path}/128-100, expected"):
+        read_runs(tmp_path)
+
+
+def test_a_run_without_metrics_or_validation_is_refused(tmp_path, models):
+    metrics = tmp_path / "64-100" / "metrics" / "metrics.csv"
+    metrics.write_text("step,train/loss\n1,2\n")
+    with pytest.raises(InputError, match=f"^{metrics}: found no val/loss, expected a run that was validated$"):
+        read_runs(tmp_path)
+    metrics.unlink()
+    with pytest.raises(InputError, match=f"^{metrics}: no such file, expected the metrics of a run$"):
+        read_runs(tmp_path)
+
+
+def test_the_command_tells_all_sources_and_what_repeats(tmp_path, capsys, models):
     main(["plan", "--model", str(tmp_path / "64-1000" / "model"), "--hours", "10", "--rate", "1e12", "--runs", str(tmp_path),
           "--unique_tokens", "1e6", "--file", str(tmp_path / "plan.png")])
     told = capsys.readouterr()
-    for word in ("3.6e+16", "Hoffmann et al. 2022", "Kaplan et al. 2020", "your runs", "loss_text", "held out 128-10000"):
+    for word in ("3.6e+16", "Hoffmann et al. 2022", "Kaplan et al. 2020", "your runs", "held out 128-10000: loss foretold",
+                 "held out 128-10000: loss_text foretold"):
         assert word in told.out
     assert "epochs of the same data" in told.err
+    assert "mmtx: note: 6 of 9 runs repeat data, 41.0 epochs at most" in told.err
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("options", [[], ["--flops", "1e15", "--hours", "2"], ["--hours", "2"], ["--flops", "nan"],
                                      ["--flops", "-1"], ["--flops", "1e15", "--rate", "2"]])
-def test_budgets_that_are_none_are_refused(options, tmp_path, capsys):
-    write_runs(tmp_path)
+def test_budgets_that_are_none_are_refused(options, tmp_path, capsys, models):
     with pytest.raises(SystemExit) as stop:
         main(["plan", "--model", str(tmp_path / "64-1000" / "model"), *options])
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_plot_has_the_frontier_at_exact_costs(law, tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn = {}
+    monkeypatch.setattr(Axes, "plot", lambda axes, x, y, *_, label=None, **__: drawn.setdefault(label, (list(x), list(y))))
+    monkeypatch.setattr(Axes, "legend", lambda *_, **__: None)
+    isoflop_plot(law, made(), CONFIGS[0], 8192, 512, 1e19, tmp_path / "plot.png")
+    sizes, losses = drawn["frontier"]
+    best = plans(CONFIGS[0], 1e19, 8192, 512, law)[2]
+    assert (sizes[-1], losses[-1]) == (best.cost.parameters, pytest.approx(best.loss))
+    assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.slow
+def test_runs_of_mmtx_fit_are_what_a_plan_is_made_of(tmp_path, capsys):
+    config = tiny.prepare(tmp_path)
+    config.update(samples=0, ema=None)
+    config["data"]["init_args"]["num_workers"] = 0
+    for width in (16, 32, 48):
+        for steps in (2, 4, 8):
+            (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "output": str(tmp_path / "runs" / f"{width}-{steps}")}))
+            main(["fit", "--config", str(tmp_path / "config.yaml"), "--model.decoder.width", str(width), "--trainer.max_steps",
+                  str(steps), "--trainer.val_check_interval", "1.0", "--trainer.accumulate_grad_batches", "2"])
+    runs = read_runs(tmp_path / "runs")
+    assert {run.name: run.tokens for run in runs} == {f"{width}-{steps}": 512 * steps for width in (16, 32, 48) for steps in (2, 4, 8)}
+    assert len({run.parameters for run in runs}) == 3
+    assert all(run.losses.keys() == {"loss", "loss_text", "loss_special"} and run.losses["loss"] < 10 for run in runs)
+    main(["plan", "--runs", str(tmp_path / "runs"), "--flops", "1e12", "--model", str(tmp_path / "runs" / "32-8" / "model")])
+    assert "held out 48-8: loss foretold" in capsys.readouterr().out

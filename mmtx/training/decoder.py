@@ -29,6 +29,7 @@ from mmtx.pipeline import Model, load
 from mmtx.training.adapters import LoRA, adapt, merged, parameters_by_group, save_adapter
 from mmtx.training.decoder_data import TokenizerFolders, with_media
 from mmtx.training.means import Means, TestedAsValidated
+from mmtx.training.mup import check_base, rescale, scaled
 from mmtx.training.optimizer import OptimizerConfig, configure
 from mmtx.training.private import data_of
 from mmtx.training.sharding import shard
@@ -68,6 +69,7 @@ class DecoderModule(TestedAsValidated):
         train_encoder: bool = False,
         lora: LoRA | None = None,
         gradient_checkpointing: bool = False,
+        mup_base_width: int | None = None,
     ):
         """
         Args:
@@ -85,11 +87,16 @@ class DecoderModule(TestedAsValidated):
             tokenizers: folders of the tokenizers, where batches come from a plain loader; by default those of the data.
             lora: train low-rank adapters and the rows of ids that are no text, and leave the rest as it is in `init_from`.
             gradient_checkpointing: compute each block again on the way back: less memory, a third more time.
+            mup_base_width: the width at which the learning rates were found; they then hold at others (muP). Depth, heads' width and
+                what a batch holds stay as they were there. None: rates are those of the width itself.
         """
         super().__init__()
         if lora is not None and init_from is None:
             raise InputError("model.init_args.init_from: found none with lora, expected the model that is to be adapted")
-        self.lora, self.gradient_checkpointing = lora, gradient_checkpointing
+        check_base(mup_base_width)
+        if lora is not None and mup_base_width is not None:
+            raise InputError("mup_base_width: found one with lora, expected none: adapters have rates of their own")
+        self.lora, self.gradient_checkpointing, self.mup_base_width = lora, gradient_checkpointing, mup_base_width
         self.init_from = None if init_from is None else load(init_from, "cpu")
         self.finished: Path | None = None  # the folder of `init_from` if tokenizers and all must be the same
         self.tokenizers = None if tokenizers is None else tokenizers.load()
@@ -118,6 +125,8 @@ class DecoderModule(TestedAsValidated):
         self.config = replace(self.config, vocabulary_size=vocabulary.size, composed=tuple(ranges),
                               features=widths if self.continuous_inputs else {}, encoders=encoders if self.train_encoder else {})
         self.decoder = Decoder(self.config, GridEncoder)
+        if self.mup_base_width is not None:
+            rescale(self.decoder, self.mup_base_width)
         for kind, encoder in self.decoder.encoders.items():
             weights = cast(Codec, self.tokenizers[kind]).network.state_dict()
             encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()})
@@ -171,7 +180,9 @@ class DecoderModule(TestedAsValidated):
             print(f"mmtx: {parameters_by_group(self.decoder)}", file=sys.stderr)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        return configure(self.decoder, self.optimizer_config, self.trainer.max_steps)
+        base = self.mup_base_width
+        more = {} if base is None else {"scaled": scaled(self.decoder), "ratio": base / self.config.width}
+        return configure(self.decoder, self.optimizer_config, self.trainer.max_steps, **more)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         weights = batch.modality.new_tensor(self.loss_weights, dtype=torch.float32)[batch.modality]

@@ -82,11 +82,12 @@ def orthogonal(matrix: Tensor) -> Tensor:
     return (x.T if tall else x).to(matrix.dtype)
 
 
-def configure(module: nn.Module, config: OptimizerConfig, max_steps: int, more: Sequence[dict] = ()
-              ) -> OptimizerLRSchedulerConfig:
+def configure(module: nn.Module, config: OptimizerConfig, max_steps: int, more: Sequence[dict] = (),
+              scaled: Sequence[nn.Parameter] = (), ratio: float = 1.0) -> OptimizerLRSchedulerConfig:
     """What `LightningModule.configure_optimizers` returns. Only matrices decay, not gains and biases.
 
-    `more` are parameter groups of what trains beside `module`, with learning rates of their own.
+    `more` are parameter groups of what trains beside `module`, with learning rates of their own. Of `scaled` (mup.py), AdamW's rate
+    is multiplied by `ratio` and Muon's by its root; what a step decays stays as it is.
     """
     parts = {}
     if config.muon_lr is not None:
@@ -94,13 +95,20 @@ def configure(module: nn.Module, config: OptimizerConfig, max_steps: int, more: 
             for linear in (m for m in block.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad):
                 parts[linear.weight] = linear.sizes if isinstance(linear, FusedLinear) else (linear.out_features,)
     rest = [p for p in module.parameters() if p.requires_grad and p not in parts]
+    slower = set(scaled)
+    plain, rated = ([p for p in rest if (p in slower) is chosen] for chosen in (False, True))
     groups = [
-        {"params": [p for p in rest if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in plain if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in plain if p.dim() < 2], "weight_decay": 0.0},
     ]
-    if parts:
-        groups.append({"params": list(parts), "parts": list(parts.values()), "lr": config.muon_lr,
-                       "weight_decay": config.weight_decay})
+    if rated:
+        groups += [{"params": [p for p in rated if p.dim() > 1], "weight_decay": config.weight_decay / ratio,
+                    "lr": config.learning_rate * ratio},
+                   {"params": [p for p in rated if p.dim() < 2], "weight_decay": 0.0, "lr": config.learning_rate * ratio}]
+    for factor_of, turned in ((1.0, [p for p in parts if p not in slower]), (ratio ** 0.5, [p for p in parts if p in slower])):
+        if turned:
+            groups.append({"params": turned, "parts": [parts[p] for p in turned], "lr": config.muon_lr * factor_of,
+                           "weight_decay": config.weight_decay / factor_of})
     optimizer = Muon([*groups, *more], lr=config.learning_rate, betas=config.betas, fused=True)
     # Or the trainer would leave the gradients of a scaled loss to the fused step, and clip none in mixed precision.
     optimizer._step_supports_amp_scaling = False

@@ -1,0 +1,258 @@
+"""Why attention: what do decoders recall that was shown thousands of tokens ago, at the same cost of training?
+
+    python benchmarks/recurrent.py --minutes 3 --plot docs/recurrent.png
+    python benchmarks/recurrent.py --short
+
+A row shows six real pictures (four codes of each, from its middle), each with the name of another picture, so that nothing but the
+row tells it; then codes of other pictures and notes, 0 to 4,000 tokens of them; then the six in another order, each of which is to be
+named (two pieces of text). Trained is the decoder of mmtx with its attention, and with another layer in its place: torch's LSTM, and
+the gated delta rule of transformers' Qwen3-Next, a linear attention. Embedding, feed-forward halves, norms and loss are the same, and
+so are the minutes of one core that each trains. Distances in training are those that are asked; pictures and names are not. Guessing
+one of the six names is right in 0.167. Also told: tokens a second in training, and time and memory of a step of decoding. Shards are
+those of benchmarks/scaling_grid.py. Writes results/recurrent.json.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from measure import RESULTS, machine, versions
+from scaling_grid import prepare
+from torch import Tensor, nn
+from transformers import DynamicCache, Qwen3NextConfig
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
+
+from mmtx.data.collection import DataSource
+from mmtx.data.corpus import read_corpus
+from mmtx.layers import rotary_embedding
+from mmtx.modality.base import load_tokenizer
+from mmtx.model import CodeRange, Decoder, DecoderConfig
+from mmtx.vocabulary import Vocabulary
+
+ROOT = Path(__file__).parents[1]
+DISTANCES = (0, 64, 250, 1000, 2000, 4000)
+SHOWN, NAME = 6, 2             # pictures of a row, pieces of a name
+KEY = slice(26, 30)            # codes that are shown of a picture of 8 x 8, in its middle, where no two are alike
+ITEM = 1 + 4 + NAME            # <image>, codes, name
+TOKENS = 2048                  # of a batch, or one row where it is longer
+WIDTH, DEPTH, HEADS = 64, 2, 4
+ASKED = 16                     # rows for each distance
+RATE, WARMUP = 4e-3, 30
+
+
+class LSTM(nn.Module):
+    """torch's LSTM in place of the attention of a block."""
+
+    def __init__(self, layer: int):
+        super().__init__()
+        self.lstm, self.out = nn.LSTM(WIDTH, WIDTH, batch_first=True), nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: Tensor, angles=None, packing=None, state=None) -> Tensor:
+        y, self.state = self.lstm(x, state)
+        return self.out(y)
+
+
+class DeltaRule(Qwen3NextGatedDeltaNet):
+    """The linear attention of Qwen3-Next in place of the attention of a block."""
+
+    config = Qwen3NextConfig(hidden_size=WIDTH, num_hidden_layers=DEPTH, layer_types=["linear_attention"] * DEPTH,
+                             linear_num_key_heads=HEADS, linear_num_value_heads=HEADS, linear_key_head_dim=WIDTH // HEADS,
+                             linear_value_head_dim=WIDTH // HEADS)
+
+    def __init__(self, layer: int):
+        super().__init__(self.config, layer)
+
+    def forward(self, x: Tensor, angles=None, packing=None, state=None) -> Tensor:  # type: ignore[override]
+        return super().forward(x, cache_params=state)
+
+
+LAYERS: dict[str, Callable[[int], nn.Module] | None] = {"attention": None, "LSTM": LSTM, "gated delta rule": DeltaRule}
+
+
+def build(name: str, vocabulary: Vocabulary) -> Decoder:
+    torch.manual_seed(0)
+    composed = tuple(CodeRange(vocabulary.range(k).start, levels) for k in vocabulary.kinds if (levels := vocabulary.levels(k)))
+    decoder = Decoder(DecoderConfig(vocabulary.size, WIDTH, DEPTH, HEADS, HEADS, WIDTH // HEADS, 3 * WIDTH, composed=composed))
+    if (layer := LAYERS[name]) is not None:
+        for k, block in enumerate(decoder.blocks):
+            block.attention = layer(k)
+    return decoder
+
+
+class Rows:
+    """Rows of ids, drawn from prepared pictures and notes."""
+
+    def __init__(self, folder: Path, names: tuple[str, str], vocabulary: Vocabulary, tokenizers: dict, limit: int | None):
+        self.v = vocabulary
+        pictures, notes = (self._ids(folder / name, tokenizers, limit) for name in names)
+        image, text = vocabulary.range("image"), vocabulary.range("text")
+        self.keys, self.names = [], []
+        for ids in pictures:
+            codes, pieces = ids[(ids >= image.start) & (ids < image.stop)], ids[(ids >= text.start) & (ids < text.stop)]
+            if len(codes) == 64 and len(pieces) >= NAME:
+                self.keys.append(codes[KEY])
+                self.names.append(pieces[:NAME])
+        self.between = np.concatenate([*pictures, *notes])
+        self.between = self.between[self.between >= vocabulary.range("special").stop]  # codes alone
+
+    def _ids(self, folder: Path, tokenizers: dict, limit: int | None) -> list[np.ndarray]:
+        corpus = read_corpus([DataSource([str(folder)], limit=limit)], tokenizers, self.v, max_seq_len=1024)
+        return [rendered.ids for rendered in corpus.render([(k, 0) for k in range(len(corpus))])]
+
+    def draw(self, random: np.random.Generator, distance: int, rows: int) -> tuple[Tensor, Tensor]:
+        """Ids (rows, T), and places (rows, SHOWN * NAME) of the pieces to write."""
+        v, made, places = self.v, [], []
+        for _ in range(rows):
+            keys = [self.keys[k] for k in random.choice(len(self.keys), SHOWN, replace=False)]
+            names = [self.names[k] for k in random.choice(len(self.names), SHOWN, replace=False)]
+            items = [np.array([v.image, *key, *name]) for key, name in zip(keys, names, strict=True)]
+            start = int(random.integers(len(self.between) - distance))
+            order = random.permutation(SHOWN)
+            made.append(np.concatenate([*items, self.between[start:start + distance], *(items[k] for k in order)]))
+            first = SHOWN * ITEM + distance
+            places.append([first + (k + 1) * ITEM - NAME + piece for k in range(SHOWN) for piece in range(NAME)])
+        return torch.from_numpy(np.stack(made)).long(), torch.tensor(places)
+
+
+def scores(decoder: Decoder, ids: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores (places, plain ids) of what stands at places, and what does."""
+    positions = torch.arange(ids.shape[1] - 1).expand(len(ids), -1)
+    hidden = decoder(ids[:, :-1], positions)
+    rows = torch.arange(len(ids))[:, None]
+    return decoder.logits(hidden[rows, places - 1], decoder.output_matrix(plain=True)).flatten(0, 1), ids[rows, places].flatten()
+
+
+def train(decoder: Decoder, rows: Rows, seconds: float, distances: tuple[int, ...]) -> tuple[int, int, float]:
+    """Train for seconds of the processor -> steps, tokens and the loss of the last steps."""
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1)
+    random, tokens, step, last = np.random.default_rng(0), 0, 0, []
+    begin = time.process_time()
+    while (passed := (time.process_time() - begin) / seconds) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min(1, (step + 1) / WARMUP) * max(0.02, 1 - passed)
+        distance = int(random.choice(distances))
+        ids, places = rows.draw(random, distance, max(1, TOKENS // (2 * SHOWN * ITEM + distance)))
+        loss = F.cross_entropy(*scores(decoder, ids, places))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+        optimizer.step()
+        step, tokens, last = step + 1, tokens + ids.numel(), [*last[-19:], loss.item()]
+    return step, tokens, float(np.mean(last))
+
+
+@torch.inference_mode()
+def accuracy(decoder: Decoder, rows: Rows, distance: int, count: int) -> float:
+    """Share of names of which both pieces are the best ones."""
+    random, right = np.random.default_rng(1), []
+    for _ in range(0, count, 4):
+        found, wanted = scores(decoder, *rows.draw(random, distance, 4))
+        right.append((found.argmax(-1) == wanted).view(-1, NAME).all(1))
+    return float(torch.cat(right).float().mean())
+
+
+@torch.inference_mode()
+def decoding(decoder: Decoder, name: str, length: int, repeats: int) -> tuple[float, int]:
+    """Milliseconds of a step of one row after `length` tokens, all layers without the scores, and bytes of what it keeps."""
+    states: list = []
+    cache = DynamicCache(config=DeltaRule.config) if name == "gated delta rule" else None
+    x = torch.randn(1, max(1, length), WIDTH)
+    for block in decoder.blocks:
+        if name == "attention":
+            states.append([torch.randn(1, HEADS, length + 1, WIDTH // HEADS) for _ in range(2)])
+        elif name == "LSTM":
+            block.attention(x)
+            states.append(block.attention.state)
+        else:
+            block.attention(x, state=cache)
+            states.append(None)
+    position = rotary_embedding(torch.tensor([[length]]), WIDTH // HEADS, decoder.config.rope_theta)
+
+    def step() -> float:
+        begin, y = time.perf_counter(), torch.randn(1, 1, WIDTH)
+        for block, state in zip(decoder.blocks, states, strict=True):
+            normed = block.attention_norm(y)
+            if name == "attention":
+                query, key, value = (part.transpose(1, 2) for part in block.attention.heads(normed, position))
+                state[0][:, :, -1:], state[1][:, :, -1:] = key, value
+                found = F.scaled_dot_product_attention(query, *state)
+                y = y + block.attention.out(found.transpose(1, 2).flatten(2))
+            else:
+                y = y + block.attention(normed, state=cache if name == "gated delta rule" else state)
+            y = y + block.feed_forward(block.feed_forward_norm(y))
+        decoder.norm(y)
+        return 1000 * (time.perf_counter() - begin)
+
+    taken = median(step() for _ in range(repeats))
+    if name != "gated delta rule":
+        kept = sum(part.nbytes for state in states for part in state)
+    else:
+        kept = sum(state.nbytes for layer in range(DEPTH) for state in
+                   (cache.get_conv_state(layer, state_idx=0), cache.get_recurrent_state(layer, state_idx=0)))
+    return taken, kept
+
+
+def plot(result: dict, file: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for name, found in result["found"].items():
+        for axes, what in zip(panels, ("accuracy", "step_milliseconds", "kept_bytes"), strict=True):
+            axes.plot([float(d) + 16 for d in found[what]], list(found[what].values()), "o-", markersize=4, label=name)
+    for axes, label in zip(panels, ("names right", "ms a step of decoding", "bytes kept of a row"), strict=True):
+        axes.set(xscale="log", xlabel="tokens between (+ 16)" if axes is panels[0] else "tokens before (+ 16)", ylabel=label)
+    panels[0].axhline(1 / SHOWN, color="k", linestyle=":", linewidth=1)
+    panels[0].set_ylim(0, 1.03)
+    panels[2].set_yscale("log")
+    panels[0].legend(fontsize=8)
+    figure.savefig(file, dpi=80)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("runs/scaling/data"), help="shards, which are made where they lack")
+    parser.add_argument("--minutes", type=float, default=3.0, help="of a core, for each layer")
+    parser.add_argument("--layers", nargs="+", default=list(LAYERS), choices=list(LAYERS))
+    parser.add_argument("--distances", type=int, nargs="+", default=DISTANCES)
+    parser.add_argument("--plot", type=Path, help="where a plot goes")
+    parser.add_argument("--short", action="store_true", help="a second each and short distances, which say nothing; writes no result")
+    options = parser.parse_args()
+    distances = (0, 64) if options.short else tuple(options.distances)
+    minutes, asked = (1 / 60, 4) if options.short else (options.minutes, ASKED)
+    prepare(options.data)
+    tokenizers = {kind: load_tokenizer(ROOT / "tokenizers" / kind) for kind in ("text", "image", "audio")}
+    vocabulary = Vocabulary.build(tokenizers)
+    held_out = Rows(options.data, ("held-out-pictures", "held-out-notes"), vocabulary, tokenizers, None)
+    rows = held_out if options.short else Rows(options.data, ("pictures", "notes"), vocabulary, tokenizers, None)
+    result: dict = {"name": "recurrent", "date": date.today().isoformat(), "minutes": minutes, "found": {}}
+    for name in options.layers:
+        decoder = build(name, vocabulary)
+        steps, tokens, loss = train(decoder, rows, 60 * minutes, distances)
+        found = result["found"][name] = {
+            "parameters": sum(p.numel() for p in decoder.parameters()), "steps": steps, "loss": round(loss, 4),
+            "tokens_a_second": round(tokens / (60 * minutes)),
+            "accuracy": {d: round(accuracy(decoder, held_out, d, asked), 3) for d in distances}}
+        steps_of = {d: decoding(decoder, name, d, 3 if options.short else 50) for d in distances}
+        found |= {"step_milliseconds": {d: round(taken, 3) for d, (taken, _) in steps_of.items()},
+                  "kept_bytes": {d: kept for d, (_, kept) in steps_of.items()}}
+        print(f"{name}: {found['parameters']:,} parameters, {steps} steps, {found['tokens_a_second']:,} tokens/s, loss {loss:.3f}")
+        for d in distances:
+            print(f"  {d:5} tokens between: {found['accuracy'][d]:.3f} right, {found['step_milliseconds'][d]:.3f} ms a step, "
+                  f"{found['kept_bytes'][d]:,} bytes kept", flush=True)
+    if options.plot:
+        plot(result, options.plot)
+    if not options.short:
+        (RESULTS / "recurrent.json").write_text(json.dumps({**result, "machine": machine(), "versions": versions()}, indent=1) + "\n",
+                                                encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

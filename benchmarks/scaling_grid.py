@@ -1,0 +1,72 @@
+"""How does the loss fall with parameters and tokens? Runs in many sizes for many numbers of tokens, for `mmtx plan --runs`.
+
+    python benchmarks/scaling_grid.py                # prepares the stream and trains what is missing
+    mmtx plan --runs runs/scaling --flops 1e15 --model runs/scaling/64-600/model --file plan.png
+
+Each run is `mmtx fit --config configs/scaling/decoder.yaml` with another width (of `mmtx.scaling.sizes`) and another number of steps,
+after whose last its learning rate is 0, as the law wants it: the state of a longer run in passing would not be at its best. Runs
+that are finished are left alone and one that was interrupted goes on, so the command may be given again at any time.
+"""
+
+import argparse
+from pathlib import Path
+
+import yaml
+
+from mmtx.cli import main as mmtx
+from mmtx.files import CONFIG
+from mmtx.model import DecoderConfig
+from mmtx.scaling import sizes
+
+ROOT = Path(__file__).parents[1]
+BASE = ROOT / "configs" / "scaling" / "decoder.yaml"
+STARTER = ROOT / "demos" / "data" / "starter"
+STREAM = {"pictures": ["images-train-00[0-3]", "images-more-*"], "notes": ["sounds-train-000", "sounds-more-*"],
+          "speech": ["speech-train-*"], "held-out-pictures": ["images-train-004"], "held-out-notes": ["sounds-train-001"],
+          "held-out-speech": ["speech-test"]}
+WIDTHS, STEPS = (16, 32, 48, 64), (150, 300, 600)  # of 1,024 tokens
+HELD_OUT = (96, 900)
+
+
+def prepare(folder: Path) -> None:
+    """Write the shards that are not there yet."""
+    for name, files in STREAM.items():
+        if not (folder / name / "prepared.json").exists():
+            mmtx(["prepare", *(str(STARTER / f"{file}.tar.gz") for file in files), "--output", str(folder / name),
+                  "--num_workers", "1"])
+
+
+def train(base: dict, width: int, steps: int, output: Path, data: Path) -> None:
+    """Train one size for a number of steps, unless that is done; `base` is a configuration as it was read."""
+    if (output / "model" / CONFIG).is_file():
+        return
+    shape = base["model"]["init_args"]["decoder"]
+    size = next(c for c in sizes(DecoderConfig(**shape)) if c.width == width)
+    config = {**base, "output": str(output), "trainer": {**base["trainer"], "max_steps": steps}}
+    shape.update({name: getattr(size, name) for name in ("width", "depth", "heads", "kv_heads", "mlp_dim")})
+    for sources in (config["data"]["init_args"][name] for name in ("train", "validation")):
+        for source in sources:
+            source["paths"] = [str(data / Path(path).name) for path in source["paths"]]
+    path = output.with_name(f"{output.name}.yaml")
+    path.write_text(yaml.safe_dump(config))
+    mmtx(["fit", "--config", str(path), "--ckpt_path", "last"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/scaling"), help="folder of the runs")
+    parser.add_argument("--data", type=Path, help="folder of the shards, default: data in that of the runs")
+    parser.add_argument("--config", type=Path, default=BASE)
+    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="multiples of the head width")
+    parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
+    parser.add_argument("--held_out", type=int, nargs=2, metavar=("WIDTH", "STEPS"), default=HELD_OUT, help="the run to foretell")
+    options = parser.parse_args()
+    data = options.data or options.output / "data"
+    options.output.mkdir(parents=True, exist_ok=True)
+    prepare(data)
+    for width, steps in [*((w, s) for w in options.widths for s in options.steps), options.held_out]:
+        train(yaml.safe_load(options.config.read_text()), width, steps, options.output / f"{width}-{steps}", data)
+
+
+if __name__ == "__main__":
+    main()
