@@ -150,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     caption.add_argument("files", nargs="+", help="files, folders or URLs of files")
     _server_option(caption)
     _model_options(caption)
+    _8bit_option(caption)
     _sampling_options(caption)
     caption.set_defaults(run=_caption)
 
@@ -162,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seconds", type=float, default=1.0, help="the most that is added to that sound, default: 1")
     _server_option(generate)
     _model_options(generate)
+    _8bit_option(generate)
     _sampling_options(generate)
     generate.add_argument("--guidance_scale", type=float, default=1.0,
                           help="strength of classifier-free guidance: how closely the answer "
@@ -236,6 +238,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--max_bad", type=float, help=MAX_BAD_HELP)
     evaluate.add_argument("--show", type=_count(0), default=8, help="examples to print, default: 8")
     _model_options(evaluate)
+    _8bit_option(evaluate)
     _source_options(evaluate)
     evaluate.set_defaults(run=_evaluate)
     report = commands.add_parser("report", help="a finished run on one HTML page: curves, figures, samples, configuration")
@@ -273,6 +276,7 @@ def _parser() -> argparse.ArgumentParser:
                                       ("timeout", "seconds until an answer is whole", 120)):
             serve.add_argument(f"--max_{option}", type=_count(1), default=default, help=f"{what}, default: {default}")
         _model_options(serve)
+        _8bit_option(serve)
         if word == "demo":
             serve.add_argument("--generate_model", metavar="FOLDER", help="what draws, plays and goes on, default: --model, and with "
                                "the model that comes with mmtx the one that comes along for that")
@@ -324,6 +328,11 @@ def _model_options(parser: argparse.ArgumentParser, model: bool = True) -> None:
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; default: the GPU if there is one")
 
 
+def _8bit_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--load_in_8bit", action="store_true", help="write ids with 8 bits a weight, on a CPU: faster, and now and "
+                        "then another id is the best")
+
+
 def _server_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--server", metavar="URL", help="answer with llama.cpp's server at this address, which runs what mmtx export "
                         "made of --model: ids are sent, and ids come back")
@@ -338,13 +347,16 @@ def _sampling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _load(options: argparse.Namespace):
+    load_in_8bit = getattr(options, "load_in_8bit", False)
     if getattr(options, "server", None) is not None:
+        if load_in_8bit:
+            raise InputError("--load_in_8bit: found with --server, which chooses its weights itself")
         from mmtx.interop.remote import connect
 
         return connect(options.server, options.model)
     from mmtx.pipeline import load
 
-    return load(options.model, options.device)
+    return load(options.model, options.device, load_in_8bit)
 
 
 def _sampling(options: argparse.Namespace) -> dict:

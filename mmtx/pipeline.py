@@ -144,21 +144,23 @@ Media = str | PILImage.Image | Sound | Any  # of further modalities, what they s
 
 
 @neutral()
-def load(folder: str | Path | None = None, device: str | torch.device | None = None) -> "Model":
+def load(folder: str | Path | None = None, device: str | torch.device | None = None, load_in_8bit: bool = False) -> "Model":
     """Load a model folder.
 
     Args:
         folder: what training wrote, or the name of a model on the Hugging Face hub ("user/model", "user/model@revision"); by
             default the small model that comes with the package, whatever lies in the current directory.
         device: by default the GPU if there is one.
+        load_in_8bit: write ids with matrices of 8 bits a weight, on a CPU: long answers come faster, and now and then another id
+            is the best. The decoder itself stays as it is, and all that is made of it but answers.
 
     Raises:
-        InputError: the folder is not a whole model, or does not fit its tokenizers.
+        InputError: the folder is not a whole model, or does not fit its tokenizers; 8 bits on another device than a CPU.
     """
     config, vocabulary, tokenizers, folder = read_model(folder)
     decoder = load_module(lambda: Decoder(config, GridEncoder), folder / "model.safetensors")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Model(decoder, vocabulary, tokenizers).to(device).prepare_for_inference()
+    return Model(decoder, vocabulary, tokenizers).to(device).prepare_for_inference(load_in_8bit)
 
 
 def read_model(folder: str | Path | None) -> tuple[DecoderConfig, Vocabulary, dict[str, Tokenizer], Path]:
@@ -219,22 +221,26 @@ class Model:
 
     def __getstate__(self) -> dict[str, Any]:
         # They are views of parameters, which can be made again but not copied.
-        return {**self.__dict__, "_weights": self._weights is not None}
+        return {**self.__dict__, "_weights": None if self._weights is None else self._weights.in_8_bits}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _weights=None)
-        if state["_weights"]:
-            self.prepare_for_inference()
+        if state["_weights"] is not None:
+            self.prepare_for_inference(state["_weights"])
 
     @neutral()
-    def prepare_for_inference(self) -> "Model":
+    def prepare_for_inference(self, load_in_8bit: bool = False) -> "Model":
         """Lay out the decoder's weights for decoding, which makes long answers of one prompt on a CPU up to twice as fast.
 
-        The weights must then stay as they are; after a change, or `to`, call it again. `mmtx.load` does it.
+        The weights must then stay as they are; after a change, or `to`, call it again. `mmtx.load` does it, and tells what
+        `load_in_8bit` is.
         """
-        if self.decoder.embedding.weight.device.type == "cpu":
+        device = self.decoder.embedding.weight.device
+        if load_in_8bit and device.type != "cpu":
+            raise InputError(f"load_in_8bit: found the device {device}, expected cpu")
+        if device.type == "cpu":
             prepack_weights(self.decoder)
-        self._weights = Weights.of(self.decoder, fixed=True)
+        self._weights = Weights.of(self.decoder, fixed=True, load_in_8bit=load_in_8bit)
         return self
 
     @neutral()

@@ -109,7 +109,7 @@ class TorchEngine(Engine):
         # Where shapes stay as they are, masked slots are read. One row, too, has padding where it comes out of a batch.
         span = cache.capacity if self.static else cache.used + 1
         mask = cache.seen[:, None, None, :span]
-        for layer, keys, values in zip(weights.layers, cache.keys, cache.values, strict=True):
+        for layer, keys, values in zip(weights.step_layers, cache.keys, cache.values, strict=True):
             layer.project(x, cos, sin, s)
             keys.index_copy_(2, cache.slot, key)
             values.index_copy_(2, cache.slot, value)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmtx.config import DecoderConfig
+from mmtx.inference.int8 import Int8Matrix, add_product, multiply
 from mmtx.inference.pace import Pace
 from mmtx.model import Block, Decoder
 
@@ -80,13 +81,13 @@ class Layer(NamedTuple):
     """One block: its weights, and what it does around attention. The one place here that knows the kind of the block."""
 
     attention_norm: Norm
-    qkv: Tensor             # (D, (H + 2G) * K)
-    qkv_bias: Tensor | None # ((H + 2G) * K,)
-    head_norm: Norm | None  # weight (H + G, K)
-    out: Tensor             # (H * K, D)
+    qkv: Tensor | Int8Matrix      # (D, (H + 2G) * K)
+    qkv_bias: Tensor | None       # ((H + 2G) * K,)
+    head_norm: Norm | None        # weight (H + G, K)
+    out: Tensor | Int8Matrix      # (H * K, D)
     feed_forward_norm: Norm
-    gate_up: Tensor         # (D, 2 * hidden)
-    down: Tensor            # (hidden, D)
+    gate_up: Tensor | Int8Matrix  # (D, 2 * hidden)
+    down: Tensor | Int8Matrix     # (hidden, D)
 
     @classmethod
     def of(cls, block: Block, config: DecoderConfig) -> "Layer":
@@ -98,9 +99,13 @@ class Layer(NamedTuple):
             attention.out.weight.T, Norm.of(block.feed_forward_norm.weight, eps), feed_forward.gate_up.weight.T,
             feed_forward.down.weight.T)
 
+    def in_8_bits(self) -> "Layer":
+        """The same with its matrices in 8 bits a weight."""
+        return self._replace(**{name: Int8Matrix.of(getattr(self, name)) for name in ("qkv", "out", "gate_up", "down")})
+
     def project(self, x: Tensor, cos: Tensor, sin: Tensor, s: Scratch) -> None:
         """Tokens (N, D) and their angles (N, 1, K) -> queries, keys and values in the scratch."""
-        torch.mm(self.attention_norm(x, s.length, s.normed), self.qkv, out=s.qkv)
+        multiply(self.attention_norm(x, s.length, s.normed), self.qkv, s.qkv)
         if self.qkv_bias is not None:
             s.qkv.add_(self.qkv_bias)
         if self.head_norm is None:
@@ -112,16 +117,17 @@ class Layer(NamedTuple):
 
     def finish(self, x: Tensor, y: Tensor, s: Scratch) -> None:
         """Tokens (N, D) and what their heads found, (N, H * K) -> tokens for the next layer, in place."""
-        x.addmm_(y, self.out)
-        torch.mm(self.feed_forward_norm(x, s.length, s.normed), self.gate_up, out=s.gate_up)
-        x.addmm_(F.silu(s.gate, inplace=True).mul_(s.up), self.down)
+        add_product(x, y, self.out)
+        multiply(self.feed_forward_norm(x, s.length, s.normed), self.gate_up, s.gate_up)
+        add_product(x, F.silu(s.gate, inplace=True).mul_(s.up), self.down)
 
 
 class Weights(NamedTuple):
-    """The weights of a decoder as engines read them: views of its parameters, but for the norms."""
+    """The weights of a decoder as engines read them: views of its parameters, but for the norms and for 8 bits."""
 
     config: DecoderConfig
-    layers: tuple[Layer, ...]
+    layers: tuple[Layer, ...]             # that read prompts
+    step_layers: tuple[Layer, ...]        # that write ids: the same, or in 8 bits a weight
     norm: Norm
     output: Tensor                        # (R, D)
     groups: tuple[tuple[int, ...], ...]   # sizes of runs of rows: plain ids, then the digits of each composed range
@@ -129,11 +135,20 @@ class Weights(NamedTuple):
     pace: Pace                            # of single rows on a CPU
 
     @classmethod
-    def of(cls, decoder: Decoder, fixed: bool = False) -> "Weights":
-        """Of a decoder; `fixed` promises that its values will not change while these weights are used."""
+    def of(cls, decoder: Decoder, fixed: bool = False, load_in_8bit: bool = False) -> "Weights":
+        """Of a decoder; `fixed` promises that its values will not change while these weights are used.
+
+        `load_in_8bit` lets ids be written with matrices of 8 bits a weight. Prompts are read, and scores made, with those of
+        the decoder: there the time is not that of reading the matrices, or a `Screen` reads 8 bits and finds the same id.
+        """
         c, table = decoder.config, decoder.output or decoder.embedding
-        return cls(c, tuple(Layer.of(block, c) for block in decoder.blocks), Norm.of(decoder.norm.weight, c.norm_eps),
-                   table.weight, table.groups, {} if fixed else None, Pace())
+        layers = tuple(Layer.of(block, c) for block in decoder.blocks)
+        return cls(c, layers, tuple(layer.in_8_bits() for layer in layers) if load_in_8bit else layers,
+                   Norm.of(decoder.norm.weight, c.norm_eps), table.weight, table.groups, {} if fixed else None, Pace())
+
+    @property
+    def in_8_bits(self) -> bool:
+        return self.step_layers is not self.layers
 
     @property
     def plain(self) -> int:

@@ -1,0 +1,73 @@
+"""Matrices in 8 bits a weight, for products with few rows, whose time is that of reading the weights.
+
+Each output has a scale of its own, and codes lie symmetrically around 0: weights only, as gpt-fast and torchao call it. What
+is multiplied with them is rounded to bfloat16, sums are float32.
+
+Shapes: N rows, I inputs, O outputs.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LARGEST = 127
+WHOLE = 64     # the operator reads inputs by the vector, and past the end of what is no whole number of them
+
+
+class Int8Matrix(NamedTuple):
+    """A matrix (I, O) in 8 bits, as `torch.mm` would take it on the right."""
+
+    codes: Tensor     # (O, I) int8
+    scale: Tensor     # (O,) bfloat16: weights of an output are about its codes times this
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> "Int8Matrix":
+        """Of a matrix (I, O) of numbers."""
+        # The scale is rounded before the codes are made of it, so that they make up for it.
+        scale = (matrix.T.abs().amax(1).float().clamp_min(1e-30) / LARGEST).bfloat16()
+        codes = (matrix.T.float() / scale.float()[:, None]).round_().clamp_(-LARGEST, LARGEST)
+        return cls(codes.to(torch.int8).contiguous(), scale)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Numbers (N, I) of any type -> their product with the matrix (N, O) in bfloat16."""
+        x = x.bfloat16()
+        if self.codes.shape[1] % WHOLE == 0 and has_kernel():
+            return torch.ops.aten._weight_int8pack_mm(x, self.codes, self.scale)
+        return torch.mm(x, self.codes.T.bfloat16()).mul_(self.scale)
+
+    def numbers(self) -> Tensor:
+        """What the codes stand for (I, O), in float32."""
+        return (self.codes.float() * self.scale.float()[:, None]).T
+
+
+@cache
+def has_kernel() -> bool:
+    """Whether torch has the operator that reads the codes as they are, which it does not promise to keep.
+
+    Without it the codes are made numbers at each step, which is slow and as right.
+    """
+    codes = torch.zeros(2, WHOLE, dtype=torch.int8)
+    codes[0, :3], codes[1, -2:] = torch.tensor([1, -2, 3]), torch.tensor([100, -LARGEST])
+    x, scale = torch.ones(1, WHOLE, dtype=torch.bfloat16), torch.tensor([0.5, 2.0], dtype=torch.bfloat16)
+    try:
+        return torch.ops.aten._weight_int8pack_mm(x, codes, scale).tolist() == [[1.0, -54.0]]
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+
+
+def multiply(x: Tensor, matrix: Tensor | Int8Matrix, out: Tensor) -> None:
+    """Put the product of numbers (N, I) and a matrix (I, O) into `out` (N, O)."""
+    if isinstance(matrix, Int8Matrix):
+        out.copy_(matrix.product(x))
+    else:
+        torch.mm(x, matrix, out=out)
+
+
+def add_product(out: Tensor, x: Tensor, matrix: Tensor | Int8Matrix) -> None:
+    """Add it to `out` instead."""
+    if isinstance(matrix, Int8Matrix):
+        out.add_(matrix.product(x))
+    else:
+        out.addmm_(x, matrix)
