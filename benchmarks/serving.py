@@ -6,11 +6,11 @@
     python benchmarks/serving.py --short
 
 soak: users ask for captions of pictures, notes and speech of the starter data, half of them as a stream, and every answer is
-compared with the one that its medium gets alone, made before. One request in twenty is hostile: a bomb, a file cut short, a file that is
-none, a caller who goes. Counted are answers that are right (200 with the text that is due) and wrong (200 with any other, or to a
-request that must be refused), refusals (4xx) of what must be refused and of what must not, 429, 5xx with what the server's log says,
-connections that broke, and, as the server counts them, callers who went (499). Resident memory is read ten times from when a fifth of
-the time is over to the end.
+compared with the one that its medium gets alone, made before. One request in twenty is hostile: a bomb, a file cut short, a
+file that is none, a caller who goes. Counted are answers that are right (200 with the text that is due) and wrong (200 with any
+other, or to a request that must be refused), refusals (4xx) of what must be refused and of what must not, 429, 5xx with what
+the server's log says, connections that broke, and, as the server counts them, callers who went (499). Resident memory is read
+ten times from when a fifth of the time is over to the end.
 
 rate: the same number of captions is asked for by one user at a time and by 16, and so are texts of 64 tokens.
 """
@@ -224,7 +224,8 @@ def main() -> None:
     path = RESULTS / "serving.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     result = {part: before[part] for part in ("soak", "one_and_many") if part in before}
-    result = {"name": "serving", "date": date.today().isoformat(), "bars": BARS, "machine": machine(), "versions": versions(), **result}
+    result = {"name": "serving", "date": date.today().isoformat(), "bars": BARS, "machine": machine(), "versions": versions(),
+              **result}
     load = Load()
     try:
         load.rate(8, asked, 64)
