@@ -1,13 +1,18 @@
-"""`mmtx serve` under load: many users, some of them hostile. Wrong answers, errors, memory, latency, throughput.
+"""`mmtx serve` under load: many users, some of them hostile. Every answer is compared; errors, memory, latency, throughput.
 
     python benchmarks/serving.py                       # 20 users for 10 minutes, then 16 users against one
-    python benchmarks/serving.py --seconds 60
+    python benchmarks/serving.py soak --seconds 60
+    python benchmarks/serving.py rate
     python benchmarks/serving.py --short
 
-Users ask for captions of pictures, notes and speech of the starter data, half of them as a stream, and every answer is
-compared with the one that its medium got alone, before. One request in twenty is hostile: a bomb, a body cut short, a file that
-is none, a caller who goes. Then the same number of captions is asked for by one user at a time and by 16, and so are texts of
-64 tokens. Resident memory is read when a fifth of the time is over and at the end.
+soak: users ask for captions of pictures, notes and speech of the starter data, half of them as a stream, and every answer is
+compared with the one that its medium gets alone, made before. One request in twenty is hostile: a bomb, a file cut short, a
+file that is none, a caller who goes. Counted are answers that are right (200 with the text that is due) and wrong (200 with any
+other, or to a request that must be refused), refusals (4xx) of what must be refused and of what must not, 429, 5xx with what
+the server's log says, connections that broke, and, as the server counts them, callers who went (499). Resident memory is read
+ten times from when a fifth of the time is over to the end.
+
+rate: the same number of captions is asked for by one user at a time and by 16, and so are texts of 64 tokens.
 """
 
 import argparse
@@ -16,14 +21,18 @@ import io
 import json
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import urllib.request
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPException
 from statistics import median, quantiles
 
 from measure import RESULTS, machine, versions
@@ -32,8 +41,9 @@ from soak import media
 
 import mmtx
 
-USERS, HOSTILE, MANY = 20, 0.05, 16
+USERS, HOSTILE, MANY, LOOKS = 20, 0.05, 16, 10
 BARS = {"p99_over_median": 5, "growth": 0.05, "throughput": 4}
+GOOD = {"2xx right", "4xx expected", "left"}
 
 
 def content(item) -> list:
@@ -43,80 +53,129 @@ def content(item) -> list:
     return [{"type": "input_audio", "input_audio": {"data": text, "format": "ogg"}}]
 
 
+def request(asked: list, stream: bool = False, **options) -> bytes:
+    return json.dumps({"model": "starter", "messages": [{"role": "user", "content": asked}], "stream": stream, **options}).encode()
+
+
 def bomb() -> bytes:
     file = io.BytesIO()
     PILImage.new("1", (9000, 9000)).save(file, "PNG")
     return file.getvalue()
 
 
-class Refusal(Exception):
-    """A status other than 200."""
+def judge(status: int, text: str, truth: str | None) -> str:
+    """What an answer counts as; `truth` is the right one, None for a request that must be refused."""
+    if status >= 500:
+        return "5xx"
+    if status == 429:
+        return "429"
+    if status >= 400:
+        return "4xx expected" if truth is None else "4xx unexpected"
+    return "2xx right" if text == truth else "2xx wrong"
 
 
 class Load:
     """A server, and what its users found."""
 
     def __init__(self):
+        self.log = tempfile.TemporaryFile("w+")
         self.server = subprocess.Popen([sys.executable, "-m", "mmtx", "serve", "--port", "0", "--device", "cpu"],
-                                       stdout=subprocess.PIPE, text=True)
+                                       stdout=subprocess.PIPE, stderr=self.log, text=True)
         self.address = self.server.stdout.readline().split()[-1]
         self.port = int(self.address.split(":")[2].split("/")[0])
         self.own = threading.local()
         self.bomb = bomb()
-        self.lock, self.times, self.wrong, self.errors, self.refused = threading.Lock(), [], [], [], 0
+        self.lock, self.times = threading.Lock(), []
+        self.counts, self.surprises = Counter(), []
 
-    def ask(self, asked: list, stream: bool = False, **options) -> str:
-        """One answer, over the connection of this thread: the official client would take as much of the machine as the server."""
-        body = json.dumps({"model": "starter", "messages": [{"role": "user", "content": asked}], "stream": stream, **options})
+    def ask(self, body: bytes) -> tuple[int, str]:
+        """Status and text of an answer, or what it says of its error, over the connection of this thread: the official client would
+        take as much of the machine as the server."""
         if not hasattr(self.own, "connection"):
             self.own.connection = HTTPConnection("127.0.0.1", self.port, timeout=120)
-        self.own.connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
-        answer = self.own.connection.getresponse()
-        data = answer.read()
+        connection = self.own.connection
+        try:
+            connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            data, streamed = answer.read(), answer.headers["Content-Type"].startswith("text/event-stream")
+        except BaseException:
+            connection.close()
+            raise
         if answer.status != 200:
-            raise Refusal(answer.status)
-        if not stream:
-            return json.loads(data)["choices"][0]["message"]["content"]
-        events = [json.loads(line[6:]) for line in data.decode().split("\n\n") if line.startswith("data: {")]
-        return "".join(event["choices"][0]["delta"]["content"] for event in events)
+            return answer.status, data.decode()
+        if not streamed:
+            return 200, json.loads(data)["choices"][0]["message"]["content"]
+        *events, done = [line.removeprefix("data: ") for line in data.decode().split("\n\n") if line]
+        if done != "[DONE]":  # an error after the status was sent
+            return 500, done
+        return 200, "".join(json.loads(event)["choices"][0]["delta"]["content"] for event in events)
+
+    def note(self, outcome: str, told: str) -> None:
+        with self.lock:
+            self.counts[outcome] += 1
+            if outcome not in GOOD:
+                self.surprises.append(f"{time.strftime('%H:%M:%S')} {outcome}: {told[:300]}")
 
     def attack(self, chance: random.Random, good: list) -> None:
         """Something that must end in a refusal, or in nothing."""
         kind = chance.randrange(4)
         if kind < 3:
             data = [self.bomb, self.bomb[:200], chance.randbytes(20_000)][kind]
-            try:
-                self.ask(content(mmtx.Image(data) if chance.random() < 0.5 else mmtx.Audio(data)))
-                self.errors.append("a hostile file was answered")
-            except Refusal as error:
-                if error.args != (400,):
-                    self.errors.append(f"hostile: {error.args[0]}")
-                self.refused += 1
-        else:
-            body = json.dumps({"model": "starter", "messages": [{"role": "user", "content": good}]}).encode()
-            with socket.create_connection(("127.0.0.1", self.port)) as connection:
-                connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                                   b"Content-Length: %d\r\n\r\n" % len(body) + body[:chance.randrange(len(body)) if
-                                                                                    chance.random() < 0.5 else len(body)])
-                time.sleep(0.02 * chance.random())
+            status, told = self.ask(request(content(mmtx.Image(data) if chance.random() < 0.5 else mmtx.Audio(data))))
+            return self.note(judge(status, told, None), f"hostile {kind}: {status} {told}")
+        body = request(good)
+        with socket.create_connection(("127.0.0.1", self.port)) as connection:
+            connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                               b"Content-Length: %d\r\n\r\n" % len(body) + body[:chance.randrange(len(body)) if
+                                                                                chance.random() < 0.5 else len(body)])
+            time.sleep(0.02 * chance.random())
+        self.note("left", "")
 
     def user(self, number: int, until: float, asked: list, truth: list) -> None:
         chance = random.Random(number)
         while time.monotonic() < until:
             at = chance.randrange(len(asked))
-            if chance.random() < HOSTILE:
-                self.attack(chance, asked[at])
-                continue
-            begin = time.monotonic()
             try:
-                answer = self.ask(asked[at], chance.random() < 0.5)
-            except Exception as error:
-                self.errors.append(repr(error)[:200])
+                if chance.random() < HOSTILE:
+                    self.attack(chance, asked[at])
+                    continue
+                begin = time.monotonic()
+                status, told = self.ask(request(asked[at], chance.random() < 0.5))
+            except (OSError, HTTPException) as error:
+                self.note("broken connection", repr(error))
                 continue
             with self.lock:
                 self.times.append(time.monotonic() - begin)
-                if answer != truth[at]:
-                    self.wrong.append((at, answer, truth[at]))
+            self.note(judge(status, told, truth[at]), f"{status} {told!r}, expected {truth[at]!r}")
+
+    def soak(self, seconds: float, asked: list, truth: list) -> dict:
+        begin = time.monotonic()
+        users = [threading.Thread(target=self.user, args=(n, begin + seconds, asked, truth)) for n in range(USERS)]
+        for user in users:
+            user.start()
+        memory = []
+        for look in range(LOOKS):
+            time.sleep(max(0.0, begin + seconds * (0.2 + 0.8 * look / (LOOKS - 1)) - time.monotonic()))
+            memory.append(self.memory())
+        for user in users:
+            user.join()
+        time.sleep(1)  # those who went are noticed
+        p99, middle = quantiles(self.times, n=100)[98], median(self.times)
+        return {"users": USERS, "seconds": seconds, "answers": sum(self.counts.values()), **dict(sorted(self.counts.items())),
+                "499 as the server counts": self.counted("499"), "5xx as the server counts": self.counted("5.."),
+                "surprises": self.surprises[:20], "log": self.logged(),
+                "median_ms": round(1000 * middle, 1), "p99_ms": round(1000 * p99, 1), "p99_over_median": round(p99 / middle, 2),
+                "memory_mb": [round(mark / 2**20, 1) for mark in memory], "growth": round(max(memory) / memory[0] - 1, 4)}
+
+    def counted(self, status: str) -> int:
+        """Answers of some status, as /metrics has them."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=60) as answer:
+            return sum(map(float, re.findall(rf'^mmtx_answers_total{{.*status="{status}"}} (\S+)$', answer.read().decode(), re.M)))
+
+    def logged(self) -> list[str]:
+        """What the server wrote into its log."""
+        self.log.seek(0)
+        return self.log.read().splitlines()[:200]
 
     def memory(self) -> int:
         with open(f"/proc/{self.server.pid}/statm") as file:
@@ -129,59 +188,56 @@ class Load:
 
     def rate(self, users: int, asked: list, count: int, **options) -> tuple[float, float]:
         """Answers a second, and ms of a processor for each."""
+        bodies = [request(one, **options) for one in asked]
         begin, work = time.monotonic(), self.work()
         with ThreadPoolExecutor(users) as pool:
-            list(pool.map(lambda n: self.ask(asked[n % len(asked)], **options), range(count)))
+            statuses = list(pool.map(lambda n: self.ask(bodies[n % len(bodies)])[0], range(count)))
+        assert set(statuses) == {200}, statuses
         return count / (time.monotonic() - begin), 1000 * (self.work() - work) / count
+
+    def rates(self, count: int, pictures: list) -> dict:
+        words, found = [[{"type": "text", "text": "a long story"}, *picture] for picture in pictures], {}
+        for name, what, more in (("captions", pictures, {}), ("64 tokens", words, {"temperature": 1.5, "max_tokens": 64})):
+            rounds = [[self.rate(users, what, count // (1 if users > 1 else 4), **more) for users in (1, MANY)] for _ in range(3)]
+            found[name] = {f"{what}, {users} users": round(median(one[place][kind] for one in rounds), 2)
+                           for kind, what in enumerate(("answers/s", "ms of a processor"))
+                           for place, users in enumerate((1, MANY))}
+            found[name]["throughput"] = round(median(many[0] / one[0] for one, many in rounds), 2)
+            found[name]["by processor time"] = round(median(one[1] / many[1] for one, many in rounds), 2)
+        return {"one_and_many": found}
+
+    def end(self) -> None:
+        self.server.terminate()
+        self.server.wait(30)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="*", choices=["soak", "rate", []], default=["soak", "rate"])
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--short", action="store_true", help="a few seconds; says nothing, writes nothing")
     options = parser.parse_args()
     seconds, count = (4, 32) if options.short else (options.seconds, 320)
     model, items = mmtx.load(device="cpu"), media(8)
     truth, asked = [model.caption(item) for item in items], [content(item) for item in items]
-    load, marks = Load(), []
+    del model
+    path = RESULTS / "serving.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    result = {part: before[part] for part in ("soak", "one_and_many") if part in before}
+    result = {"name": "serving", "date": date.today().isoformat(), "bars": BARS, "machine": machine(), "versions": versions(),
+              **result}
+    load = Load()
     try:
         load.rate(8, asked, 64)
-        begin = time.monotonic()
-        users = [threading.Thread(target=load.user, args=(n, begin + seconds, asked, truth)) for n in range(USERS)]
-        for user in users:
-            user.start()
-        time.sleep(seconds / 5)
-        marks.append(load.memory())
-        for user in users:
-            user.join()
-        marks.append(load.memory())
-        p99, middle = quantiles(load.times, n=100)[98], median(load.times)
-        print(f"{len(load.times)} answers, {len(load.wrong)} wrong, errors {load.errors[:10]}, median {middle:.3f} s, p99 {p99:.3f}, "
-              f"memory {marks}", flush=True)
-        pictures = asked[:8]
-        words = [[{"type": "text", "text": "a long story"}, *picture] for picture in pictures]
-        found = {}
-        for name, what, more in (("captions", pictures, {}),
-                                 ("64 tokens", words, {"temperature": 1.5, "max_tokens": 64})):
-            rounds = [[load.rate(users, what, count // (1 if users > 1 else 4), **more) for users in (1, MANY)] for _ in range(3)]
-            found[name] = {f"{what}, {users} users": round(median(one[place][kind] for one in rounds), 2)
-                           for kind, what in enumerate(("answers/s", "ms of a processor"))
-                           for place, users in enumerate((1, MANY))}
-            found[name]["throughput"] = round(median(many[0] / one[0] for one, many in rounds), 2)
+        if "soak" in options.what:
+            result["soak"] = load.soak(seconds, asked, truth)
+        if "rate" in options.what:
+            result |= load.rates(count, asked[:8])
     finally:
-        load.server.terminate()
-        load.server.wait(30)
-    result = {
-        "name": "serving", "date": date.today().isoformat(), "users": USERS, "seconds": seconds, "answers": len(load.times),
-        "refused": load.refused, "wrong": len(load.wrong), "errors": load.errors[:10],
-        "median_ms": round(1000 * middle, 1), "p99_ms": round(1000 * p99, 1), "p99_over_median": round(p99 / middle, 2),
-        "memory_mb": [round(mark / 2**20, 1) for mark in marks], "growth": round(marks[1] / marks[0] - 1, 4),
-        "one_and_many": found,
-        "bars": BARS, "machine": machine(), "versions": versions(),
-    }
+        load.end()
     print(json.dumps(result, indent=1))
     if not options.short:
-        (RESULTS / "serving.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

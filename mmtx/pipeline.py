@@ -446,8 +446,7 @@ class Model:
             if ident in (v.end, v.pad):
                 break
             if ident == begins:
-                for samples in self._voice.decode_stream(self._time_steps(ids)):
-                    yield Sound(samples.numpy(), self._voice.rate)
+                yield from self.stream_sound(ids)
                 continue
             pending.append(ident)
             if v.kind(pending[0]) == "text":
@@ -460,13 +459,23 @@ class Model:
                 yield from self._to_media(pending)
                 pending = []
 
+    @neutral_steps
+    def stream_sound(self, ids: Iterator[int]) -> Iterator[Sound]:
+        """Ids of a sound, which are taken up to its end -> the sound in pieces as they come, or whole: as `stream` tells."""
+        if getattr(self._voice, "vocoder", None) is None:
+            yield to_sound(self._voice, np.concatenate([*self._time_steps(ids)]))
+            return
+        for samples in self._voice.decode_stream(self._time_steps(ids)):
+            yield Sound(samples.numpy(), self._voice.rate)
+
     def _time_steps(self, ids: Iterator[int]) -> Iterator[np.ndarray]:
-        """Ids of a sound that has begun, which are taken up to its end -> its codes, a time step (1, bands) at a time."""
+        """Ids of a sound, which are taken up to its end -> its codes, a time step (1, bands) at a time."""
         v, step = self.vocabulary, []
         for ident in ids:
             if ident == v.closing("audio"):
                 return
-            step.append(ident)
+            if ident != v.opening("audio"):
+                step.append(ident)
             if len(step) == v.bands("audio"):
                 yield v.to_local("audio", np.array(step))[None]
                 step = []

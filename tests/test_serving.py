@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,7 @@ from mmtx.sequence import prompt
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 
+from mmtx.serving.app import make_app  # noqa: E402
 from mmtx.serving.batches import Batches, Job  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -282,6 +284,70 @@ def test_pictures_and_sounds_are_those_of_the_model(model, server):
         assert rate == truth.rate and (form in ("mp3", "opus") or np.abs(samples - truth.samples).max() < 1e-3)
 
 
+@pytest.fixture(scope="module")
+def speaker():
+    process = Process(ROOT / "demos" / "generate", name="speaker")
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="module")
+def spoken():
+    """Options of a sound of some seconds, and the sound."""
+    options = {"temperature": 4.0, "seed": 0}
+    sound = mmtx.load(ROOT / "demos" / "generate", "cpu").generate("trumpet, C 5", out="audio", max_new_tokens=320, **options)
+    assert len(sound.samples) > 3 * sound.rate
+    return {**options, "max_tokens": 320}, sound
+
+
+@pytest.mark.parametrize(("form", "pieces"), [("wav", 3), ("pcm", 3), ("opus", 3), ("flac", 1), ("mp3", 1)])
+def test_speech_is_sent_while_it_is_made(speaker, spoken, form, pieces):
+    options, truth = spoken
+    asked = speaker.client.audio.speech.with_streaming_response.create(model="speaker", input="trumpet, C 5", voice="any",
+                                                                       response_format=form, extra_body=options)
+    with asked as answer:
+        assert answer.headers["content-type"] == {"wav": "audio/wav", "pcm": "audio/pcm", "opus": "audio/ogg", "flac": "audio/flac",
+                                                  "mp3": "audio/mpeg"}[form]
+        chunks = answer.iter_bytes()
+        found = [next(chunks)]
+        if pieces > 1:
+            assert speaker.metric("mmtx_prompts_running") == 1  # the first sound is here, and not all codes are written
+        found += chunks
+    data = b"".join(found)
+    assert len([chunk for chunk in found if chunk]) >= pieces
+    if form == "pcm":
+        samples, rate = np.frombuffer(data, "<i2") / 2 ** 15, truth.rate
+    else:
+        samples, rate = soundfile.read(io.BytesIO(data))
+    assert rate == truth.rate and len(samples) == len(truth.samples)
+    if form in ("opus", "mp3"):
+        assert np.corrcoef(samples, truth.samples)[0, 1] > 0.95
+    else:
+        np.testing.assert_allclose(samples, truth.samples, atol=1e-4)
+    speaker.wait_for("mmtx_prompts_running", 0)
+
+
+def test_who_goes_while_a_sound_is_sent_frees_the_place(speaker):
+    """Of 2,000 codes, 25 s of sound, most are not written when the first piece is here."""
+    for _ in range(3):
+        written = speaker.metric('mmtx_tokens_total{what="written"}')
+        with speaker.client.audio.speech.with_streaming_response.create(
+                model="speaker", input="trumpet, C 5", voice="any", response_format="pcm",
+                extra_body={"max_tokens": 2000, "temperature": 4.0, "seed": 0}) as answer:
+            next(answer.iter_bytes())
+        speaker.wait_for("mmtx_requests_inside", 0)
+        speaker.wait_for("mmtx_prompts_running", 0)
+        assert speaker.metric('mmtx_tokens_total{what="written"}') - written < 1500
+    assert 'status="500"' not in urllib.request.urlopen(f"{speaker.address}/metrics", timeout=20).read().decode()
+
+
+def test_speech_that_cannot_be_made_is_refused_with_a_status(speaker):
+    for options, told in (({"temperature": -1}, "temperature: found -1.0"), ({"max_tokens": 5000}, "expected up to 4096 in all"),
+                          ({"response_format": "aac"}, "response_format")):
+        with pytest.raises(openai.BadRequestError, match=told):
+            speaker.client.audio.speech.create(model="speaker", input="a", voice="any", extra_body=options)
+
+
 def test_models_and_health(server):
     assert [one.id for one in server.client.models.list()] == [NAME] == [server.client.models.retrieve(NAME).id]
     assert json.load(urllib.request.urlopen(f"{server.address}/health", timeout=20)) == {"status": "ok"}
@@ -346,6 +412,37 @@ def test_bodies_that_are_none(server, path, body, status):
     found, _, told = answer_of(server.raw(head, body))
     assert found == status and told["error"]["message"] and set(told["error"]) == {"message", "type", "param", "code"}
     assert len(told["error"]["message"]) <= 1000
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_error_of_ours_is_told_as_one_and_counted(model, monkeypatch, caplog, stream):
+    """In the log stands what happened; the caller learns nothing of it."""
+    uvicorn = pytest.importorskip("uvicorn")
+    server = uvicorn.Server(uvicorn.Config(make_app(mmtx.load(model.folder, "cpu"), NAME), port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+
+    def broken(*given):
+        raise KeyError("a secret")
+
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.02)
+        address = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60)
+        monkeypatch.setattr("mmtx.serving.batches.prompt" if stream else "mmtx.pipeline.Model.embed_prompt", broken)
+        with pytest.raises(openai.APIError) as error:
+            if stream:  # of which the status, 200, has been sent
+                list(client.chat.completions.create(model=NAME, messages=[{"role": "user", "content": "a"}], stream=True))
+            else:
+                client.embeddings.create(model=NAME, input="a")
+        metrics = urllib.request.urlopen(f"{address}/metrics", timeout=20).read().decode()
+        assert stream or 'mmtx_answers_total{route="/v1/embeddings",status="500"} 1.0' in metrics
+    finally:
+        server.should_exit = True
+        thread.join()
+    assert error.value.body["type"] == "server_error" and "secret" not in str(error.value.body)
+    assert [record.exc_info[0] for record in caplog.records if record.name == "mmtx"] == [KeyError]
 
 
 def test_no_address_is_fetched(server):
@@ -495,11 +592,10 @@ def answers_of(model, media: list[bytes]) -> list[str | Exception]:
         for data in media:
             document = Document((Turn("user", (model.read_medium(marked(data)),)),))
             jobs.append(Job(document, model.prompt_length(document), "text", Sampling(max_new_tokens=9), None, time.monotonic() + 60))
-        with batches._ready:
-            batches._jobs += jobs
-            batches._ready.notify()
+        for job in jobs:
+            batches.submit(job)
         found = [await job.queue.get() for job in jobs]  # not live: all at once
-        batches.close()
+        await batches.close()
         return [told(new) for new in found]
 
     return asyncio.run(ask())

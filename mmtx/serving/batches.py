@@ -5,9 +5,10 @@ that is cut earlier than its neighbours, or that nobody waits for any more, leav
 """
 
 import asyncio
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -42,7 +43,6 @@ class Job:
     written: int = 0
     untold: list[Any] = field(default_factory=list)
     queue: asyncio.Queue = field(default_factory=asyncio.Queue)
-    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
 
     @property
     def way(self) -> tuple:
@@ -50,47 +50,96 @@ class Job:
         cut = None if self.out == "text" else self.sampling.max_new_tokens
         return self.out, replace(self.sampling, max_new_tokens=1), cut, self.size
 
+    def take(self, ident: int, scores: torch.Tensor | None, ended: bool) -> bool:
+        """Its next id -> whether it needs no more."""
+        if self.dropped:
+            return True
+        if time.monotonic() > self.deadline:
+            self.untold.append(Refused(504, "the answer was not ready in time", "timeout"))
+            return True
+        self.written += 1
+        self.untold.append((ident, scores))
+        if ended := ended or self.out == "text" and self.written == self.sampling.max_new_tokens:
+            self.untold.append(None)
+        return ended
+
 
 class Batches:
-    """Threads that answer jobs; on a CPU as many as torch may use, with one thread of torch's each."""
+    """Answers jobs; on a CPU as many batches at a time as torch may use threads, each with one thread of torch's.
+
+    Belongs to the loop in which it is made: only `_answer` and what it calls runs in other threads.
+    """
 
     def __init__(self, model: Model, observe: Callable[[int], None] = lambda rows: None):
-        self.model, self.observe = model, observe
+        self.model, self.observe, self.loop = model, observe, asyncio.get_running_loop()
         self.coming = 0   # requests whose jobs will be there in a moment
         self.running = 0  # prompts that are being answered
         self._jobs: list[Job] = []
-        self._ready, self._idle, self._ended = threading.Condition(), 0, False
+        self._arrived, self._idle = asyncio.Event(), 0
         on_cpu = model.decoder.embedding.weight.device.type == "cpu"
         count = min(torch.get_num_threads(), MOST_THREADS) if on_cpu else 1
-        self._threads = [threading.Thread(target=self._run, args=(on_cpu,), daemon=True) for _ in range(count)]
-        for thread in self._threads:
-            thread.start()
+        self._threads = ThreadPoolExecutor(count, "batches", one_thread if on_cpu else None)
+        self._workers = [asyncio.create_task(self._work()) for _ in range(count)]
 
     def submit(self, job: Job) -> None:
-        with self._ready:
-            self._jobs.append(job)
-            self._ready.notify()
+        self._jobs.append(job)
+        self._arrived.set()
 
-    def close(self) -> None:
+    async def answer(self, job: Job) -> AsyncIterator[tuple[int, torch.Tensor | None]]:
+        """Each id of a job with its scores, as it comes. Who ends early gives the place to others."""
+        self.submit(job)
+        try:
+            while True:
+                for new in await job.queue.get():
+                    if new is None:
+                        return
+                    if isinstance(new, Exception):
+                        raise new
+                    yield new
+        finally:
+            self.drop(job)
+
+    def drop(self, job: Job) -> None:
+        """Nobody waits for a job any more: its place is free at once, or at the next step of its batch, and its queue ends."""
+        job.dropped = True
+        with suppress(ValueError):
+            self._jobs.remove(job)
+        job.queue.put_nowait([None])
+
+    async def close(self) -> None:
         """Answer what is under way and end; what waits is refused."""
-        with self._ready:
-            self._ended = True
-            left, self._jobs = self._jobs, []
-            self._ready.notify_all()
-        _tell([(job, [Refused(503, "the server is going down", "going_down")]) for job in left])
-        for thread in self._threads:
-            thread.join()
+        for worker in self._workers:
+            worker.cancel()
+        for job in self._jobs:
+            job.queue.put_nowait([Refused(503, "the server is going down", "going_down")])
+        await asyncio.to_thread(self._threads.shutdown)
 
-    def _run(self, alone: bool) -> None:
-        if alone:
-            one_thread()
+    async def _work(self) -> None:
+        """Batch after batch in a thread of its own."""
         rows = 0
-        while (jobs := self._next(rows)) is not None:
+        while True:
+            jobs = await self._next(rows)
             rows = len(jobs)
-            if jobs:
-                self._try(jobs)
-            with self._ready:
-                self.running -= rows
+            self.running += rows
+            await self.loop.run_in_executor(self._threads, self._try, jobs)
+            self.running -= rows
+
+    async def _next(self, before: int) -> list[Job]:
+        """The next batch of a thread whose last one had `before` rows: their callers, once answered, often ask again."""
+        self._idle += 1
+        patient = self.loop.time() + PATIENCE
+        while not self._jobs or (self.coming or len(self._jobs) < before) and self.loop.time() < patient:
+            self._arrived.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(patient if self._jobs else None):
+                    await self._arrived.wait()
+        same = [job for job in self._jobs if job.way == self._jobs[0].way]
+        (chosen,) = (batch for batch in by_length([job.length for job in same]) if 0 in batch)
+        share = max(LEAST, -(-len(chosen) // self._idle))
+        self._idle -= 1
+        jobs = [same[number] for number in sorted(chosen)[:share]]
+        self._jobs = [job for job in self._jobs if job not in jobs]
+        return jobs
 
     def _try(self, jobs: Sequence[Job]) -> None:
         """Answer jobs, or tell them why not: what is wrong with one of them is not told to the others, and the server lives."""
@@ -101,29 +150,7 @@ class Batches:
                 for job in jobs:
                     self._try([job])
             else:
-                _tell([(job, [error]) for job in jobs])
-
-    def _next(self, before: int) -> list[Job] | None:
-        """The next batch of a thread whose last one had `before` rows: their callers, once answered, often ask again."""
-        with self._ready:
-            self._idle += 1
-            patient = time.monotonic() + PATIENCE
-            while not self._ended and (
-                    not self._jobs or (self.coming or len(self._jobs) < before) and time.monotonic() < patient):
-                self._ready.wait(patient - time.monotonic() if self._jobs else None)
-            self._idle -= 1
-            if self._ended:
-                return None
-            self._jobs = [job for job in self._jobs if not job.dropped]
-            if not self._jobs:
-                return []
-            same = [job for job in self._jobs if job.way == self._jobs[0].way]
-            (chosen,) = (batch for batch in by_length([job.length for job in same]) if 0 in batch)
-            share = max(LEAST, -(-len(chosen) // (1 + self._idle)))
-            jobs = [same[number] for number in sorted(chosen)[:share]]
-            self._jobs = [job for job in self._jobs if job not in jobs]
-            self.running += len(jobs)
-            return jobs
+                self._tell([(job, [error]) for job in jobs])
 
     def _answer(self, jobs: Sequence[Job]) -> None:
         self.observe(len(jobs))
@@ -144,33 +171,19 @@ class Batches:
             for row, (job, ident) in enumerate(zip(jobs, ids.tolist())):
                 if wanted[row]:
                     scores = engines[0].row(row) if job.scored else None
-                    wanted[row] = not self._take(job, ident, scores, ident in (v.end, v.eos))
+                    wanted[row] = not job.take(ident, scores, ident in (v.end, v.eos))
             told = [(job, job.untold) for row, job in enumerate(jobs) if job.untold and (job.live or not wanted[row])]
             for job, _ in told:
                 job.untold = []
-            _tell(told)
+            self._tell(told)
             if not wanted.any():
                 return
 
-    def _take(self, job: Job, ident: int, scores: torch.Tensor | None, ended: bool) -> bool:
-        """Give a job its next id -> whether it needs no more."""
-        if job.dropped:
-            return True
-        if time.monotonic() > job.deadline:
-            job.untold.append(Refused(504, "the answer was not ready in time", "timeout"))
-            return True
-        job.written += 1
-        job.untold.append((ident, scores))
-        if ended := ended or job.out == "text" and job.written == job.sampling.max_new_tokens:
-            job.untold.append(None)
-        return ended
+    def _tell(self, told: Sequence[tuple[Job, list[Any]]]) -> None:
+        """Put into the queues of jobs what is new, in the thread of the loop, which is woken once."""
+        def put() -> None:
+            for job, new in told:
+                job.queue.put_nowait(new)
 
-
-def _tell(told: Sequence[tuple[Job, list[Any]]]) -> None:
-    """Put into the queues of jobs what is new, in the thread of their loop, which is woken once."""
-    def put() -> None:
-        for job, new in told:
-            job.queue.put_nowait(new)
-
-    if told:
-        told[0][0].loop.call_soon_threadsafe(put)
+        if told:
+            self.loop.call_soon_threadsafe(put)

@@ -1,21 +1,27 @@
-"""What a server takes from its callers, and the door that keeps it: key, number of requests, size and time of a body.
+"""What a server takes from its callers, the door that keeps it (key, number of requests, size and time of a body), and what those are
+told who are refused.
 
 All is decided before a byte is understood. A request whose caller has gone is ended, whatever it waits for.
 """
 
 import asyncio
 import hmac
+import logging
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from mmtx.errors import one_line
+from mmtx.errors import InputError, one_line
 
 MB = 2 ** 20
-RETRY = 1  # seconds after which one who was refused may ask again
+RETRY = {"Retry-After": "1"}  # seconds after which one who was refused may ask again
 OPEN = ("/", "/health")  # paths that need no key
 GONE = 499  # what is counted where a caller went before the answer began, as nginx has it
+TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 @dataclass(frozen=True)
@@ -39,29 +45,44 @@ class Refused(Exception):
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None):
         super().__init__(message)
-        self.status, self.message, self.code, self.param = status, one_line(message), code, param
+        kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+        self.status, self.body = status, {"error": {"message": one_line(message), "type": kind, "param": param, "code": code}}
 
     @property
-    def body(self) -> dict:
-        kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(
-            self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+    def response(self) -> JSONResponse:
+        """It ends the connection, on which the rest of a body may be under way."""
+        return JSONResponse(self.body, self.status, {"Connection": "close"} | (RETRY if self.status in (429, 503) else {}))
 
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"Retry-After": str(RETRY)} if self.status in (429, 503) else {}
+
+def as_refused(error: Exception) -> Refused:
+    """What the caller is told of an error: all of a mistake of his own, nothing of one of ours."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, InputError):
+        return Refused(400, str(error), "invalid_value")
+    if isinstance(error, RequestValidationError):
+        first = max(error.errors(), key=lambda one: len(one["loc"]))  # of several that it could be, the nearest
+        where = ".".join(str(place) for place in first["loc"] if place != "body") or "body"
+        return Refused(400, f"{where}: {first['msg']}", first["type"], where[:200])
+    if isinstance(error, HTTPException):
+        return Refused(error.status_code, str(error.detail))
+    logging.getLogger("mmtx").error("a request failed", exc_info=error)
+    return Refused(500, "the server failed; its log says why")
 
 
 class Door:
-    """Lets requests in as long as there is room, reads their bodies whole, and ends those whose caller has gone (ASGI)."""
+    """Lets requests in as long as there is room, reads their bodies whole, ends those whose caller has gone, and answers what went
+    wrong behind it (ASGI)."""
 
     def __init__(self, app, limits: Limits, key: str | None, metrics):
-        self.app, self.limits, self.key, self.metrics, self.inside = app, limits, key, metrics, 0
+        self.app, self.limits, self.metrics = app, limits, metrics
+        self.expected = f"Bearer {key}".encode() if key else None
+        self.places = asyncio.Semaphore(limits.requests)
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        headers, metrics, begin, status = dict(scope["headers"]), self.metrics, time.monotonic(), GONE
+        begin, status = time.monotonic(), GONE
 
         async def noted(message):
             nonlocal status
@@ -69,68 +90,60 @@ class Door:
             await send(message)
 
         try:
-            given = headers.get(b"authorization", b"")
-            if self.key and scope["path"] not in OPEN and not hmac.compare_digest(given, f"Bearer {self.key}".encode()):
-                raise Refused(401, "Authorization: expected \"Bearer KEY\" with the key of this server", "invalid_api_key")
-            if scope["method"] != "POST":
-                return await self.app(scope, receive, noted)
-            if self.inside >= self.limits.requests:
-                raise Refused(429, f"{self.inside} requests are waiting, all that this server takes: come again", "queue_full")
-            self.inside += 1
-            metrics.inside.set(self.inside)
-            try:
-                await self._answer(scope, receive, noted, await self._body(headers, receive))
-            finally:
-                self.inside -= 1
-                metrics.inside.set(self.inside)
-        except Refused as refused:
-            await JSONResponse(refused.body, refused.status, {**refused.headers, "Connection": "close"})(scope, receive, noted)
+            await self._let_in(scope, receive, noted)
+        except Exception as error:
+            refused = as_refused(error)
+            if status == GONE:  # an answer that has begun can only break off
+                await refused.response(scope, receive, noted)
         finally:
             route = getattr(scope.get("route"), "path", "none")
-            metrics.answers.labels(route, str(status)).inc()
-            metrics.seconds.labels(route).observe(time.monotonic() - begin)
+            self.metrics.answers.labels(route, str(status)).inc()
+            self.metrics.seconds.labels(route).observe(time.monotonic() - begin)
+
+    async def _let_in(self, scope, receive, send) -> None:
+        headers = dict(scope["headers"])
+        if self.expected and scope["path"] not in OPEN and not hmac.compare_digest(headers.get(b"authorization", b""), self.expected):
+            raise Refused(401, "Authorization: expected \"Bearer KEY\" with the key of this server", "invalid_api_key")
+        if scope["method"] != "POST":
+            return await self.app(scope, receive, send)
+        if self.places.locked():
+            raise Refused(429, f"{self.limits.requests} requests are waiting, all that this server takes: come again", "queue_full")
+        async with self.places:
+            with self.metrics.inside.track_inprogress():
+                await self._answer(scope, receive, send, await self._body(headers, receive))
 
     async def _body(self, headers: dict[bytes, bytes], receive) -> bytes:
         most, body = self.limits.megabytes * MB, bytearray()
-        large = Refused(413, f"the request is larger than {self.limits.megabytes} MB", "request_too_large")
-        if (length := headers.get(b"content-length", b"")).isdigit() and int(length) > most:
-            raise large
+        told = headers.get(b"content-length", b"")
+        length = int(told) if told.isdigit() else 0
         try:
             async with asyncio.timeout(self.limits.timeout):
-                while True:
+                while max(length, len(body)) <= most:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise Refused(400, "the request broke off")
                     body += message.get("body", b"")
-                    if len(body) > most:
-                        raise large
-                    if not message.get("more_body"):
+                    if not message.get("more_body") and len(body) <= most:
                         return bytes(body)
         except TimeoutError:
             raise Refused(408, f"the request did not arrive within {self.limits.timeout:g} s", "timeout") from None
+        raise Refused(413, f"the request is larger than {self.limits.megabytes} MB", "request_too_large")
 
     async def _answer(self, scope, receive, send, body: bytes) -> None:
         """Run the application with a body that is there; cancel it when the caller goes."""
         left = [{"type": "http.request", "body": body, "more_body": False}]
-        gone = asyncio.Event()
 
         async def replay():
-            if left:
-                return left.pop()
-            await gone.wait()
-            return {"type": "http.disconnect"}
+            return left.pop() if left else await asyncio.Future()  # nothing more comes
 
         async def watch():
             while (await receive())["type"] != "http.disconnect":
                 pass
-            gone.set()
+            answer.cancel()
 
-        tasks = [asyncio.ensure_future(self.app(scope, replay, send)), asyncio.ensure_future(watch())]
+        answer, watcher = asyncio.ensure_future(self.app(scope, replay, send)), asyncio.ensure_future(watch())
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            with suppress(asyncio.CancelledError):
+                await answer
         finally:
-            for task in tasks:
-                task.cancel()
-            answered, _ = await asyncio.gather(*tasks, return_exceptions=True)
-        if isinstance(answered, Exception):
-            raise answered
+            watcher.cancel()

@@ -1,15 +1,14 @@
-"""Requests of OpenAI's API as documents: messages and their parts, with every field that is not understood refused.
+"""Requests of OpenAI's API, in which every field that is not understood is refused, and their messages as documents.
 
 Media come as bytes within the request; nothing is fetched.
 """
 
 import base64
-import binascii
 import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from mmtx.data.media import image_size
 from mmtx.document import Document, TextPart, Turn
@@ -26,6 +25,17 @@ class Body(BaseModel):
     """A body in which an unknown field is a mistake, and a value of another type, too."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+def as_items(given: Any) -> Any:
+    """Text alone is a list of one item."""
+    return [{"type": "text", "text": given}] if isinstance(given, str) else given
+
+
+def as_inputs(given: Any) -> Any:
+    """Text or a list of items is a list of one input."""
+    several = isinstance(given, list) and given and isinstance(given[0], (str, list))
+    return given if several else [given]
 
 
 class Address(Body):
@@ -54,7 +64,8 @@ class AudioItem(Body):
 
 
 Item = Annotated[TextItem | ImageItem | AudioItem, Field(discriminator="type")]
-Content = str | list[Item]
+Content = Annotated[list[Item], BeforeValidator(as_items)]
+Words = Annotated[list[TextItem], BeforeValidator(as_items)]
 
 
 class Message(Body):
@@ -75,7 +86,13 @@ class SamplingBody(Asking):
     top_p: float | None = None
     top_k: int | None = None
     seed: int | None = None
+    max_tokens: int | None = None
     n: Literal[1] | None = 1
+
+    @property
+    def most(self) -> int | None:
+        """How many tokens are asked for at most."""
+        return self.max_tokens
 
 
 class StreamOptions(Body):
@@ -83,7 +100,6 @@ class StreamOptions(Body):
 
 
 class WriteBody(SamplingBody):
-    max_tokens: int | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     frequency_penalty: Literal[0] | None = 0
@@ -96,27 +112,31 @@ class ChatBody(WriteBody):
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
+    @property
+    def most(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
 
 class CompletionBody(WriteBody):
-    prompt: str
+    prompt: Words
 
 
 class EmbeddingsBody(Asking):
-    input: Content | list[Content]
+    input: Annotated[list[Content], BeforeValidator(as_inputs)]
     encoding_format: Literal["float", "base64"] = "float"
 
 
 class ImagesBody(SamplingBody):
-    prompt: str
+    prompt: Words
     size: str = Field("auto", pattern=r"^(auto|\d{1,4}x\d{1,4})$")
     response_format: Literal["b64_json"] = "b64_json"
 
 
 class SpeechBody(SamplingBody):
-    input: str
+    input: Words
     voice: Any = None  # there is one, which the words ask for
-    response_format: Literal["mp3", "wav", "flac", "opus"] = "mp3"
-    max_tokens: int | None = None
+    response_format: Literal["mp3", "wav", "flac", "opus", "pcm"] = "mp3"
+    stream_format: Literal["audio"] = "audio"
     speed: Literal[1] = 1
 
 
@@ -127,16 +147,10 @@ def read_document(model: Model, messages: Sequence[Message], limits: Limits) -> 
         for number, message in enumerate(messages)))
 
 
-def to_document(model: Model, messages: Sequence[Message], limits: Limits) -> Document:
-    """Messages with their media encoded."""
-    return model.encode_documents([read_document(model, messages, limits)])[0]
-
-
-def read_parts(model: Model, content: Content, limits: Limits, where: str) -> tuple[TextPart | ReadMedium, ...]:
+def read_parts(model: Model, content: Sequence[Item], limits: Limits, where: str) -> tuple[TextPart | ReadMedium, ...]:
     """Text, pictures and sounds as they stand in a message -> their parts, media still to be encoded."""
-    items = [TextItem(type="text", text=content)] if isinstance(content, str) else content
     return tuple(read_part(model, to_medium(item, limits, f"{where}[{number}]"), limits, f"{where}[{number}]")
-                 for number, item in enumerate(items))
+                 for number, item in enumerate(content))
 
 
 def read_part(model: Model, medium: str | Image | Audio, limits: Limits, where: str) -> TextPart | ReadMedium:
@@ -153,15 +167,8 @@ def read_part(model: Model, medium: str | Image | Audio, limits: Limits, where: 
     return read
 
 
-def picture(data: bytes, limits: Limits, where: str) -> Image:
-    """Raises InputError where it has too many pixels, before they are there."""
-    width, height = image_size(data, where)
-    if width * height > limits.pixels:
-        raise InputError(f"{where}: {width} x {height} pixels, expected up to {limits.pixels} in all")
-    return Image(data)
-
-
-def to_medium(item: TextItem | ImageItem | AudioItem, limits: Limits, where: str) -> str | Image | Audio:
+def to_medium(item: Item, limits: Limits, where: str) -> str | Image | Audio:
+    """What an item holds. Raises InputError where it is too much, before it is understood."""
     if isinstance(item, TextItem):
         if len(item.text) > (most := LONGEST * limits.tokens):  # before it takes seconds to find its pieces
             raise InputError(f"{where}: found {len(item.text)} characters, expected up to {most}")
@@ -169,14 +176,18 @@ def to_medium(item: TextItem | ImageItem | AudioItem, limits: Limits, where: str
     if isinstance(item, AudioItem):
         return Audio(_decoded(item.input_audio.data, f"{where}.input_audio.data"))
     where = f"{where}.image_url.url"
-    head, comma, data = item.image_url.url.partition(",")
+    head, comma, text = item.image_url.url.partition(",")
     if not comma or not head.startswith("data:") or not head.endswith(";base64"):
         raise InputError(f"{where}: found {head[:40]!r}, expected data:image/...;base64,... (this server fetches nothing)")
-    return picture(_decoded(data, where), limits, where)
+    data = _decoded(text, where)
+    width, height = image_size(data, where)
+    if width * height > limits.pixels:
+        raise InputError(f"{where}: {width} x {height} pixels, expected up to {limits.pixels} in all")
+    return Image(data)
 
 
 def _decoded(text: str, where: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
+    except ValueError:
         raise InputError(f"{where}: not base64") from None

@@ -26,6 +26,7 @@ from mmtx.data.storage import read
 from mmtx.document import Document, Turn
 from mmtx.errors import InputError
 from mmtx.pipeline import Model, ReadMedium, Sound
+from mmtx.sequence import prompt
 from mmtx.serving.limits import Refused
 from mmtx.serving.messages import (
     Asking,
@@ -34,10 +35,9 @@ from mmtx.serving.messages import (
     Content,
     ImageItem,
     SamplingBody,
-    TextItem,
+    read_document,
     read_part,
     read_parts,
-    to_document,
     to_medium,
 )
 from mmtx.serving.nearest import Nearest, picture_url, shown, sound_url
@@ -64,7 +64,7 @@ class MakeBody(SamplingBody):
     """A picture or a sound from words or, with `begin`, what goes on with that: below its `kept` share, or behind it."""
 
     out: Literal["image", "audio"]
-    content: Content = ""
+    content: Content = []
     begin: ImageItem | AudioItem | None = None
     kept: float = Field(0.5, ge=0, le=1)
     seconds: float = Field(2.0, gt=0, le=10)
@@ -103,8 +103,7 @@ def add_page(app: FastAPI, maker: Model | None = None, examples: Sequence[str] =
 
     @app.post("/demo/attention")
     async def attention(body: AttentionBody) -> dict:
-        document = await service.read(to_document, model, body.messages, limits)
-        return await service.read(_attention, document, body)
+        return await service.read(_attention, await service.read(read_document, model, body.messages, limits), body)
 
     @app.post("/demo/nearest")
     async def alike(body: NearestBody) -> dict:
@@ -129,8 +128,8 @@ def add_page(app: FastAPI, maker: Model | None = None, examples: Sequence[str] =
     def _make(body: MakeBody) -> dict:
         if body.out not in media(maker):
             raise InputError(f"out: found {body.out}, which this model does not make")
-        items = [TextItem(type="text", text=body.content)] if isinstance(body.content, str) else body.content
-        parts = [to_medium(item, limits, f"content[{number}]") for number, item in enumerate(items) if getattr(item, "text", " ")]
+        parts = [to_medium(item, limits, f"content[{number}]") for number, item in enumerate(body.content)
+                 if getattr(item, "text", " ")]
         if not parts and body.begin is None:
             raise InputError("content: found nothing, expected words that say what is to be made")
         sampling: dict[str, Any] = {"temperature": body.temperature, "top_p": body.top_p, "top_k": body.top_k, "seed": body.seed}
@@ -157,7 +156,8 @@ def add_page(app: FastAPI, maker: Model | None = None, examples: Sequence[str] =
         return {"kind": body.out, "shown": sound_url(*made) if isinstance(made, Sound) else picture_url(made)}
 
     def _attention(document: Document, body: AttentionBody) -> dict:
-        asked, ids = service.prompt(document), model.tokenizers["text"].encode(body.answer)
+        asked = prompt(*model.encode_documents([document]), model.vocabulary)
+        ids = model.tokenizers["text"].encode(body.answer)
         if (count := len(asked.ids) + len(ids)) > MOST:
             raise InputError(f"{count} tokens, expected up to {MOST} to be shown")
         found = attention_maps(model.decoder, model.vocabulary, model.tokenizers, asked, ids)
