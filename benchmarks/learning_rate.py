@@ -21,12 +21,13 @@ import yaml
 from measure import RESULTS, machine, versions
 from scaling_grid import BASE, prepare
 
+from mmtx.config import CodeRange, DecoderConfig
 from mmtx.data.collection import DataSource
 from mmtx.data.corpus import read_corpus
 from mmtx.data.packing import Batch, PackedBatches
 from mmtx.loss import next_token_loss
 from mmtx.modality.base import load_tokenizer
-from mmtx.model import CodeRange, Decoder, DecoderConfig
+from mmtx.model import Decoder
 from mmtx.scaling import sizes
 from mmtx.training.mup import rescale, scaled
 from mmtx.training.optimizer import OptimizerConfig, configure

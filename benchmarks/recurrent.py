@@ -29,11 +29,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache, Qwen3NextConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
+from mmtx.config import CodeRange, DecoderConfig
 from mmtx.data.collection import DataSource
 from mmtx.data.corpus import read_corpus
-from mmtx.layers import rotary_embedding
 from mmtx.modality.base import load_tokenizer
-from mmtx.model import CodeRange, Decoder, DecoderConfig
+from mmtx.model import Decoder, rotary_embedding
 from mmtx.vocabulary import Vocabulary
 
 ROOT = Path(__file__).parents[1]

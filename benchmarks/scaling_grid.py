@@ -14,8 +14,8 @@ from pathlib import Path
 import yaml
 
 from mmtx.cli import main as mmtx
+from mmtx.config import DecoderConfig
 from mmtx.files import CONFIG
-from mmtx.model import DecoderConfig
 from mmtx.scaling import sizes
 
 ROOT = Path(__file__).parents[1]

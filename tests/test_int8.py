@@ -11,6 +11,7 @@ import torch
 
 import mmtx
 from mmtx.cli import main
+from mmtx.config import DecoderConfig
 from mmtx.data.sample import Media
 from mmtx.data.sources import open_source
 from mmtx.data.tokens import load_media
@@ -21,7 +22,7 @@ from mmtx.inference.choose import choose_engine
 from mmtx.inference.int8 import Int8Matrix, add_product, has_kernel, multiply
 from mmtx.inference.torch_engine import TorchEngine
 from mmtx.inference.weights import Weights
-from mmtx.model import Decoder, DecoderConfig
+from mmtx.model import Decoder
 from mmtx.pipeline import Model
 from mmtx.sequence import Prompt
 

@@ -11,8 +11,9 @@ from torch.nn.functional import cross_entropy
 
 import mmtx
 from mmtx.cli import main
+from mmtx.config import DecoderConfig
 from mmtx.errors import InputError
-from mmtx.model import Decoder, DecoderConfig
+from mmtx.model import Decoder
 from mmtx.training.adapters import LoRA
 from mmtx.training.decoder import DecoderModule
 from mmtx.training.mup import rescale, scaled
