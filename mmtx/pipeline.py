@@ -259,8 +259,6 @@ class Model:
         """
         replace_folder(folder, self._files())
 
-    save_pretrained = save  # as the libraries of Hugging Face call it
-
     def push_to_hub(self, name: str, private: bool | None = None) -> str:
         """Send the model folder to the Hugging Face hub as "user/model", with a card -> its address.
 
@@ -268,13 +266,13 @@ class Model:
         may see a new one, None as the user's settings say. Raises InputError when the hub refuses, or cannot be reached.
         """
         count = sum(parameter.numel() for parameter in self.decoder.parameters())
-        card = model_card(name, self.decoder.config, self.vocabulary, count, self.vocabulary.markup is not None)
+        card = model_card(name, self.decoder.config, self.vocabulary, count, self.vocabulary.chat_format is not None)
         return push(name, self.save, card, private)
 
     def _files(self) -> Iterator[tuple[str, bytes]]:
         """What `save` writes, one file after another."""
         yield "model.safetensors", to_bytes(self.decoder.state_dict())
-        yield CONFIG, write_json({"format": FORMAT, "decoder": self.decoder.config.told()})
+        yield CONFIG, write_json({"format": FORMAT, "decoder": self.decoder.config.to_dict()})
         yield "vocabulary.json", self.vocabulary.to_json()
         for kind, tokenizer in self.tokenizers.items():
             for name, content in tokenizer.files().items():
@@ -283,14 +281,14 @@ class Model:
     # -- Captions --------------------------------------------------------------------------------------------
 
     @neutral()
-    def caption(self, media: Any, *, first: int = 0, **sampling: Any) -> str | list[str]:
+    def caption(self, media: Any, *, start_index: int = 0, **sampling: Any) -> str | list[str]:
         """Say what a picture or a sound is.
 
         Args:
             media: a path or URL, PIL image, array, tensor, `Image` or `Audio`, or a list of these. A 1-D array is a
                 sound at the model's rate (use `Audio` to give another), any other array a picture; one that could be
                 a sound of some channels must be marked.
-            first: the place of the first medium where a longer list is captioned part by part: with a `seed`, the random
+            start_index: the place of the first medium where a longer list is captioned part by part: with a `seed`, the random
                 choices of an answer are those of its place.
             **sampling: fields of `Sampling`; greedy by default.
 
@@ -299,10 +297,10 @@ class Model:
             about the same length share a batch, within a bound of memory (`BATCH_TOKENS`, `BATCH_VALUES`).
         """
         if not _is_list(media):
-            return self.caption([media], first=first, **sampling)[0]
+            return self.caption([media], start_index=start_index, **sampling)[0]
         parts = self.encode_parts(self._as_list(media, self._as_media))
         documents = [Document((Turn("user", (part,)),)) for part in parts]
-        return self._answer_texts(documents, Sampling.of(**sampling), first)
+        return self._answer_texts(documents, Sampling.of(**sampling), start_index)
 
     @neutral()
     def caption_documents(self, documents: Sequence[Document], sampling: Sampling = Sampling()) -> list[str]:

@@ -34,7 +34,7 @@ class Encoding(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Markup:
+class ChatFormat:
     """How a pretrained language model writes turns: ids of its text tokenizer in place of the tags of the stream."""
 
     begin: tuple[int, ...]      # before the first turn of a conversation: a system prompt, or nothing
@@ -59,7 +59,7 @@ class Tokenizer(ABC):
     bands: int | None = None  # codes in one time step of the layout "steps"; None: the stream writes the size, or there is none
     decodes: bool = True  # False: its codes are input only, `decode` refuses them
     feature_width: int = 0  # D of the features of an `Encoding`; 0, as where there are no `levels`: it has none
-    markup: Markup | None = None  # of a text tokenizer whose model writes turns in a way of its own
+    chat_format: ChatFormat | None = None  # of a text tokenizer whose model writes turns in a way of its own
 
     @property
     @abstractmethod
