@@ -298,7 +298,7 @@ class Model:
         """
         if not _is_list(media):
             return self.caption([media], start_index=start_index, **sampling)[0]
-        parts = self.encode_parts(self._as_list(media, self._as_media))
+        parts = self.encode_parts(self._as_list(media, self._as_media), codes=False)
         documents = [Document((Turn("user", (part,)),)) for part in parts]
         return self._answer_texts(documents, Sampling.of(**sampling), start_index)
 
@@ -595,14 +595,17 @@ class Model:
             raise InputError(f"found {kind}, but this model has tokenizers for {', '.join(self.tokenizers)} only")
 
     @neutral()
-    def encode_parts(self, media: Sequence[str | Marked | Part]) -> list[Part]:
-        """Text and media -> parts of codes and features; media of a kind go through their tokenizer together."""
+    def encode_parts(self, media: Sequence[str | Marked | Part], codes: bool = True) -> list[Part]:
+        """Text and media -> parts of codes and features; media of a kind go through their tokenizer together.
+
+        Without `codes` they are 0 where the model has its own encoder, and so does not read them in a user turn.
+        """
         parts: list[Part | None] = [item if isinstance(item, Part) else None for item in media]
         for kind in media_kinds():
             places = [i for i, item in enumerate(media) if isinstance(item, Marked) and item.kind == kind]
             if places:
                 self._check_kind(kind)
-            embed = lambda chosen: self._embed(kind, media, chosen)  # noqa: B023
+            embed = lambda chosen: self._embed(kind, media, chosen, codes)  # noqa: B023
             batches = [places[first:first + BATCH] for first in range(0, len(places), BATCH)]
             for i, encoding in self._in_batches(embed, batches):
                 parts[i] = MediaPart(kind, *encoding)
@@ -611,7 +614,7 @@ class Model:
                 parts[i] = TextPart(self.tokenizers["text"].encode(item))
         return parts
 
-    def _embed(self, kind: str, media: Sequence[Any], chosen: Sequence[int]) -> list[Encoding]:
+    def _embed(self, kind: str, media: Sequence[Any], chosen: Sequence[int], codes: bool) -> list[Encoding]:
         """The encodings of some media of a kind, of which no more than BATCH_VALUES are held at a time."""
         encodings: list[Encoding] = []
         held: list[torch.Tensor] = []
@@ -619,7 +622,7 @@ class Model:
             with numbered("item", i, len(media)):
                 held.append(self._read(media[i]))
             if sum(medium.numel() for medium in held) >= BATCH_VALUES or i == chosen[-1]:
-                encodings += media_tokenizer(self.tokenizers, kind).embed_batch(held, kind in self.decoder.encoders)
+                encodings += media_tokenizer(self.tokenizers, kind).embed_batch(held, kind in self.decoder.encoders, codes)
                 held.clear()
         return encodings
 
