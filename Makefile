@@ -28,7 +28,7 @@ TEST_ARGS ?=
 MMTX := $(VENV)/bin/mmtx
 PACKAGE := pyproject.toml constraints.txt
 
-# As mmtx.brief_spins sets it, for programs that import torch before.
+# As mmtx.limit_openmp_spin sets it, for programs that import torch before.
 export GOMP_SPINCOUNT ?= 1000
 
 .PHONY: quickstart test test-fast test-long lint docs mutants bench starter environment clean

@@ -34,7 +34,7 @@ __all__ = sorted(HOMES)
 
 
 @contextmanager
-def brief_spins() -> Iterator[None]:
+def limit_openmp_spin() -> Iterator[None]:
     """Where torch is first imported in this block, its threads spin only briefly when they wait for one another.
 
     Spinning keeps a core that other jobs share from the thread they wait for. Steps a second of the quickstart's decoder, two
@@ -55,7 +55,7 @@ def brief_spins() -> Iterator[None]:
 def __getattr__(name: str):
     if name not in HOMES:
         raise AttributeError(f"module 'mmtx' has no attribute {name!r}")
-    with brief_spins():
+    with limit_openmp_spin():
         return getattr(import_module(HOMES[name]), name)
 
 

@@ -73,8 +73,8 @@ def _captions(model: Model, names: list[str], first: int, sampling: dict[str, An
     if not names:
         return
     try:
-        captions = [model.caption(names[0], first=first, **sampling)] if len(names) == 1 else (
-            model.caption(names, first=first, **sampling))
+        captions = [model.caption(names[0], start_index=first, **sampling)] if len(names) == 1 else (
+            model.caption(names, start_index=first, **sampling))
     except InputError as error:
         if len(names) == 1:
             yield Captioned(names[0], None, error)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from mmtx import __version__, brief_spins
+from mmtx import __version__, limit_openmp_spin
 from mmtx.errors import InputError, escape
 from mmtx.modality.modality import MODALITIES, PLUGINS, load_plugin
 
@@ -30,7 +30,7 @@ TRAINING = {  # by mmtx.training.run
 }
 
 
-@brief_spins()
+@limit_openmp_spin()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command line. A user's mistake ends with one line on stderr and status 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -602,7 +602,7 @@ def _convert(options: argparse.Namespace) -> None:
     model = convert(options.source, media)
     model.save(options.output)
     v = model.vocabulary
-    turns = "its chat template" if v.markup is not None else "the tags of the stream (it has no chat template)"
+    turns = "its chat template" if v.chat_format is not None else "the tags of the stream (it has no chat template)"
     told = ", ".join(f"{kind} {len(v.range(kind)):,}" for kind in ("text", "special", *v.kinds[1:]))
     print(f"{options.output}: {sum(p.numel() for p in model.decoder.parameters()):,} parameters; ids: {told}; turns by {turns}")
 

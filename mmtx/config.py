@@ -130,7 +130,7 @@ class DecoderConfig:
                 raise InputError(f"composed: found a range at id {r.start}, expected it at {end}")
             end = r.stop
 
-    def told(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The fields as a file has them."""
         return {f.name: value for f, value in zip(fields(self), asdict(self).values(), strict=True)
                 if f.name not in OPTIONAL or value not in (f.default, {})}

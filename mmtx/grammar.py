@@ -191,8 +191,8 @@ def _build_tables(v: Vocabulary, rules: Rules) -> _Tables:
     classes[v.height(1) : v.height(MAX_SIDE) + 1] = HEIGHT
     classes[v.width(1) : v.width(MAX_SIDE) + 1] = WIDTH
     classes[v.range("text").start : v.range("text").stop] = number("text")
-    if v.markup is not None:
-        classes[list(v.markup.control)] = 0  # other: they are no text
+    if v.chat_format is not None:
+        classes[list(v.chat_format.control)] = 0  # other: they are no text
     for name, id in (("pad", v.pad), ("eos", v.eos), ("end", v.end)):  # <end> may be one of these
         classes[id] = number(name)
     closers = torch.zeros(v.size, dtype=torch.bool)

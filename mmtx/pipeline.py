@@ -265,8 +265,6 @@ class Model:
         """
         replace_folder(folder, self._files())
 
-    save_pretrained = save  # as the libraries of Hugging Face call it
-
     def push_to_hub(self, name: str, private: bool | None = None) -> str:
         """Send the model folder to the Hugging Face hub as "user/model", with a card -> its address.
 
@@ -274,13 +272,13 @@ class Model:
         may see a new one, None as the user's settings say. Raises InputError when the hub refuses, or cannot be reached.
         """
         count = sum(parameter.numel() for parameter in self.decoder.parameters())
-        card = model_card(name, self.decoder.config, self.vocabulary, count, self.vocabulary.markup is not None)
+        card = model_card(name, self.decoder.config, self.vocabulary, count, self.vocabulary.chat_format is not None)
         return push(name, self.save, card, private)
 
     def _files(self) -> Iterator[tuple[str, bytes]]:
         """What `save` writes, one file after another."""
         yield "model.safetensors", to_bytes(self.decoder.state_dict())
-        yield CONFIG, write_json({"format": FORMAT, "decoder": self.decoder.config.told()})
+        yield CONFIG, write_json({"format": FORMAT, "decoder": self.decoder.config.to_dict()})
         yield "vocabulary.json", self.vocabulary.to_json()
         for kind, tokenizer in self.tokenizers.items():
             for name, content in tokenizer.files().items():
@@ -289,14 +287,14 @@ class Model:
     # -- Captions --------------------------------------------------------------------------------------------
 
     @neutral()
-    def caption(self, media: Any, *, first: int = 0, **sampling: Any) -> str | list[str]:
+    def caption(self, media: Any, *, start_index: int = 0, **sampling: Any) -> str | list[str]:
         """Say what a picture or a sound is.
 
         Args:
             media: a path or URL, PIL image, array, tensor, `Image` or `Audio`, or a list of these. A 1-D array is a
                 sound at the model's rate (use `Audio` to give another), any other array a picture; one that could be
                 a sound of some channels must be marked.
-            first: the place of the first medium where a longer list is captioned part by part: with a `seed`, the random
+            start_index: the place of the first medium where a longer list is captioned part by part: with a `seed`, the random
                 choices of an answer are those of its place.
             **sampling: fields of `Sampling`; greedy by default.
 
@@ -305,10 +303,10 @@ class Model:
             about the same length share a batch, within a bound of memory (`BATCH_TOKENS`, `BATCH_VALUES`).
         """
         if not _is_list(media):
-            return self.caption([media], first=first, **sampling)[0]
-        parts = self.encode_parts(self._as_list(media, self._as_media))
+            return self.caption([media], start_index=start_index, **sampling)[0]
+        parts = self.encode_parts(self._as_list(media, self._as_media), codes=False)
         documents = [Document((Turn("user", (part,)),)) for part in parts]
-        return self._answer_texts(documents, Sampling.of(**sampling), first)
+        return self._answer_texts(documents, Sampling.of(**sampling), start_index)
 
     @neutral()
     def caption_documents(self, documents: Sequence[Document], sampling: Sampling = Sampling()) -> list[str]:
@@ -612,14 +610,17 @@ class Model:
             raise InputError(f"found {kind}, but this model has tokenizers for {', '.join(self.tokenizers)} only")
 
     @neutral()
-    def encode_parts(self, media: Sequence[str | Marked | Part]) -> list[Part]:
-        """Text and media -> parts of codes and features; media of a kind go through their tokenizer together."""
+    def encode_parts(self, media: Sequence[str | Marked | Part], codes: bool = True) -> list[Part]:
+        """Text and media -> parts of codes and features; media of a kind go through their tokenizer together.
+
+        Without `codes` they are 0 where the model has its own encoder, and so does not read them in a user turn.
+        """
         parts: list[Part | None] = [item if isinstance(item, Part) else None for item in media]
         for kind in media_kinds():
             places = [i for i, item in enumerate(media) if isinstance(item, Marked) and item.kind == kind]
             if places:
                 self._check_kind(kind)
-            embed = lambda chosen: self._embed(kind, media, chosen)  # noqa: B023
+            embed = lambda chosen: self._embed(kind, media, chosen, codes)  # noqa: B023
             batches = [places[first:first + BATCH] for first in range(0, len(places), BATCH)]
             for i, encoding in self._in_batches(embed, batches):
                 parts[i] = MediaPart(kind, *encoding)
@@ -628,7 +629,7 @@ class Model:
                 parts[i] = TextPart(self.tokenizers["text"].encode(item))
         return parts
 
-    def _embed(self, kind: str, media: Sequence[Any], chosen: Sequence[int]) -> list[Encoding]:
+    def _embed(self, kind: str, media: Sequence[Any], chosen: Sequence[int], codes: bool) -> list[Encoding]:
         """The encodings of some media of a kind, of which no more than BATCH_VALUES are held at a time."""
         encodings: list[Encoding] = []
         held: list[torch.Tensor] = []
@@ -636,7 +637,7 @@ class Model:
             with numbered("item", i, len(media)):
                 held.append(self._read(media[i]))
             if sum(medium.numel() for medium in held) >= BATCH_VALUES or i == chosen[-1]:
-                encodings += media_tokenizer(self.tokenizers, kind).embed_batch(held, kind in self.decoder.encoders)
+                encodings += media_tokenizer(self.tokenizers, kind).embed_batch(held, kind in self.decoder.encoders, codes)
                 held.clear()
         return encodings
 

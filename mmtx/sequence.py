@@ -68,9 +68,9 @@ def render(document: Document, vocabulary: Vocabulary) -> Rendered:
             pieces.append([v.end])
             place += 1
     ids = np.concatenate([*pieces, [v.eos]]).astype(np.int32)
-    ids, places = write_markup(ids, v)
+    ids, places = apply_chat_format(ids, v)
     spans = [span._replace(start=int(places[span.start])) for span in spans]
-    return Rendered(ids, trained(ids, vocabulary), tuple(spans))
+    return Rendered(ids, loss_mask(ids, vocabulary), tuple(spans))
 
 
 def prompt(document: Document, vocabulary: Vocabulary) -> Prompt:
@@ -80,11 +80,11 @@ def prompt(document: Document, vocabulary: Vocabulary) -> Prompt:
     """
     ids, _, spans = render(document, vocabulary)
     role = document.turns[-1].role if document.turns else None
-    markup = vocabulary.markup
+    chat = vocabulary.chat_format
     if role == "user":
-        opening = [vocabulary.assistant] if markup is None else markup.assistant
+        opening = [vocabulary.assistant] if chat is None else chat.assistant
         return Prompt(np.append(ids[:-1], np.asarray(opening, np.int32)), spans)
-    end = 1 if markup is None else len(markup.end)
+    end = 1 if chat is None else len(chat.end)
     return Prompt(ids[:-1 - end] if role == "assistant" else ids[:-1], spans)
 
 
@@ -101,7 +101,7 @@ def gather_features(streams: Iterable[tuple[int, Sequence[Span]]]) -> dict[str, 
             for kind, (places, values, grids) in found.items()}
 
 
-def trained(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+def loss_mask(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     """Which ids (T,) of a legal stream are targets that count, (T,) bool. The one place that decides it.
 
     Of an assistant turn: everything after <assistant>, <end> included. Of a plain turn: everything, and the
@@ -109,8 +109,8 @@ def trained(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     after a role turn. Streams may stand one behind another and be padded.
     """
     v = vocabulary
-    if v.markup is not None:
-        tags, kept = read_markup(ids, v)
+    if v.chat_format is not None:
+        tags, kept = read_chat_format(ids, v)
         mask = np.zeros(len(kept), bool)
         mask[kept] = _trained(tags[kept], v)
         return mask
@@ -129,17 +129,17 @@ def _trained(ids: np.ndarray, v: Vocabulary) -> np.ndarray:
 def in_user_turns(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     """Which ids (T,) of a legal stream lie between <user> and its <end>, (T,) bool."""
     v, ids = vocabulary, np.asarray(ids)
-    if v.markup is not None:
-        tags, kept = read_markup(ids, v)
+    if v.chat_format is not None:
+        tags, kept = read_chat_format(ids, v)
         mask, inner = np.zeros(len(kept), bool), tags[kept]
         mask[kept] = (_owners(inner, v) == v.user) & ~_one_of(inner, *_tags(v))
         return mask
     return (_owners(ids, v) == v.user) & ~_one_of(ids, *_tags(v))
 
 
-def write_markup(ids: np.ndarray, v: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
-    """A stream (T,) with the markup of a pretrained model in place of tags -> its ids, and where each id now is (T,)."""
-    if (m := v.markup) is None:
+def apply_chat_format(ids: np.ndarray, v: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
+    """A stream (T,) in the chat format of a pretrained model, in place of tags -> its ids, and where each id now is (T,)."""
+    if (m := v.chat_format) is None:
         return ids, np.arange(len(ids))
     of = {v.user: m.user, v.assistant: m.assistant, v.end: m.end}
     pieces = [of.get(id, (id,)) for id in ids.tolist()]
@@ -149,13 +149,13 @@ def write_markup(ids: np.ndarray, v: Vocabulary) -> tuple[np.ndarray, np.ndarray
     return np.concatenate(pieces).astype(ids.dtype), np.cumsum(lengths) - lengths
 
 
-def read_markup(ids: Any, v: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
-    """A stream (T,) with markup -> the same with a tag where one begins, and which ids are not the rest of a tag (T,).
+def read_chat_format(ids: Any, v: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
+    """A stream (T,) in a chat format -> the same with a tag where one begins, and which ids are not the rest of a tag (T,).
 
-    Texts hold no special tokens, and all markup begins with one, so it cannot be taken for text.
+    Texts hold no special tokens, and all of the format begins with one, so it cannot be taken for text.
     """
     ids = np.array(ids)
-    kept, m = np.ones(len(ids), bool), v.markup
+    kept, m = np.ones(len(ids), bool), v.chat_format
     for tag, piece in ((v.bos, m.begin), (v.user, m.user), (v.assistant, m.assistant), (v.end, m.end)):
         if not piece or len(ids) < len(piece):
             continue
@@ -213,10 +213,10 @@ def parse(ids: Any, vocabulary: Vocabulary) -> Document:
     For generated ids: parse the prompt, what was generated, and the <eos> together.
     """
     ids = np.asarray(ids, np.int64)
-    if vocabulary.markup is not None:
-        tags, kept = read_markup(ids, vocabulary)
+    if vocabulary.chat_format is not None:
+        tags, kept = read_chat_format(ids, vocabulary)
         ids = tags[kept]
-        if not vocabulary.markup.begin and len(ids) and ids[0] in (vocabulary.user, vocabulary.assistant):
+        if not vocabulary.chat_format.begin and len(ids) and ids[0] in (vocabulary.user, vocabulary.assistant):
             ids = np.append(np.int64(vocabulary.bos), ids)
     return _Reader(ids, vocabulary).document()
 
@@ -281,7 +281,7 @@ class _Reader:
         stop = None if maximum is None else self.at + maximum
         first = self.v.range(kind)
         inside = (self.ids[self.at : stop] >= first.start) & (self.ids[self.at : stop] < first.stop)
-        inside &= self.ids[self.at : stop] != self.v.end  # which with markup is an id of the text tokenizer
+        inside &= self.ids[self.at : stop] != self.v.end  # which in a chat format is an id of the text tokenizer
         length = len(inside) if inside.all() else int(inside.argmin())
         start, self.at = self.at, self.at + length
         if length < minimum:

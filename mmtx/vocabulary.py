@@ -21,7 +21,7 @@ import numpy as np
 
 from mmtx.errors import InputError
 from mmtx.files import read_json, write_json, write_whole
-from mmtx.modality.base import Markup, Tokenizer
+from mmtx.modality.base import ChatFormat, Tokenizer
 from mmtx.modality.modality import MODALITIES, unknown
 from mmtx.schema import build, shown, within
 
@@ -74,7 +74,7 @@ class _Told:
     format: int
     slots: int
     modalities: tuple[Entry, ...]
-    markup: Markup | None = None
+    markup: ChatFormat | None = None
 
 
 def _special(name: str) -> property:
@@ -87,7 +87,7 @@ class Vocabulary:
     """Frozen id ranges; make one with `build`, `add` or `load`."""
 
     entries: tuple[Entry, ...]  # text first
-    markup: Markup | None = None  # how the pretrained model that the text is of writes turns; None: by the tags of the stream
+    chat_format: ChatFormat | None = None  # how the pretrained model that the text is of writes turns; None: by tags
 
     pad = _special("<pad>")
     bos = _special("<bos>")
@@ -101,15 +101,15 @@ class Vocabulary:
 
     @property
     def end(self) -> int:
-        """Id of <end>, or of what ends an answer in the markup of a pretrained model."""
-        return self.entries[0].size + NAMES.index("<end>") if self.markup is None else self.markup.end[0]
+        """Id of <end>, or of what ends an answer in the chat format of a pretrained model."""
+        return self.entries[0].size + NAMES.index("<end>") if self.chat_format is None else self.chat_format.end[0]
 
     @classmethod
     def build(cls, tokenizers: Mapping[str, Tokenizer]) -> "Vocabulary":
         """Give ids to `tokenizers`, by kind: text (required), then the others in the order given."""
         if "text" not in tokenizers:
             raise InputError(f"vocabulary: found tokenizers for {sorted(tokenizers)}, expected one for text")
-        vocabulary = cls((_entry("text", tokenizers["text"], 0),), tokenizers["text"].markup)
+        vocabulary = cls((_entry("text", tokenizers["text"], 0),), tokenizers["text"].chat_format)
         for kind, tokenizer in tokenizers.items():
             if kind != "text":
                 vocabulary = vocabulary.add(kind, tokenizer)
@@ -122,7 +122,7 @@ class Vocabulary:
         # Further modalities take slots from the end down, for NAMES grows from the beginning up.
         free = SLOTS - 2 * sum(entry.tags is not None for entry in self.entries)
         tags = None if kind in NUMBERED else (free - 2, free - 1)
-        return Vocabulary((*self.entries, _entry(kind, tokenizer, self.size, tags)), self.markup)
+        return Vocabulary((*self.entries, _entry(kind, tokenizer, self.size, tags)), self.chat_format)
 
     @property
     def size(self) -> int:
@@ -244,8 +244,8 @@ class Vocabulary:
         """What `save` writes."""
         modalities = [{name: value for name, value in asdict(entry).items() if name not in Entry.OPTIONAL or value is not None}
                       for entry in self.entries]
-        markup = {} if self.markup is None else {"markup": asdict(self.markup)}
-        return write_json({"format": FORMAT, "slots": SLOTS, "modalities": modalities, **markup})
+        told = {} if self.chat_format is None else {"markup": asdict(self.chat_format)}
+        return write_json({"format": FORMAT, "slots": SLOTS, "modalities": modalities, **told})
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file."""

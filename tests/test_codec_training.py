@@ -380,7 +380,7 @@ def test_what_is_larger_or_of_another_network_is_no_start(tmp_path):
 
 
 def test_pitch_loss_of_the_codec_by_hand():
-    codec = AudioCodecModule(replace(AUDIO, pitch=True), l1_weight=0.0, pitch=2.0)
+    codec = AudioCodecModule(replace(AUDIO, pitch=True), l1_weight=0.0, pitch_weight=2.0)
     media, output = torch.zeros(1, 4, 16 + PITCHES), torch.zeros(1, 4, 16 + PITCHES)
     media[0, 1, 16 + 100] = media[0, 2, 16 + 200] = 100.0   # a clear pitch in two frames of four
     output[0, 1, 16 + 100] = output[0, 2, 16 + 210] = 3.0

@@ -16,7 +16,7 @@ from fresh import context
 
 from mmtx.cli import main
 from mmtx.data.collection import read_config
-from mmtx.data.config import DEEPEST, LONGEST, MOST, check_yaml
+from mmtx.data.yaml_check import DEEPEST, LONGEST, MOST, check_yaml
 from mmtx.errors import InputError
 from mmtx.training.run import check_range, is_trusted_only
 

@@ -1,6 +1,7 @@
 """Encoders that a decoder trains along: as the codec's at first, alike in any company, and saved with the decoder."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,13 +13,14 @@ from mmtx.config import CodeRange, DecoderConfig, EncoderConfig
 from mmtx.data.collection import DataSource, read_sources
 from mmtx.data.packing import PackedBatches
 from mmtx.data.prepare import prepare
-from mmtx.data.tokens import Documents, to_documents
+from mmtx.data.tokens import Augmentation, Documents, encode_samples, load_sample, to_documents
 from mmtx.errors import InputError
 from mmtx.inference.sampling import Sampling
 from mmtx.modality.base import load_tokenizer
 from mmtx.modality.encoder import GridEncoder
 from mmtx.model import Decoder
 from mmtx.pipeline import Model
+from mmtx.sequence import gather_features, render
 from mmtx.training.decoder import DecoderModule
 
 KINDS = ("image", "audio")
@@ -109,6 +111,27 @@ def test_a_decoder_begins_as_one_that_takes_features(samples, tokenizers, vocabu
     assert torch.allclose(*hidden, atol=0.02)
     batch = batch._replace(features={})  # codes alone are something else
     assert not torch.allclose(without(batch.ids, batch.positions, batch.packing), hidden[1], atol=0.1)
+
+
+def test_codes_that_a_decoder_does_not_read_are_not_made(samples, tokenizers, vocabulary, model):
+    said = [replace(samples[0], turns=tuple(replace(turn, role=None) for turn in samples[0].turns))]  # a plain document: codes train
+    given, ran = [*samples, *said], []
+    media, seeds = [load_sample(sample, tokenizers) for sample in given], [0] * len(given)
+    made = [encode_samples(given, media, tokenizers, Augmentation(), seeds, KINDS, codes) for codes in (True, False)]
+    for (number, whole), blank in zip(enumerate(made[0]), made[1], strict=True):
+        codes, none = (document.turns[0].parts[0].codes for document in (whole, blank))
+        assert codes.any() and codes.shape == none.shape and none.any() == (number == len(samples))
+        assert number < len(samples) or np.array_equal(codes, none)
+        (ids, _, spans), (others, _, same) = render(whole, vocabulary), render(blank, vocabulary)
+        inputs = [model.decoder.embed(torch.from_numpy(stream)[None].long(), gather_features([(0, found)]))
+                  for stream, found in ((ids, spans), (others, same))]
+        assert torch.equal(*inputs)
+    handles = [tokenizers[kind].network.encoder_norm.register_forward_hook(lambda *_: ran.append(1)) for kind in KINDS]
+    batch = PackedBatches(Documents(samples, tokenizers, vocabulary, max_seq_len=255, patches=KINDS), vocabulary, 2048)[0]
+    model.caption(mmtx.Image(np.zeros((16, 16, 3), np.uint8)), max_new_tokens=2)
+    for handle in handles:
+        handle.remove()
+    assert len(batch.features) == 2 and not ran
 
 
 def test_captions_are_those_of_each_medium_alone_and_of_a_saved_model(model, samples, tmp_path):

@@ -149,7 +149,7 @@ def test_llama_cpp_gives_the_same_scores_and_answers(models, name, tmp_path):
 
 
 def test_what_an_engine_cannot_do_is_said(tokenizers, vocabulary, tiny_model, tmp_path, capsys):
-    config = json.loads(json.dumps(tiny_model.decoder.config.told()))
+    config = json.loads(json.dumps(tiny_model.decoder.config.to_dict()))
     config["features"] = {"image": tokenizers["image"].feature_width}
     model = Model(Decoder(DecoderConfig(**config)), vocabulary, tokenizers)
     model.save(tmp_path / "model")

@@ -44,7 +44,7 @@ def server():
 
 
 def test_a_model_is_sent_and_fetched_and_answers_as_before(server, tiny_model, tmp_path):
-    tiny_model.save_pretrained(tmp_path / "model")
+    tiny_model.save(tmp_path / "model")
     push = f"model = mmtx.load({str(tmp_path / 'model')!r}, 'cpu'); print(model.push_to_hub('user/tiny')); {ASK}"
     url, here = run(server, tmp_path / "home", push).splitlines()
     assert url == f"{server.address}/user/tiny"

@@ -1,4 +1,4 @@
-"""Pretrained language models in: families, tokenizers, chat markup and grown vocabularies, against transformers."""
+"""Pretrained language models in: families, tokenizers, chat formats and grown vocabularies, against transformers."""
 
 import importlib.util
 import json
@@ -15,7 +15,7 @@ from mmtx.inference.sampling import Sampling
 from mmtx.interop.convert import convert
 from mmtx.modality.base import load_tokenizer
 from mmtx.pipeline import load
-from mmtx.sequence import in_user_turns, parse, prompt, render, trained
+from mmtx.sequence import in_user_turns, loss_mask, parse, prompt, render
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -117,7 +117,7 @@ def test_scores_greedy_ids_and_conversations_are_those_of_transformers(name, med
 
     for said in TEXTS:
         asked = text.apply_chat_template(messages(said), add_generation_prompt=True, return_dict=False, return_tensors="pt")
-        suppressed = sorted({*range(len(text), size)} | set(ours.vocabulary.markup.control) - {ours.vocabulary.end})
+        suppressed = sorted({*range(len(text), size)} | set(ours.vocabulary.chat_format.control) - {ours.vocabulary.end})
         expected = theirs.generate(asked, attention_mask=torch.ones_like(asked), max_new_tokens=12, do_sample=False,
                                    eos_token_id=ours.vocabulary.end, pad_token_id=0, suppress_tokens=suppressed)
         expected = expected[0, asked.shape[1]:].tolist()
@@ -145,7 +145,7 @@ def test_a_grown_vocabulary_leaves_text_rows_and_scores_as_they_were(media, tmp_
         assert rows[chosen.start:chosen.stop].std(0).mean() > 0.02 * spread.mean()
 
 
-def test_pictures_and_sounds_stand_in_the_markup_and_are_read_back(media, tmp_path):
+def test_pictures_and_sounds_stand_in_the_chat_format_and_are_read_back(media, tmp_path):
     save_model(tmp_path, "qwen3")
     model = convert(tmp_path, media)
     v, rng = model.vocabulary, np.random.default_rng(0)
@@ -156,18 +156,18 @@ def test_pictures_and_sounds_stand_in_the_markup_and_are_read_back(media, tmp_pa
     stream = render(document, v)
     assert parse(stream.ids, v) == document
     both = np.concatenate([stream.ids, stream.ids, [v.pad] * 3])
-    assert trained(both, v).tolist() == [*stream.loss_mask, *stream.loss_mask, False, False, False]
+    assert loss_mask(both, v).tolist() == [*stream.loss_mask, *stream.loss_mask, False, False, False]
     plain = Document((Turn(None, (text, image)),))
     assert parse(render(plain, v).ids, v) == plain and render(plain, v).loss_mask.sum() == len(render(plain, v).ids) - 1
     allowed = Grammar(v).allowed(Grammar(v).start(1, "text"))[0]
-    assert allowed[v.end] and not allowed[[i for i in v.markup.control if i != v.end]].any()
+    assert allowed[v.end] and not allowed[[i for i in v.chat_format.control if i != v.end]].any()
     load_tokenizer_again(model.tokenizers["text"], tmp_path / "text")
 
 
 def load_tokenizer_again(text, folder):
     text.save(folder)
     again = load_tokenizer(folder)
-    assert again.fingerprint == text.fingerprint and again.markup == text.markup
+    assert again.fingerprint == text.fingerprint and again.chat_format == text.chat_format
     for said in ("", "  a  b\n", "<|im_end|>", "ﬁÅ 🙂\x00", "▁", "<|im_start|>user"):
         assert again.decode(again.encode(said)) == said
         assert not set(again.encode(said)) & again.control
@@ -195,7 +195,7 @@ def test_smollm2_answers_as_in_transformers(tmp_path):
     ours = convert(path)
     size = ours.tokenizers["text"].size
     end = ours.vocabulary.end
-    assert ours.vocabulary.markup.control[end] == 2 and size == 49152
+    assert ours.vocabulary.chat_format.control[end] == 2 and size == 49152
     for number, said in enumerate(PROMPTS):
         asked = text.apply_chat_template(messages(said), add_generation_prompt=True, return_dict=False, return_tensors="pt")
         assert prompt(conversation(ours, said), ours.vocabulary).ids.tolist() == asked[0].tolist()

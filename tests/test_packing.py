@@ -519,11 +519,11 @@ def test_augmentation_of_a_picture():
     first = augment(picture, generator())
     assert first.shape == picture.shape and first.dtype == torch.uint8
     assert torch.equal(first, augment(picture, generator())) and not torch.equal(first, augment(picture, generator(1)))
-    off = ImageAugmentation(zoom=0, stretch=0, shift=0, turn=0, colour=0)
+    off = ImageAugmentation(scale=0, stretch=0, translate=0, degrees=0, color_jitter=0)
     assert torch.equal(off(picture, generator()), picture)
     white = torch.full_like(picture, 255)
     assert torch.equal(augment(white, generator()), white)
-    shifted = ImageAugmentation(zoom=0, stretch=0, shift=1, turn=0, colour=0)(picture * 0, generator())
+    shifted = ImageAugmentation(scale=0, stretch=0, translate=1, degrees=0, color_jitter=0)(picture * 0, generator())
     assert set(shifted.unique().tolist()) >= {0, 255}  # what comes in from outside is white
 
 
@@ -552,7 +552,7 @@ def test_augmentation_of_a_sound():
     assert 440 * 2 ** (-5 / 12) - 6 < min(peaks) < 430 < 450 < max(peaks) < 440 * 2 ** (5 / 12) + 6
 
 
-STILL = dict(zoom=0, stretch=0, shift=0, turn=0, colour=0)
+STILL = dict(scale=0, stretch=0, translate=0, degrees=0, color_jitter=0)
 QUIET = dict(shift=0, tilt=0, noise=0, gain=0)
 
 
@@ -563,28 +563,28 @@ def views(augment, *given, count: int = 40) -> list[torch.Tensor]:
 def test_other_renderings_of_a_picture():
     picture = torch.full((3, 32, 32), 255, dtype=torch.uint8)
     picture[:, 8:24, 8:24] = torch.tensor([200, 40, 40], dtype=torch.uint8)[:, None, None]
-    (grey,) = {tuple(view[:, 16, 16].tolist()) for view in views(ImageAugmentation(**STILL, grey=1), picture)}
+    (grey,) = {tuple(view[:, 16, 16].tolist()) for view in views(ImageAugmentation(**STILL, grayscale=1), picture)}
     assert grey == (93, 93, 93)
     for view in views(ImageAugmentation(**STILL, outline=1), picture):  # dark lines where the square ends
         assert view[0, 16, 16] == view[0, 2, 2] == 255 and view[0, 16, 8] < 110 and view[0, 8, 16] < 110
         assert torch.equal(view[0], view[1])
-    assert all(torch.equal(view, 255 - picture) for view in views(ImageAugmentation(**STILL, negative=1), picture))
-    changed = [not torch.equal(view, picture) for view in views(ImageAugmentation(**STILL, grey=0.2, outline=0.2), picture, count=200)]
+    assert all(torch.equal(view, 255 - picture) for view in views(ImageAugmentation(**STILL, invert=1), picture))
+    changed = [not torch.equal(view, picture) for view in views(ImageAugmentation(**STILL, grayscale=0.2, outline=0.2), picture, count=200)]
     assert 50 < sum(changed) < 110  # shares
     for view in views(ImageAugmentation(**STILL, hue=30), picture):  # white stays white, and so does the light of the rest
         assert view[:, 2, 2].tolist() == [255, 255, 255] and abs(int(view[:, 16, 16].int().sum()) - 280) <= 40
     assert len({tuple(view[:, 16, 16].tolist()) for view in views(ImageAugmentation(**STILL, hue=30), picture)}) > 20
-    hidden = [(view != picture).any(0).float().mean().item() for view in views(ImageAugmentation(**STILL, cut=0.5), picture)]
+    hidden = [(view != picture).any(0).float().mean().item() for view in views(ImageAugmentation(**STILL, erase=0.5), picture)]
     assert max(hidden) <= 0.25 and 8 < sum(share == 0 for share in hidden) < 36
     for view in views(ImageAugmentation(**STILL, tint=0.4), picture):
         assert 0.6 * 255 - 1 <= view[:, 2, 2].min() <= 255
-    soft = views(ImageAugmentation(**STILL, soften=3), picture)
+    soft = views(ImageAugmentation(**STILL, blur=3), picture)
     assert all(view[0, 16, 16] == 200 and view[1, 2, 2] == 255 for view in soft)
     assert sum(not torch.equal(view, picture) for view in soft) > 20
     slanted = views(ImageAugmentation(**STILL, shear=0.4), picture)
     assert all(view[0, 16, 16] == 200 for view in slanted) and sum(not torch.equal(view, picture) for view in slanted) > 30
-    with pytest.raises(InputError, match="image_augmentation.grey: found 2"):
-        ImageAugmentation(grey=2)
+    with pytest.raises(InputError, match="image_augmentation.grayscale: found 2"):
+        ImageAugmentation(grayscale=2)
 
 
 def test_other_rooms_and_instruments_of_a_sound():
@@ -597,19 +597,19 @@ def test_other_rooms_and_instruments_of_a_sound():
     both = tone + torch.sin(2 * torch.pi * 3000 * torch.arange(rate // 2) / rate)
     place = lambda hertz: hertz // 2  # of a spectrum with a line every 2 Hz
     ratios = []
-    for view in views(AudioAugmentation(**QUIET, equalise=6), both, rate):
+    for view in views(AudioAugmentation(**QUIET, equalizer=6), both, rate):
         spectrum = torch.fft.rfft(view).abs()
         ratios.append(20 * math.log10(spectrum[place(440)] / spectrum[place(3000)]))
     assert -12.1 < min(ratios) < -3 and 3 < max(ratios) < 12.1
-    lost = [torch.fft.rfft(view).abs()[[place(440), place(3000)]].min() < 1 for view in views(AudioAugmentation(**QUIET, notch=3), both, rate)]
+    lost = [torch.fft.rfft(view).abs()[[place(440), place(3000)]].min() < 1 for view in views(AudioAugmentation(**QUIET, band_stop=3), both, rate)]
     assert 2 < sum(lost) < 24
-    gaps = [(view == 0).sum().item() for view in views(AudioAugmentation(**QUIET, gap=0.2), sound, rate)]
+    gaps = [(view == 0).sum().item() for view in views(AudioAugmentation(**QUIET, time_mask=0.2), sound, rate)]
     assert max(gaps) <= 0.2 * rate and min(gaps) == 0 and 8 < sum(gap > 0 for gap in gaps) < 32
     # An echo goes on where the sound has ended, and no note gets another pitch.
     click = F.pad(torch.ones(1), (0, rate // 2 - 1))
     after = [view[200:2000].norm().item() for view in views(AudioAugmentation(**QUIET, reverb=0.4), click, rate)]
     assert sorted(after)[20] > 0.01
-    for view in views(AudioAugmentation(**QUIET, reverb=0.4, equalise=6, fade=6), tone, rate, count=8):
+    for view in views(AudioAugmentation(**QUIET, reverb=0.4, equalizer=6, fade=6), tone, rate, count=8):
         assert torch.fft.rfft(view).abs().argmax() == place(440) and view.shape == tone.shape
-    assert AudioAugmentation(reverb=0.4, equalise=6, notch=1, gap=0.2, fade=6)(sound[:50], rate, generator()).shape == (50,)
-    assert torch.isfinite(AudioAugmentation(reverb=0.4, equalise=6, notch=1)(torch.zeros(100), rate, generator())).all()
+    assert AudioAugmentation(reverb=0.4, equalizer=6, band_stop=1, time_mask=0.2, fade=6)(sound[:50], rate, generator()).shape == (50,)
+    assert torch.isfinite(AudioAugmentation(reverb=0.4, equalizer=6, band_stop=1)(torch.zeros(100), rate, generator())).all()

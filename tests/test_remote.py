@@ -56,7 +56,7 @@ def engine(path):
 
 @pytest.fixture(scope="module", params=["ours", "qwen3"])
 def served(request, tokenizers, vocabulary, tiny_model, tmp_path_factory):
-    """A model with its own tags, or with the markup of a pretrained one; its folder, and the address of an engine that runs it."""
+    """A model with its own tags, or in the chat format of a pretrained one; its folder, and the address of an engine that runs it."""
     folder = tmp_path_factory.mktemp("served")
     if request.param == "ours":
         model = sharpen(Model(Decoder(tiny_model.decoder.config), vocabulary, tokenizers).to("cpu"))
@@ -168,7 +168,7 @@ def test_mistakes_are_told_in_one_line(tokenizers, vocabulary, tiny_model, tmp_p
             connect(server.address, tmp_path / "model").generate("a")
         with pytest.raises(InputError, match="guidance_scale: found 2.0 with --server"):
             connect(server.address, tmp_path / "model").generate("a", guidance_scale=2)
-        config = json.loads(json.dumps(tiny_model.decoder.config.told()))
+        config = json.loads(json.dumps(tiny_model.decoder.config.to_dict()))
         config["features"] = {"image": tokenizers["image"].feature_width}
         torch.manual_seed(0)
         Model(Decoder(DecoderConfig(**config)), vocabulary, tokenizers).save(tmp_path / "continuous")

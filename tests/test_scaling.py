@@ -142,7 +142,7 @@ def run_folder(folder, run: Run, model, vocabulary: Vocabulary) -> None:
         "trainer": {"devices": "auto", "num_nodes": 1, "accumulate_grad_batches": 2},
         "data": {"init_args": {"tokens_per_batch": 2048}}}))
     (folder / run.name / "model").mkdir()
-    (folder / run.name / "model" / "config.json").write_text(json.dumps({"format": 2, "decoder": model.told()}))
+    (folder / run.name / "model" / "config.json").write_text(json.dumps({"format": 2, "decoder": model.to_dict()}))
     vocabulary.save(folder / run.name / "model" / "vocabulary.json")
 
 

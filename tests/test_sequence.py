@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mmtx.document import Document, MediaPart, TextPart, Turn
 from mmtx.errors import InputError
 from mmtx.grammar import Grammar
-from mmtx.sequence import Rendered, parse, prompt, render, trained
+from mmtx.sequence import Rendered, loss_mask, parse, prompt, render
 from mmtx.vocabulary import Vocabulary
 
 
@@ -23,7 +23,7 @@ class FakeTokenizer:
     levels: tuple[int, ...] | None = None
     bands: int | None = None
     fingerprint: str = "0123456789abcdef"
-    markup: None = None
+    chat_format: None = None
 
 
 TEXT, IMAGE = FakeTokenizer("text", 20), FakeTokenizer("image", 8, (2, 2, 2))
@@ -136,7 +136,7 @@ def test_mask_of_packed_and_padded_streams():
     chat, plain = render(CHAT, V), render(PLAIN, V)
     packed = np.concatenate([chat.ids, plain.ids, chat.ids, [V.pad] * 3])
     expected = np.concatenate([chat.loss_mask, plain.loss_mask, chat.loss_mask, [False] * 3])
-    assert np.array_equal(trained(packed, V), expected)
+    assert np.array_equal(loss_mask(packed, V), expected)
 
 
 @settings(deadline=None, max_examples=300)

@@ -19,7 +19,7 @@ class FakeTokenizer:
     levels: tuple[int, ...] | None = None
     bands: int | None = None
     fingerprint: str = 4 * "0123456789abcdef"
-    markup: None = None
+    chat_format: None = None
 
 
 TEXT = FakeTokenizer("text", 300)

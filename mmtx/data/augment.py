@@ -20,52 +20,52 @@ LOWEST = 60    # Hz, of the lowest of them
 class ImageAugmentation:
     """Ranges of the changes to a picture; 0 turns one off.
 
-    zoom: size factor in [1/(1+zoom), 1+zoom]; stretch: the same for the ratio of the sides; shift: share of a side;
-    turn: degrees; colour: saturation factor in [1-colour, 1+colour], and gamma of each channel by half as much; hue:
-    degrees; shear: share of a side; soften: blocks of up to that many pixels more than one a side; cut: a side of a
+    scale: size factor in [1/(1+scale), 1+scale]; stretch: the same for the ratio of the sides; translate: share of a side;
+    degrees: of a turn; color_jitter: saturation factor in [1-color_jitter, 1+color_jitter], and gamma of each channel by half as
+    much; hue: degrees; shear: share of a side; blur: blocks of up to that many pixels more than one a side; erase: a side of a
     rectangle that is painted over, as a share of the picture's, in half of the pictures; tint: share by which paper may be
-    darker than white. `grey`, `outline` (edges as dark lines) and `negative` are shares of pictures: icons of one colour
+    darker than white. `grayscale`, `outline` (edges as dark lines) and `invert` are shares of pictures: icons of one colour
     have the shapes of coloured ones. Colours that a caption names are then gone, so the shares are to be small.
     """
 
-    zoom: float = 0.25
+    scale: float = 0.25
     stretch: float = 0.15
-    shift: float = 0.1
-    turn: float = 8.0
-    colour: float = 0.5
+    translate: float = 0.1
+    degrees: float = 8.0
+    color_jitter: float = 0.5
     hue: float = 0.0
     shear: float = 0.0
-    soften: float = 0.0
-    cut: float = 0.0
+    blur: float = 0.0
+    erase: float = 0.0
     tint: float = 0.0
-    grey: float = 0.0
+    grayscale: float = 0.0
     outline: float = 0.0
-    negative: float = 0.0
+    invert: float = 0.0
 
     def __post_init__(self):
-        for name in ("cut", "tint", "grey", "outline", "negative"):
+        for name in ("erase", "tint", "grayscale", "outline", "invert"):
             within(f"image_augmentation.{name}", getattr(self, name), 0, 1)
 
     def __call__(self, picture: Tensor, generator: Generator) -> Tensor:
         """uint8 (3, H, W) -> uint8 (3, H, W); what comes in from outside is white."""
         zoom, stretch, right, down, turn, saturation, red, green, blue = (
             2 * torch.rand(9, generator=generator) - 1).tolist()
-        size = (1 + self.zoom) ** zoom
+        size = (1 + self.scale) ** zoom
         ratio = (1 + self.stretch) ** (stretch / 2)
-        angle = math.radians(self.turn) * turn
+        angle = math.radians(self.degrees) * turn
         cos, sin = math.cos(angle), math.sin(angle)
         slant = self.shear * (2 * float(torch.rand((), generator=generator)) - 1) if self.shear else 0.0
-        matrix = torch.tensor([[[size * ratio * cos, size / ratio * (slant * cos - sin), 2 * self.shift * right],
-                                [size * ratio * sin, size / ratio * (slant * sin + cos), 2 * self.shift * down]]])
+        matrix = torch.tensor([[[size * ratio * cos, size / ratio * (slant * cos - sin), 2 * self.translate * right],
+                                [size * ratio * sin, size / ratio * (slant * sin + cos), 2 * self.translate * down]]])
         # Ink on white: outside of the picture grid_sample gives 0, which is white here.
         ink = 1 - picture[None].float() / 255
         grid = F.affine_grid(matrix, list(ink.shape), align_corners=False)
         light = 1 - F.grid_sample(ink, grid, mode="bilinear", align_corners=False)[0]
         light = self._repaint(light, generator)
-        if self.colour:
+        if self.color_jitter:
             grey = light.mean(0, keepdim=True)
-            light = (grey + (light - grey) * (1 + self.colour * saturation)).clamp(0, 1)
-            gamma = torch.tensor([red, green, blue]).mul(self.colour / 2).exp()
+            light = (grey + (light - grey) * (1 + self.color_jitter * saturation)).clamp(0, 1)
+            gamma = torch.tensor([red, green, blue]).mul(self.color_jitter / 2).exp()
             light = light.pow(gamma[:, None, None])
         return (light * 255).round().to(torch.uint8)
 
@@ -74,21 +74,21 @@ class ImageAugmentation:
         rand = lambda *size: torch.rand(size, generator=generator)
         if self.hue:
             light = turn_hue(light, math.radians(self.hue) * float(2 * rand() - 1)).clamp(0, 1)
-        if self.soften:
-            light = soften(light, 1 + self.soften * float(rand()))
-        shares = (self.grey, self.outline, self.negative)
+        if self.blur:
+            light = soften(light, 1 + self.blur * float(rand()))
+        shares = (self.grayscale, self.outline, self.invert)
         if any(shares):
             chance, depth = rand(2).tolist()
             if chance < sum(shares[:2]):
-                light = (light.mean(0, keepdim=True) if chance < self.grey else outline(light, 1 + 2 * depth)).expand(3, -1, -1)
-            if rand() < self.negative:
+                light = (light.mean(0, keepdim=True) if chance < self.grayscale else outline(light, 1 + 2 * depth)).expand(3, -1, -1)
+            if rand() < self.invert:
                 light = 1 - light
         if self.tint:
             light = light * (1 - self.tint * rand(3, 1, 1) * rand())
-        if self.cut and rand() < 0.5:
+        if self.erase and rand() < 0.5:
             height, width = light.shape[1:]
             tall, wide, top, left, *colour = rand(7).tolist()
-            tall, wide = round(self.cut * tall * height), round(self.cut * wide * width)
+            tall, wide = round(self.erase * tall * height), round(self.erase * wide * width)
             top, left = round(top * (height - tall)), round(left * (width - wide))
             light = light.clone()
             light[:, top:top + tall, left:left + wide] = torch.tensor(colour)[:, None, None]
@@ -127,8 +127,8 @@ class AudioAugmentation:
     shift: seconds forward or back (silence fills the gap); tilt: highs against lows, in [0, 1); noise: amplitude;
     gain: loudness factor in [1 - gain, 1]; speed: semitones up or down by which it plays faster or slower. Below half a
     semitone a note keeps its name; more is for codecs and vocoders alone, since a caption that names it would become false.
-    equalise: decibels by which each of EQUALISED bands is louder or softer; notch: octaves that are taken out, in half of
-    the sounds; gap: seconds of silence within, in half of the sounds; fade: decibels by which the end is softer or louder;
+    equalizer: decibels by which each of EQUALISED bands is louder or softer; band_stop: octaves that are taken out, in half of
+    the sounds; time_mask: seconds of silence within, in half of the sounds; fade: decibels by which the end is softer or louder;
     reverb: seconds in which an echo of up to the sound's own loudness decays by 60 dB, at most.
     """
 
@@ -137,9 +137,9 @@ class AudioAugmentation:
     noise: float = 0.003
     gain: float = 0.6
     speed: float = 0.0
-    equalise: float = 0.0
-    notch: float = 0.0
-    gap: float = 0.0
+    equalizer: float = 0.0
+    band_stop: float = 0.0
+    time_mask: float = 0.0
     fade: float = 0.0
     reverb: float = 0.0
 
@@ -165,18 +165,18 @@ class AudioAugmentation:
         length = len(waveform)
         if self.fade:
             waveform = waveform * 10 ** (self.fade * float(2 * rand() - 1) / 20 * torch.linspace(0, 1, length))
-        if self.equalise or self.notch or self.reverb:
+        if self.equalizer or self.band_stop or self.reverb:
             loudest = waveform.abs().max()
             size = 2 * length if self.reverb else length
             spectrum = torch.fft.rfft(waveform, size)
             octave = (torch.linspace(0, rate / 2, len(spectrum)) / LOWEST).clamp_min(1).log2()  # above LOWEST Hz
-            if self.equalise:
+            if self.equalizer:
                 place = octave / octave[-1] * (EQUALISED - 1)
                 low = place.long().clamp_max(EQUALISED - 2)
-                level = self.equalise * (2 * rand(EQUALISED) - 1)
+                level = self.equalizer * (2 * rand(EQUALISED) - 1)
                 spectrum = spectrum * 10 ** (torch.lerp(level[low], level[low + 1], place - low) / 20)
-            if self.notch and rand() < 0.5:
-                wide, first = (self.notch * rand()), rand()
+            if self.band_stop and rand() < 0.5:
+                wide, first = (self.band_stop * rand()), rand()
                 spectrum = torch.where((octave - first * (octave[-1] - wide)).sub(wide / 2).abs() < wide / 2, 0, spectrum)
             if self.reverb:
                 seconds, wet = rand(2).tolist()
@@ -185,8 +185,8 @@ class AudioAugmentation:
                 spectrum = spectrum * (1 + wet * torch.fft.rfft(echo / echo.norm(), size))
             waveform = torch.fft.irfft(spectrum, size)[:length]
             waveform = waveform * (loudest / waveform.abs().max().clamp_min(1e-6))
-        if self.gap and rand() < 0.5:
-            silent = round(self.gap * float(rand()) * rate)
+        if self.time_mask and rand() < 0.5:
+            silent = round(self.time_mask * float(rand()) * rate)
             first = round(float(rand()) * max(0, length - silent))
             waveform = waveform.clone()
             waveform[first:first + silent] = 0

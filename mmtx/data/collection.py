@@ -10,11 +10,11 @@ from typing import Literal, NamedTuple, get_args
 import yaml
 from tqdm import tqdm
 
-from mmtx.data.config import LOADER, read_text
 from mmtx.data.forms import names
 from mmtx.data.sample import Sample
 from mmtx.data.sources import MAX_BAD, SkipCounter, read_rows
 from mmtx.data.storage import scrub
+from mmtx.data.yaml_check import LOADER, read_text
 from mmtx.errors import InputError
 
 Task = Literal["caption", "generate"]

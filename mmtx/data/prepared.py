@@ -30,7 +30,7 @@ from mmtx.data.tokens import Augmentation, seed_of
 from mmtx.errors import InputError
 from mmtx.files import open_regular, parse_json
 from mmtx.schema import build, shown, within
-from mmtx.sequence import Rendered, Span, in_user_turns, trained
+from mmtx.sequence import Rendered, Span, in_user_turns, loss_mask
 from mmtx.vocabulary import Vocabulary
 from mmtx.weights import Header, read_header
 
@@ -208,7 +208,7 @@ class Prepared:
                 values = shard[f"features.{kind}"][_part(shard, kind, place)]
                 if len(values):
                     spans += _spans(kind, values, whole, order, v)
-        return Rendered(ids, trained(ids, v), tuple(spans))
+        return Rendered(ids, loss_mask(ids, v), tuple(spans))
 
     def _name(self, row: int) -> str:
         shard, place = self._place(row)
@@ -333,8 +333,8 @@ class Prepared:
 
 def turned_round(ids: np.ndarray, v: Vocabulary) -> np.ndarray:
     """The order (T,) of the ids of one question and one answer in which their contents change places."""
-    if v.markup is not None:
-        raise InputError("task: found a tokenizer with the chat markup of a pretrained model, expected the tags of the stream")
+    if v.chat_format is not None:
+        raise InputError("task: found a tokenizer with the chat format of a pretrained model, expected the tags of the stream")
     places = np.arange(len(ids))
     users, answers = np.flatnonzero(ids == v.user), np.flatnonzero(ids == v.assistant)
     if len(users) != 1 or len(answers) != 1 or users[0] > answers[0] or len(ids) < 6:

@@ -111,7 +111,7 @@ class Documents:
         seeds = [seed_of(self.seed, self.numbers[sample], view) for sample, view in chosen]
         samples = [_drop(self.samples[sample], seed) for (sample, _), seed in zip(chosen, seeds, strict=True)]
         media = [load_sample(sample, self.tokenizers) for sample in samples]
-        documents = encode_samples(samples, media, self.tokenizers, self.augmentation, seeds, self.patches)
+        documents = encode_samples(samples, media, self.tokenizers, self.augmentation, seeds, self.patches, codes=False)
         return [render(document, self.vocabulary) for document in documents]
 
     def _measure(self, sample: Sample, max_seq_len: int, digest: Digest) -> Rendered:
@@ -188,9 +188,13 @@ def load_sample(sample: Sample, tokenizers: Mapping[str, Tokenizer], digest: Dig
 
 
 def encode_samples(samples, loaded, tokenizers, augmentation: Augmentation, seeds,
-                   patches: Collection[str] = ()) -> list[Document]:
-    """Samples and their media -> documents; all media of a kind go through the tokenizer together."""
-    queues: dict[str, list] = {}
+                   patches: Collection[str] = (), codes: bool = True) -> list[Document]:
+    """Samples and their media -> documents; all media of a kind go through the tokenizer together.
+
+    Without `codes` those of a user turn are 0 where a decoder gets patches in their place.
+    """
+    queues: dict[tuple[str, bool], list] = {}  # by kind, and whether codes are wanted
+    orders: dict[str, list[bool]] = {}
     for sample, tensors, seed in zip(samples, loaded, seeds, strict=True):
         generator = torch.Generator().manual_seed(seed)
         change = bool(torch.rand((), generator=generator) >= UNTOUCHED)
@@ -198,8 +202,12 @@ def encode_samples(samples, loaded, tokenizers, augmentation: Augmentation, seed
         for (role, part), tensor in zip(media, tensors, strict=True):
             if change and role != "assistant":  # what is to be made is learnt as it is
                 tensor = augmentation.of(part.kind, tensor, tokenizers[part.kind], generator)
-            queues.setdefault(part.kind, []).append(tensor)
-    encodings = {kind: iter(tokenizers[kind].embed_batch(queue, kind in patches)) for kind, queue in queues.items()}
+            coded = codes or role != "user" or part.kind not in patches
+            queues.setdefault((part.kind, coded), []).append(tensor)
+            orders.setdefault(part.kind, []).append(coded)
+    found = {(kind, coded): iter(tokenizers[kind].embed_batch(queue, kind in patches, coded))
+             for (kind, coded), queue in queues.items()}
+    encodings = {kind: iter([next(found[kind, coded]) for coded in order]) for kind, order in orders.items()}
     return [_document(sample, tokenizers, encodings) for sample in samples]
 
 

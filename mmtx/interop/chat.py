@@ -1,4 +1,4 @@
-"""The chat template of a pretrained model as the markup of turns."""
+"""The chat template of a pretrained model as a `ChatFormat`."""
 
 from typing import Any
 
@@ -6,18 +6,18 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mmtx.errors import InputError
-from mmtx.modality.base import Markup
+from mmtx.modality.base import ChatFormat
 from mmtx.modality.pretrained_text import PretrainedText
 
 FIRST, SECOND, THIRD = "Alpha", "Beta", "Gamma"  # stand for what is said
 
 
-def markup_of(tokenizer: PretrainedText, where: Any) -> Markup | None:
+def chat_format_of(tokenizer: PretrainedText, where: Any) -> ChatFormat | None:
     """How the chat template of a tokenizer writes turns; None without a template.
 
     Raises InputError where it says more about a turn than its role, so that turns cannot be written one by one.
     """
-    if not tokenizer.template:
+    if not tokenizer.chat_template:
         return None
     said = [("user", FIRST), ("assistant", SECOND), ("user", THIRD)]
     whole, one = render(tokenizer, said, where), render(tokenizer, said[:1], where)
@@ -33,7 +33,7 @@ def markup_of(tokenizer: PretrainedText, where: Any) -> Markup | None:
     except ValueError:
         told = False
     if not told:
-        raise InputError(f"{where}: its chat template writes turns in more ways than one, expected a markup of their roles")
+        raise InputError(f"{where}: its chat template writes turns in more ways than one, expected one for each role")
     begin = head.removesuffix(user)
     ids = [tuple(tokenizer.marked(text)) for text in (begin, user, assistant, close)]
     control = tuple(sorted(tokenizer.control))
@@ -41,7 +41,7 @@ def markup_of(tokenizer: PretrainedText, where: Any) -> Markup | None:
         raise InputError(f"{where}: its chat template begins a turn with {user[:20]!r} or ends it with {close[:20]!r}, "
                          "expected special tokens")
     opening, asked, answered, end = ids
-    return Markup(opening, asked, answered, end, control)
+    return ChatFormat(opening, asked, answered, end, control)
 
 
 def render(tokenizer: PretrainedText, said: list[tuple[str, str]], where: Any) -> str:
@@ -53,7 +53,7 @@ def render(tokenizer: PretrainedText, said: list[tuple[str, str]], where: Any) -
     environment.globals["raise_exception"] = refuse
     messages = [{"role": role, "content": text} for role, text in said]
     try:
-        return environment.from_string(tokenizer.template).render(
+        return environment.from_string(tokenizer.chat_template).render(
             messages=messages, add_generation_prompt=True, **tokenizer.specials)
     except (TemplateError, TypeError, ValueError) as error:
         raise InputError(f"{where}: its chat template fails ({' '.join(str(error).split())[:80]})") from None

@@ -13,7 +13,7 @@ from mmtx.config import CodeRange, DecoderConfig
 from mmtx.errors import InputError
 from mmtx.files import CONFIG, find_shipped, read_bytes, read_json
 from mmtx.hub import NAME, fetch
-from mmtx.interop.chat import markup_of
+from mmtx.interop.chat import chat_format_of
 from mmtx.interop.families import read_settings, read_weights
 from mmtx.interop.gguf_files import read_gguf
 from mmtx.modality.base import Tokenizer, load_tokenizer
@@ -43,7 +43,7 @@ def convert(source: str | Path, media: Mapping[str, str | Path] | None = None, s
     path = find_model(source)
     gguf = path.suffix == ".gguf"
     config, found, text = read_gguf(path) if gguf else read_folder(path)
-    text = PretrainedText(text.content, text.size, markup_of(text, path), text.template, text.specials, path)
+    text = PretrainedText(text.content, text.size, chat_format_of(text, path), text.chat_template, text.specials, path)
     state = read_weights(config, found, path, gguf)
     tokenizers: dict[str, Tokenizer] = {"text": text}
     for kind, folder in (media or {}).items():

@@ -39,7 +39,7 @@ def export(model: Model, to: str, output: str | Path, max_seq_len: int = MAX_SEQ
     if output.exists():
         raise InputError(f"{output}: exists, expected a new {'folder' if to == 'transformers' else 'file'}")
     text, v = model.tokenizers["text"], model.vocabulary
-    template = text.template if isinstance(text, PretrainedText) and v.markup is not None else TAGS
+    template = text.chat_template if isinstance(text, PretrainedText) and v.chat_format is not None else TAGS
     content = text_content(model)
     if to == "transformers":
         replace_folder(output, _files(model, content, template, max_seq_len))

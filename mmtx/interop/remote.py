@@ -21,7 +21,7 @@ from mmtx.modality.encoder import GridEncoder
 from mmtx.model import Decoder
 from mmtx.pipeline import Media, Model, read_model
 from mmtx.schema import shown
-from mmtx.sequence import Prompt, read_markup
+from mmtx.sequence import Prompt, read_chat_format
 from mmtx.vocabulary import Vocabulary
 
 TIMEOUT = 600  # seconds until an answer is whole
@@ -136,7 +136,7 @@ def finish(ids: Sequence[int], v: Vocabulary) -> list[int]:
 
 def answer_in(ids: Sequence[int], v: Vocabulary) -> list[int]:
     """The last answer of a conversation (T,), or all of what is none, without <bos>."""
-    tags, kept = (np.array(ids), np.ones(len(ids), bool)) if v.markup is None else read_markup(ids, v)
+    tags, kept = (np.array(ids), np.ones(len(ids), bool)) if v.chat_format is None else read_chat_format(ids, v)
     turns = np.flatnonzero((tags == v.assistant) & kept)
     if not len(turns):
         return list(ids[1:] if list(ids[:1]) == [v.bos] else ids)

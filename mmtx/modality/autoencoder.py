@@ -143,13 +143,18 @@ class Codec(MediaTokenizer, nn.Module):
         return self.network.embed.weight.device
 
     @torch.no_grad()
-    def embed_grids(self, grids: Sequence[Tensor], patches: bool = False) -> list[Encoding]:
-        """Grids (h, w, P) of any sizes, at most a chunk -> codes and features of each; equal sizes share a pass."""
+    def embed_grids(self, grids: Sequence[Tensor], patches: bool = False, codes: bool = True) -> list[Encoding]:
+        """Grids (h, w, P) of any sizes, at most a chunk -> codes and features of each; equal sizes share a pass.
+
+        With `patches` these are in place of the features; then, without `codes`, nothing passes the network and all codes are 0.
+        """
+        if patches and not codes:
+            return [Encoding(np.zeros(grid.shape[:2], np.int64), grid.half().cpu()) for grid in grids]
         def run(batch: Tensor) -> tuple[Tensor, Tensor]:
             features = self.network.features(batch)
-            codes = self.network.quantizer.to_codes(self.network.quantize(features))
-            return codes, (batch if patches else features).half()
-        return [Encoding(codes.numpy(), features) for codes, features in self._in_batches(grids, run)]
+            found = self.network.quantizer.to_codes(self.network.quantize(features))
+            return found, (batch if patches else features).half()
+        return [Encoding(found.numpy(), features) for found, features in self._in_batches(grids, run)]
 
     @torch.no_grad()
     def codes_to_grids(self, codes: Sequence[np.ndarray]) -> list[Tensor]:

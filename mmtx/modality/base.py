@@ -34,7 +34,7 @@ class Encoding(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Markup:
+class ChatFormat:
     """How a pretrained language model writes turns: ids of its text tokenizer in place of the tags of the stream."""
 
     begin: tuple[int, ...]      # before the first turn of a conversation: a system prompt, or nothing
@@ -59,7 +59,7 @@ class Tokenizer(ABC):
     bands: int | None = None  # codes in one time step of the layout "steps"; None: the stream writes the size, or there is none
     decodes: bool = True  # False: its codes are input only, `decode` refuses them
     feature_width: int = 0  # D of the features of an `Encoding`; 0, as where there are no `levels`: it has none
-    markup: Markup | None = None  # of a text tokenizer whose model writes turns in a way of its own
+    chat_format: ChatFormat | None = None  # of a text tokenizer whose model writes turns in a way of its own
 
     @property
     @abstractmethod
@@ -130,10 +130,11 @@ class MediaTokenizer(Tokenizer):
         """Rows and columns of the codes of a medium, without encoding it."""
 
     @abstractmethod
-    def embed_batch(self, media: Sequence[Tensor], patches: bool = False) -> list[Encoding]:
+    def embed_batch(self, media: Sequence[Tensor], patches: bool = False, codes: bool = True) -> list[Encoding]:
         """Media of any sizes -> codes and features of each, the same for a medium whatever comes beside it.
 
         With `patches` the features are what the encoder reads: (h, w, P), for a decoder that trains a copy of the encoder.
+        Where it gets these in place of the codes, these may all be 0 without `codes`, which saves the encoder here.
         """
 
     def encode_batch(self, media: Sequence[Tensor]) -> list[np.ndarray]:

@@ -1,6 +1,6 @@
 """Text tokenizers of pretrained language models: byte-level BPE through the `tokenizers` library (extra `interop`).
 
-Special tokens that a user types stay text: their ids come only from the markup of turns.
+Special tokens that a user types stay text: their ids come only from the chat format.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from mmtx.errors import InputError
 from mmtx.files import CONFIG, read_bytes, read_json, require, write_json
-from mmtx.modality.base import Markup, Tokenizer, read_config
+from mmtx.modality.base import ChatFormat, Tokenizer, read_config
 from mmtx.modality.text import MOST_BYTES, check_unicode
 from mmtx.schema import build, shown, within
 
@@ -29,22 +29,22 @@ ALPHABET = _alphabet()
 
 
 class PretrainedText(Tokenizer):
-    """A byte-level BPE as tokenizer.json has it, the markup of turns and the chat template that it came from."""
+    """A byte-level BPE as tokenizer.json has it, the format of its turns and the chat template that it came from."""
 
     kind: ClassVar[str] = "text"
 
-    def __init__(self, content: str, size: int, markup: Markup | None = None, template: str = "",
+    def __init__(self, content: str, size: int, chat_format: ChatFormat | None = None, chat_template: str = "",
                  specials: dict[str, str] | None = None, where: str | Path = "text tokenizer"):
         """
         Args:
             content: tokenizer.json.
             size: rows of the model's embedding, which may be more than there are pieces.
-            markup: how turns are written.
+            chat_format: how turns are written.
             template: the chat template in Jinja; kept for those who export the model.
             specials: names of special tokens by role: "bos_token", "eos_token".
         """
         tokenizers = require("tokenizers", "interop", "text tokenizer")
-        self.content, self.markup, self.template, self.specials = content, markup, template, specials or {}
+        self.content, self.chat_format, self.chat_template, self.specials = content, chat_format, chat_template, specials or {}
         try:
             values = json.loads(content)
             model = values["model"]
@@ -76,16 +76,16 @@ class PretrainedText(Tokenizer):
         config, where = read_config(folder, "pretrained text"), folder / CONFIG
         if config.keys() != {"kind", "size", "markup", "specials"}:
             raise InputError(f"{where}: found the fields {shown(', '.join(config))}, expected kind, size, markup, specials")
-        markup = None if config["markup"] is None else build(Markup, config["markup"], where, "markup")
+        chat_format = None if config["markup"] is None else build(ChatFormat, config["markup"], where, "markup")
         template = read_bytes(folder / TEMPLATE, MOST_BYTES).decode() if (folder / TEMPLATE).exists() else ""
-        return cls(read_bytes(folder / TOKENIZER, MOST_BYTES).decode(), config["size"], markup, template,
+        return cls(read_bytes(folder / TOKENIZER, MOST_BYTES).decode(), config["size"], chat_format, template,
                    config["specials"], folder / TOKENIZER)
 
     def files(self) -> dict[str, bytes]:
-        config = {"kind": "pretrained text", "size": self.size, "markup": self.markup and asdict(self.markup),
+        config = {"kind": "pretrained text", "size": self.size, "markup": self.chat_format and asdict(self.chat_format),
                   "specials": self.specials}
         return {TOKENIZER: self.content.encode(), CONFIG: write_json(config),
-                **({TEMPLATE: self.template.encode()} if self.template else {})}
+                **({TEMPLATE: self.chat_template.encode()} if self.chat_template else {})}
 
     @property
     def size(self) -> int:
@@ -112,7 +112,7 @@ class PretrainedText(Tokenizer):
         return b"".join(self._bytes[code] for code in codes).decode("utf-8", errors="replace")
 
     def marked(self, text: str) -> list[int]:
-        """The ids of markup, in which names of special tokens are special tokens."""
+        """The ids of a chat format, in which names of special tokens are special tokens."""
         self._tokenizer.encode_special_tokens = False
         try:
             return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -120,7 +120,7 @@ class PretrainedText(Tokenizer):
             self._tokenizer.encode_special_tokens = True
 
     def __reduce__(self) -> Any:
-        return type(self), (self.content, self.size, self.markup, self.template, self.specials)
+        return type(self), (self.content, self.size, self.chat_format, self.chat_template, self.specials)
 
 
 def read_specials(folder: Path) -> dict[str, str]:

@@ -263,7 +263,7 @@ class AudioCodecModule(CodecModule):
     tokenizer: AudioTokenizer
 
     def __init__(self, tokenizer: AudioConfig = AudioConfig(), optimizer: OptimizerConfig = OptimizerConfig(),
-                 l1_weight: float = 0.2, refine: str | None = None, init_from: str | None = None, pitch: float = 0.1,
+                 l1_weight: float = 0.2, refine: str | None = None, init_from: str | None = None, pitch_weight: float = 0.1,
                  adversarial: AdversarialConfig | None = None):
         """
         Args:
@@ -274,11 +274,11 @@ class AudioCodecModule(CodecModule):
                 further. Its codes and its fingerprint stay, and so do the models that were trained with it.
             init_from: folder of a finished tokenizer whose weights to start from, codes and all; parts of the network
                 that it lacks, as those for the pitch, start at zero.
-            pitch: weight of the cross-entropy of the pitch, for a tokenizer that has it.
+            pitch_weight: weight of the cross-entropy of the pitch, for a tokenizer that has it.
             adversarial: a discriminator that learns to tell reconstructed spectrograms from originals, none by default.
         """
         super().__init__(AudioTokenizer(tokenizer), optimizer, l1_weight, refine, adversarial)
-        self.pitch = pitch
+        self.pitch_weight = pitch_weight
         if init_from is not None:
             grow(self.tokenizer, cast(Codec, load_tokenizer(find_shipped(init_from))))
 
@@ -287,7 +287,7 @@ class AudioCodecModule(CodecModule):
         if not self.tokenizer.config.pitch:
             return loss
         pitch = self._pitch(media, output)
-        return loss + self.pitch * pitch.loss / pitch.frames.clamp_min(1)
+        return loss + self.pitch_weight * pitch.loss / pitch.frames.clamp_min(1)
 
     def shown(self, media: Tensor) -> Tensor:
         return self.tokenizer.mel_part(media)
@@ -309,5 +309,5 @@ class AudioCodecModule(CodecModule):
         return found
 
     def figures(self, means: dict[str, float]) -> dict[str, float]:
-        pitch = self.pitch * means.get("pitch_loss", 0.0)
+        pitch = self.pitch_weight * means.get("pitch_loss", 0.0)
         return {name: value + pitch if name == "loss" else value for name, value in means.items() if name != "pitch_loss"}

@@ -20,10 +20,10 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from mmtx.data.config import check_yaml, read_text
 from mmtx.data.output import alone, check_output
 from mmtx.data.prepare import write
 from mmtx.data.storage import recorded, scrub
+from mmtx.data.yaml_check import check_yaml, read_text
 from mmtx.errors import InputError
 from mmtx.files import find_shipped
 from mmtx.modality.modality import PLUGINS

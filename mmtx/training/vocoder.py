@@ -56,16 +56,16 @@ class VocoderModule(TestedAsValidated):
     """Trains a vocoder for an audio tokenizer, and saves the tokenizer with the vocoder in it."""
 
     def __init__(self, tokenizer: str, vocoder: VocoderConfig = VocoderConfig(),
-                 optimizer: OptimizerConfig = OptimizerConfig(), clean: float = 0.25, mel: float = 1.0,
-                 pitch: float = 0.3, init_from: str | None = None):
+                 optimizer: OptimizerConfig = OptimizerConfig(), clean_prob: float = 0.25,
+                 mel_weight: float = 1.0, pitch_weight: float = 0.3, init_from: str | None = None):
         """
         Args:
             tokenizer: folder of the audio tokenizer; it stays as it is.
             vocoder: sizes of the network.
             optimizer: learning rate and schedule.
-            clean: share of cuts whose spectrogram has not been through the codec.
-            mel: weight of the log-mel error beside the multi-resolution STFT distance.
-            pitch: weight of the cross-entropy of the pitch.
+            clean_prob: share of cuts whose spectrogram has not been through the codec.
+            mel_weight: weight of the log-mel error beside the multi-resolution STFT distance.
+            pitch_weight: weight of the cross-entropy of the pitch.
             init_from: folder of an audio tokenizer with a vocoder of these sizes, whose weights to start from.
         """
         super().__init__()
@@ -77,7 +77,8 @@ class VocoderModule(TestedAsValidated):
         codec.vocoder = codec.new_vocoder(vocoder)
         if init_from is not None:
             codec.vocoder.load_state_dict(finished(init_from, vocoder, "init_from").vocoder.state_dict())
-        self.optimizer_config, self.clean, self.mel, self.pitch = optimizer, clean, mel, pitch
+        self.optimizer_config, self.clean_prob = optimizer, clean_prob
+        self.mel_weight, self.pitch_weight = mel_weight, pitch_weight
         self.griffin_lim: float | None = None  # its distance on the held-out cuts, once known
 
     def restore(self, folder: Path) -> None:
@@ -99,7 +100,7 @@ class VocoderModule(TestedAsValidated):
         with torch.no_grad():
             clean = self.tokenizer.spectrogram(true)
             coded = self.tokenizer(clean).output
-            keep = torch.rand(len(true), 1, 1, device=self.device) < self.clean
+            keep = torch.rand(len(true), 1, 1, device=self.device) < self.clean_prob
             heard = torch.where(keep, clean, coded)
             cents, clarity = track(true, self.tokenizer.rate, self.tokenizer.config.hop)
         filters = vocoder.filters(self.tokenizer.to_log(heard))
@@ -110,7 +111,7 @@ class VocoderModule(TestedAsValidated):
             "pitch": pitch_loss(filters.pitch, cents, clarity > CLARITY),
         }
         self.log_dict({f"train/{name}": value for name, value in parts.items()}, prog_bar=True)
-        return parts["stft"] + self.mel * parts["mel"] + self.pitch * parts["pitch"]
+        return parts["stft"] + self.mel_weight * parts["mel"] + self.pitch_weight * parts["pitch"]
 
     def on_validation_epoch_start(self) -> None:
         self.first_validation = self.griffin_lim is None and not self.trainer.sanity_checking
