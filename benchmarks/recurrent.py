@@ -1,15 +1,17 @@
 """Why attention: what do decoders recall that was shown thousands of tokens ago, at the same cost of training?
 
-    python benchmarks/recurrent.py --minutes 3 --plot docs/recurrent.png
+    python benchmarks/recurrent.py --minutes 0.5 --plot docs/results/recurrent.png
+    python benchmarks/recurrent.py --minutes 10 --shown 6
     python benchmarks/recurrent.py --short
 
-A row shows six real pictures (four codes of each, from its middle), each with the name of another picture, so that nothing but the
-row tells it; then codes of other pictures and notes, 0 to 4,000 tokens of them; then the six in another order, each of which is to be
-named (two pieces of text). Trained is the decoder of mmtx with its attention, and with another layer in its place: torch's LSTM, and
-the gated delta rule of transformers' Qwen3-Next, a linear attention. Embedding, feed-forward halves, norms and loss are the same, and
-so are the minutes of one core that each trains. Distances in training are those that are asked; pictures and names are not. Guessing
-one of the six names is right in 0.167. Also told: tokens a second in training, and time and memory of a step of decoding. Shards are
-those of benchmarks/scaling_grid.py. Writes results/recurrent.json.
+A row shows a real picture (four codes from its middle) with the name of another one, so that nothing but the row tells it; then codes
+of other pictures and notes, 0 to 4,000 tokens of them; then the picture again, which is to be named (the first piece of its name).
+With `--shown` there are several, asked in another order, and which name is whose has to be recalled, too. Trained is the decoder of
+mmtx with its attention, and with another layer in its place: torch's LSTM, and the gated delta rule of transformers' Qwen3-Next, a
+linear attention. Embedding, feed-forward halves, norms, loss and optimizer are the same, and so are the minutes of one core that each
+trains. Distances in training are those that are asked, every other batch the least; pictures and names are not. Also told: tokens a
+second in training, and time and memory of a step of decoding. Shards are those of benchmarks/scaling_grid.py. Writes
+results/recurrent.json.
 """
 
 import argparse
@@ -34,17 +36,18 @@ from mmtx.data.collection import DataSource
 from mmtx.data.corpus import read_corpus
 from mmtx.modality.base import load_tokenizer
 from mmtx.model import Decoder, rotary_embedding
+from mmtx.training.optimizer import OptimizerConfig, configure
 from mmtx.vocabulary import Vocabulary
 
 ROOT = Path(__file__).parents[1]
 DISTANCES = (0, 64, 250, 1000, 2000, 4000)
-SHOWN, NAME = 6, 2             # pictures of a row, pieces of a name
+NAME = 1                       # pieces of a name that are shown and asked
 KEY = slice(26, 30)            # codes that are shown of a picture of 8 x 8, in its middle, where no two are alike
 ITEM = 1 + 4 + NAME            # <image>, codes, name
-TOKENS = 2048                  # of a batch, or one row where it is longer
+TOKENS = 1024                  # of a batch, or one row where it is longer
 WIDTH, DEPTH, HEADS = 64, 2, 4
-ASKED = 16                     # rows for each distance
-RATE, WARMUP = 4e-3, 30
+ASKED = 64                     # rows for each distance
+RATES = OptimizerConfig(5e-3, 2e-2, warmup_steps=30)
 
 
 class LSTM(nn.Module):
@@ -89,9 +92,9 @@ def build(name: str, vocabulary: Vocabulary) -> Decoder:
 class Rows:
     """Rows of ids, drawn from prepared pictures and notes."""
 
-    def __init__(self, folder: Path, names: tuple[str, str], vocabulary: Vocabulary, tokenizers: dict, limit: int | None):
-        self.v = vocabulary
-        pictures, notes = (self._ids(folder / name, tokenizers, limit) for name in names)
+    def __init__(self, folder: Path, names: tuple[str, str], vocabulary: Vocabulary, tokenizers: dict, shown: int):
+        self.v, self.shown = vocabulary, shown
+        pictures, notes = (self._ids(folder / name, tokenizers) for name in names)
         image, text = vocabulary.range("image"), vocabulary.range("text")
         self.keys, self.names = [], []
         for ids in pictures:
@@ -102,22 +105,22 @@ class Rows:
         self.between = np.concatenate([*pictures, *notes])
         self.between = self.between[self.between >= vocabulary.range("special").stop]  # codes alone
 
-    def _ids(self, folder: Path, tokenizers: dict, limit: int | None) -> list[np.ndarray]:
-        corpus = read_corpus([DataSource([str(folder)], limit=limit)], tokenizers, self.v, max_seq_len=1024)
+    def _ids(self, folder: Path, tokenizers: dict) -> list[np.ndarray]:
+        corpus = read_corpus([DataSource([str(folder)])], tokenizers, self.v, max_seq_len=1024)
         return [rendered.ids for rendered in corpus.render([(k, 0) for k in range(len(corpus))])]
 
     def draw(self, random: np.random.Generator, distance: int, rows: int) -> tuple[Tensor, Tensor]:
-        """Ids (rows, T), and places (rows, SHOWN * NAME) of the pieces to write."""
+        """Ids (rows, T), and places (rows, shown * NAME) of the pieces to write."""
         v, made, places = self.v, [], []
         for _ in range(rows):
-            keys = [self.keys[k] for k in random.choice(len(self.keys), SHOWN, replace=False)]
-            names = [self.names[k] for k in random.choice(len(self.names), SHOWN, replace=False)]
+            keys = [self.keys[k] for k in random.choice(len(self.keys), self.shown, replace=False)]
+            names = [self.names[k] for k in random.choice(len(self.names), self.shown, replace=False)]
             items = [np.array([v.image, *key, *name]) for key, name in zip(keys, names, strict=True)]
             start = int(random.integers(len(self.between) - distance))
-            order = random.permutation(SHOWN)
+            order = random.permutation(self.shown)
             made.append(np.concatenate([*items, self.between[start:start + distance], *(items[k] for k in order)]))
-            first = SHOWN * ITEM + distance
-            places.append([first + (k + 1) * ITEM - NAME + piece for k in range(SHOWN) for piece in range(NAME)])
+            first = self.shown * ITEM + distance
+            places.append([first + (k + 1) * ITEM - NAME + piece for k in range(self.shown) for piece in range(NAME)])
         return torch.from_numpy(np.stack(made)).long(), torch.tensor(places)
 
 
@@ -131,14 +134,14 @@ def scores(decoder: Decoder, ids: Tensor, places: Tensor) -> tuple[Tensor, Tenso
 
 def train(decoder: Decoder, rows: Rows, seconds: float, distances: tuple[int, ...]) -> tuple[int, int, float]:
     """Train for seconds of the processor -> steps, tokens and the loss of the last steps."""
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = configure(decoder, RATES, 10**9)["optimizer"]
     random, tokens, step, last = np.random.default_rng(0), 0, 0, []
     begin = time.process_time()
     while (passed := (time.process_time() - begin) / seconds) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1, (step + 1) / WARMUP) * max(0.02, 1 - passed)
-        distance = int(random.choice(distances))
-        ids, places = rows.draw(random, distance, max(1, TOKENS // (2 * SHOWN * ITEM + distance)))
+            group["lr"] = group["initial_lr"] * min(1, (step + 1) / RATES.warmup_steps, 2.5 * (1 - passed))
+        distance = int(random.choice(distances)) if step % 2 else distances[0]  # many short rows, which teach sooner
+        ids, places = rows.draw(random, distance, max(1, TOKENS // (2 * rows.shown * ITEM + distance)))
         loss = F.cross_entropy(*scores(decoder, ids, places))
         optimizer.zero_grad()
         loss.backward()
@@ -209,7 +212,6 @@ def plot(result: dict, file: Path) -> None:
             axes.plot([float(d) + 16 for d in found[what]], list(found[what].values()), "o-", markersize=4, label=name)
     for axes, label in zip(panels, ("names right", "ms a step of decoding", "bytes kept of a row"), strict=True):
         axes.set(xscale="log", xlabel="tokens between (+ 16)" if axes is panels[0] else "tokens before (+ 16)", ylabel=label)
-    panels[0].axhline(1 / SHOWN, color="k", linestyle=":", linewidth=1)
     panels[0].set_ylim(0, 1.03)
     panels[2].set_yscale("log")
     panels[0].legend(fontsize=8)
@@ -220,6 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("runs/scaling/data"), help="shards, which are made where they lack")
     parser.add_argument("--minutes", type=float, default=3.0, help="of a core, for each layer")
+    parser.add_argument("--shown", type=int, default=1, help="pictures of a row")
     parser.add_argument("--layers", nargs="+", default=list(LAYERS), choices=list(LAYERS))
     parser.add_argument("--distances", type=int, nargs="+", default=DISTANCES)
     parser.add_argument("--plot", type=Path, help="where a plot goes")
@@ -230,9 +233,9 @@ def main() -> None:
     prepare(options.data)
     tokenizers = {kind: load_tokenizer(ROOT / "tokenizers" / kind) for kind in ("text", "image", "audio")}
     vocabulary = Vocabulary.build(tokenizers)
-    held_out = Rows(options.data, ("held-out-pictures", "held-out-notes"), vocabulary, tokenizers, None)
-    rows = held_out if options.short else Rows(options.data, ("pictures", "notes"), vocabulary, tokenizers, None)
-    result: dict = {"name": "recurrent", "date": date.today().isoformat(), "minutes": minutes, "found": {}}
+    held_out = Rows(options.data, ("held-out-pictures", "held-out-notes"), vocabulary, tokenizers, options.shown)
+    rows = held_out if options.short else Rows(options.data, ("pictures", "notes"), vocabulary, tokenizers, options.shown)
+    result: dict = {"name": "recurrent", "date": date.today().isoformat(), "minutes": minutes, "shown": options.shown, "found": {}}
     for name in options.layers:
         decoder = build(name, vocabulary)
         steps, tokens, loss = train(decoder, rows, 60 * minutes, distances)

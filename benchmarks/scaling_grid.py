@@ -1,22 +1,27 @@
 """How does the loss fall with parameters and tokens? Runs in many sizes for many numbers of tokens, for `mmtx plan --runs`.
 
     python benchmarks/scaling_grid.py                # prepares the stream and trains what is missing
-    mmtx plan --runs runs/scaling --flops 1e15 --model runs/scaling/64-600/model --file plan.png
+    mmtx plan --runs runs/scaling --flops 1e14 --tokens_per_batch 1024 --max_seq_len 128 --model runs/scaling/64-600/model \
+        --file docs/results/scaling.png
 
 Each run is `mmtx fit --config configs/scaling/decoder.yaml` with another width (of `mmtx.scaling.sizes`) and another number of steps,
 after whose last its learning rate is 0, as the law wants it: the state of a longer run in passing would not be at its best. Runs
-that are finished are left alone and one that was interrupted goes on, so the command may be given again at any time.
+that are finished are left alone and one that was interrupted goes on, so the command may be given again at any time. Writes
+results/scaling_grid.json: all runs, and what the others foretell of the one of the most compute.
 """
 
 import argparse
+import json
+from datetime import date
 from pathlib import Path
 
 import yaml
+from measure import RESULTS, machine, versions
 
 from mmtx.cli import main as mmtx
 from mmtx.config import DecoderConfig
 from mmtx.files import CONFIG
-from mmtx.scaling import sizes
+from mmtx.scaling import RESAMPLES, held_out, read_runs, sizes
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "configs" / "scaling" / "decoder.yaml"
@@ -52,6 +57,19 @@ def train(base: dict, width: int, steps: int, output: Path, data: Path) -> None:
     mmtx(["fit", "--config", str(path), "--ckpt_path", "last"])
 
 
+def tell(folder: Path) -> dict:
+    """Print and return what the runs came to."""
+    runs = read_runs(folder)
+    result: dict = {"name": "scaling_grid", "date": date.today().isoformat(), "runs": [run._asdict() for run in runs], "foretold": {}}
+    for what in runs[0].losses:
+        run, law = held_out(runs, what, RESAMPLES)
+        told, measured = law.loss(run.parameters, run.tokens), run.losses[what]
+        result["foretold"][what] = {"run": run.name, "foretold": told, "interval": law.interval(run.parameters, run.tokens),
+                                    "measured": measured}
+        print(f"{run.name}: {what} foretold {told:.3f}, measured {measured:.3f} ({told / measured - 1:+.1%})", flush=True)
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/scaling"), help="folder of the runs")
@@ -60,12 +78,19 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="multiples of the head width")
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
     parser.add_argument("--held_out", type=int, nargs=2, metavar=("WIDTH", "STEPS"), default=HELD_OUT, help="the run to foretell")
+    parser.add_argument("--short", action="store_true", help="a few steps, which say nothing; writes no result")
     options = parser.parse_args()
+    if options.short:
+        options.widths, options.steps, options.held_out = (16, 32, 48), (1, 2, 3), (64, 4)
     data = options.data or options.output / "data"
     options.output.mkdir(parents=True, exist_ok=True)
     prepare(data)
     for width, steps in [*((w, s) for w in options.widths for s in options.steps), options.held_out]:
         train(yaml.safe_load(options.config.read_text()), width, steps, options.output / f"{width}-{steps}", data)
+    result = tell(options.output)
+    if not options.short:
+        result |= {"machine": machine(), "versions": versions()}
+        (RESULTS / "scaling_grid.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
