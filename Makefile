@@ -66,7 +66,7 @@ mutants: $(VENV)/.installed-test
 	$(VENV)/bin/python tests/mutants/run.py $(MUTANTS)
 
 # litgpt pins old versions of what mmtx needs: it goes to a folder of its own, without its dependencies but psutil.
-SPEED := loss_memory packed_cost input_wait media_speed captions_speed decode_speed train_speed startup
+SPEED := loss_memory packed_cost input_wait media_speed captions_speed decode_speed llamacpp_speed train_speed startup
 
 bench: $(VENV)/.installed-bench
 	for name in $(SPEED); do PYTHONPATH=$(VENV)/peers $(VENV)/bin/python benchmarks/$$name.py $(BENCH_ARGS) || exit 1; done

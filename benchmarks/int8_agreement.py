@@ -70,8 +70,8 @@ class Beside(Engine):
 def agreement(model: Model, documents: Sequence[Document], out: str = "text", batch: int = BATCH) -> tuple[int, int]:
     """Greedy answers to documents -> steps in which 8 bits choose the same id, and all steps but the first of each."""
     told: list[torch.Tensor] = []
-    small = Weights.of(model.decoder, fixed=True, load_in_8bit=True)
-    beside = lambda decoder, weights, rows: Beside(choose_engine(decoder, weights, rows), choose_engine(decoder, small, rows), told)
+    plain, small = (Weights.of(model.decoder, fixed=True, load_in_8bit=bits) for bits in (False, True))
+    beside = lambda decoder, _, rows: Beside(choose_engine(decoder, plain, rows), choose_engine(decoder, small, rows), told)
     for first in range(0, len(documents), batch):
         prompts = [prompt(document, model.vocabulary) for document in documents[first:first + batch]]
         for _ in model.stream_ids(prompts, out, sampling=Sampling(max_new_tokens=128), choose=beside):
@@ -94,7 +94,8 @@ def captions(folder: str, count: int) -> dict:
                                  strict=True)
         asked = [Document(document.turns[:1]) for document in documents]
         same, steps = agreement(model, asked)
-        scores = [{name: score.value for name, score in _figures(samples, _reader(source, known), each.caption_documents(asked)).items()}
+        reader = _reader(source, known)
+        scores = [{name: score.value for name, score in _figures(samples, reader, each.caption_documents(asked)).items()}
                   for each in (model, small)]
         worst = max((abs(scores[1][name] - value), name) for name, value in scores[0].items())
         found[Path(source.paths[0]).name] = {
@@ -132,8 +133,9 @@ def main() -> None:
     print(f"all: {share:.4f} of {steps:,} steps, bar >= {SAME}{'' if share >= SAME else '   MISSED'}")
     if not options.short:
         RESULTS.mkdir(exist_ok=True)
-        result = {"name": "int8_agreement", "date": date.today().isoformat(), "same": share,
-                  "bars": {"same": SAME, "difference": LOSS}, "found": found, "settings": {"count": options.count, "model": options.model or DEFAULT_MODEL},
+        result = {"name": "int8_agreement", "date": date.today().isoformat(), "same": share, "found": found,
+                  "bars": {"same": SAME, "difference": LOSS},
+                  "settings": {"count": options.count, "model": options.model or DEFAULT_MODEL},
                   "machine": machine(), "versions": versions()}
         (RESULTS / "int8_agreement.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

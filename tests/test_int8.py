@@ -108,7 +108,7 @@ def test_ids_are_written_with_8_bits_and_prompts_are_read_without(config, rows, 
 
 @pytest.fixture(scope="module")
 def starter():
-    return mmtx.load(device="cpu", load_in_8bit=True)
+    return mmtx.load(device="cpu")
 
 
 @pytest.fixture(scope="module")
