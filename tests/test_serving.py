@@ -538,6 +538,21 @@ def test_who_goes_frees_a_place_at_once(endless_server, stream):
     assert endless_server.chat("a", max_tokens=2).usage.completion_tokens == 2
 
 
+def test_nobody_waits_behind_long_answers(endless_server):
+    """Each of which would take minutes."""
+    body = json.dumps({"model": NAME, "max_tokens": 400_000, "messages": [{"role": "user", "content": "a"}]}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\nHost: localhost\nContent-Type: application/json\nContent-Length: {len(body)}\n\n"
+    long, truth = [], endless_server.chat("b", max_tokens=20).choices[0].message.content
+    for number in range(1, 4):
+        long.append(endless_server.raw(head, body))
+        endless_server.wait_for("mmtx_prompts_running", number)
+        assert endless_server.chat("b", max_tokens=20).choices[0].message.content == truth != ""
+        endless_server.wait_for("mmtx_prompts_running", number)  # they are still answered
+    for connection in long:
+        connection.close()
+    endless_server.wait_for("mmtx_prompts_running", 0)
+
+
 @pytest.fixture(scope="module")
 def endless_server(endless):
     process = Process(endless, "--max_tokens", "500000")

@@ -1,12 +1,13 @@
 """Prompts that wait together are encoded and answered together, each as it would be alone.
 
 Whoever waits longest chooses the batch: all that are asked for in the same way and are of about its length come along. Text
-that is cut earlier than its neighbours, or that nobody waits for any more, leaves the batch at the next step.
+that is cut earlier than its neighbours, or that nobody waits for any more, leaves the batch at the next step. Behind long answers
+nobody waits: from its first turn on, a batch takes turns with those that come after it.
 """
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,8 @@ from mmtx.serving.limits import Refused
 
 PATIENCE = 0.01  # seconds at most that a batch waits for requests that will be there in a moment
 LEAST = 4        # rows of a batch below which a thread that has nothing to do gets no share of it
+TURN = 16        # steps of a turn: a caption needs fewer, and so is answered in one
+BESIDE = 4       # batches at most that take turns with those of the threads, each of which holds its keys and values
 
 
 @dataclass(eq=False)
@@ -79,7 +82,8 @@ class Batches:
         on_cpu = model.decoder.embedding.weight.device.type == "cpu"
         count = min(torch.get_num_threads(), MOST_THREADS) if on_cpu else 1
         self._threads = ThreadPoolExecutor(count, "batches", one_thread if on_cpu else None)
-        self._workers = [asyncio.create_task(self._work()) for _ in range(count)]
+        self._workers = {asyncio.create_task(self._work()) for _ in range(count)}
+        self._beside: set[asyncio.Task] = set()
 
     def submit(self, job: Job) -> None:
         self._jobs.append(job)
@@ -107,22 +111,38 @@ class Batches:
         job.queue.put_nowait([None])
 
     async def close(self) -> None:
-        """Answer what is under way and end; what waits is refused."""
-        for worker in self._workers:
-            worker.cancel()
+        """End with the turns that are under way; what waits is refused."""
+        for task in self._workers | self._beside:
+            task.cancel()
         for job in self._jobs:
             job.queue.put_nowait([Refused(503, "the server is going down", "going_down")])
         await asyncio.to_thread(self._threads.shutdown)
 
     async def _work(self) -> None:
-        """Batch after batch in a thread of its own."""
+        """Answer batch after batch. One that needs a second turn goes on beside the next, if there are not too many of them."""
         rows = 0
         while True:
             jobs = await self._next(rows)
             rows = len(jobs)
             self.running += rows
-            await self.loop.run_in_executor(self._threads, self._try, jobs)
-            self.running -= rows
+            turns = self._turns(jobs)
+            while (more := await self._turn(turns)) and len(self._beside) >= BESIDE:
+                pass
+            if more:
+                task = asyncio.create_task(self._finish(turns, rows))
+                self._beside.add(task)
+                task.add_done_callback(self._beside.discard)
+            else:
+                self.running -= rows
+
+    async def _finish(self, turns: Iterator[bool], rows: int) -> None:
+        while await self._turn(turns):
+            pass
+        self.running -= rows
+
+    async def _turn(self, turns: Iterator[bool]) -> bool:
+        """Let a batch take its turn, when a thread is free -> whether it needs another."""
+        return await self.loop.run_in_executor(self._threads, next, turns, False)
 
     async def _next(self, before: int) -> list[Job]:
         """The next batch of a thread whose last one had `before` rows: their callers, once answered, often ask again."""
@@ -141,18 +161,18 @@ class Batches:
         self._jobs = [job for job in self._jobs if job not in jobs]
         return jobs
 
-    def _try(self, jobs: Sequence[Job]) -> None:
-        """Answer jobs, or tell them why not: what is wrong with one of them is not told to the others, and the server lives."""
+    def _turns(self, jobs: Sequence[Job]) -> Iterator[bool]:
+        """Answer jobs turn by turn, or tell them why not: what is wrong with one is not told to the others, and the server lives."""
         try:
-            self._answer(jobs)
+            yield from self._answer(jobs)
         except Exception as error:
             if len(jobs) > 1 and not any(job.written for job in jobs):
                 for job in jobs:
-                    self._try([job])
+                    yield from self._turns([job])
             else:
                 self._tell([(job, [error]) for job in jobs])
 
-    def _answer(self, jobs: Sequence[Job]) -> None:
+    def _answer(self, jobs: Sequence[Job]) -> Iterator[bool]:
         self.observe(len(jobs))
         way, v = jobs[0], self.model.vocabulary
         prompts = [prompt(document, v) for document in self.model.encode_documents([job.document for job in jobs])]
@@ -167,7 +187,7 @@ class Batches:
 
         choose = scored if any(job.scored for job in jobs) else choose_engine
         wanted = torch.ones(len(jobs), dtype=torch.bool)
-        for ids in self.model.stream_ids(prompts, way.out, way.size, sampling, places, wanted, choose):
+        for step, ids in enumerate(self.model.stream_ids(prompts, way.out, way.size, sampling, places, wanted, choose), 1):
             for row, (job, ident) in enumerate(zip(jobs, ids.tolist())):
                 if wanted[row]:
                     scores = engines[0].row(row) if job.scored else None
@@ -178,6 +198,8 @@ class Batches:
             self._tell(told)
             if not wanted.any():
                 return
+            if step % TURN == 0:
+                yield True
 
     def _tell(self, told: Sequence[tuple[Job, list[Any]]]) -> None:
         """Put into the queues of jobs what is new, in the thread of the loop, which is woken once."""
