@@ -33,6 +33,7 @@ from decode_speed import qwen3, random_decoder
 from measure import interleave, report
 
 from mmtx.ambient import neutral
+from mmtx.config import DecoderConfig
 from mmtx.grammar import Grammar
 from mmtx.inference.generation import steps
 from mmtx.inference.row import prepack_weights
@@ -40,7 +41,7 @@ from mmtx.inference.sampling import Sampling
 from mmtx.inference.weights import Weights
 from mmtx.interop.families import write_weights
 from mmtx.interop.gguf_files import NORMAL, write_gguf
-from mmtx.model import Decoder, DecoderConfig
+from mmtx.model import Decoder
 from mmtx.sequence import Prompt
 from mmtx.vocabulary import SLOTS, Entry, Vocabulary
 
