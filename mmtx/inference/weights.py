@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmtx.config import DecoderConfig
-from mmtx.inference.pace import Pace
+from mmtx.inference.thread_tuner import ThreadTuner
 from mmtx.model import Block, Decoder
 
 
@@ -126,14 +126,14 @@ class Weights(NamedTuple):
     output: Tensor                        # (R, D)
     groups: tuple[tuple[int, ...], ...]   # sizes of runs of rows: plain ids, then the digits of each composed range
     screens: dict | None                  # what `Screen` made of first rows; none where values may still change
-    pace: Pace                            # of single rows on a CPU
+    tuner: ThreadTuner                    # of single rows on a CPU
 
     @classmethod
     def of(cls, decoder: Decoder, fixed: bool = False) -> "Weights":
         """Of a decoder; `fixed` promises that its values will not change while these weights are used."""
         c, table = decoder.config, decoder.output or decoder.embedding
         return cls(c, tuple(Layer.of(block, c) for block in decoder.blocks), Norm.of(decoder.norm.weight, c.norm_eps),
-                   table.weight, table.groups, {} if fixed else None, Pace())
+                   table.weight, table.groups, {} if fixed else None, ThreadTuner())
 
     @property
     def plain(self) -> int:
