@@ -4,7 +4,7 @@
 | --- | --- |
 | default dtype and device, autocast, inference mode, NumPy's error handling | pinned while a call runs: `neutral` |
 | random state | not drawn from: `weights.load_module` builds networks without their initial values |
-| number of torch's threads | left alone: `in_threads` and `alone` have threads of their own |
+| number of torch's threads | left alone: `in_threads` and `run_single_threaded` have threads of their own |
 | number of NumPy's threads (OpenBLAS) | one while a call runs: `neutral`; what is worth several is torch's |
 | a fork, which torch's threads do not survive | the thread that comes out of it uses one: `neutral` |
 
@@ -201,7 +201,7 @@ def _pool() -> ThreadPoolExecutor:
         return _state.pool
 
 
-def alone(run: Callable[[], Any]) -> Any:
+def run_single_threaded(run: Callable[[], Any]) -> Any:
     """What `run` returns, in a thread of our own that lets torch use one thread only; inference mode goes along."""
     inference = torch.is_inference_mode_enabled()
 

@@ -181,7 +181,7 @@ def test_the_last_row_goes_on_where_it_is_fastest(rows):
 @pytest.mark.parametrize("kept", [[0, 1, 2, 3], [0, 2], [0]])
 def test_a_cache_grows_when_it_is_full(rows, room, kept):
     decoder = random_decoder()
-    engine = begin(decoder, rows, lambda *given: TorchEngine(*given, alone=RowEngine.of), room)
+    engine = begin(decoder, rows, lambda *given: TorchEngine(*given, single_row=RowEngine.of), room)
     engine = engine.keep(torch.tensor(kept))
     for new in range(60):
         engine.step(torch.full((len(kept),), 7))

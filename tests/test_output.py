@@ -14,7 +14,7 @@ import runs
 import torch
 from fresh import context
 
-from mmtx.data.output import LOCK, alone, check_output
+from mmtx.data.output import LOCK, check_output, lock_folder
 from mmtx.errors import InputError
 from mmtx.training.callbacks import SaveModel, contact_sheet
 from mmtx.training.loggers import MetricsWriter
@@ -55,7 +55,7 @@ def test_where_no_folder_can_be_is_told(tmp_path):
 
 
 def hold(folder: Path, ready, end) -> None:
-    with alone(folder, "output"):
+    with lock_folder(folder, "output"):
         if os.fork() == 0:  # as workers of a loader are, which may outlive it
             ready.close()
             signal.pause()
@@ -70,20 +70,20 @@ def test_a_folder_is_one_process_s_until_it_ends_however_it_does(tmp_path):
     process.start()
     pid = here.recv()
     with pytest.raises(InputError, match=f"output: {tmp_path} is being written by process {pid}, expected another"):
-        with alone(tmp_path, "output"):
+        with lock_folder(tmp_path, "output"):
             pass
     os.kill(pid, signal.SIGKILL)
     process.join(30)
     assert (tmp_path / LOCK).exists()  # stale, with a child that lives on
-    with alone(tmp_path, "output"):
+    with lock_folder(tmp_path, "output"):
         assert (tmp_path / LOCK).read_text() == str(os.getpid())
-        with pytest.raises(InputError, match=f"by process {os.getpid()}"), alone(tmp_path, "output"):
+        with pytest.raises(InputError, match=f"by process {os.getpid()}"), lock_folder(tmp_path, "output"):
             pass
     assert not list(tmp_path.iterdir())
 
 
 def test_a_lock_goes_with_an_error(tmp_path):
-    with pytest.raises(KeyError), alone(tmp_path, "output"):
+    with pytest.raises(KeyError), lock_folder(tmp_path, "output"):
         raise KeyError
     assert not list(tmp_path.iterdir())
 
@@ -95,7 +95,7 @@ def test_a_folder_without_locks_is_anyone_s(tmp_path, monkeypatch):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", none)
-    with alone(tmp_path, "output"), alone(tmp_path, "output"):
+    with lock_folder(tmp_path, "output"), lock_folder(tmp_path, "output"):
         pass
 
 
@@ -122,7 +122,7 @@ def test_a_second_fit_with_one_output_is_told_of_the_first(tmp_path):
 def test_a_second_prepare_with_one_output_is_told_of_the_first(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n' * 20)
     command = [sys.executable, "-m", "mmtx", "prepare", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out")]
-    with alone(check_output(str(tmp_path / "out")), "output"):  # as the first one holds it
+    with lock_folder(check_output(str(tmp_path / "out")), "output"):  # as the first one holds it
         second = subprocess.run(command, capture_output=True, text=True, timeout=120)
     told = f"mmtx: error: output: {tmp_path}/out is being written by process {os.getpid()}, expected another folder, or that process"
     assert second.returncode == 2 and second.stderr.startswith(told) and second.stderr.count("\n") == 1

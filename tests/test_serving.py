@@ -28,8 +28,8 @@ import mmtx
 from mmtx.document import Document, Turn
 from mmtx.errors import InputError
 from mmtx.inference.choose import choose_engine
+from mmtx.inference.output_scores import OutputScores
 from mmtx.inference.sampling import Sampling
-from mmtx.inference.scored import Scored
 from mmtx.sequence import prompt
 
 openai = pytest.importorskip("openai")
@@ -663,7 +663,7 @@ def test_rows_that_are_not_wanted_end(model):
 
 def test_scores_are_those_of_their_row_when_others_have_left(model):
     prompts, engines = [model._prompt(word) for word in ("a", "red", "blue", "circle")], []
-    choose = lambda *asked: engines.append(Scored(choose_engine(*asked))) or engines[-1]
+    choose = lambda *asked: engines.append(OutputScores(choose_engine(*asked))) or engines[-1]
     wanted, written, scores = torch.ones(4, dtype=torch.bool), [], []
     for ids in model.stream_ids(prompts, sampling=Sampling(max_new_tokens=8), wanted=wanted, choose=choose):
         written.append(int(ids[3]))

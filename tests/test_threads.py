@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from mmtx import ambient
-from mmtx.ambient import alone, neutral, numpy_pools
-from mmtx.inference.pace import AGAIN, TRIAL, Pace
+from mmtx.ambient import neutral, numpy_pools, run_single_threaded
+from mmtx.inference.thread_tuner import AGAIN, TRIAL, ThreadTuner
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "GOTO_NUM_THREADS")
@@ -101,11 +101,11 @@ def test_alone_has_one_thread_and_the_callers_inference_mode():
     torch.set_num_threads(2)
     try:
         with torch.inference_mode():
-            assert alone(lambda: (torch.get_num_threads(), torch.is_inference_mode_enabled())) == (1, True)
-        assert alone(lambda: (torch.get_num_threads(), torch.is_inference_mode_enabled())) == (1, False)
+            assert run_single_threaded(lambda: (torch.get_num_threads(), torch.is_inference_mode_enabled())) == (1, True)
+        assert run_single_threaded(lambda: (torch.get_num_threads(), torch.is_inference_mode_enabled())) == (1, False)
         assert torch.get_num_threads() == 2
         with pytest.raises(ZeroDivisionError):
-            alone(lambda: 1 // 0)
+            run_single_threaded(lambda: 1 // 0)
     finally:
         torch.set_num_threads(1)
 
@@ -115,15 +115,15 @@ class Machine:
 
     def __init__(self):
         self.now = 0.0
-        self.pace = Pace(lambda: self.now)
+        self.tuner = ThreadTuner(lambda: self.now)
 
     def steps(self, count: int, shared: float, one: float) -> float:
         """Seconds that steps take which last so long on several threads and on one."""
         start = self.now
         for _ in range(count):
-            way = self.pace.shared
+            way = self.tuner.shared
             self.now += shared if way else one
-            self.pace.took(way, shared if way else one)
+            self.tuner.record(way, shared if way else one)
         return self.now - start
 
 
@@ -132,17 +132,17 @@ def test_steps_go_the_faster_way_but_for_few(shared, one):
     machine = Machine()
     # The first step may be the slow one, before anything is known.
     assert machine.steps(5000, shared, one) <= 5000 * min(shared, one) * 1.15 + (TRIAL + 1) * max(shared, one)
-    assert machine.pace.shared == (shared <= one) or shared == one
+    assert machine.tuner.shared == (shared <= one) or shared == one
 
 
 def test_a_neighbour_that_comes_and_goes_is_noticed():
     machine = Machine()
     machine.steps(200, shared=0.01, one=0.015)
-    assert machine.pace.shared
+    assert machine.tuner.shared
     took = machine.steps(400, shared=0.1, one=0.02)
-    assert not machine.pace.shared and took < 2 * 400 * 0.02
+    assert not machine.tuner.shared and took < 2 * 400 * 0.02
     machine.steps(2000, shared=0.01, one=0.015)
-    assert machine.pace.shared
+    assert machine.tuner.shared
 
 
 def test_one_slow_step_does_not_change_the_way():
@@ -150,18 +150,18 @@ def test_one_slow_step_does_not_change_the_way():
     machine.steps(20, shared=0.01, one=0.015)
     machine.steps(1, shared=0.5, one=0.5)
     machine.steps(int(3 * AGAIN / 0.01), shared=0.01, one=0.015)
-    assert machine.pace.shared
+    assert machine.tuner.shared
 
 
 def test_what_was_begun_the_other_way_is_not_counted():
-    pace = Pace(lambda: 0.0)
+    tuner = ThreadTuner(lambda: 0.0)
     for _ in range(10):
-        pace.took(not pace.shared, 5.0)
-    assert pace.shared and pace._trial == []
+        tuner.record(not tuner.shared, 5.0)
+    assert tuner.shared and tuner._trial == []
 
 
 def test_numpy_products_are_right_in_the_thread_that_is_alone():
     a = np.random.default_rng(0).normal(size=(300, 200)).astype(np.float32)
     with neutral():
-        assert np.allclose(alone(lambda: a.T @ a), a.T @ a)
+        assert np.allclose(run_single_threaded(lambda: a.T @ a), a.T @ a)
     assert ambient._state.products == 0

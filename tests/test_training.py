@@ -17,7 +17,7 @@ import mmtx
 from mmtx.cli import main
 from mmtx.config import DecoderConfig
 from mmtx.data.collection import DataSource, read_source
-from mmtx.data.output import alone
+from mmtx.data.output import lock_folder
 from mmtx.data.packing import PackedBatches
 from mmtx.data.sources import open_source
 from mmtx.data.tokens import to_documents
@@ -349,7 +349,7 @@ def test_sigterm_ends_a_validation(config, monkeypatch):
 
 
 def test_only_predict_waits_for_its_turn(run, config, capsys):
-    with alone(run, "output"):
+    with lock_folder(run, "output"):
         assert figures(capsys, "validate", *config)
         with pytest.raises(SystemExit) as stop:
             main(["predict", *config])

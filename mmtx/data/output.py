@@ -44,7 +44,7 @@ def check_output(folder: str) -> Path:
 
 
 @contextmanager
-def alone(folder: Path, name: str) -> Iterator[None]:
+def lock_folder(folder: Path, name: str) -> Iterator[None]:
     """Within, no other process that asks gets the folder. The system lets go when a process ends, however it does.
 
     Raises InputError that names the process that has it. Where there are no locks (some network filesystems) all get it.

@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from mmtx.data.collection import DataSource, to_stderr
-from mmtx.data.output import LOCK, alone, check_output
+from mmtx.data.output import LOCK, check_output, lock_folder
 from mmtx.data.prepared import DONE, FORMAT, INDEX, shard_name, tensors
 from mmtx.data.prepared import digest as _digest
 from mmtx.data.sample import Media, Sample
@@ -92,7 +92,7 @@ def prepare(
         if (folder / DONE).exists():
             raise InputError(f"{folder}: is whole already, expected no --part, or another --output")
         folder = check_output(os.fspath(folder / "part-{}-of-{}".format(*part)))
-    with alone(folder, "output"):
+    with lock_folder(folder, "output"):
         _begin(folder, plan)
         try:
             if part is None:
@@ -110,7 +110,7 @@ def prepare(
 def _take_over(folder: Path, plan: dict) -> None:
     """Move the shards of finished and unfinished parts to where a run without parts has them."""
     for made in sorted(path for path in folder.iterdir() if PART.fullmatch(path.name) and path.is_dir()):
-        with alone(made, "output"):
+        with lock_folder(made, "output"):
             if (made / PLAN).is_file():
                 _compare(made, plan)
             for path in sorted(made.iterdir()):

@@ -12,4 +12,4 @@ def choose_engine(decoder: Decoder, weights: Weights | None, rows: int) -> Engin
     weights = weights or Weights.of(decoder)
     if not RowEngine.fits(decoder):
         return TorchEngine(decoder, weights)
-    return RowEngine(decoder, weights) if rows == 1 else TorchEngine(decoder, weights, alone=RowEngine.of)
+    return RowEngine(decoder, weights) if rows == 1 else TorchEngine(decoder, weights, single_row=RowEngine.of)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmtx.ambient import alone
+from mmtx.ambient import run_single_threaded
 from mmtx.config import DecoderConfig
 from mmtx.inference.int8 import Int8Matrix, multiply
 from mmtx.inference.screen import Screen
@@ -225,17 +225,17 @@ class RowEngine(TorchEngine):
         shared, start = self._shared(), time.perf_counter()
         self._on_threads(shared, lambda: self._step(ids, self.layers[shared]))
         if self.several:
-            self.weights.pace.took(shared, time.perf_counter() - start)
+            self.weights.tuner.record(shared, time.perf_counter() - start)
 
     def best(self, allowed: Tensor) -> Tensor:
         return self._on_threads(self._shared(), lambda: self._best(allowed))
 
     def _shared(self) -> bool:
         """Whether threads share what comes next."""
-        return self.several and self.weights.pace.shared
+        return self.several and self.weights.tuner.shared
 
     def _on_threads(self, shared: bool, run: Callable[[], Any]) -> Any:
-        return alone(run) if self.several and not shared else run()
+        return run_single_threaded(run) if self.several and not shared else run()
 
     def _step(self, ids: Tensor, layers: list[_Layer]) -> None:
         if self.cache.used == self.cache.capacity:

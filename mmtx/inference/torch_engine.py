@@ -25,9 +25,9 @@ ROOM = 128  # slots for new ids that a cache starts with
 class TorchEngine(Engine):
     """Any number of rows on any device."""
 
-    def __init__(self, decoder: Decoder, weights: Weights, alone: Callable[["TorchEngine"], Engine] | None = None):
-        """`alone` makes the engine that goes on with the last row of a batch; by default it is this one."""
-        self.decoder, self.weights, self.alone = decoder, weights, alone
+    def __init__(self, decoder: Decoder, weights: Weights, single_row: Callable[["TorchEngine"], Engine] | None = None):
+        """`single_row` makes the engine that goes on with the last row of a batch; by default it is this one."""
+        self.decoder, self.weights, self.single_row = decoder, weights, single_row
         self.static = weights.output.is_cuda
 
     def prefill(self, prompts: Sequence[Prompt], room: int = ROOM) -> None:
@@ -125,7 +125,7 @@ class TorchEngine(Engine):
     def keep(self, rows: Tensor) -> Engine:
         self.cache.keep(rows)
         self.hidden, self.scratch = self.hidden[rows], self.scratch.keep(len(rows))
-        return self if self.alone is None or len(rows) > 1 else self.alone(self)
+        return self if self.single_row is None or len(rows) > 1 else self.single_row(self)
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmtx.config import DecoderConfig
 from mmtx.inference.int8 import Int8Matrix, add_product, multiply
-from mmtx.inference.pace import Pace
+from mmtx.inference.thread_tuner import ThreadTuner
 from mmtx.model import Block, Decoder
 
 
@@ -132,7 +132,7 @@ class Weights(NamedTuple):
     output: Tensor                        # (R, D)
     groups: tuple[tuple[int, ...], ...]   # sizes of runs of rows: plain ids, then the digits of each composed range
     screens: dict | None                  # what `Screen` made of first rows; none where values may still change
-    pace: Pace                            # of single rows on a CPU
+    tuner: ThreadTuner                    # of single rows on a CPU
 
     @classmethod
     def of(cls, decoder: Decoder, fixed: bool = False, load_in_8bit: bool = False) -> "Weights":
@@ -144,7 +144,7 @@ class Weights(NamedTuple):
         c, table = decoder.config, decoder.output or decoder.embedding
         layers = tuple(Layer.of(block, c) for block in decoder.blocks)
         return cls(c, layers, tuple(layer.in_8_bits() for layer in layers) if load_in_8bit else layers,
-                   Norm.of(decoder.norm.weight, c.norm_eps), table.weight, table.groups, {} if fixed else None, Pace())
+                   Norm.of(decoder.norm.weight, c.norm_eps), table.weight, table.groups, {} if fixed else None, ThreadTuner())
 
     @property
     def in_8_bits(self) -> bool:

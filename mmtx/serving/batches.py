@@ -18,8 +18,8 @@ import torch
 from mmtx.ambient import MOST_THREADS, one_thread
 from mmtx.document import Document
 from mmtx.inference.choose import choose_engine
+from mmtx.inference.output_scores import OutputScores
 from mmtx.inference.sampling import Sampling
-from mmtx.inference.scored import Scored
 from mmtx.pipeline import Model, by_length
 from mmtx.sequence import prompt
 from mmtx.serving.limits import Refused
@@ -179,10 +179,10 @@ class Batches:
         sampling = replace(way.sampling, max_new_tokens=max(job.sampling.max_new_tokens for job in jobs))
         # With a seed every job is the first of its own list; without one each draws for itself.
         places = range(len(jobs)) if sampling.seed is None else [0] * len(jobs)
-        engines: list[Scored] = []
+        engines: list[OutputScores] = []
 
-        def scored(*asked: Any) -> Scored:
-            engines.append(Scored(choose_engine(*asked)))
+        def scored(*asked: Any) -> OutputScores:
+            engines.append(OutputScores(choose_engine(*asked)))
             return engines[-1]
 
         choose = scored if any(job.scored for job in jobs) else choose_engine

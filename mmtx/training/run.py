@@ -20,7 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from mmtx.data.output import alone, check_output
+from mmtx.data.output import check_output, lock_folder
 from mmtx.data.prepare import write
 from mmtx.data.storage import recorded, scrub
 from mmtx.data.yaml_check import check_yaml, read_text
@@ -129,7 +129,7 @@ class FitCLI(private.PlainCLI):
         if self.word in ("fit", "predict"):
             output = check_output(self.said("output"))
             if self.subcommand and is_first_rank():
-                self.held.enter_context(alone(output, "output"))
+                self.held.enter_context(lock_folder(output, "output"))
         loggers = [] if trainer.logger in (None, True, False) else as_list(trainer.logger)
         progress = [] if trainer.enable_progress_bar is False else [ProgressBar()]
         if self.word == "fit":

@@ -12,7 +12,7 @@ from mmtx.inference.engine import Engine
 from mmtx.sequence import Prompt
 
 
-class Scored(Engine):
+class OutputScores(Engine):
     """Another engine, whose choices stay as they are, and the scores (B, V) that each came from."""
 
     def __init__(self, engine: Engine):

@@ -14,11 +14,11 @@ SHARE = 0.1       # of the time that trials may take, at most
 NEWEST = 0.2      # weight of the last step in the seconds that a step takes
 
 
-class Pace:
+class ThreadTuner:
     """Which way the next step takes: on several threads (`shared`), or on one.
 
     A trial ends early once it has taken as long as all of its steps would the other way, so that it costs little where the
-    other way is much slower. Threads that take steps at the same time may ask one pace: what they tell is then a mixture.
+    other way is much slower. Threads that take steps at the same time may ask one tuner: what they tell is then a mixture.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
@@ -28,7 +28,7 @@ class Pace:
         self._trial: list[float] | None = []                                 # seconds of its steps, while one runs
         self._next = 0.0                                                     # when the next trial begins
 
-    def took(self, shared: bool, seconds: float) -> None:
+    def record(self, shared: bool, seconds: float) -> None:
         """A step that was taken this way has taken so long."""
         if shared != self.shared:
             return
