@@ -31,6 +31,7 @@ REUSE = 15.39                     # Muennighoff et al. 2023: how fast epochs los
 EPOCHS = 4                        # of the same data count nearly as new ones
 HUBER = 1e-3                      # of logarithms of losses
 RESAMPLES = 400
+STEEPEST = 10                     # exponent of a term: losses that hardly differ would have it grow out of all bounds
 ROUNDS = 300                      # of a descent, which needs a few dozen
 STATE = 16                        # bytes a parameter in float32: weight, gradient and AdamW's two means
 
@@ -247,8 +248,9 @@ def _descend(points: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
         weighted = slopes / wrong.abs().clamp_min(HUBER)[..., None]
         square = weighted.mT @ slopes
         ridge = torch.diag_embed(damping * square.diagonal(dim1=1, dim2=2) + 1e-9)
-        step = torch.linalg.solve(square + ridge, weighted.mT @ wrong[..., None]).squeeze(-1)
-        there = x - step
+        # A step that cannot be solved for is not finite, and makes nothing better.
+        there = x - torch.linalg.solve_ex(square + ridge, weighted.mT @ wrong[..., None])[0].squeeze(-1)
+        there[:, 2::2].clamp_(-STEEPEST, STEEPEST)
         wrong_there, slopes_there, left_there = at(there)
         better = left_there < left
         x, wrong, slopes, left = (torch.where(better.view(-1, *[1] * (old.dim() - 1)), new, old) for new, old in (

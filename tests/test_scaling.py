@@ -168,6 +168,16 @@ def test_runs_are_read_with_their_sizes_tokens_and_losses(tmp_path, models):
     assert law.e == pytest.approx(E / 2, rel=0.1) and law.alpha == pytest.approx(ALPHA, rel=0.1)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_losses_that_hardly_differ_give_a_law_all_the_same(seed):
+    random = torch.Generator().manual_seed(seed)
+    runs = [Run(f"{n}-{d}", n, 512 * d, {"loss": 6.3 + 3e-3 * torch.randn((), generator=random).item()})
+            for n in (12_368, 24_000, 37_040) for d in (2, 4, 8)]
+    run, law = held_out(runs, resamples=100)
+    low, high = law.interval(run.parameters, run.tokens)
+    assert 6 < low <= high < 6.6 and law.loss(run.parameters, run.tokens) == pytest.approx(6.3, rel=0.01)
+
+
 def test_too_few_runs_are_refused(tmp_path):
     with pytest.raises(InputError, match="found no finished run of a decoder, expected folders that mmtx fit made"):
         read_runs(tmp_path)
