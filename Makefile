@@ -6,6 +6,7 @@
 # make docs         build the documentation into docs/_build
 # make mutants      plant bugs, one after another, and see that tests catch them (MUTANTS='names' for some of them)
 # make bench        measure speed against what else there is (BENCH_ARGS=--short: only see that all scripts run)
+# make gpu          all that waits for a GPU, in ten minutes of one card: tests, training, decoding, captions (GPU_ARGS=--steps ...)
 # make starter      train everything from nothing: the three tokenizers, then the decoder (a few hours)
 #
 # All of them make the virtual environment first, or use the one that is there. Variables:
@@ -14,6 +15,7 @@
 #   FIT_ARGS='--trainer.max_steps 20'   more options for `mmtx fit` of the decoder; CODEC_ARGS: of image and audio
 #   EVALUATE_ARGS='--show 20'  more options for `mmtx evaluate`
 #   BENCH_ARGS=--short         more options for the scripts of `make bench`
+#   GPU_ARGS='--short --device cpu'   more options for `make gpu`
 #   TEST_ARGS='-m "not slow"'  more options for pytest
 
 PYTHON ?= python3
@@ -23,6 +25,7 @@ FIT_ARGS ?=
 CODEC_ARGS ?=
 EVALUATE_ARGS ?=
 BENCH_ARGS ?=
+GPU_ARGS ?=
 TEST_ARGS ?=
 
 MMTX := $(VENV)/bin/mmtx
@@ -31,7 +34,7 @@ PACKAGE := pyproject.toml constraints.txt
 # As mmtx.limit_openmp_spin sets it, for programs that import torch before.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: quickstart test test-fast test-long lint docs mutants bench starter environment clean
+.PHONY: quickstart test test-fast test-long lint docs mutants bench gpu starter environment clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed
@@ -70,6 +73,9 @@ SPEED := loss_memory packed_cost input_wait media_speed captions_speed decode_sp
 
 bench: $(VENV)/.installed-bench
 	for name in $(SPEED); do PYTHONPATH=$(VENV)/peers $(VENV)/bin/python benchmarks/$$name.py $(BENCH_ARGS) || exit 1; done
+
+gpu: $(VENV)/.installed-test
+	$(VENV)/bin/python benchmarks/gpu.py $(GPU_ARGS)
 
 # New codecs give new codes: they take the place of the shipped ones, and a decoder trained with those no longer fits.
 starter: $(VENV)/.installed

@@ -1,0 +1,320 @@
+"""All that waits for a GPU, in one command and ten minutes of one card: tests, training, decoding, captions, codes, memory.
+
+    python benchmarks/gpu.py
+    python benchmarks/gpu.py --short --device cpu         # see that it runs: tiny shapes, figures that say nothing
+
+Each step is a process of its own with a budget of seconds: one that fails, or takes longer, is told in its row and the others go
+on. Shares are those of what the same card does in the same run: bf16 training of the rate of a large dense product, decoding of
+the bytes that a copy reads and writes in a second. Writes results/gpu.json and results/gpu.md after every step. Status 1 where a
+step failed; a bar that is missed is told, and is no failure.
+"""
+
+import argparse
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from measure import RESULTS, machine, versions
+
+ROOT = Path(__file__).parents[1]
+SHAPE = "0.6b"       # of train_speed, in training
+DECODED = "600m"     # of decode_speed
+BARS = {"mfu": 0.5, "mfu compiled": 0.5, "share of the bandwidth": 0.8}
+Figures = dict[str, Any]
+
+
+class Bench(NamedTuple):
+    """What every step is told."""
+
+    device: str
+    short: bool
+
+    @property
+    def gpu(self) -> bool:
+        return self.device != "cpu"
+
+    def now(self) -> float:
+        if self.gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def gigabytes(self) -> float | None:
+        """The most memory that tensors have taken."""
+        return torch.cuda.max_memory_allocated() / 1e9 if self.gpu else None
+
+    def rate(self, run: Callable[[], object], seconds: float) -> float:
+        """Calls a second, over about so many seconds; the first call is not counted."""
+        run()
+        count, start = 0, self.now()
+        while count == 0 or (not self.short and time.perf_counter() - start < seconds):
+            run()
+            count += 1
+            self.now()
+        return count / (self.now() - start)
+
+
+def tests(bench: Bench) -> Figures:
+    """The tests that need a GPU."""
+    found = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py",
+                            *(["--collect-only"] if bench.short else [])], cwd=ROOT, capture_output=True, text=True)
+    last = found.stdout.strip().splitlines()[-1] if found.stdout.strip() else found.stderr[-300:]
+    if found.returncode:
+        raise RuntimeError(f"{last}\n{found.stdout[-1500:]}")
+    counts = {what: int(count) for count, what in re.findall(r"(\d+) (passed|skipped|tests? collected)", last)}
+    return {"passed": counts.get("passed", 0), "skipped": counts.get("skipped", 0), "said": last}
+
+
+def rates(bench: Bench) -> Figures:
+    """What the card does: a large product in bf16, and a copy."""
+    side, size = (256, 2 ** 20) if bench.short else (8192, 2 ** 31)
+    a, b = (torch.randn(side, side, device=bench.device, dtype=torch.bfloat16) for _ in range(2))
+    source = torch.empty(size, dtype=torch.uint8, device=bench.device)
+    target = torch.empty_like(source)
+    return {"dense bf16 FLOP/s": 2 * side ** 3 * bench.rate(lambda: a @ b, 3),
+            "bytes read and written a second": 2 * size * bench.rate(lambda: target.copy_(source), 2)}
+
+
+def _training(bench: Bench, compiled: bool, documents: int = 1) -> Figures:
+    """Steps of ours at one shape in bf16 -> tokens and FLOPs a second; with `documents` a row is packed with as many."""
+    import train_speed
+
+    from mmtx.layers import Packing
+    from mmtx.loss import next_token_loss
+    from mmtx.model import Decoder, DecoderConfig
+    from mmtx.scaling import cost
+    from mmtx.training.optimizer import OptimizerConfig, configure
+
+    sizes, batch, length = train_speed.SHAPES["short" if bench.short else SHAPE]
+    config = DecoderConfig(**sizes, tied=False)
+    torch.manual_seed(0)
+    decoder = Decoder(config).to(bench.device)
+    optimizer = configure(decoder, OptimizerConfig(), 10 ** 6)["optimizer"]
+    token = torch.arange(batch * length, device=bench.device).view(batch, length)
+    document = length // documents
+    packing = Packing.of(token % length // document) if documents > 1 else None
+    ids = torch.randint(0, config.vocabulary_size, (batch, length + 1), device=bench.device)
+
+    def loss() -> torch.Tensor:
+        hidden = decoder(ids[:, :-1], token % document, packing).flatten(0, 1)
+        return next_token_loss(decoder.output, hidden, ids[:, 1:].flatten()).total / token.numel()
+
+    # In short form without a compiler of C++, which on a CPU takes minutes.
+    run = torch.compile(loss, backend="aot_eager" if bench.short else "inductor") if compiled else loss
+
+    def step() -> None:
+        with torch.autocast(bench.device, torch.bfloat16):
+            value = run()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert bench.short or value.isfinite()
+
+    before = bench.now()
+    step()
+    first = bench.now() - before
+    for _ in range(0 if bench.short else 2):
+        step()
+    steps = bench.rate(step, 20)
+    return {"tokens/s": steps * token.numel(), "FLOP/s": steps * cost(config, token.numel(), document).training,
+            "seconds of the first step": first, "peak GB": bench.gigabytes()}
+
+
+def training(bench: Bench) -> Figures:
+    """Training in bf16, as it is."""
+    return _training(bench, compiled=False)
+
+
+def compiled_training(bench: Bench) -> Figures:
+    """The same through torch.compile."""
+    return _training(bench, compiled=True)
+
+
+def packed_training(bench: Bench) -> Figures:
+    """The same with eight documents a row, each of which attends to itself alone."""
+    return _training(bench, compiled=False, documents=8)
+
+
+def decoding(bench: Bench) -> Figures:
+    """Greedy decoding in bf16, one prompt and many."""
+    import decode_speed
+    import numpy as np
+
+    from mmtx.grammar import Grammar
+    from mmtx.inference.generation import generate
+    from mmtx.inference.sampling import Sampling
+    from mmtx.inference.weights import Weights
+    from mmtx.sequence import Prompt
+    from mmtx.vocabulary import SLOTS, Entry, Vocabulary
+
+    config = decode_speed.SHAPES["short" if bench.short else DECODED]
+    decoder = decode_speed.random_decoder(config, bench.device, torch.bfloat16)
+    grammar = Grammar(Vocabulary((Entry("text", 0, config.vocabulary_size - SLOTS, "", None, None),)))
+    weights, found, new = Weights.of(decoder, fixed=True), {}, 4 if bench.short else 128
+    for rows in (1, 2 if bench.short else 32):
+        prompts = [Prompt(np.arange(16) + row) for row in range(rows)]
+        with torch.inference_mode():
+            calls = bench.rate(lambda: generate(decoder, grammar, prompts, "text", Sampling(max_new_tokens=new),
+                                                weights=weights), 8)
+        found[f"ids/s, {rows} rows" if rows > 1 else "ids/s"] = calls * rows * new
+    size = sum(p.numel() * p.element_size() for p in decoder.parameters())
+    return {**found, "bytes of weights": size, "peak GB": bench.gigabytes()}
+
+
+@contextmanager
+def _unpacked(bench: Bench, count: int) -> Iterator[dict[str, list[str]]]:
+    import captions_speed
+
+    with tempfile.TemporaryDirectory() as folder:
+        yield {kind: [str(path) for path in captions_speed.unpack(kind, 4 if bench.short else count, Path(folder, kind))]
+               for kind in captions_speed.SOURCES}
+
+
+def captions(bench: Bench) -> Figures:
+    """Captions of files by the model that ships, a folder at once."""
+    import mmtx
+
+    model = mmtx.load(device=bench.device)
+    with _unpacked(bench, 1000) as files:
+        return {**{f"{kind}/s": len(some) * bench.rate(lambda: model.caption(some), 5) for kind, some in files.items()},
+                "peak GB": bench.gigabytes()}
+
+
+def codes(bench: Bench) -> Figures:
+    """Files to codes with the networks on the device."""
+    import mmtx
+
+    model, found = mmtx.load(device=bench.device), {}
+    with _unpacked(bench, 1000) as files:
+        for kind, some in files.items():
+            marked = [(mmtx.Image if kind == "pictures" else mmtx.Audio)(file) for file in some]
+            count = sum(part.codes.size for part in model.encode_parts(marked))
+            found[f"codes/s of {kind}"] = count * bench.rate(lambda: model.encode_parts(marked), 5)
+    return {**found, "peak GB": bench.gigabytes(), "cores": os.cpu_count()}
+
+
+def starter(bench: Bench) -> Figures:
+    """Two minutes of training on the starter data, from nothing."""
+    minutes = ["--trainer.max_steps", "2"] if bench.short else ["--trainer.max_steps", "1000000", "--trainer.max_time", "00:00:02:00"]
+    config = "configs/quickstart/decoder.yaml" if bench.short else "configs/starter/decoder.yaml"
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "mmtx", "fit", "--config", config, "--output", folder, "--trainer.accelerator",
+                               "gpu" if bench.gpu else "cpu", "--trainer.devices", "1", "--trainer.log_every_n_steps", "1",
+                               "--trainer.enable_progress_bar", "false", "--trainer.val_check_interval", "1000000", *minutes],
+                              cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(done.stderr[-1500:])
+        with open(Path(folder, "metrics", "metrics.csv")) as file:
+            losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+    last = losses[-20:]
+    return {"steps": len(losses), "loss of the first step": losses[0], "loss of the last 20": sum(last) / len(last),
+            "seconds": time.perf_counter() - start}
+
+
+# In the order of what is wanted most; their budgets in seconds are ten minutes together.
+STEPS: dict[str, tuple[Callable[[Bench], Figures], int]] = {
+    "rates": (rates, 30), "training": (training, 60), "decoding": (decoding, 60), "tests": (tests, 100),
+    "compiled training": (compiled_training, 110), "packed training": (packed_training, 50), "captions": (captions, 30),
+    "codes": (codes, 30), "starter": (starter, 130)}
+
+
+def take(name: str, bench: Bench, budget: float) -> Figures:
+    """A step in a process of its own -> its figures, or what went wrong; with it end the processes that it started."""
+    command = [sys.executable, __file__, "--step", name, "--device", bench.device, *(["--short"] if bench.short else [])]
+    with tempfile.TemporaryDirectory() as folder:
+        told, output = Path(folder, "figures.json"), Path(folder, "output")
+        start = time.perf_counter()
+        with open(output, "w") as file:
+            process = subprocess.Popen([*command, "--result", str(told)], stdout=file, stderr=subprocess.STDOUT,
+                                       start_new_session=True)
+            try:
+                status: int | None = process.wait(budget)
+            except subprocess.TimeoutExpired:
+                status = None
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+        took = {"took": time.perf_counter() - start}
+        if status is None:
+            return {"failed": f"longer than {budget:g} s", **took}
+        if status or not told.exists():
+            lines = output.read_text(errors="replace").strip().splitlines() or [f"status {status}"]
+            return {"failed": lines[-1], "output": "\n".join(lines[-20:]), **took}
+        return {**json.loads(told.read_text()), **took}
+
+
+def shares(found: dict[str, Figures]) -> dict[str, float]:
+    """What the steps reach of what the card does; only where both were measured."""
+    known, made = found.get("rates", {}), {}
+    for share, step in (("mfu", "training"), ("mfu compiled", "compiled training"), ("mfu packed", "packed training")):
+        if "FLOP/s" in found.get(step, {}) and "dense bf16 FLOP/s" in known:
+            made[share] = found[step]["FLOP/s"] / known["dense bf16 FLOP/s"]
+    decoded = found.get("decoding", {})
+    if "ids/s" in decoded and "bytes read and written a second" in known:
+        made["share of the bandwidth"] = decoded["ids/s"] * decoded["bytes of weights"] / known["bytes read and written a second"]
+    return made
+
+
+def table(found: dict[str, Figures], short: bool) -> str:
+    """Figures as Markdown."""
+    lines = ["| step | figure | value |", "| --- | --- | --- |"]
+    for step, figures in found.items():
+        if "failed" in figures:
+            lines.append(f"| {step} | FAILED | {figures['failed'].replace('|', '/')} |")
+        for name, value in figures.items():
+            if isinstance(value, (int, float)) and name != "took":
+                lines.append(f"| {step} | {name} | {value:,.4g} |")
+    for name, share in shares(found).items():
+        bar = BARS.get(name)
+        told = "" if bar is None or short else f", bar >= {bar}{'' if share >= bar else '   MISSED'}"
+        lines.append(f"| share | {name} | {share:.3f}{told} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
+    parser.add_argument("--budget", type=float, default=None, help="seconds for each step, in place of its own")
+    parser.add_argument("--output", type=Path, default=None, help="folder, default: benchmarks/results; with --short none")
+    parser.add_argument("--short", action="store_true", help="only checks that it runs")
+    parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)  # what a process of `take` does
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    bench = Bench(options.device, options.short)
+    if options.step:
+        options.result.write_text(json.dumps(STEPS[options.step][0](bench)))
+        return 0
+    if bench.gpu and not torch.cuda.is_available():
+        print("gpu: found no GPU, expected one (--short --device cpu sees that all runs)", file=sys.stderr)
+        return 2
+    output, found = options.output or (None if options.short else RESULTS), {}
+    for name in options.steps:
+        budget = options.budget or STEPS[name][1] * (10 if options.short else 1)  # a loaded CPU takes long to start
+        found[name] = take(name, bench, budget)
+        print(f"{name}: {found[name].get('failed', 'done')} ({found[name]['took']:.0f} s)", flush=True)
+        if output is not None:
+            output.mkdir(parents=True, exist_ok=True)
+            result = {"name": "gpu", "date": date.today().isoformat(), "short": options.short, "found": found,
+                      "shares": shares(found), "bars": BARS, "machine": machine(), "versions": versions()}
+            (output / "gpu.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            (output / "gpu.md").write_text(table(found, options.short) + "\n", encoding="utf-8")
+    print(table(found, options.short))
+    return int(any("failed" in figures for figures in found.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""`make gpu` in its short form on a CPU: every step gives figures, and one that fails takes none of the others along."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from gpu import STEPS, Bench, shares, table, take  # noqa: E402
+
+
+def test_the_steps_fit_into_ten_minutes():
+    assert sum(budget for _, budget in STEPS.values()) <= 600
+
+
+def test_shares_are_those_of_the_rates_of_the_same_run():
+    found = {"rates": {"dense bf16 FLOP/s": 8e14, "bytes read and written a second": 3e12},
+             "training": {"FLOP/s": 2e14}, "compiled training": {"failed": "longer than 110 s"},
+             "decoding": {"ids/s": 1000.0, "bytes of weights": 1.5e9}}
+    assert shares(found) == {"mfu": 0.25, "share of the bandwidth": 0.5}
+    lines = table(found, short=False).splitlines()
+    assert "| share | mfu | 0.250, bar >= 0.5   MISSED |" in lines
+    assert "| compiled training | FAILED | longer than 110 s |" in lines
+    assert shares({name: each for name, each in found.items() if name != "rates"}) == {}
+
+
+def test_a_step_that_fails_is_told():
+    found = take("rates", Bench("nowhere", True), 120)
+    assert "nowhere" in found["failed"] and "ids/s" not in found
+
+
+def test_a_step_that_takes_too_long_is_ended():
+    start = time.perf_counter()
+    assert take("starter", Bench("cpu", True), 0.3)["failed"] == "longer than 0.3 s"
+    assert time.perf_counter() - start < 60
+
+
+def test_without_a_gpu_it_says_so():
+    found = subprocess.run([sys.executable, "benchmarks/gpu.py"], cwd=ROOT, capture_output=True, text=True,
+                           env={"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"})
+    assert found.returncode == 2 and found.stderr.strip().startswith("gpu: found no GPU, expected one")
+
+
+@pytest.mark.slow
+def test_every_step_runs_in_short_form(tmp_path):
+    done = subprocess.run([sys.executable, "benchmarks/gpu.py", "--short", "--device", "cpu", "--output", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert list(result["found"]) == list(STEPS) and not any("failed" in figures for figures in result["found"].values())
+    assert result["shares"].keys() == {"mfu", "mfu compiled", "mfu packed", "share of the bandwidth"}
+    assert (tmp_path / "gpu.md").read_text() in done.stdout
