@@ -80,13 +80,13 @@ class MotionTokenizer(Codec):
         return -(-series.shape[1] // self.config.step), self.bands
 
     @neutral()
-    def embed_batch(self, media: Sequence[Tensor], patches: bool = False) -> list[Encoding]:
+    def embed_batch(self, media: Sequence[Tensor], patches: bool = False, codes: bool = True) -> list[Encoding]:
         found = []
         for series in media:
             missing = -series.shape[1] % self.config.step
             grid = self._to_grid(self.batch([torch.nn.functional.pad(series, (0, missing))])[0])
-            codes, features = zip(*self.embed_grids(grid.split(self.config.chunk), patches))
-            found.append(Encoding(np.concatenate(codes), torch.cat(features)))
+            pieces, features = zip(*self.embed_grids(grid.split(self.config.chunk), patches, codes))
+            found.append(Encoding(np.concatenate(pieces), torch.cat(features)))
         return found
 
     @neutral()

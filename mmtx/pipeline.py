@@ -585,9 +585,14 @@ class Model:
         return ReadMedium(item.kind, medium, media_tokenizer(self.tokenizers, item.kind).grid(medium))
 
     @neutral()
-    def encode_documents(self, documents: Sequence[Document]) -> list[Document]:
-        """Documents with a `ReadMedium` in place of some parts -> with codes, each as it would be encoded alone."""
-        parts = iter(self.encode_parts([part for document in documents for turn in document.turns for part in turn.parts]))
+    def encode_documents(self, documents: Sequence[Document], codes: bool = True) -> list[Document]:
+        """Documents with a `ReadMedium` in place of some parts -> with codes, each as it would be encoded alone.
+
+        Without `codes` these are 0 where that changes no answer: in prompts of users of whom the decoder reads patches.
+        """
+        codes = codes or any(isinstance(part, ReadMedium) and turn.role != "user" for document in documents
+                             for turn in document.turns for part in turn.parts)
+        parts = iter(self.encode_parts([part for document in documents for turn in document.turns for part in turn.parts], codes))
         return [Document(tuple(replace(turn, parts=tuple(next(parts) for _ in turn.parts)) for turn in document.turns))
                 for document in documents]
 
@@ -602,14 +607,14 @@ class Model:
             raise InputError(f"found {kind}, but this model has tokenizers for {', '.join(self.tokenizers)} only")
 
     @neutral()
-    def encode_parts(self, media: Sequence[str | Marked | Part]) -> list[Part]:
+    def encode_parts(self, media: Sequence[str | Marked | Part], codes: bool = True) -> list[Part]:
         """Text and media -> parts of codes and features; media of a kind go through their tokenizer together."""
         parts: list[Part | None] = [item if isinstance(item, Part) else None for item in media]
         for kind in media_kinds():
             places = [i for i, item in enumerate(media) if isinstance(item, Marked) and item.kind == kind]
             if places:
                 self._check_kind(kind)
-            embed = lambda chosen: self._embed(kind, media, chosen)  # noqa: B023
+            embed = lambda chosen: self._embed(kind, media, chosen, codes)  # noqa: B023
             batches = [places[first:first + BATCH] for first in range(0, len(places), BATCH)]
             for i, encoding in self._in_batches(embed, batches):
                 parts[i] = MediaPart(kind, *encoding)
@@ -618,7 +623,7 @@ class Model:
                 parts[i] = TextPart(self.tokenizers["text"].encode(item))
         return parts
 
-    def _embed(self, kind: str, media: Sequence[Any], chosen: Sequence[int]) -> list[Encoding]:
+    def _embed(self, kind: str, media: Sequence[Any], chosen: Sequence[int], codes: bool) -> list[Encoding]:
         """The encodings of some media of a kind, of which no more than BATCH_VALUES are held at a time."""
         encodings: list[Encoding] = []
         held: list[torch.Tensor] = []
@@ -626,7 +631,7 @@ class Model:
             with numbered("item", i, len(media)):
                 held.append(self._read(media[i]))
             if sum(medium.numel() for medium in held) >= BATCH_VALUES or i == chosen[-1]:
-                encodings += media_tokenizer(self.tokenizers, kind).embed_batch(held, kind in self.decoder.encoders)
+                encodings += media_tokenizer(self.tokenizers, kind).embed_batch(held, kind in self.decoder.encoders, codes)
                 held.clear()
         return encodings
 

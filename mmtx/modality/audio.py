@@ -240,7 +240,7 @@ class AudioTokenizer(Codec):
         return [item.T.flip(0).cpu().expand(3, -1, -1) for item in grey]
 
     @neutral()
-    def embed_batch(self, waveforms: Sequence[Tensor], patches: bool = False) -> list[Encoding]:
+    def embed_batch(self, waveforms: Sequence[Tensor], patches: bool = False, codes: bool = True) -> list[Encoding]:
         """Waveforms of any lengths -> codes (t, bands) and features (t, bands, D) or `patches` (t, bands, P) of each."""
         chunks, counts = [], []
         for waveform in waveforms:
@@ -248,11 +248,11 @@ class AudioTokenizer(Codec):
                       for piece in self._to_grid(columns).split(self.config.chunk)]
             chunks.extend(pieces)
             counts.append(len(pieces))
-        pieces = iter(self.embed_grids(chunks, patches))
+        pieces = iter(self.embed_grids(chunks, patches, codes))
         encodings = []
         for count in counts:
-            codes, features = zip(*(next(pieces) for _ in range(count)))
-            encodings.append(Encoding(np.concatenate(codes), torch.cat(features)))
+            found, features = zip(*(next(pieces) for _ in range(count)))
+            encodings.append(Encoding(np.concatenate(found), torch.cat(features)))
         return encodings
 
     @neutral_steps

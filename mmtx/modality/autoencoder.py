@@ -256,13 +256,15 @@ class Codec(MediaTokenizer, nn.Module):
         return self.network.embed.weight.device
 
     @torch.no_grad()
-    def embed_grids(self, grids: Sequence[Tensor], patches: bool = False) -> list[Encoding]:
+    def embed_grids(self, grids: Sequence[Tensor], patches: bool = False, codes: bool = True) -> list[Encoding]:
         """Grids (h, w, P) of any sizes, at most a chunk -> codes and features of each; equal sizes share a pass."""
         def run(batch: Tensor) -> tuple[Tensor, Tensor]:
+            if patches and not codes:
+                return torch.zeros(batch.shape[:-1], dtype=torch.long), batch.half()
             features = self.network.features(batch)
-            codes = self.network.quantizer.to_codes(self.network.quantize(features))
-            return codes, (batch if patches else features).half()
-        return [Encoding(codes.numpy(), features) for codes, features in self._in_batches(grids, run)]
+            found = self.network.quantizer.to_codes(self.network.quantize(features))
+            return found, (batch if patches else features).half()
+        return [Encoding(found.numpy(), features) for found, features in self._in_batches(grids, run)]
 
     @torch.no_grad()
     def codes_to_grids(self, codes: Sequence[np.ndarray]) -> list[Tensor]:

@@ -130,10 +130,11 @@ class MediaTokenizer(Tokenizer):
         """Rows and columns of the codes of a medium, without encoding it."""
 
     @abstractmethod
-    def embed_batch(self, media: Sequence[Tensor], patches: bool = False) -> list[Encoding]:
+    def embed_batch(self, media: Sequence[Tensor], patches: bool = False, codes: bool = True) -> list[Encoding]:
         """Media of any sizes -> codes and features of each, the same for a medium whatever comes beside it.
 
-        With `patches` the features are what the encoder reads: (h, w, P), for a decoder that trains a copy of the encoder.
+        With `patches` the features are what the encoder reads: (h, w, P), for a decoder that trains a copy of the encoder. Without
+        `codes` these are 0 where they would be work, for who reads patches alone.
         """
 
     def encode_batch(self, media: Sequence[Tensor]) -> list[np.ndarray]:

@@ -112,16 +112,17 @@ class ImageTokenizer(Codec):
         return list(((batch.clamp(-1, 1) + 1) * 127.5).to(torch.uint8).cpu())
 
     @neutral()
-    def embed_batch(self, pictures: Sequence[Tensor], patches: bool = False) -> list[Encoding]:
+    def embed_batch(self, pictures: Sequence[Tensor], patches: bool = False, codes: bool = True) -> list[Encoding]:
         """Pictures, uint8 (3, H, W) of any sizes -> codes (h, w) and features (h, w, D) or `patches` (h, w, P) of each."""
         grids = [self._to_grid(to_float(self.fit(picture))) for picture in pictures]
         plans = [self.windows(*grid.shape[:2]) for grid in grids]
-        found = iter(self.embed_grids([grid[window.seen] for grid, plan in zip(grids, plans) for window in plan], patches))
+        seen = [grid[window.seen] for grid, plan in zip(grids, plans) for window in plan]
+        found = iter(self.embed_grids(seen, patches, codes))
         encodings = []
         for plan in plans:
-            codes, features = zip(*(next(found) for _ in plan))
-            codes = join(plan, [torch.from_numpy(item) for item in codes])
-            encodings.append(Encoding(codes.numpy(), join(plan, features)))
+            pieces, features = zip(*(next(found) for _ in plan))
+            whole = join(plan, [torch.from_numpy(item) for item in pieces])
+            encodings.append(Encoding(whole.numpy(), join(plan, features)))
         return encodings
 
     @neutral()

@@ -136,9 +136,9 @@ class Pretrained(MediaTokenizer, nn.Module):
         """Media of any sizes -> codes of each. One by one: padding would change the codes of these networks."""
         return [self.encode(medium) for medium in media]
 
-    def embed_batch(self, media: Sequence[Tensor], patches: bool = False) -> list[Encoding]:
+    def embed_batch(self, media: Sequence[Tensor], patches: bool = False, codes: bool = True) -> list[Encoding]:
         """As `encode_batch`; there are no features."""
-        return [Encoding(codes, None) for codes in self.encode_batch(media)]
+        return [Encoding(found, None) for found in self.encode_batch(media)]
 
     def check(self, codes: np.ndarray) -> Tensor:
         codes = np.asarray(codes)
