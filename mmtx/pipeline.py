@@ -593,9 +593,14 @@ class Model:
         return ReadMedium(item.kind, medium, media_tokenizer(self.tokenizers, item.kind).grid(medium))
 
     @neutral()
-    def encode_documents(self, documents: Sequence[Document]) -> list[Document]:
-        """Documents with a `ReadMedium` in place of some parts -> with codes, each as it would be encoded alone."""
-        parts = iter(self.encode_parts([part for document in documents for turn in document.turns for part in turn.parts]))
+    def encode_documents(self, documents: Sequence[Document], codes: bool = True) -> list[Document]:
+        """Documents with a `ReadMedium` in place of some parts -> with codes, each as it would be encoded alone.
+
+        Without `codes` these are 0 where that changes no answer: in prompts of users of whom the decoder reads patches.
+        """
+        codes = codes or any(isinstance(part, ReadMedium) and turn.role != "user" for document in documents
+                             for turn in document.turns for part in turn.parts)
+        parts = iter(self.encode_parts([part for document in documents for turn in document.turns for part in turn.parts], codes))
         return [Document(tuple(replace(turn, parts=tuple(next(parts) for _ in turn.parts)) for turn in document.turns))
                 for document in documents]
 

@@ -594,6 +594,27 @@ def test_documents_that_are_encoded_together_are_those_of_each_alone(model, medi
     assert len({truth.ids.tobytes() for truth in alone}) == len(media)
 
 
+def test_codes_that_the_decoder_never_reads_are_not_made(media, monkeypatch):
+    """The shipped model reads patches of what users show. The answer is the same to the bit; what an assistant showed is codes."""
+    shipped = mmtx.load(device="cpu")
+    read = [Document((Turn("user", (shipped.read_medium(marked(data)),)),)) for data in media]
+    whole = [prompt(document, shipped.vocabulary) for document in shipped.encode_documents(read)]
+    with monkeypatch.context() as patched:
+        for kind in ("image", "audio"):
+            patched.setattr(shipped.tokenizers[kind].network, "features", None)  # what makes the codes
+        found = [prompt(document, shipped.vocabulary) for document in shipped.encode_documents(read, codes=False)]
+        with pytest.raises(TypeError):
+            shipped.encode_documents(read)
+    for one, truth in zip(found, whole):
+        assert len(one.ids) == len(truth.ids) and not np.array_equal(one.ids, truth.ids)
+        assert np.array_equal(shipped.embed_prompt(one), shipped.embed_prompt(truth))
+    sampling = Sampling(max_new_tokens=12)
+    assert shipped._answer(found, "text", sampling) == shipped._answer(whole, "text", sampling)
+    shown = [Document((Turn("user", (shipped.read_medium(marked(media[0])),)), Turn("assistant", (shipped.read_medium(marked(media[1])),))))]
+    (one,), (truth,) = shipped.encode_documents(shown, codes=False), shipped.encode_documents(shown)
+    assert np.array_equal(one.turns[1].parts[0].codes, truth.turns[1].parts[0].codes) and truth.turns[1].parts[0].codes.any()
+
+
 def answers_of(model, media: list[bytes]) -> list[str | Exception]:
     """What requests that wait together are told."""
     def told(new: list) -> str | Exception:

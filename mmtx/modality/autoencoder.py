@@ -150,6 +150,7 @@ class Codec(MediaTokenizer, nn.Module):
         """
         if patches and not codes:
             return [Encoding(np.zeros(grid.shape[:2], np.int64), grid.half().cpu()) for grid in grids]
+
         def run(batch: Tensor) -> tuple[Tensor, Tensor]:
             features = self.network.features(batch)
             found = self.network.quantizer.to_codes(self.network.quantize(features))

@@ -138,7 +138,7 @@ class Pretrained(MediaTokenizer, nn.Module):
 
     def embed_batch(self, media: Sequence[Tensor], patches: bool = False, codes: bool = True) -> list[Encoding]:
         """As `encode_batch`; there are no features."""
-        return [Encoding(codes, None) for codes in self.encode_batch(media)]
+        return [Encoding(found, None) for found in self.encode_batch(media)]
 
     def check(self, codes: np.ndarray) -> Tensor:
         codes = np.asarray(codes)

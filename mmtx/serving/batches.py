@@ -175,7 +175,8 @@ class Batches:
     def _answer(self, jobs: Sequence[Job]) -> Iterator[bool]:
         self.observe(len(jobs))
         way, v = jobs[0], self.model.vocabulary
-        prompts = [prompt(document, v) for document in self.model.encode_documents([job.document for job in jobs])]
+        documents = self.model.encode_documents([job.document for job in jobs], codes=False)
+        prompts = [prompt(document, v) for document in documents]
         sampling = replace(way.sampling, max_new_tokens=max(job.sampling.max_new_tokens for job in jobs))
         # With a seed every job is the first of its own list; without one each draws for itself.
         places = range(len(jobs)) if sampling.seed is None else [0] * len(jobs)
