@@ -63,7 +63,7 @@ def stream(tmp_path_factory):
     root = tmp_path_factory.mktemp("stream")
     for kind, file in (("pictures", "images-train-004"), ("notes", "sounds-train-001"), ("speech", "speech-test")):
         with tarfile.open(ROOT / "demos" / "data" / "starter" / f"{file}.tar.gz") as tar:
-            for member in [next(tar) for _ in range(24)]:
+            for member in [tar.next() for _ in range(24)]:
                 tar.extract(member, root / kind, filter="data")
         main(["prepare", str(root / kind), "--output", str(root / "data" / kind), "--num_workers", "1"])
         shutil.copytree(root / "data" / kind, root / "data" / f"held-out-{kind}")

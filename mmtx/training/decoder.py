@@ -180,9 +180,10 @@ class DecoderModule(TestedAsValidated):
             print(f"mmtx: {parameters_by_group(self.decoder)}", file=sys.stderr)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        base = self.mup_base_width
-        more = {} if base is None else {"scaled": scaled(self.decoder), "ratio": base / self.config.width}
-        return configure(self.decoder, self.optimizer_config, self.trainer.max_steps, **more)
+        base, config = self.mup_base_width, self.optimizer_config
+        if base is None:
+            return configure(self.decoder, config, self.trainer.max_steps)
+        return configure(self.decoder, config, self.trainer.max_steps, scaled=scaled(self.decoder), ratio=base / self.config.width)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         weights = batch.modality.new_tensor(self.loss_weights, dtype=torch.float32)[batch.modality]
