@@ -1,4 +1,4 @@
-"""What mmtx uses of Lightning's private parts: there, in this release, and named in one file only."""
+"""What mmtx uses of private parts of Lightning and torch: there, in this release, and of Lightning named in one file only."""
 
 import ast
 import importlib
@@ -6,7 +6,9 @@ import inspect
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loops.fit_loop import _FitLoop
@@ -17,6 +19,11 @@ from lightning.pytorch.trainer.connectors.checkpoint_connector import _Checkpoin
 from lightning.pytorch.trainer.connectors.logger_connector import _LoggerConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
+from mmtx.inference import int8, screen
+from mmtx.inference.row import FEW_ROWS, RowEngine
+from mmtx.inference.weights import Weights
+from mmtx.model import Decoder, DecoderConfig
+from mmtx.sequence import Prompt
 from mmtx.training import private
 
 TRAINING = Path(private.__file__).parent
@@ -131,3 +138,61 @@ def test_no_other_file_names_a_private_part(path):
             if base.__module__.startswith("lightning"):
                 common = {name for name in vars(found) if name.startswith("_") and not name.startswith("__")} & {*vars(base)}
                 assert not common - {"_abc_impl"}, f"{found.__name__} overrides {common} of {base.__name__}"
+
+
+# Operator, its arguments, and what of ours needs it.
+OPERATORS = [
+    ("onednn::qlinear_prepack", "(Tensor weight, int[]? x_shape) -> Tensor", "inference.screen.Screen"),
+    ("onednn::qlinear_pointwise", "(Tensor qx, float x_scale, int x_zero_point, Tensor qw, Tensor w_scale, Tensor w_zero_point, "
+     "Tensor? bias, float output_scale, int output_zero_point, ScalarType? output_dtype, str post_op_name, Scalar?[] post_op_args, "
+     "str post_op_algorithm) -> Tensor", "inference.screen.Screen"),
+    ("aten::_weight_int8pack_mm", "(Tensor self, Tensor mat2, Tensor scales) -> Tensor", "inference.int8.Int8Matrix"),
+    ("aten::silu_backward.grad_input", "(Tensor grad_output, Tensor self, *, Tensor(a!) grad_input) -> Tensor(a!)", "kernels"),
+]
+
+
+@pytest.mark.parametrize("name, arguments, user", OPERATORS, ids=[name for name, *_ in OPERATORS])
+def test_torch_has_the_operator(name, arguments, user):
+    space, _, rest = name.partition("::")
+    operator, _, overload = rest.partition(".")
+    found = getattr(getattr(torch.ops, space), operator, None)
+    assert found is not None, f"torch {torch.__version__} has no {name}: mend mmtx.{user}"
+    schema = str(getattr(found, overload or "default")._schema)
+    assert schema == name + arguments, f"torch {torch.__version__} has {schema}: mend mmtx.{user}"
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs a torch with oneDNN")
+def test_the_operators_give_what_is_asked_of_them():
+    told = f"torch {torch.__version__} computes otherwise: mend mmtx.inference."
+    assert screen.has_operators(), f"{told}screen.Screen"
+    assert int8.has_kernel(), f"{told}int8.Int8Matrix"
+
+
+def gone(*_):
+    raise AttributeError("no such operator")
+
+
+def wrong(*given):
+    return torch.zeros(1, 2)
+
+
+@pytest.mark.parametrize("other", [gone, wrong])
+def test_without_the_operators_all_rows_are_read(other, monkeypatch):
+    """A decoder writes the same ids where torch has lost or changed what a screen is made with."""
+    torch.manual_seed(0)
+    decoder = Decoder(DecoderConfig(FEW_ROWS + 100, width=24, depth=1, heads=2, kv_heads=2, head_dim=16, mlp_dim=32)).requires_grad_(False)
+    allowed, ids = torch.ones(1, FEW_ROWS + 90, dtype=torch.bool), []
+    for broken in (False, True):
+        screen.has_operators.cache_clear()
+        if broken:
+            monkeypatch.setattr(torch.ops.onednn, "qlinear_pointwise", other)
+            assert not screen.has_operators() and not screen.Screen.pays()
+        engine = RowEngine(decoder, Weights.of(decoder, fixed=True))
+        engine.prefill([Prompt(np.arange(3))])
+        found = []
+        for _ in range(8):
+            found.append(int(engine.best(allowed)))
+            engine.step(torch.tensor(found[-1:]))
+        ids.append(found)
+    screen.has_operators.cache_clear()
+    assert ids[0] == ids[1]

@@ -4,6 +4,7 @@ Shapes: D width, R rows of the output.
 """
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +27,7 @@ class Screen(NamedTuple):
     def pays() -> bool:
         """Whether the processor has instructions for products of 8 bits (VNNI): with others, reading all is as fast."""
         has = torch.cpu.get_capabilities()
-        return torch.backends.mkldnn.is_available() and any(has.get(name) for name in ("avx512_vnni", "avx_vnni"))
+        return any(has.get(name) for name in ("avx512_vnni", "avx_vnni")) and has_operators()
 
     @classmethod
     def of(cls, rows: Tensor) -> "Screen":
@@ -64,3 +65,16 @@ class Screen(NamedTuple):
         least = scores[best] - bound[best]
         scores += bound
         return np.flatnonzero(scores >= least)
+
+
+@cache
+def has_operators() -> bool:
+    """Whether torch has the operators of oneDNN that a screen needs, which it does not promise to keep: without them all is read."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    rows, hidden = torch.tensor([[1.0, -2.0, 3.0], [-4.0, 0.5, 6.0]]), np.array([1.0, 2.0, -1.0], np.float32)
+    try:
+        scores, bound = Screen.of(rows).scores(hidden)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return bool((np.abs(scores - rows.numpy() @ hidden) <= bound).all())
