@@ -330,6 +330,7 @@ def test_it_fits_a_phone_in_the_light_and_in_the_dark(browser, demo, media, sche
     boxes = [box.bounding_box() for box in page.locator("section").all()]
     assert boxes[0]["y"] + boxes[0]["height"] <= boxes[1]["y"]  # one below the other
     assert (np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("L"))[5, 5] < 60) == (scheme == "dark")
+    assert len({tab.bounding_box()["y"] for tab in page.locator("[role=tab]").all()}) == 1  # all side by side
     small = page.eval_on_selector_all("[role=tab], #drop button, #drop label, #examples button", "all => all.map(one => one.getBoundingClientRect().height)")
     assert min(small) >= 44  # as wide as a thumb
     for tab in ("chat", "make", "go_on"):

@@ -27,21 +27,9 @@ from mmtx.errors import InputError
 from mmtx.inference.sampling import Sampling
 from mmtx.pipeline import Audio, Model
 from mmtx.sequence import prompt
+from mmtx.serving import messages as api
 from mmtx.serving.batches import Batches, Job
 from mmtx.serving.limits import Door, Limits, Refused, as_refused
-from mmtx.serving.messages import (
-    ChatBody,
-    CompletionBody,
-    EmbeddingsBody,
-    ImagesBody,
-    Item,
-    SamplingBody,
-    SpeechBody,
-    WriteBody,
-    read_document,
-    read_part,
-    read_parts,
-)
 from mmtx.serving.sounds import KINDS, encoded, in_thread
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
@@ -111,7 +99,7 @@ class Writing:
     """An answer on its way: its ids, and its text as far as no character is cut. With `top`, also how likely each id was, beside so
     many others."""
 
-    def __init__(self, service: Service, document: Document, body: SamplingBody, out: str = "text", size=None, live: bool = False,
+    def __init__(self, service: Service, document: Document, body: api.SamplingBody, out: str = "text", size=None, live: bool = False,
                  top: int | None = None):
         self.service, self.top, self.length = service, top, service.model.prompt_length(document)
         self.ids: list[int] = []
@@ -185,7 +173,7 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
         if asked_for != name:
             raise Refused(404, f"model: found {asked_for[:100]!r}, expected {name!r}", "model_not_found", "model")
 
-    async def answer(writing: Writing, body: WriteBody, kind: str, choice: Callable[[str, str | None, list | None], dict]):
+    async def answer(writing: Writing, body: api.WriteBody, kind: str, choice: Callable[[str, str | None, list | None], dict]):
         """What was written, as one object or as events; `choice` says it in the form of a route."""
         head = {"id": f"{kind[:4]}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": name}
 
@@ -206,9 +194,9 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
         return {**head, "choices": [choice(text, writing.reason, writing.scores if writing.top is not None else None)],
                 "usage": writing.usage()}
 
-    async def made(body: SamplingBody, words: Sequence[Item], where: str, out: str, **more: Any) -> Writing:
+    async def made(body: api.SamplingBody, words: Sequence[api.Item], where: str, out: str, **more: Any) -> Writing:
         check(body.model)
-        parts = await service.read(read_parts, model, words, limits, where)
+        parts = await service.read(api.read_parts, model, words, limits, where)
         return Writing(service, Document((Turn("user", parts),)), body, out, **more)
 
     @app.get("/health")
@@ -229,9 +217,9 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
         return {"id": name, "object": "model", "created": service.began, "owned_by": "mmtx"}
 
     @app.post("/v1/chat/completions")
-    async def chat(body: ChatBody):
+    async def chat(body: api.ChatBody):
         check(body.model)
-        document = await service.read(read_document, model, body.messages, limits)
+        document = await service.read(api.read_document, model, body.messages, limits)
         writing = Writing(service, document, body, live=body.stream, top=(body.top_logprobs or 0) if body.logprobs else None)
         kind, key = ("chat.completion.chunk", "delta") if body.stream else ("chat.completion", "message")
         return await answer(writing, body, kind, lambda text, reason, scores: {
@@ -239,19 +227,19 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
             "logprobs": None if scores is None else {"content": scores, "refusal": None}})
 
     @app.post("/v1/completions")
-    async def completions(body: CompletionBody):
+    async def completions(body: api.CompletionBody):
         check(body.model)
-        parts = await service.read(read_parts, model, body.prompt, limits, "prompt")
+        parts = await service.read(api.read_parts, model, body.prompt, limits, "prompt")
         writing = Writing(service, Document((Turn(None, parts),)), body, "document", live=body.stream)
         return await answer(writing, body, "text_completion", lambda text, reason, scores: {
             "index": 0, "text": text, "finish_reason": reason, "logprobs": None})
 
     @app.post("/v1/embeddings")
-    async def embeddings(body: EmbeddingsBody) -> dict:
+    async def embeddings(body: api.EmbeddingsBody) -> dict:
         check(body.model)
         data, count = [], 0
         for number, content in enumerate(body.input):
-            parts = await service.read(read_parts, model, content, limits, f"input[{number}]")
+            parts = await service.read(api.read_parts, model, content, limits, f"input[{number}]")
             document = Document((Turn("user", parts),))
             if (count := count + model.prompt_length(document)) > limits.tokens:
                 raise Refused(400, f"{count} tokens, expected up to {limits.tokens} in all", "context_length_exceeded")
@@ -265,13 +253,13 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
                              temperature: Annotated[float, Form()] = 0.0,
                              response_format: Annotated[Literal["json", "text"], Form()] = "json"):
         check(model_name)
-        part = await service.read(read_part, model, Audio(await file.read()), limits, "file")
-        writing = Writing(service, Document((Turn("user", (part,)),)), SamplingBody(model=name, temperature=temperature))
+        part = await service.read(api.read_part, model, Audio(await file.read()), limits, "file")
+        writing = Writing(service, Document((Turn("user", (part,)),)), api.SamplingBody(model=name, temperature=temperature))
         text = service.text(await writing.whole())
         return PlainTextResponse(text) if response_format == "text" else {"text": text}
 
     @app.post("/v1/images/generations")
-    async def images(body: ImagesBody) -> dict:
+    async def images(body: api.ImagesBody) -> dict:
         size = None if body.size == "auto" else tuple(map(int, reversed(body.size.split("x"))))
         writing = await made(body, body.prompt, "prompt", "image", size=size)
         v, file = model.vocabulary, io.BytesIO()
@@ -281,7 +269,7 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
                 "usage": writing.usage("input_tokens", "output_tokens")}
 
     @app.post("/v1/audio/speech")
-    async def speech(body: SpeechBody) -> Response:
+    async def speech(body: api.SpeechBody) -> Response:
         writing = await made(body, body.input, "input", "audio", live=True)
         pieces = in_thread(service.speakers, writing.steps(), lambda ids: encoded(
             model.stream_sound(ids), body.response_format), lambda: service.batches.drop(writing.job))
