@@ -89,12 +89,13 @@ def rates(bench: Bench) -> Figures:
 def _training(bench: Bench, compiled: bool, documents: int = 1) -> Figures:
     """Steps of ours at one shape in bf16 -> tokens and FLOPs a second; with `documents` a row is packed with as many."""
     import train_speed
-    from mmtx.layers import Packing
 
+    from mmtx.config import DecoderConfig
     from mmtx.loss import next_token_loss
-    from mmtx.model import Decoder, DecoderConfig
+    from mmtx.model import Decoder
     from mmtx.scaling import cost
     from mmtx.training.optimizer import OptimizerConfig, configure
+    from mmtx.varlen import Packing
 
     sizes, batch, length = train_speed.SHAPES["short" if bench.short else SHAPE]
     config = DecoderConfig(**sizes, tied=False)

@@ -19,10 +19,11 @@ from lightning.pytorch.trainer.connectors.checkpoint_connector import _Checkpoin
 from lightning.pytorch.trainer.connectors.logger_connector import _LoggerConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
+from mmtx.config import DecoderConfig
 from mmtx.inference import int8, screen
 from mmtx.inference.row import FEW_ROWS, RowEngine
 from mmtx.inference.weights import Weights
-from mmtx.model import Decoder, DecoderConfig
+from mmtx.model import Decoder
 from mmtx.sequence import Prompt
 from mmtx.training import private
 

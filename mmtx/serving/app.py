@@ -80,7 +80,7 @@ class Service:
             self.batches.coming -= 1
 
     def embed(self, document: Document) -> np.ndarray:
-        return self.model.embed_prompt(prompt(*self.model.encode_documents([document], False), self.model.vocabulary))
+        return self.model.embed_prompt(prompt(self.model.encode_documents([document], False)[0], self.model.vocabulary))
 
     def text(self, ids: Sequence[int]) -> str:
         """The text among ids."""

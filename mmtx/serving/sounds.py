@@ -5,7 +5,7 @@ import io
 import struct
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import Executor
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import soundfile
 
@@ -15,7 +15,8 @@ KINDS = {"mp3": "audio/mpeg", "wav": "audio/wav", "flac": "audio/flac", "opus": 
 FORMATS = {"mp3": ("MP3", None), "flac": ("FLAC", None), "opus": ("OGG", "OPUS"), "wav": ("RAW", "PCM_16"), "pcm": ("RAW", "PCM_16")}
 UNKNOWN = 2 ** 32 - 1  # the length of a WAV that is not known yet, as readers take it
 
-Given, Made = TypeVar("Given"), TypeVar("Made")
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 
 def encoded(sounds: Iterable[Sound], form: str) -> Iterator[bytes]:
@@ -50,11 +51,11 @@ async def in_thread(threads: Executor, given: AsyncIterator[Given], make: Callab
 
     def waiting() -> Iterator[Given]:
         while (item := asyncio.run_coroutine_threadsafe(following(), loop).result()) is not over:
-            yield item
+            yield cast(Given, item)
 
     made = make(waiting())
     try:
         while (item := await loop.run_in_executor(threads, next, made, over)) is not over:
-            yield item
+            yield cast(Made, item)
     finally:
         end()
