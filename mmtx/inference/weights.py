@@ -7,7 +7,7 @@ Shapes: B batch, N tokens of all rows, D width, H heads, G key-value heads, K he
 vocabulary.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +101,8 @@ class Layer(NamedTuple):
 
     def in_8_bits(self) -> "Layer":
         """The same with its matrices in 8 bits a weight."""
-        return self._replace(**{name: Int8Matrix.of(getattr(self, name)) for name in ("qkv", "out", "gate_up", "down")})
+        matrices: dict[str, Any] = {name: Int8Matrix.of(getattr(self, name)) for name in ("qkv", "out", "gate_up", "down")}
+        return self._replace(**matrices)
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor, s: Scratch) -> None:
         """Tokens (N, D) and their angles (N, 1, K) -> queries, keys and values in the scratch."""
