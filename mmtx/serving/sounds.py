@@ -5,7 +5,7 @@ import io
 import struct
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import Executor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import soundfile
 
@@ -15,7 +15,8 @@ KINDS = {"mp3": "audio/mpeg", "wav": "audio/wav", "flac": "audio/flac", "opus": 
 FORMATS = {"mp3": ("MP3", None), "flac": ("FLAC", None), "opus": ("OGG", "OPUS"), "wav": ("RAW", "PCM_16"), "pcm": ("RAW", "PCM_16")}
 UNKNOWN = 2 ** 32 - 1  # the length of a WAV that is not known yet, as readers take it
 
-Given, Made = TypeVar("Given"), TypeVar("Made")
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 
 def encoded(sounds: Iterable[Sound], form: str) -> Iterator[bytes]:
@@ -43,7 +44,8 @@ def encoded(sounds: Iterable[Sound], form: str) -> Iterator[bytes]:
 async def in_thread(threads: Executor, given: AsyncIterator[Given], make: Callable[[Iterator[Given]], Iterator[Made]],
                     end: Callable[[], None]) -> AsyncIterator[Made]:
     """What `make` makes of what is given, in threads that may wait for it. `end` ends what is given where nobody waits any more."""
-    loop, over = asyncio.get_running_loop(), object()
+    loop = asyncio.get_running_loop()
+    over: Any = object()
 
     async def following():
         return await anext(given, over)
