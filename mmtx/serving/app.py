@@ -80,7 +80,8 @@ class Service:
             self.batches.coming -= 1
 
     def embed(self, document: Document) -> np.ndarray:
-        return self.model.embed_prompt(prompt(self.model.encode_documents([document], False)[0], self.model.vocabulary))
+        (encoded,) = self.model.encode_documents([document], codes=False)
+        return self.model.embed_prompt(prompt(encoded, self.model.vocabulary))
 
     def text(self, ids: Sequence[int]) -> str:
         """The text among ids."""

@@ -5,7 +5,7 @@ import io
 import struct
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import Executor
-from typing import TypeVar, cast
+from typing import Any, TypeVar
 
 import soundfile
 
@@ -44,18 +44,19 @@ def encoded(sounds: Iterable[Sound], form: str) -> Iterator[bytes]:
 async def in_thread(threads: Executor, given: AsyncIterator[Given], make: Callable[[Iterator[Given]], Iterator[Made]],
                     end: Callable[[], None]) -> AsyncIterator[Made]:
     """What `make` makes of what is given, in threads that may wait for it. `end` ends what is given where nobody waits any more."""
-    loop, over = asyncio.get_running_loop(), object()
+    loop = asyncio.get_running_loop()
+    over: Any = object()
 
     async def following():
         return await anext(given, over)
 
     def waiting() -> Iterator[Given]:
         while (item := asyncio.run_coroutine_threadsafe(following(), loop).result()) is not over:
-            yield cast(Given, item)
+            yield item
 
     made = make(waiting())
     try:
         while (item := await loop.run_in_executor(threads, next, made, over)) is not over:
-            yield cast(Made, item)
+            yield item
     finally:
         end()
