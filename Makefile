@@ -77,6 +77,8 @@ bench: $(VENV)/.installed-bench
 gpu: $(VENV)/.installed-test
 	$(VENV)/bin/python benchmarks/gpu.py $(GPU_ARGS)
 
+CODECS := $(foreach kind,text image audio,--data.tokenizers.$(kind) tokenizers/$(kind))
+
 # New codecs give new codes: they take the place of the shipped ones, and a decoder trained with those no longer fits.
 starter: $(VENV)/.installed
 	$(MMTX) fit --config configs/starter/text.yaml --output $(RUNS)/starter/text
@@ -92,9 +94,12 @@ starter: $(VENV)/.installed
 	cp -r $(RUNS)/starter/image-refined/model/* tokenizers/image/
 	cp -r $(RUNS)/starter/vocoder/model/* tokenizers/audio/
 	$(MMTX) fit --config configs/starter/decoder.yaml --output $(RUNS)/starter/decoder $(FIT_ARGS)
-	$(MMTX) fit --config configs/starter/captions.yaml --output $(RUNS)/starter/captions --model.init_from $(RUNS)/starter/decoder/model \
-	    --data.tokenizers.text tokenizers/text --data.tokenizers.image tokenizers/image --data.tokenizers.audio tokenizers/audio $(FIT_ARGS)
-	$(MMTX) evaluate --model $(RUNS)/starter/captions/model --config configs/starter/captions.yaml $(EVALUATE_ARGS)
+	$(MMTX) fit --config configs/starter/captions.yaml --output $(RUNS)/starter/captions $(CODECS) $(FIT_ARGS) \
+	    --model.init_from $(RUNS)/starter/decoder/model
+	$(MMTX) fit --config configs/starter/captions.yaml --output $(RUNS)/starter/captions-more $(CODECS) $(FIT_ARGS) \
+	    --model.init_from $(RUNS)/starter/captions/model
+	$(VENV)/bin/python demos/average.py $(RUNS)/starter/captions/model $(RUNS)/starter/captions-more/model --output $(RUNS)/starter/mean
+	$(MMTX) evaluate --model $(RUNS)/starter/mean --config configs/starter/captions.yaml $(EVALUATE_ARGS)
 
 environment: $(VENV)/.installed
 

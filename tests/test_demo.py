@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 from PIL import Image
 
 import mmtx
@@ -135,3 +136,24 @@ def test_the_head_of_a_verb_is_chosen_and_judged_by_different_animals(folder):
     judged = read(pairs[1], "The {} chased the {} that was tired.")[:, layer, number]
     found = re.search(r"this head +A ([\d.e-]+), B ([\d.e-]+); A more than B: ([\d.]+)", lines[5])
     assert [float(word) for word in found.groups()] == pytest.approx([*judged.mean(0), (judged[:, 0] > judged[:, 1]).mean()], rel=0.06)
+
+
+def test_the_mean_of_models_has_the_mean_of_their_weights(folder, tiny_model):
+    other = mmtx.load(folder / "model", device="cpu")
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for weight in other.decoder.parameters():
+            weight.add_(torch.randn_like(weight))
+    other.save(folder / "other")
+    script = [sys.executable, DEMO.with_name("average.py"), "model", "other", "model", "--output", "mean"]
+    done = subprocess.run(script, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    mean, weights = mmtx.load(folder / "mean", device="cpu"), other.decoder.state_dict()
+    for name, weight in tiny_model.decoder.state_dict().items():
+        assert torch.allclose(mean.decoder.state_dict()[name], (2 * weight + weights[name]) / 3, atol=1e-6), name
+    again = subprocess.run(script, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert (again.returncode, again.stderr) == (1, "average.py: error: mean: exists, expected a new folder\n")
+    script[3] = str(DEMO.with_name("generate"))
+    refused = subprocess.run([*script[:-1], "none"], cwd=folder, capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 1 and "found another decoder or other tokenizers than in model" in refused.stderr
+    assert refused.stderr.count("\n") == 1 and not (folder / "none").exists()

@@ -1,0 +1,45 @@
+"""The mean of the weights of models that went on from one another, which is often better than each of them. The model that comes with
+mmtx is one (model soups, Wortsman et al. 2022, https://arxiv.org/abs/2203.05482).
+
+    python demos/average.py runs/starter/captions/model runs/starter/captions-more/model --output runs/starter/mean
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import mmtx
+
+
+def average(folders: Sequence[str]) -> mmtx.Model:
+    """The first model with the mean of all weights. Raises InputError where one has other sizes or tokenizers."""
+    models = [mmtx.load(folder, "cpu") for folder in folders]
+    first = models[0]
+    for folder, model in zip(folders, models, strict=True):
+        if model.decoder.config != first.decoder.config or model.vocabulary.to_json() != first.vocabulary.to_json():
+            raise mmtx.InputError(f"{folder}: found another decoder or other tokenizers than in {folders[0]}, expected the same")
+    weights = [model.decoder.state_dict() for model in models]
+    with torch.no_grad():
+        for name, weight in first.decoder.state_dict().items():
+            weight.copy_(torch.stack([each[name] for each in weights]).mean(0))
+    return first
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the mean of the weights of models.")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="model folders that went on from one another")
+    parser.add_argument("--output", required=True, type=Path, help="a new folder")
+    options = parser.parse_args()
+    try:
+        if options.output.exists():
+            raise mmtx.InputError(f"{options.output}: exists, expected a new folder")
+        average(options.models).save(options.output)
+    except mmtx.InputError as error:
+        sys.exit(f"average.py: error: {error}")
+
+
+if __name__ == "__main__":
+    main()
