@@ -37,6 +37,7 @@ from mmtx.data.tokens import Augmentation, Documents, load_media, to_documents
 from mmtx.files import find_shipped
 from mmtx.loss import next_token_loss
 from mmtx.modality.base import load_tokenizer
+from mmtx.modality.encoder import GridEncoder
 from mmtx.model import Decoder
 from mmtx.pipeline import Model
 from mmtx.training.optimizer import OptimizerConfig, configure
@@ -272,7 +273,7 @@ def ours(path: str, samples: Sequence[Sample], repeats: Sequence[int], tokenizer
     config = DecoderConfig(vocabulary.size, composed=(CodeRange(vocabulary.range(kind).start, codec.levels),),
                            features={} if way == "codes" else {kind: codec.feature_width},
                            encoders=dict.fromkeys(patches, codec.encoder_config), **options["decoder"])
-    decoder = Decoder(config)
+    decoder = Decoder(config, GridEncoder)
     weights = codec.network.state_dict()
     for encoder in decoder.encoders.values():
         encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()})
