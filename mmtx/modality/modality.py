@@ -23,22 +23,27 @@ RESERVED = ("special", "any", "document", "video")  # words that mean something 
 class Modality:
     """One kind of media. A class or a function is given itself, or as "module:name", which is imported when it is needed.
 
-    kind: one lower-case word; it names the modality everywhere: <kind> and </kind> in the stream, `tokenizers.kind`, `out="kind"`.
-    layout: how the stream writes its codes. "pieces": as they are (text). "grid": rows and columns, whose numbers stand before
-        the codes. "steps": time steps of `bands` codes each, as many as there are.
-    tokenizers: the word `kind` in the config.json of a tokenizer -> its class, a `Tokenizer`.
-    read: (tokenizer, data, name, **options) -> the medium that the tokenizer takes. `data` are the bytes of a file, or what the
-        caller of Python has; errors call it `name`, which may be None then. Options are `start` and `seconds` where `cuts`.
-    show: (tokenizer, codes) -> what the Python API returns; a method `save(path)` lets `mmtx generate --file` write it. By default
-        what `decode` gives, as an array.
-    picture: (tokenizer, codes) -> uint8 (3, H, W) to look at in samples of a run; None: it cannot be seen.
-    controls: (data, name, **options) -> name -> features (D,), the ways in which a nearest-neighbour control compares media.
-    extensions: of files of this kind, with their dot. known: of files that are of this kind but cannot be read.
-    sniff: whether a file that begins with these bytes (64 at most) is of this kind.
-    fields: names of fields of a row that hold such media, by default the kind and its plural.
-    types: of parts of a message that hold one. words: patterns of field names that hold one by their look, alone and with an ending.
-    cuts: whether a row may mean a piece of a medium, by `start` and `seconds`.
-    shipped: whether a tokenizer of it comes with mmtx. colour: in `mmtx inspect`, of ANSI.
+    Args:
+        kind: one lower-case word; it names the modality everywhere: <kind> and </kind> in the stream, `tokenizers.kind`,
+            `out="kind"`.
+        layout: how the stream writes its codes. "pieces": as they are (text). "grid": rows and columns, whose numbers stand before
+            the codes. "steps": time steps of `bands` codes each, as many as there are.
+        tokenizers: the word `kind` in the config.json of a tokenizer -> its class, a `Tokenizer`.
+        read: ``(tokenizer, data, name, **options)`` -> the medium that the tokenizer takes. `data` are the bytes of a file, or what
+            the caller of Python has; errors call it `name`, which may be None then. Options are `start` and `seconds` where `cuts`.
+        show: (tokenizer, codes) -> what the Python API returns; a method `save(path)` lets `mmtx generate --file` write it. By
+            default what `decode` gives, as an array.
+        picture: (tokenizer, codes) -> uint8 (3, H, W) to look at in samples of a run; None: it cannot be seen.
+        controls: ``(data, name, **options)`` -> name -> features (D,), the ways in which a nearest-neighbour control compares media.
+        extensions: of files of this kind, with their dot.
+        known: of files that are of this kind but cannot be read.
+        sniff: whether a file that begins with these bytes (64 at most) is of this kind.
+        fields: names of fields of a row that hold such media, by default the kind and its plural.
+        types: of parts of a message that hold one.
+        words: patterns of field names that hold one by their look, alone and with an ending.
+        cuts: whether a row may mean a piece of a medium, by `start` and `seconds`.
+        shipped: whether a tokenizer of it comes with mmtx.
+        colour: in `mmtx inspect`, of ANSI.
     """
 
     kind: str
