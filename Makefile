@@ -1,6 +1,6 @@
 # make quickstart   train on the starter data and caption what the model never saw
 # make test-fast    run the tests of the stream, the network and the tokenizers: under a minute
-# make test         run the tests by two processes, those that train nothing first: about a quarter of an hour
+# make test         run the tests, those that train nothing first: a quarter to half an hour
 # make test-long    run the long forms of the proofs: kills, full disks, fuzzing, a soak (hours)
 # make lint         check the code with ruff and mypy
 # make docs         build the documentation into docs/_build
@@ -42,7 +42,7 @@ quickstart: $(VENV)/.installed
 	$(MMTX) evaluate --model $(RUNS)/quickstart/model --config configs/quickstart/decoder.yaml $(EVALUATE_ARGS)
 
 test: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest -n 2 $(TEST_ARGS)
+	$(VENV)/bin/python -m pytest $(TEST_ARGS)
 
 FAST := layout kernels block model loss sequence vocabulary modality files schema fsq text optimizer formats packing encoders attention
 
