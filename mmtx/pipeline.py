@@ -490,13 +490,14 @@ class Model:
             yield torch.full((len(prompts),), ident)
         yield from steps(self.decoder, self.grammar, prompts, out, sampling, prefix, self._weights, places, choose, wanted)
 
-    def _prompt(self, parts: Any) -> Prompt:
-        return prompt(Document((Turn("user", self._parts(parts)),)), self.vocabulary)
+    def _prompt(self, parts: Any, codes: bool = False) -> Prompt:
+        """What `generate` takes as a user turn to be answered; `codes` as in `encode_parts`."""
+        return prompt(Document((Turn("user", self._parts(parts, codes)),)), self.vocabulary)
 
-    def _parts(self, parts: Any) -> tuple[Part, ...]:
+    def _parts(self, parts: Any, codes: bool = True) -> tuple[Part, ...]:
         """What `generate` takes, in which a str is text, whatever it says."""
         as_media = lambda item: item if isinstance(item, str) else self._as_media(item)
-        return tuple(self.encode_parts(self._as_list(parts if _is_list(parts) else [parts], as_media)))
+        return tuple(self.encode_parts(self._as_list(parts if _is_list(parts) else [parts], as_media), codes))
 
     @staticmethod
     def _as_list(items: Sequence[Any], make: Callable[[Any], Any], name: str = "item") -> list[Any]:
@@ -569,7 +570,7 @@ class Model:
         if format not in ("document", "chat"):
             raise InputError(f"format: found {format!r:.40}, expected document or chat")
         if format == "chat":
-            return [*self._prompt(parts).ids.tolist(), *self._size_prefix(out, None)]
+            return [*self._prompt(parts, codes=True).ids.tolist(), *self._size_prefix(out, None)]
         return render(Document((Turn(None, self._parts(parts)),)), self.vocabulary).ids.tolist()
 
     @neutral()

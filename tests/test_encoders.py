@@ -128,10 +128,20 @@ def test_codes_that_a_decoder_does_not_read_are_not_made(samples, tokenizers, vo
         assert torch.equal(*inputs)
     handles = [tokenizers[kind].network.encoder_norm.register_forward_hook(lambda *_: ran.append(1)) for kind in KINDS]
     batch = PackedBatches(Documents(samples, tokenizers, vocabulary, max_seq_len=255, patches=KINDS), vocabulary, 2048)[0]
-    model.caption(mmtx.Image(np.zeros((16, 16, 3), np.uint8)), max_new_tokens=2)
+    picture = mmtx.Image(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8))
+    model.caption(picture, max_new_tokens=2)
+    asked = [picture, "what is it?"]
+    assert model.generate(asked, max_new_tokens=2) is not None and [*model.stream(asked, max_new_tokens=2)] != None
+    assert model.embed(picture).any()
+    assert len(batch.features) == 2 and not ran
+    # Who asks for the ids gets them, and the answer to a prompt with them is the same.
+    ids = model.tokenize(asked, format="chat")
+    assert ran and any(ident in vocabulary.range("image") and ident > vocabulary.range("image").start for ident in ids)
     for handle in handles:
         handle.remove()
-    assert len(batch.features) == 2 and not ran
+    first, second = (model._answer([model._prompt(asked, codes)], "text", Sampling.of(max_new_tokens=8))
+                     for codes in (False, True))
+    assert first == second
 
 
 def test_captions_are_those_of_each_medium_alone_and_of_a_saved_model(model, samples, tmp_path):

@@ -37,10 +37,6 @@ class Int8Matrix(NamedTuple):
             return torch.ops.aten._weight_int8pack_mm(x, self.codes, self.scale)
         return torch.mm(x, self.codes.T.bfloat16()).mul_(self.scale)
 
-    def numbers(self) -> Tensor:
-        """What the codes stand for (I, O), in float32."""
-        return (self.codes.float() * self.scale.float()[:, None]).T
-
 
 @cache
 def has_kernel() -> bool:

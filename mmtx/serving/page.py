@@ -156,7 +156,7 @@ def add_page(app: FastAPI, maker: Model | None = None, examples: Sequence[str] =
         return {"kind": body.out, "shown": sound_url(*made) if isinstance(made, Sound) else picture_url(made)}
 
     def _attention(document: Document, body: AttentionBody) -> dict:
-        asked = prompt(model.encode_documents([document])[0], model.vocabulary)
+        asked = prompt(model.encode_documents([document], codes=False)[0], model.vocabulary)
         ids = model.tokenizers["text"].encode(body.answer)
         if (count := len(asked.ids) + len(ids)) > MOST:
             raise InputError(f"{count} tokens, expected up to {MOST} to be shown")
