@@ -37,6 +37,7 @@ pytest.importorskip("fastapi")
 
 from mmtx.serving.app import make_app  # noqa: E402
 from mmtx.serving.batches import Batches, Job  # noqa: E402
+from mmtx.serving.sounds import in_thread  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 START = 150  # seconds that a server may take to begin
@@ -341,6 +342,28 @@ def test_who_goes_while_a_sound_is_sent_frees_the_place(speaker):
     assert 'status="500"' not in urllib.request.urlopen(f"{speaker.address}/metrics", timeout=20).read().decode()
 
 
+def test_who_goes_before_the_first_sound_frees_its_thread():
+    async def main() -> None:
+        queue, threads = asyncio.Queue(), ThreadPoolExecutor(1)
+
+        async def given():
+            while (item := await queue.get()) is not None:
+                yield item
+
+        pieces = in_thread(threads, given(), lambda items: items, lambda: queue.put_nowait(None))
+        asked = asyncio.ensure_future(anext(pieces))
+        await asyncio.sleep(0.1)
+        asked.cancel()
+        try:
+            with pytest.raises(asyncio.CancelledError):
+                await asked
+            await asyncio.wait_for(asyncio.shield(asyncio.to_thread(threads.shutdown)), 10)
+        finally:
+            queue.put_nowait(None)
+
+    asyncio.run(main())
+
+
 def test_speech_that_cannot_be_made_is_refused_with_a_status(speaker):
     for options, told in (({"temperature": -1}, "temperature: found -1.0"), ({"max_tokens": 5000}, "expected up to 4096 in all"),
                           ({"response_format": "aac"}, "response_format")):
@@ -605,6 +628,7 @@ def test_codes_that_the_decoder_never_reads_are_not_made(media, monkeypatch):
         found = [prompt(document, shipped.vocabulary) for document in shipped.encode_documents(read, codes=False)]
         with pytest.raises(TypeError):
             shipped.encode_documents(read)
+        assert all(isinstance(told, str) for told in answers_of(shipped, media))
     for one, truth in zip(found, whole):
         assert len(one.ids) == len(truth.ids) and not np.array_equal(one.ids, truth.ids)
         assert np.array_equal(shipped.embed_prompt(one), shipped.embed_prompt(truth))

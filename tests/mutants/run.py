@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PATCHES = sorted(Path(__file__).parent.glob("*.patch"))
-LINKED = ("tokenizers", "configs", "demos", "README.md", "Makefile", "constraints.txt")
+LINKED = ("tokenizers", "configs", "demos", "benchmarks", "README.md", "Makefile", "constraints.txt")
 
 
 def named_by(patch: Path) -> list[str]:
