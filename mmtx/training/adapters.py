@@ -27,9 +27,10 @@ TARGETS = {"attention": ("qkv", "out"), "feed_forward": ("gate_up", "down")}
 class LoRA:
     """Low-rank adapters (https://arxiv.org/abs/2106.09685) of a decoder that starts from a finished model.
 
-    `parts` of each block get one: "attention", "feed_forward". `new_rows` also trains the rows of ids that are no text:
-    without them a model never learns what a code of a picture means. `rank_stabilized` scales by alpha / sqrt(rank).
-    `load_in_4bit` keeps the linear layers of blocks in 4 bits a weight (QLoRA, see `mmtx.training.quantize`).
+    `parts` of each block get one: "attention", "feed_forward"; with none of them, projections of features and new rows train alone,
+    the first of two stages. `new_rows` also trains the rows of ids that are no text: without them a model never learns what a
+    code of a picture means. `rank_stabilized` scales by alpha / sqrt(rank). `load_in_4bit` keeps the linear layers of blocks in
+    4 bits a weight (QLoRA, see `mmtx.training.quantize`). `freeze_encoder` leaves encoders that would train along as they are.
     """
 
     rank: int = 8
@@ -39,6 +40,7 @@ class LoRA:
     new_rows: bool = True
     rank_stabilized: bool = False
     load_in_4bit: bool = False
+    freeze_encoder: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "parts", tuple(self.parts))
@@ -46,8 +48,8 @@ class LoRA:
             raise InputError(f"lora.rank: found {self.rank}, expected 1 to {2**12}")
         if not 0 <= self.dropout < 1:
             raise InputError(f"lora.dropout: found {self.dropout}, expected 0 or more, and less than 1")
-        if not self.parts or not {*self.parts} <= TARGETS.keys():
-            raise InputError(f"lora.parts: found {', '.join(self.parts) or 'none'}, expected some of {', '.join(TARGETS)}")
+        if not {*self.parts} <= TARGETS.keys():
+            raise InputError(f"lora.parts: found {', '.join(self.parts)}, expected some of {', '.join(TARGETS)}, or none")
 
 
 class NewRows(nn.Module):
@@ -62,15 +64,16 @@ class NewRows(nn.Module):
 
 
 def adapt(decoder: Decoder, lora: LoRA, text: int) -> None:
-    """Freeze a decoder but for its encoders and projections, and put adapters into its blocks; ids from `text` on are no text."""
+    """Freeze a decoder but for its projections and encoders, and put adapters into its blocks; ids from `text` on are no text."""
     decoder.requires_grad_(False)
     if lora.load_in_4bit:
         quantize(decoder)
-    targets = "|".join(name for part in lora.parts for name in TARGETS[part])
-    config = _config(lora, rf"blocks\..*\.({targets})")  # and not encoders
-    require("peft", "lora", "lora").inject_adapter_in_model(config, decoder, NAME)
+    if lora.parts:
+        targets = "|".join(name for part in lora.parts for name in TARGETS[part])
+        config = _config(lora, rf"blocks\..*\.({targets})")  # and not encoders
+        require("peft", "lora", "lora").inject_adapter_in_model(config, decoder, NAME)
     decoder.projections.requires_grad_(True)
-    decoder.encoders.requires_grad_(True)
+    decoder.encoders.requires_grad_(not lora.freeze_encoder)
     if lora.new_rows:
         for table in tables(decoder):
             parametrize.register_parametrization(table, "weight", NewRows(table.weight, text))

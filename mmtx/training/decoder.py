@@ -67,6 +67,7 @@ class DecoderModule(TestedAsValidated):
         init_from: str | None = None,
         tokenizers: TokenizerFolders | None = None,
         train_encoder: bool = False,
+        encoders_from: str | None = None,
         lora: LoRA | None = None,
         gradient_checkpointing: bool = False,
         mup_base_width: int | None = None,
@@ -80,10 +81,13 @@ class DecoderModule(TestedAsValidated):
                 quantizer. What is generated is made of codes either way.
             train_encoder: with `continuous_inputs`, the decoder has its own copy of these encoders, which is trained along.
                 The tokenizers, and so all codes, stay as they are.
+            encoders_from: folder of a finished model whose trained encoders these copies start from, instead of those of the codecs:
+                one that has learnt to see and hear beside a small decoder serves a large one.
             loss_weights: what targets of each modality count for; the loss is the weighted mean over all targets.
             init_from: folder of a finished model with this configuration and text tokenizer, whose weights to start from.
-                Its other tokenizers may have been retrained: what their codes stand for is then learnt anew. With
-                `train_encoder` it may be a model of frozen features: then its tokenizers must be these.
+                Its other tokenizers may have been retrained: what their codes stand for is then learnt anew. It may be a model of
+                codes alone, such as `mmtx convert` makes: projections of features then begin anew. With `train_encoder` it may be a
+                model of frozen features: then its tokenizers must be these.
             tokenizers: folders of the tokenizers, where batches come from a plain loader; by default those of the data.
             lora: train low-rank adapters and the rows of ids that are no text, and leave the rest as it is in `init_from`.
             gradient_checkpointing: compute each block again on the way back: less memory, a third more time.
@@ -105,6 +109,9 @@ class DecoderModule(TestedAsValidated):
         if train_encoder and not continuous_inputs:
             raise InputError("train_encoder: found true with continuous_inputs: false, expected continuous_inputs: true, since "
                              "codes need no encoder")
+        if encoders_from is not None and not train_encoder:
+            raise InputError("model.init_args.encoders_from: found one with train_encoder: false, expected train_encoder: true")
+        self.encoders_from = None if encoders_from is None else load(encoders_from, "cpu")
         self.weights_by_kind = asdict(loss_weights)
         self.decoder: Decoder | None = None
 
@@ -133,6 +140,9 @@ class DecoderModule(TestedAsValidated):
         if self.init_from is not None:
             self._begin_with(self.init_from)
             self.init_from = None
+        if self.encoders_from is not None:
+            self._take_encoders(self.encoders_from.decoder)
+            self.encoders_from = None
         self.decoder.gradient_checkpointing = self.gradient_checkpointing
         if self.lora is not None:
             if self.device_mesh is not None:
@@ -160,20 +170,28 @@ class DecoderModule(TestedAsValidated):
     def _begin_with(self, model: Model) -> None:
         where = self.finished or "init_from"
         given, wanted = asdict(model.decoder.config), asdict(self.config)
-        # Encoders begin as those of the codecs, which made the features that a model without them has learnt to read.
-        added = bool(wanted["encoders"]) and not given["encoders"] and self.finished is None
+        # A model of codes alone may get projections of features; encoders begin as those of the codecs, which made the features that
+        # a model without encoders has learnt to read.
+        added = {name for name in ("features", "encoders") if wanted[name] and not given[name] and self.finished is None}
         for name, value in wanted.items():
-            if name == "encoders" and added:
-                continue
-            if given[name] != value:
+            if given[name] != value and name not in added:
                 raise InputError(f"{where}: found {name} {given[name]}, expected {value}")
-        for kind, tokenizer in self.tokenizers.items() if self.finished or added else [("text", self.tokenizers["text"])]:
+        same = self.finished or added == {"encoders"}
+        for kind, tokenizer in self.tokenizers.items() if same else [("text", self.tokenizers["text"])]:
             found, expected = model.tokenizers[kind].fingerprint[:12], tokenizer.fingerprint[:12]
             if found != expected:
                 raise InputError(f"{where}: found {'an' if kind[0] in 'aeiou' else 'a'} {kind} tokenizer of fingerprint {found}, "
                                  f"expected {expected}, tokenizers.{kind}")
-        own = {f"encoders.{name}": value for name, value in self.decoder.encoders.state_dict().items()} if added else {}
+        begun = tuple({"features": "projections.", "encoders": "encoders."}[name] for name in added)
+        own = {name: value for name, value in self.decoder.state_dict().items() if name.startswith(begun)}
         self.decoder.load_state_dict({**own, **model.decoder.state_dict()})
+
+    def _take_encoders(self, other: Decoder) -> None:
+        for kind, encoder in self.decoder.encoders.items():
+            found, expected = other.config.encoders.get(kind), self.config.encoders[kind]
+            if found != expected:
+                raise InputError(f"encoders_from: found {found or 'no encoder'} for {kind}, expected {expected}")
+            encoder.load_state_dict(other.encoders[kind].state_dict())
 
     def on_fit_start(self) -> None:
         if self.global_rank == 0:
@@ -253,7 +271,7 @@ class DecoderModule(TestedAsValidated):
 
     def save(self, folder: Path) -> None:
         self.model().save(folder)
-        if self.lora is not None:
+        if self.lora is not None and self.lora.parts:
             save_adapter(self.decoder, self.lora, folder.with_name("adapter"))
 
 
