@@ -2,9 +2,9 @@
 
     python benchmarks/text_quality.py START MODEL --text prose.txt --output answers.json
 
-Bits per byte of the prose in windows of --window tokens, each token behind those before it in its window, among all ids of the model (also
-those of media, where it may waste probability). Then each model answers 20 prompts greedily: how many answers are the same as the
-first model's, and after how many tokens they part; all answers go into the JSON, to be read.
+Bits per byte of the prose in windows of --window tokens, each token behind those before it in its window, among all ids of the model;
+those of media are among them, where it may waste probability. Then each model answers 20 prompts greedily: how many answers are the
+same as the first model's, and after how many tokens they part; all answers go into the JSON, to be read.
 """
 
 import argparse
