@@ -12,8 +12,8 @@ import torch
 from mmtx.config import CodeRange, DecoderConfig, RopeScaling
 from mmtx.inference.choose import choose_engine
 from mmtx.inference.reference import ReferenceEngine
-from mmtx.inference.row import FEW_ROWS, SHORT, RowEngine, prepack_weights
-from mmtx.inference.screen import Screen
+from mmtx.inference.row import SHORT, RowEngine, prepack_weights
+from mmtx.inference.screen import FEW_ROWS, Screen
 from mmtx.inference.torch_engine import ROOM, TorchEngine
 from mmtx.inference.weights import Weights
 from mmtx.model import Decoder
@@ -298,6 +298,34 @@ def test_a_screen_keeps_the_best_row(kind):
 
 
 @onednn
+@pytest.mark.parametrize("kind", ["random", "of all sizes", "one outlier each", "nearly equal", "equal", "zero"])
+@pytest.mark.parametrize("few", [600, 1])
+def test_a_screen_finds_the_best_row_of_each_state_of_a_batch(kind, few, monkeypatch):
+    monkeypatch.setattr("mmtx.inference.screen.FEW", few)
+    table, hidden = difficult_rows(kind)
+    allowed = (torch.arange(600) + torch.arange(50)[:, None]) % 3 != 1          # of each state others
+    best = Screen.of(table).best(table, hidden, torch.zeros(50, 600).masked_fill_(~allowed, -torch.inf))
+    if few == 1:
+        assert best is None                                                     # more are left, so all are to be read
+        return
+    scores = (table.double() @ hidden.double().T).T.masked_fill(~allowed, -torch.inf)
+    found = scores.gather(1, best[:, None])[:, 0]
+    assert allowed.gather(1, best[:, None]).all()
+    torch.testing.assert_close(found, scores.amax(1), rtol=1e-5, atol=1e-5)
+    if kind in ("equal", "zero"):                                               # of equal ones the first, as argmax has it
+        assert torch.equal(best[1::2], scores.argmax(1)[1::2])
+
+
+@onednn
+def test_a_screen_leaves_states_of_a_batch_that_are_not_finite_to_others():
+    table, hidden = difficult_rows("random")
+    for value in (torch.nan, torch.inf, -torch.inf, 1e30):
+        given = hidden.clone()
+        given[3, 5] = value
+        assert Screen.of(table).best(table, given, torch.zeros(50, 600)) is None
+
+
+@onednn
 def test_a_screen_says_how_far_its_scores_may_be_wrong():
     table, _ = difficult_rows("random")
     table[:300] = table[:300].sign()      # 8 bits keep these as they are
@@ -331,15 +359,17 @@ def test_a_screen_is_right_on_processors_that_add_products_in_16_bits(instructio
     subprocess.run([sys.executable, "-c", LARGEST], env={**os.environ, "ONEDNN_MAX_CPU_ISA": instructions}, check=True)
 
 
-def test_the_best_id_is_the_same_with_and_without_a_screen():
+@pytest.mark.parametrize(("make", "count"), [(RowEngine, 1), (TorchEngine, 1), (TorchEngine, 5)])
+def test_the_best_id_is_the_same_with_and_without_a_screen(make, count):
     torch.manual_seed(0)
     decoder = Decoder(DecoderConfig(FEW_ROWS + 100, **SIZES)).requires_grad_(False)
-    allowed = torch.rand(1, FEW_ROWS + 90) < 0.5
-    weights, prompts = Weights.of(decoder, fixed=True), [Prompt(np.arange(3))]
-    screened, plain = RowEngine(decoder, weights), RowEngine(decoder, Weights.of(decoder))
+    allowed = torch.rand(count, FEW_ROWS + 90) < 0.5
+    weights, prompts = Weights.of(decoder, fixed=True), [Prompt(np.arange(3))] * count
+    screened, plain = make(decoder, weights), make(decoder, Weights.of(decoder))
     for engine in (screened, plain):
         engine.prefill(prompts)
-    for hidden in torch.randn(20, 1, SIZES["width"]):
+    for hidden in torch.randn(20, count, SIZES["width"]):
+        allowed = allowed.roll(1, 1)                    # another tensor, of other values
         expected = weights.scores(hidden)[:, :FEW_ROWS + 90].masked_fill(~allowed, -torch.inf).argmax(1)
         for engine in (screened, plain):
             engine.hidden = hidden

@@ -19,9 +19,9 @@ from mmtx.document import Document, Turn
 from mmtx.errors import InputError
 from mmtx.inference import int8
 from mmtx.inference.choose import choose_engine
-from mmtx.inference.int8 import Int8Matrix, add_product, has_kernel, multiply
+from mmtx.inference.int8 import Int8Matrix, has_kernel
 from mmtx.inference.torch_engine import TorchEngine
-from mmtx.inference.weights import Weights
+from mmtx.inference.weights import Weights, add_product, multiply
 from mmtx.model import Decoder
 from mmtx.pipeline import Model
 from mmtx.sequence import Prompt

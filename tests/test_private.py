@@ -20,8 +20,9 @@ from lightning.pytorch.trainer.connectors.logger_connector import _LoggerConnect
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from mmtx.config import DecoderConfig
-from mmtx.inference import int8, screen
-from mmtx.inference.row import FEW_ROWS, RowEngine
+from mmtx.inference import int8, packed, screen
+from mmtx.inference.row import RowEngine
+from mmtx.inference.screen import FEW_ROWS
 from mmtx.inference.weights import Weights
 from mmtx.model import Decoder
 from mmtx.sequence import Prompt
@@ -147,6 +148,11 @@ OPERATORS = [
     ("onednn::qlinear_pointwise", "(Tensor qx, float x_scale, int x_zero_point, Tensor qw, Tensor w_scale, Tensor w_zero_point, "
      "Tensor? bias, float output_scale, int output_zero_point, ScalarType? output_dtype, str post_op_name, Scalar?[] post_op_args, "
      "str post_op_algorithm) -> Tensor", "inference.screen.Screen"),
+    ("mkldnn::_reorder_linear_weight", "(Tensor self, int? batch_size=None) -> Tensor Y", "inference.packed.PackedMatrix"),
+    ("mkldnn::_linear_pointwise", "(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> Tensor Y",
+     "inference.packed.PackedMatrix"),
+    ("mkldnn::_linear_pointwise.binary", "(Tensor X, Tensor other, Tensor W, Tensor? B, str attr) -> Tensor Y",
+     "inference.packed.PackedMatrix"),
     ("aten::_weight_int8pack_mm", "(Tensor self, Tensor mat2, Tensor scales) -> Tensor", "inference.int8.Int8Matrix"),
     ("aten::silu_backward.grad_input", "(Tensor grad_output, Tensor self, *, Tensor(a!) grad_input) -> Tensor(a!)", "kernels"),
 ]
@@ -167,6 +173,7 @@ def test_the_operators_give_what_is_asked_of_them():
     told = f"torch {torch.__version__} computes otherwise: mend mmtx.inference."
     assert screen.has_operators(), f"{told}screen.Screen"
     assert int8.has_kernel(), f"{told}int8.Int8Matrix"
+    assert packed.has_operators(), f"{told}packed.PackedMatrix"
 
 
 def gone(*_):

@@ -51,19 +51,3 @@ def has_kernel() -> bool:
         return torch.ops.aten._weight_int8pack_mm(x, codes, scale).tolist() == [[1.0, -54.0]]
     except (AttributeError, RuntimeError, TypeError):
         return False
-
-
-def multiply(x: Tensor, matrix: Tensor | Int8Matrix, out: Tensor) -> None:
-    """Put the product of numbers (N, I) and a matrix (I, O) into `out` (N, O)."""
-    if isinstance(matrix, Int8Matrix):
-        out.copy_(matrix.product(x))
-    else:
-        torch.mm(x, matrix, out=out)
-
-
-def add_product(out: Tensor, x: Tensor, matrix: Tensor | Int8Matrix) -> None:
-    """Add it to `out` instead."""
-    if isinstance(matrix, Int8Matrix):
-        out.add_(matrix.product(x))
-    else:
-        out.addmm_(x, matrix)

@@ -19,14 +19,12 @@ from torch import Tensor, nn
 
 from mmtx.ambient import run_single_threaded
 from mmtx.config import DecoderConfig
-from mmtx.inference.int8 import Int8Matrix, multiply
-from mmtx.inference.screen import Screen
+from mmtx.inference.int8 import Int8Matrix
 from mmtx.inference.torch_engine import ROOM, TorchEngine
-from mmtx.inference.weights import Layer, Norm
+from mmtx.inference.weights import Layer, Norm, multiply
 from mmtx.model import Decoder
 from mmtx.sequence import Prompt
 
-FEW_ROWS = 4096   # output matrices up to here are read as a whole
 SHORT = 9216      # numbers of a head's keys up to here are read by NumPy's products, which then stay on one thread
 
 
@@ -208,9 +206,6 @@ class RowEngine(TorchEngine):
         self.layers = {shared: [_Layer.of(layer, weights.config, self.buffers, shared) for layer in weights.step_layers]
                        for shared in ((True, False) if self.several else (False,))}
         self.norm, self.table = _Norm.of(weights.norm), weights.output.detach()                    # (R, D)
-        self.screens = weights.screens if Screen.pays() else None
-        self.allowed: Tensor | None = None
-        self.forbidden: np.ndarray | None = None
         self.cache.close_gaps()
         self._bind()
 
@@ -255,11 +250,8 @@ class RowEngine(TorchEngine):
         table, (hidden,) = self.table[:allowed.shape[1]], self.hidden
         if allowed.shape[1] > self.weights.plain or not hidden.dot(hidden).isfinite():
             return super().best(allowed)
-        if allowed is not self.allowed:
-            self.allowed, self.forbidden = allowed, np.where(allowed.numpy()[0], np.float32(0), np.float32(-np.inf))
-        if self.screens is None or len(table) <= FEW_ROWS:
-            return torch.tensor([(torch.mv(table, hidden).numpy() + self.forbidden).argmax()])
-        if len(table) not in self.screens:
-            self.screens[len(table)] = Screen.of(table)
-        few = torch.from_numpy(self.screens[len(table)].candidates(hidden.numpy(), self.forbidden))
+        forbidden, screen = self._forbidden(allowed).numpy()[0], self.weights.screen(len(table))
+        if screen is None:
+            return torch.tensor([(torch.mv(table, hidden).numpy() + forbidden).argmax()])
+        few = torch.from_numpy(screen.candidates(hidden.numpy(), forbidden))
         return few[torch.mv(table[few], hidden).argmax(keepdim=True)]

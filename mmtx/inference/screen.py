@@ -1,6 +1,6 @@
 """The best row of an output matrix without reading all of it: scores in 8 bits, and a bound of their error.
 
-Shapes: D width, R rows of the output.
+Shapes: B batch, D width, R rows of the output, n pairs of a hidden state and a row.
 """
 
 import math
@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+FEW_ROWS = 4096   # output matrices up to here are read as a whole
+FEW = 512         # rows that a hidden state of a batch may leave in the mean: where there are more, all are read
 SLACK = 1e-5      # what float32 rounds away in a score, as a share of the longest that it could be
 
 
@@ -65,6 +67,32 @@ class Screen(NamedTuple):
         least = scores[best] - bound[best]
         scores += bound
         return np.flatnonzero(scores >= least)
+
+    def best(self, rows: Tensor, hidden: Tensor, forbidden: Tensor) -> Tensor | None:
+        """The best of the rows (R, D) for each hidden state (B, D) among those whose `forbidden` (B, R) is 0 and not -inf, (B,).
+
+        None where hidden states are not finite, or leave so many rows that all may as well be read.
+        """
+        # All is in units of what a code of a hidden state stands for, so that no pass over the scores is needed for that.
+        scale = hidden.abs().amax(1, keepdim=True).clamp_min_(1e-30).div_(63)
+        codes = (hidden / scale).round_()
+        lengths = torch.stack([torch.linalg.vector_norm(each, dim=1) for each in (hidden, hidden - codes * scale)], 1).div_(scale)
+        if not lengths.isfinite().all():
+            return None
+        scores = torch.ops.onednn.qlinear_pointwise(
+            codes.add_(64).to(torch.uint8), 1.0, 64, self.packed, self.scale, self.zero, None, 1.0, 0, torch.float32, "none", [], "")
+        bounds = torch.from_numpy(np.stack([self.error, self.length]))                             # (2, R)
+        top, places = scores.add_(forbidden).max(1)
+        least = top - (lengths * bounds[:, places].T).sum(1)
+        state, row = (scores.addmm_(lengths, bounds) >= least[:, None]).nonzero().unbind(1)        # (n,), those of a state together
+        if len(row) > FEW * len(hidden):
+            return None
+        exact = (rows[row] * hidden[state]).sum(1)
+        counts = state.bincount(minlength=len(hidden))
+        first = counts.cumsum(0) - counts
+        table = exact.new_full((len(hidden), int(counts.max())), -torch.inf)
+        table[state, torch.arange(len(row)) - first[state]] = exact
+        return row[first + table.argmax(1)]
 
 
 @cache

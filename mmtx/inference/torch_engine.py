@@ -29,6 +29,7 @@ class TorchEngine(Engine):
         """`single_row` makes the engine that goes on with the last row of a batch; by default it is this one."""
         self.decoder, self.weights, self.single_row = decoder, weights, single_row
         self.static = weights.output.is_cuda
+        self._allowed: Tensor | None = None
 
     def prefill(self, prompts: Sequence[Prompt], room: int = ROOM) -> None:
         """Begin with prompts, and with `room` for more ids before the cache grows.
@@ -57,10 +58,11 @@ class TorchEngine(Engine):
         x = x.flatten(0, 1).clone()
         query, key, value = (each.unflatten(0, (batch, length)).transpose(1, 2)                    # (B, H | G, T, K)
                              for each in (scratch.query, scratch.key, scratch.value))
-        for layer, keys, values in zip(weights.layers, cache.keys, cache.values, strict=True):
+        layers = weights.layers_for(len(x))
+        for layer, keys, values in zip(layers, cache.keys, cache.values, strict=True):
             layer.project(x, cos, sin, scratch)
             keys[chosen, :, :length], values[chosen, :, :length] = key, value
-            if layer is weights.layers[-1]:
+            if layer is layers[-1]:
                 # Nobody reads the other tokens any more.
                 x, scratch = x[last], self.scratch.keep(batch)
                 y = attend(query[rows, :, lengths - 1], key, value, cache.seen[chosen, None, None, :length])
@@ -80,7 +82,8 @@ class TorchEngine(Engine):
         weights, (cos, sin) = self.weights, (each[:, None] for each in (self.cache.cos, self.cache.sin))   # (C, 1, K)
         x, pieces = x[:length], [slice(first, min(first + TOKENS, length)) for first in range(0, length, TOKENS)]
         query = x.new_empty(weights.config.heads, length, weights.config.head_dim)                         # (H, T, K)
-        for layer, keys, values in zip(weights.layers, self.cache.keys, self.cache.values, strict=True):
+        layers = weights.layers_for(length)
+        for layer, keys, values in zip(layers, self.cache.keys, self.cache.values, strict=True):
             key, value = keys[row, :, :length], values[row, :, :length]                                    # (G, T, K)
             keys[row, :, length:self.cache.used] = values[row, :, length:self.cache.used] = 0  # masked, but read: no NaN
             for piece in pieces:
@@ -88,7 +91,7 @@ class TorchEngine(Engine):
                 layer.project(x[piece], cos[piece], sin[piece], s)
                 for whole, part in ((query, s.query), (key, s.key), (value, s.value)):
                     whole[:, piece] = part.transpose(0, 1)
-            if layer is weights.layers[-1]:
+            if layer is layers[-1]:
                 x, s = x[-1:], scratch.keep(1)
                 layer.finish(x, attend(query[None, :, -1], key[None], value[None], None), s)
             else:
@@ -109,7 +112,7 @@ class TorchEngine(Engine):
         # Where shapes stay as they are, masked slots are read. One row, too, has padding where it comes out of a batch.
         span = cache.capacity if self.static else cache.used + 1
         mask = cache.seen[:, None, None, :span]
-        for layer, keys, values in zip(weights.step_layers, cache.keys, cache.values, strict=True):
+        for layer, keys, values in zip(weights.batch_layers, cache.keys, cache.values, strict=True):
             layer.project(x, cos, sin, s)
             keys.index_copy_(2, cache.slot, key)
             values.index_copy_(2, cache.slot, value)
@@ -121,6 +124,17 @@ class TorchEngine(Engine):
 
     def scores(self, first: int | None = None) -> Tensor:
         return self.weights.scores(self.hidden, first)
+
+    def best(self, allowed: Tensor) -> Tensor:
+        screen = self.weights.screen(allowed.shape[1])
+        found = None if screen is None else screen.best(self.weights.output[:allowed.shape[1]], self.hidden, self._forbidden(allowed))
+        return super().best(allowed) if found is None else found
+
+    def _forbidden(self, allowed: Tensor) -> Tensor:
+        """0 where allowed, -inf elsewhere: made anew only where another tensor is given."""
+        if allowed is not self._allowed:
+            self._allowed, self._forbids = allowed, torch.zeros(allowed.shape).masked_fill_(~allowed, -torch.inf)
+        return self._forbids
 
     def keep(self, rows: Tensor) -> Engine:
         self.cache.keep(rows)

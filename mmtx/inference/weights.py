@@ -7,6 +7,7 @@ Shapes: B batch, N tokens of all rows, D width, H heads, G key-value heads, K he
 vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmtx.config import DecoderConfig
-from mmtx.inference.int8 import Int8Matrix, add_product, multiply
+from mmtx.inference.int8 import Int8Matrix
+from mmtx.inference.packed import LARGEST, PackedMatrix, PackedSwiGLU, has_operators
+from mmtx.inference.screen import FEW_ROWS, Screen
 from mmtx.inference.thread_tuner import ThreadTuner
 from mmtx.model import Block, Decoder
+
+Matrix = Tensor | Int8Matrix | PackedMatrix
+MANY = 64   # tokens of prompts from which on packed matrices pay: a number of tokens that is new to oneDNN costs it 2 ms
 
 
 def precise(like: Tensor) -> torch.dtype:
@@ -81,13 +87,13 @@ class Layer(NamedTuple):
     """One block: its weights, and what it does around attention. The one place here that knows the kind of the block."""
 
     attention_norm: Norm
-    qkv: Tensor | Int8Matrix      # (D, (H + 2G) * K)
-    qkv_bias: Tensor | None       # ((H + 2G) * K,)
-    head_norm: Norm | None        # weight (H + G, K)
-    out: Tensor | Int8Matrix      # (H * K, D)
+    qkv: Matrix               # (D, (H + 2G) * K)
+    qkv_bias: Tensor | None   # ((H + 2G) * K,)
+    head_norm: Norm | None    # weight (H + G, K)
+    out: Matrix               # (H * K, D)
     feed_forward_norm: Norm
-    gate_up: Tensor | Int8Matrix  # (D, 2 * hidden)
-    down: Tensor | Int8Matrix     # (hidden, D)
+    gate_up: Matrix | PackedSwiGLU  # (D, 2 * hidden)
+    down: Matrix              # (hidden, D)
 
     @classmethod
     def of(cls, block: Block, config: DecoderConfig) -> "Layer":
@@ -104,6 +110,11 @@ class Layer(NamedTuple):
         made: dict[str, Any] = {name: Int8Matrix.of(getattr(self, name)) for name in ("qkv", "out", "gate_up", "down")}
         return self._replace(**made)
 
+    def packed(self) -> "Layer":
+        """The same with its matrices laid out for many tokens."""
+        made: dict[str, Any] = {name: PackedMatrix.of(getattr(self, name)) for name in ("qkv", "out", "down")}
+        return self._replace(gate_up=PackedSwiGLU.of(self.gate_up), **made)
+
     def project(self, x: Tensor, cos: Tensor, sin: Tensor, s: Scratch) -> None:
         """Tokens (N, D) and their angles (N, 1, K) -> queries, keys and values in the scratch."""
         multiply(self.attention_norm(x, s.length, s.normed), self.qkv, s.qkv)
@@ -119,8 +130,41 @@ class Layer(NamedTuple):
     def finish(self, x: Tensor, y: Tensor, s: Scratch) -> None:
         """Tokens (N, D) and what their heads found, (N, H * K) -> tokens for the next layer, in place."""
         add_product(x, y, self.out)
-        multiply(self.feed_forward_norm(x, s.length, s.normed), self.gate_up, s.gate_up)
-        add_product(x, F.silu(s.gate, inplace=True).mul_(s.up), self.down)
+        normed = self.feed_forward_norm(x, s.length, s.normed)
+        if isinstance(self.gate_up, PackedSwiGLU):
+            inner = self.gate_up(normed)
+        else:
+            multiply(normed, self.gate_up, s.gate_up)
+            inner = F.silu(s.gate, inplace=True).mul_(s.up)
+        add_product(x, inner, self.down)
+
+
+def _packs(layers: tuple[Layer, ...]) -> bool:
+    """Whether their matrices are of a kind and size that are laid out a second time."""
+    matrices = [each for layer in layers for each in layer if isinstance(each, Tensor) and each.dim() == 2]
+    return _in_float32(matrices) and 4 * sum(each.numel() for each in matrices) <= LARGEST and has_operators()
+
+
+def _in_float32(tensors: Sequence[Tensor]) -> bool:
+    return all(each.device.type == "cpu" and each.dtype == torch.float32 for each in tensors)
+
+
+def multiply(x: Tensor, matrix: Matrix, out: Tensor) -> None:
+    """Put the product of numbers (N, I) and a matrix (I, O) into `out` (N, O)."""
+    if isinstance(matrix, Tensor):
+        torch.mm(x, matrix, out=out)
+    else:
+        out.copy_(matrix.product(x))
+
+
+def add_product(out: Tensor, x: Tensor, matrix: Matrix) -> None:
+    """Add it to `out` instead."""
+    if isinstance(matrix, Tensor):
+        out.addmm_(x, matrix)
+    elif isinstance(matrix, PackedMatrix):
+        out.copy_(matrix.product_plus(x, out))
+    else:
+        out.add_(matrix.product(x))
 
 
 class Weights(NamedTuple):
@@ -129,10 +173,11 @@ class Weights(NamedTuple):
     config: DecoderConfig
     layers: tuple[Layer, ...]             # that read prompts
     step_layers: tuple[Layer, ...]        # that write ids: the same, or in 8 bits a weight
+    packed: tuple[Layer, ...] | None      # the first, laid out for many tokens; none where that does not pay, or values may change
     norm: Norm
     output: Tensor                        # (R, D)
     groups: tuple[tuple[int, ...], ...]   # sizes of runs of rows: plain ids, then the digits of each composed range
-    screens: dict | None                  # what `Screen` made of first rows; none where values may still change
+    screens: dict[int, Screen] | None     # what `Screen` made of first rows; none where values may still change
     tuner: ThreadTuner                    # of single rows on a CPU
 
     @classmethod
@@ -144,17 +189,37 @@ class Weights(NamedTuple):
         """
         c, table = decoder.config, decoder.output or decoder.embedding
         layers = tuple(Layer.of(block, c) for block in decoder.blocks)
-        return cls(c, layers, tuple(layer.in_8_bits() for layer in layers) if load_in_8bit else layers,
-                   Norm.of(decoder.norm.weight, c.norm_eps), table.weight, table.groups, {} if fixed else None, ThreadTuner())
+        small = tuple(layer.in_8_bits() for layer in layers) if load_in_8bit else layers
+        packed = tuple(layer.packed() for layer in layers) if fixed and _packs(layers) else None
+        screens: dict | None = {} if fixed and _in_float32([table.weight]) else None
+        norm = Norm.of(decoder.norm.weight, c.norm_eps)
+        return cls(c, layers, small, packed, norm, table.weight, table.groups, screens, ThreadTuner())
 
     @property
     def in_8_bits(self) -> bool:
         return self.step_layers is not self.layers
 
+    def layers_for(self, tokens: int) -> tuple[Layer, ...]:
+        """Those that read so many tokens of prompts."""
+        return self.packed if self.packed is not None and tokens >= MANY else self.layers
+
+    @property
+    def batch_layers(self) -> tuple[Layer, ...]:
+        """Those that write ids of several rows."""
+        return self.step_layers if self.in_8_bits or self.packed is None else self.packed
+
     @property
     def plain(self) -> int:
         """How many ids, from the first, have a row of their own."""
         return self.groups[0][0]
+
+    def screen(self, first: int) -> Screen | None:
+        """What finds the best of the `first` ids, where that is faster than to read their rows, all of them."""
+        if self.screens is None or not FEW_ROWS < first <= self.plain or not Screen.pays():
+            return None
+        if first not in self.screens:
+            self.screens[first] = Screen.of(self.output.detach()[:first])
+        return self.screens[first]
 
     def scores(self, hidden: Tensor, first: int | None = None) -> Tensor:
         """Hidden states (B, D) -> scores of every id (B, V), or only of the `first`, which have rows of their own.
