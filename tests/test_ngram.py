@@ -83,3 +83,26 @@ def test_the_rarest_of_the_longest_n_grams_are_left_out_first():
 def test_n_grams_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="found 7 for 1024 ids"):
         KneserNey(TINY, size=1024, order=7)
+
+
+def test_bits_of_a_decoder_are_those_of_its_scores():
+    """Two rows in one packed batch against a pass over each alone: all ids that text may have compete, ends are counted."""
+    import torch
+    from text_bits import decoder_bits
+
+    import mmtx
+    from mmtx.data.collection import DataSource, read_source
+
+    root = Path(__file__).parents[1]
+    model = mmtx.load(root / "demos" / "starter")
+    samples = read_source(DataSource([str(root / "demos/data/starter/text-test-definitions.jsonl")], limit=2))
+    texts, nats = [sample.caption for sample in samples], 0.0
+    decoder, vocabulary = model.decoder, model.vocabulary
+    for text in texts:
+        ids = torch.tensor([[vocabulary.bos, *model.tokenizers["text"].encode(text), vocabulary.eos]])
+        with torch.inference_mode():
+            hidden = decoder(ids[:, :-1], torch.arange(ids.shape[1] - 1)[None])
+            scores = hidden @ decoder.embedding.weight[:decoder.embedding.plain].T
+        nats += torch.nn.functional.cross_entropy(scores[0], ids[0, 1:], reduction="sum").item()
+    expected = nats / np.log(2) / sum(len(text.encode()) for text in texts)
+    assert decoder_bits(model, samples, texts) == pytest.approx(expected, rel=1e-5)
