@@ -1,0 +1,103 @@
+"""Interpolated Kneser-Ney (Kneser and Ney 1995; Chen and Goodman 1999): the control for text, which only counts.
+
+    P(w | h) = max(c(h w) - D, 0) / c(h) + b(h) P(w | h'),   b(h) = what the discount D leaves over
+
+h' is h without its first id. The longest n-grams count how often they occur, shorter ones how many ids stand before them; below
+the unigrams all ids are equally likely. D = n1 / (n1 + 2 n2) for each order, of n-grams that are seen once and twice. What is
+left out to make a model smaller goes to b(h), so that probabilities still sum to 1.
+
+Shapes: N positions, n order.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Order(NamedTuple):
+    """What is kept of n-grams of one length: sorted codes and the number of each."""
+
+    grams: np.ndarray     # int64, n ids as the digits of one number
+    discounted: np.ndarray  # float64, (c - D) / c(h) of each
+    contexts: np.ndarray  # int64, n - 1 ids
+    left_over: np.ndarray  # float64, b(h) of each
+
+
+class KneserNey:
+    """Probabilities of ids after at most `order` - 1 others. A document begins with ids that are never predicted, and ends with
+    an id of its own, `size`, which is."""
+
+    def __init__(self, documents: Sequence[Sequence[int]], size: int, order: int = 5, numbers: int | None = None):
+        """Count the documents, ids below `size`. With `numbers`, n-grams that are rarest are left out, the longest first among
+        equals, until at most so many probabilities and left-over shares are kept; the unigrams always are."""
+        self.size, self.order, self.base = size, order, size + 2
+        if self.base**order >= 2**63:
+            raise ValueError(f"order: found {order} for {size} ids, whose n-grams do not fit into 63 bits")
+        codes, counts = np.unique(self._grams(documents, order), return_counts=True)
+        tables = [(codes, counts)]
+        for n in range(order - 1, 0, -1):  # how many ids stand before it, which is how many longer n-grams end in it
+            codes, counts = np.unique(codes % self.base**n, return_counts=True)
+            tables.insert(0, (codes, counts))
+        least = self._least(tables, numbers)
+        self.orders = [self._discount(codes, counts, cut) for (codes, counts), cut in zip(tables, least, strict=True)]
+
+    @property
+    def numbers(self) -> int:
+        """How many probabilities and left-over shares the model is made of."""
+        return sum(len(order.grams) + len(order.contexts) for order in self.orders)
+
+    def probabilities(self, document: Sequence[int]) -> np.ndarray:
+        """Ids (N,) -> float64 (N + 1,): of each id and of the end, each after those before it."""
+        grams = self._grams([document], self.order)
+        p = np.full(len(grams), 1 / (self.size + 1))
+        for n, order in enumerate(self.orders, 1):
+            gram = grams % self.base**n
+            left = _look_up(order.contexts, order.left_over, gram // self.base, 1.0)
+            p = _look_up(order.grams, order.discounted, gram, 0.0) + left * p
+        return p
+
+    def bits_per_byte(self, documents: Sequence[Sequence[int]], texts: Sequence[str]) -> float:
+        """Bits of all ids, ends included, over the bytes of the texts in UTF-8."""
+        bits = -sum(np.log2(self.probabilities(document)).sum() for document in documents)
+        return float(bits / sum(len(text.encode()) for text in texts))
+
+    def _grams(self, documents: Sequence[Sequence[int]], n: int) -> np.ndarray:
+        """The n-gram that ends at each id and at the end of each document, as one number each."""
+        begin, end, found = self.size + 1, self.size, []
+        for document in documents:
+            ids = np.array([*[begin] * (n - 1), *document, end], np.int64)
+            windows = np.lib.stride_tricks.sliding_window_view(ids, n)
+            found.append(windows @ self.base ** np.arange(n - 1, -1, -1, dtype=np.int64))
+        return np.concatenate(found)
+
+    def _least(self, tables: Sequence[tuple[np.ndarray, np.ndarray]], numbers: int | None) -> list[int]:
+        """The least count of n-grams to keep, per order."""
+        least = [1] * self.order
+        while numbers is not None and sum(self._kept(*table, cut) for table, cut in zip(tables, least)) > numbers:
+            longest = max(range(1, self.order), key=lambda n: (-least[n], n), default=0)
+            if not longest or least[longest] > max(tables[longest][1]):
+                break
+            least[longest] += 1
+        return least
+
+    def _kept(self, codes: np.ndarray, counts: np.ndarray, cut: int) -> int:
+        codes = codes[counts >= cut]
+        return len(codes) + len(np.unique(codes // self.base))
+
+    def _discount(self, codes: np.ndarray, counts: np.ndarray, cut: int) -> Order:
+        once, twice = (counts == 1).sum(), (counts == 2).sum()
+        discount = once / (once + 2 * twice) if once else 0.0
+        contexts, index = np.unique(codes // self.base, return_inverse=True)
+        kept = counts >= cut
+        discounted = (counts - discount) * kept / np.bincount(index, counts)[index]
+        left_over = 1 - np.bincount(index, discounted)
+        useful = np.bincount(index, kept) > 0  # a context without n-grams leaves all to the shorter one
+        return Order(codes[kept], discounted[kept], contexts[useful], left_over[useful])
+
+
+def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray, default: float) -> np.ndarray:
+    if not len(keys):
+        return np.full(len(wanted), default)
+    at = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
+    return np.where(keys[at] == wanted, values[at], default)

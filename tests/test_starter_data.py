@@ -1,0 +1,185 @@
+"""The starter data as they are shipped: what the manifest says of every file, and that nothing of what is held out is trained on."""
+
+import hashlib
+import io
+import json
+import re
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+ROOT = Path(__file__).parents[1]
+STARTER = ROOT / "demos" / "data" / "starter"
+MANIFEST = json.loads((STARTER / "manifest.json").read_text(encoding="utf-8"))
+FILES = {name: facts for part in MANIFEST.values() for name, facts in part["files"].items()}
+
+
+def rows(pattern: str) -> list[dict]:
+    """The JSON of all samples of shards, with "key"; the rows of files of text."""
+    found: list[dict] = []
+    for path in sorted(STARTER.glob(pattern)):
+        if path.suffix == ".jsonl":
+            found += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            continue
+        with tarfile.open(path) as tar:
+            found += [{"key": member.name[:-5], **json.load(tar.extractfile(member))} for member in tar if member.name.endswith(".json")]
+    assert found, pattern
+    return found
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[a-z']+", text.lower())
+
+
+@pytest.fixture(scope="module")
+def builders():
+    """The modules of demos/data by name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "demos" / "data"))
+        yield lambda name: __import__(name)
+    for name in [name for name in sys.modules if name.startswith("build_")]:
+        del sys.modules[name]
+
+
+def test_every_file_is_what_the_manifest_says():
+    assert {path.name for path in STARTER.iterdir() if path.suffix in (".gz", ".jsonl")} == set(FILES)
+    for name, facts in FILES.items():
+        data = (STARTER / name).read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (facts["bytes"], facts["sha256"]), name
+        assert len(rows(name)) == facts["samples"], name
+    readme = (STARTER / "README.md").read_text(encoding="utf-8")
+    for name, facts in FILES.items():
+        assert f"| `{name}` | {facts['samples']:,} | {facts['bytes'] / 1e6:.2f} |" in readme
+
+
+def test_all_of_it_is_small():
+    assert sum(path.stat().st_size for path in STARTER.rglob("*") if path.is_file()) <= 60e6
+
+
+def test_synthetic_speech_keeps_sentences_and_voices_apart(builders):
+    module = builders("build_synthetic_speech")
+    train, sentences, voices = (rows(f"speech-synthetic-{part}.tar.gz") for part in ("train-*", "test-sentences", "test-voices"))
+    spoken = {" ".join(words(row["caption"])) for row in train}
+    for test in (sentences, voices):
+        assert not spoken & {" ".join(words(row["caption"])) for row in test}
+        assert {word for row in train for word in words(row["caption"])} >= {word for row in test for word in words(row["caption"])}
+        assert all(module.is_test(row["caption"]) for row in test)  # so that hours of it would not have them either
+    assert not any(module.is_test(row["caption"]) for row in train)
+    known, unseen = ({row["speaker"] for row in found} for found in (train, voices))
+    assert known == {str(voice) for voice in module.RECORDED + module.FORMANTS} and len(known) == 30
+    assert {row["speaker"] for row in sentences} <= known
+    assert unseen == {"flite awb", "espeak-ng en-gb-scotland+Annie"} and not unseen & known
+    # The same sentences, so that a figure that differs is about voices; one clip of 150 would be too short or too long.
+    assert len({row["caption"] for row in sentences} & {row["caption"] for row in voices}) >= 145
+    assert all(row["synthetic"] is True and 0.5 <= row["seconds"] <= 6 for row in train + sentences + voices)
+    assert sum(row["seconds"] for row in train) == pytest.approx(1800, abs=6)
+
+
+def test_a_clip_is_the_same_for_every_length(builders):
+    module = builders("build_synthetic_speech")
+    train = rows("speech-synthetic-train-*.tar.gz")
+    said = {int(row["key"].rpartition("-")[2]): row for row in train}
+    sentences = [f"sentence {number}" for number in range(3)]
+    for number, row in list(said.items())[::100]:
+        assert str(module.training_clip(number, sentences)[1]) == row["speaker"]
+    assert list(said) == sorted(said)  # in order, so that more of it begins with the same
+    assert {module.training_clip(number, sentences)[0] for number in range(3)} == set(sentences)
+
+
+def test_sounds_of_speech_are_as_long_as_they_say():
+    with tarfile.open(STARTER / "speech-synthetic-test-voices.tar.gz") as tar:
+        members = [(member.name, tar.extractfile(member).read()) for member in tar][:40]
+    for (_, data), (_, text) in zip(members[::2], members[1::2]):
+        wave, rate = soundfile.read(io.BytesIO(data))
+        assert rate == 16000 and len(wave) / rate == pytest.approx(json.loads(text)["seconds"], abs=0.002)
+        assert 0.4 < np.abs(wave).max() <= 1
+
+
+def test_sentences_that_engines_could_read_otherwise_are_left_out(builders):
+    for row in rows("speech-synthetic-*.tar.gz"):
+        assert re.fullmatch(r"[A-Za-z' ,-]+", row["caption"]), row["caption"]
+
+
+def test_percussion_is_held_out_by_takes_and_by_soundfont():
+    train, takes, font = (rows(f"sounds-percussion-{part}.tar.gz") for part in ("train-*", "test-takes", "test-soundfont"))
+    names = {row["caption"] for row in train}
+    assert {"a snare drum", "a bass drum", "a cowbell", "a telephone ring"} <= names and len(names) == 65
+    assert not {row["key"] for row in train} & {row["key"] for row in takes}
+    assert {row["caption"] for row in takes + font} <= names
+    assert {row.get("soundfont") for row in train + takes} == {"fluid", "musescore", "opl3", None}
+    assert {row["soundfont"] for row in font} == {"csound"}
+    assert all(("recording" in row) != ("soundfont" in row) for row in train + takes)
+
+
+def test_takes_that_sound_alike_stay_on_one_side(builders):
+    module = builders("build_percussion")
+    random = np.random.default_rng(0)
+    first, second = random.standard_normal((2, 8000)).astype(np.float32)
+    takes = [("a", str(i), {}, wave) for i, wave in enumerate((first, second, 0.5 * first, -first[:7000], second + 0.1 * first))]
+    assert [[take[1] for take in group] for group in module.groups_of(takes)] == [["0", "2", "3"], ["1", "4"]]
+
+
+def test_drawings_show_nothing_that_is_held_out(builders):
+    train, test = (rows(f"images-drawings-{part}.tar.gz") for part in ("train-*", "test"))
+    unseen = set(MANIFEST["images"]["unseen_emoji"])
+    known = {row["caption"] for row in rows("images-train-*.tar.gz")}
+    assert not unseen & {row["caption"] for row in train + test}
+    assert not unseen & {name for row in train + test for name in row.get("also", [])}
+    assert {row["style"] for row in test} == {"lucide"} and "lucide" not in {row["style"] for row in train}
+    assert len({row["caption"] for row in test} & known) >= 150  # names that can be known
+    left_out = builders("build_drawings").LEFT_OUT
+    assert not [row["key"] for row in train + test if row["caption"] in left_out[row["style"]]]
+
+
+def test_descriptions(builders):
+    describe, with_article = builders("build_descriptions").describe, builders("build_descriptions").with_article
+    apple = {"style": "tabler", "caption": "red apple", "group": "food-drink"}
+    assert describe(apple) == "outline drawing of a red apple"
+    assert describe({**apple, "style": "fluent-emoji-3d", "caption": "alien", "group": "smileys-emotion"}) == "3D picture of an alien"
+    assert with_article("glasses", "objects") == "glasses" and with_article("unicorn", "animals-nature") == "a unicorn"
+    assert with_article("up arrow", "symbols") == "up arrow" and with_article("bus", "travel-places") == "a bus"
+    cello = {"caption": "cello, C 2", "instrument": "cello", "midi_program": 42}  # from 36 to 76
+    assert [describe({**cello, "midi_note": note}) for note in (36, 49, 50, 76)] == [
+        "a low cello note", "a low cello note", "a medium cello note", "a high cello note"]
+    for row in rows("images-drawings-*.tar.gz"):
+        assert row["description"] == describe(row)
+
+
+def test_text_is_held_out_by_chapters_and_by_a_whole_novel():
+    train, chapters, novel, definitions = (rows(f"text-{part}.jsonl") for part in (
+        "train", "test-chapters", "test-novel", "test-definitions"))
+    assert {row.get("source") for row in train} == {"Pride and Prejudice", "Northanger Abbey", "Emma", None}
+    assert {row["source"] for row in chapters} == {"Pride and Prejudice", "Northanger Abbey", "Emma"}
+    assert {row["source"] for row in novel} == {"Persuasion"} and not any("source" in row for row in definitions)
+    lines = {line for row in train for line in row["text"].splitlines() if len(line) > 60}
+    for test in (chapters, novel, definitions):
+        assert not lines & {line for row in test for line in row["text"].splitlines()}
+    assert max(len(row["text"]) for row in train + chapters + novel + definitions) <= 1000
+    assert train[0]["text"].startswith("It is a truth universally acknowledged, that a single man in possession of a good fortune")
+    # What is heard as a test is not read in training: examples of use are left out of definitions.
+    heard = {row["caption"] for row in rows("speech-synthetic-test-*.tar.gz") if len(words(row["caption"])) >= 5}
+    text = "\n".join(row["text"] for row in train)
+    assert not [sentence for sentence in heard if sentence in text]
+
+
+def test_strings_of_r_are_read(builders):
+    read = builders("build_text").read_strings
+    head = b"X\n" + b"\0\0\0\3" + b"\0\4\2\1" + b"\0\3\5\0" + b"\0\0\0\5UTF-8"
+    strings = b"".join(b"\0\4\0\x09" + len(s).to_bytes(4, "big") + s for s in (b"Emma", b"", "café".encode()))
+    assert read(head + b"\0\0\0\x10" + b"\0\0\0\3" + strings) == ["Emma", "", "café"]
+    with pytest.raises(AssertionError, match="not a character vector"):
+        read(head + b"\0\0\0\x0d" + b"\0\0\0\0")
+
+
+def test_prose_is_cut_behind_sentences(builders):
+    module = builders("build_text")
+    assert module.chapters(["EMMA", "", "VOLUME I", "", "CHAPTER I", "", "One _is_", "here.", "", "Two.", "", "CHAPTER II", "", "Three."]) == [
+        ["One is here.", "Two."], ["Three."]]
+    long = "A sentence of forty letters or nearly so. " * 40
+    cut = module.rows_of(["Short.", long.strip(), "End."], "x")
+    assert all(len(row["text"]) <= module.MOST and row["text"][-1] == "." for row in cut)
+    assert " ".join(row["text"].replace("\n", " ") for row in cut) == f"Short. {long.strip()} End."
