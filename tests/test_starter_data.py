@@ -142,6 +142,7 @@ def test_descriptions(builders):
     assert describe({**apple, "style": "fluent-emoji-3d", "caption": "alien", "group": "smileys-emotion"}) == "3D picture of an alien"
     assert with_article("glasses", "objects") == "glasses" and with_article("unicorn", "animals-nature") == "a unicorn"
     assert with_article("up arrow", "symbols") == "up arrow" and with_article("bus", "travel-places") == "a bus"
+    assert with_article("teacher", "people-body") == "a teacher" and with_article("men holding hands", "people-body") == "men holding hands"
     cello = {"caption": "cello, C 2", "instrument": "cello", "midi_program": 42}  # from 36 to 76
     assert [describe({**cello, "midi_note": note}) for note in (36, 49, 50, 76)] == [
         "a low cello note", "a low cello note", "a medium cello note", "a high cello note"]

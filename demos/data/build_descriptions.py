@@ -19,16 +19,16 @@ MANNERS = {
     **dict.fromkeys(("game-icons", "mdi"), "black drawing"), **dict.fromkeys(("ph", "tabler", "lucide"), "outline drawing"),
     "fluent-emoji": "shaded picture", "fluent-emoji-3d": "3D picture", "streamline-emojis": "flat drawing",
     "icon-park": "coloured outline drawing"}
-COUNTED = {"animals-nature", "food-drink", "objects", "travel-places", "activities", "smileys-emotion"}
+COUNTED = {"animals-nature", "food-drink", "objects", "travel-places", "activities", "smileys-emotion", "people-body"}
 NO_ARTICLE = re.compile(r"^(cooked rice|shaved ice|sushi|spaghetti|bread|bacon|salt|butter|tofu|ice|ice hockey|lacrosse|badminton|"
                         r"sake|curry rice|baguette bread|meat on bone|fire|fog|jade|toilet paper|roll of paper|money with wings|dna|"
-                        r"[a-z]+ing|[0-9].*|.*'s .*)$")
+                        r"[a-z]+ing|[0-9].*|.*'s .*|m(rs|x)\.? claus)$")
 
 
 def with_article(name, group):
     """"red apple" -> "a red apple"; names of many things, of stuff and of signs stay as they are."""
     head = re.split(r" with | in | on | of | and |:", name)[0]
-    plural = head.endswith("s") and not re.search(r"(ss|us|is)$", head)
+    plural = head.endswith("s") and not re.search(r"(ss|us|is)$", head) or re.match(r"(people|men|women)\b", name)
     only_one = re.match(r"(sun|moon|earth|mount|full|new)\b", name)
     if group not in COUNTED or plural or only_one or " and " in name or NO_ARTICLE.match(name):
         return name
