@@ -57,6 +57,10 @@ class Stretch(NamedTuple):
     grid: tuple[int, int]       # (h, w), or (t, b)
     shown: np.ndarray | None
 
+    def upright(self, cells: np.ndarray) -> np.ndarray:
+        """Something for each code, in its grid -> rows from the top: time of a sound runs to the right, high pitches lie above."""
+        return cells.T[::-1] if self.kind == "audio" else cells
+
 
 class Word(NamedTuple):
     """A word of the answer: what it says, the places of its pieces, and those that it was chosen at, one before each."""
@@ -138,14 +142,11 @@ def _plain(text: str) -> str:
 
 def _draw(axis: Any, heat: np.ndarray, medium: Stretch) -> None:
     """A heat map on what it is of; time runs to the right, pitch upwards."""
-    sound = medium.kind == "audio"
-    heat = heat.T if sound else heat
-    extent = (0, heat.shape[1], 0, heat.shape[0])
+    heat = medium.upright(heat)
+    options = {"extent": (0, heat.shape[1], 0, heat.shape[0]), "aspect": "auto" if medium.kind == "audio" else "equal"}
     if medium.shown is not None:
-        axis.imshow(medium.shown, extent=extent, origin="lower" if sound else "upper", aspect="auto" if sound else "equal",
-                    cmap="gray")
-    axis.imshow(heat, extent=extent, origin="lower" if sound else "upper", aspect="auto" if sound else "equal", cmap="inferno",
-                alpha=1.0 if medium.shown is None else 0.6)
+        axis.imshow(medium.shown[::-1] if medium.kind == "audio" else medium.shown, cmap="gray", **options)
+    axis.imshow(heat, cmap="inferno", alpha=1.0 if medium.shown is None else 0.6, **options)
     axis.set_xticks([])
     axis.set_yticks([])
 

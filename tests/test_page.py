@@ -299,7 +299,7 @@ def test_tabs_draw_play_and_go_on(page, maker, media):
 @pytest.mark.parametrize("device", ["camera", "microphone"])
 def test_camera_and_microphone(page, device):
     page.click(f"#{device}")
-    page.wait_for_selector(f"#{device}.live")
+    page.wait_for_selector(f"#{device}.on")
     page.wait_for_timeout(1000)
     page.click(f"#{device}")
     assert words_of(page)
@@ -330,8 +330,8 @@ def test_it_fits_a_phone_in_the_light_and_in_the_dark(browser, demo, media, sche
     boxes = [box.bounding_box() for box in page.locator("section").all()]
     assert boxes[0]["y"] + boxes[0]["height"] <= boxes[1]["y"]  # one below the other
     assert (np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("L"))[5, 5] < 60) == (scheme == "dark")
-    assert len({tab.bounding_box()["y"] for tab in page.locator("[role=tab]").all()}) == 1  # all side by side
-    small = page.eval_on_selector_all("[role=tab], #drop button, #drop label, #examples button", "all => all.map(one => one.getBoundingClientRect().height)")
+    assert len({tab.bounding_box()["y"] for tab in page.locator("#tabs label").all()}) == 1  # all side by side
+    small = page.eval_on_selector_all("#tabs label, #drop button, #drop label, #examples button", "all => all.map(one => one.getBoundingClientRect().height)")
     assert min(small) >= 44  # as wide as a thumb
     for tab in ("chat", "make", "go_on"):
         page.click(f"[data-tab={tab}]")
