@@ -12,6 +12,7 @@ import mmtx
 from mmtx import attention
 from mmtx.attention import AttentionMaps, attention_weights
 from mmtx.config import DecoderConfig, RopeScaling
+from mmtx.files import shipped
 from mmtx.model import Decoder, rotary_embedding
 from mmtx.pipeline import Model
 
@@ -87,6 +88,15 @@ def test_media_lie_where_their_codes_are(lively):
         assert len(medium.places) == np.prod(medium.grid)
     assert sum(v.kind(int(ident)) in ("image", "audio") for ident in ids) == sum(len(medium.places) for medium in found.media)
     assert np.array_equal(picture.shown, lively.detokenize([v.bos, *ids[2:2 + 8], v.eos])[0])
+
+
+def test_maps_lie_on_the_medium_also_where_its_codes_are_not_read():
+    """The shipped model reads patches: its answers need no codes, and the picture under a map does."""
+    model, picture = mmtx.load(device="cpu"), shipped("demos/examples") / "cat.webp"
+    assert "image" in model.decoder.config.encoders
+    (shown,) = model.detokenize(model.tokenize([picture]))
+    (medium,) = model.attention([picture], "cat").media
+    assert np.array_equal(medium.shown, shown) and np.asarray(shown).std() > 20
 
 
 def test_a_heat_map_has_each_weight_in_its_cell(lively):

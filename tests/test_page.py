@@ -143,6 +143,12 @@ def test_attention_of_the_page_is_that_of_the_model(demo, model, media):
         found = model.attention([marked(data)], "a cat")
         assert told["words"] == [word.text for word in found.words] and told["layers"] == [0, 1, 2, 3]
         (medium,) = found.media
+        shown = opened(told["media"][0]["shown"])
+        if medium.kind == "image":
+            assert np.array_equal(shown, model.detokenize(model.tokenize([marked(data)]))[0])
+        else:
+            low, high = medium.shown.min(), medium.shown.max()
+            np.testing.assert_allclose(shown[::-1], 255 * (medium.shown - low) / (high - low), atol=1)
         for word, heat in zip(found.words, told["media"][0]["heat"], strict=True):
             expected = found.heat(word, medium, rollout=True)
             np.testing.assert_allclose(heat, expected.T[::-1] if medium.kind == "audio" else expected, atol=1e-6)

@@ -96,7 +96,7 @@ def add_page(app: FastAPI, maker: Model | None = None, examples: Sequence[str] =
             raise Refused(504, "the answer was not ready in time", "timeout") from None
 
     def _attention(body: AttentionBody) -> dict:
-        (document,) = model.encode_documents([api.read_document(model, body.messages, limits)], codes=False)
+        (document,) = model.encode_documents([api.read_document(model, body.messages, limits)])
         asked, ids = prompt(document, v), model.tokenizers["text"].encode(body.answer)
         if (count := len(asked.ids) + len(ids)) > MOST:
             raise InputError(f"{count} tokens, expected up to {MOST} to be shown")
