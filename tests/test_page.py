@@ -19,6 +19,7 @@ from test_serving import ROOT, Process, item, marked
 
 import mmtx
 from mmtx.cli import main
+from mmtx.run_page import run_page
 
 pytest.importorskip("fastapi")
 CHROMIUM = os.environ.get("MMTX_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
@@ -355,3 +356,16 @@ def test_it_fits_a_phone_in_the_light_and_in_the_dark(browser, demo, media, sche
     if folder := os.environ.get("MMTX_SCREENSHOTS"):
         page.screenshot(path=f"{folder}/demo-{scheme}.png", full_page=True)
     context.close()
+
+
+def test_the_report_of_a_run_fits_a_phone(browser, tmp_path):
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "metrics" / "metrics.csv").write_text("epoch,step,train/loss,val/loss_of_something_with_a_long_name\n0,1,2.5,3.5\n")
+    (tmp_path / "metrics" / "environment.json").write_text(json.dumps({"commit": 40 * "d"}))
+    Image.new("RGB", (900, 90)).save(tmp_path / "samples" / "step-000001.png")
+    page = browser.new_page(viewport={"width": 360, "height": 740})
+    page.set_content(run_page(tmp_path))
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert page.locator("img").bounding_box()["width"] == 900  # which its card scrolls: captions stay legible
+    page.close()
