@@ -347,7 +347,7 @@ def test_it_fits_a_phone_in_the_light_and_in_the_dark(browser, demo, media, sche
     assert boxes[0]["y"] + boxes[0]["height"] <= boxes[1]["y"]  # one below the other
     assert (np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("L"))[5, 5] < 60) == (scheme == "dark")
     assert len({tab.bounding_box()["y"] for tab in page.locator("#tabs label").all()}) == 1  # all side by side
-    small = page.eval_on_selector_all("#tabs label, #drop button, #drop label, #examples button", "all => all.map(one => one.getBoundingClientRect().height)")
+    small = page.eval_on_selector_all("#tabs label, #drop button, #drop input, #examples button", "all => all.map(one => one.getBoundingClientRect().height)")
     assert min(small) >= 44  # as wide as a thumb
     for tab in ("chat", "make", "go_on"):
         page.click(f"[data-tab={tab}]")
