@@ -105,9 +105,10 @@ class AttentionMaps:
         rows = self.rollout() if rollout else self.rows(layer, head)
         return rows[word.chosen_at][:, list(medium.places)].mean(0).reshape(medium.grid).numpy()
 
-    def plot(self, path: str | Path, layer: int | None = None, head: int | None = None, rollout: bool = False) -> None:
+    def plot(self, path: str | Path, layer: int | None = None, head: int | None = None, rollout: bool = False,
+             places: Sequence[int] | None = None) -> None:
         """Write a picture: a column for each word of the answer, a row for each picture and sound; for text alone, a table of the
-        weights between its pieces. Needs matplotlib."""
+        weights between its pieces, by default all, or those at some `places`. Needs matplotlib."""
         try:
             from matplotlib.figure import Figure
         except ImportError:
@@ -121,10 +122,11 @@ class AttentionMaps:
                     _draw(axis, self.heat(word, medium, layer, head, rollout), medium)
                     axis.set_title(_plain(word.text), fontsize=9)
         else:
-            side = 0.28 * len(self.labels) + 1.5
+            chosen = list(range(len(self.labels)) if places is None else places)
+            side = 0.28 * len(chosen) + 1.5
             figure = Figure((side, side), layout="constrained")
-            axis, labels = figure.subplots(), [_plain(label) for label in self.labels]
-            axis.imshow(self.rollout() if rollout else self.rows(layer, head), cmap="magma")
+            axis, labels = figure.subplots(), [_plain(self.labels[place]) for place in chosen]
+            axis.imshow((self.rollout() if rollout else self.rows(layer, head))[chosen][:, chosen], cmap="magma")
             axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
             axis.set_yticks(range(len(labels)), labels, fontsize=7)
             axis.set_xlabel("is read")

@@ -131,6 +131,15 @@ def test_a_plot_is_a_picture(lively, tmp_path, parts, options):
     assert min(pixels.shape[:2]) > 100 and pixels.std() > 10
 
 
+def test_a_plot_of_some_places_has_their_weights(lively, tmp_path):
+    pytest.importorskip("matplotlib")
+    found, chosen = lively.attention("a red circle", "a blue square"), [2, 4, 5, 7]
+    labels = tuple(found.labels[place] for place in chosen)
+    AttentionMaps(found.weights[:, :, chosen][..., chosen], labels, (), ()).plot(tmp_path / "expected.png", head=1)
+    found.plot(tmp_path / "some.png", head=1, places=chosen)
+    assert np.array_equal(*(np.asarray(Image.open(tmp_path / name)) for name in ("expected.png", "some.png")))
+
+
 def test_mistakes_are_told(lively, tmp_path, monkeypatch):
     found = lively.attention("a", "a b")
     for options, told in (({"layer": 2}, "layer: found 2, expected 0 to 1"), ({"head": -1}, "head: found -1, expected 0 to 3")):
