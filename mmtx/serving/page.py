@@ -128,9 +128,11 @@ def add_page(app: FastAPI, maker: Model | None = None, examples: Sequence[str] =
         codes = math.ceil(body.seconds * tokenizer.codes_per_second) if body.out == "audio" else 0
         if (count := maker.prompt_length(Document((Turn("user", parts),))) + codes) > limits.tokens:
             raise InputError(f"{count} tokens, expected up to {limits.tokens} in all")
-        words, sampling = [item.text for item in body.content], body.model_dump(include={"temperature", "top_p", "top_k", "seed"})
+        words = [item.text for item in body.content]
+        sampling: dict[str, Any] = body.model_dump(include={"temperature", "top_p", "top_k", "seed"})
         if begin is None:
-            made = maker.generate(words, body.out, **sampling, **({"max_new_tokens": codes} if codes else {}))
+            limit = {"max_new_tokens": codes} if codes else {}
+            made = maker.generate(words, body.out, **sampling | limit)
         elif body.out == "image":
             made = maker.outpaint(begin, round(body.kept * begin.grid[0]) * tokenizer.config.patch, words, **sampling)
         else:
