@@ -289,6 +289,32 @@ def test_a_chat_remembers_what_was_said_and_shown(page, model, media):
     assert page.locator(".turn").count() == 0
 
 
+def test_a_chat_keeps_what_was_not_answered(page, model, media):
+    page.click("[data-tab=chat]")
+    upload(page, media[0][:80], "a.webp")
+    page.fill("#words", "What is it?")
+    page.click("#ask")
+    page.wait_for_selector("#message:not(:empty)")
+    assert page.locator("#message").inner_text().startswith("not a whole picture")
+    assert page.locator(".turn").count() == 0 and page.input_value("#words") == "What is it?"
+    upload(page, media[0], "a.webp")
+    page.click("#ask")
+    page.wait_for_selector("body[aria-busy=false] .turn >> nth=1")
+    assert page.locator(".turn").last.inner_text() == model.generate(["What is it?", mmtx.Image(media[0])])
+    assert page.input_value("#words") == "" and page.locator("#shown img").count() == 0
+
+
+@pytest.mark.parametrize("way", ["drop", "paste"])
+def test_files_can_be_dropped_and_pasted(page, model, media, way):
+    page.evaluate("""([data, way]) => {
+        const given = new DataTransfer();
+        given.items.add(new File([Uint8Array.from(data)], "a.webp", {type: "image/webp"}));
+        document.dispatchEvent(way === "drop" ? new DragEvent("drop", {dataTransfer: given})
+                                              : new ClipboardEvent("paste", {clipboardData: given}));
+    }""", [list(media[1]), way])
+    assert words_of(page) == model.caption(mmtx.Image(media[1]))
+
+
 def test_tabs_draw_play_and_go_on(page, maker, media):
     def made(selector: str):
         page.wait_for_selector(selector)
