@@ -1,7 +1,7 @@
 """Which noun does a verb read? In "The dog that chased the cat was tired." the dog was tired, and the cat stands nearer.
 
     mmtx convert --from HuggingFaceTB/SmolLM2-135M-Instruct --output smollm2
-    python demos/attention.py --model smollm2 --plot was.png
+    python demos/attention.py --model smollm2 --plot tired-dog.png tired-cat.png
 
 On sentences of this form with some animals the head is chosen whose weights tell the two nouns apart best. Sentences with other
 animals say how well that head, the mean of all heads and rollout do it; and sentences in which the second noun is the subject,
@@ -26,7 +26,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Which noun does a verb read?")
     parser.add_argument("--model", required=True, help="folder of a text model, as mmtx convert writes it")
     parser.add_argument("--pairs", type=int, default=28, help="sentences to choose by, and as many to judge by")
-    parser.add_argument("--plot", metavar="FILE", help="write the weights of the chosen head for the dog and the cat")
+    parser.add_argument("--plot", nargs=2, default=(), metavar="FILE", help="write the weights of the chosen head for the dog and "
+                        "the cat, who was tired in the first file and in the second")
     options = parser.parse_args()
     try:
         model = mmtx.load(options.model, "cpu")
@@ -50,8 +51,9 @@ def main() -> None:
                 first, second = (sum(weights) / len(pairs) for weights in zip(*pairs))
                 print(f"  {way:18} A {first:.2g}, B {second:.2g}; A more than B: {share.value:.2f} "
                       f"[{share.low:.2f}, {share.high:.2f}]")
-        if options.plot:
-            places_of(model, ("dog", "cat"), FIRST)[0].plot(options.plot, layer, head)
+        for sentence, file in zip((FIRST, SECOND), options.plot):
+            found, _ = places_of(model, ("dog", "cat"), sentence)
+            found.plot(file, layer, head, places=[place for word in found.words for place in word.places])
     except mmtx.InputError as error:
         sys.exit(f"error: {error}")
 

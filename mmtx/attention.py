@@ -57,6 +57,10 @@ class Stretch(NamedTuple):
     grid: tuple[int, int]       # (h, w), or (t, b)
     shown: np.ndarray | None
 
+    def upright(self, cells: np.ndarray) -> np.ndarray:
+        """Something for each code, in its grid -> rows from the top: time of a sound runs to the right, high pitches lie above."""
+        return cells.T[::-1] if self.kind == "audio" else cells
+
 
 class Word(NamedTuple):
     """A word of the answer: what it says, the places of its pieces, and those that it was chosen at, one before each."""
@@ -101,9 +105,10 @@ class AttentionMaps:
         rows = self.rollout() if rollout else self.rows(layer, head)
         return rows[word.chosen_at][:, list(medium.places)].mean(0).reshape(medium.grid).numpy()
 
-    def plot(self, path: str | Path, layer: int | None = None, head: int | None = None, rollout: bool = False) -> None:
+    def plot(self, path: str | Path, layer: int | None = None, head: int | None = None, rollout: bool = False,
+             places: Sequence[int] | None = None) -> None:
         """Write a picture: a column for each word of the answer, a row for each picture and sound; for text alone, a table of the
-        weights between its pieces. Needs matplotlib."""
+        weights between its pieces, by default all, or those at some `places`. Needs matplotlib."""
         try:
             from matplotlib.figure import Figure
         except ImportError:
@@ -117,10 +122,11 @@ class AttentionMaps:
                     _draw(axis, self.heat(word, medium, layer, head, rollout), medium)
                     axis.set_title(_plain(word.text), fontsize=9)
         else:
-            side = 0.28 * len(self.labels) + 1.5
+            chosen = list(range(len(self.labels)) if places is None else places)
+            side = 0.28 * len(chosen) + 1.5
             figure = Figure((side, side), layout="constrained")
-            axis, labels = figure.subplots(), [_plain(label) for label in self.labels]
-            axis.imshow(self.rollout() if rollout else self.rows(layer, head), cmap="magma")
+            axis, labels = figure.subplots(), [_plain(self.labels[place]) for place in chosen]
+            axis.imshow((self.rollout() if rollout else self.rows(layer, head))[chosen][:, chosen], cmap="magma")
             axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
             axis.set_yticks(range(len(labels)), labels, fontsize=7)
             axis.set_xlabel("is read")
@@ -138,14 +144,11 @@ def _plain(text: str) -> str:
 
 def _draw(axis: Any, heat: np.ndarray, medium: Stretch) -> None:
     """A heat map on what it is of; time runs to the right, pitch upwards."""
-    sound = medium.kind == "audio"
-    heat = heat.T if sound else heat
-    extent = (0, heat.shape[1], 0, heat.shape[0])
+    heat = medium.upright(heat)
+    options = {"extent": (0, heat.shape[1], 0, heat.shape[0]), "aspect": "auto" if medium.kind == "audio" else "equal"}
     if medium.shown is not None:
-        axis.imshow(medium.shown, extent=extent, origin="lower" if sound else "upper", aspect="auto" if sound else "equal",
-                    cmap="gray")
-    axis.imshow(heat, extent=extent, origin="lower" if sound else "upper", aspect="auto" if sound else "equal", cmap="inferno",
-                alpha=1.0 if medium.shown is None else 0.6)
+        axis.imshow(medium.shown[::-1] if medium.kind == "audio" else medium.shown, cmap="gray", **options)
+    axis.imshow(heat, cmap="inferno", alpha=1.0 if medium.shown is None else 0.6, **options)
     axis.set_xticks([])
     axis.set_yticks([])
 

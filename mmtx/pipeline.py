@@ -554,7 +554,7 @@ class Model:
             parts: as in `generate`.
             answer: what is said of them; by default what the model says, greedily.
         """
-        asked = self._prompt(parts)
+        asked = self._prompt(parts, codes=True)  # which the maps show
         ids = self._answer([asked], "text", Sampling())[0] if answer is None else self.tokenizers["text"].encode(answer)
         return attention_maps(self.decoder, self.vocabulary, self.tokenizers, asked, ids)
 

@@ -31,12 +31,12 @@ STYLE = """
 :root { --back: #fafaf7; --card: #fff; --ink: #1d1d1b; --soft: #85837a; --line: #dedcd5; --mark: #b4411f; color-scheme: light dark; }
 @media (prefers-color-scheme: dark) { :root { --back: #161614; --card: #20201d; --ink: #ecebe6; --line: #393833; --mark: #ff9a70; } }
 body { margin: 0 auto; max-width: 82rem; padding: 1rem; background: var(--back); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif; }
+  font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); gap: 1rem; }
 figure, .card { background: var(--card); border: 1px solid var(--line); border-radius: .7rem; padding: .8rem;
   margin: 0; overflow-x: auto; }
 svg { width: 100%; height: auto; } svg text { fill: var(--soft); font: 11px system-ui; }
-img { max-width: 100%; } td, th { padding: .15rem .8rem .15rem 0; text-align: left; vertical-align: top; } pre { overflow-x: auto; }
+td, th { padding: .15rem .8rem .15rem 0; text-align: left; vertical-align: top; overflow-wrap: normal; } pre { overflow-x: auto; }
 audio, .sound img { width: 100%; } .sound img { height: 7rem; border-radius: .3rem; } .wrong { color: var(--mark); }
 """
 

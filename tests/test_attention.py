@@ -12,6 +12,7 @@ import mmtx
 from mmtx import attention
 from mmtx.attention import AttentionMaps, attention_weights
 from mmtx.config import DecoderConfig, RopeScaling
+from mmtx.files import shipped
 from mmtx.model import Decoder, rotary_embedding
 from mmtx.pipeline import Model
 
@@ -89,6 +90,15 @@ def test_media_lie_where_their_codes_are(lively):
     assert np.array_equal(picture.shown, lively.detokenize([v.bos, *ids[2:2 + 8], v.eos])[0])
 
 
+def test_maps_lie_on_the_medium_also_where_its_codes_are_not_read():
+    """The shipped model reads patches: its answers need no codes, and the picture under a map does."""
+    model, picture = mmtx.load(device="cpu"), shipped("demos/examples") / "cat.webp"
+    assert "image" in model.decoder.config.encoders
+    (shown,) = model.detokenize(model.tokenize([picture]))
+    (medium,) = model.attention([picture], "cat").media
+    assert np.array_equal(medium.shown, shown) and np.asarray(shown).std() > 20
+
+
 def test_a_heat_map_has_each_weight_in_its_cell(lively):
     real = lively.attention([mmtx.Audio(TONE)], "a b")
     (sound,), word = real.media, real.words[-1]
@@ -119,6 +129,15 @@ def test_a_plot_is_a_picture(lively, tmp_path, parts, options):
     lively.attention(parts, "costs $5 or $6, a blue square").plot(tmp_path / "a.png", **options)
     pixels = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))
     assert min(pixels.shape[:2]) > 100 and pixels.std() > 10
+
+
+def test_a_plot_of_some_places_has_their_weights(lively, tmp_path):
+    pytest.importorskip("matplotlib")
+    found, chosen = lively.attention("a red circle", "a blue square"), [2, 4, 5, 7]
+    labels = tuple(found.labels[place] for place in chosen)
+    AttentionMaps(found.weights[:, :, chosen][..., chosen], labels, (), ()).plot(tmp_path / "expected.png", head=1)
+    found.plot(tmp_path / "some.png", head=1, places=chosen)
+    assert np.array_equal(*(np.asarray(Image.open(tmp_path / name)) for name in ("expected.png", "some.png")))
 
 
 def test_mistakes_are_told(lively, tmp_path, monkeypatch):

@@ -99,6 +99,19 @@ def test_what_words_read_of_a_picture_is_drawn(folder):
     assert np.asarray(Image.open(folder / "read.png").convert("L")).std() > 5
 
 
+def test_a_verb_is_drawn_in_both_sentences(folder):
+    pytest.importorskip("matplotlib")
+    process = start(folder, "--pairs", "1", "--plot", "dog.png", "cat.png", demo=DEMO.with_name("attention.py"))
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    layer, head = map(int, re.match(r"layer (\d+) of 0 to 1, head (\d+) of", out).groups())
+    model = mmtx.load(folder / "model", device="cpu")
+    for sentence, name in (("The dog that chased the cat was tired.", "dog.png"), ("The dog chased the cat that was tired.", "cat.png")):
+        found = model.attention("", sentence)
+        found.plot(folder / "expected.png", layer, head, places=[place for word in found.words for place in word.places])
+        assert np.array_equal(*(np.asarray(Image.open(folder / each)) for each in ("expected.png", name)))
+
+
 def test_a_sound_is_captioned_piece_by_piece(folder):
     process = start(folder, "media/c.wav", "--every", "0.1", demo=DEMO.with_name("audio_captioning.py"))
     out, err = process.communicate(timeout=120)

@@ -19,6 +19,7 @@ from test_serving import ROOT, Process, item, marked
 
 import mmtx
 from mmtx.cli import main
+from mmtx.run_page import run_page
 
 pytest.importorskip("fastapi")
 CHROMIUM = os.environ.get("MMTX_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
@@ -143,6 +144,12 @@ def test_attention_of_the_page_is_that_of_the_model(demo, model, media):
         found = model.attention([marked(data)], "a cat")
         assert told["words"] == [word.text for word in found.words] and told["layers"] == [0, 1, 2, 3]
         (medium,) = found.media
+        shown = opened(told["media"][0]["shown"])
+        if medium.kind == "image":
+            assert np.array_equal(shown, model.detokenize(model.tokenize([marked(data)]))[0])
+        else:
+            low, high = medium.shown.min(), medium.shown.max()
+            np.testing.assert_allclose(shown[::-1], 255 * (medium.shown - low) / (high - low), atol=1.01)
         for word, heat in zip(found.words, told["media"][0]["heat"], strict=True):
             expected = found.heat(word, medium, rollout=True)
             np.testing.assert_allclose(heat, expected.T[::-1] if medium.kind == "audio" else expected, atol=1e-6)
@@ -216,12 +223,20 @@ def test_mistakes_of_who_starts_it_are_one_line(options, told, tmp_path, monkeyp
 def test_an_upload_is_captioned_with_probabilities_and_a_heat_map(page, model, media):
     upload(page, media[0], "a.webp")
     assert words_of(page) == model.caption(mmtx.Image(media[0]))
-    page.wait_for_selector("#heat:not([hidden])")
-    first = pixels(page, "#heat")
-    assert first.std() > 5
-    page.select_option("#layer", "0")
-    page.wait_for_timeout(300)
-    assert not np.array_equal(pixels(page, "#heat"), first)
+    found = model.attention([mmtx.Image(media[0])])
+    hottest = set()
+    for layer in (None, 0):
+        if layer is not None:
+            with page.expect_response("**/demo/attention"):
+                page.select_option("#layer", str(layer))
+        heat = found.heat(found.words[0], found.media[0], layer, rollout=layer is None)
+        hottest.add(place := np.unravel_index(heat.argmax(), heat.shape))
+        page.wait_for_timeout(200)
+        shown = pixels(page, "#heat")
+        row, column = ((place[axis] + 0.5) / heat.shape[axis] * shown.shape[axis] for axis in (0, 1))
+        red, green, blue = shown[int(row), int(column)]
+        assert min(red, green) > 170 and blue < 100  # yellow, through which a little of the picture shines
+    assert len(hottest) == 2
 
 
 def test_a_sound_is_captioned_with_the_probability_of_each_word(page, demo, model, media):
@@ -238,6 +253,7 @@ def test_a_sound_is_captioned_with_the_probability_of_each_word(page, demo, mode
         assert share == pytest.approx(np.exp(taken), rel=1e-3)
     page.wait_for_selector("#heat:not([hidden])")
     first = pixels(page, "#heat")
+    assert first.std() > 5
     page.locator(".word").last.click()
     page.wait_for_selector(".word:last-child[aria-pressed=true]")
     page.wait_for_timeout(200)
@@ -273,6 +289,32 @@ def test_a_chat_remembers_what_was_said_and_shown(page, model, media):
     assert page.locator(".turn").count() == 0
 
 
+def test_a_chat_keeps_what_was_not_answered(page, model, media):
+    page.click("[data-tab=chat]")
+    upload(page, media[0][:80], "a.webp")
+    page.fill("#words", "What is it?")
+    page.click("#ask")
+    page.wait_for_selector("#message:not(:empty)")
+    assert page.locator("#message").inner_text().startswith("not a whole picture")
+    assert page.locator(".turn").count() == 0 and page.input_value("#words") == "What is it?"
+    upload(page, media[0], "a.webp")
+    page.click("#ask")
+    page.wait_for_selector("body[aria-busy=false] .turn >> nth=1")
+    assert page.locator(".turn").last.inner_text() == model.generate(["What is it?", mmtx.Image(media[0])])
+    assert page.input_value("#words") == "" and page.locator("#shown img").count() == 0
+
+
+@pytest.mark.parametrize("way", ["drop", "paste"])
+def test_files_can_be_dropped_and_pasted(page, model, media, way):
+    page.evaluate("""([data, way]) => {
+        const given = new DataTransfer();
+        given.items.add(new File([Uint8Array.from(data)], "a.webp", {type: "image/webp"}));
+        document.dispatchEvent(way === "drop" ? new DragEvent("drop", {dataTransfer: given})
+                                              : new ClipboardEvent("paste", {clipboardData: given}));
+    }""", [list(media[1]), way])
+    assert words_of(page) == model.caption(mmtx.Image(media[1]))
+
+
 def test_tabs_draw_play_and_go_on(page, maker, media):
     def made(selector: str):
         page.wait_for_selector(selector)
@@ -299,7 +341,7 @@ def test_tabs_draw_play_and_go_on(page, maker, media):
 @pytest.mark.parametrize("device", ["camera", "microphone"])
 def test_camera_and_microphone(page, device):
     page.click(f"#{device}")
-    page.wait_for_selector(f"#{device}.live")
+    page.wait_for_selector(f"#{device}.on")
     page.wait_for_timeout(1000)
     page.click(f"#{device}")
     assert words_of(page)
@@ -330,8 +372,8 @@ def test_it_fits_a_phone_in_the_light_and_in_the_dark(browser, demo, media, sche
     boxes = [box.bounding_box() for box in page.locator("section").all()]
     assert boxes[0]["y"] + boxes[0]["height"] <= boxes[1]["y"]  # one below the other
     assert (np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("L"))[5, 5] < 60) == (scheme == "dark")
-    assert len({tab.bounding_box()["y"] for tab in page.locator("[role=tab]").all()}) == 1  # all side by side
-    small = page.eval_on_selector_all("[role=tab], #drop button, #drop label, #examples button", "all => all.map(one => one.getBoundingClientRect().height)")
+    assert len({tab.bounding_box()["y"] for tab in page.locator("#tabs label").all()}) == 1  # all side by side
+    small = page.eval_on_selector_all("#tabs label, #drop button, #drop input, #examples button", "all => all.map(one => one.getBoundingClientRect().height)")
     assert min(small) >= 44  # as wide as a thumb
     for tab in ("chat", "make", "go_on"):
         page.click(f"[data-tab={tab}]")
@@ -340,3 +382,16 @@ def test_it_fits_a_phone_in_the_light_and_in_the_dark(browser, demo, media, sche
     if folder := os.environ.get("MMTX_SCREENSHOTS"):
         page.screenshot(path=f"{folder}/demo-{scheme}.png", full_page=True)
     context.close()
+
+
+def test_the_report_of_a_run_fits_a_phone(browser, tmp_path):
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "metrics" / "metrics.csv").write_text("epoch,step,train/loss,val/loss_of_something_with_a_long_name\n0,1,2.5,3.5\n")
+    (tmp_path / "metrics" / "environment.json").write_text(json.dumps({"commit": 40 * "d"}))
+    Image.new("RGB", (900, 90)).save(tmp_path / "samples" / "step-000001.png")
+    page = browser.new_page(viewport={"width": 360, "height": 740})
+    page.set_content(run_page(tmp_path))
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert page.locator("img").bounding_box()["width"] == 900  # which its card scrolls: captions stay legible
+    page.close()

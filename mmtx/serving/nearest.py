@@ -2,10 +2,12 @@
 
 import base64
 import io
+import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import soundfile
 from PIL import Image
 
 from mmtx.ambient import one_thread
@@ -16,7 +18,7 @@ from mmtx.data.sources import MAX_BAD
 from mmtx.data.tokens import usable
 from mmtx.document import Document, MediaPart, Turn
 from mmtx.errors import InputError
-from mmtx.pipeline import BATCH, Model
+from mmtx.pipeline import BATCH, Model, Sound
 from mmtx.sequence import prompt
 
 SIDE, RATE, EXCERPT = 128, 16_000, 10.0  # pixels, Hz and seconds of what is shown of a sample
@@ -26,24 +28,44 @@ class Neighbour(NamedTuple):
     sample: Sample
     alike: float     # cosine, 1 for the same
 
+    @property
+    def medium(self) -> Media:
+        """The first picture or sound, by which it was found."""
+        return next(part for turn in self.sample.turns for part in turn.parts if isinstance(part, Media))
+
+    def shown(self) -> str | None:
+        """A small picture, or an excerpt of the sound, as a data URL; None if it has gone, or can be shown in neither way."""
+        medium = self.medium
+        try:
+            if medium.kind == "image":
+                picture = Image.fromarray(load_image(medium.source.read(), medium.name).permute(1, 2, 0).numpy())
+                picture.thumbnail((SIDE, SIDE))
+                return data_url(picture)
+            if medium.kind == "audio":
+                sound = load_audio(medium.source.read(), RATE, medium.name, **medium.cut)
+                return data_url(Sound(sound[:int(EXCERPT * RATE)].numpy(), RATE))
+        except InputError:
+            pass
+        return None
+
 
 class Nearest:
     """The first medium of each training sample by its vector. `read` makes them, one after another, and may take minutes."""
 
     def __init__(self, model: Model, sources: Sequence[DataSource], max_bad: float = MAX_BAD):
         """Raises InputError where the sources cannot be read."""
-        self.model, self.found, self.ended = model, read_sources(sources, max_bad), False
+        self.model, self.found = model, read_sources(sources, max_bad)
         self.samples: list[Sample] = []
         self.vectors: list[np.ndarray] = []
 
     def read(self) -> None:
-        """Add the vectors of all samples, until `ended` is set; those that cannot be read are left out."""
+        """Add the vectors of all samples, until the program ends; those that cannot be read are left out."""
         one_thread()
         samples, counters = self.found.samples, self.found.counters
         for first in range(0, len(samples), BATCH):
             chunk = samples[first:first + BATCH]
             for sample, document in usable(chunk, self.model.tokenizers, counters[first], patches=self.model.decoder.config.encoders):
-                if self.ended:
+                if not threading.main_thread().is_alive():
                     return
                 if (vector := self._vector(document)) is not None:
                     self.vectors.append(vector)
@@ -57,37 +79,17 @@ class Nearest:
         return [Neighbour(self.samples[place], float(alike[place])) for place in np.argsort(-alike, kind="stable")[:count]]
 
     def _vector(self, document: Document) -> np.ndarray | None:
-        media = (part for turn in document.turns for part in turn.parts if isinstance(part, MediaPart))
-        if (part := next(media, None)) is None:
+        medium = next((part for turn in document.turns for part in turn.parts if isinstance(part, MediaPart)), None)
+        if medium is None:
             return None
-        return self.model.embed_prompt(prompt(Document((Turn("user", (part,)),)), self.model.vocabulary))
+        return self.model.embed_prompt(prompt(Document((Turn("user", (medium,)),)), self.model.vocabulary))
 
 
-def shown(sample: Sample) -> tuple[str, str | None]:
-    """The kind of a sample's first medium, and a small picture or an excerpt of the sound as a data URL: None if it has gone."""
-    medium = next(part for turn in sample.turns for part in turn.parts if isinstance(part, Media))
-    try:
-        if medium.kind == "image":
-            picture = Image.fromarray(load_image(medium.source.read(), medium.name).permute(1, 2, 0).numpy())
-            picture.thumbnail((SIDE, SIDE))
-            return medium.kind, picture_url(picture)
-        if medium.kind == "audio":
-            sound = load_audio(medium.source.read(), RATE, medium.name, **medium.cut)
-            return medium.kind, sound_url(sound[:int(EXCERPT * RATE)].numpy(), RATE)
-    except InputError:
-        pass
-    return medium.kind, None
-
-
-def picture_url(picture: Image.Image) -> str:
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def sound_url(samples: np.ndarray, rate: int) -> str:
-    import soundfile
-
-    file = io.BytesIO()
-    soundfile.write(file, samples, rate, format="WAV", subtype="PCM_16")
-    return "data:audio/wav;base64," + base64.b64encode(file.getvalue()).decode()
+def data_url(made: Image.Image | Sound) -> str:
+    """A picture or a sound as a file (PNG, WAV) within an address."""
+    file, kind = io.BytesIO(), "audio/wav" if isinstance(made, Sound) else "image/png"
+    if isinstance(made, Sound):
+        soundfile.write(file, *made, format="WAV", subtype="PCM_16")
+    else:
+        made.save(file, "PNG")
+    return f"data:{kind};base64," + base64.b64encode(file.getvalue()).decode()
