@@ -647,22 +647,19 @@ def test_codes_that_the_decoder_never_reads_are_not_made(media, monkeypatch):
 
 def answers_of(model, media: list[bytes]) -> list[str | Exception]:
     """What requests that wait together are told."""
-    def told(new: list) -> str | Exception:
-        if isinstance(new[-1], Exception):
-            return new[-1]
-        return model.tokenizers["text"].decode([item[0] for item in new[:-1] if item[0] != model.vocabulary.end])
+    async def told(batches: Batches, job: Job) -> str:
+        (ids,) = [[ident for ident, _ in new] async for new in batches.answer(job)]  # not live: all at once
+        return model.tokenizers["text"].decode([ident for ident in ids if ident != model.vocabulary.end])
 
     async def ask() -> list[str | Exception]:
-        batches = Batches(model)
-        jobs = []
-        for data in media:
-            document = Document((Turn("user", (model.read_medium(marked(data)),)),))
-            jobs.append(Job(document, model.prompt_length(document), "text", Sampling(max_new_tokens=9), None, time.monotonic() + 60))
-        for job in jobs:
-            batches.submit(job)
-        found = [await job.queue.get() for job in jobs]  # not live: all at once
-        await batches.close()
-        return [told(new) for new in found]
+        batches, deadline = Batches(model), asyncio.get_running_loop().time() + 60
+        documents = [Document((Turn("user", (model.read_medium(marked(data)),)),)) for data in media]
+        jobs = [Job(document, model.prompt_length(document), "text", Sampling(max_new_tokens=9), None, deadline)
+                for document in documents]
+        try:
+            return await asyncio.gather(*(told(batches, job) for job in jobs), return_exceptions=True)
+        finally:
+            await batches.close()
 
     return asyncio.run(ask())
 

@@ -92,13 +92,12 @@ class Answer:
         self.service, self.top, self.length = service, top, service.model.prompt_length(document)
         self.ids: list[int] = []  # written so far, <end> included
         self.texts = service.model.vocabulary.range("text")
-        least, room = body.max_tokens or 1, service.limits.tokens - self.length
-        if room < least:
+        room = service.limits.tokens - self.length
+        if room < (least := body.max_tokens or 1):
             raise Refused(400, f"{self.length} tokens of prompt and {least} of answer, expected up to {service.limits.tokens} in all",
                           "context_length_exceeded")
-        most = min(256, room) if body.max_tokens is None else body.max_tokens
-        sampling = Sampling.of(**body.model_dump(include=SAMPLED), max_new_tokens=most)
-        self.job = Job(document, self.length, out, sampling, size, time.monotonic() + service.limits.timeout,
+        sampling = Sampling.of(**body.model_dump(include=SAMPLED), max_new_tokens=body.max_tokens or min(256, room))
+        self.job = Job(document, self.length, out, sampling, size, asyncio.get_running_loop().time() + service.limits.timeout,
                        live or top is not None, top is not None)
 
     async def steps(self) -> AsyncIterator[list[tuple[int, torch.Tensor | None]]]:

@@ -33,20 +33,19 @@ BESIDE = 4       # batches at most that wait for their next turn, each of which 
 
 @dataclass(eq=False)
 class Job:
-    """A prompt on its way. In `queue` come lists of what is new: an id with its scores (V,) or None, an error, None at the end."""
+    """A prompt on its way. In `queue` come lists of ids with their scores (V,) or None; in the end None, or an error."""
 
     document: Document  # media are read, and encoded together with those of the others
     length: int         # tokens of its prompt
     out: str
     sampling: Sampling
     size: tuple[int, int] | None
-    deadline: float     # of time.monotonic
+    deadline: float     # of the loop's time
     live: bool = False    # whether ids are told as they come, not all at the end
     scored: bool = False  # whether scores are wanted
     dropped: bool = False  # set by who no longer waits
-    over: bool = False    # whether it needs no more
     written: int = 0
-    untold: list[Any] = field(default_factory=list)
+    untold: list[tuple[int, torch.Tensor | None]] = field(default_factory=list)
     queue: asyncio.Queue = field(default_factory=asyncio.Queue)
 
     @property
@@ -55,16 +54,11 @@ class Job:
         cut = None if self.out == "text" else self.sampling.max_new_tokens
         return self.out, replace(self.sampling, max_new_tokens=1), cut, self.size
 
-    def take(self, ident: int, scores: torch.Tensor | None, ended: bool) -> None:
-        """Its next id."""
-        late = time.monotonic() > self.deadline
+    def take(self, ident: int, scores: torch.Tensor | None) -> bool:
+        """Its next id -> whether it is cut here, or nobody waits for more."""
         self.written += 1
-        cut = self.out == "text" and self.written == self.sampling.max_new_tokens
-        self.over = ended or cut or late or self.dropped
-        if late:
-            self.untold.append(Refused(504, "the answer was not ready in time", "timeout"))
-        else:
-            self.untold += [(ident, scores), None] if self.over else [(ident, scores)]
+        self.untold.append((ident, scores))
+        return self.dropped or self.out == "text" and self.written == self.sampling.max_new_tokens
 
 
 class Batches:
@@ -95,12 +89,16 @@ class Batches:
         """The ids of a job with their scores, as they come. Who ends early gives the place to others."""
         self.submit(job)
         try:
-            last: Any = ()
-            while last is not None:
-                *new, last = await job.queue.get()
-                if isinstance(last, Exception):
-                    raise last
-                yield new if last is None else [*new, last]
+            while True:
+                async with asyncio.timeout_at(job.deadline):
+                    new = await job.queue.get()
+                if new is None:
+                    return
+                if isinstance(new, Exception):
+                    raise new
+                yield new
+        except TimeoutError:
+            raise Refused(504, "the answer was not ready in time", "timeout") from None
         finally:
             self.drop(job)
 
@@ -109,7 +107,7 @@ class Batches:
         job.dropped = True
         with self._changed, suppress(ValueError):
             self._jobs.remove(job)
-        job.queue.put_nowait([None])
+        job.queue.put_nowait(None)
 
     async def close(self) -> None:
         """End with the turns that are under way; what waits is refused."""
@@ -117,7 +115,7 @@ class Batches:
             self._closed = True
             self._changed.notify_all()
         for job in self._jobs:
-            job.queue.put_nowait([Refused(503, "the server is going down", "going_down")])
+            job.queue.put_nowait(Refused(503, "the server is going down", "going_down"))
         for thread in self._threads:
             await asyncio.to_thread(thread.join)
 
@@ -171,10 +169,7 @@ class Batches:
                 for job in jobs:
                     yield from self._turns([job])
                 return
-            for job in jobs:
-                job.over = True
-                job.untold.append(error)
-            self._tell(jobs)
+            self._tell([], jobs, error)
 
     def _answer(self, jobs: Sequence[Job]) -> Iterator[bool]:
         self.observe(len(jobs))
@@ -192,29 +187,30 @@ class Batches:
 
         choose = scored if any(job.scored for job in jobs) else choose_engine
         wanted = torch.ones(len(jobs), dtype=torch.bool)
-        rows = list(enumerate(jobs))
+        rows = dict(enumerate(jobs))  # that are still written
         for step, column in enumerate(self.model.stream_ids(prompts, way.out, way.size, sampling, places, wanted, choose), 1):
             ids = column.tolist()
-            for row, job in rows:
-                job.take(ids[row], engines[0].row(row) if job.scored else None, ids[row] in (v.end, v.eos))
-            self._tell([job for _, job in rows if job.live or job.over])
-            wanted[[row for row, job in rows if job.over]] = False
-            rows = [(row, job) for row, job in rows if not job.over]
+            over = [row for row, job in rows.items() if job.take(ids[row], engines[0].row(row) if job.scored else None)
+                    or ids[row] in (v.end, v.eos)]
+            wanted[over] = False
+            ended = [rows[row] for row in over]
+            self._tell([job for job in rows.values() if job.live or job in ended], ended, None)
+            rows = {row: job for row, job in rows.items() if row not in over}
             if not rows:
                 return
             if step % TURN == 0:
                 yield True
 
-    def _tell(self, jobs: Sequence[Job]) -> None:
-        """Put what is new into the queues of jobs, in the thread of the loop, which is woken once."""
-        told = [(job.queue, job.untold) for job in jobs]
+    def _tell(self, jobs: Sequence[Job], ended: Sequence[Job], last: Exception | None) -> None:
+        """Put what is new into the queues of jobs, and `last` into those of the ended, in the thread of the loop."""
+        new = [(job.queue, job.untold) for job in jobs] + [(job.queue, last) for job in ended]
 
         def put() -> None:
-            for queue, new in told:
-                queue.put_nowait(new)
+            for queue, item in new:
+                queue.put_nowait(item)
 
         for job in jobs:
             job.untold = []
-        self.running.difference_update(job for job in jobs if job.over)
-        if told:
-            self.loop.call_soon_threadsafe(put)
+        self.running.difference_update(ended)
+        if new:
+            self.loop.call_soon_threadsafe(put)  # which wakes it once

@@ -11,11 +11,10 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
-from fastapi.exceptions import HTTPException, RequestValidationError
-from fastapi.requests import Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException as AnyHTTPException
-from starlette.requests import ClientDisconnect
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
 
 from mmtx.errors import InputError, one_line
 
@@ -46,13 +45,9 @@ class Refused(HTTPException):
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None):
         again = {"Retry-After": "1"} if status in (429, 503) else {}  # seconds
+        super().__init__(status, message, {"Connection": "close"} | again)  # on which the rest of a body may be under way
         kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-        super().__init__(status, {"message": one_line(message), "type": kind, "param": param, "code": code},
-                         {"Connection": "close"} | again)  # on which the rest of a body may be under way
-
-    @property
-    def body(self) -> dict:
-        return {"error": self.detail}
+        self.body = {"error": {"message": one_line(message), "type": kind, "param": param, "code": code}}
 
 
 def as_refused(error: Exception) -> Refused:
@@ -65,8 +60,8 @@ def as_refused(error: Exception) -> Refused:
         first = max(error.errors(), key=lambda one: len(one["loc"]))  # of several that it could be, the nearest
         where = ".".join(str(place) for place in first["loc"] if place != "body") or "body"
         return Refused(400, f"{where}: {first['msg']}", first["type"], where[:200])
-    if isinstance(error, AnyHTTPException):
-        return Refused(error.status_code, str(error.detail))
+    if isinstance(error, HTTPException):
+        return Refused(error.status_code, error.detail)
     logging.getLogger("mmtx").error("a request failed", exc_info=error)
     return Refused(500, "the server failed; its log says why")
 

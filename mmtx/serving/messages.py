@@ -87,7 +87,7 @@ class SamplingBody(Asking):
     top_p: float | None = None
     top_k: int | None = None
     seed: int | None = None
-    max_tokens: int | None = Field(None, validation_alias=AliasChoices("max_completion_tokens", "max_tokens"))
+    max_tokens: int | None = Field(None, ge=1, validation_alias=AliasChoices("max_completion_tokens", "max_tokens"))
     n: Literal[1] | None = 1
 
 
