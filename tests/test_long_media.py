@@ -48,7 +48,7 @@ def test_a_long_sound(tmp_path, seconds, most):
     assert taken < most
 
 
-@pytest.mark.parametrize(("count", "most"), [(3, 400), pytest.param(32, 600, marks=LONG)])
+@pytest.mark.parametrize(("count", "most"), [(3, 350), pytest.param(32, 600, marks=LONG)])
 def test_photographs(tmp_path, count, most):
     """Of 24 megapixels each, with grain, as cameras write them: some are progressive, and some lie on their side."""
     random, paths = np.random.default_rng(0), []
