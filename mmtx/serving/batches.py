@@ -123,23 +123,22 @@ class Batches:
         """Let batches take their turns until all is over: new ones, and those that were begun, alternately where there are both."""
         if self._on_cpu:
             one_thread()
-        jobs: Sequence[Job] = ()
-        new = False
+        rows, new = 0, False  # of the batch that was begun last, and whether it has just been
         while True:
             with self._changed:
-                self._wait(len(jobs))
+                self._wait(rows)
                 if self._closed:
                     return
                 if new := bool(self._jobs) and len(self._begun) < BESIDE and not (new and self._begun):
-                    jobs = self._next()
-                    self.running.update(jobs)
-                    turns = self._turns(jobs)
+                    turns, rows = self._next()
                 elif self._begun:
                     turns = self._begun.popleft()
                 else:  # another thread was faster
                     continue
             if next(turns, False):
-                self._begun.append(turns)
+                with self._changed:
+                    self._begun.append(turns)
+                    self._changed.notify()
 
     def _wait(self, before: int) -> None:
         """Until there is something to do; a moment longer where nothing else is, and more jobs are coming: the callers of the
@@ -151,14 +150,15 @@ class Batches:
                                max(0.0, patient - time.monotonic()))
         self._idle -= 1
 
-    def _next(self) -> list[Job]:
-        """The jobs of the next batch, of which there is a share for each thread that has nothing to do."""
+    def _next(self) -> tuple[Iterator[bool], int]:
+        """The next batch, a share for each thread that has nothing to do, and its rows."""
         same = [job for job in self._jobs if job.way == self._jobs[0].way]
         (chosen,) = (batch for batch in by_length([job.length for job in same]) if 0 in batch)
         share = max(LEAST, -(-len(chosen) // (self._idle + 1)))
         jobs = [same[number] for number in sorted(chosen)[:share]]
         self._jobs = [job for job in self._jobs if job not in jobs]
-        return jobs
+        self.running.update(jobs)
+        return self._turns(jobs), len(jobs)
 
     def _turns(self, jobs: Sequence[Job]) -> Iterator[bool]:
         """Answer jobs turn by turn, or tell them why not: what is wrong with one is not told to the others, and the server lives."""
