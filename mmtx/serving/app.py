@@ -251,7 +251,8 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
 
     @app.post("/v1/images/generations")
     async def images(body: api.ImagesBody) -> dict:
-        size = None if body.size == "auto" else tuple(map(int, reversed(body.size.split("x"))))
+        width, _, height = body.size.partition("x")  # or auto
+        size = (int(height), int(width)) if height else None
         answer = Answer(service, await read(body, body.prompt, "prompt"), body, "image", size)
         v, file = model.vocabulary, io.BytesIO()
         (picture,) = await service.read(model.detokenize, [v.bos, *[ident async for ident in answer.codes()], v.eos])
