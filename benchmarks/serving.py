@@ -213,25 +213,26 @@ class Load:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="*", choices=["soak", "rate", []], default=["soak", "rate"])
+    parser.add_argument("what", nargs="*", choices=["soak", "rate", []], help="by default both")
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--short", action="store_true", help="a few seconds; says nothing, writes nothing")
     options = parser.parse_args()
+    parts = options.what or ["soak", "rate"]
     seconds, count = (4, 32) if options.short else (options.seconds, 320)
     model, items = mmtx.load(device="cpu"), media(8)
     truth, asked = [model.caption(item) for item in items], [content(item) for item in items]
     del model
     path = RESULTS / "serving.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    result = {part: before[part] for part in ("soak", "one_and_many") if part in before}
+    result = {name: before[name] for name in ("soak", "one_and_many") if name in before}
     result = {"name": "serving", "date": date.today().isoformat(), "bars": BARS, "machine": machine(), "versions": versions(),
               **result}
     load = Load()
     try:
         load.rate(8, asked, 64)
-        if "soak" in options.what:
+        if "soak" in parts:
             result["soak"] = load.soak(seconds, asked, truth)
-        if "rate" in options.what:
+        if "rate" in parts:
             result |= load.rates(count, asked[:8])
     finally:
         load.end()

@@ -38,6 +38,7 @@ pytest.importorskip("fastapi")
 
 from mmtx.serving.app import make_app  # noqa: E402
 from mmtx.serving.batches import Batches, Job  # noqa: E402
+from mmtx.serving.limits import Refused  # noqa: E402
 from mmtx.serving.sounds import in_thread  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -280,6 +281,11 @@ def test_transcriptions_are_captions(model, server, media):
         assert getattr(answer, "text", answer) == model.caption(marked(media[2]))
 
 
+def test_a_form_with_a_field_that_is_not_understood_is_refused(server, media):
+    with pytest.raises(openai.BadRequestError, match="language: Extra inputs"):
+        server.client.audio.transcriptions.create(model=NAME, file=("a.wav", media[2]), language="en")
+
+
 def test_pictures_and_sounds_are_those_of_the_model(model, server):
     options = {"temperature": 1.0, "seed": 2}
     for size, pixels in (("auto", None), ("16x8", (8, 16))):
@@ -412,6 +418,8 @@ def silence(seconds: float) -> bytes:
     ("a", {"seed": -1}, 400, "seed"),
     ("a", {"n": 2}, 400, "n: "),
     ("a", {"max_tokens": 5000}, 400, "tokens"),
+    ("a", {"max_tokens": 0}, 400, "max_tokens: Input should be greater than or equal to 1"),
+    ("a", {"max_completion_tokens": 3}, 400, "max_tokens: Extra inputs"),  # beside max_tokens
     ("a" * 9000, {}, 400, "expected up to 4096 in all"),
     ("a", {"stop": ["b"]}, 400, "stop"),
     ("a" * 200_000, {}, 400, "found 200000 characters, expected up to 131072"),
@@ -647,22 +655,19 @@ def test_codes_that_the_decoder_never_reads_are_not_made(media, monkeypatch):
 
 def answers_of(model, media: list[bytes]) -> list[str | Exception]:
     """What requests that wait together are told."""
-    def told(new: list) -> str | Exception:
-        if isinstance(new[-1], Exception):
-            return new[-1]
-        return model.tokenizers["text"].decode([item[0] for item in new[:-1] if item[0] != model.vocabulary.end])
+    async def told(batches: Batches, job: Job) -> str:
+        (ids,) = [[ident for ident, _ in new] async for new in batches.answer(job)]  # not live: all at once
+        return model.tokenizers["text"].decode([ident for ident in ids if ident != model.vocabulary.end])
 
     async def ask() -> list[str | Exception]:
-        batches = Batches(model)
-        jobs = []
-        for data in media:
-            document = Document((Turn("user", (model.read_medium(marked(data)),)),))
-            jobs.append(Job(document, model.prompt_length(document), "text", Sampling(max_new_tokens=9), None, time.monotonic() + 60))
-        for job in jobs:
-            batches.submit(job)
-        found = [await job.queue.get() for job in jobs]  # not live: all at once
-        await batches.close()
-        return [told(new) for new in found]
+        batches, deadline = Batches(model), asyncio.get_running_loop().time() + 60
+        documents = [Document((Turn("user", (model.read_medium(marked(data)),)),)) for data in media]
+        jobs = [Job(document, model.prompt_length(document), "text", Sampling(max_new_tokens=9), None, deadline)
+                for document in documents]
+        try:
+            return await asyncio.gather(*(told(batches, job) for job in jobs), return_exceptions=True)
+        finally:
+            await batches.close()
 
     return asyncio.run(ask())
 
@@ -676,6 +681,33 @@ def test_requests_that_wait_together_are_encoded_in_one_batch(model, media, monk
     seen.clear()
     assert answers_of(model, pictures) == truth and len(set(truth)) > 3
     assert sum(seen) == len(pictures) and max(seen) >= len(pictures) // 2
+
+
+def test_time_runs_while_a_prompt_waits(model, media, monkeypatch):
+    released, encode = threading.Event(), model.encode_documents
+    monkeypatch.setattr(model, "encode_documents", lambda *given, **options: released.wait(60) and encode(*given, **options))
+    document = Document((Turn("user", (model.read_medium(marked(media[0])),)),))
+
+    async def ids(batches: Batches, seconds: float) -> list[int]:
+        deadline = asyncio.get_running_loop().time() + seconds
+        job = Job(document, model.prompt_length(document), "text", Sampling(max_new_tokens=9), None, deadline)
+        return [ident async for new in batches.answer(job) for ident, _ in new]
+
+    async def ask() -> list[int]:
+        batches = Batches(model)
+        try:
+            patient = asyncio.ensure_future(ids(batches, 60))
+            with pytest.raises(Refused, match="not ready in time"):
+                await asyncio.wait_for(ids(batches, 0.1), 30)
+            released.set()
+            return await patient
+        finally:
+            released.set()
+            await batches.close()
+
+    found = asyncio.run(ask())
+    assert model.tokenizers["text"].decode([ident for ident in found if ident != model.vocabulary.end]) == model.caption(
+        marked(media[0]), max_new_tokens=9) != ""
 
 
 def test_what_is_wrong_with_one_is_not_told_to_the_others(model, media, monkeypatch):

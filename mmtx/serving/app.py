@@ -10,13 +10,13 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
-from fastapi import FastAPI, Form, Request, UploadFile
+from fastapi import FastAPI, Form, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -65,7 +65,7 @@ class Service:
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         self.batches = Batches(self.model, self.metrics.rows.observe)
-        self.metrics.running.set_function(lambda: self.batches.running)
+        self.metrics.running.set_function(lambda: len(self.batches.running))
         yield
         await self.batches.close()
         for threads in (self.readers, self.speakers):
@@ -83,88 +83,84 @@ class Service:
         (encoded,) = self.model.encode_documents([document], codes=False)
         return self.model.embed_prompt(prompt(encoded, self.model.vocabulary))
 
-    def text(self, ids: Sequence[int]) -> str:
-        """The text among ids."""
-        texts = self.model.vocabulary.range("text")
-        return self.model.tokenizers["text"].decode([ident - texts.start for ident in ids if ident in texts])
 
-    def bytes(self, ident: int) -> list[int]:
-        """The bytes that a piece of text stands for, possibly part of a character."""
-        texts = self.model.vocabulary.range("text")
-        tokenizer: Any = self.model.tokenizers["text"]
-        piece = tokenizer.piece(ident - texts.start) if ident in texts else ""
-        return [int(piece[3:5], 16)] if piece.startswith("<0x") and len(piece) == 6 else list(self.text([ident]).encode())
+class Answer:
+    """An answer on its way, and what it has come to. With `top`, also how likely each id was, beside so many others."""
 
-
-class Writing:
-    """An answer on its way: its ids, and its text as far as no character is cut. With `top`, also how likely each id was, beside so
-    many others."""
-
-    def __init__(self, service: Service, document: Document, body: api.SamplingBody, out: str = "text", size=None, live: bool = False,
-                 top: int | None = None):
+    def __init__(self, service: Service, document: Document, body: api.SamplingBody, out: str = "text",
+                 size: tuple[int, int] | None = None, live: bool = False, top: int | None = None):
         self.service, self.top, self.length = service, top, service.model.prompt_length(document)
-        self.ids: list[int] = []
-        self.scores: list[Any] = []
-        self.shown, self.reason = 0, "length"
+        self.ids: list[int] = []  # written so far, <end> included
+        self.texts = service.model.vocabulary.range("text")
         room = service.limits.tokens - self.length
-        if room < (body.most or 1):
-            raise Refused(400, f"{self.length} tokens of prompt and {body.most or 1} of answer, expected up to "
-                          f"{service.limits.tokens} in all", "context_length_exceeded")
-        sampling = Sampling.of(**body.model_dump(include=SAMPLED), max_new_tokens=min(256, room) if body.most is None else body.most)
-        self.job = Job(document, self.length, out, sampling, size, time.monotonic() + service.limits.timeout,
+        if room < (least := body.max_tokens or 1):
+            raise Refused(400, f"{self.length} tokens of prompt and {least} of answer, expected up to {service.limits.tokens} in all",
+                          "context_length_exceeded")
+        sampling = Sampling.of(**body.model_dump(include=SAMPLED), max_new_tokens=body.max_tokens or min(256, room))
+        self.job = Job(document, self.length, out, sampling, size, asyncio.get_running_loop().time() + service.limits.timeout,
                        live or top is not None, top is not None)
 
-    async def steps(self) -> AsyncIterator[int]:
-        """Each id as it comes, <end> left out."""
+    async def steps(self) -> AsyncIterator[list[tuple[int, torch.Tensor | None]]]:
+        """What is new of it: ids and their scores, <end> left out."""
         v, tokens = self.service.model.vocabulary, self.service.metrics.tokens
         tokens.labels("read").inc(self.length)
-        async for ident, scores in self.service.batches.answer(self.job):
-            tokens.labels("written").inc()
-            self.ids.append(ident)
-            if ident in (v.end, v.eos):
-                self.reason = "stop" if len(self.ids) <= self.job.sampling.max_new_tokens else "length"
-                continue
-            if scores is not None:
-                self.scores.append(self._logprob(ident, scores))
-            yield ident
+        async for new in self.service.batches.answer(self.job):
+            tokens.labels("written").inc(len(new))
+            self.ids += [ident for ident, _ in new]
+            yield [(ident, scores) for ident, scores in new if ident not in (v.end, v.eos)]
 
-    async def whole(self) -> list[int]:
-        return [ident async for ident in self.steps()]
+    async def codes(self) -> AsyncIterator[int]:
+        async for new in self.steps():
+            for ident, _ in new:
+                yield ident
 
-    async def pieces(self) -> AsyncIterator[tuple[str, str | None, list]]:
-        """Text as it comes, why it ended (None before that), and the scores of its ids."""
-        ids, told = [], 0
-        async for ident in self.steps():
-            ids.append(ident)
-            text = self.service.text(ids)
-            if text[self.shown:] and not text.endswith("\ufffd"):  # a character of several bytes waits until it is whole
-                yield text[self.shown:], None, self.scores[told:]
-                self.shown, told = len(text), len(self.scores)
-        yield self.service.text(ids)[self.shown:], self.reason, self.scores[told:]
+    async def pieces(self) -> AsyncIterator[tuple[str, list[dict], str | None]]:
+        """Text as it comes, the scores of its ids, and at the end why it ended."""
+        shown, scored = 0, []
+        async for new in self.steps():
+            scored += [self._scored(ident, scores) for ident, scores in new if scores is not None]
+            text = self.text(self.ids)
+            if self.job.live and text[shown:] and not text.endswith("\ufffd"):  # a character of several bytes waits until it is whole
+                yield text[shown:], scored, None
+                shown, scored = len(text), []
+        v, most = self.service.model.vocabulary, self.job.sampling.max_new_tokens
+        ended = self.ids[-1] in (v.end, v.eos) and len(self.ids) <= most
+        yield self.text(self.ids)[shown:], scored, "stop" if ended else "length"
 
-    def _logprob(self, ident: int, scores: torch.Tensor) -> dict:
-        v = self.service.model.vocabulary
-        allowed = torch.full_like(scores, -torch.inf)
-        allowed[v.range("text").start:v.range("text").stop], allowed[v.end] = 0, 0
-        shares = (scores + allowed).log_softmax(0)
-        best = shares.topk(min(self.top, len(shares)))
-        told = lambda one, value: {"token": self.service.text([one]), "logprob": max(float(value), -9999.0),
-                                   "bytes": self.service.bytes(one)}
-        return {**told(ident, shares[ident]), "top_logprobs": [told(int(one), value) for value, one in zip(*best)]}
+    def text(self, ids: Sequence[int]) -> str:
+        """The text among ids."""
+        return self.service.model.tokenizers["text"].decode([ident - self.texts.start for ident in ids if ident in self.texts])
 
     def usage(self, read: str = "prompt_tokens", written: str = "completion_tokens") -> dict:
         return {read: self.length, written: len(self.ids), "total_tokens": self.length + len(self.ids)}
+
+    def _scored(self, ident: int, scores: torch.Tensor) -> dict:
+        """How likely an id was among all that the grammar lets come, at temperature 1, and the best of these."""
+        end, texts = self.service.model.vocabulary.end, slice(self.texts.start, self.texts.stop)
+        allowed = torch.full_like(scores, -torch.inf)
+        allowed[texts], allowed[end] = scores[texts], scores[end]
+        shares = allowed.log_softmax(0)
+        best = shares.topk(min(self.top or 0, len(shares))).indices.tolist()
+        told = [{"token": self.text([one]), "logprob": max(float(shares[one]), -9999.0), "bytes": self._bytes(one)}
+                for one in (ident, *best)]
+        return {**told[0], "top_logprobs": told[1:]}
+
+    def _bytes(self, ident: int) -> list[int]:
+        """The bytes that a piece of text stands for, possibly part of a character."""
+        tokenizer: Any = self.service.model.tokenizers["text"]
+        piece = tokenizer.piece(ident - self.texts.start) if ident in self.texts else ""
+        return [int(piece[3:5], 16)] if piece.startswith("<0x") and len(piece) == 6 else list(self.text([ident]).encode())
 
 
 def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None = None, loopback: bool = True) -> FastAPI:
     """The application (ASGI), which speaks for one model."""
     service = Service(model, name, limits)
 
-    async def refused(request: Request, error: Exception) -> JSONResponse:
-        return as_refused(error).response
+    async def left_to_the_door(request: Request, error: Exception) -> Response:
+        raise error
 
     app = FastAPI(title="mmtx", lifespan=service.lifespan, docs_url=None, redoc_url=None, openapi_url=None,
-                  exception_handlers={RequestValidationError: refused, HTTPException: refused})  # the door answers all others
+                  exception_handlers={RequestValidationError: left_to_the_door, HTTPException: left_to_the_door})
     app.state.service = service
     if loopback:  # or a page elsewhere could speak to it through a name that leads here
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "["])
@@ -174,31 +170,34 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
         if asked_for != name:
             raise Refused(404, f"model: found {asked_for[:100]!r}, expected {name!r}", "model_not_found", "model")
 
-    async def answer(writing: Writing, body: api.WriteBody, kind: str, choice: Callable[[str, str | None, list | None], dict]):
-        """What was written, as one object or as events; `choice` says it in the form of a route."""
+    async def read(body: api.Asking, content: Sequence[api.Item], where: str, role: str | None = "user") -> Document:
+        check(body.model)
+        return Document((Turn(role, await service.read(api.read_parts, model, content, limits, where)),))
+
+    async def written(answer: Answer, body: api.WriteBody, kind: str, choice: Callable[[str], dict]) -> Any:
+        """Text as one object or as events; `choice` says it in the form of a route."""
         head = {"id": f"{kind[:4]}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": name}
+
+        def shown(text: str, scored: list[dict] | None, reason: str | None) -> dict:
+            logprobs = None if scored is None else {"content": scored, "refusal": None}
+            return {**head, "choices": [{"index": 0, **choice(text), "finish_reason": reason, "logprobs": logprobs}]}
 
         async def events() -> AsyncIterator[str]:
             event = lambda value: f"data: {json.dumps(value)}\n\n"
             try:
-                async for text, reason, scores in writing.pieces():
-                    yield event({**head, "choices": [choice(text, reason, scores or None)]})
+                async for text, scored, reason in answer.pieces():
+                    yield event(shown(text, scored or None, reason))
                 if body.stream_options and body.stream_options.include_usage:
-                    yield event({**head, "choices": [], "usage": writing.usage()})
+                    yield event({**head, "choices": [], "usage": answer.usage()})
                 yield "data: [DONE]\n\n"
             except Exception as error:  # the status has been sent
                 yield event(as_refused(error).body)
 
         if body.stream:
             return StreamingResponse(events(), media_type="text/event-stream")
-        text = service.text(await writing.whole())
-        return {**head, "choices": [choice(text, writing.reason, writing.scores if writing.top is not None else None)],
-                "usage": writing.usage()}
-
-    async def made(body: api.SamplingBody, words: Sequence[api.Item], where: str, out: str, **more: Any) -> Writing:
-        check(body.model)
-        parts = await service.read(api.read_parts, model, words, limits, where)
-        return Writing(service, Document((Turn("user", parts),)), body, out, **more)
+        pieces = [piece async for piece in answer.pieces()]
+        scored = [one for _, some, _ in pieces for one in some] if answer.top is not None else None
+        return {**shown(answer.text(answer.ids), scored, pieces[-1][2]), "usage": answer.usage()}
 
     @app.get("/health")
     async def health() -> dict:
@@ -221,27 +220,20 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
     async def chat(body: api.ChatBody):
         check(body.model)
         document = await service.read(api.read_document, model, body.messages, limits)
-        writing = Writing(service, document, body, live=body.stream, top=(body.top_logprobs or 0) if body.logprobs else None)
+        answer = Answer(service, document, body, live=body.stream, top=(body.top_logprobs or 0) if body.logprobs else None)
         kind, key = ("chat.completion.chunk", "delta") if body.stream else ("chat.completion", "message")
-        return await answer(writing, body, kind, lambda text, reason, scores: {
-            "index": 0, key: {"role": "assistant", "content": text}, "finish_reason": reason,
-            "logprobs": None if scores is None else {"content": scores, "refusal": None}})
+        return await written(answer, body, kind, lambda text: {key: {"role": "assistant", "content": text}})
 
     @app.post("/v1/completions")
     async def completions(body: api.CompletionBody):
-        check(body.model)
-        parts = await service.read(api.read_parts, model, body.prompt, limits, "prompt")
-        writing = Writing(service, Document((Turn(None, parts),)), body, "document", live=body.stream)
-        return await answer(writing, body, "text_completion", lambda text, reason, scores: {
-            "index": 0, "text": text, "finish_reason": reason, "logprobs": None})
+        answer = Answer(service, await read(body, body.prompt, "prompt", None), body, "document", live=body.stream)
+        return await written(answer, body, "text_completion", lambda text: {"text": text})
 
     @app.post("/v1/embeddings")
     async def embeddings(body: api.EmbeddingsBody) -> dict:
-        check(body.model)
         data, count = [], 0
         for number, content in enumerate(body.input):
-            parts = await service.read(api.read_parts, model, content, limits, f"input[{number}]")
-            document = Document((Turn("user", parts),))
+            document = await read(body, content, f"input[{number}]")
             if (count := count + model.prompt_length(document)) > limits.tokens:
                 raise Refused(400, f"{count} tokens, expected up to {limits.tokens} in all", "context_length_exceeded")
             vector = await service.read(service.embed, document)
@@ -250,30 +242,29 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
         return {"object": "list", "data": data, "model": name, "usage": {"prompt_tokens": count, "total_tokens": count}}
 
     @app.post("/v1/audio/transcriptions")
-    async def transcriptions(file: UploadFile, model_name: Annotated[str, Form(alias="model")],
-                             temperature: Annotated[float, Form()] = 0.0,
-                             response_format: Annotated[Literal["json", "text"], Form()] = "json"):
-        check(model_name)
-        part = await service.read(api.read_part, model, Audio(await file.read()), limits, "file")
-        writing = Writing(service, Document((Turn("user", (part,)),)), api.SamplingBody(model=name, temperature=temperature))
-        text = service.text(await writing.whole())
-        return PlainTextResponse(text) if response_format == "text" else {"text": text}
+    async def transcriptions(body: Annotated[api.TranscriptionBody, Form()]):
+        check(body.model)
+        part = await service.read(api.read_part, model, Audio(await body.file.read()), limits, "file")
+        answer = Answer(service, Document((Turn("user", (part,)),)), body)
+        text = "".join([text async for text, *_ in answer.pieces()])
+        return PlainTextResponse(text) if body.response_format == "text" else {"text": text}
 
     @app.post("/v1/images/generations")
     async def images(body: api.ImagesBody) -> dict:
-        size = None if body.size == "auto" else tuple(map(int, reversed(body.size.split("x"))))
-        writing = await made(body, body.prompt, "prompt", "image", size=size)
+        width, _, height = body.size.partition("x")  # or auto
+        size = (int(height), int(width)) if height else None
+        answer = Answer(service, await read(body, body.prompt, "prompt"), body, "image", size)
         v, file = model.vocabulary, io.BytesIO()
-        (picture,) = await service.read(model.detokenize, [v.bos, *await writing.whole(), v.eos])
+        (picture,) = await service.read(model.detokenize, [v.bos, *[ident async for ident in answer.codes()], v.eos])
         picture.save(file, "PNG")
         return {"created": int(time.time()), "data": [{"b64_json": base64.b64encode(file.getvalue()).decode()}],
-                "usage": writing.usage("input_tokens", "output_tokens")}
+                "usage": answer.usage("input_tokens", "output_tokens")}
 
     @app.post("/v1/audio/speech")
     async def speech(body: api.SpeechBody) -> Response:
-        writing = await made(body, body.input, "input", "audio", live=True)
-        pieces = in_thread(service.speakers, writing.steps(), lambda ids: encoded(
-            model.stream_sound(ids), body.response_format), lambda: service.batches.drop(writing.job))
+        answer = Answer(service, await read(body, body.input, "input"), body, "audio", live=True)
+        pieces = in_thread(service.speakers, answer.codes(), lambda ids: encoded(
+            model.stream_sound(ids), body.response_format), lambda: service.batches.drop(answer.job))
         first = await anext(pieces)  # what goes wrong until then is told with a status
 
         async def sound() -> AsyncIterator[bytes]:

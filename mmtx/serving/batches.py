@@ -6,9 +6,10 @@ nobody waits: from its first turn on, a batch takes turns with those that come a
 """
 
 import asyncio
+import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,24 +28,24 @@ from mmtx.serving.limits import Refused
 PATIENCE = 0.01  # seconds at most that a batch waits for requests that will be there in a moment
 LEAST = 4        # rows of a batch below which a thread that has nothing to do gets no share of it
 TURN = 16        # steps of a turn: a caption needs fewer, and so is answered in one
-BESIDE = 4       # batches at most that take turns with those of the threads, each of which holds its keys and values
+BESIDE = 4       # batches at most that wait for their next turn, each of which holds its keys and values
 
 
 @dataclass(eq=False)
 class Job:
-    """A prompt on its way. In `queue` come lists of what is new: an id with its scores (V,) or None, an error, None at the end."""
+    """A prompt on its way. In `queue` come lists of ids with their scores (V,) or None; in the end None, or an error."""
 
     document: Document  # media are read, and encoded together with those of the others
     length: int         # tokens of its prompt
     out: str
     sampling: Sampling
     size: tuple[int, int] | None
-    deadline: float     # of time.monotonic
+    deadline: float     # of the loop's time
     live: bool = False    # whether ids are told as they come, not all at the end
     scored: bool = False  # whether scores are wanted
     dropped: bool = False  # set by who no longer waits
     written: int = 0
-    untold: list[Any] = field(default_factory=list)
+    untold: list[tuple[int, torch.Tensor | None]] = field(default_factory=list)
     queue: asyncio.Queue = field(default_factory=asyncio.Queue)
 
     @property
@@ -53,113 +54,111 @@ class Job:
         cut = None if self.out == "text" else self.sampling.max_new_tokens
         return self.out, replace(self.sampling, max_new_tokens=1), cut, self.size
 
-    def take(self, ident: int, scores: torch.Tensor | None, ended: bool) -> bool:
-        """Its next id -> whether it needs no more."""
-        if self.dropped:
-            return True
-        if time.monotonic() > self.deadline:
-            self.untold.append(Refused(504, "the answer was not ready in time", "timeout"))
-            return True
+    def take(self, ident: int, scores: torch.Tensor | None) -> bool:
+        """Its next id -> whether it is cut here, or nobody waits for more."""
         self.written += 1
         self.untold.append((ident, scores))
-        if ended := ended or self.out == "text" and self.written == self.sampling.max_new_tokens:
-            self.untold.append(None)
-        return ended
+        return self.dropped or self.out == "text" and self.written == self.sampling.max_new_tokens
 
 
 class Batches:
-    """Answers jobs; on a CPU as many batches at a time as torch may use threads, each with one thread of torch's.
+    """Answers jobs; on a CPU in as many threads as torch may use, each with one thread of torch's.
 
-    Belongs to the loop in which it is made: only `_answer` and what it calls runs in other threads.
+    Belongs to the loop in which it is made: only `_work` and what it calls runs in other threads.
     """
 
     def __init__(self, model: Model, observe: Callable[[int], None] = lambda rows: None):
         self.model, self.observe, self.loop = model, observe, asyncio.get_running_loop()
-        self.coming = 0   # requests whose jobs will be there in a moment
-        self.running = 0  # prompts that are being answered
-        self._jobs: list[Job] = []
-        self._arrived, self._idle = asyncio.Event(), 0
-        on_cpu = model.decoder.embedding.weight.device.type == "cpu"
-        count = min(torch.get_num_threads(), MOST_THREADS) if on_cpu else 1
-        self._threads = ThreadPoolExecutor(count, "batches", one_thread if on_cpu else None)
-        self._workers = {asyncio.create_task(self._work()) for _ in range(count)}
-        self._beside: set[asyncio.Task] = set()
+        self.coming = 0  # requests whose jobs will be there in a moment
+        self.running: set[Job] = set()  # that are being answered
+        self._jobs: list[Job] = []      # that wait
+        self._begun: deque[Iterator[bool]] = deque()  # batches that wait for their next turn
+        self._changed, self._idle, self._closed = threading.Condition(), 0, False  # its lock guards all that changes
+        self._on_cpu = model.decoder.embedding.weight.device.type == "cpu"
+        count = min(torch.get_num_threads(), MOST_THREADS) if self._on_cpu else 1
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, job: Job) -> None:
-        self._jobs.append(job)
-        self._arrived.set()
+        with self._changed:
+            self._jobs.append(job)
+            self._changed.notify_all()
 
-    async def answer(self, job: Job) -> AsyncIterator[tuple[int, torch.Tensor | None]]:
-        """Each id of a job with its scores, as it comes. Who ends early gives the place to others."""
+    async def answer(self, job: Job) -> AsyncIterator[list[tuple[int, torch.Tensor | None]]]:
+        """The ids of a job with their scores, as they come. Who ends early gives the place to others."""
         self.submit(job)
         try:
             while True:
-                for new in await job.queue.get():
-                    if new is None:
-                        return
-                    if isinstance(new, Exception):
-                        raise new
-                    yield new
+                async with asyncio.timeout_at(job.deadline):
+                    new = await job.queue.get()
+                if new is None:
+                    return
+                if isinstance(new, Exception):
+                    raise new
+                yield new
+        except TimeoutError:
+            raise Refused(504, "the answer was not ready in time", "timeout") from None
         finally:
             self.drop(job)
 
     def drop(self, job: Job) -> None:
         """Nobody waits for a job any more: its place is free at once, or at the next step of its batch, and its queue ends."""
         job.dropped = True
-        with suppress(ValueError):
+        with self._changed, suppress(ValueError):
             self._jobs.remove(job)
-        job.queue.put_nowait([None])
+        job.queue.put_nowait(None)
 
     async def close(self) -> None:
         """End with the turns that are under way; what waits is refused."""
-        for task in self._workers | self._beside:
-            task.cancel()
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
         for job in self._jobs:
-            job.queue.put_nowait([Refused(503, "the server is going down", "going_down")])
-        await asyncio.to_thread(self._threads.shutdown)
+            job.queue.put_nowait(Refused(503, "the server is going down", "going_down"))
+        for thread in self._threads:
+            await asyncio.to_thread(thread.join)
 
-    async def _work(self) -> None:
-        """Answer batch after batch. One that needs a second turn goes on beside the next, if there are not too many of them."""
-        rows = 0
+    def _work(self) -> None:
+        """Let batches take their turns until all is over: new ones, and those that were begun, alternately where there are both."""
+        if self._on_cpu:
+            one_thread()
+        rows, new = 0, False  # of the batch that was begun last, and whether it has just been
         while True:
-            jobs = await self._next(rows)
-            rows = len(jobs)
-            self.running += rows
-            turns = self._turns(jobs)
-            while (more := await self._turn(turns)) and len(self._beside) >= BESIDE:
-                pass
-            if more:
-                task = asyncio.create_task(self._finish(turns, rows))
-                self._beside.add(task)
-                task.add_done_callback(self._beside.discard)
-            else:
-                self.running -= rows
+            with self._changed:
+                self._wait(rows)
+                if self._closed:
+                    return
+                if new := bool(self._jobs) and len(self._begun) < BESIDE and not (new and self._begun):
+                    turns, rows = self._next()
+                elif self._begun:
+                    turns = self._begun.popleft()
+                else:  # another thread was faster
+                    continue
+            if next(turns, False):
+                with self._changed:
+                    self._begun.append(turns)
+                    self._changed.notify()
 
-    async def _finish(self, turns: Iterator[bool], rows: int) -> None:
-        while await self._turn(turns):
-            pass
-        self.running -= rows
-
-    async def _turn(self, turns: Iterator[bool]) -> bool:
-        """Let a batch take its turn, when a thread is free -> whether it needs another."""
-        return await self.loop.run_in_executor(self._threads, next, turns, False)
-
-    async def _next(self, before: int) -> list[Job]:
-        """The next batch of a thread whose last one had `before` rows: their callers, once answered, often ask again."""
+    def _wait(self, before: int) -> None:
+        """Until there is something to do; a moment longer where nothing else is, and more jobs are coming: the callers of the
+        batch before, of so many rows, often ask again."""
+        patient = time.monotonic() + PATIENCE
         self._idle += 1
-        patient = self.loop.time() + PATIENCE
-        while not self._jobs or (self.coming or len(self._jobs) < before) and self.loop.time() < patient:
-            self._arrived.clear()
-            with suppress(TimeoutError):
-                async with asyncio.timeout_at(patient if self._jobs else None):
-                    await self._arrived.wait()
+        self._changed.wait_for(lambda: self._jobs or self._begun or self._closed)
+        self._changed.wait_for(lambda: self._begun or self._closed or not self.coming and len(self._jobs) >= before,
+                               max(0.0, patient - time.monotonic()))
+        self._idle -= 1
+
+    def _next(self) -> tuple[Iterator[bool], int]:
+        """The next batch, a share for each thread that has nothing to do, and its rows."""
         same = [job for job in self._jobs if job.way == self._jobs[0].way]
         (chosen,) = (batch for batch in by_length([job.length for job in same]) if 0 in batch)
-        share = max(LEAST, -(-len(chosen) // self._idle))
-        self._idle -= 1
+        share = max(LEAST, -(-len(chosen) // (self._idle + 1)))
         jobs = [same[number] for number in sorted(chosen)[:share]]
         self._jobs = [job for job in self._jobs if job not in jobs]
-        return jobs
+        self.running.update(jobs)
+        return self._turns(jobs), len(jobs)
 
     def _turns(self, jobs: Sequence[Job]) -> Iterator[bool]:
         """Answer jobs turn by turn, or tell them why not: what is wrong with one is not told to the others, and the server lives."""
@@ -169,8 +168,8 @@ class Batches:
             if len(jobs) > 1 and not any(job.written for job in jobs):
                 for job in jobs:
                     yield from self._turns([job])
-            else:
-                self._tell([(job, [error]) for job in jobs])
+                return
+            self._tell([], jobs, error)
 
     def _answer(self, jobs: Sequence[Job]) -> Iterator[bool]:
         self.observe(len(jobs))
@@ -188,25 +187,30 @@ class Batches:
 
         choose = scored if any(job.scored for job in jobs) else choose_engine
         wanted = torch.ones(len(jobs), dtype=torch.bool)
-        for step, ids in enumerate(self.model.stream_ids(prompts, way.out, way.size, sampling, places, wanted, choose), 1):
-            for row, (job, ident) in enumerate(zip(jobs, ids.tolist())):
-                if wanted[row]:
-                    scores = engines[0].row(row) if job.scored else None
-                    wanted[row] = not job.take(ident, scores, ident in (v.end, v.eos))
-            told = [(job, job.untold) for row, job in enumerate(jobs) if job.untold and (job.live or not wanted[row])]
-            for job, _ in told:
-                job.untold = []
-            self._tell(told)
-            if not wanted.any():
+        rows = dict(enumerate(jobs))  # that are still written
+        for step, column in enumerate(self.model.stream_ids(prompts, way.out, way.size, sampling, places, wanted, choose), 1):
+            ids = column.tolist()
+            over = [row for row, job in rows.items() if job.take(ids[row], engines[0].row(row) if job.scored else None)
+                    or ids[row] in (v.end, v.eos)]
+            wanted[over] = False
+            ended = [rows[row] for row in over]
+            self._tell([job for job in rows.values() if job.live or job in ended], ended, None)
+            rows = {row: job for row, job in rows.items() if row not in over}
+            if not rows:
                 return
             if step % TURN == 0:
                 yield True
 
-    def _tell(self, told: Sequence[tuple[Job, list[Any]]]) -> None:
-        """Put into the queues of jobs what is new, in the thread of the loop, which is woken once."""
-        def put() -> None:
-            for job, new in told:
-                job.queue.put_nowait(new)
+    def _tell(self, jobs: Sequence[Job], ended: Sequence[Job], last: Exception | None) -> None:
+        """Put what is new into the queues of jobs, and `last` into those of the ended, in the thread of the loop."""
+        new = [(job.queue, job.untold) for job in jobs] + [(job.queue, last) for job in ended]
 
-        if told:
-            self.loop.call_soon_threadsafe(put)
+        def put() -> None:
+            for queue, item in new:
+                queue.put_nowait(item)
+
+        for job in jobs:
+            job.untold = []
+        self.running.difference_update(ended)
+        if new:
+            self.loop.call_soon_threadsafe(put)  # which wakes it once

@@ -12,13 +12,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
+from starlette.requests import ClientDisconnect, Request
 
 from mmtx.errors import InputError, one_line
 
 MB = 2 ** 20
-RETRY = {"Retry-After": "1"}  # seconds after which one who was refused may ask again
 OPEN = ("/", "/health")  # paths that need no key
 GONE = 499  # what is counted where a caller went before the answer began, as nginx has it
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -40,18 +40,14 @@ class Limits:
     timeout: float = 120.0
 
 
-class Refused(Exception):
+class Refused(HTTPException):
     """An answer other than the one that was asked for, in the form of OpenAI's API."""
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None):
-        super().__init__(message)
+        again = {"Retry-After": "1"} if status in (429, 503) else {}  # seconds
+        super().__init__(status, message, {"Connection": "close"} | again)  # on which the rest of a body may be under way
         kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-        self.status, self.body = status, {"error": {"message": one_line(message), "type": kind, "param": param, "code": code}}
-
-    @property
-    def response(self) -> JSONResponse:
-        """It ends the connection, on which the rest of a body may be under way."""
-        return JSONResponse(self.body, self.status, {"Connection": "close"} | (RETRY if self.status in (429, 503) else {}))
+        self.body = {"error": {"message": one_line(message), "type": kind, "param": param, "code": code}}
 
 
 def as_refused(error: Exception) -> Refused:
@@ -65,7 +61,7 @@ def as_refused(error: Exception) -> Refused:
         where = ".".join(str(place) for place in first["loc"] if place != "body") or "body"
         return Refused(400, f"{where}: {first['msg']}", first["type"], where[:200])
     if isinstance(error, HTTPException):
-        return Refused(error.status_code, str(error.detail))
+        return Refused(error.status_code, error.detail)
     logging.getLogger("mmtx").error("a request failed", exc_info=error)
     return Refused(500, "the server failed; its log says why")
 
@@ -90,46 +86,44 @@ class Door:
             await send(message)
 
         try:
-            await self._let_in(scope, receive, noted)
+            with suppress(ClientDisconnect):
+                await self._let_in(Request(scope, receive), noted)
         except Exception as error:
             refused = as_refused(error)
             if status == GONE:  # an answer that has begun can only break off
-                await refused.response(scope, receive, noted)
+                await JSONResponse(refused.body, refused.status_code, refused.headers)(scope, receive, noted)
         finally:
             route = getattr(scope.get("route"), "path", "none")
             self.metrics.answers.labels(route, str(status)).inc()
             self.metrics.seconds.labels(route).observe(time.monotonic() - begin)
 
-    async def _let_in(self, scope, receive, send) -> None:
-        headers = dict(scope["headers"])
-        if self.expected and scope["path"] not in OPEN and not hmac.compare_digest(headers.get(b"authorization", b""), self.expected):
+    async def _let_in(self, request: Request, send) -> None:
+        given = request.headers.get("authorization", "").encode()
+        if self.expected and request.url.path not in OPEN and not hmac.compare_digest(given, self.expected):
             raise Refused(401, "Authorization: expected \"Bearer KEY\" with the key of this server", "invalid_api_key")
-        if scope["method"] != "POST":
-            return await self.app(scope, receive, send)
+        if request.method != "POST":
+            return await self.app(request.scope, request.receive, send)
         if self.places.locked():
             raise Refused(429, f"{self.limits.requests} requests are waiting, all that this server takes: come again", "queue_full")
         async with self.places:
             with self.metrics.inside.track_inprogress():
-                await self._answer(scope, receive, send, await self._body(headers, receive))
+                await self._answer(request, await self._body(request), send)
 
-    async def _body(self, headers: dict[bytes, bytes], receive) -> bytes:
-        most, body = self.limits.megabytes * MB, bytearray()
-        told = headers.get(b"content-length", b"")
-        length = int(told) if told.isdigit() else 0
+    async def _body(self, request: Request) -> bytes:
+        body, most = bytearray(), self.limits.megabytes * MB
+        told = int(request.headers.get("content-length", 0))  # the server library has seen that it is a number
         try:
             async with asyncio.timeout(self.limits.timeout):
-                while max(length, len(body)) <= most:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise Refused(400, "the request broke off")
-                    body += message.get("body", b"")
-                    if not message.get("more_body") and len(body) <= most:
+                pieces = request.stream()
+                while max(told, len(body)) <= most:
+                    if (piece := await anext(pieces, None)) is None:
                         return bytes(body)
+                    body += piece
         except TimeoutError:
             raise Refused(408, f"the request did not arrive within {self.limits.timeout:g} s", "timeout") from None
         raise Refused(413, f"the request is larger than {self.limits.megabytes} MB", "request_too_large")
 
-    async def _answer(self, scope, receive, send, body: bytes) -> None:
+    async def _answer(self, request: Request, body: bytes, send) -> None:
         """Run the application with a body that is there; cancel it when the caller goes."""
         left = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -137,11 +131,11 @@ class Door:
             return left.pop() if left else await asyncio.Future()  # nothing more comes
 
         async def watch():
-            while (await receive())["type"] != "http.disconnect":
+            while (await request.receive())["type"] != "http.disconnect":
                 pass
             answer.cancel()
 
-        answer, watcher = asyncio.ensure_future(self.app(scope, replay, send)), asyncio.ensure_future(watch())
+        answer, watcher = asyncio.ensure_future(self.app(request.scope, replay, send)), asyncio.ensure_future(watch())
         try:
             with suppress(asyncio.CancelledError):
                 await answer

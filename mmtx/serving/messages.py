@@ -8,7 +8,8 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from fastapi import UploadFile
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 
 from mmtx.data.media import image_size
 from mmtx.document import Document, TextPart, Turn
@@ -86,13 +87,8 @@ class SamplingBody(Asking):
     top_p: float | None = None
     top_k: int | None = None
     seed: int | None = None
-    max_tokens: int | None = None
+    max_tokens: int | None = Field(None, ge=1, validation_alias=AliasChoices("max_completion_tokens", "max_tokens"))
     n: Literal[1] | None = 1
-
-    @property
-    def most(self) -> int | None:
-        """How many tokens are asked for at most."""
-        return self.max_tokens
 
 
 class StreamOptions(Body):
@@ -108,13 +104,8 @@ class WriteBody(SamplingBody):
 
 class ChatBody(WriteBody):
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = None
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
-
-    @property
-    def most(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
 
 
 class CompletionBody(WriteBody):
@@ -124,6 +115,11 @@ class CompletionBody(WriteBody):
 class EmbeddingsBody(Asking):
     input: Annotated[list[Content], BeforeValidator(as_inputs)]
     encoding_format: Literal["float", "base64"] = "float"
+
+
+class TranscriptionBody(SamplingBody):
+    file: UploadFile
+    response_format: Literal["json", "text"] = "json"
 
 
 class ImagesBody(SamplingBody):
