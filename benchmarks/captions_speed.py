@@ -4,9 +4,16 @@
 
 End to end: `caption` of 1,000 pictures or sounds of the starter data, from files to strings; the same calls one file
 each; and the command `mmtx caption` once a file, as a loop of the shell makes it, over the first --commands files.
-Captions must be the same. Beside them, for pictures, transformers' VisionEncoderDecoder (ViT and GPT-2) of the same widths and depths
-with random weights: its image processor and `generate` over batches of 32, each answer as long as those of ours are in the mean (the
-pipeline for it, image-to-text, is gone in transformers 5). --model names another model folder. OMP_NUM_THREADS chooses the threads.
+Captions must be the same. Beside them, for pictures, two peers in transformers (the pipeline image-to-text is gone in its version 5),
+greedy, with a cache, in batches of 32 and on as many threads as ours:
+
+- VisionEncoderDecoder (ViT and GPT-2) of the same widths, depths and patches with random weights, from files by its image
+  processor. As with ours, a batch goes on until its longest caption ends. It is another network of the same size and does a third of
+  the multiplications: its decoder sees a picture through cross-attention, ours reads the 64 patches in every layer.
+- Qwen3, the same decoder with the same weights behind our reading of files and our encoder, as models that read patches are
+  written there: the same work and the same captions.
+
+--model names another model folder. OMP_NUM_THREADS chooses the threads.
 """
 
 import argparse
@@ -23,7 +30,13 @@ import torch
 from measure import interleave, report
 
 import mmtx
+from mmtx.document import Document, Turn
+from mmtx.inference.engine import pad
 from mmtx.pipeline import DEFAULT_MODEL
+from mmtx.sequence import prompt
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from test_model import qwen3
 
 STARTER = Path(__file__).parents[1] / "demos" / "data" / "starter"
 SOURCES = {
@@ -31,7 +44,8 @@ SOURCES = {
     "sounds": [STARTER / "sounds-test-unseen-notes.tar.gz", *sorted(STARTER.glob("sounds-train-*.tar.gz"))],
 }
 BAR = 8.0
-PEER, PEER_BAR = "transformers", 5.0
+PEER, SAME_WORK, PEER_BAR = "transformers VisionEncoderDecoder", "transformers Qwen3, same weights", 5.0
+TOGETHER = 32  # pictures of a batch of the peers
 
 
 def unpack(kind: str, count: int, folder: Path) -> list[Path]:
@@ -51,8 +65,8 @@ def unpack(kind: str, count: int, folder: Path) -> list[Path]:
     return paths
 
 
-def vision_encoder_decoder(model: mmtx.Model, new: int) -> Callable[[list[str]], list[str]]:
-    """What captions files with transformers, of the size of a model of ours, each with `new` ids."""
+def vision_encoder_decoder(model: mmtx.Model, lengths: list[int]) -> Callable[[list[str]], list[str]]:
+    """What captions files with transformers, of the size of a model of ours, where ours needs so many ids for each of them."""
     from PIL import Image
     from transformers import (
         GPT2Config,
@@ -75,10 +89,31 @@ def vision_encoder_decoder(model: mmtx.Model, new: int) -> Callable[[list[str]],
 
     def run(files: list[str]) -> list[str]:
         said: list[str] = []
-        for first in range(0, len(files), 32):
-            pictures = [Image.open(file).convert("RGB") for file in files[first:first + 32]]
+        for first in range(0, len(files), TOGETHER):
+            pictures = [Image.open(file).convert("RGB") for file in files[first:first + TOGETHER]]
+            new = max(lengths[first:first + TOGETHER])
             ids = network.generate(processor(pictures, return_tensors="pt").pixel_values, max_new_tokens=new, do_sample=False)
             said += [text.decode([ident for ident in row if ident < text.size]) for row in ids.tolist()]
+        return said
+    return run
+
+
+def qwen3_captions(model: mmtx.Model) -> Callable[[list[str]], list[str]]:
+    """What captions files with the same decoder in transformers."""
+    decoder, v, text = model.decoder, model.vocabulary, model.tokenizers["text"]
+    peer, first_of_text = qwen3(decoder).eval(), v.range("text").start
+    peer.lm_head = torch.nn.Linear(decoder.config.width, v.range("special").stop, bias=False)     # ours scores text and tags alone
+    peer.lm_head.weight.data = decoder.output_matrix()[:v.range("special").stop].detach()
+
+    def run(files: list[str]) -> list[str]:
+        said: list[str] = []
+        for first in range(0, len(files), TOGETHER):
+            parts = model.encode_parts([mmtx.Image(file) for file in files[first:first + TOGETHER]], codes=False)
+            ids, lengths, features = pad([prompt(Document((Turn("user", (part,)),)), v) for part in parts], torch.device("cpu"))
+            assert (lengths == ids.shape[1]).all(), "pictures of unequal size"
+            written = peer.generate(inputs_embeds=decoder.embed(ids, features), attention_mask=torch.ones_like(ids),
+                                    max_new_tokens=256, do_sample=False, eos_token_id=v.end, pad_token_id=v.end)
+            said += [text.decode([ident - first_of_text for ident in row if ident != v.end]) for row in written.tolist()]
         return said
     return run
 
@@ -105,26 +140,29 @@ def measure(kind: str, folder: Path, options: argparse.Namespace) -> None:
                            capture_output=True)
         return options.commands / (now() - start)
 
-    said = model.caption(files[:max(2, len(files) // 10)])
+    said = model.caption(files)
     candidates = {"at once": at_once, "one file at a time": one_by_one, "one command a file": commands}
     if options.clock == "processor":
         del candidates["one command a file"]  # in processes of their own
     bars = dict.fromkeys([*candidates][1:], BAR)
     if kind == "pictures":
-        ids = [len(model.tokenizers["text"].encode(caption)) + 1 for caption in said]
-        theirs = vision_encoder_decoder(model, round(sum(ids) / len(ids)))
+        lengths = [len(model.tokenizers["text"].encode(caption)) + 1 for caption in said]
+        for name, theirs in ((PEER, vision_encoder_decoder(model, lengths)), (SAME_WORK, qwen3_captions(model))):
+            def transformers(name: str = name, theirs: Callable = theirs) -> float:
+                start = now()
+                captions[name] = theirs(files)
+                return len(files) / (now() - start)
 
-        def transformers() -> float:
-            start = now()
-            assert len(theirs(files)) == len(files)
-            return len(files) / (now() - start)
-
-        theirs(files[:2])
-        candidates, bars = {**candidates, PEER: transformers}, {**bars, PEER: PEER_BAR}
+            candidates[name], bars[name] = transformers, PEER_BAR
+            with torch.inference_mode():
+                theirs(files[:2])
     with torch.inference_mode():
         results = interleave(candidates, options.rounds)
     same = sum(a == b for a, b in zip(captions["at once"], captions["one by one"], strict=True))
     assert same == len(files), f"{len(files) - same} captions differ"
+    if SAME_WORK in captions:
+        same = sum(a == b for a, b in zip(captions["at once"], captions[SAME_WORK], strict=True))
+        assert same >= 0.98 * len(files), f"transformers' captions differ in {len(files) - same} of {len(files)}"
     name = f"captions_speed_{kind}{'' if options.clock == 'wall' else '_processor'}"
     report(name, f"files/s of {options.clock} time", results, "at once", bars,
            {"files": len(files), "model": options.model, "threads": torch.get_num_threads()}, options.short)

@@ -250,7 +250,7 @@ class RowEngine(TorchEngine):
         table, (hidden,) = self.table[:allowed.shape[1]], self.hidden
         if allowed.shape[1] > self.weights.plain or not hidden.dot(hidden).isfinite():
             return super().best(allowed)
-        forbidden, screen = self._forbidden(allowed).numpy()[0], self.weights.screen(len(table))
+        forbidden, screen = self._forbidden(allowed)[0], self.weights.screen(len(table))
         if screen is None:
             return torch.tensor([(torch.mv(table, hidden).numpy() + forbidden).argmax()])
         few = torch.from_numpy(screen.candidates(hidden.numpy(), forbidden))

@@ -68,7 +68,7 @@ class Screen(NamedTuple):
         scores += bound
         return np.flatnonzero(scores >= least)
 
-    def best(self, rows: Tensor, hidden: Tensor, forbidden: Tensor) -> Tensor | None:
+    def best(self, rows: Tensor, hidden: Tensor, forbidden: np.ndarray) -> Tensor | None:
         """The best of the rows (R, D) for each hidden state (B, D) among those whose `forbidden` (B, R) is 0 and not -inf, (B,).
 
         None where hidden states are not finite, or leave so many rows that all may as well be read.
@@ -81,18 +81,21 @@ class Screen(NamedTuple):
             return None
         scores = torch.ops.onednn.qlinear_pointwise(
             codes.add_(64).to(torch.uint8), 1.0, 64, self.packed, self.scale, self.zero, None, 1.0, 0, torch.float32, "none", [], "")
-        bounds = torch.from_numpy(np.stack([self.error, self.length]))                             # (2, R)
-        top, places = scores.add_(forbidden).max(1)
-        least = top - (lengths * bounds[:, places].T).sum(1)
-        state, row = (scores.addmm_(lengths, bounds) >= least[:, None]).nonzero().unbind(1)        # (n,), those of a state together
+        # NumPy goes over them up to twenty times as fast as torch, which looks for places one number at a time.
+        numbers, bounds, states = scores.numpy(), np.stack([self.error, self.length]), np.arange(len(hidden))
+        numbers += forbidden
+        places = numbers.argmax(1)
+        least = numbers[states, places] - (lengths.numpy() * bounds[:, places].T).sum(1)
+        scores.addmm_(lengths, torch.from_numpy(bounds))
+        state, row = np.divmod(np.flatnonzero(numbers >= least[:, None]), len(rows))               # (n,), those of a state together
         if len(row) > FEW * len(hidden):
             return None
-        exact = (rows[row] * hidden[state]).sum(1)
-        counts = state.bincount(minlength=len(hidden))
-        first = counts.cumsum(0) - counts
-        table = exact.new_full((len(hidden), int(counts.max())), -torch.inf)
-        table[state, torch.arange(len(row)) - first[state]] = exact
-        return row[first + table.argmax(1)]
+        exact = (rows[torch.from_numpy(row)] * hidden[torch.from_numpy(state)]).sum(1).numpy()
+        counts = np.bincount(state, minlength=len(hidden))
+        first = counts.cumsum() - counts
+        table = np.full((len(hidden), counts.max()), -np.inf, np.float32)
+        table[state, np.arange(len(row)) - first[state]] = exact
+        return torch.from_numpy(row[first + table.argmax(1)])
 
 
 @cache

@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, D width, H heads, G key-value heads, K head width.
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -127,13 +128,15 @@ class TorchEngine(Engine):
 
     def best(self, allowed: Tensor) -> Tensor:
         screen = self.weights.screen(allowed.shape[1])
-        found = None if screen is None else screen.best(self.weights.output[:allowed.shape[1]], self.hidden, self._forbidden(allowed))
+        if screen is None:
+            return super().best(allowed)
+        found = screen.best(self.weights.output.detach()[:allowed.shape[1]], self.hidden, self._forbidden(allowed))
         return super().best(allowed) if found is None else found
 
-    def _forbidden(self, allowed: Tensor) -> Tensor:
+    def _forbidden(self, allowed: Tensor) -> np.ndarray:
         """0 where allowed, -inf elsewhere: made anew only where another tensor is given."""
         if allowed is not self._allowed:
-            self._allowed, self._forbids = allowed, torch.zeros(allowed.shape).masked_fill_(~allowed, -torch.inf)
+            self._allowed, self._forbids = allowed, np.where(allowed.numpy(), np.float32(0), np.float32(-np.inf))
         return self._forbids
 
     def keep(self, rows: Tensor) -> Engine:
