@@ -36,7 +36,7 @@ def decoder_bits(model: Model, samples: Sequence[Sample], texts: Sequence[str]) 
     nats, decoder = 0.0, model.decoder.eval()
     for batch in PackedBatches(documents, model.vocabulary, 4096, shuffle=False):
         hidden = decoder(batch.ids, batch.positions, batch.packing, batch.features).flatten(0, 1)[batch.supervised]
-        nats += float(next_token_loss(decoder.embedding, hidden, batch.targets, batch.plain).loss.double().sum())
+        nats += float(next_token_loss(decoder.output or decoder.embedding, hidden, batch.targets, batch.plain).loss.double().sum())
     return nats / log(2) / sum(len(text.encode()) for text in texts)
 
 

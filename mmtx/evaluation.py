@@ -70,10 +70,19 @@ def words(text: str) -> list[str]:
 
 def word_errors(predicted: Sequence[str], true: Sequence[str]) -> tuple[list[int], list[int]]:
     """Per item: word errors (fewest insertions, deletions and substitutions) and number of true words."""
+    return _errors(predicted, true, words)
+
+
+def character_errors(predicted: Sequence[str], true: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Per item: character errors, and number of true characters, of these words with one space between them."""
+    return _errors(predicted, true, lambda text: " ".join(words(text)))
+
+
+def _errors(predicted: Sequence[str], true: Sequence[str], split: Callable[[str], Sequence[str]]) -> tuple[list[int], list[int]]:
     from torchaudio.functional import edit_distance
 
     _check_pairs(predicted, true)
-    pairs = [(words(p), words(t)) for p, t in zip(predicted, true)]
+    pairs = [(split(p), split(t)) for p, t in zip(predicted, true)]
     return [edit_distance(p, t) for p, t in pairs], [len(t) for _, t in pairs]
 
 

@@ -20,6 +20,7 @@ from mmtx.evaluation import (
     FieldReader,
     NearestNeighbour,
     Score,
+    character_errors,
     confidence_interval,
     field_scores,
     mel_features,
@@ -33,7 +34,8 @@ from mmtx.pipeline import Model
 from mmtx.plugins import import_file
 
 WIDEST = 60            # characters of a predicted caption that are shown
-ERRORS = "word error rate"  # the figure of which less is better
+WORD_ERRORS = "word error rate"
+ERRORS = {WORD_ERRORS: word_errors, "character error rate": character_errors}  # figures of which less is better
 CONTROL_RATE = 16_000  # Hz; the control hears at one rate, whatever the model's is
 
 
@@ -41,10 +43,11 @@ def report(model: Model, held_out: Sequence[DataSource], train: Sequence[DataSou
            max_bad: float = MAX_BAD) -> Iterator[str]:
     """Yield a section for each held-out source: examples, then a table of figures.
 
-    Figures are the exact caption, the fields that the `reader` of the source tells of a caption, and the word error rate. With
-    `train` nearest-neighbour controls answer the same samples with the caption of the training sample that looks or sounds most
-    alike, in each of several ways to compare; of each figure the strongest is shown, and where the model is behind it, that is
-    said. Fields that only training samples can tell of a caption are left out without them.
+    Figures are the exact caption, the fields that the `reader` of the source tells of a caption, and the word error rate; for a source
+    without a reader, whose captions may be transcripts, the character error rate too. With `train` nearest-neighbour controls answer
+    the same samples with the caption of the training sample that looks or sounds most alike, in each of several ways to compare; of
+    each figure the strongest is shown, and where the model is behind it, that is said. Fields that only training samples can tell of
+    a caption are left out without them.
     Up to `max_bad` of the rows of a source may be unusable.
     """
     training = read_sources(train, max_bad)
@@ -126,7 +129,7 @@ def _strongest(samples: Sequence[Sample], reader: FieldReader, controls: Mapping
 
 
 def _is_better(name: str, one: Score, other: Score) -> bool:
-    return one.value < other.value if name == ERRORS else one.value > other.value
+    return one.value < other.value if name in ERRORS else one.value > other.value
 
 
 def _examples(predicted: list[str], true: list[str], show: int) -> list[str]:
@@ -145,9 +148,10 @@ def _figures(samples: Sequence[Sample], reader: FieldReader, predicted: list[str
     facts = _facts(samples)
     scores = {f"exact {name}": confidence_interval(values)
               for name, values in field_scores(predicted, facts, reader.read, reader.fields).items()}
-    errors, counts = word_errors(predicted, [fact["caption"] for fact in facts])
-    if sum(counts):  # or there is no rate
-        scores[ERRORS] = confidence_interval(errors, counts)
+    for name in ERRORS if reader is WHOLE_CAPTION else [WORD_ERRORS]:
+        errors, counts = ERRORS[name](predicted, [fact["caption"] for fact in facts])
+        if sum(counts):  # or there is no rate
+            scores[name] = confidence_interval(errors, counts)
     return scores
 
 

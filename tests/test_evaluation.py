@@ -23,6 +23,7 @@ from mmtx.evaluation import (
     PIXELS,
     NearestNeighbour,
     Score,
+    character_errors,
     confidence_interval,
     exact,
     field_scores,
@@ -77,6 +78,11 @@ def test_word_error_rate_is_over_the_corpus():
     assert word_error_rate(["a b c"], ["a"]) == 2.0
     with pytest.raises(InputError, match="no word in 2 true texts"):
         word_error_rate(["a", "b"], ["...", ""])
+
+
+def test_character_errors_by_hand():
+    predicted, true = ["A cat.", "the bat", "", "ab", "don't"], ["a cat", "the  cat", "abc", "", "dont"]
+    assert character_errors(predicted, true) == ([0, 1, 3, 2, 0], [5, 7, 3, 0, 4])
 
 
 def test_word_errors_equal_the_definition():
@@ -287,7 +293,7 @@ def test_the_strongest_control_is_shown_and_the_model_is_told_to_be_behind(tiny_
     lines = {line.split("  ")[0]: line for line in text.splitlines()}
     assert "0.500 [" in lines["exact caption"] and "1.000 [" in lines["exact caption"] and "shape" in lines["exact caption"]
     assert "0.000 [" in lines["word error rate"] and "shape" in lines["word error rate"]
-    assert text.endswith("behind a control that learns nothing: exact caption, word error rate")
+    assert text.endswith("behind a control that learns nothing: exact caption, word error rate, character error rate")
     monkeypatch.setattr(tiny_model, "caption_documents", lambda documents: ["left", "top"])
     (text,) = report(tiny_model, test, train, show=0)
     assert "behind" not in text
@@ -317,7 +323,7 @@ def test_what_only_training_samples_tell_is_left_out_without_them(tiny_model):
     assert names == {"exact caption", "exact group", "exact subgroup", "word error rate"} and not told
     # Without a reader nothing is known of captions but their words.
     names, told = reported(tiny_model, "sounds-test-unseen-notes.tar.gz")
-    assert names == {"exact caption", "word error rate"} and not told
+    assert names == {"exact caption", "word error rate", "character error rate"} and not told
 
 
 def test_a_reader_of_ones_own(tiny_model, tmp_path, monkeypatch):
