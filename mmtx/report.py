@@ -43,11 +43,11 @@ def report(model: Model, held_out: Sequence[DataSource], train: Sequence[DataSou
            max_bad: float = MAX_BAD) -> Iterator[str]:
     """Yield a section for each held-out source: examples, then a table of figures.
 
-    Figures are the exact caption, the fields that the `reader` of the source tells of a caption, and the word error rate; for a
-    source without a reader, whose captions may be transcripts, the character error rate too. With `train` nearest-neighbour controls answer
-    the same samples with the caption of the training sample that looks or sounds most alike, in each of several ways to compare; of
-    each figure the strongest is shown, and where the model is behind it, that is said. Fields that only training samples can tell of
-    a caption are left out without them.
+    Figures are the exact caption, the fields that the `reader` of the source tells of a caption, and the word error rate; without a
+    reader, where captions may be transcripts, also the character error rate. With `train` nearest-neighbour controls answer the same
+    samples with the caption of the training sample that looks or sounds most alike, in each of several ways to compare; of each
+    figure the strongest is shown, and where the model is behind it, that is said. Fields that only training samples can tell of a
+    caption are left out without them.
     Up to `max_bad` of the rows of a source may be unusable.
     """
     training = read_sources(train, max_bad)
