@@ -138,6 +138,8 @@ def measure(name: str, options: argparse.Namespace) -> None:
         for kind, kept in TYPES.items():
             write_file(decoder, Path(folder, f"{kind}.gguf"), kept, 2048)
         for case, (rows, length, new) in CASES.items():
+            if options.rows not in (None, rows):
+                continue
             if options.short:
                 rows, length, new = min(rows, 2), min(length, 40), 4
             rng = np.random.default_rng(0)
@@ -194,6 +196,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, action="append", help="default: 192x4, 384x6 and 640x12")
+    parser.add_argument("--rows", type=int, choices=BARS, help="only the cases of so many prompts")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clock", choices=("processor", "wall"), default="processor")
     parser.add_argument("--short", action="store_true", help="only checks that it runs")

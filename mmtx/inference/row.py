@@ -110,7 +110,7 @@ class _Layer(NamedTuple):
 
     @classmethod
     def of(cls, layer: Layer, config: DecoderConfig, b: _Buffers, shared: bool) -> "_Layer":
-        product = partial(_product, shared)
+        product: Any = partial(_product, shared)  # of matrices as they lie or in 8 bits: none is packed for one row
         scale = np.ones((len(b.raw), 1), np.float32)
         scale[:config.heads] = config.head_dim ** -0.5
         norm = None if layer.head_norm is None else _Norm.of(layer.head_norm)

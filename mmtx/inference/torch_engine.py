@@ -112,7 +112,7 @@ class TorchEngine(Engine):
         cache.seen.index_fill_(1, cache.slot, True)
         # Where shapes stay as they are, masked slots are read. One row, too, has padding where it comes out of a batch.
         span = cache.capacity if self.static else cache.used + 1
-        mask = cache.seen[:, None, None, :span]
+        mask = x.new_zeros(len(x), 1, 1, span).masked_fill_(~cache.seen[:, None, None, :span], -torch.inf)  # else made in each layer
         for layer, keys, values in zip(weights.batch_layers, cache.keys, cache.values, strict=True):
             layer.project(x, cos, sin, s)
             keys.index_copy_(2, cache.slot, key)

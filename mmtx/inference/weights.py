@@ -8,7 +8,7 @@ vocabulary.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -113,7 +113,7 @@ class Layer(NamedTuple):
     def packed(self) -> "Layer":
         """The same with its matrices laid out for many tokens."""
         made: dict[str, Any] = {name: PackedMatrix.of(getattr(self, name)) for name in ("qkv", "out", "down")}
-        return self._replace(gate_up=PackedSwiGLU.of(self.gate_up), **made)
+        return self._replace(gate_up=PackedSwiGLU.of(cast(Tensor, self.gate_up)), **made)
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor, s: Scratch) -> None:
         """Tokens (N, D) and their angles (N, 1, K) -> queries, keys and values in the scratch."""
