@@ -53,12 +53,39 @@ def test_value_and_gradients_are_those_of_all_scores(name, chunk, near, plain, m
         assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
 
 
+@pytest.mark.parametrize("chunk, near", [(7 * 20, 3 * 20), (2 ** 23, 2 ** 23)], ids=["some", "all"])
+@pytest.mark.parametrize("name", RANGES)
+def test_where_new_rows_train_the_others_get_no_gradient_and_the_table_is_never_put_together(name, chunk, near, monkeypatch):
+    monkeypatch.setattr(mmtx.loss, "CHUNK", chunk)
+    monkeypatch.setattr(mmtx.loss, "NEAR", near)
+    table, hidden, targets, weights = problem(RANGES[name])
+    plain = 13  # no run of tokens is as long as a table
+    targets[:plain] = torch.arange(plain) % 10
+    expected = by_hand(table, hidden, targets, plain, weights, 0.1)
+    inputs = table(targets[None])
+    wanted = torch.autograd.grad(expected[0] + inputs.square().sum(), (hidden, table.weight))
+    table.train_rows(7)
+    rows, original = table.new_rows().rows, table.parametrizations.weight.original
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        found = next_token_loss(table, hidden, targets, plain, weights, z_loss=0.1)
+        again = table(targets[None])
+    assert torch.equal(again, inputs)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    d_hidden, d_rows = torch.autograd.grad(found.total + again.square().sum(), (hidden, rows))
+    assert not original.requires_grad and d_rows.shape == rows.shape
+    assert (d_hidden - wanted[0]).abs().max() < 1e-5 * wanted[0].abs().max()
+    assert (d_rows - wanted[1][7:]).abs().max() < 1e-5 * wanted[1].abs().max()
+    assert kept and all(tensor.shape != original.shape for tensor in kept)
+
+
 @pytest.mark.parametrize("name", RANGES)
 def test_gradients_against_differences(name):
     table, hidden, targets, weights = problem(RANGES[name])
 
     def total(states, rows):
-        return mmtx.loss._FusedLoss.apply(states, rows, table.parts[targets], weights, table.groups, 0.1, True)[0]
+        return mmtx.loss._FusedLoss.apply(states, table.parts[targets], weights, table.groups, 0.1, True, rows)[0]
     inputs = (each.detach().double().requires_grad_() for each in (hidden, table.weight))
     assert torch.autograd.gradcheck(total, tuple(inputs))
 

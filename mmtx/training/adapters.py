@@ -4,12 +4,11 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from mmtx.embedding import TokenEmbedding
 from mmtx.errors import InputError
@@ -50,17 +49,6 @@ class LoRA:
             raise InputError(f"lora.parts: found {', '.join(self.parts) or 'none'}, expected some of {', '.join(TARGETS)}")
 
 
-class NewRows(nn.Module):
-    """Takes the place of a table's rows from `first` on: these train, the others stay."""
-
-    def __init__(self, table: Tensor, first: int):
-        super().__init__()
-        self.first, self.rows = first, nn.Parameter(table[first:].detach().clone())
-
-    def forward(self, table: Tensor) -> Tensor:
-        return torch.cat([table[:self.first], self.rows])
-
-
 def adapt(decoder: Decoder, lora: LoRA, text: int) -> None:
     """Freeze a decoder but for its encoders and projections, and put adapters into its blocks; ids from `text` on are no text."""
     decoder.requires_grad_(False)
@@ -73,13 +61,7 @@ def adapt(decoder: Decoder, lora: LoRA, text: int) -> None:
     decoder.encoders.requires_grad_(True)
     if lora.new_rows:
         for table in tables(decoder):
-            parametrize.register_parametrization(table, "weight", NewRows(table.weight, text))
-            _parametrized(table).original.requires_grad_(False)
-
-
-def _parametrized(table: nn.Module) -> Any:
-    """What torch makes the weight of a table of: its `original`, and `NewRows` as the first step."""
-    return cast(Any, table.parametrizations).weight
+            table.train_rows(text)
 
 
 def _config(lora: LoRA, targets: list[str] | str, **more: Any) -> Any:
@@ -121,17 +103,15 @@ def adapter_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
             yield f"{at}.lora_A.weight", layer.lora_A[NAME].weight.detach().clone()
             yield f"{at}.lora_B.weight", rows.detach().clone()
     for table, name in ((decoder.embedding, "model.embed_tokens"), (decoder.output, "lm_head")):
-        if table is not None and parametrize.is_parametrized(table):
-            first = _parametrized(table)[0].first
-            yield (f"base_model.model.{name}.token_adapter.trainable_tokens_delta",
-                   table.matrix()[first:].detach().clone())
+        if table is not None and (new := table.new_rows()) is not None:
+            yield f"base_model.model.{name}.token_adapter.trainable_tokens_delta", table.matrix()[new.first:].detach().clone()
 
 
 def save_adapter(decoder: Decoder, lora: LoRA, folder: Path) -> None:
     """Write the adapters in peft's own format, for the model that `mmtx export --to transformers` makes of the start."""
     config, targets = decoder.config, [row[2].split(".")[1] for row in BLOCK if "_proj" in row[2]
                                        and row[0].split(".")[0] in lora.parts]
-    first = _parametrized(decoder.embedding)[0].first if lora.new_rows else 0
+    first = 0 if (new := decoder.embedding.new_rows()) is None else new.first
     names = ["embed_tokens"] if config.tied else ["embed_tokens", "lm_head"]
     rows = {name: list(range(first, config.vocabulary_size)) for name in names} if lora.new_rows else None
     settings = _config(lora, targets, trainable_token_indices=rows, task_type="CAUSAL_LM", inference_mode=True)

@@ -12,7 +12,6 @@ from typing import cast
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
-from torch.nn.utils import parametrize
 
 from mmtx.config import CodeRange, DecoderConfig
 from mmtx.data.packing import Batch
@@ -241,10 +240,9 @@ class DecoderModule(TestedAsValidated):
         Where the grammar allows no code, the scores of codes are left out of the softmax: they are most of the
         vocabulary, and generation never looks at them there.
         """
-        with parametrize.cached():  # the table whose new rows train is put together once
-            hidden = self.decoder(batch.ids, batch.positions, batch.packing, batch.features).flatten(0, 1)[batch.supervised]
-            output = self.decoder.output or self.decoder.embedding
-            return next_token_loss(output, hidden, batch.targets, batch.plain, weights, self.z_loss)
+        hidden = self.decoder(batch.ids, batch.positions, batch.packing, batch.features).flatten(0, 1)[batch.supervised]
+        output = self.decoder.output or self.decoder.embedding
+        return next_token_loss(output, hidden, batch.targets, batch.plain, weights, self.z_loss)
 
     def model(self) -> Model:
         """The decoder with its tokenizers, for captions during training and for saving."""
