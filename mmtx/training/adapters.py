@@ -1,12 +1,13 @@
 """LoRA through peft (extra `lora`): a decoder stays as it is, low-rank matrices beside it and the rows of new ids train."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from mmtx.embedding import TokenEmbedding
@@ -72,18 +73,42 @@ def tables(decoder: Decoder) -> list[TokenEmbedding]:
     return [table for table in (decoder.embedding, decoder.output) if table is not None]
 
 
+class MergedWeights(Mapping[str, Tensor]):
+    """The weights of a decoder with its adapters added, each made when it is asked for: all at once are several times the base."""
+
+    def __init__(self, decoder: Decoder):
+        layers = dict(decoder.named_modules())
+        own = {name.replace(".base_layer", ""): tensor for name, tensor in decoder.state_dict().items()
+               if ".lora_" not in name and ".parametrizations." not in name}
+        self.made: dict[str, Callable[[], Tensor]] = {name: lambda tensor=tensor: tensor for name, tensor in own.items()}
+        for name, layer in layers.items():
+            if hasattr(layer, "lora_A"):
+                self.made[f"{name}.weight"] = lambda layer=layer: _with_adapter(layer)
+            elif isinstance(layer, nn.Linear) and ".lora_" not in name and not name.endswith(".base_layer"):
+                self.made[f"{name}.weight"] = lambda layer=layer: weight_of(layer)
+            elif isinstance(layer, TokenEmbedding):
+                self.made[f"{name}.weight"] = lambda layer=layer: layer.weight.detach()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.made[name]().float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.made)
+
+    def __len__(self) -> int:
+        return len(self.made)
+
+
+def _with_adapter(layer: Any) -> Tensor:
+    return weight_of(layer.get_base_layer()) + layer.get_delta_weight(NAME).detach()
+
+
+@torch.no_grad()
 def merged(decoder: Decoder) -> Decoder:
     """A decoder of its own with the adapters added to its weights."""
-    plain = Decoder(decoder.config, GridEncoder)
-    state = {name.replace(".base_layer", ""): tensor for name, tensor in decoder.state_dict().items()
-             if ".lora_" not in name and ".parametrizations." not in name}
-    for name, layer in decoder.named_modules():
-        if hasattr(layer, "lora_A"):
-            state[f"{name}.weight"] = weight_of(layer.get_base_layer()) + layer.get_delta_weight(NAME).detach()
-        elif isinstance(layer, nn.Linear) and ".lora_" not in name and not name.endswith(".base_layer"):
-            state[f"{name}.weight"] = weight_of(layer)
-    state |= {f"{name}.weight": table.weight for name, table in decoder.named_children() if table in tables(decoder)}
-    plain.load_state_dict(state)
+    plain, weights = Decoder(decoder.config, GridEncoder), MergedWeights(decoder)
+    for name, tensor in plain.state_dict().items():
+        tensor.copy_(weights[name])
     return plain.to(next(decoder.parameters()).device).eval()
 
 

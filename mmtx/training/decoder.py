@@ -19,20 +19,23 @@ from mmtx.data.sample import Sample
 from mmtx.data.storage import scrub
 from mmtx.data.tokens import seed_of, to_documents
 from mmtx.errors import InputError
+from mmtx.files import replace_folder
 from mmtx.loss import TokenLoss, next_token_loss
 from mmtx.modality.autoencoder import Codec
 from mmtx.modality.base import media_tokenizer
 from mmtx.modality.encoder import GridEncoder
 from mmtx.model import Decoder
-from mmtx.pipeline import Model, load
-from mmtx.training.adapters import LoRA, adapt, merged, parameters_by_group, save_adapter
+from mmtx.pipeline import WEIGHTS, Described, Model, model_files, read_model
+from mmtx.training.adapters import LoRA, MergedWeights, adapt, merged, parameters_by_group, save_adapter
 from mmtx.training.decoder_data import TokenizerFolders, with_media
 from mmtx.training.means import Means, TestedAsValidated
 from mmtx.training.mup import check_base, rescale, scaled
 from mmtx.training.optimizer import OptimizerConfig, configure
 from mmtx.training.private import data_of
+from mmtx.training.quantize import quantize_layer
 from mmtx.training.sharding import shard
 from mmtx.vocabulary import Vocabulary
+from mmtx.weights import load_module
 
 
 @with_media(float, 1.0)
@@ -96,7 +99,7 @@ class DecoderModule(TestedAsValidated):
         if lora is not None and mup_base_width is not None:
             raise InputError("mup_base_width: found one with lora, expected none: adapters have rates of their own")
         self.lora, self.gradient_checkpointing, self.mup_base_width = lora, gradient_checkpointing, mup_base_width
-        self.init_from = None if init_from is None else load(init_from, "cpu")
+        self.init_from = None if init_from is None else read_model(init_from)
         self.finished: Path | None = None  # the folder of `init_from` if tokenizers and all must be the same
         self.tokenizers = None if tokenizers is None else tokenizers.load()
         self.config, self.optimizer_config = decoder, optimizer
@@ -123,14 +126,13 @@ class DecoderModule(TestedAsValidated):
             raise InputError(f"train_encoder: found a {kind} tokenizer without an encoder that trains, expected a codec of mmtx")
         self.config = replace(self.config, vocabulary_size=vocabulary.size, composed=tuple(ranges),
                               features=widths if self.continuous_inputs else {}, encoders=encoders if self.train_encoder else {})
-        self.decoder = Decoder(self.config, GridEncoder)
-        if self.mup_base_width is not None:
-            rescale(self.decoder, self.mup_base_width)
-        for kind, encoder in self.decoder.encoders.items():
-            weights = cast(Codec, self.tokenizers[kind]).network.state_dict()
-            encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()})
-        if self.init_from is not None:
-            self._begin_with(self.init_from)
+        if self.init_from is None:
+            self.decoder = Decoder(self.config, GridEncoder)
+            self._take_encoders()
+            if self.mup_base_width is not None:
+                rescale(self.decoder, self.mup_base_width)
+        else:
+            self.decoder = self._begin_with(self.init_from)
             self.init_from = None
         self.decoder.gradient_checkpointing = self.gradient_checkpointing
         if self.lora is not None:
@@ -139,6 +141,12 @@ class DecoderModule(TestedAsValidated):
             adapt(self.decoder, self.lora, vocabulary.range("special").start)
         if self.device_mesh is not None:
             shard(self.decoder, self.device_mesh["data_parallel"])
+
+    def _take_encoders(self) -> None:
+        """Let encoders begin as those of the codecs."""
+        for kind, encoder in self.decoder.encoders.items():
+            weights = cast(Codec, self.tokenizers[kind]).network.state_dict()
+            encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()})
 
     def _take_tokenizers(self) -> None:
         theirs = getattr(data_of(self.trainer), "tokenizers", None)
@@ -154,11 +162,12 @@ class DecoderModule(TestedAsValidated):
 
     def restore(self, folder: Path) -> None:
         """Take over the finished model in a folder once the decoder is built, if all of it is as in this configuration."""
-        self.init_from, self.finished = load(folder, "cpu"), folder
+        self.init_from, self.finished = read_model(folder), folder
 
-    def _begin_with(self, model: Model) -> None:
+    def _begin_with(self, model: Described) -> Decoder:
+        """The decoder of a finished model, in the precision of the run, and each layer in 4 bits as soon as it is read."""
         where = self.finished or "init_from"
-        given, wanted = asdict(model.decoder.config), asdict(self.config)
+        given, wanted = asdict(model.config), asdict(self.config)
         # Encoders begin as those of the codecs, which made the features that a model without them has learnt to read.
         added = bool(wanted["encoders"]) and not given["encoders"] and self.finished is None
         for name, value in wanted.items():
@@ -171,8 +180,14 @@ class DecoderModule(TestedAsValidated):
             if found != expected:
                 raise InputError(f"{where}: found {'an' if kind[0] in 'aeiou' else 'a'} {kind} tokenizer of fingerprint {found}, "
                                  f"expected {expected}, tokenizers.{kind}")
-        own = {f"encoders.{name}": value for name, value in self.decoder.encoders.state_dict().items()} if added else {}
-        self.decoder.load_state_dict({**own, **model.decoder.state_dict()})
+        in_4_bits = quantize_layer if self.lora is not None and self.lora.load_in_4bit else None
+        decoder = load_module(lambda: Decoder(model.config, GridEncoder), model.folder / WEIGHTS, in_4_bits)
+        if added:
+            decoder.config = self.config
+            decoder.encoders.update({kind: GridEncoder(sizes) for kind, sizes in self.config.encoders.items()})
+            self.decoder = decoder
+            self._take_encoders()
+        return decoder
 
     def on_fit_start(self) -> None:
         if self.global_rank == 0:
@@ -250,7 +265,8 @@ class DecoderModule(TestedAsValidated):
         return Model(decoder, self.vocabulary, self.tokenizers)
 
     def save(self, folder: Path) -> None:
-        self.model().save(folder)
+        weights = self.decoder.state_dict() if self.lora is None else MergedWeights(self.decoder)
+        replace_folder(folder, model_files(self.config, weights, self.vocabulary, self.tokenizers))
         if self.lora is not None:
             save_adapter(self.decoder, self.lora, folder.with_name("adapter"))
 
