@@ -90,7 +90,7 @@ class MergedWeights(Mapping[str, Tensor]):
                 self.made[f"{name}.weight"] = lambda layer=layer: layer.weight.detach()
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.made[name]().float()
+        return self.made[name]()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.made)
