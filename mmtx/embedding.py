@@ -101,8 +101,15 @@ class TokenEmbedding(nn.Module):
 
     def matrix(self, plain: bool = False) -> Tensor:
         """The embedding of every id (V, D), or of those before the composed ranges only."""
+        return self.weight[:self.plain] if plain and len(self.basis) else self._composed(self.weight, self.plain)
+
+    def new_matrix(self) -> Tensor:
+        """The embedding of every id from the first row that trains on, where only some do (V - first, D)."""
+        new = cast(NewRows, self.new_rows())
+        return self._composed(new.rows, self.plain - new.first)
+
+    def _composed(self, rows: Tensor, plain: int) -> Tensor:
+        """Rows of `plain` ids and of all digits (plain + digit rows, D) -> a row for each id."""
         if not len(self.basis):
-            return self.weight
-        if plain:
-            return self.weight[:self.plain]
-        return torch.cat([self.weight[:self.plain], self.basis.to(self.weight.dtype) @ self.weight[self.plain:]])
+            return rows
+        return torch.cat([rows[:plain], self.basis.to(rows.dtype) @ rows[plain:]])

@@ -132,7 +132,7 @@ def require(package: str, extra: str, what: str) -> Any:
 # -- Writing -------------------------------------------------------------------------------------------------
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: Content) -> None:
     """Write a file beside its target, wait until it is on the disk, and rename. Raises OSError; the old file then stays."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:

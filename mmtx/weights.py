@@ -18,6 +18,7 @@ from mmtx.files import CONFIG, open_regular, parse_json
 from mmtx.schema import shown
 
 M = TypeVar("M", bound=nn.Module)
+Runs = Tensor | tuple[Tensor, ...]  # a tensor, or runs of its rows one behind another
 
 MOST_HEADER = 16 * 2**20  # bytes
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
@@ -173,16 +174,23 @@ def to_bytes(weights: Mapping[str, Tensor]) -> bytes:
     return b"".join(to_parts(weights))
 
 
-def to_parts(weights: Mapping[str, Tensor]) -> Iterator[Any]:
-    """The same piece by piece. `weights` are asked for each tensor twice, and may make it when they are."""
-    digest, places = hashlib.sha256(), {}
+def to_parts(weights: Mapping[str, Runs]) -> Iterator[Any]:
+    """The same piece by piece. `weights` are asked for each tensor several times, and may make it when they are."""
+    digest = hashlib.sha256()
     for name in sorted(weights):
-        tensor = weights[name]
-        places[name] = Place(DTYPES[tensor.dtype], tuple(tensor.shape), 0, tensor.numel() * tensor.element_size())
-        digest.update(_description(name, places[name].dtype, places[name].shape))
-        digest.update(_data(tensor))
-        del tensor
-    header: dict[str, Any] = {"__metadata__": {DIGEST: digest.hexdigest()}}
+        runs = _runs(weights[name])
+        place = _place_of(runs)
+        digest.update(_description(name, place.dtype, place.shape))
+        for run in runs:
+            digest.update(_data(run))
+        del runs
+    return file_parts(weights, {DIGEST: digest.hexdigest()})
+
+
+def file_parts(weights: Mapping[str, Runs], metadata: Mapping[str, str]) -> Iterator[Any]:
+    """A safetensors file piece by piece, byte by byte what the library writes."""
+    places = {name: _place_of(_runs(weights[name])) for name in weights}
+    header: dict[str, Any] = {"__metadata__": metadata}
     order, start = sorted(places, key=lambda name: (ORDER.index(places[name].dtype), name)), 0
     for name in order:
         dtype, shape, _, size = places[name]
@@ -193,7 +201,18 @@ def to_parts(weights: Mapping[str, Tensor]) -> Iterator[Any]:
     yield len(described).to_bytes(8, "little")
     yield described
     for name in order:
-        yield _data(weights[name])
+        for run in _runs(weights[name]):
+            yield _data(run)
+
+
+def _runs(tensor: Runs) -> tuple[Tensor, ...]:
+    return tensor if isinstance(tensor, tuple) else (tensor,)
+
+
+def _place_of(runs: tuple[Tensor, ...]) -> Place:
+    first, numbers = runs[0], sum(map(torch.numel, runs))
+    shape = first.shape if len(runs) == 1 else (sum(map(len, runs)), *first.shape[1:])
+    return Place(DTYPES[first.dtype], tuple(shape), 0, numbers * first.element_size())
 
 
 def _data(tensor: Tensor) -> Any:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +16,7 @@ from mmtx.interop.families import BLOCK, sizes_of
 from mmtx.modality.encoder import GridEncoder
 from mmtx.model import Decoder
 from mmtx.training.quantize import quantize, size_of, weight_of
+from mmtx.weights import Runs, file_parts
 
 NAME = "default"  # of the adapter in peft
 TARGETS = {"attention": ("qkv", "out"), "feed_forward": ("gate_up", "down")}
@@ -73,23 +73,25 @@ def tables(decoder: Decoder) -> list[TokenEmbedding]:
     return [table for table in (decoder.embedding, decoder.output) if table is not None]
 
 
-class MergedWeights(Mapping[str, Tensor]):
-    """The weights of a decoder with its adapters added, each made when it is asked for: all at once are several times the base."""
+class MergedWeights(Mapping[str, Runs]):
+    """The weights of a decoder with its adapters added, each made when it is asked for: all at once are several times the base.
+    A table whose new rows train comes in two runs.
+    """
 
     def __init__(self, decoder: Decoder):
         layers = dict(decoder.named_modules())
         own = {name.replace(".base_layer", ""): tensor for name, tensor in decoder.state_dict().items()
                if ".lora_" not in name and ".parametrizations." not in name}
-        self.made: dict[str, Callable[[], Tensor]] = {name: lambda tensor=tensor: tensor for name, tensor in own.items()}
+        self.made: dict[str, Callable[[], Runs]] = {name: lambda tensor=tensor: tensor for name, tensor in own.items()}
         for name, layer in layers.items():
             if hasattr(layer, "lora_A"):
                 self.made[f"{name}.weight"] = lambda layer=layer: _with_adapter(layer)
             elif isinstance(layer, nn.Linear) and ".lora_" not in name and not name.endswith(".base_layer"):
                 self.made[f"{name}.weight"] = lambda layer=layer: weight_of(layer)
             elif isinstance(layer, TokenEmbedding):
-                self.made[f"{name}.weight"] = lambda layer=layer: layer.weight.detach()
+                self.made[f"{name}.weight"] = lambda layer=layer: layer.tables()
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> Runs:
         return self.made[name]()
 
     def __iter__(self) -> Iterator[str]:
@@ -108,7 +110,8 @@ def merged(decoder: Decoder) -> Decoder:
     """A decoder of its own with the adapters added to its weights."""
     plain, weights = Decoder(decoder.config, GridEncoder), MergedWeights(decoder)
     for name, tensor in plain.state_dict().items():
-        tensor.copy_(weights[name])
+        runs = weights[name]
+        tensor.copy_(torch.cat(runs) if isinstance(runs, tuple) else runs)
     return plain.to(next(decoder.parameters()).device).eval()
 
 
@@ -127,8 +130,8 @@ def adapter_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
             yield f"{at}.lora_A.weight", layer.lora_A[NAME].weight.detach().clone()
             yield f"{at}.lora_B.weight", rows.detach().clone()
     for table, name in ((decoder.embedding, "model.embed_tokens"), (decoder.output, "lm_head")):
-        if table is not None and (new := table.new_rows()) is not None:
-            yield f"base_model.model.{name}.token_adapter.trainable_tokens_delta", table.matrix()[new.first:].detach().clone()
+        if table is not None and table.new_rows() is not None:
+            yield f"base_model.model.{name}.token_adapter.trainable_tokens_delta", table.new_matrix().detach()
 
 
 def save_adapter(decoder: Decoder, lora: LoRA, folder: Path) -> None:
@@ -141,8 +144,7 @@ def save_adapter(decoder: Decoder, lora: LoRA, folder: Path) -> None:
     settings = _config(lora, targets, trainable_token_indices=rows, task_type="CAUSAL_LM", inference_mode=True)
     values = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.to_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter_tensors(decoder)}
-    write_whole(folder / "adapter_model.safetensors", safetensors.torch.save(tensors, {"format": "pt"}))
+    write_whole(folder / "adapter_model.safetensors", file_parts(dict(adapter_tensors(decoder)), {"format": "pt"}))
     write_whole(folder / "adapter_config.json", json.dumps(values, indent=2, default=str).encode())
 
 

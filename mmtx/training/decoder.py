@@ -29,6 +29,7 @@ from mmtx.pipeline import WEIGHTS, Described, Model, model_files, read_model
 from mmtx.training.adapters import LoRA, MergedWeights, adapt, merged, parameters_by_group, save_adapter
 from mmtx.training.decoder_data import TokenizerFolders, with_media
 from mmtx.training.means import Means, TestedAsValidated
+from mmtx.training.memory import given_back
 from mmtx.training.mup import check_base, rescale, scaled
 from mmtx.training.optimizer import OptimizerConfig, configure
 from mmtx.training.private import data_of
@@ -181,7 +182,8 @@ class DecoderModule(TestedAsValidated):
                 raise InputError(f"{where}: found {'an' if kind[0] in 'aeiou' else 'a'} {kind} tokenizer of fingerprint {found}, "
                                  f"expected {expected}, tokenizers.{kind}")
         in_4_bits = quantize_layer if self.lora is not None and self.lora.load_in_4bit else None
-        decoder = load_module(lambda: Decoder(model.config, GridEncoder), model.folder / WEIGHTS, in_4_bits)
+        with given_back():
+            decoder = load_module(lambda: Decoder(model.config, GridEncoder), model.folder / WEIGHTS, in_4_bits)
         if added:
             decoder.config = self.config
             decoder.encoders.update({kind: GridEncoder(sizes) for kind, sizes in self.config.encoders.items()})
