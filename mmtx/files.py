@@ -364,8 +364,9 @@ def _remove(folder: Path) -> None:
 
 
 def _write(path: Path, content: Content) -> None:
+    parts: Iterable[Any] = [content] if isinstance(content, bytes) else content
     with open(path, "wb") as file:
-        for part in [content] if isinstance(content, bytes) else content:
+        for part in parts:
             file.write(part)
         file.flush()
         os.fsync(file.fileno())
