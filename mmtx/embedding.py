@@ -6,11 +6,12 @@ Most ids have a row of the embedding of their own. The codes of a scalar quantiz
 their digits instead, so that a code never seen in training has a meaning.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from mmtx.config import DecoderConfig
 
@@ -21,6 +22,17 @@ class Features(NamedTuple):
     places: Tensor  # (n,) indices into the B*T flat tokens
     values: Tensor  # (n, D)
     grids: tuple[tuple[int, int], ...] = ()  # rows and columns of each picture or sound, one behind another
+
+
+class NewRows(nn.Module):
+    """Takes the place of a table's rows from `first` on: these train, the others stay."""
+
+    def __init__(self, table: Tensor, first: int):
+        super().__init__()
+        self.first, self.rows = first, nn.Parameter(table[first:].detach().clone())
+
+    def forward(self, table: Tensor) -> Tensor:
+        return torch.cat([table[:self.first], self.rows])
 
 
 class TokenEmbedding(nn.Module):
@@ -55,8 +67,30 @@ class TokenEmbedding(nn.Module):
         basis = torch.zeros(len(parts), rows - self.plain + 1)
         return basis.scatter_(1, parts, 1.0)[:, :-1].contiguous()
 
+    def train_rows(self, first: int) -> None:
+        """Let the rows from `first` on train and the others stay."""
+        parametrize.register_parametrization(self, "weight", NewRows(self.weight, first))
+        cast(Any, self.parametrizations).weight.original.requires_grad_(False)
+
+    def new_rows(self) -> NewRows | None:
+        """Where only some rows train, these."""
+        return cast(Any, self.parametrizations).weight[0] if parametrize.is_parametrized(self) else None
+
+    def tables(self) -> tuple[Tensor, ...]:
+        """The table in runs of rows, one behind another, of which each trains or stays as a whole.
+
+        To put them together takes as much memory again, and gradients of rows that stay would take more.
+        """
+        if (new := self.new_rows()) is None:
+            return (self.weight,)
+        return cast(Any, self.parametrizations).weight.original[:new.first], new.rows
+
     def forward(self, ids: Tensor) -> Tensor:
         """Ids (B, T) -> embeddings (B, T, D)."""
+        if (new := self.new_rows()) is not None:
+            table, rows = self.tables()
+            summed = F.embedding((self.parts[ids] - new.first).clamp_min(0), F.pad(rows, (0, 0, 0, 1))).sum(-2)
+            return torch.where((ids < new.first)[..., None], F.embedding(ids.clamp_max(new.first - 1), table), summed)
         if not len(self.basis):
             return F.embedding(ids, self.weight)
         # Only the rows of digits are copied: there are few of them, and a plain table may be large.
@@ -67,8 +101,15 @@ class TokenEmbedding(nn.Module):
 
     def matrix(self, plain: bool = False) -> Tensor:
         """The embedding of every id (V, D), or of those before the composed ranges only."""
+        return self.weight[:self.plain] if plain and len(self.basis) else self._composed(self.weight, self.plain)
+
+    def new_matrix(self) -> Tensor:
+        """The embedding of every id from the first row that trains on, where only some do (V - first, D)."""
+        new = cast(NewRows, self.new_rows())
+        return self._composed(new.rows, self.plain - new.first)
+
+    def _composed(self, rows: Tensor, plain: int) -> Tensor:
+        """Rows of `plain` ids and of all digits (plain + digit rows, D) -> a row for each id."""
         if not len(self.basis):
-            return self.weight
-        if plain:
-            return self.weight[:self.plain]
-        return torch.cat([self.weight[:self.plain], self.basis.to(self.weight.dtype) @ self.weight[self.plain:]])
+            return rows
+        return torch.cat([rows[:plain], self.basis.to(rows.dtype) @ rows[plain:]])

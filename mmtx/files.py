@@ -34,6 +34,7 @@ CONFIG = "config.json"
 WRITTEN = {CONFIG, "vocabulary.json", "model.safetensors", "vocoder.safetensors", "tokenizer.model", "tokenizer.json",
            "chat_template.jinja"}
 PARTS = {"text", "image", "audio"}  # subfolders of a model
+Content = bytes | Iterable[Any]  # of a file: its bytes, or its parts one behind another
 NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.ENOTSUP}  # file systems and kernels that lack it
 
 
@@ -131,7 +132,7 @@ def require(package: str, extra: str, what: str) -> Any:
 # -- Writing -------------------------------------------------------------------------------------------------
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: Content) -> None:
     """Write a file beside its target, wait until it is on the disk, and rename. Raises OSError; the old file then stays."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -144,7 +145,7 @@ def write_whole(path: Path, content: bytes) -> None:
         raise
 
 
-def replace_folder(folder: str | Path, files: Iterable[tuple[str, bytes]]) -> None:
+def replace_folder(folder: str | Path, files: Iterable[tuple[str, Content]]) -> None:
     """Put a folder with `files` (paths below it, and contents) in the place of `folder`; a link to it stays.
 
     Raises InputError, and leaves everything as it was, when `folder` is anything but new, empty or what an earlier save
@@ -362,9 +363,11 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write(path: Path, content: bytes) -> None:
+def _write(path: Path, content: Content) -> None:
+    parts: Iterable[Any] = [content] if isinstance(content, bytes) else content
     with open(path, "wb") as file:
-        file.write(content)
+        for part in parts:
+            file.write(part)
         file.flush()
         os.fsync(file.fileno())
 

@@ -44,45 +44,54 @@ def next_token_loss(output: TokenEmbedding, hidden: Tensor, targets: Tensor, pla
     precise = torch.promote_types(hidden.dtype, torch.float32)
     weights = hidden.new_ones(len(targets), dtype=precise) if weights is None else weights.to(precise)
     parts = []
-    for chosen, rows, groups in (
-        (slice(None, plain), output.weight[:output.plain], output.groups[:1]),
-        (slice(plain, None), output.weight, output.groups),
+    first, *last = output.tables()
+    # Ids of text have rows of their own, and only the last run has others.
+    own = (first, last[0][:output.plain - len(first)]) if last else (first[:output.plain],)
+    for chosen, tables, groups in (
+        (slice(None, plain), own, output.groups[:1]),
+        (slice(plain, None), (first, *last), output.groups),
     ):
         if len(targets[chosen]):
             places = output.parts[targets[chosen]][:, :max(map(len, groups))]
-            parts.append(_FusedLoss.apply(hidden[chosen], rows, places, weights[chosen], groups, z_loss,
-                                          torch.is_grad_enabled()))
+            parts.append(_FusedLoss.apply(hidden[chosen], places, weights[chosen], groups, z_loss,
+                                          torch.is_grad_enabled(), *tables))
     total, loss, log_sum = zip(*parts)
     return TokenLoss(sum(total), torch.cat(loss), torch.cat(log_sum))
 
 
 class _FusedLoss(torch.autograd.Function):
     """Loss and gradient, chunk by chunk. `places` (M, P) are the rows that make up a target, R where there is none;
-    `groups` the sizes of runs of rows: those of a group are the digits of one range of ids.
+    `groups` the sizes of runs of rows: those of a group are the digits of one range of ids. `tables` are the R rows in runs,
+    of which those that do not train get no gradient.
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, table: Tensor, places: Tensor, weights: Tensor,
-                groups: tuple[tuple[int, ...], ...], z_loss: float, differentiate: bool):
+    def forward(ctx, hidden: Tensor, places: Tensor, weights: Tensor, groups: tuple[tuple[int, ...], ...], z_loss: float,
+                differentiate: bool, *tables: Tensor):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         precise = torch.promote_types(dtype, torch.float32)
         with torch.autocast(device, enabled=False):
-            states, rows = hidden.to(dtype), table.to(dtype)
+            states, rows = hidden.to(dtype), [table.to(dtype) for table in tables]
+            sizes = [len(table) for table in tables]
+            total = sum(sizes)
             d_hidden = torch.empty_like(states) if differentiate else None
-            d_table = torch.zeros_like(table, dtype=precise) if differentiate else None
+            trains = [differentiate and needed for needed in ctx.needs_input_grad[6:]]
+            d_tables = [torch.zeros_like(table, dtype=precise) if train else None for table, train in zip(tables, trains)]
             loss, log_sum = torch.empty(2, len(hidden), dtype=precise, device=hidden.device)
-            size = min(len(hidden), max(1, CHUNK // len(table)))
-            near = max(1, NEAR // len(table)) if hidden.device.type == "cpu" else size
+            size = min(len(hidden), max(1, CHUNK // total))
+            near = max(1, NEAR // total) if hidden.device.type == "cpu" else size
             # Made once: the system takes as long to clear a large block as a product takes to fill it.
-            made = states.new_empty(size, len(table))
-            exact = made.new_empty(min(near, size), len(table), dtype=precise) if dtype != precise else None
-            product = torch.empty_like(rows) if differentiate and dtype != precise else None
-            real = (places < len(table)).to(precise)                         # (M, P)
-            places = places.clamp_max(len(table) - 1)
+            made = states.new_empty(size, total)
+            exact = made.new_empty(min(near, size), total, dtype=precise) if dtype != precise else None
+            products = [torch.empty_like(run) if train and dtype != precise else None for run, train in zip(rows, trains)]
+            real = (places < total).to(precise)                              # (M, P)
+            places = places.clamp_max(total - 1)
             for start in range(0, len(hidden), size):
                 state, scores = states[start:start + size], made[:min(size, len(hidden) - start)]
-                torch.mm(state, rows.T, out=scores)                          # (m, R)
+                of_runs = scores.split(sizes, 1)                             # (m, rows of the run) each
+                for run, some in zip(rows, of_runs):
+                    torch.mm(state, run.T, out=some)
                 for first in range(0, len(state), near):
                     some = scores[first:first + near]
                     chunk = slice(start + first, start + first + len(some))
@@ -99,23 +108,32 @@ class _FusedLoss(torch.autograd.Function):
                     # All that a target counts for goes to the narrow side of the products.
                     chunk = slice(start, start + size)
                     slope = (weights[chunk] * (1 + 2 * z_loss * log_sum[chunk]))[:, None]
-                    torch.mm(scores, rows, out=d_hidden[chunk])
+                    for number, (run, some) in enumerate(zip(rows, of_runs)):
+                        if number == 0:
+                            torch.mm(some, run, out=d_hidden[chunk])
+                        else:
+                            d_hidden[chunk].addmm_(some, run)
                     d_hidden[chunk].mul_(slope)
                     state = (state * slope).to(dtype)
-                    if product is None:
-                        d_table.addmm_(scores.T, state)
-                    else:
-                        d_table.add_(torch.mm(scores.T, state, out=product))
+                    for d_table, product, some in zip(d_tables, products, of_runs):
+                        if d_table is None:
+                            continue
+                        if product is None:
+                            d_table.addmm_(some.T, state)
+                        else:
+                            d_table.add_(torch.mm(some.T, state, out=product))
         if differentiate:
-            ctx.save_for_backward(d_hidden.to(hidden.dtype), d_table.to(table.dtype))
+            ctx.save_for_backward(d_hidden.to(hidden.dtype), *(None if found is None else found.to(table.dtype)
+                                                               for found, table in zip(d_tables, tables)))
         ctx.mark_non_differentiable(loss, log_sum)
         return (weights * (loss + z_loss * log_sum.square())).sum(), loss, log_sum
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_total: Tensor, *_: Tensor):
-        d_hidden, d_table = ctx.saved_tensors
-        return d_hidden * d_total, d_table * d_total, None, None, None, None, None
+        d_hidden, *d_tables = ctx.saved_tensors
+        return (d_hidden * d_total, None, None, None, None, None,
+                *(None if found is None else found * d_total for found in d_tables))
 
 
 def _softmax_(scores: Tensor, groups: tuple[tuple[int, ...], ...]) -> Tensor:

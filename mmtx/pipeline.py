@@ -34,7 +34,7 @@ from mmtx.data.sound_files import MAX_CHANNELS, MAX_SECONDS
 from mmtx.data.storage import FileSource, display, open_binary
 from mmtx.document import Document, MediaPart, Part, TextPart, Turn
 from mmtx.errors import InputError
-from mmtx.files import CONFIG, read_json, replace_folder, shipped, write_json
+from mmtx.files import CONFIG, Content, read_json, replace_folder, shipped, write_json
 from mmtx.grammar import Grammar
 from mmtx.hub import find_model, model_card, push
 from mmtx.inference.choose import choose_engine
@@ -49,12 +49,13 @@ from mmtx.model import Decoder
 from mmtx.schema import build, shown
 from mmtx.sequence import Prompt, gather_features, parse, prompt, render
 from mmtx.vocabulary import Vocabulary
-from mmtx.weights import load_module, to_bytes
+from mmtx.weights import load_module, to_parts
 
 if TYPE_CHECKING:
     from mmtx.modality.image import ImageConfig, ImageTokenizer
 
 FORMAT = 2
+WEIGHTS = "model.safetensors"
 DEFAULT_MODEL = "demos/starter"
 AUDIO_TOKENIZER = "tokenizers/audio"
 BATCH = 32  # media that are encoded, and prompts that are answered, together
@@ -158,12 +159,21 @@ def load(folder: str | Path | None = None, device: str | torch.device | None = N
         InputError: the folder is not a whole model, or does not fit its tokenizers; 8 bits on another device than a CPU.
     """
     config, vocabulary, tokenizers, folder = read_model(folder)
-    decoder = load_module(lambda: Decoder(config, GridEncoder), folder / "model.safetensors")
+    decoder = load_module(lambda: Decoder(config, GridEncoder), folder / WEIGHTS)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Model(decoder, vocabulary, tokenizers).to(device).prepare_for_inference(load_in_8bit)
 
 
-def read_model(folder: str | Path | None) -> tuple[DecoderConfig, Vocabulary, dict[str, Tokenizer], Path]:
+class Described(NamedTuple):
+    """What a model folder holds beside the weights of the decoder."""
+
+    config: DecoderConfig
+    vocabulary: Vocabulary
+    tokenizers: dict[str, Tokenizer]
+    folder: Path
+
+
+def read_model(folder: str | Path | None) -> Described:
     """What `load` reads beside the weights of the decoder, all of which fits together, and where it lies."""
     folder = shipped(DEFAULT_MODEL) if folder is None else find_model(folder)
     config = read_model_config(folder)
@@ -184,7 +194,7 @@ def read_model(folder: str | Path | None) -> tuple[DecoderConfig, Vocabulary, di
         given = media_tokenizer(tokenizers, kind).encoder_config
         if encoder.patch != (found := given.patch if given else 0):
             raise InputError(f"{folder}: the decoder takes patches of {kind} of {encoder.patch} numbers, its tokenizer gives {found}")
-    return config, vocabulary, tokenizers, folder
+    return Described(config, vocabulary, tokenizers, folder)
 
 
 def read_model_config(folder: Path) -> DecoderConfig:
@@ -203,6 +213,17 @@ def read_model_config(folder: Path) -> DecoderConfig:
     if values.keys() != {"format", "decoder"}:
         raise InputError(f"{path}: found the fields {shown(', '.join(values))}, expected decoder, format")
     return build(DecoderConfig, values["decoder"], path, "decoder", optional=OPTIONAL)
+
+
+def model_files(config: DecoderConfig, weights: Mapping[str, torch.Tensor], vocabulary: Vocabulary,
+                tokenizers: Mapping[str, Tokenizer]) -> Iterator[tuple[str, Content]]:
+    """What a model folder holds, one file after another."""
+    yield WEIGHTS, to_parts(weights)
+    yield CONFIG, write_json({"format": FORMAT, "decoder": config.to_dict()})
+    yield "vocabulary.json", vocabulary.to_json()
+    for kind, tokenizer in tokenizers.items():
+        for name, content in tokenizer.files().items():
+            yield f"{kind}/{name}", content
 
 
 class Model:
@@ -275,14 +296,8 @@ class Model:
         card = model_card(name, self.decoder.config, self.vocabulary, count, self.vocabulary.chat_format is not None)
         return push(name, self.save, card, private)
 
-    def _files(self) -> Iterator[tuple[str, bytes]]:
-        """What `save` writes, one file after another."""
-        yield "model.safetensors", to_bytes(self.decoder.state_dict())
-        yield CONFIG, write_json({"format": FORMAT, "decoder": self.decoder.config.to_dict()})
-        yield "vocabulary.json", self.vocabulary.to_json()
-        for kind, tokenizer in self.tokenizers.items():
-            for name, content in tokenizer.files().items():
-                yield f"{kind}/{name}", content
+    def _files(self) -> Iterator[tuple[str, Content]]:
+        return model_files(self.decoder.config, self.decoder.state_dict(), self.vocabulary, self.tokenizers)
 
     # -- Captions --------------------------------------------------------------------------------------------
 

@@ -1,12 +1,14 @@
-"""Weights in safetensors files: compared with the network that they are for, before anything of either is allocated."""
+"""Weights in safetensors files: compared with the network that they are for, before anything of either is allocated; read and
+written a piece at a time, so that neither takes more memory than the network has.
+"""
 
 import hashlib
+import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -16,6 +18,7 @@ from mmtx.files import CONFIG, open_regular, parse_json
 from mmtx.schema import shown
 
 M = TypeVar("M", bound=nn.Module)
+Runs = Tensor | tuple[Tensor, ...]  # a tensor, or runs of its rows one behind another
 
 MOST_HEADER = 16 * 2**20  # bytes
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
@@ -27,6 +30,9 @@ DRAWS = {Tensor.normal_, Tensor.uniform_}
 FLOATS = ("F64", "F32", "F16", "BF16")
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
           torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
+TYPES = {name: dtype for dtype, name in DTYPES.items()}
+ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "U8", "BOOL")  # in which safetensors writes them
+PIECE = 2**24  # bytes that are read at a time
 DIGEST = "sha256"  # name of its entry in the header's metadata; files of other programs and of earlier versions have none
 PICKLES = ("pytorch_model.bin", "model.bin", "model.pt", "model.pth", "model.ckpt")
 
@@ -81,8 +87,12 @@ def _place(name: str, value: Any, where: str | Path) -> Place:
     raise InputError(f"{where}: tensor {shown(name)} is not described as a safetensors file does")
 
 
-def load_module(build: Callable[[], M], path: Path) -> M:
-    """What `build` makes, with the weights of a file. Raises InputError that names the file and the tensor."""
+def load_module(build: Callable[[], M], path: Path, loaded: Callable[[M, str], None] | None = None) -> M:
+    """What `build` makes, with the weights of a file. Raises InputError that names the file and the tensor.
+
+    No weight is allocated before its values are read, in the type that `build` gave it. `loaded` is called after each with its
+    name, in the order of the names, and may put something else in its place.
+    """
     for name in PICKLES:
         if not path.exists() and (path.parent / name).exists():
             raise InputError(f"{path}: no such file; found {name}, a pickle, which is code and is not read")
@@ -93,28 +103,57 @@ def load_module(build: Callable[[], M], path: Path) -> M:
             header = read_header(file, size, path)
             with _Reading(header, path):
                 module = build()
-            _compare(header.tensors, module.state_dict(), path)
-            file.seek(0)
-            data = file.read(size)
+            expected: dict[str, Tensor] = module.state_dict(keep_vars=True)
+            _compare(header.tensors, expected, path)
+            return _fill(module, expected, file, header, path, loaded)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    if (expected := header.metadata.get(DIGEST)) is not None:
-        view = memoryview(data)[header.data:]
-        parts = ((name, place.dtype, place.shape, view[place.start:place.stop])
-                 for name, place in sorted(header.tensors.items()))
-        if _digest(parts) != expected:
-            raise InputError(f"{path}: its checksum does not fit: it has changed since it was written")
-    try:
-        weights = safetensors.torch.load(data)
-    except safetensors.SafetensorError as error:
-        raise InputError(f"{path}: not a safetensors file ({str(error)[:100]})") from None
-    for name, tensor in weights.items():
-        tensor = weights[name] = tensor.float() if tensor.is_floating_point() else tensor
-        # Of finite values the sum may still overflow.
-        if tensor.is_floating_point() and not (math.isfinite(tensor.sum()) or bool(tensor.isfinite().all())):
-            raise InputError(f"{path}: tensor {shown(name)} holds values that are not finite")
-    module.load_state_dict(weights)
+
+
+@torch.no_grad()
+def _fill(module: M, expected: dict[str, Tensor], file: Any, header: Header, path: Path,
+          loaded: Callable[[M, str], None] | None) -> M:
+    digest, odd = hashlib.sha256(), None
+    names: dict[int, list[str]] = {}  # of each weight: networks of others may have one in several places
+    for name, tensor in expected.items():
+        names.setdefault(id(tensor), []).append(name)
+    for name, place in sorted(header.tensors.items()):
+        tensor = expected[name]
+        made = torch.empty(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor.data
+        digest.update(_description(name, place.dtype, place.shape))
+        file.seek(header.data + place.start)
+        flat, first = made.view(-1), 0
+        for data in _pieces(file, place.stop - place.start, path):
+            digest.update(data)
+            values = torch.frombuffer(data, dtype=TYPES[place.dtype])
+            some = flat[first:first + len(values)].copy_(values)
+            first += len(values)
+            # Of finite values the sum may still overflow.
+            if odd is None and some.is_floating_point() and not (math.isfinite(some.sum()) or bool(some.isfinite().all())):
+                odd = name
+        if tensor.is_meta:
+            kept = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+            for at in names[id(tensor)]:
+                parent, _, last = at.rpartition(".")
+                setattr(module.get_submodule(parent), last, kept)
+        if loaded is not None:
+            loaded(module, name)
+    if header.metadata.get(DIGEST, found := digest.hexdigest()) != found:
+        raise InputError(f"{path}: its checksum does not fit: it has changed since it was written")
+    if odd is not None:
+        raise InputError(f"{path}: tensor {shown(odd)} holds values that are not finite")
     return module
+
+
+def _pieces(file: Any, size: int, path: Path) -> Iterator[memoryview]:
+    """The next `size` bytes of a file; each piece takes the place of the one before."""
+    room = memoryview(bytearray(min(size, PIECE)))
+    while size:
+        piece = room[:size]
+        if (found := file.readinto(piece)) != len(piece):
+            raise InputError(f"{path}: found its end {size - found} bytes too early: it has changed since it was opened")
+        size -= found
+        yield piece
 
 
 def _compare(found: Mapping[str, Place], expected: Mapping[str, Tensor], path: Path) -> None:
@@ -132,23 +171,63 @@ def _compare(found: Mapping[str, Place], expected: Mapping[str, Tensor], path: P
 
 def to_bytes(weights: Mapping[str, Tensor]) -> bytes:
     """A safetensors file with a digest of its tensors, by which damage of their values is known."""
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    parts = ((name, DTYPES[tensor.dtype], tuple(tensor.shape), tensor.view(-1).view(torch.uint8).numpy())
-             for name, tensor in sorted(weights.items()))
-    return safetensors.torch.save(weights, {DIGEST: _digest(parts)})
+    return b"".join(to_parts(weights))
 
 
-def _digest(parts: Iterable[tuple[str, str, tuple[int, ...], Any]]) -> str:
-    """SHA-256 over names, types, shapes and bytes of tensors in the order of their names."""
+def to_parts(weights: Mapping[str, Runs]) -> Iterator[Any]:
+    """The same piece by piece. `weights` are asked for each tensor several times, and may make it when they are."""
     digest = hashlib.sha256()
-    for name, dtype, shape, data in parts:
-        digest.update(f"{name} {dtype} {shape}".encode())
-        digest.update(data)
-    return digest.hexdigest()
+    for name in sorted(weights):
+        runs = _runs(weights[name])
+        place = _place_of(runs)
+        digest.update(_description(name, place.dtype, place.shape))
+        for run in runs:
+            digest.update(_data(run))
+        del runs
+    return file_parts(weights, {DIGEST: digest.hexdigest()})
+
+
+def file_parts(weights: Mapping[str, Runs], metadata: Mapping[str, str]) -> Iterator[Any]:
+    """A safetensors file piece by piece, byte by byte what the library writes."""
+    places = {name: _place_of(_runs(weights[name])) for name in weights}
+    header: dict[str, Any] = {"__metadata__": metadata}
+    order, start = sorted(places, key=lambda name: (ORDER.index(places[name].dtype), name)), 0
+    for name in order:
+        dtype, shape, _, size = places[name]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (start, start + size)}
+        start += size
+    described = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    described += b" " * (-len(described) % 8)
+    yield len(described).to_bytes(8, "little")
+    yield described
+    for name in order:
+        for run in _runs(weights[name]):
+            yield _data(run)
+
+
+def _runs(tensor: Runs) -> tuple[Tensor, ...]:
+    return tensor if isinstance(tensor, tuple) else (tensor,)
+
+
+def _place_of(runs: tuple[Tensor, ...]) -> Place:
+    first, numbers = runs[0], sum(map(torch.numel, runs))
+    shape = first.shape if len(runs) == 1 else (sum(map(len, runs)), *first.shape[1:])
+    return Place(DTYPES[first.dtype], tuple(shape), 0, numbers * first.element_size())
+
+
+def _data(tensor: Tensor) -> Any:
+    """The bytes of a tensor, as an array of NumPy."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+
+
+def _description(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
+    """What the digest of a file holds of a tensor, before its bytes: SHA-256 over all in the order of their names."""
+    return f"{name} {dtype} {shape}".encode()
 
 
 class _Reading(TorchFunctionMode):
-    """Makes a network whose values are read: none are drawn, and no more is allocated than a file has, but small tables.
+    """Makes a network whose values are read: none are drawn, nothing is allocated but small tables, and no more is asked for than
+    a file has.
 
     A configuration of absurd sizes is refused before its first tensor that is too many, or too large, is there.
     """
@@ -167,6 +246,8 @@ class _Reading(TorchFunctionMode):
             return arguments[0].zero_()
         if function in FACTORIES:
             self._count(function, options.get("size", arguments))
+        if function is torch.empty:
+            options = {**options, "device": "meta"}
         return function(*arguments, **options)
 
     def _count(self, function: Callable, sizes: Any) -> None:

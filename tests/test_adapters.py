@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import weakref
 
 import pytest
 import runs
@@ -21,8 +22,10 @@ from mmtx.interop.export import export
 from mmtx.modality.encoder import GridEncoder
 from mmtx.model import Decoder
 from mmtx.pipeline import load
-from mmtx.training.adapters import LoRA, adapt, merged, parameters_by_group
+from mmtx.training.adapters import LoRA, MergedWeights, adapt, merged, parameters_by_group, tables
 from mmtx.training.decoder import DecoderModule
+from mmtx.training.quantize import quantize, quantize_layer, weight_of
+from mmtx.weights import load_module, to_bytes, to_parts
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -194,6 +197,52 @@ def test_encoders_of_other_sizes_are_refused(starts, tmp_path, capsys):
     with pytest.raises(SystemExit):
         fit(tmp_path / "run", section("decoder.DecoderModule", **model), section("decoder_data.DecoderData", **data), {**TRAINER, "max_steps": 1})
     assert "encoders_from: found no encoder for image, expected EncoderConfig(" in capsys.readouterr().err
+
+
+def test_a_base_in_4_bits_is_read_layer_by_layer(starts):
+    """There is never more than one matrix of a block in full, and the 4 bits are those of a decoder that was read whole."""
+    pytest.importorskip("bitsandbytes")
+    start, most = load(starts["qwen2"], "cpu").decoder, []
+
+    def loaded(decoder, name):
+        quantize_layer(decoder, name)
+        matrices = [parameter for name, parameter in decoder.blocks.named_parameters() if parameter.dim() > 1 and not parameter.is_meta]
+        most.append(sum(parameter.is_floating_point() for parameter in matrices))
+    found = load_module(lambda: Decoder(start.config, GridEncoder), starts["qwen2"] / "model.safetensors", loaded)
+    assert len(most) == len(start.state_dict()) and max(most) == 0
+    quantize(found)  # what has 4 bits stays as it is
+    quantize(start)
+    layers = [(name, layer) for name, layer in start.blocks.named_modules() if isinstance(layer, torch.nn.Linear)]
+    assert len(layers) == 4 * len(start.blocks)
+    for name, layer in layers:
+        other = found.blocks.get_submodule(name)
+        assert type(other) is type(layer) and torch.equal(other.weight, layer.weight) and torch.equal(weight_of(other), weight_of(layer))
+        assert layer.bias is None and other.bias is None or torch.equal(layer.bias, other.bias)
+
+
+def test_merged_weights_are_made_one_by_one(starts):
+    decoder = load(starts["qwen2"], "cpu").decoder
+    adapt(decoder, LoRA(rank=3), 336)
+    for parameter in decoder.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    expected, weights, alive, most = merged(decoder).state_dict(), MergedWeights(decoder), weakref.WeakSet(), []
+    assert {*weights} == {*expected}
+    for name, tensor in expected.items():
+        assert torch.equal(torch.cat(weights[name]) if name == "embedding.weight" or name == "output.weight" else weights[name], tensor)
+
+    class Watched(dict):
+        def __getitem__(self, name):
+            most.append(len(alive))
+            runs = weights[name]
+            if isinstance(runs, tuple):  # no copies: what is kept of the start, and what trains
+                assert any(runs[0].data_ptr() == table.parametrizations.weight.original.data_ptr() for table in tables(decoder))
+            elif runs.dim() > 1:
+                alive.add(runs)
+            return runs
+    parts = b"".join(bytes(part) for part in to_parts(Watched.fromkeys(weights)))
+    assert len(most) == 3 * len(weights) and max(most) <= 1
+    assert parts == to_bytes(expected)
 
 
 def test_gradient_checkpointing_changes_no_gradient(starts):

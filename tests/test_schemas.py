@@ -17,12 +17,15 @@ import safetensors.torch
 import torch
 
 import mmtx
+import mmtx.weights
 from mmtx.data.prepared import tensors
 from mmtx.errors import InputError
 from mmtx.modality.base import load_tokenizer
+from mmtx.modality.encoder import GridEncoder
 from mmtx.modality.text import TextTokenizer, read_pieces
+from mmtx.model import Decoder
 from mmtx.schema import build
-from mmtx.weights import to_bytes
+from mmtx.weights import DTYPES, load_module, to_bytes
 
 STARTER = Path(__file__).parents[1] / "demos" / "starter"
 
@@ -206,6 +209,37 @@ def test_floats_of_every_size_load_as_float32(fresh, dtype):
     found = mmtx.load(folder, device="cpu").decoder.norm.weight
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, right.to(dtype).float())
+
+
+def test_files_are_those_of_safetensors_whatever_their_types():
+    weights = {f"{name}.ä\"{number}": torch.arange(6, dtype=torch.float32).reshape(size).to(dtype) for number, (name, dtype, size) in
+               enumerate((name, dtype, size) for name in "ba" for dtype in DTYPES for size in ((2, 3), (6,), (3, 2, 1)))}
+    weights |= {"none": torch.empty(0, 4), "one": torch.tensor(2.0), "turned": torch.arange(6.0).reshape(2, 3).T}
+    library = {name: tensor.contiguous() for name, tensor in weights.items()}
+    found = to_bytes(weights)
+    described = json.loads(found[8:8 + int.from_bytes(found[:8], "little")])
+    assert found == safetensors.torch.save(library, described["__metadata__"])
+
+
+@pytest.mark.parametrize("piece", [8, 24, 2**24])
+def test_weights_are_read_piece_by_piece_in_the_type_of_the_network(fresh, piece, monkeypatch):
+    folder = fresh("model")
+    expected = mmtx.load(folder, device="cpu").decoder
+    monkeypatch.setattr(mmtx.weights, "PIECE", piece)
+    seen = []
+
+    def loaded(module, name):
+        seen.append(name)
+        assert all(tensor.is_meta for other, tensor in module.state_dict().items() if other not in seen)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = load_module(lambda: Decoder(expected.config, GridEncoder), folder / "model.safetensors", loaded)
+    finally:
+        torch.set_default_dtype(default)
+    assert seen == sorted(found.state_dict()) and {tensor.dtype for tensor in found.state_dict().values()} == {torch.bfloat16}
+    assert all(torch.equal(tensor.bfloat16(), found.state_dict()[name]) for name, tensor in expected.state_dict().items())
+    assert all(parameter.requires_grad for parameter in found.parameters())
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "image/model.safetensors", "audio/model.safetensors",

@@ -1,15 +1,14 @@
 """LoRA through peft (extra `lora`): a decoder stays as it is, low-rank matrices beside it and the rows of new ids train."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from mmtx.embedding import TokenEmbedding
 from mmtx.errors import InputError
@@ -18,6 +17,7 @@ from mmtx.interop.families import BLOCK, sizes_of
 from mmtx.modality.encoder import GridEncoder
 from mmtx.model import Decoder
 from mmtx.training.quantize import quantize, size_of, weight_of
+from mmtx.weights import Runs, file_parts
 
 NAME = "default"  # of the adapter in peft
 TARGETS = {"attention": ("qkv", "out"), "feed_forward": ("gate_up", "down")}
@@ -52,17 +52,6 @@ class LoRA:
             raise InputError(f"lora.parts: found {', '.join(self.parts)}, expected some of {', '.join(TARGETS)}, or none")
 
 
-class NewRows(nn.Module):
-    """Takes the place of a table's rows from `first` on: these train, the others stay."""
-
-    def __init__(self, table: Tensor, first: int):
-        super().__init__()
-        self.first, self.rows = first, nn.Parameter(table[first:].detach().clone())
-
-    def forward(self, table: Tensor) -> Tensor:
-        return torch.cat([table[:self.first], self.rows])
-
-
 def adapt(decoder: Decoder, lora: LoRA, text: int) -> None:
     """Freeze a decoder but for its projections and encoders, and put adapters into its blocks; ids from `text` on are no text."""
     decoder.requires_grad_(False)
@@ -76,13 +65,7 @@ def adapt(decoder: Decoder, lora: LoRA, text: int) -> None:
     decoder.encoders.requires_grad_(not lora.freeze_encoder)
     if lora.new_rows:
         for table in tables(decoder):
-            parametrize.register_parametrization(table, "weight", NewRows(table.weight, text))
-            _parametrized(table).original.requires_grad_(False)
-
-
-def _parametrized(table: nn.Module) -> Any:
-    """What torch makes the weight of a table of: its `original`, and `NewRows` as the first step."""
-    return cast(Any, table.parametrizations).weight
+            table.train_rows(text)
 
 
 def _config(lora: LoRA, targets: list[str] | str, **more: Any) -> Any:
@@ -94,18 +77,45 @@ def tables(decoder: Decoder) -> list[TokenEmbedding]:
     return [table for table in (decoder.embedding, decoder.output) if table is not None]
 
 
+class MergedWeights(Mapping[str, Runs]):
+    """The weights of a decoder with its adapters added, each made when it is asked for: all at once are several times the base.
+    A table whose new rows train comes in two runs.
+    """
+
+    def __init__(self, decoder: Decoder):
+        layers = dict(decoder.named_modules())
+        own = {name.replace(".base_layer", ""): tensor for name, tensor in decoder.state_dict().items()
+               if ".lora_" not in name and ".parametrizations." not in name}
+        self.made: dict[str, Callable[[], Runs]] = {name: tensor.detach for name, tensor in own.items()}
+        for name, layer in layers.items():
+            if hasattr(layer, "lora_A"):
+                self.made[f"{name}.weight"] = partial(_with_adapter, layer)
+            elif isinstance(layer, nn.Linear) and ".lora_" not in name and not name.endswith(".base_layer"):
+                self.made[f"{name}.weight"] = partial(weight_of, layer)
+            elif isinstance(layer, TokenEmbedding):
+                self.made[f"{name}.weight"] = layer.tables
+
+    def __getitem__(self, name: str) -> Runs:
+        return self.made[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.made)
+
+    def __len__(self) -> int:
+        return len(self.made)
+
+
+def _with_adapter(layer: Any) -> Tensor:
+    return weight_of(layer.get_base_layer()) + layer.get_delta_weight(NAME).detach()
+
+
+@torch.no_grad()
 def merged(decoder: Decoder) -> Decoder:
     """A decoder of its own with the adapters added to its weights."""
-    plain = Decoder(decoder.config, GridEncoder)
-    state = {name.replace(".base_layer", ""): tensor for name, tensor in decoder.state_dict().items()
-             if ".lora_" not in name and ".parametrizations." not in name}
-    for name, layer in decoder.named_modules():
-        if hasattr(layer, "lora_A"):
-            state[f"{name}.weight"] = weight_of(layer.get_base_layer()) + layer.get_delta_weight(NAME).detach()
-        elif isinstance(layer, nn.Linear) and ".lora_" not in name and not name.endswith(".base_layer"):
-            state[f"{name}.weight"] = weight_of(layer)
-    state |= {f"{name}.weight": table.weight for name, table in decoder.named_children() if table in tables(decoder)}
-    plain.load_state_dict(state)
+    plain, weights = Decoder(decoder.config, GridEncoder), MergedWeights(decoder)
+    for name, tensor in plain.state_dict().items():
+        runs = weights[name]
+        tensor.copy_(torch.cat(runs) if isinstance(runs, tuple) else runs)
     return plain.to(next(decoder.parameters()).device).eval()
 
 
@@ -124,24 +134,21 @@ def adapter_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
             yield f"{at}.lora_A.weight", layer.lora_A[NAME].weight.detach().clone()
             yield f"{at}.lora_B.weight", rows.detach().clone()
     for table, name in ((decoder.embedding, "model.embed_tokens"), (decoder.output, "lm_head")):
-        if table is not None and parametrize.is_parametrized(table):
-            first = _parametrized(table)[0].first
-            yield (f"base_model.model.{name}.token_adapter.trainable_tokens_delta",
-                   table.matrix()[first:].detach().clone())
+        if table is not None and table.new_rows() is not None:
+            yield f"base_model.model.{name}.token_adapter.trainable_tokens_delta", table.new_matrix().detach()
 
 
 def save_adapter(decoder: Decoder, lora: LoRA, folder: Path) -> None:
     """Write the adapters in peft's own format, for the model that `mmtx export --to transformers` makes of the start."""
     config, targets = decoder.config, [row[2].split(".")[1] for row in BLOCK if "_proj" in row[2]
                                        and row[0].split(".")[0] in lora.parts]
-    first = _parametrized(decoder.embedding)[0].first if lora.new_rows else 0
+    first = 0 if (new := decoder.embedding.new_rows()) is None else new.first
     names = ["embed_tokens"] if config.tied else ["embed_tokens", "lm_head"]
     rows = {name: list(range(first, config.vocabulary_size)) for name in names} if lora.new_rows else None
     settings = _config(lora, targets, trainable_token_indices=rows, task_type="CAUSAL_LM", inference_mode=True)
     values = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.to_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter_tensors(decoder)}
-    write_whole(folder / "adapter_model.safetensors", safetensors.torch.save(tensors, {"format": "pt"}))
+    write_whole(folder / "adapter_model.safetensors", file_parts(dict(adapter_tensors(decoder)), {"format": "pt"}))
     write_whole(folder / "adapter_config.json", json.dumps(values, indent=2, default=str).encode())
 
 

@@ -11,8 +11,7 @@ from typing import cast
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
-from torch.nn.utils import parametrize
+from torch import Tensor, nn
 
 from mmtx.config import CodeRange, DecoderConfig
 from mmtx.data.packing import Batch
@@ -20,20 +19,24 @@ from mmtx.data.sample import Sample
 from mmtx.data.storage import scrub
 from mmtx.data.tokens import seed_of, to_documents
 from mmtx.errors import InputError
+from mmtx.files import replace_folder
 from mmtx.loss import TokenLoss, next_token_loss
 from mmtx.modality.autoencoder import Codec
 from mmtx.modality.base import media_tokenizer
 from mmtx.modality.encoder import GridEncoder
-from mmtx.model import Decoder
-from mmtx.pipeline import Model, load
-from mmtx.training.adapters import LoRA, adapt, merged, parameters_by_group, save_adapter
+from mmtx.model import Decoder, initialise
+from mmtx.pipeline import WEIGHTS, Described, Model, load, model_files, read_model
+from mmtx.training.adapters import LoRA, MergedWeights, adapt, merged, parameters_by_group, save_adapter
 from mmtx.training.decoder_data import TokenizerFolders, with_media
 from mmtx.training.means import Means, TestedAsValidated
+from mmtx.training.memory import given_back
 from mmtx.training.mup import check_base, rescale, scaled
 from mmtx.training.optimizer import OptimizerConfig, configure
 from mmtx.training.private import data_of
+from mmtx.training.quantize import quantize_layer
 from mmtx.training.sharding import shard
 from mmtx.vocabulary import Vocabulary
+from mmtx.weights import load_module
 
 
 @with_media(float, 1.0)
@@ -101,7 +104,7 @@ class DecoderModule(TestedAsValidated):
         if lora is not None and mup_base_width is not None:
             raise InputError("mup_base_width: found one with lora, expected none: adapters have rates of their own")
         self.lora, self.gradient_checkpointing, self.mup_base_width = lora, gradient_checkpointing, mup_base_width
-        self.init_from = None if init_from is None else load(init_from, "cpu")
+        self.init_from = None if init_from is None else read_model(init_from)
         self.finished: Path | None = None  # the folder of `init_from` if tokenizers and all must be the same
         self.tokenizers = None if tokenizers is None else tokenizers.load()
         self.config, self.optimizer_config = decoder, optimizer
@@ -131,17 +134,16 @@ class DecoderModule(TestedAsValidated):
             raise InputError(f"train_encoder: found a {kind} tokenizer without an encoder that trains, expected a codec of mmtx")
         self.config = replace(self.config, vocabulary_size=vocabulary.size, composed=tuple(ranges),
                               features=widths if self.continuous_inputs else {}, encoders=encoders if self.train_encoder else {})
-        self.decoder = Decoder(self.config, GridEncoder)
-        if self.mup_base_width is not None:
-            rescale(self.decoder, self.mup_base_width)
-        for kind, encoder in self.decoder.encoders.items():
-            weights = cast(Codec, self.tokenizers[kind]).network.state_dict()
-            encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()})
-        if self.init_from is not None:
-            self._begin_with(self.init_from)
+        if self.init_from is None:
+            self.decoder = Decoder(self.config, GridEncoder)
+            self._take_encoders()
+            if self.mup_base_width is not None:
+                rescale(self.decoder, self.mup_base_width)
+        else:
+            self.decoder = self._begin_with(self.init_from)
             self.init_from = None
         if self.encoders_from is not None:
-            self._take_encoders(self.encoders_from.decoder)
+            self._replace_encoders(self.encoders_from.decoder)
             self.encoders_from = None
         self.decoder.gradient_checkpointing = self.gradient_checkpointing
         if self.lora is not None:
@@ -150,6 +152,12 @@ class DecoderModule(TestedAsValidated):
             adapt(self.decoder, self.lora, vocabulary.range("special").start)
         if self.device_mesh is not None:
             shard(self.decoder, self.device_mesh["data_parallel"])
+
+    def _take_encoders(self) -> None:
+        """Let encoders begin as those of the codecs."""
+        for kind, encoder in self.decoder.encoders.items():
+            weights = cast(Codec, self.tokenizers[kind]).network.state_dict()
+            encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()})
 
     def _take_tokenizers(self) -> None:
         theirs = getattr(data_of(self.trainer), "tokenizers", None)
@@ -165,11 +173,12 @@ class DecoderModule(TestedAsValidated):
 
     def restore(self, folder: Path) -> None:
         """Take over the finished model in a folder once the decoder is built, if all of it is as in this configuration."""
-        self.init_from, self.finished = load(folder, "cpu"), folder
+        self.init_from, self.finished = read_model(folder), folder
 
-    def _begin_with(self, model: Model) -> None:
+    def _begin_with(self, model: Described) -> Decoder:
+        """The decoder of a finished model, in the precision of the run, and each layer in 4 bits as soon as it is read."""
         where = self.finished or "init_from"
-        given, wanted = asdict(model.decoder.config), asdict(self.config)
+        given, wanted = asdict(model.config), asdict(self.config)
         # A model of codes alone may get projections of features; encoders begin as those of the codecs, which made the features that
         # a model without encoders has learnt to read.
         added = {name for name in ("features", "encoders") if wanted[name] and not given[name] and self.finished is None}
@@ -182,11 +191,20 @@ class DecoderModule(TestedAsValidated):
             if found != expected:
                 raise InputError(f"{where}: found {'an' if kind[0] in 'aeiou' else 'a'} {kind} tokenizer of fingerprint {found}, "
                                  f"expected {expected}, tokenizers.{kind}")
-        begun = tuple({"features": "projections.", "encoders": "encoders."}[name] for name in added)
-        own = {name: value for name, value in self.decoder.state_dict().items() if name.startswith(begun)}
-        self.decoder.load_state_dict({**own, **model.decoder.state_dict()})
+        in_4_bits = quantize_layer if self.lora is not None and self.lora.load_in_4bit else None
+        with given_back():
+            decoder = load_module(lambda: Decoder(model.config, GridEncoder), model.folder / WEIGHTS, in_4_bits)
+        decoder.config = self.config
+        if "features" in added:
+            decoder.projections.update({kind: nn.Linear(size, self.config.width) for kind, size in self.config.features.items()})
+            initialise(decoder.projections, self.config.depth)
+        if "encoders" in added:
+            decoder.encoders.update({kind: GridEncoder(sizes) for kind, sizes in self.config.encoders.items()})
+            self.decoder = decoder
+            self._take_encoders()
+        return decoder
 
-    def _take_encoders(self, other: Decoder) -> None:
+    def _replace_encoders(self, other: Decoder) -> None:
         for kind, encoder in self.decoder.encoders.items():
             found, expected = other.config.encoders.get(kind), self.config.encoders[kind]
             if found != expected:
@@ -259,10 +277,9 @@ class DecoderModule(TestedAsValidated):
         Where the grammar allows no code, the scores of codes are left out of the softmax: they are most of the
         vocabulary, and generation never looks at them there.
         """
-        with parametrize.cached():  # the table whose new rows train is put together once
-            hidden = self.decoder(batch.ids, batch.positions, batch.packing, batch.features).flatten(0, 1)[batch.supervised]
-            output = self.decoder.output or self.decoder.embedding
-            return next_token_loss(output, hidden, batch.targets, batch.plain, weights, self.z_loss)
+        hidden = self.decoder(batch.ids, batch.positions, batch.packing, batch.features).flatten(0, 1)[batch.supervised]
+        output = self.decoder.output or self.decoder.embedding
+        return next_token_loss(output, hidden, batch.targets, batch.plain, weights, self.z_loss)
 
     def model(self) -> Model:
         """The decoder with its tokenizers, for captions during training and for saving."""
@@ -270,7 +287,8 @@ class DecoderModule(TestedAsValidated):
         return Model(decoder, self.vocabulary, self.tokenizers)
 
     def save(self, folder: Path) -> None:
-        self.model().save(folder)
+        weights = self.decoder.state_dict() if self.lora is None else MergedWeights(self.decoder)
+        replace_folder(folder, model_files(self.config, weights, self.vocabulary, self.tokenizers))
         if self.lora is not None and self.lora.parts:
             save_adapter(self.decoder, self.lora, folder.with_name("adapter"))
 
