@@ -28,7 +28,7 @@ def given_back() -> Iterator[None]:
     """Until this ends, what is freed goes back to the system, where otherwise `keep_memory` holds.
 
     For what is done once: what stays of it would lie in the middle of what it needed on the way, which then fits nothing any
-    more. Of 440 million weights that are read and made 4 bits each, that was twice what they take in the end.
+    more. SmolLM2-135M in 4 bits held 355 MB once it was loaded, and holds 188.
     """
     if not kept or (mallopt := _mallopt()) is None:
         yield
