@@ -49,7 +49,7 @@ from mmtx.model import Decoder
 from mmtx.schema import build, shown
 from mmtx.sequence import Prompt, gather_features, parse, prompt, render
 from mmtx.vocabulary import Vocabulary
-from mmtx.weights import load_module, to_parts
+from mmtx.weights import Runs, load_module, to_parts
 
 if TYPE_CHECKING:
     from mmtx.modality.image import ImageConfig, ImageTokenizer
@@ -215,7 +215,7 @@ def read_model_config(folder: Path) -> DecoderConfig:
     return build(DecoderConfig, values["decoder"], path, "decoder", optional=OPTIONAL)
 
 
-def model_files(config: DecoderConfig, weights: Mapping[str, torch.Tensor], vocabulary: Vocabulary,
+def model_files(config: DecoderConfig, weights: Mapping[str, Runs], vocabulary: Vocabulary,
                 tokenizers: Mapping[str, Tokenizer]) -> Iterator[tuple[str, Content]]:
     """What a model folder holds, one file after another."""
     yield WEIGHTS, to_parts(weights)
