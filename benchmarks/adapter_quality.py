@@ -29,7 +29,7 @@ START = ROOT / "demos" / "starter"
 ARCHIVE = ROOT / "demos" / "data" / "starter" / "images-test-unseen-emoji.tar.gz"
 TRAIN, TEST = ("noto", "noto-v1", "emojione", "fxemoji"), "fluent-emoji-flat"
 RATES = (1.0, 2.0)  # of those of configs/starter/captions.yaml, and of these for adapters
-ADAPTERS = {"rank": 16, "alpha": 32.0}
+ADAPTERS = {"rank": 64, "alpha": 128.0}
 BATCH = 64
 WAYS = {"full": None, "lora": ADAPTERS, "qlora": {**ADAPTERS, "load_in_4bit": True}}
 
