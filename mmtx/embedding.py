@@ -87,17 +87,13 @@ class TokenEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids (B, T) -> embeddings (B, T, D)."""
-        if (new := self.new_rows()) is not None:
-            table, rows = self.tables()
-            summed = F.embedding((self.parts[ids] - new.first).clamp_min(0), F.pad(rows, (0, 0, 0, 1))).sum(-2)
-            return torch.where((ids < new.first)[..., None], F.embedding(ids.clamp_max(new.first - 1), table), summed)
-        if not len(self.basis):
+        new = self.new_rows()
+        if new is None and not len(self.basis):
             return F.embedding(ids, self.weight)
-        # Only the rows of digits are copied: there are few of them, and a plain table may be large.
-        digits = F.pad(self.weight[self.plain:], (0, 0, 0, 1))
-        composed = F.embedding((self.parts[ids] - self.plain).clamp_min(0), digits).sum(-2)
-        plain = F.embedding(ids.clamp_max(self.plain - 1), self.weight)
-        return torch.where((ids < self.plain)[..., None], plain, composed)
+        # Of rows that are looked up alone the table is not copied: it may be large. Those of digits, and of new ids, are few.
+        table, rows, first = (self.weight, self.weight[self.plain:], self.plain) if new is None else (*self.tables(), new.first)
+        summed = F.embedding((self.parts[ids] - first).clamp_min(0), F.pad(rows, (0, 0, 0, 1))).sum(-2)
+        return torch.where((ids < first)[..., None], F.embedding(ids.clamp_max(first - 1), table), summed)
 
     def matrix(self, plain: bool = False) -> Tensor:
         """The embedding of every id (V, D), or of those before the composed ranges only."""

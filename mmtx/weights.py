@@ -175,21 +175,21 @@ def to_bytes(weights: Mapping[str, Tensor]) -> bytes:
 
 
 def to_parts(weights: Mapping[str, Runs]) -> Iterator[Any]:
-    """The same piece by piece. `weights` are asked for each tensor several times, and may make it when they are."""
-    digest = hashlib.sha256()
+    """The same piece by piece. `weights` are asked for each tensor twice, and may make it when they are."""
+    digest, places = hashlib.sha256(), {}
     for name in sorted(weights):
         runs = _runs(weights[name])
-        place = _place_of(runs)
+        place = places[name] = _place_of(runs)
         digest.update(_description(name, place.dtype, place.shape))
         for run in runs:
             digest.update(_data(run))
         del runs
-    return file_parts(weights, {DIGEST: digest.hexdigest()})
+    return file_parts(weights, {DIGEST: digest.hexdigest()}, places)
 
 
-def file_parts(weights: Mapping[str, Runs], metadata: Mapping[str, str]) -> Iterator[Any]:
-    """A safetensors file piece by piece, byte by byte what the library writes."""
-    places = {name: _place_of(_runs(weights[name])) for name in weights}
+def file_parts(weights: Mapping[str, Runs], metadata: Mapping[str, str], places: Mapping[str, Place] | None = None) -> Iterator[Any]:
+    """A safetensors file in pieces, to the byte what the library writes; `places` are types and shapes, where these are known."""
+    places = {name: _place_of(_runs(weights[name])) for name in weights} if places is None else places
     header: dict[str, Any] = {"__metadata__": metadata}
     order, start = sorted(places, key=lambda name: (ORDER.index(places[name].dtype), name)), 0
     for name in order:

@@ -241,7 +241,7 @@ def test_merged_weights_are_made_one_by_one(starts):
                 alive.add(runs)
             return runs
     parts = b"".join(bytes(part) for part in to_parts(Watched.fromkeys(weights)))
-    assert len(most) == 3 * len(weights) and max(most) <= 1
+    assert len(most) == 2 * len(weights) and max(most) <= 1
     assert parts == to_bytes(expected)
 
 

@@ -25,7 +25,7 @@ from mmtx.modality.autoencoder import Codec
 from mmtx.modality.base import media_tokenizer
 from mmtx.modality.encoder import GridEncoder
 from mmtx.model import Decoder, initialise
-from mmtx.pipeline import WEIGHTS, Described, Model, load, model_files, read_model
+from mmtx.pipeline import WEIGHTS, Described, Model, model_files, read_model
 from mmtx.training.adapters import LoRA, MergedWeights, adapt, merged, parameters_by_group, save_adapter
 from mmtx.training.decoder_data import TokenizerFolders, with_media
 from mmtx.training.means import Means, TestedAsValidated
@@ -114,7 +114,7 @@ class DecoderModule(TestedAsValidated):
                              "codes need no encoder")
         if encoders_from is not None and not train_encoder:
             raise InputError("model.init_args.encoders_from: found one with train_encoder: false, expected train_encoder: true")
-        self.encoders_from = None if encoders_from is None else load(encoders_from, "cpu")
+        self.encoders_from = None if encoders_from is None else read_model(encoders_from)
         self.weights_by_kind = asdict(loss_weights)
         self.decoder: Decoder | None = None
 
@@ -143,7 +143,7 @@ class DecoderModule(TestedAsValidated):
             self.decoder = self._begin_with(self.init_from)
             self.init_from = None
         if self.encoders_from is not None:
-            self._replace_encoders(self.encoders_from.decoder)
+            self._replace_encoders(self.encoders_from)
             self.encoders_from = None
         self.decoder.gradient_checkpointing = self.gradient_checkpointing
         if self.lora is not None:
@@ -204,12 +204,14 @@ class DecoderModule(TestedAsValidated):
             self._take_encoders()
         return decoder
 
-    def _replace_encoders(self, other: Decoder) -> None:
-        for kind, encoder in self.decoder.encoders.items():
-            found, expected = other.config.encoders.get(kind), self.config.encoders[kind]
-            if found != expected:
+    def _replace_encoders(self, other: Described) -> None:
+        """Let encoders begin as those of another finished model."""
+        for kind, expected in self.config.encoders.items():
+            if (found := other.config.encoders.get(kind)) != expected:
                 raise InputError(f"encoders_from: found {found or 'no encoder'} for {kind}, expected {expected}")
-            encoder.load_state_dict(other.encoders[kind].state_dict())
+        theirs = load_module(lambda: Decoder(other.config, GridEncoder), other.folder / WEIGHTS)
+        for kind, encoder in self.decoder.encoders.items():
+            encoder.load_state_dict(theirs.encoders[kind].state_dict())
 
     def on_fit_start(self) -> None:
         if self.global_rank == 0:
