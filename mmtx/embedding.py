@@ -91,7 +91,8 @@ class TokenEmbedding(nn.Module):
         if new is None and not len(self.basis):
             return F.embedding(ids, self.weight)
         # Of rows that are looked up alone the table is not copied: it may be large. Those of digits, and of new ids, are few.
-        table, rows, first = (self.weight, self.weight[self.plain:], self.plain) if new is None else (*self.tables(), new.first)
+        first = self.plain if new is None else new.first
+        table, rows = (self.weight, self.weight[first:]) if new is None else self.tables()
         summed = F.embedding((self.parts[ids] - first).clamp_min(0), F.pad(rows, (0, 0, 0, 1))).sum(-2)
         return torch.where((ids < first)[..., None], F.embedding(ids.clamp_max(first - 1), table), summed)
 
