@@ -38,6 +38,12 @@ def test_orthogonal_keeps_directions_and_evens_out_their_strength(shape):
     assert torch.allclose(left @ torch.diag(strengths) @ right, found, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(3, 16, 16), (4, 24, 8), (2, 8, 24)])
+def test_matrices_turn_together_as_they_do_alone(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.arange(1, shape[0] + 1)[:, None, None]
+    assert torch.allclose(orthogonal(matrices), torch.stack([orthogonal(each) for each in matrices]), atol=1e-5)
+
+
 def test_only_matrices_of_blocks_take_muon_steps():
     module = network()
     groups = optimizer_of(module, muon_lr=0.01).param_groups

@@ -105,8 +105,10 @@ class GridEncoder(PatchEncoder):
                 kept[part.shape].append(inside)
             first += rows * columns
         order, parts = [], []
+        # Places are found here: a GPU would have to tell how many there are, and all would wait for it.
+        there = lambda places: places.to(patches.device, non_blocking=True)
         for shape, members in seen.items():
-            places, inside = torch.stack(members).to(patches.device), torch.stack(kept[shape]).to(patches.device)
-            parts.append(self.features(patches[places])[inside])
-            order.append(places[inside])
-        return torch.cat(parts)[torch.cat(order).argsort()]
+            places, inside = torch.stack(members), torch.stack(kept[shape]).flatten().nonzero().squeeze(1)
+            parts.append(self.features(patches[there(places)]).flatten(0, 2)[there(inside)])
+            order.append(places.flatten()[inside])
+        return torch.cat(parts)[there(torch.cat(order).argsort())]

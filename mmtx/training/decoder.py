@@ -124,6 +124,7 @@ class DecoderModule(TestedAsValidated):
         self._take_tokenizers()
         vocabulary = self.vocabulary
         # No buffer, or a run in bfloat16 would round them.
+        self.weights_there: Tensor | None = None
         self.loss_weights = tuple(self.weights_by_kind[kind] for kind in vocabulary.modality_names)
         ranges = [CodeRange(vocabulary.range(kind).start, levels) for kind in vocabulary.kinds
                   if (levels := vocabulary.levels(kind))]
@@ -224,14 +225,15 @@ class DecoderModule(TestedAsValidated):
         return configure(self.decoder, config, self.trainer.max_steps, scaled=scaled(self.decoder), ratio=base / self.config.width)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
-        weights = batch.modality.new_tensor(self.loss_weights, dtype=torch.float32)[batch.modality]
+        weights = self._weights()[batch.modality]
         total, loss, log_sum = self._losses(batch, weights)
         self.seen = loss, log_sum  # for telemetry
         self.total += weights.sum()
         self.log("train/loss", ratio((loss * weights).sum(), weights.sum()), prog_bar=True)
         # Ranks must agree on which weights have a gradient, whatever media their batches hold.
-        decoder = self.decoder
-        idle = 0.0 * sum(parameter.sum() for module in (decoder.projections, decoder.encoders) for parameter in module.parameters())
+        absent = [modules[kind] for modules in (self.decoder.projections, self.decoder.encoders) for kind in modules
+                  if kind not in batch.features]
+        idle = 0.0 * sum(parameter.sum() for module in absent for parameter in module.parameters())
         # The sum, not the mean: `on_before_optimizer_step` divides by the weights of all targets of the step at once.
         return (total + idle) * self.trainer.accumulate_grad_batches
 
@@ -245,9 +247,9 @@ class DecoderModule(TestedAsValidated):
         world = self.trainer.world_size
         total = cast(Tensor, self.all_gather(self.total)).sum() if world > 1 else self.total
         self.gradient_scale = ratio(torch.full_like(total, world), total)
-        for parameter in self.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(self.gradient_scale)
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, self.gradient_scale)
 
     def on_validation_epoch_start(self) -> None:
         self.means = Means()
@@ -273,6 +275,12 @@ class DecoderModule(TestedAsValidated):
         return [{"where": scrub(sample.where), "predicted": caption, "true": sample.caption}
                 for sample, caption in zip(samples, captions, strict=True)]
 
+    def _weights(self) -> Tensor:
+        """`loss_weights` on the device, float32: copied there once, for a GPU waits for each copy."""
+        if self.weights_there is None or self.weights_there.device != self.device:
+            self.weights_there = torch.tensor(self.loss_weights, dtype=torch.float32, device=self.device)
+        return self.weights_there
+
     def _losses(self, batch: Batch, weights: Tensor | None = None) -> TokenLoss:
         """The loss of each target, which counts for its weight (M,).
 
@@ -297,4 +305,4 @@ class DecoderModule(TestedAsValidated):
 
 def ratio(total: Tensor, weight: Tensor) -> Tensor:
     """Total / weight, or 0 where nothing has a weight."""
-    return torch.where(weight > 0, total / weight, 0.0)
+    return (total / weight).masked_fill(weight <= 0, 0.0)

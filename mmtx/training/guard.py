@@ -80,7 +80,7 @@ class SkipNonFinite(Callback):
         if module.automatic_optimization and ends_step(trainer):
             # What the module divides the summed gradients by comes after the hook that saw them.
             module.log("train/gradient_norm", self.norm * getattr(module, "gradient_scale", 1.0))
-            module.log("train/skipped", float(self.skipped))
+            module.log("train/skipped", torch.full((), float(self.skipped), device=module.device))  # a number would be copied there
 
 
 class Telemetry(Callback):

@@ -1,7 +1,9 @@
 """AdamW, and Muon for the matrices inside blocks, with warm-up and linear decay to zero, for codecs and decoder alike."""
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -11,6 +13,7 @@ from mmtx.modality.vocoder import ConvNeXtBlock
 from mmtx.model import Block, FusedLinear
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the published method, for five rounds
+TOGETHER = 2 ** 25  # numbers in matrices that a GPU turns together: one by one, each small one takes as long as all
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,10 @@ class Muon(torch.optim.AdamW):
                 loss = closure()
         groups = self.param_groups
         for group in groups:
-            for parameter, sizes in zip(group["params"], group.get("parts", ())):
-                if parameter.grad is not None:
-                    self._turn(parameter, sizes, group["lr"], group["weight_decay"])
+            turned = [(parameter, sizes) for parameter, sizes in zip(group["params"], group.get("parts", ()))
+                      if parameter.grad is not None]
+            if turned:
+                self._turn(*zip(*turned), group["lr"], group["weight_decay"])
         self.param_groups = [group for group in groups if "parts" not in group]
         try:
             super().step()
@@ -57,29 +61,41 @@ class Muon(torch.optim.AdamW):
             self.param_groups = groups
         return loss
 
-    def _turn(self, parameter: Tensor, sizes: tuple[int, ...], rate: float, decay: float) -> None:
-        state = self.state[parameter]
-        if not state:
-            # AdamW's state always has a step, and loading a state looks for it.
-            state.update(step=torch.zeros(()), momentum=torch.zeros_like(parameter))
-        momentum = state["momentum"].lerp_(parameter.grad, 1 - self.momentum)
-        update = parameter.grad.lerp(momentum, self.momentum)
-        parameter.mul_(1 - rate * decay)
-        for matrix, part in zip(parameter.split(sizes), update.split(sizes), strict=True):
-            matrix.add_(orthogonal(part), alpha=-0.2 * rate * max(part.shape) ** 0.5)
+    def _turn(self, parameters: Sequence[Tensor], parts: Sequence[tuple[int, ...]], rate: float, decay: float) -> None:
+        """Take the step of parameters, each of which holds matrices with so many rows; matrices of one shape turn together."""
+        for parameter in parameters:
+            if not self.state[parameter]:
+                # AdamW's state always has a step, and loading a state looks for it.
+                self.state[parameter].update(step=torch.zeros(()), momentum=torch.zeros_like(parameter))
+        gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
+        momenta = [self.state[parameter]["momentum"] for parameter in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
+        updates = torch._foreach_lerp(gradients, momenta, self.momentum)
+        torch._foreach_mul_(parameters, 1 - rate * decay)
+        alike = defaultdict(list)
+        for parameter, update, sizes in zip(parameters, updates, parts, strict=True):
+            for matrix, part in zip(parameter.split(sizes), update.split(sizes), strict=True):
+                alike[part.shape].append((matrix, part))
+        for shape, members in alike.items():
+            together = max(1, TOGETHER // shape.numel()) if parameters[0].is_cuda else 1
+            for first in range(0, len(members), together):
+                matrices, chosen = zip(*members[first:first + together])
+                turned = orthogonal(torch.stack(chosen)).unbind() if together > 1 else [orthogonal(*chosen)]
+                torch._foreach_add_(matrices, turned, alpha=-0.2 * rate * max(shape) ** 0.5)
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """A matrix (n, m) -> nearly the nearest one whose singular values are all 1, by Newton-Schulz rounds."""
+def orthogonal(matrices: Tensor) -> Tensor:
+    """A matrix (n, m), or several (k, n, m) -> nearly the nearest ones whose singular values are all 1, by Newton-Schulz rounds."""
     a, b, c = NEWTON_SCHULZ
-    x = matrix.bfloat16() if matrix.is_cuda else matrix
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
-    x = x / (x.norm() + 1e-7)
+    addmm = torch.addmm if matrices.dim() == 2 else torch.baddbmm
+    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.T if tall else x).to(matrix.dtype)
+        gram = x @ x.mT
+        x = addmm(x, addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 def configure(module: nn.Module, config: OptimizerConfig, max_steps: int, more: Sequence[dict] = (),
