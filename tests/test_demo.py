@@ -170,3 +170,20 @@ def test_the_mean_of_models_has_the_mean_of_their_weights(folder, tiny_model):
     refused = subprocess.run([*script[:-1], "none"], cwd=folder, capture_output=True, text=True, timeout=120)
     assert refused.returncode == 1 and "found another decoder or other tokenizers than in model" in refused.stderr
     assert refused.stderr.count("\n") == 1 and not (folder / "none").exists()
+
+
+def test_a_deeper_model_answers_as_the_one_it_is_made_of(tmp_path):
+    script = [sys.executable, DEMO.with_name("deepen.py"), DEMO.with_name("starter"), "--depth", "7", "--output", "deeper"]
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    old, deeper = mmtx.load(DEMO.with_name("starter"), device="cpu"), mmtx.load(tmp_path / "deeper", device="cpu")
+    ids = torch.randint(1000, (2, 30), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(30).expand(2, -1)
+    with torch.no_grad():
+        assert torch.equal(deeper.decoder(ids, positions), old.decoder(ids, positions))
+    assert deeper.decoder.config.depth == len(deeper.decoder.blocks) == 7
+    new = [block for block in deeper.decoder.blocks if not block.feed_forward.down.weight.any()]
+    assert len(new) == 3 and all(block.attention.qkv.weight.any() for block in new)
+    refused = subprocess.run([*script[:4], "4", "--output", "none"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 1 and refused.stderr.startswith("deepen.py: error: --depth: found 4, expected more than the 4 blocks")
+    assert refused.stderr.count("\n") == 1 and not (tmp_path / "none").exists()

@@ -5,6 +5,7 @@ Shapes: B batch, h rows and w columns of a grid of patches, P numbers in a patch
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -94,21 +95,32 @@ class GridEncoder(PatchEncoder):
     def forward(self, patches: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
         """Patches (n, P) of grids, row by row -> features (n, D); windows of equal size share a pass."""
         seen, kept = defaultdict(list), defaultdict(list)
+        starts: dict[tuple[int, int], list[int]] = defaultdict(list)
         first = 0
         for rows, columns in grids:
-            places = torch.arange(first, first + rows * columns).view(rows, columns)
-            for window in windows(rows, columns, self.chunk):
-                part = places[window.seen]
-                inside = torch.zeros(part.shape, dtype=torch.bool)
-                inside[window.within] = True
-                seen[part.shape].append(part)
-                kept[part.shape].append(inside)
+            starts[rows, columns].append(first)
             first += rows * columns
+        for (rows, columns), firsts in starts.items():
+            for part, inside in _places(rows, columns, self.chunk):
+                seen[part.shape].append(torch.tensor(firsts)[:, None, None] + part)
+                kept[part.shape].append(inside.expand(len(firsts), *inside.shape))
         order, parts = [], []
         # Places are found here: a GPU would have to tell how many there are, and all would wait for it.
         there = lambda places: places.to(patches.device, non_blocking=True)
         for shape, members in seen.items():
-            places, inside = torch.stack(members), torch.stack(kept[shape]).flatten().nonzero().squeeze(1)
+            places, inside = torch.cat(members), torch.cat(kept[shape]).flatten().nonzero().squeeze(1)
             parts.append(self.features(patches[there(places)]).flatten(0, 2)[there(inside)])
             order.append(places.flatten()[inside])
         return torch.cat(parts)[there(torch.cat(order).argsort())]
+
+
+@lru_cache(1024)
+def _places(rows: int, columns: int, chunk: int) -> list[tuple[Tensor, Tensor]]:
+    """The windows of a grid: numbers of the patches that each one sees, and which of them are its own, (h, w) both."""
+    places, found = torch.arange(rows * columns).view(rows, columns), []
+    for window in windows(rows, columns, chunk):
+        part = places[window.seen]
+        inside = torch.zeros(part.shape, dtype=torch.bool)
+        inside[window.within] = True
+        found.append((part, inside))
+    return found
