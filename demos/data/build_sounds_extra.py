@@ -139,10 +139,15 @@ def player_of(work, source):
     return Player(work / "deb" / SOUNDFONTS[source])
 
 
-def training_keys(program):
-    """The pitches of an instrument's range without those that the test of unseen notes holds out."""
+def keys_of(source, program):
+    """The pitches that a source plays of an instrument: none that the test of unseen notes holds out of it."""
+    if program in OTHER_PITCH.get(source, set()) | AS_UNSEEN.get(source, set()):
+        return []
     held = choose_notes(program)[1]
-    return [key for key in range(int(INSTRUMENTS[program][1]), int(INSTRUMENTS[program][2]) + 1) if key not in held]
+    keys = [key for key in range(int(INSTRUMENTS[program][1]), int(INSTRUMENTS[program][2]) + 1) if key not in held]
+    if TAKES[source] >= 1:
+        return keys
+    return sorted(random.Random(f"{SEED} extra {source} {program}").sample(keys, round(TAKES[source] * len(keys))))
 
 
 # ---------------------------------------------------------------- what the world does to a sound
@@ -234,12 +239,10 @@ def notes_of(arguments):
     """All samples of one instrument of one source."""
     work, source, program = arguments
     player = player_of(work, source)
-    if not player.has(program) or program in OTHER_PITCH.get(source, set()) | AS_UNSEEN.get(source, set()):
+    if not player.has(program):
         return []
-    takes, keys = TAKES[source], training_keys(program)
-    if takes < 1:
-        keys = sorted(random.Random(f"{SEED} extra {source} {program}").sample(keys, round(takes * len(keys))))
-    samples = [extra_note(player, source, program, key, take) for key in keys for take in range(max(1, int(takes)))]
+    takes = range(max(1, int(TAKES[source])))
+    samples = [extra_note(player, source, program, key, take) for key in keys_of(source, program) for take in takes]
     return [sample for sample in samples if sample]
 
 
