@@ -178,6 +178,40 @@ def test_parts_that_are_not_shipped_are_built_on_demand_alone(builders):
     assert set(module.SHIPPED) == set(MANIFEST) and not module.ON_DEMAND & set(module.SHIPPED)
 
 
+def test_extra_pictures_show_nothing_that_is_held_out(builders, tmp_path):
+    module = builders("build_images_extra")
+    known = module.known_pictures(tmp_path)                         # nothing is built there, so what is shipped
+    assert len(known) == sum(MANIFEST["images"]["per_style"].values()) + sum(MANIFEST["more_images"]["per_style"].values()) + 1364
+    assert not {style for style, _ in known} & {"twemoji", "lucide"}
+    unseen = {row["codepoint"] for row in rows("images-test-unseen-emoji.tar.gz")}
+    assert len(unseen) == 150 and not unseen & {code for _, code in known}
+    assert not unseen & module.codes_of_fonts(known) and {"1f34e", "1f680"} <= module.codes_of_fonts(known)
+    assert "twemoji" not in module.FONTS and not [spec for spec in module.DEB if "twemoji" in spec or "openmoji" in spec]
+
+
+def test_varied_pictures_show_the_whole_thing_on_another_background(builders):
+    from PIL import Image
+    module = builders("build_images_extra")
+    drawing, picture = Image.new("RGBA", (128, 128)), Image.new("RGBA", (128, 128))
+    drawing.paste((0, 0, 0, 255), (24, 24, 104, 104))
+    picture.paste((0, 0, 250, 255), (24, 24, 104, 104))
+    areas, behind = [], []
+    for seed in range(60):
+        image = module.varied(drawing, True, np.random.default_rng(seed))
+        assert (image.size, image.mode) == ((64, 64), "RGB")
+        assert image.tobytes() == module.varied(drawing, True, np.random.default_rng(seed)).tobytes()
+        light = np.asarray(image.convert("L"), float)
+        corner = np.median(light[[0, 0, -1, -1], [0, -1, 0, -1]])
+        assert np.percentile(np.abs(light - corner), 97) > 40, seed  # the ink can be told from what is behind it
+        pixels = np.asarray(module.varied(picture, False, np.random.default_rng(seed)), float)
+        blue = (pixels[..., 2] > 190) & (pixels[..., :2].max(-1) < 60)
+        behind.append(pixels[0, 0])
+        if not blue[[0, 0, -1, -1], [0, -1, 0, -1]].any():          # else what is behind it may be blue
+            areas.append(blue.mean())
+    assert len(areas) > 40 and 0.05 < min(areas) < 0.12 and 0.3 < max(areas) < 0.5      # from 0.45 to the whole of (80 / 128) ** 2
+    assert 3 <= sum(colour.min() > 245 for colour in behind) <= 20 and np.ptp(behind, axis=0).min() > 150
+
+
 def test_percussion_is_held_out_by_takes_and_by_soundfont():
     train, takes, font = (rows(f"sounds-percussion-{part}.tar.gz") for part in ("train-*", "test-takes", "test-soundfont"))
     names = {row["caption"] for row in train}
