@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import re
+import struct
 import sys
 import tarfile
 from pathlib import Path
@@ -102,6 +103,113 @@ def test_sounds_of_speech_are_as_long_as_they_say():
 def test_sentences_that_engines_could_read_otherwise_are_left_out(builders):
     for row in rows("speech-synthetic-*.tar.gz"):
         assert re.fullmatch(r"[A-Za-z' ,-]+", row["caption"]), row["caption"]
+
+
+def test_extra_notes_keep_out_what_the_tests_hold_out(builders):
+    module = builders("build_sounds_extra")
+    tested = {(row["midi_program"], row["midi_note"]) for row in rows("sounds-test-unseen-notes.tar.gz")}
+    assert len(tested) == 345
+    for source in module.TAKES:
+        played = {(program, key) for program in range(115) for key in module.keys_of(source, program)}
+        assert not played & tested, source
+    whole = {(program, key) for program in range(115) for key in module.keys_of("generaluser", program)}
+    every = {(program, key) for program, (_, low, high) in enumerate(module.INSTRUMENTS) for key in range(int(low), int(high) + 1)}
+    assert {program for program, _ in every - tested - whole} == {31, 34, 53, 79, 98, 101, 108, 111}  # left out as instruments
+    # sf_GMbank is a test, and nothing here reads it; nor the font that others test with.
+    used = " ".join([*module.DEB, *module.NPM.values(), *module.SOUNDFONTS.values()]).lower()
+    assert "csound" not in used and "gmbank" not in used and "timgm" not in used
+    assert set(module.TAKES) == {*module.SOUNDFONTS, "freepats", "salamander"}
+
+
+def gravis_patch(wave: np.ndarray, rate: int, root: float, mode: int, loop: tuple[int, int]) -> bytes:
+    """A Gravis Ultrasound patch of one recording, int16; the envelope is at once loud and holds, then dies away in 0.1 s."""
+    header = bytearray(239)
+    header[:12], header[198] = b"GF1PATCH110\0", 1
+    sample = b"recordin" + struct.pack("<3IH3IHB", 2 * len(wave), 2 * loop[0], 2 * loop[1], rate, 20_000, 5_000_000, round(1000 * root), 0, 7)
+    sample += bytes([63, 63, 63, 0x40 | 7, 63, 63]) + bytes([255, 255, 255, 0, 0, 0]) + bytes(6) + bytes([mode]) + bytes(40)
+    return bytes(header) + sample[:96] + wave.astype("<i2").tobytes()
+
+
+def test_patches_play_the_note_that_is_asked_for(builders, tmp_path):
+    module = builders("build_sounds_extra")
+    (tmp_path / "Tone_000").mkdir()
+    rate, cycles = 22050, 20
+    root = rate * cycles / 2205                                     # so that 2205 samples are whole cycles: 200 Hz
+    wave = 20000 * np.sin(2 * np.pi * cycles * np.arange(4410) / 2205)
+    wave[:2205] /= 4                                                # before the loop, so heard once
+    (tmp_path / "Tone_000" / "040_Violin.pat").write_bytes(gravis_patch(wave, rate, root, 0x1 | 0x4 | 0x20 | 0x40, (2205, 4410)))
+    player = module.PatchPlayer(tmp_path)
+    assert player.has(40) and not player.has(41)
+    for key in (57, 69, 74):                                        # 220, 440 and 587.3 Hz
+        played = player.raw(40, key, 127, 1.2, 0.9)                 # far behind the 0.2 s that the patch holds: looped
+        assert len(played) == round(1.2 * module.FINE)
+        part = played[round(0.5 * module.FINE):round(0.9 * module.FINE)]
+        spectrum = np.abs(np.fft.rfft(part * np.hanning(len(part)), 16 * len(part)))
+        assert np.argmax(spectrum) * module.FINE / (16 * len(part)) == pytest.approx(440 * 2 ** ((key - 69) / 12), rel=2e-3)
+        assert np.abs(part).max() == pytest.approx(20000 / 32768, rel=0.01)
+        assert np.sqrt(np.mean(part ** 2)) == pytest.approx(20000 / 32768 / np.sqrt(2), rel=0.01)
+        assert np.abs(played[round(1.1 * module.FINE):]).max() < 0.01  # let go at 0.9 s
+    quiet = player.raw(40, 69, 64, 1.2, 0.9)
+    assert np.abs(quiet).max() == pytest.approx((64 / 127) ** 2 * 20000 / 32768, rel=0.01)
+
+
+def test_bytes_of_a_patch_may_be_unsigned(builders, tmp_path):
+    module = builders("build_sounds_extra")
+    path = tmp_path / "a.pat"
+    wave = np.array([0, 16384, -16384, 32767, -32768], np.int16)
+    path.write_bytes(gravis_patch(wave ^ np.int16(-32768), 22050, 440, 0x1 | 0x2, (0, 0)))
+    [(head, read)] = module.read_patch(path)
+    assert read.tolist() == pytest.approx([0, 0.5, -0.5, 32767 / 32768, -1]) and (head["rate"], head["root"]) == (22050, 440)
+
+
+def test_effects_are_as_strong_as_they_say(builders):
+    module = builders("build_sounds_extra")
+    wave = 0.5 * np.sin(2 * np.pi * 440 * np.arange(24000) / module.RATE)
+    for seed in range(20):
+        hiss = module.noise(wave, np.random.default_rng(seed)) - wave
+        below = 10 * np.log10(np.mean(wave ** 2) / np.mean(hiss ** 2))
+        assert 17.9 < below < 45.1
+        changed = module.equalizer(wave, np.random.default_rng(seed))
+        assert len(changed) == len(wave) and np.abs(10 * np.log10(np.mean(changed ** 2) / np.mean(wave ** 2))) < 4 * 8 + 0.1
+
+
+def test_parts_that_are_not_shipped_are_built_on_demand_alone(builders):
+    module = builders("build_starter")
+    assert set(module.SHIPPED) == set(MANIFEST) and not module.ON_DEMAND & set(module.SHIPPED)
+
+
+def test_extra_pictures_show_nothing_that_is_held_out(builders, tmp_path):
+    module = builders("build_images_extra")
+    known = module.known_pictures(tmp_path)                         # nothing is built there, so what is shipped
+    assert len(known) == sum(MANIFEST["images"]["per_style"].values()) + sum(MANIFEST["more_images"]["per_style"].values()) + 1364
+    assert not {style for style, _ in known} & {"twemoji", "lucide"}
+    unseen = {row["codepoint"] for row in rows("images-test-unseen-emoji.tar.gz")}
+    assert len(unseen) == 150 and not unseen & {code for _, code in known}
+    assert not unseen & module.codes_of_fonts(known) and {"1f34e", "1f680"} <= module.codes_of_fonts(known)
+    assert "twemoji" not in module.FONTS and not [spec for spec in module.DEB if "twemoji" in spec or "openmoji" in spec]
+
+
+def test_varied_pictures_show_the_whole_thing_on_another_background(builders):
+    from PIL import Image
+    module = builders("build_images_extra")
+    drawing, picture = Image.new("RGBA", (128, 128)), Image.new("RGBA", (128, 128))
+    drawing.paste((0, 0, 0, 255), (24, 24, 104, 104))
+    picture.paste((0, 0, 250, 255), (24, 24, 104, 104))
+    areas, behind = [], []
+    for seed in range(60):
+        image = module.varied(drawing, True, np.random.default_rng(seed))
+        assert (image.size, image.mode) == ((64, 64), "RGB")
+        assert image.tobytes() == module.varied(drawing, True, np.random.default_rng(seed)).tobytes()
+        light = np.asarray(image.convert("L"), float)
+        corner = np.median(light[[0, 0, -1, -1], [0, -1, 0, -1]])
+        assert np.percentile(np.abs(light - corner), 97) > 40, seed  # the ink can be told from what is behind it
+        pixels = np.asarray(module.varied(picture, False, np.random.default_rng(seed)), float)
+        blue = (pixels[..., 2] > 190) & (pixels[..., :2].max(-1) < 60)
+        behind.append(pixels[0, 0])
+        if not blue[[0, 0, -1, -1], [0, -1, 0, -1]].any():          # else what is behind it may be blue
+            areas.append(blue.mean())
+    assert len(areas) > 40 and 0.05 < min(areas) < 0.12 and 0.3 < max(areas) < 0.5      # from 0.45 to the whole of (80 / 128) ** 2
+    assert 3 <= sum(colour.min() > 245 for colour in behind) <= 20 and np.ptp(behind, axis=0).min() > 150
 
 
 def test_percussion_is_held_out_by_takes_and_by_soundfont():
