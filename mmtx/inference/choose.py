@@ -1,6 +1,7 @@
 """Which engine answers: the one place that knows them all."""
 
 from mmtx.inference.engine import Engine
+from mmtx.inference.graph_engine import GraphEngine
 from mmtx.inference.row import RowEngine
 from mmtx.inference.torch_engine import TorchEngine
 from mmtx.inference.weights import Weights
@@ -10,6 +11,8 @@ from mmtx.model import Decoder
 def choose_engine(decoder: Decoder, weights: Weights | None, rows: int) -> Engine:
     """The fastest engine for a batch of so many rows; `weights` are those of the decoder where they were made before."""
     weights = weights or Weights.of(decoder)
+    if weights.output.is_cuda and not weights.in_8_bits:
+        return GraphEngine(decoder, weights)
     if not RowEngine.fits(decoder):
         return TorchEngine(decoder, weights)
     return RowEngine(decoder, weights) if rows == 1 else TorchEngine(decoder, weights, single_row=RowEngine.of)

@@ -1,0 +1,36 @@
+"""One step of a batch as a function of tensors whose shapes never change: to be captured, or compiled, as a whole.
+
+Shapes: B batch, D width, H heads, G key-value heads, C capacity, K head width.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mmtx.config import DecoderConfig
+from mmtx.inference.cache import CacheTensors, KVCache
+from mmtx.inference.torch_engine import attend
+from mmtx.inference.weights import Layer, Norm, Weights
+from mmtx.model import Decoder
+
+
+def static_step(config: DecoderConfig, layers: tuple[Layer, ...], norm: Norm, x: Tensor, cache: CacheTensors) -> Tensor:
+    """Inputs of one more token a row (B, D) -> its last hidden states (B, D). The cache is changed in place."""
+    cos, sin = (each.index_select(0, cache.positions)[:, None] for each in (cache.cos, cache.sin))
+    cache.seen.index_fill_(1, cache.slot, True)
+    mask = torch.zeros_like(cache.seen, dtype=x.dtype).masked_fill(~cache.seen, -torch.inf)[:, None, None]
+    for layer, keys, values in zip(layers, cache.keys, cache.values, strict=True):
+        query, key, value = layer.heads(x, cos, sin, config)
+        keys.index_copy_(2, cache.slot, key[:, :, None])
+        values.index_copy_(2, cache.slot, value[:, :, None])
+        x = layer.output(x, attend(query, keys, values, mask))
+    cache.slot.add_(1)
+    cache.positions.add_(1)
+    return norm.fused(x)
+
+
+def torch_step(decoder: Decoder, weights: Weights, cache: KVCache) -> Callable[[Tensor], Tensor]:
+    """`static_step` of a cache as a function of ids (B,)."""
+    tensors = cache.tensors()
+    return lambda ids: static_step(weights.config, weights.layers, weights.norm, decoder.embedding(ids), tensors)
