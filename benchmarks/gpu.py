@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date
@@ -147,30 +148,119 @@ def packed_training(bench: Bench) -> Figures:
     return _training(bench, compiled=False, documents=8)
 
 
-def decoding(bench: Bench) -> Figures:
-    """Greedy decoding in bf16, one prompt and many."""
+def _decoder(bench: Bench) -> tuple:
+    """A decoder with random weights, its grammar, and prompts of so many rows."""
     import decode_speed
     import numpy as np
 
     from mmtx.grammar import Grammar
-    from mmtx.inference.generation import generate
-    from mmtx.inference.sampling import Sampling
-    from mmtx.inference.weights import Weights
     from mmtx.sequence import Prompt
     from mmtx.vocabulary import SLOTS, Entry, Vocabulary
 
     config = decode_speed.SHAPES["short" if bench.short else DECODED]
     decoder = decode_speed.random_decoder(config, bench.device, torch.bfloat16)
     grammar = Grammar(Vocabulary((Entry("text", 0, config.vocabulary_size - SLOTS, "", None, None),)))
-    weights, found, new = Weights.of(decoder, fixed=True), {}, 4 if bench.short else 128
-    for rows in (1, 2 if bench.short else 32):
-        prompts = [Prompt(np.arange(16) + row) for row in range(rows)]
-        with torch.inference_mode():
-            calls = bench.rate(lambda: generate(decoder, grammar, prompts, "text", Sampling(max_new_tokens=new),
-                                                weights=weights), 8)
-        found[f"ids/s, {rows} rows" if rows > 1 else "ids/s"] = calls * rows * new
-    size = sum(p.numel() * p.element_size() for p in decoder.parameters())
-    return {**found, "bytes of weights": size, "peak GB": bench.gigabytes()}
+    return decoder, grammar, lambda rows: [Prompt(np.arange(16) + row) for row in range(rows)]
+
+
+def bytes_read(decoder: torch.nn.Module) -> int:
+    """Bytes of weights that a step of one row reads: all, but of an embedding that is no output matrix one row."""
+    table = decoder.embedding.weight
+    rest = sum(p.nbytes for p in decoder.parameters() if p is not table)
+    return rest + (table.nbytes if decoder.output is None else table[0].nbytes)
+
+
+def _decode(bench: Bench, ways: dict[str, Callable], many: int) -> Figures:
+    """Greedy decoding of one prompt and of `many`, with each of the engines.
+
+    A step within `generate` beside parts of it: "network" feeds ids, "scores" finds the best next one too, the rest is the grammar's.
+    """
+    from mmtx.inference.generation import generate
+    from mmtx.inference.sampling import Sampling
+    from mmtx.inference.weights import Weights
+
+    decoder, grammar, prompts = _decoder(bench)
+    new, found = 4 if bench.short else 128, {"bytes of weights read": bytes_read(decoder)}
+    for rows in (1, many):
+        given, answers = prompts(rows), {}
+        for way, choose in ways.items():
+            weights, name = Weights.of(decoder, fixed=True), f"{way}, {rows} row{'s' * (rows > 1)}"
+
+            def answer() -> object:
+                return generate(decoder, grammar, given, "text", Sampling(max_new_tokens=new), weights=weights, choose=choose)
+
+            try:
+                with torch.inference_mode():
+                    start = bench.now()
+                    answers[way] = answer()
+                    found[f"{name}: seconds of the first answer"] = bench.now() - start
+                    found[f"ids/s, {name}"] = bench.rate(answer, 1.5) * rows * new
+                    engine = choose(decoder, weights, rows)
+                    allowed = grammar.allowed(grammar.start(rows, "text", bench.device), grammar.reach("text"))
+                    for part in ("network", "scores"):
+                        engine.prefill(given)
+                        ids = torch.zeros(rows, dtype=torch.long, device=bench.device)
+                        for _ in range(2):
+                            engine.step(ids)
+                        start = bench.now()
+                        for _ in range(new - 4):
+                            engine.step(ids)
+                            if part == "scores":
+                                ids = engine.best(allowed)
+                        found[f"{name}: us a step, {part}"] = (bench.now() - start) / max(new - 4, 1) * 1e6
+                    found[f"{name}: us a step, all"] = 1e6 * rows / found[f"ids/s, {name}"]
+                first = next(iter(answers))
+                same = [(a == b).mean() if len(a) == len(b) else 0.0 for a, b in zip(answers[first], answers[way], strict=True)]
+                found[f"{name}: share of ids that are those of {first}"] = float(sum(same) / len(same))
+            except Exception:  # of one way: the others are still to be measured
+                traceback.print_exc()
+                found[f"{name}: error"] = traceback.format_exc()[-1500:]
+    return {**found, "peak GB": bench.gigabytes()}
+
+
+def decoding(bench: Bench) -> Figures:
+    """Greedy decoding in bf16: as it is chosen, and steps that start each operation."""
+    from mmtx.inference.graph_engine import GraphEngine
+    from mmtx.inference.torch_engine import TorchEngine
+
+    found = _decode(bench, {name: (lambda decoder, weights, rows, make=make: make(decoder, weights)) for name, make in
+                            (("eager", TorchEngine), ("graph", GraphEngine))}, 2 if bench.short else 32)
+    return found
+
+
+def compiled_decoding(bench: Bench) -> Figures:
+    """The same through torch.compile."""
+    from functools import partial
+
+    from mmtx.inference.graph_engine import GraphEngine
+    from mmtx.inference.static_step import compiled_step
+
+    make = partial(compiled_step, backend="aot_eager" if bench.short else "inductor")
+    return _decode(bench, {"compiled": lambda decoder, weights, rows: GraphEngine(decoder, weights, make)}, 2 if bench.short else 32)
+
+
+def decoding_peer(bench: Bench) -> Figures:
+    """transformers' Qwen3 of the same shape and weights: a static cache, its forward compiled and in CUDA graphs."""
+    import decode_speed
+
+    decoder, _, prompts = _decoder(bench)
+    peer = decode_speed.qwen3(decoder).to(bench.device, torch.bfloat16)
+    found, new = {}, 4 if bench.short else 128
+    given = torch.tensor(prompts(1)[0].ids, device=bench.device)[None]
+
+    def answer(**options: Any) -> object:
+        return peer.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=new, do_sample=False, eos_token_id=None,
+                             pad_token_id=0, **options)
+
+    with torch.inference_mode():
+        found["ids/s, eager, dynamic cache"] = new * bench.rate(answer, 1.5)
+    if not bench.short:
+        with torch.no_grad():
+            start = bench.now()
+            answer(cache_implementation="static")
+            found["seconds of the first answer, static cache, compiled"] = bench.now() - start
+            found["ids/s, static cache, compiled"] = new * bench.rate(lambda: answer(cache_implementation="static"), 3)
+    return found
 
 
 @contextmanager
@@ -227,7 +317,7 @@ def starter(bench: Bench) -> Figures:
 
 # In the order of what is wanted most; their budgets in seconds are ten minutes together.
 STEPS: dict[str, tuple[Callable[[Bench], Figures], int]] = {
-    "rates": (rates, 30), "training": (training, 60), "decoding": (decoding, 50), "tests": (tests, 100),
+    "rates": (rates, 30), "training": (training, 60), "decoding": (decoding, 50), "compiled decoding": (compiled_decoding, 100), "decoding peer": (decoding_peer, 60), "tests": (tests, 100),
     "compiled training": (compiled_training, 110), "packed training": (packed_training, 50), "captions": (captions, 25),
     "codes": (codes, 25), "starter": (starter, 150)}
 
@@ -264,9 +354,12 @@ def shares(found: dict[str, Figures]) -> dict[str, float]:
     for share, step in (("mfu", "training"), ("mfu compiled", "compiled training"), ("mfu packed", "packed training")):
         if "FLOP/s" in found.get(step, {}) and "dense bf16 FLOP/s" in known:
             made[share] = found[step]["FLOP/s"] / known["dense bf16 FLOP/s"]
-    decoded = found.get("decoding", {})
-    if "ids/s" in decoded and "bytes read and written a second" in known:
-        made["share of the bandwidth"] = decoded["ids/s"] * decoded["bytes of weights"] / known["bytes read and written a second"]
+    if "bytes read and written a second" in known:
+        for step, share in (("decoding", "share of the bandwidth"), ("compiled decoding", "share of the bandwidth, compiled")):
+            decoded = found.get(step, {})
+            best = max((value for name, value in decoded.items() if re.fullmatch("ids/s, .*, 1 row", name)), default=None)
+            if best is not None:
+                made[share] = best * decoded["bytes of weights read"] / known["bytes read and written a second"]
     return made
 
 

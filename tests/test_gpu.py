@@ -17,7 +17,10 @@ from mmtx.data.sample import Media
 from mmtx.data.sources import open_source
 from mmtx.data.tokens import load_media
 from mmtx.inference.choose import choose_engine
+from mmtx.inference.graph_engine import GraphEngine
 from mmtx.inference.reference import ReferenceEngine
+from mmtx.inference.static_step import torch_step
+from mmtx.inference.weights import Weights
 from mmtx.model import Decoder
 from mmtx.sequence import Prompt
 from mmtx.varlen import Packing
@@ -27,6 +30,7 @@ STARTER = ROOT / "demos" / "data" / "starter"
 QUICKSTART = "configs/quickstart/decoder.yaml"
 STEPS = 20
 DEVICE = "cuda"  # or "cpu", to see that this file is right
+STEPS_OF_ENGINES = [torch_step]
 ACCELERATOR = {"cuda": "gpu", "cpu": "cpu"}[DEVICE]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no GPU")]
 
@@ -105,21 +109,38 @@ def test_captions_are_those_of_the_cpu():
     assert there.caption(loaded) == here.caption(loaded)
 
 
+@pytest.mark.parametrize("make_step", STEPS_OF_ENGINES)
 @pytest.mark.parametrize("count", [1, 4])
-def test_the_engine_follows_full_passes_while_its_cache_grows(count):
+@pytest.mark.parametrize("kept", [None, 30])
+def test_the_engine_follows_full_passes_while_its_cache_grows(make_step, count, kept, monkeypatch):
+    """With graphs of caches of 16 to 256 slots, which later engines use again; at step `kept` only two rows stay."""
+    monkeypatch.setattr("mmtx.inference.graph_engine.SMALLEST", 16)
     torch.manual_seed(0)
-    decoder = Decoder(DecoderConfig(100, width=64, depth=2, heads=4, kv_heads=2, head_dim=16, mlp_dim=128)).to(DEVICE)
-    prompts = [Prompt(np.arange(length)) for length in (9, 1, 40, 17)][:count]
-    engine, plain = choose_engine(decoder, None, count), ReferenceEngine(decoder)
-    with torch.inference_mode():
-        engine.prefill(prompts, room=2)
-        plain.prefill(prompts)
-        allowed = torch.rand(count, 100, device=DEVICE) < 0.5
-        for _ in range(100):
-            assert (engine.hidden - plain.hidden).abs().max() < 1e-4
-            assert torch.equal(engine.best(allowed), plain.best(allowed))
-            ids = torch.randint(100, (count,), device=DEVICE)
-            engine.step(ids), plain.step(ids)
+    decoder = Decoder(DecoderConfig(100, width=64, depth=2, heads=4, kv_heads=2, head_dim=32, mlp_dim=96)).to(DEVICE)
+    decoder.requires_grad_(False)
+    weights = Weights.of(decoder, fixed=True)
+    for first in (0, 50):                # the second finds what the first has captured
+        prompts = [Prompt(np.arange(length) + first) for length in (9, 1, 40, 17)][:count]
+        engine, plain = GraphEngine(decoder, weights, make_step), ReferenceEngine(decoder)
+        with torch.inference_mode():
+            engine.prefill(prompts, room=2)
+            plain.prefill(prompts)
+            allowed = torch.rand(count, 100, device=DEVICE) < 0.5
+            for step in range(100):
+                if step == kept:
+                    rows = torch.arange(count, device=DEVICE)[-2:]
+                    engine, plain, allowed = engine.keep(rows), plain.keep(rows), allowed[rows]
+                assert (engine.hidden - plain.hidden).abs().max() < 1e-4
+                assert torch.equal(engine.best(allowed), plain.best(allowed))
+                ids = torch.randint(100, (len(allowed),), device=DEVICE)
+                engine.step(ids), plain.step(ids)
+        if DEVICE == "cuda":
+            assert engine.captured.graph is not None
+
+
+def test_a_gpu_gets_the_engine_with_graphs():
+    decoder = Decoder(DecoderConfig(100, width=64, depth=2, heads=4, kv_heads=2, head_dim=32, mlp_dim=96)).to(DEVICE)
+    assert (type(choose_engine(decoder, None, 4)) is GraphEngine) == (DEVICE == "cuda")
 
 
 @pytest.mark.parametrize("out", ["text", "image"])

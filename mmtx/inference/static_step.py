@@ -34,3 +34,11 @@ def torch_step(decoder: Decoder, weights: Weights, cache: KVCache) -> Callable[[
     """`static_step` of a cache as a function of ids (B,)."""
     tensors = cache.tensors()
     return lambda ids: static_step(weights.config, weights.layers, weights.norm, decoder.embedding(ids), tensors)
+
+
+def compiled_step(decoder: Decoder, weights: Weights, cache: KVCache, backend: str = "inductor") -> Callable[[Tensor], Tensor]:
+    """The same through torch.compile, which takes a minute for a shape."""
+    tensors = cache.tensors()
+    options = {"coordinate_descent_tuning": True} if backend == "inductor" else None
+    run = torch.compile(static_step, fullgraph=True, dynamic=False, backend=backend, options=options)
+    return lambda ids: run(weights.config, weights.layers, weights.norm, decoder.embedding(ids), tensors)
