@@ -228,6 +228,16 @@ def decoding(bench: Bench) -> Figures:
     return found
 
 
+def fused_decoding(bench: Bench) -> Figures:
+    """The same with kernels of our own, for few rows."""
+    if not bench.gpu:
+        return {}
+    from mmtx.inference.fused_step import fused_step
+    from mmtx.inference.graph_engine import GraphEngine
+
+    return _decode(bench, {"graph": lambda decoder, weights, rows: GraphEngine(decoder, weights), "fused": lambda decoder, weights, rows: GraphEngine(decoder, weights, fused_step)}, 4)
+
+
 def compiled_decoding(bench: Bench) -> Figures:
     """The same through torch.compile."""
     from functools import partial
@@ -317,7 +327,7 @@ def starter(bench: Bench) -> Figures:
 
 # In the order of what is wanted most; their budgets in seconds are ten minutes together.
 STEPS: dict[str, tuple[Callable[[Bench], Figures], int]] = {
-    "rates": (rates, 30), "training": (training, 60), "decoding": (decoding, 50), "compiled decoding": (compiled_decoding, 100), "decoding peer": (decoding_peer, 60), "tests": (tests, 100),
+    "rates": (rates, 30), "training": (training, 60), "decoding": (decoding, 50), "fused decoding": (fused_decoding, 50), "compiled decoding": (compiled_decoding, 100), "decoding peer": (decoding_peer, 60), "tests": (tests, 100),
     "compiled training": (compiled_training, 110), "packed training": (packed_training, 50), "captions": (captions, 25),
     "codes": (codes, 25), "starter": (starter, 150)}
 
@@ -355,7 +365,8 @@ def shares(found: dict[str, Figures]) -> dict[str, float]:
         if "FLOP/s" in found.get(step, {}) and "dense bf16 FLOP/s" in known:
             made[share] = found[step]["FLOP/s"] / known["dense bf16 FLOP/s"]
     if "bytes read and written a second" in known:
-        for step, share in (("decoding", "share of the bandwidth"), ("compiled decoding", "share of the bandwidth, compiled")):
+        for step, share in (("decoding", "share of the bandwidth"), ("fused decoding", "share of the bandwidth, fused"),
+                             ("compiled decoding", "share of the bandwidth, compiled")):
             decoded = found.get(step, {})
             best = max((value for name, value in decoded.items() if re.fullmatch("ids/s, .*, 1 row", name)), default=None)
             if best is not None:

@@ -17,6 +17,7 @@ from mmtx.data.sample import Media
 from mmtx.data.sources import open_source
 from mmtx.data.tokens import load_media
 from mmtx.inference.choose import choose_engine
+from mmtx.inference.fused_step import fused_step
 from mmtx.inference.graph_engine import GraphEngine
 from mmtx.inference.reference import ReferenceEngine
 from mmtx.inference.static_step import torch_step
@@ -30,7 +31,7 @@ STARTER = ROOT / "demos" / "data" / "starter"
 QUICKSTART = "configs/quickstart/decoder.yaml"
 STEPS = 20
 DEVICE = "cuda"  # or "cpu", to see that this file is right
-STEPS_OF_ENGINES = [torch_step]
+STEPS_OF_ENGINES = [torch_step, *([fused_step] if DEVICE == "cuda" else [])]
 ACCELERATOR = {"cuda": "gpu", "cpu": "cpu"}[DEVICE]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no GPU")]
 

@@ -1,0 +1,211 @@
+"""One step of a few rows in five kernels a layer, written in Triton: what a GPU reads is the weights, and little else takes time.
+
+With few rows the time of a step is that of reading the matrices. Norms, rotary positions, gates and sums are computed where a
+kernel has the numbers at hand, each kernel reads a matrix in one wave of blocks, and a block asks for its part of the matrix before
+the kernel ahead of it has ended (programmatic dependent launch): only what depends on that one waits.
+
+Shapes: B batch, I inputs, O outputs, H heads, G key-value heads, C capacity, K head width.
+"""
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from mmtx.inference.cache import KVCache
+from mmtx.inference.weights import Weights
+from mmtx.model import Decoder
+
+MOST_ROWS = 8       # from more on, matrix products with tensor cores are faster
+TILE = 2 ** 13      # numbers of a matrix that a block reads, about
+SLOTS = 32          # of the cache that attention takes at a time
+LEAST = 16          # rows, and columns, of the smallest product of Triton
+
+
+@triton.jit
+def _wait(EARLY: tl.constexpr):
+    """Let the next kernel begin, and wait for the one before. What is read above this line nobody writes."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@triton.jit
+def _normed(x, gain, eps, inputs):
+    """RMSNorm of x (I,) in float32, rounded as the kernels of torch do."""
+    y = x * tl.rsqrt(tl.sum(x * x, 0) / inputs + eps) * gain
+    return y
+
+
+@triton.jit
+def _norm_linear(x_ptr, gain_ptr, matrix_ptr, bias_ptr, y_ptr, eps, inputs, outputs,
+                 ROWS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr):
+    """norm(x) (ROWS, I) times a matrix (O, I), plus a bias -> y (ROWS, O)."""
+    out, i = tl.program_id(0) * OUT + tl.arange(0, OUT), tl.arange(0, IN)
+    fits, inside = out < outputs, i < inputs
+    matrix = tl.load(matrix_ptr + out[:, None] * inputs + i[None, :], mask=fits[:, None] & inside[None, :], other=0)
+    gain = tl.load(gain_ptr + i, mask=inside, other=0).to(tl.float32)
+    _wait(EARLY)
+    for row in tl.static_range(ROWS):
+        x = tl.load(x_ptr + row * inputs + i, mask=inside, other=0).to(tl.float32)
+        normed = _normed(x, gain, eps, inputs).to(matrix.dtype).to(tl.float32)
+        y = tl.sum(matrix.to(tl.float32) * normed[None, :], 1)
+        if BIAS:
+            y += tl.load(bias_ptr + out, mask=fits, other=0).to(tl.float32)
+        tl.store(y_ptr + row * outputs + out, y.to(y_ptr.dtype.element_ty), mask=fits)
+
+
+@triton.jit
+def _norm_swiglu(x_ptr, gain_ptr, matrix_ptr, y_ptr, eps, inputs, outputs,
+                 ROWS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, EARLY: tl.constexpr):
+    """norm(x) (ROWS, I) times a matrix (2 * O, I) of gates and values -> silu(gate) * value (ROWS, O)."""
+    out, i = tl.program_id(0) * OUT + tl.arange(0, OUT), tl.arange(0, IN)
+    fits, inside = out < outputs, i < inputs
+    place, both = out[:, None] * inputs + i[None, :], fits[:, None] & inside[None, :]
+    gates = tl.load(matrix_ptr + place, mask=both, other=0)
+    values = tl.load(matrix_ptr + outputs * inputs + place, mask=both, other=0)
+    gain = tl.load(gain_ptr + i, mask=inside, other=0).to(tl.float32)
+    _wait(EARLY)
+    for row in tl.static_range(ROWS):
+        x = tl.load(x_ptr + row * inputs + i, mask=inside, other=0).to(tl.float32)
+        normed = _normed(x, gain, eps, inputs).to(gates.dtype).to(tl.float32)
+        gate = tl.sum(gates.to(tl.float32) * normed[None, :], 1)
+        value = tl.sum(values.to(tl.float32) * normed[None, :], 1)
+        tl.store(y_ptr + row * outputs + out, (gate * tl.sigmoid(gate) * value).to(y_ptr.dtype.element_ty), mask=fits)
+
+
+@triton.jit
+def _linear_add(x_ptr, matrix_ptr, y_ptr, inputs, outputs,
+                ROWS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, EARLY: tl.constexpr):
+    """Add x (ROWS, I) times a matrix (O, I) to y (ROWS, O)."""
+    out, i = tl.program_id(0) * OUT + tl.arange(0, OUT), tl.arange(0, IN)
+    fits, inside = out < outputs, i < inputs
+    matrix = tl.load(matrix_ptr + out[:, None] * inputs + i[None, :], mask=fits[:, None] & inside[None, :], other=0)
+    _wait(EARLY)
+    for row in tl.static_range(ROWS):
+        x = tl.load(x_ptr + row * inputs + i, mask=inside, other=0).to(tl.float32)
+        at = y_ptr + row * outputs + out
+        y = tl.load(at, mask=fits, other=0).to(tl.float32) + tl.sum(matrix.to(tl.float32) * x[None, :], 1)
+        tl.store(at, y.to(y_ptr.dtype.element_ty), mask=fits)
+
+
+@triton.jit
+def _attend(qkv_ptr, gain_ptr, cos_ptr, sin_ptr, positions_ptr, slot_ptr, seen_ptr, keys_ptr, values_ptr, y_ptr, eps, scale, capacity,
+            HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, SLOTS: tl.constexpr,
+            NORM: tl.constexpr, EARLY: tl.constexpr):
+    """Of one row and key-value head: norm and positions of queries and key, both into the cache, and what the queries find."""
+    row, group = tl.program_id(0), tl.program_id(1)
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    d, q = tl.arange(0, WIDTH), tl.arange(0, QUERIES)
+    swapped, inside = (d + WIDTH // 2) % WIDTH, q[:, None] < GROUP
+    of_query, of_key = (group * GROUP + q)[:, None] * WIDTH, (HEADS + group) * WIDTH
+    if NORM:
+        query_gain = tl.load(gain_ptr + of_query + d[None, :], mask=inside, other=0).to(tl.float32)
+        query_gain_swapped = tl.load(gain_ptr + of_query + swapped[None, :], mask=inside, other=0).to(tl.float32)
+        key_gain = tl.load(gain_ptr + of_key + d).to(tl.float32)
+        key_gain_swapped = tl.load(gain_ptr + of_key + swapped).to(tl.float32)
+    _wait(EARLY)
+    slot, position = tl.load(slot_ptr), tl.load(positions_ptr + row)
+    cos, sin = tl.load(cos_ptr + position * WIDTH + d).to(tl.float32), tl.load(sin_ptr + position * WIDTH + d).to(tl.float32)
+    qkv_ptr += row * (HEADS + 2 * KV_HEADS) * WIDTH
+    query = tl.load(qkv_ptr + of_query + d[None, :], mask=inside, other=0).to(tl.float32)
+    query_swapped = tl.load(qkv_ptr + of_query + swapped[None, :], mask=inside, other=0).to(tl.float32)
+    key, key_swapped = tl.load(qkv_ptr + of_key + d).to(tl.float32), tl.load(qkv_ptr + of_key + swapped).to(tl.float32)
+    value = tl.load(qkv_ptr + of_key + KV_HEADS * WIDTH + d)
+    if NORM:
+        query_factor = tl.rsqrt(tl.sum(query * query, 1) / WIDTH + eps)[:, None]
+        key_factor = tl.rsqrt(tl.sum(key * key, 0) / WIDTH + eps)
+        query, query_swapped = query * query_factor * query_gain, query_swapped * query_factor * query_gain_swapped
+        key, key_swapped = key * key_factor * key_gain, key_swapped * key_factor * key_gain_swapped
+    query = (query * cos[None, :] + query_swapped * sin[None, :]).to(value.dtype)
+    key = (key * cos + key_swapped * sin).to(value.dtype)
+    start = (row * KV_HEADS + group).to(tl.int64) * capacity * WIDTH
+    keys_ptr += start
+    values_ptr += start
+    tl.store(keys_ptr + slot * WIDTH + d, key)
+    tl.store(values_ptr + slot * WIDTH + d, value)
+    tl.store(seen_ptr + row * capacity + slot, 1)
+    # The token itself comes first, then those before it, with running maximum and sum (https://arxiv.org/abs/2205.14135).
+    most = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scale
+    total = tl.full((QUERIES,), 1.0, tl.float32)
+    found = tl.zeros((QUERIES, WIDTH), tl.float32) + value.to(tl.float32)[None, :]
+    for first in range(0, slot, SLOTS):
+        t = first + tl.arange(0, SLOTS)
+        seen = t < slot
+        seen = seen & (tl.load(seen_ptr + row * capacity + t, mask=seen, other=0) != 0)
+        keys = tl.load(keys_ptr + t[None, :] * WIDTH + d[:, None], mask=seen[None, :], other=0)
+        values = tl.load(values_ptr + t[:, None] * WIDTH + d[None, :], mask=seen[:, None], other=0)
+        scores = tl.where(seen[None, :], tl.dot(query, keys, input_precision="ieee") * scale, float("-inf"))
+        more = tl.maximum(most, tl.max(scores, 1))
+        shares, less = tl.exp(scores - more[:, None]), tl.exp(most - more)
+        total = total * less + tl.sum(shares, 1)
+        found = found * less[:, None] + tl.dot(shares.to(values.dtype), values, input_precision="ieee")
+        most = more
+    found = found / total[:, None]
+    tl.store(y_ptr + row * HEADS * WIDTH + of_query + d[None, :], found.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _last_norm(x_ptr, gain_ptr, y_ptr, slot_ptr, positions_ptr, eps, inputs, IN: tl.constexpr, EARLY: tl.constexpr):
+    """Norm of the rows of x (B, I) -> y (B, I); slot and positions go on by one."""
+    row, i = tl.program_id(0), tl.arange(0, IN)
+    inside = i < inputs
+    gain = tl.load(gain_ptr + i, mask=inside, other=0).to(tl.float32)
+    _wait(EARLY)
+    x = tl.load(x_ptr + row * inputs + i, mask=inside, other=0).to(tl.float32)
+    tl.store(y_ptr + row * inputs + i, _normed(x, gain, eps, inputs).to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(positions_ptr + row, tl.load(positions_ptr + row) + 1)
+    if row == 0:
+        tl.store(slot_ptr, tl.load(slot_ptr) + 1)
+
+
+def fits(weights: Weights, rows: int) -> bool:
+    """Whether the kernels are for such a decoder and so many rows."""
+    c, matrices = weights.config, [each for layer in weights.layers for each in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+    return (rows <= MOST_ROWS and c.head_dim >= LEAST and c.head_dim & (c.head_dim - 1) == 0 and max(c.width, c.mlp_dim) <= 2 ** 15
+            and all(isinstance(each, Tensor) and each.T.is_contiguous() for each in matrices))
+
+
+def fused_step(decoder: Decoder, weights: Weights, cache: KVCache) -> Callable[[Tensor], Tensor]:
+    """`static_step` of a cache as a function of ids (B,), where it `fits`."""
+    c, rows, like = weights.config, len(cache.positions), cache.keys[0]
+    on_gpu = like.is_cuda
+    early = on_gpu and torch.cuda.get_device_capability(like.device) >= (9, 0)
+    launch = {"EARLY": early, **({"launch_pdl": True} if early else {})}
+    qkv = like.new_empty(rows, (c.heads + 2 * c.kv_heads) * c.head_dim)
+    found, inner = like.new_empty(rows, c.heads * c.head_dim), like.new_empty(rows, c.mlp_dim)
+    seen, queries = cache.seen.view(torch.uint8), max(LEAST, triton.next_power_of_2(c.heads // c.kv_heads))
+    hidden = like.new_empty(rows, c.width)
+
+    def sizes(inputs: int, outputs: int, matrices: int = 1) -> tuple[tuple[int], dict]:
+        """The grid, and the part of a matrix that a block reads."""
+        whole = triton.next_power_of_2(inputs)
+        out = max(1, TILE // matrices // whole)
+        return (triton.cdiv(outputs, out),), {"ROWS": rows, "IN": whole, "OUT": out, **launch}
+
+    def step(ids: Tensor) -> Tensor:
+        x = decoder.embedding(ids)
+        for layer, keys, values in zip(weights.layers, cache.keys, cache.values, strict=True):
+            grid, options = sizes(c.width, qkv.shape[1])
+            bias = layer.qkv_bias
+            _norm_linear[grid](x, layer.attention_norm.gain, layer.qkv, qkv if bias is None else bias, qkv, c.norm_eps, c.width,
+                               qkv.shape[1], BIAS=bias is not None, **options)
+            norm = layer.head_norm
+            _attend[rows, c.kv_heads](qkv, qkv if norm is None else norm.gain, cache.cos, cache.sin, cache.positions, cache.slot, seen,
+                                      keys, values, found, c.norm_eps, c.head_dim ** -0.5, cache.capacity, HEADS=c.heads,
+                                      KV_HEADS=c.kv_heads, WIDTH=c.head_dim, QUERIES=queries, SLOTS=SLOTS,
+                                      NORM=norm is not None, **launch)
+            grid, options = sizes(found.shape[1], c.width)
+            _linear_add[grid](found, layer.out, x, found.shape[1], c.width, **options)
+            grid, options = sizes(c.width, c.mlp_dim, 2)
+            _norm_swiglu[grid](x, layer.feed_forward_norm.gain, layer.gate_up, inner, c.norm_eps, c.width, c.mlp_dim, **options)
+            grid, options = sizes(c.mlp_dim, c.width)
+            _linear_add[grid](inner, layer.down, x, c.mlp_dim, c.width, **options)
+        _last_norm[rows,](x, weights.norm.gain, hidden, cache.slot, cache.positions, c.norm_eps, c.width,
+                          IN=triton.next_power_of_2(c.width), **launch)
+        return hidden
+
+    return step
