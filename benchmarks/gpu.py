@@ -232,10 +232,10 @@ def fused_decoding(bench: Bench) -> Figures:
     """The same with kernels of our own, for few rows."""
     if not bench.gpu:
         return {}
-    from mmtx.inference.fused_step import fused_step
+    from mmtx.inference.fused_engine import FusedEngine
     from mmtx.inference.graph_engine import GraphEngine
 
-    return _decode(bench, {"graph": lambda decoder, weights, rows: GraphEngine(decoder, weights), "fused": lambda decoder, weights, rows: GraphEngine(decoder, weights, fused_step)}, 4)
+    return _decode(bench, {"graph": lambda decoder, weights, rows: GraphEngine(decoder, weights), "fused": lambda decoder, weights, rows: FusedEngine(decoder, weights)}, 4)
 
 
 def compiled_decoding(bench: Bench) -> Figures:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 import decode_speed
 from mmtx.inference.graph_engine import GraphEngine
 from mmtx.inference.weights import Weights
-from mmtx.inference import fused_step as fs
+from mmtx.inference import fused_engine as fs
 from mmtx.inference.static_step import torch_step
 from mmtx.sequence import Prompt
 
@@ -47,6 +47,10 @@ def main():
                                                             BIAS=False, EARLY=False, num_warps=warps)
                     say(head_out=out, warps=warps, TBs=w.nbytes / timed(graphed(run), 20) / 1e6)
                 except Exception: traceback.print_exc()
+        for tile in (2**12, 2**13, 2**14):
+            fs.TILE = tile
+            try: say(fused_best_us=timed(graphed(lambda: fs.fused_best(x, w, allowed)), 50), tile=4 * tile)
+            except Exception: traceback.print_exc()
         ids = torch.zeros(1, dtype=torch.long, device="cuda")
         def network(make, **more):
             try:
@@ -86,8 +90,8 @@ def main():
             kept = getattr(fs, name); setattr(fs, name, Skip())
             network(lambda *a: fs.fused_step(*a), way="fused", without=name)
             setattr(fs, name, kept)
-        for slots in (16, 64, 128):
-            fs.SLOTS = slots
-            network(lambda *a: fs.fused_step(*a), way="fused", slots=slots)
+        for slots, part in ((16, 256), (64, 256), (32, 64), (32, 128), (64, 64)):
+            fs.SLOTS, fs.PART = slots, part
+            network(lambda *a: fs.fused_step(*a), way="fused", slots=slots, part=part)
 
 main()

@@ -17,10 +17,11 @@ from mmtx.data.sample import Media
 from mmtx.data.sources import open_source
 from mmtx.data.tokens import load_media
 from mmtx.inference.choose import choose_engine
-from mmtx.inference.fused_step import fused_step
+from mmtx.inference.fused_engine import MOST_ROWS, FusedEngine, fused_step
 from mmtx.inference.graph_engine import GraphEngine
 from mmtx.inference.reference import ReferenceEngine
 from mmtx.inference.static_step import torch_step
+from mmtx.inference.torch_engine import TorchEngine
 from mmtx.inference.weights import Weights
 from mmtx.model import Decoder
 from mmtx.sequence import Prompt
@@ -141,7 +142,33 @@ def test_the_engine_follows_full_passes_while_its_cache_grows(make_step, count, 
 
 def test_a_gpu_gets_the_engine_with_graphs():
     decoder = Decoder(DecoderConfig(100, width=64, depth=2, heads=4, kv_heads=2, head_dim=32, mlp_dim=96)).to(DEVICE)
-    assert (type(choose_engine(decoder, None, 4)) is GraphEngine) == (DEVICE == "cuda")
+    for rows, expected in ((MOST_ROWS, FusedEngine), (MOST_ROWS + 1, GraphEngine)):
+        assert (type(choose_engine(decoder, None, rows)) is expected) == (DEVICE == "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_fused_engine_equals_the_one_of_torch_in_long_answers(dtype, count):
+    """With parts of the cache in blocks of their own, and with the best of many ids."""
+    if DEVICE == "cpu":
+        pytest.skip("tests/test_fused_engine.py does it for a CPU")
+    torch.manual_seed(0)
+    decoder = Decoder(DecoderConfig(50_000, width=192, depth=2, heads=6, kv_heads=2, head_dim=64, mlp_dim=320)).to(DEVICE, dtype)
+    decoder.requires_grad_(False)
+    weights, prompts = Weights.of(decoder, fixed=True), [Prompt(np.arange(length)) for length in (700, 1500, 30)][:count]
+    engine, plain = FusedEngine(decoder, weights), TorchEngine(decoder, weights)
+    with torch.inference_mode():
+        engine.prefill(prompts), plain.prefill(prompts)
+        for step in range(700):
+            ids = torch.randint(50_000, (count,), device=DEVICE)
+            engine.step(ids), plain.step(ids)
+            assert (engine.hidden - plain.hidden).abs().max() < (1e-4 if dtype == torch.float32 else 0.2), step
+            if step % 10 == 0:
+                allowed = torch.rand(count, 49_990, device=DEVICE) < 0.5
+                scores = plain.scores(49_990).masked_fill(~allowed, -torch.inf)
+                best = engine.best(allowed)[:, None]
+                assert allowed.gather(1, best).all()
+                assert (scores.gather(1, best)[:, 0] >= scores.amax(1) - (1e-4 if dtype == torch.float32 else 0.05)).all()
 
 
 @pytest.mark.parametrize("out", ["text", "image"])

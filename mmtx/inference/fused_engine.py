@@ -1,4 +1,4 @@
-"""One step of a few rows in five kernels a layer, written in Triton: what a GPU reads is the weights, and little else takes time.
+"""The engine of a few rows on a GPU: a step in five kernels a layer, written in Triton. What a GPU reads is the weights, and little else takes time.
 
 With few rows the time of a step is that of reading the matrices. Norms, rotary positions, gates and sums are computed where a
 kernel has the numbers at hand, each kernel reads a matrix in one wave of blocks, and a block asks for its part of the matrix before
@@ -16,12 +16,15 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mmtx.inference.cache import KVCache
+from mmtx.inference.graph_engine import GraphEngine
 from mmtx.inference.weights import Weights
 from mmtx.model import Decoder
 
 MOST_ROWS = 8       # from more on, matrix products with tensor cores are faster
 TILE = 2 ** 13      # numbers of a matrix that a block reads, about
 SLOTS = 32          # of the cache that attention takes at a time
+PART = 256          # slots of the cache that a block of attention reads, about
+MOST_PARTS = 32     # of the cache
 LEAST = 16          # rows, and columns, of the smallest product of Triton
 
 
@@ -93,11 +96,15 @@ def _linear_add(x_ptr, matrix_ptr, y_ptr, inputs, outputs,
 
 
 @triton.jit
-def _attend(qkv_ptr, gain_ptr, cos_ptr, sin_ptr, positions_ptr, slot_ptr, seen_ptr, keys_ptr, values_ptr, y_ptr, eps, scale, capacity,
+def _attend(qkv_ptr, gain_ptr, cos_ptr, sin_ptr, positions_ptr, slot_ptr, seen_ptr, keys_ptr, values_ptr, y_ptr,
+            found_ptr, most_ptr, total_ptr, done_ptr, eps, scale, capacity,
             HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, SLOTS: tl.constexpr,
-            NORM: tl.constexpr, EARLY: tl.constexpr):
-    """Of one row and key-value head: norm and positions of queries and key, both into the cache, and what the queries find."""
-    row, group = tl.program_id(0), tl.program_id(1)
+            PARTS: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr):
+    """Of one row, key-value head and part of the cache: norm and positions of queries and key, and what the queries find.
+
+    The first part writes key and value into the cache. Whichever part ends last puts together what all have found.
+    """
+    row, group, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = HEADS // KV_HEADS
     d, q = tl.arange(0, WIDTH), tl.arange(0, QUERIES)
     swapped, inside = (d + WIDTH // 2) % WIDTH, q[:, None] < GROUP
@@ -125,16 +132,21 @@ def _attend(qkv_ptr, gain_ptr, cos_ptr, sin_ptr, positions_ptr, slot_ptr, seen_p
     start = (row * KV_HEADS + group).to(tl.int64) * capacity * WIDTH
     keys_ptr += start
     values_ptr += start
-    tl.store(keys_ptr + slot * WIDTH + d, key)
-    tl.store(values_ptr + slot * WIDTH + d, value)
-    tl.store(seen_ptr + row * capacity + slot, 1)
     # The token itself comes first, then those before it, with running maximum and sum (https://arxiv.org/abs/2205.14135).
+    # Each part begins with the token itself, so that it has seen something, and all but the first without its share.
     most = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scale
-    total = tl.full((QUERIES,), 1.0, tl.float32)
-    found = tl.zeros((QUERIES, WIDTH), tl.float32) + value.to(tl.float32)[None, :]
-    for first in range(0, slot, SLOTS):
+    own = tl.where(part == 0, 1.0, 0.0)
+    total = tl.zeros((QUERIES,), tl.float32) + own
+    found = tl.zeros((QUERIES, WIDTH), tl.float32) + tl.where(part == 0, value.to(tl.float32), 0.0)[None, :]
+    if part == 0:
+        tl.store(keys_ptr + slot * WIDTH + d, key)
+        tl.store(values_ptr + slot * WIDTH + d, value)
+        tl.store(seen_ptr + row * capacity + slot, 1)
+    length = tl.cdiv(tl.cdiv(slot, PARTS), SLOTS) * SLOTS
+    stop = tl.minimum((part + 1) * length, slot)
+    for first in range(part * length, stop, SLOTS):
         t = first + tl.arange(0, SLOTS)
-        seen = t < slot
+        seen = t < stop
         seen = seen & (tl.load(seen_ptr + row * capacity + t, mask=seen, other=0) != 0)
         keys = tl.load(keys_ptr + t[None, :] * WIDTH + d[:, None], mask=seen[None, :], other=0)
         values = tl.load(values_ptr + t[:, None] * WIDTH + d[None, :], mask=seen[:, None], other=0)
@@ -144,8 +156,29 @@ def _attend(qkv_ptr, gain_ptr, cos_ptr, sin_ptr, positions_ptr, slot_ptr, seen_p
         total = total * less + tl.sum(shares, 1)
         found = found * less[:, None] + tl.dot(shares.to(values.dtype), values, input_precision="ieee")
         most = more
-    found = found / total[:, None]
-    tl.store(y_ptr + row * HEADS * WIDTH + of_query + d[None, :], found.to(y_ptr.dtype.element_ty), mask=inside)
+    if PARTS > 1:
+        group += row * KV_HEADS
+        place = (group * PARTS + part) * QUERIES + q
+        tl.store(found_ptr + place[:, None] * WIDTH + d[None, :], found)
+        tl.store(most_ptr + place, most)
+        tl.store(total_ptr + place, total)
+        tl.debug_barrier()
+        if tl.atomic_add(done_ptr + group, 1) == PARTS - 1:
+            tl.store(done_ptr + group, 0)
+            most = tl.full((QUERIES,), float("-inf"), tl.float32)
+            total = tl.zeros((QUERIES,), tl.float32)
+            found = tl.zeros((QUERIES, WIDTH), tl.float32)
+            for each in range(PARTS):
+                place = (group * PARTS + each) * QUERIES + q
+                other = tl.load(most_ptr + place, cache_modifier=".cg")
+                more = tl.maximum(most, other)
+                less, share = tl.exp(most - more), tl.exp(other - more)
+                total = total * less + tl.load(total_ptr + place, cache_modifier=".cg") * share
+                found = found * less[:, None] + tl.load(found_ptr + place[:, None] * WIDTH + d[None, :], cache_modifier=".cg") * share[:, None]
+                most = more
+            tl.store(y_ptr + row * HEADS * WIDTH + of_query + d[None, :], (found / total[:, None]).to(y_ptr.dtype.element_ty), mask=inside)
+    else:
+        tl.store(y_ptr + row * HEADS * WIDTH + of_query + d[None, :], (found / total[:, None]).to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -162,10 +195,55 @@ def _last_norm(x_ptr, gain_ptr, y_ptr, slot_ptr, positions_ptr, eps, inputs, IN:
         tl.store(slot_ptr, tl.load(slot_ptr) + 1)
 
 
+@triton.jit
+def _best_of_blocks(x_ptr, matrix_ptr, allowed_ptr, best_ptr, place_ptr, inputs, outputs,
+                    ROWS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr):
+    """x (ROWS, I) times a matrix (O, I), rounded -> the best that is allowed of each block of outputs, and its place (ROWS, blocks)."""
+    block, blocks, i = tl.program_id(0), tl.num_programs(0), tl.arange(0, IN)
+    out, inside = block * OUT + tl.arange(0, OUT), i < inputs
+    fits = out < outputs
+    matrix = tl.load(matrix_ptr + out.to(tl.int64)[:, None] * inputs + i[None, :], mask=fits[:, None] & inside[None, :], other=0)
+    for row in tl.static_range(ROWS):
+        x = tl.load(x_ptr + row * inputs + i, mask=inside, other=0).to(tl.float32)
+        scores = tl.sum(matrix.to(tl.float32) * x[None, :], 1).to(matrix.dtype).to(tl.float32)
+        # What is allowed is better than all else, whatever its score.
+        scores = tl.where(scores == scores, tl.minimum(tl.maximum(scores, -3e38), 3e38), 3e38)
+        allowed = tl.load(allowed_ptr + row * outputs + out, mask=fits, other=0) != 0
+        scores = tl.where(allowed, scores, float("-inf"))
+        best = tl.max(scores, 0)
+        tl.store(best_ptr + row * blocks + block, best)
+        tl.store(place_ptr + row * blocks + block, tl.min(tl.where(scores == best, out, outputs), 0))
+
+
+@triton.jit
+def _best_block(best_ptr, place_ptr, y_ptr, blocks, BLOCKS: tl.constexpr):
+    """The place of the best of all blocks (B, blocks) -> y (B,); of equal ones the first."""
+    row, block = tl.program_id(0), tl.arange(0, BLOCKS)
+    inside = block < blocks
+    best = tl.load(best_ptr + row * blocks + block, mask=inside, other=float("-inf"))
+    place = tl.load(place_ptr + row * blocks + block, mask=inside, other=2 ** 31 - 1)
+    y = tl.min(tl.where(best == tl.max(best, 0), place, 2 ** 31 - 1), 0)
+    tl.store(y_ptr + row, y.to(tl.int64))
+
+
+def fused_best(hidden: Tensor, matrix: Tensor, allowed: Tensor) -> Tensor:
+    """The best among the first rows of an output matrix (R, D) that are allowed (B, N), for hidden states (B, D) -> (B,)."""
+    (rows, width), outputs = hidden.shape, allowed.shape[1]
+    whole = triton.next_power_of_2(width)
+    out = max(1, 4 * TILE // whole)
+    blocks = triton.cdiv(outputs, out)
+    best, place = (hidden.new_empty(rows, blocks, dtype=dtype) for dtype in (torch.float32, torch.int32))
+    chosen = hidden.new_empty(rows, dtype=torch.int64)
+    _best_of_blocks[blocks,](hidden, matrix, allowed.view(torch.uint8), best, place, width, outputs, ROWS=rows, IN=whole, OUT=out,
+                             num_warps=8)
+    _best_block[rows,](best, place, chosen, blocks, BLOCKS=triton.next_power_of_2(blocks), num_warps=8)
+    return chosen
+
+
 def fits(weights: Weights, rows: int) -> bool:
     """Whether the kernels are for such a decoder and so many rows."""
     c, matrices = weights.config, [each for layer in weights.layers for each in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-    return (rows <= MOST_ROWS and c.head_dim >= LEAST and c.head_dim & (c.head_dim - 1) == 0 and max(c.width, c.mlp_dim) <= 2 ** 15
+    return (rows <= MOST_ROWS and c.head_dim >= LEAST and c.head_dim & (c.head_dim - 1) == 0 and max(c.width, c.mlp_dim, c.heads * c.head_dim) <= 2 ** 15
             and all(isinstance(each, Tensor) and each.T.is_contiguous() for each in matrices))
 
 
@@ -179,6 +257,9 @@ def fused_step(decoder: Decoder, weights: Weights, cache: KVCache) -> Callable[[
     found, inner = like.new_empty(rows, c.heads * c.head_dim), like.new_empty(rows, c.mlp_dim)
     seen, queries = cache.seen.view(torch.uint8), max(LEAST, triton.next_power_of_2(c.heads // c.kv_heads))
     hidden = like.new_empty(rows, c.width)
+    parts = min(triton.cdiv(cache.capacity, PART), MOST_PARTS)
+    of_parts = [torch.zeros(rows, c.kv_heads, parts, queries, *more, device=like.device) for more in ((c.head_dim,), (), ())]
+    done = torch.zeros(rows, c.kv_heads, dtype=torch.int32, device=like.device)
 
     def sizes(inputs: int, outputs: int, matrices: int = 1) -> tuple[tuple[int], dict]:
         """The grid, and the part of a matrix that a block reads."""
@@ -194,9 +275,9 @@ def fused_step(decoder: Decoder, weights: Weights, cache: KVCache) -> Callable[[
             _norm_linear[grid](x, layer.attention_norm.gain, layer.qkv, qkv if bias is None else bias, qkv, c.norm_eps, c.width,
                                qkv.shape[1], BIAS=bias is not None, **options)
             norm = layer.head_norm
-            _attend[rows, c.kv_heads](qkv, qkv if norm is None else norm.gain, cache.cos, cache.sin, cache.positions, cache.slot, seen,
-                                      keys, values, found, c.norm_eps, c.head_dim ** -0.5, cache.capacity, HEADS=c.heads,
-                                      KV_HEADS=c.kv_heads, WIDTH=c.head_dim, QUERIES=queries, SLOTS=SLOTS,
+            _attend[rows, c.kv_heads, parts](qkv, qkv if norm is None else norm.gain, cache.cos, cache.sin, cache.positions, cache.slot, seen,
+                                      keys, values, found, *of_parts, done, c.norm_eps, c.head_dim ** -0.5, cache.capacity, HEADS=c.heads,
+                                      KV_HEADS=c.kv_heads, WIDTH=c.head_dim, QUERIES=queries, SLOTS=SLOTS, PARTS=parts,
                                       NORM=norm is not None, **launch)
             grid, options = sizes(found.shape[1], c.width)
             _linear_add[grid](found, layer.out, x, found.shape[1], c.width, **options)
@@ -209,3 +290,15 @@ def fused_step(decoder: Decoder, weights: Weights, cache: KVCache) -> Callable[[
         return hidden
 
     return step
+
+
+class FusedEngine(GraphEngine):
+    """As many rows as it `fits`."""
+
+    def __init__(self, decoder: Decoder, weights: Weights):
+        super().__init__(decoder, weights, fused_step)
+
+    def best(self, allowed: Tensor) -> Tensor:
+        if allowed.shape[1] > self.weights.plain:
+            return super().best(allowed)
+        return fused_best(self.hidden, self.weights.output, allowed.contiguous())
