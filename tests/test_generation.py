@@ -21,6 +21,7 @@ from mmtx.errors import InputError
 from mmtx.grammar import Grammar
 from mmtx.inference.choose import choose_engine
 from mmtx.inference.generation import generate, steps
+from mmtx.inference.graph_engine import GraphEngine
 from mmtx.inference.guidance import without_user_turns
 from mmtx.inference.reference import ReferenceEngine
 from mmtx.inference.sampling import DRAWN, Draws, Sampling, sample
@@ -201,6 +202,7 @@ def first_ids(decoder, grammar, prompts, out, sampling, prefix, places, choose=c
 ENGINES = [
     choose_engine,
     lambda decoder, weights, rows: TorchEngine(decoder, Weights.of(decoder)),
+    lambda decoder, weights, rows: GraphEngine(decoder, Weights.of(decoder)),
     lambda decoder, weights, rows: ReferenceEngine(decoder),
 ]
 REQUESTS = st.fixed_dictionaries({

@@ -16,16 +16,20 @@ from mmtx.config import DecoderConfig
 from mmtx.data.sample import Media
 from mmtx.data.sources import open_source
 from mmtx.data.tokens import load_media
+from mmtx.grammar import Grammar
 from mmtx.inference.choose import choose_engine
 from mmtx.inference.fused_engine import MOST_ROWS, FusedEngine, fused_step
+from mmtx.inference.generation import steps
 from mmtx.inference.graph_engine import GraphEngine
 from mmtx.inference.reference import ReferenceEngine
+from mmtx.inference.sampling import Sampling
 from mmtx.inference.static_step import torch_step
 from mmtx.inference.torch_engine import TorchEngine
 from mmtx.inference.weights import Weights
 from mmtx.model import Decoder
 from mmtx.sequence import Prompt
 from mmtx.varlen import Packing
+from mmtx.vocabulary import Entry, Vocabulary
 
 ROOT = Path(__file__).parents[1]
 STARTER = ROOT / "demos" / "data" / "starter"
@@ -169,6 +173,28 @@ def test_the_fused_engine_equals_the_one_of_torch_in_long_answers(dtype, count):
                 best = engine.best(allowed)[:, None]
                 assert allowed.gather(1, best).all()
                 assert (scores.gather(1, best)[:, 0] >= scores.amax(1) - (1e-4 if dtype == torch.float32 else 0.05)).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_steps_do_not_wait_for_the_gpu(temperature):
+    if DEVICE == "cpu":
+        pytest.skip("there is nothing to wait for")
+    vocabulary = Vocabulary((Entry("text", 0, 100, "", None, None),))
+    decoder = Decoder(DecoderConfig(vocabulary.size, width=64, depth=2, heads=4, kv_heads=2, head_dim=32, mlp_dim=96)).to(DEVICE)
+    decoder.requires_grad_(False)
+    decoder.embedding.weight[100:] = 0       # no row ends early
+    decoder.embedding.weight[:100] *= 50
+    written = steps(decoder, Grammar(vocabulary), [Prompt(np.arange(5)), Prompt(np.arange(3))], "text",
+                    Sampling(temperature, max_new_tokens=60, top_p=0.9, seed=1), weights=Weights.of(decoder, fixed=True))
+    for _ in range(4):                       # prompts are read, the step is captured
+        next(written)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(40):
+            next(written)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(list(written)) >= 1
 
 
 @pytest.mark.parametrize("out", ["text", "image"])

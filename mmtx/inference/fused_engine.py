@@ -234,9 +234,10 @@ def fused_best(hidden: Tensor, matrix: Tensor, allowed: Tensor) -> Tensor:
     blocks = triton.cdiv(outputs, out)
     best, place = (hidden.new_empty(rows, blocks, dtype=dtype) for dtype in (torch.float32, torch.int32))
     chosen = hidden.new_empty(rows, dtype=torch.int64)
-    _best_of_blocks[blocks,](hidden, matrix, allowed.view(torch.uint8), best, place, width, outputs, ROWS=rows, IN=whole, OUT=out,
-                             num_warps=8)
-    _best_block[rows,](best, place, chosen, blocks, BLOCKS=triton.next_power_of_2(blocks), num_warps=8)
+    with torch.cuda.device_of(hidden):
+        _best_of_blocks[blocks,](hidden, matrix, allowed.view(torch.uint8), best, place, width, outputs, ROWS=rows, IN=whole, OUT=out,
+                                 num_warps=8)
+        _best_block[rows,](best, place, chosen, blocks, BLOCKS=triton.next_power_of_2(blocks), num_warps=8)
     return chosen
 
 

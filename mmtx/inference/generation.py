@@ -21,7 +21,8 @@ from mmtx.sequence import Prompt
 from mmtx.vocabulary import MAX_SIDE
 
 Choose = Callable[[Decoder, Weights | None, int], Engine]
-LOOK_EVERY = 8  # steps between two looks at whether rows are finished, where each look waits for the device
+LOOK_EVERY = 4  # steps between two looks at whether rows are finished, on a GPU
+BEHIND = 2      # steps that have been started when such a look is read: until then the GPU has work, and none waits for it
 
 
 class AllowedIds:
@@ -38,6 +39,20 @@ class AllowedIds:
             allowed = self.grammar.allowed(state, self.reach)
             self._place, self._allowed = place, self.grammar.closing(allowed) if closing else allowed
         return self._allowed
+
+
+class Look:
+    """Which rows were finished at some moment (B,), bool: on its way from the device while that goes on."""
+
+    def __init__(self, finished: Tensor):
+        self._finished = finished.to("cpu", non_blocking=True)
+        self._there = torch.cuda.current_stream(finished.device).record_event() if finished.is_cuda else None
+
+    def finished(self) -> Tensor:
+        """On the CPU, as soon as it is there."""
+        if self._there is not None:
+            self._there.synchronize()
+        return self._finished
 
 
 def steps(
@@ -77,7 +92,7 @@ def steps(
         engine.prefill([prompt._replace(ids=np.concatenate([prompt.ids, prefix])) for prompt in prompts])
         writing = torch.arange(batch, device=device)  # rows of the batch that are still computed
         nothing = torch.full_like(writing, grammar.vocabulary.pad)
-    ids = None
+    ids, look = None, None
     for step in range(limit):
         with torch.inference_mode():
             if ids is not None:
@@ -90,7 +105,13 @@ def steps(
             state = grammar.advance(state, ids)
             written = ids if len(ids) == batch else nothing.index_copy(0, writing, ids)
             left = len(ids)
-            if not engine.static or step % LOOK_EVERY == LOOK_EVERY - 1 or step >= last:
+            if engine.static and step < last:
+                if look is not None and step % LOOK_EVERY == BEHIND:
+                    finished = look.finished()
+                    left = int((~finished if wanted is None else wanted & ~finished).sum())
+                if step % LOOK_EVERY == 0:
+                    look = Look(grammar.finished(state))
+            else:
                 going = ~grammar.finished(state)
                 if wanted is not None:
                     going &= wanted.to(device)[writing]
