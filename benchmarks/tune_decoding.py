@@ -69,11 +69,11 @@ def main():
         cap = torch.cuda.get_device_capability
         for early in (True, False):
             torch.cuda.get_device_capability = cap if early else (lambda *a: (8, 0))
-            for tile in (2**12, 2**13, 2**14):
+            for tile, fs.WARPS in ((2**13, 4), (2**11, 1), (2**12, 1), (2**12, 2), (2**13, 2), (2**14, 4), (2**14, 8)) if early else ((2**13, 4),):
                 fs.TILE = tile
-                engine = network(lambda *a: fs.fused_step(*a), way="fused", early=early, tile=tile)
+                engine = network(lambda *a: fs.fused_step(*a), way="fused", early=early, tile=tile, warps=fs.WARPS)
                 if engine is None: continue
-                if tile == 2**13:
+                if (tile, fs.WARPS) == (2**13, 4):
                     from torch.profiler import profile, ProfilerActivity
                     engine.cache.restart(torch.tensor([16], device="cuda"), 16)
                     with profile(activities=[ProfilerActivity.CUDA]) as p:
@@ -83,7 +83,7 @@ def main():
                         say(kernel=e.key[:60], us_each=round(e.device_time_total / max(e.count, 1), 2), count=e.count / 5, early=early)
         torch.cuda.get_device_capability = cap
         # What is left when a kernel is left out: where the time goes.
-        fs.TILE = 2**13
+        fs.TILE, fs.WARPS = 2**13, 4
         class Skip:
             def __getitem__(self, grid): return lambda *a, **k: None
         for name in ("_attend", "_norm_linear", "_norm_swiglu", "_linear_add"):

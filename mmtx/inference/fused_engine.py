@@ -22,6 +22,7 @@ from mmtx.model import Decoder
 
 MOST_ROWS = 8       # from more on, matrix products with tensor cores are faster
 TILE = 2 ** 13      # numbers of a matrix that a block reads, about
+WARPS = 4           # of such a block
 SLOTS = 32          # of the cache that attention takes at a time
 PART = 256          # slots of the cache that a block of attention reads, about
 MOST_PARTS = 32     # of the cache
@@ -266,7 +267,7 @@ def fused_step(decoder: Decoder, weights: Weights, cache: KVCache) -> Callable[[
         """The grid, and the part of a matrix that a block reads."""
         whole = triton.next_power_of_2(inputs)
         out = max(1, TILE // matrices // whole)
-        return (triton.cdiv(outputs, out),), {"ROWS": rows, "IN": whole, "OUT": out, **launch}
+        return (triton.cdiv(outputs, out),), {"ROWS": rows, "IN": whole, "OUT": out, "num_warps": WARPS, **launch}
 
     def step(ids: Tensor) -> Tensor:
         x = decoder.embedding(ids)
