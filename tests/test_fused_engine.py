@@ -32,6 +32,7 @@ from mmtx.inference.reference import ReferenceEngine
 from mmtx.inference.weights import Weights
 from mmtx.sequence import Prompt
 
+assert fused_engine.works(torch.device("cpu"))
 graph_engine.SMALLEST = 32
 for shape, (part, slots, tile), lengths in [
         ({}, (64, 32, 256), (9,)), *((SHAPES[number], (16, 16, 2 ** 11), (9, 1, 30)) for number in (0, 2, 4, 9, 10))]:
@@ -44,7 +45,7 @@ for shape, (part, slots, tile), lengths in [
     prompts = [Prompt(np.arange(length)) for length in lengths]
     with torch.inference_mode():
         engine.prefill(prompts, room=2), plain.prefill(prompts)
-        for step in range(3):                                            # behind the second the cache of three rows grows
+        for step in range(3):                                                 # behind the second the cache of three rows grows
             ids = torch.randint(44, (rows,))
             engine.step(ids), plain.step(ids)
             assert (engine.hidden - plain.hidden).abs().max() < 2e-5, (shape, part, rows, step)

@@ -20,9 +20,9 @@ def choose_engine(decoder: Decoder, weights: Weights | None, rows: int) -> Engin
     weights = weights or Weights.of(decoder)
     if weights.output.is_cuda and not weights.in_8_bits:
         if has_triton():
-            from mmtx.inference.fused_engine import FusedEngine, fits
+            from mmtx.inference.fused_engine import FusedEngine, fits, works
 
-            if fits(weights, rows):
+            if fits(weights, rows) and works(weights.output.device):
                 return FusedEngine(decoder, weights)
         return GraphEngine(decoder, weights)
     if not RowEngine.fits(decoder):

@@ -1,4 +1,4 @@
-"""The engine of a few rows on a GPU: a step in five kernels a layer, written in Triton. What a GPU reads is the weights, and little else takes time.
+"""The engine of a few rows on a GPU: a step in five kernels a layer, written in Triton.
 
 With few rows the time of a step is that of reading the matrices. Norms, rotary positions, gates and sums are computed where a
 kernel has the numbers at hand, each kernel reads a matrix in one wave of blocks, and a block asks for its part of the matrix before
@@ -7,7 +7,10 @@ the kernel ahead of it has ended (programmatic dependent launch): only what depe
 Shapes: B batch, I inputs, O outputs, H heads, G key-value heads, C capacity, K head width.
 """
 
+import warnings
 from collections.abc import Callable
+from functools import cache
+from subprocess import CalledProcessError
 
 import torch
 import triton
@@ -24,6 +27,7 @@ MOST_ROWS = 8       # from more on, matrix products with tensor cores are faster
 TILE = 2 ** 13      # numbers of a matrix that a block reads, about
 WARPS = 4           # of such a block
 SLOTS = 32          # of the cache that attention takes at a time
+WIDEST = 2 ** 15    # inputs of a matrix: a block reads a row at once
 PART = 256          # slots of the cache that a block of attention reads, about
 MOST_PARTS = 32     # of the cache
 LEAST = 16          # rows, and columns, of the smallest product of Triton
@@ -39,9 +43,8 @@ def _wait(EARLY: tl.constexpr):
 
 @triton.jit
 def _normed(x, gain, eps, inputs):
-    """RMSNorm of x (I,) in float32, rounded as the kernels of torch do."""
-    y = x * tl.rsqrt(tl.sum(x * x, 0) / inputs + eps) * gain
-    return y
+    """RMSNorm of x (I,)."""
+    return x * tl.rsqrt(tl.sum(x * x, 0) / inputs + eps) * gain
 
 
 @triton.jit
@@ -157,6 +160,7 @@ def _attend(qkv_ptr, gain_ptr, cos_ptr, sin_ptr, positions_ptr, slot_ptr, seen_p
         total = total * less + tl.sum(shares, 1)
         found = found * less[:, None] + tl.dot(shares.to(values.dtype), values, input_precision="ieee")
         most = more
+    y_ptr += row * HEADS * WIDTH
     if PARTS > 1:
         group += row * KV_HEADS
         place = (group * PARTS + part) * QUERIES + q
@@ -175,11 +179,12 @@ def _attend(qkv_ptr, gain_ptr, cos_ptr, sin_ptr, positions_ptr, slot_ptr, seen_p
                 more = tl.maximum(most, other)
                 less, share = tl.exp(most - more), tl.exp(other - more)
                 total = total * less + tl.load(total_ptr + place, cache_modifier=".cg") * share
-                found = found * less[:, None] + tl.load(found_ptr + place[:, None] * WIDTH + d[None, :], cache_modifier=".cg") * share[:, None]
+                its = tl.load(found_ptr + place[:, None] * WIDTH + d[None, :], cache_modifier=".cg")
+                found = found * less[:, None] + its * share[:, None]
                 most = more
-            tl.store(y_ptr + row * HEADS * WIDTH + of_query + d[None, :], (found / total[:, None]).to(y_ptr.dtype.element_ty), mask=inside)
+            tl.store(y_ptr + of_query + d[None, :], (found / total[:, None]).to(y_ptr.dtype.element_ty), mask=inside)
     else:
-        tl.store(y_ptr + row * HEADS * WIDTH + of_query + d[None, :], (found / total[:, None]).to(y_ptr.dtype.element_ty), mask=inside)
+        tl.store(y_ptr + of_query + d[None, :], (found / total[:, None]).to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -236,16 +241,32 @@ def fused_best(hidden: Tensor, matrix: Tensor, allowed: Tensor) -> Tensor:
     best, place = (hidden.new_empty(rows, blocks, dtype=dtype) for dtype in (torch.float32, torch.int32))
     chosen = hidden.new_empty(rows, dtype=torch.int64)
     with torch.cuda.device_of(hidden):
-        _best_of_blocks[blocks,](hidden, matrix, allowed.view(torch.uint8), best, place, width, outputs, ROWS=rows, IN=whole, OUT=out,
-                                 num_warps=8)
+        _best_of_blocks[blocks,](hidden, matrix, allowed.view(torch.uint8), best, place, width, outputs, ROWS=rows, IN=whole,
+                                 OUT=out, num_warps=8)
         _best_block[rows,](best, place, chosen, blocks, BLOCKS=triton.next_power_of_2(blocks), num_warps=8)
     return chosen
 
 
+@cache
+def works(device: torch.device) -> bool:
+    """Whether Triton can build and start a kernel here, for which it needs a C compiler."""
+    x, gain = torch.tensor([[3.0, 4.0]], device=device), torch.tensor([1.0, 2.0], device=device)
+    slot, positions, y = *torch.zeros(2, 1, dtype=torch.long, device=device), torch.empty_like(x)
+    try:
+        with torch.cuda.device_of(x):
+            _last_norm[1,](x, gain, y, slot, positions, 0.0, 2, IN=2, EARLY=False)
+    except (RuntimeError, OSError, CalledProcessError) as error:
+        warnings.warn(f"a GPU decodes slower here: Triton cannot build kernels ({str(error).splitlines()[0][:200]})", stacklevel=2)
+        return False
+    return True
+
+
 def fits(weights: Weights, rows: int) -> bool:
     """Whether the kernels are for such a decoder and so many rows."""
-    c, matrices = weights.config, [each for layer in weights.layers for each in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-    return (rows <= MOST_ROWS and c.head_dim >= LEAST and c.head_dim & (c.head_dim - 1) == 0 and max(c.width, c.mlp_dim, c.heads * c.head_dim) <= 2 ** 15
+    c, width = weights.config, weights.config.head_dim
+    matrices = [each for layer in weights.layers for each in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+    return (rows <= MOST_ROWS and width >= LEAST and width == triton.next_power_of_2(width)
+            and max(c.width, c.mlp_dim, c.heads * width) <= WIDEST
             and all(isinstance(each, Tensor) and each.T.is_contiguous() for each in matrices))
 
 
@@ -253,7 +274,7 @@ def fused_step(decoder: Decoder, weights: Weights, cache: KVCache) -> Callable[[
     """`static_step` of a cache as a function of ids (B,), where it `fits`."""
     c, rows, like = weights.config, len(cache.positions), cache.keys[0]
     on_gpu = like.is_cuda
-    early = on_gpu and torch.cuda.get_device_capability(like.device) >= (9, 0)
+    early = on_gpu and torch.version.hip is None and torch.cuda.get_device_capability(like.device) >= (9, 0)
     launch = {"EARLY": early, **({"launch_pdl": True} if early else {})}
     qkv = like.new_empty(rows, (c.heads + 2 * c.kv_heads) * c.head_dim)
     found, inner = like.new_empty(rows, c.heads * c.head_dim), like.new_empty(rows, c.mlp_dim)
@@ -272,15 +293,14 @@ def fused_step(decoder: Decoder, weights: Weights, cache: KVCache) -> Callable[[
     def step(ids: Tensor) -> Tensor:
         x = decoder.embedding(ids)
         for layer, keys, values in zip(weights.layers, cache.keys, cache.values, strict=True):
+            bias, gain = layer.qkv_bias, None if layer.head_norm is None else layer.head_norm.gain
             grid, options = sizes(c.width, qkv.shape[1])
-            bias = layer.qkv_bias
             _norm_linear[grid](x, layer.attention_norm.gain, layer.qkv, qkv if bias is None else bias, qkv, c.norm_eps, c.width,
                                qkv.shape[1], BIAS=bias is not None, **options)
-            norm = layer.head_norm
-            _attend[rows, c.kv_heads, parts](qkv, qkv if norm is None else norm.gain, cache.cos, cache.sin, cache.positions, cache.slot, seen,
-                                      keys, values, found, *of_parts, done, c.norm_eps, c.head_dim ** -0.5, cache.capacity, HEADS=c.heads,
-                                      KV_HEADS=c.kv_heads, WIDTH=c.head_dim, QUERIES=queries, SLOTS=SLOTS, PARTS=parts,
-                                      NORM=norm is not None, **launch)
+            _attend[rows, c.kv_heads, parts](
+                qkv, qkv if gain is None else gain, cache.cos, cache.sin, cache.positions, cache.slot, seen, keys, values, found,
+                *of_parts, done, c.norm_eps, c.head_dim ** -0.5, cache.capacity, HEADS=c.heads, KV_HEADS=c.kv_heads,
+                WIDTH=c.head_dim, QUERIES=queries, SLOTS=SLOTS, PARTS=parts, NORM=gain is not None, **launch)
             grid, options = sizes(found.shape[1], c.width)
             _linear_add[grid](found, layer.out, x, found.shape[1], c.width, **options)
             grid, options = sizes(c.width, c.mlp_dim, 2)

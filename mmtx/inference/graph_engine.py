@@ -45,7 +45,8 @@ class GraphEngine(TorchEngine):
         if found is None:
             cache = KVCache.of(self.weights.config, lengths, used, capacity, like)
             found = cache, self._capture(cache)
-        self.cache, self.captured = found
+        self.cache: KVCache = found[0]
+        self.captured: CapturedStep = found[1]
         self.cache.restart(lengths, used)
         self._lease = weakref.finalize(self, self.weights.kept.give, shape, self.cache.size, found)
         self._lease.atexit = False

@@ -39,6 +39,6 @@ def torch_step(decoder: Decoder, weights: Weights, cache: KVCache) -> Callable[[
 def compiled_step(decoder: Decoder, weights: Weights, cache: KVCache, backend: str = "inductor") -> Callable[[Tensor], Tensor]:
     """The same through torch.compile, which takes a minute for a shape."""
     tensors = cache.tensors()
-    options = {"coordinate_descent_tuning": True} if backend == "inductor" else None
+    options: dict | None = {"coordinate_descent_tuning": True} if backend == "inductor" else None
     run = torch.compile(static_step, fullgraph=True, dynamic=False, backend=backend, options=options)
     return lambda ids: run(weights.config, weights.layers, weights.norm, decoder.embedding(ids), tensors)

@@ -149,7 +149,7 @@ class Layer(NamedTuple):
     def output(self, x: Tensor, y: Tensor) -> Tensor:
         """`finish` in new tensors, for a GPU."""
         x = torch.addmm(x, y, cast(Tensor, self.out))
-        gate, up = (self.feed_forward_norm.fused(x) @ self.gate_up).chunk(2, dim=1)
+        gate, up = (self.feed_forward_norm.fused(x) @ cast(Tensor, self.gate_up)).chunk(2, dim=1)
         return torch.addmm(x, F.silu(gate) * up, cast(Tensor, self.down))
 
     def finish(self, x: Tensor, y: Tensor, s: Scratch) -> None:
