@@ -93,10 +93,22 @@ def _linear_add(x_ptr, matrix_ptr, y_ptr, inputs, outputs,
     matrix = tl.load(matrix_ptr + out[:, None] * inputs + i[None, :], mask=fits[:, None] & inside[None, :], other=0)
     _wait(EARLY)
     for row in tl.static_range(ROWS):
-        x = tl.load(x_ptr + row * inputs + i, mask=inside, other=0).to(tl.float32)
         at = y_ptr + row * outputs + out
-        y = tl.load(at, mask=fits, other=0).to(tl.float32) + tl.sum(matrix.to(tl.float32) * x[None, :], 1)
+        y = tl.load(at, mask=fits, other=0, volatile=True).to(tl.float32)     # volatile: a compiler would load it behind the product
+        x = tl.load(x_ptr + row * inputs + i, mask=inside, other=0).to(tl.float32)
+        y += tl.sum(matrix.to(tl.float32) * x[None, :], 1)
         tl.store(at, y.to(y_ptr.dtype.element_ty), mask=fits)
+
+
+@triton.jit
+def _slots(keys_ptr, values_ptr, seen_ptr, first, stop, d, WIDTH: tl.constexpr, SLOTS: tl.constexpr):
+    """Of some slots from the `first` on which are seen (SLOTS,), their keys (K, SLOTS) and values (SLOTS, K)."""
+    t = first + tl.arange(0, SLOTS)
+    seen = t < stop
+    seen = seen & (tl.load(seen_ptr + t, mask=seen, other=0) != 0)
+    keys = tl.load(keys_ptr + t[None, :] * WIDTH + d[:, None], mask=seen[None, :], other=0)
+    values = tl.load(values_ptr + t[:, None] * WIDTH + d[None, :], mask=seen[:, None], other=0)
+    return seen, keys, values
 
 
 @triton.jit
@@ -118,9 +130,17 @@ def _attend(qkv_ptr, gain_ptr, cos_ptr, sin_ptr, positions_ptr, slot_ptr, seen_p
         query_gain_swapped = tl.load(gain_ptr + of_query + swapped[None, :], mask=inside, other=0).to(tl.float32)
         key_gain = tl.load(gain_ptr + of_key + d).to(tl.float32)
         key_gain_swapped = tl.load(gain_ptr + of_key + swapped).to(tl.float32)
-    _wait(EARLY)
+    # What earlier steps have written lies in the cache since before this step began: no need to wait for it.
     slot, position = tl.load(slot_ptr), tl.load(positions_ptr + row)
     cos, sin = tl.load(cos_ptr + position * WIDTH + d).to(tl.float32), tl.load(sin_ptr + position * WIDTH + d).to(tl.float32)
+    start = (row * KV_HEADS + group).to(tl.int64) * capacity * WIDTH
+    keys_ptr += start
+    values_ptr += start
+    seen_ptr += row * capacity
+    length = tl.cdiv(tl.cdiv(slot, PARTS), SLOTS) * SLOTS
+    stop = tl.minimum((part + 1) * length, slot)
+    seen, keys, values = _slots(keys_ptr, values_ptr, seen_ptr, part * length, stop, d, WIDTH, SLOTS)
+    _wait(EARLY)
     qkv_ptr += row * (HEADS + 2 * KV_HEADS) * WIDTH
     query = tl.load(qkv_ptr + of_query + d[None, :], mask=inside, other=0).to(tl.float32)
     query_swapped = tl.load(qkv_ptr + of_query + swapped[None, :], mask=inside, other=0).to(tl.float32)
@@ -133,9 +153,6 @@ def _attend(qkv_ptr, gain_ptr, cos_ptr, sin_ptr, positions_ptr, slot_ptr, seen_p
         key, key_swapped = key * key_factor * key_gain, key_swapped * key_factor * key_gain_swapped
     query = (query * cos[None, :] + query_swapped * sin[None, :]).to(value.dtype)
     key = (key * cos + key_swapped * sin).to(value.dtype)
-    start = (row * KV_HEADS + group).to(tl.int64) * capacity * WIDTH
-    keys_ptr += start
-    values_ptr += start
     # The token itself comes first, then those before it, with running maximum and sum (https://arxiv.org/abs/2205.14135).
     # Each part begins with the token itself, so that it has seen something, and all but the first without its share.
     most = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scale
@@ -145,21 +162,15 @@ def _attend(qkv_ptr, gain_ptr, cos_ptr, sin_ptr, positions_ptr, slot_ptr, seen_p
     if part == 0:
         tl.store(keys_ptr + slot * WIDTH + d, key)
         tl.store(values_ptr + slot * WIDTH + d, value)
-        tl.store(seen_ptr + row * capacity + slot, 1)
-    length = tl.cdiv(tl.cdiv(slot, PARTS), SLOTS) * SLOTS
-    stop = tl.minimum((part + 1) * length, slot)
+        tl.store(seen_ptr + slot, 1)
     for first in range(part * length, stop, SLOTS):
-        t = first + tl.arange(0, SLOTS)
-        seen = t < stop
-        seen = seen & (tl.load(seen_ptr + row * capacity + t, mask=seen, other=0) != 0)
-        keys = tl.load(keys_ptr + t[None, :] * WIDTH + d[:, None], mask=seen[None, :], other=0)
-        values = tl.load(values_ptr + t[:, None] * WIDTH + d[None, :], mask=seen[:, None], other=0)
         scores = tl.where(seen[None, :], tl.dot(query, keys, input_precision="ieee") * scale, float("-inf"))
         more = tl.maximum(most, tl.max(scores, 1))
         shares, less = tl.exp(scores - more[:, None]), tl.exp(most - more)
         total = total * less + tl.sum(shares, 1)
         found = found * less[:, None] + tl.dot(shares.to(values.dtype), values, input_precision="ieee")
         most = more
+        seen, keys, values = _slots(keys_ptr, values_ptr, seen_ptr, first + SLOTS, stop, d, WIDTH, SLOTS)
     y_ptr += row * HEADS * WIDTH
     if PARTS > 1:
         group += row * KV_HEADS
