@@ -1,97 +1,125 @@
-"""Temporary: which sizes of blocks are fastest, kernel by kernel. Prints JSON lines."""
-import json, sys, time, traceback
-from functools import partial
-import numpy as np, torch
-import torch.nn.functional as F
+"""Which sizes of blocks are fastest on this GPU, for one row of the shape of decode_speed's 600m.
+
+    python benchmarks/tune_decoding.py --write        # puts what it finds into mmtx/inference/fused_engine.py
+
+One size after another is changed, and kept where the step is faster by half a percent. Prints JSON lines.
+"""
+
+import argparse
+import json
+import re
+import time
+import traceback
+from pathlib import Path
+
 import decode_speed
-from mmtx.inference.graph_engine import GraphEngine
+import numpy as np
+import torch
+
+from mmtx.inference import fused_engine
+from mmtx.inference.fused_engine import FusedEngine
 from mmtx.inference.weights import Weights
-from mmtx.inference import fused_engine as fs
-from mmtx.inference.static_step import torch_step
 from mmtx.sequence import Prompt
 
-def say(**k): print(json.dumps(k), flush=True)
+FILE = Path(fused_engine.__file__)
+STEPS = 100
+BLOCKS = [(2 ** 11, 1), (2 ** 12, 1), (2 ** 11, 2), (2 ** 12, 2), (2 ** 13, 2), (2 ** 12, 4), (2 ** 13, 4), (2 ** 14, 4), (2 ** 13, 8), (2 ** 14, 8)]
+ORDERS = [(early, ahead) for early in (1, 2) for ahead in (0, 1, 2, 3)]
+SLOTS = [(16, 1), (32, 1), (32, 2), (32, 4), (64, 2), (64, 4), (64, 8), (128, 4), (128, 8)]
+PARTS = [32, 64, 128, 256]
 
-def timed(run, n=100):
-    for _ in range(5): run()
-    a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize(); a.record()
-    for _ in range(n): run()
-    b.record(); torch.cuda.synchronize()
-    return a.elapsed_time(b) / n * 1e3
 
-def graphed(run):
-    run(); torch.cuda.synchronize()
-    g = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(g): run()
-    return g.replay
+def say(**told) -> None:
+    print(json.dumps(told), flush=True)
 
-def main():
-    torch.manual_seed(0)
+
+class Tuning:
+    def __init__(self, seconds: float):
+        self.decoder = decode_speed.random_decoder(decode_speed.SHAPES["600m"], "cuda", torch.bfloat16)
+        self.ids, self.end = torch.zeros(1, dtype=torch.long, device="cuda"), time.perf_counter() + seconds
+
+    def engine(self) -> FusedEngine:
+        engine = FusedEngine(self.decoder, Weights.of(self.decoder, fixed=True))
+        engine.prefill([Prompt(np.arange(16))])
+        for _ in range(3):
+            engine.step(self.ids)
+        return engine
+
+    def microseconds(self) -> float:
+        """Of the network alone, at 20 to 125 tokens."""
+        try:
+            engine = self.engine()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            best = float("inf")
+            for _ in range(2):
+                engine.cache.restart(torch.tensor([19], device="cuda"), 19)
+                engine.captured.graph.replay()
+                begin.record()
+                for _ in range(STEPS):
+                    engine.captured.graph.replay()
+                end.record()
+                torch.cuda.synchronize()
+                best = min(best, begin.elapsed_time(end) * 1e3 / STEPS)
+            return best
+        except Exception:
+            traceback.print_exc()
+            return float("inf")
+
+    def choose(self, name: str, read, write, options: list) -> None:
+        """Try options of one setting, and leave the fastest."""
+        best, kept = self.microseconds(), read()
+        found = {str(kept): round(best, 1)}
+        for option in options:
+            if option == kept or time.perf_counter() > self.end:
+                continue
+            write(option)
+            found[str(option)] = round(self.microseconds(), 1)
+            if found[str(option)] < 0.995 * best:
+                best, kept = found[str(option)], option
+        write(kept)
+        say(setting=name, kept=kept, microseconds=best, tried=found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--seconds", type=float, default=120)
+    options = parser.parse_args()
+    f = fused_engine
     say(device=torch.cuda.get_device_name())
-    decoder = decode_speed.random_decoder(decode_speed.SHAPES["600m"], "cuda", torch.bfloat16)
-    weights = Weights.of(decoder, fixed=True)
     with torch.inference_mode():
-        s = torch.empty(2**31, dtype=torch.uint8, device="cuda"); t = torch.empty_like(s)
-        say(copy_TBs=2 * 2**31 / timed(lambda: t.copy_(s), 10) / 1e6); del t
-        say(read_TBs=2**31 / timed(lambda: s.view(torch.float32).sum(), 10) / 1e6); del s
-        w = weights.output; x = torch.randn(1, w.shape[1], device="cuda", dtype=torch.bfloat16); y = x.new_empty(1, len(w))
-        say(head_linear_TBs=w.nbytes / timed(graphed(lambda: F.linear(x, w)), 20) / 1e6)
-        allowed = torch.rand(1, len(w), device="cuda") < 0.5
-        say(us_mask_argmax=timed(graphed(lambda: y.masked_fill_(~allowed, -torch.inf).argmax(-1)), 50))
-        for out in (2, 4, 8, 16):
-            for warps in (1, 2, 4):
-                try:
-                    def run():
-                        fs._norm_linear[(-(-len(w) // out),)](x, weights.norm.gain, w, w, y, 1e-6, w.shape[1], len(w), ROWS=1, IN=1024, OUT=out,
-                                                            BIAS=False, EARLY=False, num_warps=warps)
-                    say(head_out=out, warps=warps, TBs=w.nbytes / timed(graphed(run), 20) / 1e6)
-                except Exception: traceback.print_exc()
-        for tile in (2**12, 2**13, 2**14):
-            fs.TILE = tile
-            try: say(fused_best_us=timed(graphed(lambda: fs.fused_best(x, w, allowed)), 50), tile=4 * tile)
-            except Exception: traceback.print_exc()
-        ids = torch.zeros(1, dtype=torch.long, device="cuda")
-        def network(make, **more):
-            try:
-                w = Weights.of(decoder, fixed=True)
-                engine = GraphEngine(decoder, w, make)
-                engine.prefill([Prompt(np.arange(16))])
-                for _ in range(3): engine.step(ids)
-                g = engine.captured.graph
-                def replay():
-                    g.replay()
-                us = timed(replay, 100)
-                say(us_step=us, **more)
-                return engine
-            except Exception: traceback.print_exc(); say(failed=True, **more)
-        network(torch_step, way="torch")
-        cap = torch.cuda.get_device_capability
-        for early in (True, False):
-            torch.cuda.get_device_capability = cap if early else (lambda *a: (8, 0))
-            for tile, fs.WARPS in ((2**13, 4), (2**11, 1), (2**12, 1), (2**12, 2), (2**13, 2), (2**14, 4), (2**14, 8)) if early else ((2**13, 4),):
-                fs.TILE = tile
-                engine = network(lambda *a: fs.fused_step(*a), way="fused", early=early, tile=tile, warps=fs.WARPS)
-                if engine is None: continue
-                if (tile, fs.WARPS) == (2**13, 4):
-                    from torch.profiler import profile, ProfilerActivity
-                    engine.cache.restart(torch.tensor([16], device="cuda"), 16)
-                    with profile(activities=[ProfilerActivity.CUDA]) as p:
-                        for _ in range(5): engine.captured.graph.replay()
-                        torch.cuda.synchronize()
-                    for e in sorted(p.key_averages(), key=lambda e: -e.device_time_total)[:14]:
-                        say(kernel=e.key[:60], us_each=round(e.device_time_total / max(e.count, 1), 2), count=e.count / 5, early=early)
-        torch.cuda.get_device_capability = cap
-        # What is left when a kernel is left out: where the time goes.
-        fs.TILE, fs.WARPS = 2**13, 4
-        class Skip:
-            def __getitem__(self, grid): return lambda *a, **k: None
-        for name in ("_attend", "_norm_linear", "_norm_swiglu", "_linear_add"):
-            kept = getattr(fs, name); setattr(fs, name, Skip())
-            network(lambda *a: fs.fused_step(*a), way="fused", without=name)
-            setattr(fs, name, kept)
-        for slots, part in ((16, 256), (64, 256), (32, 64), (32, 128), (64, 64)):
-            fs.SLOTS, fs.PART = slots, part
-            network(lambda *a: fs.fused_step(*a), way="fused", slots=slots, part=part)
+        tuning = Tuning(options.seconds)
 
-main()
+        def order() -> None:
+            tuning.choose("EARLY, AHEAD", lambda: (f.EARLY, f.AHEAD), lambda o: vars(f).update(EARLY=o[0], AHEAD=o[1]), ORDERS)
+
+        def slots() -> None:
+            tuning.choose("SLOTS, SLOT_WARPS", lambda: (f.SLOTS, f.SLOT_WARPS), lambda o: vars(f).update(SLOTS=o[0], SLOT_WARPS=o[1]), SLOTS)
+
+        order()
+        slots()
+        for name in ("gate_up", "qkv", "down", "out"):
+            tuning.choose(name, lambda: f.TILES[name], lambda o: f.TILES.update({name: o}), BLOCKS)
+        tuning.choose("PART", lambda: f.PART, lambda o: vars(f).update(PART=o), PARTS)
+        slots()
+        order()
+        # What a step costs without one of its kernels.
+        for name in ("_attend", "_norm_linear", "_norm_swiglu", "_linear_add", "_fetch"):
+            if name != "_fetch":
+                kept = getattr(f, name)
+                setattr(f, name, type("Nothing", (), {"__getitem__": lambda self, grid: lambda *a, **k: None})())
+                say(without=name, microseconds=tuning.microseconds())
+                setattr(f, name, kept)
+    if options.write:
+        text = FILE.read_text(encoding="utf-8")
+        for pattern, made in ((r"TILES = .*", f"TILES = {f.TILES!r}".replace("'", '"')), (r"EARLY = \d+", f"EARLY = {f.EARLY}"),
+                              (r"AHEAD = \d+", f"AHEAD = {f.AHEAD}"), (r"SLOTS, SLOT_WARPS = \d+, \d+", f"SLOTS, SLOT_WARPS = {f.SLOTS}, {f.SLOT_WARPS}"),
+                              (r"PART = \d+", f"PART = {f.PART}")):
+            text, count = re.subn(f"^{pattern}", made, text, count=1, flags=re.MULTILINE)
+            assert count == 1, pattern
+        FILE.write_text(text, encoding="utf-8")
+        say(written=[line for line in text.splitlines() if re.match(r"(TILES|EARLY|AHEAD|SLOTS|PART)\b.* = ", line)])
+
+
+if __name__ == "__main__":
+    main()

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from subprocess import CalledProcessError
+from typing import Any
 
 import torch
 import triton
@@ -24,9 +25,12 @@ from mmtx.inference.weights import Weights
 from mmtx.model import Decoder
 
 MOST_ROWS = 8       # from more on, matrix products with tensor cores are faster
-TILE = 2 ** 13      # numbers of a matrix that a block reads, about
-WARPS = 4           # of such a block
-SLOTS = 32          # of the cache that attention takes at a time
+TILES = {"qkv": (2 ** 13, 4), "out": (2 ** 13, 4), "gate_up": (2 ** 13, 4), "down": (2 ** 13, 4), "output": (2 ** 14, 4)}
+# For each matrix how many of its numbers a block reads, about, and with how many warps
+EARLY = 1           # whether the next kernel is let begin before the one before is waited for, or behind
+AHEAD = 2           # matrices that are on their way to the cache of the GPU (L2) before their kernel begins
+MOST_AHEAD = 2 ** 23  # bytes of the output matrix that are, too
+SLOTS, SLOT_WARPS = 64, 4  # of the cache that attention takes at a time, and warps for them
 WIDEST = 2 ** 15    # inputs of a matrix: a block reads a row at once
 PART = 256          # slots of the cache that a block of attention reads, about
 MOST_PARTS = 32     # of the cache
@@ -36,9 +40,24 @@ LEAST = 16          # rows, and columns, of the smallest product of Triton
 @triton.jit
 def _wait(EARLY: tl.constexpr):
     """Let the next kernel begin, and wait for the one before. What is read above this line nobody writes."""
-    if EARLY:
+    if EARLY == 1:
         gdc_launch_dependents()
         gdc_wait()
+    if EARLY == 2:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def _fetch(ahead_ptr, ahead, LANES: tl.constexpr):
+    """Ask for a share of `ahead` bytes to be brought into L2, without waiting: all blocks together ask for all of them."""
+    if LANES > 0:
+        share = tl.maximum(tl.cdiv(tl.cdiv(ahead, tl.num_programs(0) * LANES), 128) * 128, 1024)
+        first = (tl.program_id(0) * LANES + tl.arange(0, LANES)).to(tl.int64) * share
+        size = (tl.maximum(tl.minimum(share, ahead - first), 0) // 16 * 16).to(tl.int32)
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+            "=r,l,r", [ahead_ptr.to(tl.int64) + first, size], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -48,13 +67,15 @@ def _normed(x, gain, eps, inputs):
 
 
 @triton.jit
-def _norm_linear(x_ptr, gain_ptr, matrix_ptr, bias_ptr, y_ptr, eps, inputs, outputs,
-                 ROWS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr):
+def _norm_linear(x_ptr, gain_ptr, matrix_ptr, bias_ptr, y_ptr, eps, inputs, outputs, ahead_ptr, ahead,
+                 ROWS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
+                 LANES: tl.constexpr):
     """norm(x) (ROWS, I) times a matrix (O, I), plus a bias -> y (ROWS, O)."""
     out, i = tl.program_id(0) * OUT + tl.arange(0, OUT), tl.arange(0, IN)
     fits, inside = out < outputs, i < inputs
     matrix = tl.load(matrix_ptr + out[:, None] * inputs + i[None, :], mask=fits[:, None] & inside[None, :], other=0)
     gain = tl.load(gain_ptr + i, mask=inside, other=0).to(tl.float32)
+    _fetch(ahead_ptr, ahead, LANES)
     _wait(EARLY)
     for row in tl.static_range(ROWS):
         x = tl.load(x_ptr + row * inputs + i, mask=inside, other=0).to(tl.float32)
@@ -66,8 +87,9 @@ def _norm_linear(x_ptr, gain_ptr, matrix_ptr, bias_ptr, y_ptr, eps, inputs, outp
 
 
 @triton.jit
-def _norm_swiglu(x_ptr, gain_ptr, matrix_ptr, y_ptr, eps, inputs, outputs,
-                 ROWS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, EARLY: tl.constexpr):
+def _norm_swiglu(x_ptr, gain_ptr, matrix_ptr, y_ptr, eps, inputs, outputs, ahead_ptr, ahead,
+                 ROWS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, EARLY: tl.constexpr,
+                 LANES: tl.constexpr):
     """norm(x) (ROWS, I) times a matrix (2 * O, I) of gates and values -> silu(gate) * value (ROWS, O)."""
     out, i = tl.program_id(0) * OUT + tl.arange(0, OUT), tl.arange(0, IN)
     fits, inside = out < outputs, i < inputs
@@ -75,6 +97,7 @@ def _norm_swiglu(x_ptr, gain_ptr, matrix_ptr, y_ptr, eps, inputs, outputs,
     gates = tl.load(matrix_ptr + place, mask=both, other=0)
     values = tl.load(matrix_ptr + outputs * inputs + place, mask=both, other=0)
     gain = tl.load(gain_ptr + i, mask=inside, other=0).to(tl.float32)
+    _fetch(ahead_ptr, ahead, LANES)
     _wait(EARLY)
     for row in tl.static_range(ROWS):
         x = tl.load(x_ptr + row * inputs + i, mask=inside, other=0).to(tl.float32)
@@ -85,12 +108,14 @@ def _norm_swiglu(x_ptr, gain_ptr, matrix_ptr, y_ptr, eps, inputs, outputs,
 
 
 @triton.jit
-def _linear_add(x_ptr, matrix_ptr, y_ptr, inputs, outputs,
-                ROWS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, EARLY: tl.constexpr):
+def _linear_add(x_ptr, matrix_ptr, y_ptr, inputs, outputs, ahead_ptr, ahead,
+                ROWS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, EARLY: tl.constexpr,
+                LANES: tl.constexpr):
     """Add x (ROWS, I) times a matrix (O, I) to y (ROWS, O)."""
     out, i = tl.program_id(0) * OUT + tl.arange(0, OUT), tl.arange(0, IN)
     fits, inside = out < outputs, i < inputs
     matrix = tl.load(matrix_ptr + out[:, None] * inputs + i[None, :], mask=fits[:, None] & inside[None, :], other=0)
+    _fetch(ahead_ptr, ahead, LANES)
     _wait(EARLY)
     for row in tl.static_range(ROWS):
         at = y_ptr + row * outputs + out
@@ -247,13 +272,14 @@ def fused_best(hidden: Tensor, matrix: Tensor, allowed: Tensor) -> Tensor:
     """The best among the first rows of an output matrix (R, D) that are allowed (B, N), for hidden states (B, D) -> (B,)."""
     (rows, width), outputs = hidden.shape, allowed.shape[1]
     whole = triton.next_power_of_2(width)
-    out = max(1, 4 * TILE // whole)
+    tile, warps = TILES["output"]
+    out = max(1, tile // whole)
     blocks = triton.cdiv(outputs, out)
     best, place = (hidden.new_empty(rows, blocks, dtype=dtype) for dtype in (torch.float32, torch.int32))
     chosen = hidden.new_empty(rows, dtype=torch.int64)
     with torch.cuda.device_of(hidden):
         _best_of_blocks[blocks,](hidden, matrix, allowed.view(torch.uint8), best, place, width, outputs, ROWS=rows, IN=whole,
-                                 OUT=out, num_warps=8)
+                                 OUT=out, num_warps=warps)
         _best_block[rows,](best, place, chosen, blocks, BLOCKS=triton.next_power_of_2(blocks), num_warps=8)
     return chosen
 
@@ -286,7 +312,7 @@ def fused_step(decoder: Decoder, weights: Weights, cache: KVCache) -> Callable[[
     c, rows, like = weights.config, len(cache.positions), cache.keys[0]
     on_gpu = like.is_cuda
     early = on_gpu and torch.version.hip is None and torch.cuda.get_device_capability(like.device) >= (9, 0)
-    launch = {"EARLY": early, **({"launch_pdl": True} if early else {})}
+    launch = {"EARLY": EARLY if early else 0, **({"launch_pdl": True} if early else {})}
     qkv = like.new_empty(rows, (c.heads + 2 * c.kv_heads) * c.head_dim)
     found, inner = like.new_empty(rows, c.heads * c.head_dim), like.new_empty(rows, c.mlp_dim)
     seen, queries = cache.seen.view(torch.uint8), max(LEAST, triton.next_power_of_2(c.heads // c.kv_heads))
@@ -294,30 +320,35 @@ def fused_step(decoder: Decoder, weights: Weights, cache: KVCache) -> Callable[[
     parts = min(triton.cdiv(cache.capacity, PART), MOST_PARTS)
     of_parts = [torch.zeros(rows, c.kv_heads, parts, queries, *more, device=like.device) for more in ((c.head_dim,), (), ())]
     done = torch.zeros(rows, c.kv_heads, dtype=torch.int32, device=like.device)
+    # In the order in which they are read, and behind them the output matrix.
+    matrices = [getattr(layer, name) for layer in weights.layers for name in ("qkv", "out", "gate_up", "down")]
+    matrices += [weights.output.detach()] * AHEAD
 
-    def sizes(inputs: int, outputs: int, matrices: int = 1) -> tuple[tuple[int], dict]:
-        """The grid, and the part of a matrix that a block reads."""
+    def multiply(kernel: Any, place: int, name: str, outputs: int, *given: Any, matrices_read: int = 1, **options: Any) -> None:
+        """Start a kernel that reads the matrix of some place; `given` comes before it and behind it."""
+        inputs, following = matrices[place].shape[0], matrices[place + AHEAD]
+        tile, warps = TILES[name]
         whole = triton.next_power_of_2(inputs)
-        out = max(1, TILE // matrices // whole)
-        return (triton.cdiv(outputs, out),), {"ROWS": rows, "IN": whole, "OUT": out, "num_warps": WARPS, **launch}
+        out = max(1, tile // matrices_read // whole)
+        ahead = min(following.nbytes, MOST_AHEAD) if place + AHEAD >= 4 * c.depth else following.nbytes
+        kernel[triton.cdiv(outputs, out),](
+            *given, inputs, outputs, following, ahead, ROWS=rows, IN=whole, OUT=out, num_warps=warps,
+            LANES=32 * warps if early and AHEAD and following.data_ptr() % 16 == 0 else 0, **options, **launch)
 
     def step(ids: Tensor) -> Tensor:
         x = decoder.embedding(ids)
-        for layer, keys, values in zip(weights.layers, cache.keys, cache.values, strict=True):
+        for number, (layer, keys, values) in enumerate(zip(weights.layers, cache.keys, cache.values, strict=True)):
             bias, gain = layer.qkv_bias, None if layer.head_norm is None else layer.head_norm.gain
-            grid, options = sizes(c.width, qkv.shape[1])
-            _norm_linear[grid](x, layer.attention_norm.gain, layer.qkv, qkv if bias is None else bias, qkv, c.norm_eps, c.width,
-                               qkv.shape[1], BIAS=bias is not None, **options)
+            multiply(_norm_linear, 4 * number, "qkv", qkv.shape[1], x, layer.attention_norm.gain, layer.qkv,
+                     qkv if bias is None else bias, qkv, c.norm_eps, BIAS=bias is not None)
             _attend[rows, c.kv_heads, parts](
                 qkv, qkv if gain is None else gain, cache.cos, cache.sin, cache.positions, cache.slot, seen, keys, values, found,
                 *of_parts, done, c.norm_eps, c.head_dim ** -0.5, cache.capacity, HEADS=c.heads, KV_HEADS=c.kv_heads,
-                WIDTH=c.head_dim, QUERIES=queries, SLOTS=SLOTS, PARTS=parts, NORM=gain is not None, **launch)
-            grid, options = sizes(found.shape[1], c.width)
-            _linear_add[grid](found, layer.out, x, found.shape[1], c.width, **options)
-            grid, options = sizes(c.width, c.mlp_dim, 2)
-            _norm_swiglu[grid](x, layer.feed_forward_norm.gain, layer.gate_up, inner, c.norm_eps, c.width, c.mlp_dim, **options)
-            grid, options = sizes(c.mlp_dim, c.width)
-            _linear_add[grid](inner, layer.down, x, c.mlp_dim, c.width, **options)
+                WIDTH=c.head_dim, QUERIES=queries, SLOTS=SLOTS, PARTS=parts, NORM=gain is not None, num_warps=SLOT_WARPS, **launch)
+            multiply(_linear_add, 4 * number + 1, "out", c.width, found, layer.out, x)
+            multiply(_norm_swiglu, 4 * number + 2, "gate_up", c.mlp_dim, x, layer.feed_forward_norm.gain, layer.gate_up, inner,
+                     c.norm_eps, matrices_read=2)
+            multiply(_linear_add, 4 * number + 3, "down", c.width, inner, layer.down, x)
         _last_norm[rows,](x, weights.norm.gain, hidden, cache.slot, cache.positions, c.norm_eps, c.width,
                           IN=triton.next_power_of_2(c.width), **launch)
         return hidden
