@@ -116,3 +116,4 @@ def test_the_oldest_go_where_there_is_too_much(monkeypatch):
         kept.give("shape", 30, number)
     assert kept.take("other") is None
     assert [kept.take("shape") for _ in range(4)] == [4, 3, 2, None]
+

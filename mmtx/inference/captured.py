@@ -15,44 +15,54 @@ from torch import Tensor
 KEPT_BYTES = 2 ** 30  # of keys and values, with the graphs that write them, that wait for the next answer
 
 
-class CapturedStep:
-    """A function of ids (B,) that changes its state in place, called again and again. On a GPU it becomes a graph.
+class Captured:
+    """A function of tensors that is called again and again on the same memory: on a GPU as a graph.
 
     The first call runs as it is, on a stream of its own, as what a library does for the first time may not be captured. The second
     is captured and played, all others are played: all on the stream that is the current one.
     """
 
-    def __init__(self, run: Callable[[Tensor], Tensor], ids: Tensor):
-        """`run` is called with `ids`, whose values are those of each call."""
-        self.run, self.ids = run, ids
+    def __init__(self, run: Callable[..., Tensor], *inputs: Tensor):
+        """`run` is called with `inputs`, which take the values of each call and which it may change."""
+        self.run, self.inputs = run, inputs
+        self.output: Tensor | None = None   # what `run` has made, in the same memory from the second call on
         self.graph: torch.cuda.CUDAGraph | None = None
-        self._warm = False
 
-    def __call__(self, ids: Tensor) -> Tensor:
+    @property
+    def settled(self) -> bool:
+        """Whether what it makes lies where it will always lie."""
+        return self.graph is not None or (self.output is not None and not self.output.is_cuda)
+
+    def __call__(self, *values: Tensor) -> Tensor:
         """What the function makes, good until the next call."""
-        if not self.ids.is_cuda:
-            return self.run(ids)
-        self.ids.copy_(ids)
+        for mine, value in zip(self.inputs, values, strict=True):
+            if value is not mine:
+                mine.copy_(value)
         if self.graph is not None:
             self.graph.replay()
-        elif self._warm:
-            with torch.cuda.device(self.ids.device):
-                graph = torch.cuda.CUDAGraph()
-                # Other threads may go on: only what this one does is captured.
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                    self.made = self.run(self.ids)
-                self.graph = graph
-            graph.replay()
+        elif not self.inputs[0].is_cuda:
+            made = self.run(*self.inputs)
+            self.output = made if self.output is None else self.output.copy_(made)
         else:
-            with torch.cuda.device(self.ids.device):
-                here, beside = torch.cuda.current_stream(), torch.cuda.Stream()
-                beside.wait_stream(here)
-                with torch.cuda.stream(beside):
-                    self.made = self.run(self.ids)
-                here.wait_stream(beside)
-            self.made.record_stream(here)
-            self._warm = True
-        return self.made
+            with torch.cuda.device(self.inputs[0].device):
+                self._capture() if self.output is not None else self._run()
+        return self.output
+
+    def _run(self) -> None:
+        here, beside = torch.cuda.current_stream(), torch.cuda.Stream()
+        beside.wait_stream(here)
+        with torch.cuda.stream(beside):
+            self.output = self.run(*self.inputs)
+        here.wait_stream(beside)
+        self.output.record_stream(here)
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may go on: only what this one does is captured.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self.output = self.run(*self.inputs)
+        self.graph = graph
+        graph.replay()
 
 
 @dataclass(eq=False)

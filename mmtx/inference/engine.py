@@ -4,14 +4,18 @@ Shapes: B batch, T tokens, D width, V vocabulary, N first ids.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mmtx.embedding import Features
+from mmtx.grammar import GrammarState
 from mmtx.sequence import Prompt, gather_features
+
+
+ChooseNext = Callable[["Engine", GrammarState, Tensor | None], tuple[Tensor, GrammarState]]
 
 
 class Engine(ABC):
@@ -42,6 +46,13 @@ class Engine(ABC):
         A tensor that is given again must hold the same values: what was made of it may be used again.
         """
         return self.scores(allowed.shape[1]).masked_fill_(~allowed, -torch.inf).argmax(-1)
+
+    def choose(self, choice: ChooseNext, state: GrammarState, draws: Tensor | None = None) -> tuple[Tensor, GrammarState]:
+        """The next id of each row (B,) and where the grammar then stands, both good until the next call.
+
+        `choice` is a function of an engine, the state and random numbers, and equal to another where it does the same.
+        """
+        return choice(self, state, draws)
 
     @abstractmethod
     def keep(self, rows: Tensor) -> "Engine":

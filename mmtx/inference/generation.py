@@ -4,6 +4,7 @@ Shapes: B batch, N ids that an answer may be made of.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,24 @@ class AllowedIds:
             allowed = self.grammar.allowed(state, self.reach)
             self._place, self._allowed = place, self.grammar.closing(allowed) if closing else allowed
         return self._allowed
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the next id is chosen: among those that the grammar allows, by their scores and a random number (B,)."""
+
+    grammar: Grammar
+    out: str
+    sampling: Sampling                       # but for its seed and its length
+    allowed: AllowedIds = field(compare=False)
+
+    def __call__(self, engine: Engine, state: GrammarState, draws: Tensor | None, closing: bool = False) -> tuple[Tensor, GrammarState]:
+        may_come = self.allowed.of(state, closing)
+        if draws is None:
+            ids = engine.best(may_come)
+        else:
+            ids = sample(engine.scores(self.allowed.reach).masked_fill_(~may_come, -torch.inf), self.sampling, draws)
+        return ids, self.grammar.advance(state, ids)
 
 
 class Look:
@@ -82,7 +101,8 @@ def steps(
         device, batch, prefix = decoder.embedding.weight.device, len(prompts), np.asarray(prefix, np.int64)
         state = grammar.start(batch, out, device, prefix if len(prefix) else None)
         last = sampling.max_new_tokens     # steps from here on only close what is open
-        limit, allowed = last + _steps_to_close(grammar, out, state, len(prefix) > 0), AllowedIds(grammar, out)
+        limit = last + _steps_to_close(grammar, out, state, len(prefix) > 0)
+        choice = Choice(grammar, out, replace(sampling, max_new_tokens=1, seed=None), AllowedIds(grammar, out))
         places = range(batch) if places is None else places
         draws = Draws(sampling.seed, places, device) if sampling.temperature > 0 else None
         if sampling.guidance_scale == 1:
@@ -97,13 +117,12 @@ def steps(
         with torch.inference_mode():
             if ids is not None:
                 engine.step(ids)
-            may_come = allowed.of(state, closing=step >= last)
-            if draws is None:
-                ids = engine.best(may_come)
+            numbers = None if draws is None else draws.next()
+            if step < last:
+                ids, state = engine.choose(choice, state, numbers)
             else:
-                ids = sample(engine.scores(allowed.reach).masked_fill_(~may_come, -torch.inf), sampling, draws.next())
-            state = grammar.advance(state, ids)
-            written = ids if len(ids) == batch else nothing.index_copy(0, writing, ids)
+                ids, state = choice(engine, state, numbers, closing=True)
+            written = (ids.clone() if engine.static else ids) if len(ids) == batch else nothing.index_copy(0, writing, ids)
             left = len(ids)
             if engine.static and step < last:
                 if look is not None and step % LOOK_EVERY == BEHIND:

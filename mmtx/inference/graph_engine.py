@@ -5,19 +5,22 @@ Shapes: B batch, C capacity.
 
 import weakref
 from collections.abc import Callable
+from copy import copy
 
 import torch
 from torch import Tensor
 
+from mmtx.grammar import GrammarState
 from mmtx.inference.cache import KVCache
-from mmtx.inference.captured import CapturedStep
-from mmtx.inference.engine import Engine
+from mmtx.inference.captured import Captured
+from mmtx.inference.engine import ChooseNext, Engine
 from mmtx.inference.static_step import torch_step
 from mmtx.inference.torch_engine import TorchEngine
 from mmtx.inference.weights import Weights
 from mmtx.model import Decoder
 
 MakeStep = Callable[[Decoder, Weights, KVCache], Callable[[Tensor], Tensor]]
+MOST_CHOICES = 8  # ways to choose an id that are held captured for a cache
 SMALLEST = 256  # slots of a cache; larger ones have powers of two, so that prompts of other lengths find them captured
 
 
@@ -32,43 +35,72 @@ class GraphEngine(TorchEngine):
         super().__init__(decoder, weights)
         self.make_step, self.static = make_step, True
         self._lease: weakref.finalize | None = None
+        self._outgrown: weakref.finalize | None = None
 
     def _make_cache(self, lengths: Tensor, used: int, capacity: int, like: Tensor) -> None:
-        self._give_back()
+        if self._lease is not None:
+            self._lease()
         self._take(lengths, used, capacity, like)
 
     def _take(self, lengths: Tensor, used: int, capacity: int, like: Tensor) -> None:
-        """An empty cache with its step: one that is kept, or a new one."""
+        """An empty cache with its step and its choices: one that is kept, or a new one."""
         capacity = max(SMALLEST, 1 << (capacity - 1).bit_length())
         shape = len(lengths), capacity, self.make_step
         found = self.weights.kept.take(shape)
         if found is None:
             cache = KVCache.of(self.weights.config, lengths, used, capacity, like)
-            found = cache, self._capture(cache)
+            found = cache, self._capture(cache), {}
         self.cache: KVCache = found[0]
-        self.captured: CapturedStep = found[1]
+        self.captured: Captured = found[1]
+        self.choices: dict[tuple, Captured] = found[2]
         self.cache.restart(lengths, used)
         self._lease = weakref.finalize(self, self.weights.kept.give, shape, self.cache.size, found)
         self._lease.atexit = False
 
-    def _capture(self, cache: KVCache) -> CapturedStep:
-        return CapturedStep(self.make_step(self.decoder, self.weights, cache), torch.zeros_like(cache.positions))
-
-    def _give_back(self) -> None:
-        if self._lease is not None:
-            self._lease()
+    def _capture(self, cache: KVCache) -> Captured:
+        return Captured(self.make_step(self.decoder, self.weights, cache), torch.zeros_like(cache.positions))
 
     def step(self, ids: Tensor) -> None:
+        if self._outgrown is not None:
+            self._outgrown()
+            self._outgrown = None
         if self.cache.used == self.cache.capacity:
-            before, lease = self.cache, self._lease
+            # It is given away at the next step: until then the state of the grammar may lie with its choices.
+            before, self._outgrown = self.cache, self._lease
             self._take(before.positions, before.used, 2 * before.capacity, before.keys[0])
             self.cache.copy_(before)
-            lease()
         self.hidden = self.captured(ids)
         self.cache.used += 1
+
+    def choose(self, choice: ChooseNext, state: GrammarState, draws: Tensor | None = None) -> tuple[Tensor, GrammarState]:
+        if self.hidden is not self.captured.output or not self.captured.settled:  # those of prompts lie elsewhere each time
+            return choice(self, state, draws)
+        given = [each for each in (*state, draws) if each is not None]
+        key = choice, len(given), draws is None
+        if key not in self.choices:
+            if len(self.choices) == MOST_CHOICES:
+                self.choices.clear()
+            self.choices[key] = self._capture_choice(choice, given, draws is not None)
+        captured = self.choices[key]
+        ids = captured(*given)
+        return ids, GrammarState(*captured.inputs[:len(given) - (draws is not None)])
+
+    def _capture_choice(self, choice: ChooseNext, given: list[Tensor], draws: bool) -> Captured:
+        """What is captured must not hold this engine, which gives it to the next, but one that is as it is now."""
+        engine = copy(self)
+
+        def run(*inputs: Tensor) -> Tensor:
+            state = inputs[:len(inputs) - draws]
+            ids, after = choice(engine, GrammarState(*state), inputs[-1] if draws else None)
+            for mine, new in zip(state, after):
+                mine.copy_(new)
+            feeds = engine.captured.inputs[0]
+            return feeds.copy_(ids) if len(feeds) == len(ids) else ids
+
+        return Captured(run, *(each.clone() for each in given))
 
     def keep(self, rows: Tensor) -> Engine:
         self._lease.detach()  # what is left of the cache fits no other batch
         super().keep(rows)
-        self.captured = self._capture(self.cache)
+        self.captured, self.choices = self._capture(self.cache), {}
         return self
