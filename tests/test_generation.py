@@ -271,7 +271,8 @@ def test_answers_on_a_gpu_hand_on_what_was_captured(restless, grammar, prompts):
         assert answer(static, **options) == answer(choose_engine, **options)
     # Seeds are no part of a choice; the one with guidance has grown behind its last chosen id.
     count = len(prompts)
-    assert {entry.shape[:2]: len(entry.thing[2]) for entry in weights.kept._entries} == {(count, 256): 3, (2 * count, 256): 1, (2 * count, 512): 0}
+    assert {entry.shape[:2]: (len(entry.thing[2]), len(entry.thing[3])) for entry in weights.kept._entries} == {
+        (count, 256): (6, 1), (2 * count, 256): (2, 1), (2 * count, 512): (0, 0)}
     assert len(weights.kept._entries) == 3
     # Two at the same time keep apart.
     both = [steps(restless, grammar, asked(prompts), "any", Sampling(max_new_tokens=12), weights=weights, choose=static) for _ in range(2)]

@@ -59,10 +59,10 @@ class Engine(ABC):
         """Only some rows, in ascending order, from now on -> the engine that goes on with them; this one has ended."""
 
 
-def pad(prompts: Sequence[Prompt], device: torch.device) -> tuple[Tensor, Tensor, dict[str, Features]]:
-    """Prompts of any lengths, padded on the right -> their ids (B, T), lengths (B,) and features on a device."""
+def pad(prompts: Sequence[Prompt], device: torch.device, length: int | None = None) -> tuple[Tensor, Tensor, dict[str, Features]]:
+    """Prompts of any lengths, padded on the right, to the longest or `length` -> their ids (B, T), lengths (B,) and features on a device."""
     lengths = [len(prompt.ids) for prompt in prompts]
-    longest = max(lengths)
+    longest = length or max(lengths)
     ids = np.zeros((len(prompts), longest), np.int64)
     for row, prompt in zip(ids, prompts, strict=True):
         row[:len(prompt.ids)] = prompt.ids

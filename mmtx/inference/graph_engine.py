@@ -4,7 +4,7 @@ Shapes: B batch, C capacity.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 
 import torch
@@ -13,14 +13,17 @@ from torch import Tensor
 from mmtx.grammar import GrammarState
 from mmtx.inference.cache import KVCache
 from mmtx.inference.captured import Captured
-from mmtx.inference.engine import ChooseNext, Engine
-from mmtx.inference.static_step import torch_step
-from mmtx.inference.torch_engine import TorchEngine
+from mmtx.inference.engine import ChooseNext, Engine, pad
+from mmtx.inference.static_step import static_prompts, torch_step
+from mmtx.inference.torch_engine import ROOM, TorchEngine
 from mmtx.inference.weights import Weights
 from mmtx.model import Decoder
+from mmtx.sequence import Prompt
 
 MakeStep = Callable[[Decoder, Weights, KVCache], Callable[[Tensor], Tensor]]
-MOST_CHOICES = 8  # ways to choose an id that are held captured for a cache
+MOST_CHOICES = 16  # ways to choose an id that are held captured for a cache
+FEW_TOKENS = 2048  # of prompts whose pass is captured, padded to a power of two; of more, the time is that of computing
+LEAST = 16  # tokens of such a pass
 SMALLEST = 256  # slots of a cache; larger ones have powers of two, so that prompts of other lengths find them captured
 
 
@@ -34,8 +37,26 @@ class GraphEngine(TorchEngine):
         """`make_step` gives the function of ids (B,) that feeds them, changes a cache in place and returns hidden states."""
         super().__init__(decoder, weights)
         self.make_step, self.static = make_step, True
+        self.source: Captured | None = None         # what has made the hidden states
         self._lease: weakref.finalize | None = None
         self._outgrown: weakref.finalize | None = None
+
+    def prefill(self, prompts: Sequence[Prompt], room: int = ROOM) -> None:
+        longest = max(len(prompt.ids) for prompt in prompts)
+        length = max(LEAST, 1 << (longest - 1).bit_length())
+        if len(prompts) * length > FEW_TOKENS:
+            self.source = None
+            return super().prefill(prompts, room)
+        ids, lengths, features = pad(prompts, self.weights.output.device, length)
+        x = self.decoder.embed(ids, features)
+        self._make_cache(lengths, longest, longest + room, x)
+        if length not in self.prompts:
+            weights, tensors = self.weights, self.cache.tensors()
+            self.prompts[length] = Captured(
+                lambda x, lengths: static_prompts(weights.config, weights.layers, weights.norm, x, lengths, tensors),
+                torch.empty_like(x), torch.empty_like(lengths))
+        self.source = self.prompts[length]
+        self.hidden = self.source(x, lengths)
 
     def _make_cache(self, lengths: Tensor, used: int, capacity: int, like: Tensor) -> None:
         if self._lease is not None:
@@ -43,16 +64,17 @@ class GraphEngine(TorchEngine):
         self._take(lengths, used, capacity, like)
 
     def _take(self, lengths: Tensor, used: int, capacity: int, like: Tensor) -> None:
-        """An empty cache with its step and its choices: one that is kept, or a new one."""
+        """An empty cache with its step, choices and prompts: one that is kept, or a new one."""
         capacity = max(SMALLEST, 1 << (capacity - 1).bit_length())
         shape = len(lengths), capacity, self.make_step
         found = self.weights.kept.take(shape)
         if found is None:
             cache = KVCache.of(self.weights.config, lengths, used, capacity, like)
-            found = cache, self._capture(cache), {}
+            found = cache, self._capture(cache), {}, {}
         self.cache: KVCache = found[0]
         self.captured: Captured = found[1]
         self.choices: dict[tuple, Captured] = found[2]
+        self.prompts: dict[int, Captured] = found[3]
         self.cache.restart(lengths, used)
         self._lease = weakref.finalize(self, self.weights.kept.give, shape, self.cache.size, found)
         self._lease.atexit = False
@@ -69,14 +91,14 @@ class GraphEngine(TorchEngine):
             before, self._outgrown = self.cache, self._lease
             self._take(before.positions, before.used, 2 * before.capacity, before.keys[0])
             self.cache.copy_(before)
-        self.hidden = self.captured(ids)
+        self.hidden, self.source = self.captured(ids), self.captured
         self.cache.used += 1
 
     def choose(self, choice: ChooseNext, state: GrammarState, draws: Tensor | None = None) -> tuple[Tensor, GrammarState]:
-        if self.hidden is not self.captured.output or not self.captured.settled:  # those of prompts lie elsewhere each time
+        if self.source is None or not self.source.settled:
             return choice(self, state, draws)
         given = [each for each in (*state, draws) if each is not None]
-        key = choice, len(given), draws is None
+        key = self.source, choice, len(given), draws is None
         if key not in self.choices:
             if len(self.choices) == MOST_CHOICES:
                 self.choices.clear()
@@ -101,6 +123,7 @@ class GraphEngine(TorchEngine):
 
     def keep(self, rows: Tensor) -> Engine:
         self._lease.detach()  # what is left of the cache fits no other batch
-        super().keep(rows)
+        self.cache.keep(rows)
+        self.hidden, self.source = self.hidden[rows], None
         self.captured, self.choices = self._capture(self.cache), {}
         return self
