@@ -170,48 +170,71 @@ def bytes_read(decoder: torch.nn.Module) -> int:
     return rest + (table.nbytes if decoder.output is None else table[0].nbytes)
 
 
-def _decode(bench: Bench, ways: dict[str, Callable], many: int) -> Figures:
-    """Greedy decoding of one prompt and of `many`, with each of the engines.
+LONG = 4000          # tokens of a long context
 
-    A step within `generate` beside parts of it: "network" feeds ids, "scores" finds the best next one too, the rest is the grammar's.
+
+def _decode(bench: Bench, ways: dict[str, Callable], batches: dict[int, tuple[str, ...]]) -> Figures:
+    """Greedy decoding of so many rows with some of the engines, each made by a function of decoder, weights and rows.
+
+    A step within `generate` beside parts of it: "network" feeds ids, "scores" finds the best next one too. The rest is the
+    grammar's, and a share of reading the prompt.
     """
+    import numpy as np
+
     from mmtx.inference.generation import generate
     from mmtx.inference.sampling import Sampling
     from mmtx.inference.weights import Weights
+    from mmtx.sequence import Prompt
 
     decoder, grammar, prompts = _decoder(bench)
     new, found = 4 if bench.short else 128, {"bytes of weights read": bytes_read(decoder)}
-    for rows in (1, many):
-        given, answers = prompts(rows), {}
-        for way, choose in ways.items():
-            weights, name = Weights.of(decoder, fixed=True), f"{way}, {rows} row{'s' * (rows > 1)}"
 
-            def answer() -> object:
-                return generate(decoder, grammar, given, "text", Sampling(max_new_tokens=new), weights=weights, choose=choose)
+    def figures(name: str, choose: Callable, rows: int, weights: Weights) -> list[np.ndarray]:
+        given = prompts(rows)
 
+        def answer() -> list[np.ndarray]:
+            return generate(decoder, grammar, given, "text", Sampling(max_new_tokens=new), weights=weights, choose=choose)
+
+        def part(kind: str, given: list[Prompt]) -> float:
+            engine.prefill(given)
+            ids = torch.zeros(rows, dtype=torch.long, device=bench.device)
+            for _ in range(2):
+                engine.step(ids)
+            start = bench.now()
+            for _ in range(new - 3):
+                engine.step(ids)
+                if kind == "scores":
+                    ids = engine.best(allowed)
+            return (bench.now() - start) / (new - 3) * 1e6
+
+        start = bench.now()
+        answer()
+        found[f"{name}: seconds of the first answer"] = bench.now() - start
+        answer()
+        found[f"ids/s, {name}"] = bench.rate(answer, 1.5) * rows * new
+        engine = choose(decoder, weights, rows)
+        allowed = grammar.allowed(grammar.start(rows, "text", bench.device), grammar.reach("text"))
+        found[f"{name}: us to read the prompt"] = 1e6 / bench.rate(lambda: engine.prefill(given), 0.2)
+        for kind in ("network", "scores"):
+            found[f"{name}: us a step, {kind}"] = part(kind, given)
+        found[f"{name}: us a step, all"] = 1e6 * rows / found[f"ids/s, {name}"]
+        if rows == 1 and "compiled" not in ways:   # another shape takes another minute to compile
+            long = [Prompt(np.arange(64 if bench.short else LONG) % 1000)]
+            part("network", long)
+            found[f"{name}: us a step, network behind {LONG} tokens"] = part("network", long)
+        return answer()
+
+    for rows, names in batches.items():
+        answers: dict[str, list[np.ndarray]] = {}
+        for way in names:
+            name = f"{way}, {rows} row{'s' * (rows > 1)}"
             try:
                 with torch.inference_mode():
-                    start = bench.now()
-                    answers[way] = answer()
-                    found[f"{name}: seconds of the first answer"] = bench.now() - start
-                    found[f"ids/s, {name}"] = bench.rate(answer, 1.5) * rows * new
-                    engine = choose(decoder, weights, rows)
-                    allowed = grammar.allowed(grammar.start(rows, "text", bench.device), grammar.reach("text"))
-                    for part in ("network", "scores"):
-                        engine.prefill(given)
-                        ids = torch.zeros(rows, dtype=torch.long, device=bench.device)
-                        for _ in range(2):
-                            engine.step(ids)
-                        start = bench.now()
-                        for _ in range(new - 4):
-                            engine.step(ids)
-                            if part == "scores":
-                                ids = engine.best(allowed)
-                        found[f"{name}: us a step, {part}"] = (bench.now() - start) / max(new - 4, 1) * 1e6
-                    found[f"{name}: us a step, all"] = 1e6 * rows / found[f"ids/s, {name}"]
-                first = next(iter(answers))
-                same = [(a == b).mean() if len(a) == len(b) else 0.0 for a, b in zip(answers[first], answers[way], strict=True)]
-                found[f"{name}: share of ids that are those of {first}"] = float(sum(same) / len(same))
+                    answers[way] = figures(name, ways[way], rows, Weights.of(decoder, fixed=True))
+                if way != names[0] and names[0] in answers:
+                    # Random weights in bfloat16: many scores are equal, and what follows the first that is decided otherwise differs.
+                    first = [int((a[:new] == b[:new]).cumprod().sum()) for a, b in zip(answers[names[0]], answers[way], strict=True)]
+                    found[f"{name}: ids that are those of {names[0]}, up to the first that differs"] = sum(first) / rows
             except Exception:  # of one way: the others are still to be measured
                 traceback.print_exc()
                 found[f"{name}: error"] = traceback.format_exc()[-1500:]
@@ -219,23 +242,18 @@ def _decode(bench: Bench, ways: dict[str, Callable], many: int) -> Figures:
 
 
 def decoding(bench: Bench) -> Figures:
-    """Greedy decoding in bf16: as it is chosen, and steps that start each operation."""
+    """Greedy decoding in bf16: each operation started by itself, played back as a graph, and with kernels of our own."""
     from mmtx.inference.graph_engine import GraphEngine
     from mmtx.inference.torch_engine import TorchEngine
 
-    found = _decode(bench, {name: (lambda decoder, weights, rows, make=make: make(decoder, weights)) for name, make in
-                            (("eager", TorchEngine), ("graph", GraphEngine))}, 2 if bench.short else 32)
-    return found
-
-
-def fused_decoding(bench: Bench) -> Figures:
-    """The same with kernels of our own, for few rows."""
-    if not bench.gpu:
-        return {}
+    ways: dict[str, Callable] = {"eager": lambda decoder, weights, rows: TorchEngine(decoder, weights),
+                                 "graph": lambda decoder, weights, rows: GraphEngine(decoder, weights)}
+    if bench.short:
+        return _decode(bench, ways, dict.fromkeys((1, 2), ("eager", "graph")))
     from mmtx.inference.fused_engine import FusedEngine
-    from mmtx.inference.graph_engine import GraphEngine
 
-    return _decode(bench, {"graph": lambda decoder, weights, rows: GraphEngine(decoder, weights), "fused": lambda decoder, weights, rows: FusedEngine(decoder, weights)}, 4)
+    ways["fused"] = lambda decoder, weights, rows: FusedEngine(decoder, weights)
+    return _decode(bench, ways, {1: ("eager", "graph", "fused"), 8: ("graph", "fused"), 32: ("eager", "graph")})
 
 
 def compiled_decoding(bench: Bench) -> Figures:
@@ -246,7 +264,8 @@ def compiled_decoding(bench: Bench) -> Figures:
     from mmtx.inference.static_step import compiled_step
 
     make = partial(compiled_step, backend="aot_eager" if bench.short else "inductor")
-    return _decode(bench, {"compiled": lambda decoder, weights, rows: GraphEngine(decoder, weights, make)}, 2 if bench.short else 32)
+    return _decode(bench, {"compiled": lambda decoder, weights, rows: GraphEngine(decoder, weights, make)},
+                   dict.fromkeys((1, 2 if bench.short else 32), ("compiled",)))
 
 
 def decoding_peer(bench: Bench) -> Figures:
@@ -327,9 +346,14 @@ def starter(bench: Bench) -> Figures:
 
 # In the order of what is wanted most; their budgets in seconds are ten minutes together.
 STEPS: dict[str, tuple[Callable[[Bench], Figures], int]] = {
-    "rates": (rates, 30), "training": (training, 60), "decoding": (decoding, 50), "fused decoding": (fused_decoding, 50), "compiled decoding": (compiled_decoding, 100), "decoding peer": (decoding_peer, 60), "tests": (tests, 100),
+    "rates": (rates, 30), "training": (training, 60), "decoding": (decoding, 50),  "tests": (tests, 100),
     "compiled training": (compiled_training, 110), "packed training": (packed_training, 50), "captions": (captions, 25),
     "codes": (codes, 25), "starter": (starter, 150)}
+
+
+# Only where they are asked for, as they would not fit.
+MORE: dict[str, tuple[Callable[[Bench], Figures], int]] = {
+    "compiled decoding": (compiled_decoding, 120), "decoding peer": (decoding_peer, 90)}
 
 
 def take(name: str, bench: Bench, budget: float) -> Figures:
@@ -393,23 +417,23 @@ def table(found: dict[str, Figures], short: bool) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
+    parser.add_argument("--steps", nargs="+", choices=[*STEPS, *MORE], default=list(STEPS))
     parser.add_argument("--budget", type=float, default=None, help="seconds for each step, in place of its own")
     parser.add_argument("--output", type=Path, default=None, help="folder, default: benchmarks/results; with --short none")
     parser.add_argument("--short", action="store_true", help="only checks that it runs")
-    parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)  # what a process of `take` does
+    parser.add_argument("--step", choices=[*STEPS, *MORE], help=argparse.SUPPRESS)  # what a process of `take` does
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     bench = Bench(options.device, options.short)
     if options.step:
-        options.result.write_text(json.dumps(STEPS[options.step][0](bench)))
+        options.result.write_text(json.dumps({**STEPS, **MORE}[options.step][0](bench)))
         return 0
     if bench.gpu and not torch.cuda.is_available():
         print("gpu: found no GPU, expected one (--short --device cpu sees that all runs)", file=sys.stderr)
         return 2
     output, found = options.output or (None if options.short else RESULTS), {}
     for name in options.steps:
-        budget = options.budget or STEPS[name][1] * (10 if options.short else 1)  # a loaded CPU takes long to start
+        budget = options.budget or {**STEPS, **MORE}[name][1] * (10 if options.short else 1)  # a loaded CPU takes long to start
         found[name] = take(name, bench, budget)
         print(f"{name}: {found[name].get('failed', 'done')} ({found[name]['took']:.0f} s)", flush=True)
         if output is not None:

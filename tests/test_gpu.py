@@ -19,7 +19,7 @@ from mmtx.data.tokens import load_media
 from mmtx.grammar import Grammar
 from mmtx.inference.choose import choose_engine
 from mmtx.inference.fused_engine import MOST_ROWS, FusedEngine, fused_step
-from mmtx.inference.generation import steps
+from mmtx.inference.generation import generate, steps
 from mmtx.inference.graph_engine import GraphEngine
 from mmtx.inference.reference import ReferenceEngine
 from mmtx.inference.sampling import Sampling
@@ -173,6 +173,34 @@ def test_the_fused_engine_equals_the_one_of_torch_in_long_answers(dtype, count):
                 best = engine.best(allowed)[:, None]
                 assert allowed.gather(1, best).all()
                 assert (scores.gather(1, best)[:, 0] >= scores.amax(1) - (1e-4 if dtype == torch.float32 else 0.05)).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}, {"guidance_scale": 2.0}], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 10])
+def test_answers_are_the_same_when_what_was_captured_is_played_again(options, rows, monkeypatch):
+    monkeypatch.setattr("mmtx.inference.graph_engine.SMALLEST", 16)
+    vocabulary = Vocabulary((Entry("text", 0, 5000, "", None, None),))
+    torch.manual_seed(0)
+    decoder = Decoder(DecoderConfig(vocabulary.size, width=64, depth=2, heads=4, kv_heads=2, head_dim=32, mlp_dim=96)).to(DEVICE)
+    decoder.requires_grad_(False)
+    decoder.embedding.weight[:5000] *= 20
+    weights, grammar = Weights.of(decoder, fixed=True), Grammar(vocabulary)
+    prompts = [Prompt(np.arange(length) + 7) for length in (5, 300, 1, 17, 5, 5, 9, 9, 2, 40)][:rows]
+
+    def answers(choose=choose_engine) -> list[list[int]]:
+        found = generate(decoder, grammar, prompts, "text", Sampling(max_new_tokens=300, **options), weights=weights, choose=choose)
+        return [each.tolist() for each in found]
+
+    first = answers()
+    assert {len(each) for each in first} == {301}
+    assert answers() == first and answers() == first
+    plain = answers(lambda decoder, weights, rows: TorchEngine(decoder, weights))
+    same = [np.mean(np.equal(a[:100], b[:100])) for a, b in zip(first, plain, strict=True)]
+    assert np.mean(same) > 0.8, same              # but where two scores are as good as equal
+    both = [steps(decoder, grammar, prompts, "text", Sampling(max_new_tokens=300, **options), weights=weights) for _ in range(2)]
+    turns = [torch.stack(each) for each in zip(*both, strict=True)]
+    assert all(turn[0].equal(turn[1]) for turn in turns)
+    assert torch.stack(turns)[:301, 0, 0].tolist() == first[0]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -14,7 +14,6 @@ from mmtx.embedding import Features
 from mmtx.grammar import GrammarState
 from mmtx.sequence import Prompt, gather_features
 
-
 ChooseNext = Callable[["Engine", GrammarState, Tensor | None], tuple[Tensor, GrammarState]]
 
 
@@ -60,7 +59,7 @@ class Engine(ABC):
 
 
 def pad(prompts: Sequence[Prompt], device: torch.device, length: int | None = None) -> tuple[Tensor, Tensor, dict[str, Features]]:
-    """Prompts of any lengths, padded on the right, to the longest or `length` -> their ids (B, T), lengths (B,) and features on a device."""
+    """Prompts, padded on the right to the longest or to `length` -> their ids (B, T), lengths (B,) and features on a device."""
     lengths = [len(prompt.ids) for prompt in prompts]
     longest = length or max(lengths)
     ids = np.zeros((len(prompts), longest), np.int64)

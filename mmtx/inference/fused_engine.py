@@ -240,7 +240,7 @@ def _last_norm(x_ptr, gain_ptr, y_ptr, slot_ptr, positions_ptr, eps, inputs, IN:
 @triton.jit
 def _best_of_blocks(x_ptr, matrix_ptr, allowed_ptr, best_ptr, place_ptr, inputs, outputs,
                     ROWS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr):
-    """x (ROWS, I) times a matrix (O, I), rounded -> the best that is allowed of each block of outputs, and its place (ROWS, blocks)."""
+    """x (ROWS, I) times a matrix (O, I), rounded -> the best allowed one of each block of outputs, and its place (ROWS, blocks)."""
     block, blocks, i = tl.program_id(0), tl.num_programs(0), tl.arange(0, IN)
     out, inside = block * OUT + tl.arange(0, OUT), i < inputs
     fits = out < outputs

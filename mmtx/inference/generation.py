@@ -51,7 +51,8 @@ class Choice:
     sampling: Sampling                       # but for its seed and its length
     allowed: AllowedIds = field(compare=False)
 
-    def __call__(self, engine: Engine, state: GrammarState, draws: Tensor | None, closing: bool = False) -> tuple[Tensor, GrammarState]:
+    def __call__(self, engine: Engine, state: GrammarState, draws: Tensor | None,
+                 closing: bool = False) -> tuple[Tensor, GrammarState]:
         may_come = self.allowed.of(state, closing)
         if draws is None:
             ids = engine.best(may_come)

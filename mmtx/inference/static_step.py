@@ -31,7 +31,8 @@ def static_step(config: DecoderConfig, layers: tuple[Layer, ...], norm: Norm, x:
     return norm.fused(x)
 
 
-def static_prompts(config: DecoderConfig, layers: tuple[Layer, ...], norm: Norm, x: Tensor, lengths: Tensor, cache: CacheTensors) -> Tensor:
+def static_prompts(config: DecoderConfig, layers: tuple[Layer, ...], norm: Norm, x: Tensor, lengths: Tensor,
+                   cache: CacheTensors) -> Tensor:
     """Inputs of prompts (B, T, D), padded on the right to `lengths` (B,) -> the last hidden state of each (B, D).
 
     Their keys and values go into the first slots of the cache, whose other tensors are as they are to be.
