@@ -61,9 +61,9 @@ def _fetch(ahead_ptr, ahead, LANES: tl.constexpr):
 
 
 @triton.jit
-def _normed(x, gain, eps, inputs):
-    """RMSNorm of x (I,)."""
-    return x * tl.rsqrt(tl.sum(x * x, 0) / inputs + eps) * gain
+def _factor(x, eps, inputs):
+    """By what RMSNorm multiplies x (I,). It is applied to products of x, which so need not wait for it."""
+    return tl.rsqrt(tl.sum(x * x, 0) / inputs + eps)
 
 
 @triton.jit
@@ -79,8 +79,7 @@ def _norm_linear(x_ptr, gain_ptr, matrix_ptr, bias_ptr, y_ptr, eps, inputs, outp
     _wait(EARLY)
     for row in tl.static_range(ROWS):
         x = tl.load(x_ptr + row * inputs + i, mask=inside, other=0).to(tl.float32)
-        normed = _normed(x, gain, eps, inputs).to(matrix.dtype).to(tl.float32)
-        y = tl.sum(matrix.to(tl.float32) * normed[None, :], 1)
+        y = tl.sum(matrix.to(tl.float32) * (x * gain)[None, :], 1) * _factor(x, eps, inputs)
         if BIAS:
             y += tl.load(bias_ptr + out, mask=fits, other=0).to(tl.float32)
         tl.store(y_ptr + row * outputs + out, y.to(y_ptr.dtype.element_ty), mask=fits)
@@ -101,9 +100,8 @@ def _norm_swiglu(x_ptr, gain_ptr, matrix_ptr, y_ptr, eps, inputs, outputs, ahead
     _wait(EARLY)
     for row in tl.static_range(ROWS):
         x = tl.load(x_ptr + row * inputs + i, mask=inside, other=0).to(tl.float32)
-        normed = _normed(x, gain, eps, inputs).to(gates.dtype).to(tl.float32)
-        gate = tl.sum(gates.to(tl.float32) * normed[None, :], 1)
-        value = tl.sum(values.to(tl.float32) * normed[None, :], 1)
+        factor, scaled = _factor(x, eps, inputs), (x * gain)[None, :]
+        gate, value = tl.sum(gates.to(tl.float32) * scaled, 1) * factor, tl.sum(values.to(tl.float32) * scaled, 1) * factor
         tl.store(y_ptr + row * outputs + out, (gate * tl.sigmoid(gate) * value).to(y_ptr.dtype.element_ty), mask=fits)
 
 
@@ -171,16 +169,17 @@ def _attend(qkv_ptr, gain_ptr, cos_ptr, sin_ptr, positions_ptr, slot_ptr, seen_p
     query_swapped = tl.load(qkv_ptr + of_query + swapped[None, :], mask=inside, other=0).to(tl.float32)
     key, key_swapped = tl.load(qkv_ptr + of_key + d).to(tl.float32), tl.load(qkv_ptr + of_key + swapped).to(tl.float32)
     value = tl.load(qkv_ptr + of_key + KV_HEADS * WIDTH + d)
+    scales = tl.zeros((QUERIES,), tl.float32) + scale
     if NORM:
-        query_factor = tl.rsqrt(tl.sum(query * query, 1) / WIDTH + eps)[:, None]
-        key_factor = tl.rsqrt(tl.sum(key * key, 0) / WIDTH + eps)
-        query, query_swapped = query * query_factor * query_gain, query_swapped * query_factor * query_gain_swapped
-        key, key_swapped = key * key_factor * key_gain, key_swapped * key_factor * key_gain_swapped
+        scales *= tl.rsqrt(tl.sum(query * query, 1) / WIDTH + eps)       # of the queries' norm: it is applied to the scores
+        factor = _factor(key, eps, WIDTH)
+        query, query_swapped = query * query_gain, query_swapped * query_gain_swapped
+        key, key_swapped = key * factor * key_gain, key_swapped * factor * key_gain_swapped
     query = (query * cos[None, :] + query_swapped * sin[None, :]).to(value.dtype)
     key = (key * cos + key_swapped * sin).to(value.dtype)
     # The token itself comes first, then those before it, with running maximum and sum (https://arxiv.org/abs/2205.14135).
     # Each part begins with the token itself, so that it has seen something, and all but the first without its share.
-    most = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scale
+    most = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scales
     own = tl.where(part == 0, 1.0, 0.0)
     total = tl.zeros((QUERIES,), tl.float32) + own
     found = tl.zeros((QUERIES, WIDTH), tl.float32) + tl.where(part == 0, value.to(tl.float32), 0.0)[None, :]
@@ -189,7 +188,7 @@ def _attend(qkv_ptr, gain_ptr, cos_ptr, sin_ptr, positions_ptr, slot_ptr, seen_p
         tl.store(values_ptr + slot * WIDTH + d, value)
         tl.store(seen_ptr + slot, 1)
     for first in range(part * length, stop, SLOTS):
-        scores = tl.where(seen[None, :], tl.dot(query, keys, input_precision="ieee") * scale, float("-inf"))
+        scores = tl.where(seen[None, :], tl.dot(query, keys, input_precision="ieee") * scales[:, None], float("-inf"))
         more = tl.maximum(most, tl.max(scores, 1))
         shares, less = tl.exp(scores - more[:, None]), tl.exp(most - more)
         total = total * less + tl.sum(shares, 1)
@@ -231,7 +230,7 @@ def _last_norm(x_ptr, gain_ptr, y_ptr, slot_ptr, positions_ptr, eps, inputs, IN:
     gain = tl.load(gain_ptr + i, mask=inside, other=0).to(tl.float32)
     _wait(EARLY)
     x = tl.load(x_ptr + row * inputs + i, mask=inside, other=0).to(tl.float32)
-    tl.store(y_ptr + row * inputs + i, _normed(x, gain, eps, inputs).to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptr + row * inputs + i, (x * gain * _factor(x, eps, inputs)).to(y_ptr.dtype.element_ty), mask=inside)
     tl.store(positions_ptr + row, tl.load(positions_ptr + row) + 1)
     if row == 0:
         tl.store(slot_ptr, tl.load(slot_ptr) + 1)
