@@ -41,7 +41,8 @@ def check(engine, plain, steps: int) -> None:
         assert (engine.hidden - plain.hidden).abs().max() < 1e-5
 
 
-def test_a_cache_goes_to_the_next_engine_and_nothing_in_it_does(decoder, weights):
+def test_a_cache_goes_to_the_next_engine_and_nothing_in_it_does(decoder, weights, monkeypatch):
+    monkeypatch.setattr("mmtx.inference.graph_engine.SMALLEST", 64)
     engine, plain = begin(decoder, weights, (5, 3))
     check(engine, plain, 10)
     first = engine.captured
