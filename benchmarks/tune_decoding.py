@@ -23,7 +23,8 @@ from mmtx.sequence import Prompt
 
 FILE = Path(fused_engine.__file__)
 STEPS = 100
-BLOCKS = [(2 ** 11, 1), (2 ** 12, 1), (2 ** 11, 2), (2 ** 12, 2), (2 ** 13, 2), (2 ** 12, 4), (2 ** 13, 4), (2 ** 14, 4), (2 ** 13, 8), (2 ** 14, 8)]
+BLOCKS = [(2 ** 11, 1), (2 ** 12, 1), (2 ** 11, 2), (2 ** 12, 2), (2 ** 13, 2), (2 ** 12, 4), (2 ** 13, 4), (2 ** 14, 4), (2 ** 13, 8),
+          (2 ** 14, 8)]
 ORDERS = [(early, ahead) for early in (1, 2) for ahead in (0, 1, 2, 3)]
 SLOTS = [(16, 1), (32, 1), (32, 2), (32, 4), (64, 2), (64, 4), (64, 8), (128, 4), (128, 8)]
 PARTS = [32, 64, 128, 256]
@@ -94,7 +95,8 @@ def main() -> None:
             tuning.choose("EARLY, AHEAD", lambda: (f.EARLY, f.AHEAD), lambda o: vars(f).update(EARLY=o[0], AHEAD=o[1]), ORDERS)
 
         def slots() -> None:
-            tuning.choose("SLOTS, SLOT_WARPS", lambda: (f.SLOTS, f.SLOT_WARPS), lambda o: vars(f).update(SLOTS=o[0], SLOT_WARPS=o[1]), SLOTS)
+            tuning.choose("SLOTS, SLOT_WARPS", lambda: (f.SLOTS, f.SLOT_WARPS),
+                          lambda o: vars(f).update(SLOTS=o[0], SLOT_WARPS=o[1]), SLOTS)
 
         order()
         slots()
@@ -104,17 +106,16 @@ def main() -> None:
         slots()
         order()
         # What a step costs without one of its kernels.
-        for name in ("_attend", "_norm_linear", "_norm_swiglu", "_linear_add", "_fetch"):
-            if name != "_fetch":
-                kept = getattr(f, name)
-                setattr(f, name, type("Nothing", (), {"__getitem__": lambda self, grid: lambda *a, **k: None})())
-                say(without=name, microseconds=tuning.microseconds())
-                setattr(f, name, kept)
+        for name in ("_attend", "_norm_linear", "_norm_swiglu", "_linear_add"):
+            kept = getattr(f, name)
+            setattr(f, name, type("Nothing", (), {"__getitem__": lambda self, grid: lambda *a, **k: None})())
+            say(without=name, microseconds=tuning.microseconds())
+            setattr(f, name, kept)
     if options.write:
         text = FILE.read_text(encoding="utf-8")
         for pattern, made in ((r"TILES = .*", f"TILES = {f.TILES!r}".replace("'", '"')), (r"EARLY = \d+", f"EARLY = {f.EARLY}"),
-                              (r"AHEAD = \d+", f"AHEAD = {f.AHEAD}"), (r"SLOTS, SLOT_WARPS = \d+, \d+", f"SLOTS, SLOT_WARPS = {f.SLOTS}, {f.SLOT_WARPS}"),
-                              (r"PART = \d+", f"PART = {f.PART}")):
+                              (r"AHEAD = \d+", f"AHEAD = {f.AHEAD}"), (r"PART = \d+", f"PART = {f.PART}"),
+                              (r"SLOTS, SLOT_WARPS = \d+, \d+", f"SLOTS, SLOT_WARPS = {f.SLOTS}, {f.SLOT_WARPS}")):
             text, count = re.subn(f"^{pattern}", made, text, count=1, flags=re.MULTILINE)
             assert count == 1, pattern
         FILE.write_text(text, encoding="utf-8")
