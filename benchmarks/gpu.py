@@ -253,7 +253,7 @@ def decoding(bench: Bench) -> Figures:
     from mmtx.inference.fused_engine import FusedEngine
 
     ways["fused"] = lambda decoder, weights, rows: FusedEngine(decoder, weights)
-    return _decode(bench, ways, {1: ("eager", "graph", "fused"), 8: ("graph", "fused"), 32: ("eager", "graph")})
+    return _decode(bench, ways, {1: ("eager", "graph", "fused"), 8: ("graph", "fused"), 32: ("eager", "graph", "fused")})
 
 
 def compiled_decoding(bench: Bench) -> Figures:

@@ -35,12 +35,12 @@ from mmtx.sequence import Prompt
 assert fused_engine.works(torch.device("cpu"))
 graph_engine.SMALLEST = 32
 for shape, (part, slots, tile), lengths in [
-        ({}, (64, 32, 256), (9,)), *((SHAPES[number], (16, 16, 2 ** 11), (9, 1, 30)) for number in (0, 2, 4, 9, 10))]:
+        ({}, (64, 32, 256), (9,)), ({}, (64, 64, 256), (30,) * 9), (SHAPES[9], (16, 16, 256), (9, 1, 30) * 3), *((SHAPES[number], (16, 16, 2 ** 11), (9, 1, 30)) for number in (0, 2, 4, 9, 10))]:
     shape = {**shape, "head_dim": 16}
     fused_engine.PART, fused_engine.SLOTS, fused_engine.TILES = part, slots, dict.fromkeys(fused_engine.TILES, (tile, 4))
     decoder, rows = random_decoder(**shape), len(lengths)
     weights = Weights.of(decoder)
-    assert fused_engine.fits(weights, rows)
+    assert fused_engine.fits(weights)
     engine, plain = fused_engine.FusedEngine(decoder, weights), ReferenceEngine(decoder)
     prompts = [Prompt(np.arange(length)) for length in lengths]
     with torch.inference_mode():

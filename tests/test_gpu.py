@@ -18,7 +18,7 @@ from mmtx.data.sources import open_source
 from mmtx.data.tokens import load_media
 from mmtx.grammar import Grammar
 from mmtx.inference.choose import choose_engine
-from mmtx.inference.fused_engine import MOST_ROWS, FusedEngine, fused_step
+from mmtx.inference.fused_engine import FusedEngine, fused_step
 from mmtx.inference.generation import generate, steps
 from mmtx.inference.graph_engine import GraphEngine
 from mmtx.inference.reference import ReferenceEngine
@@ -116,7 +116,7 @@ def test_captions_are_those_of_the_cpu():
 
 
 @pytest.mark.parametrize("make_step", STEPS_OF_ENGINES)
-@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("count", [1, 4, 12])
 @pytest.mark.parametrize("kept", [None, 30])
 def test_the_engine_follows_full_passes_while_its_cache_grows(make_step, count, kept, monkeypatch):
     """With graphs of caches of 16 to 256 slots, which later engines use again; at step `kept` only two rows stay."""
@@ -126,7 +126,7 @@ def test_the_engine_follows_full_passes_while_its_cache_grows(make_step, count, 
     decoder.requires_grad_(False)
     weights = Weights.of(decoder, fixed=True)
     for first in (0, 50):                # the second finds what the first has captured
-        prompts = [Prompt(np.arange(length) + first) for length in (9, 1, 40, 17)][:count]
+        prompts = [Prompt(np.arange(length) + first) for length in 3 * (9, 1, 40, 17)][:count]
         engine, plain = GraphEngine(decoder, weights, make_step), ReferenceEngine(decoder)
         with torch.inference_mode():
             engine.prefill(prompts, room=2)
@@ -146,12 +146,13 @@ def test_the_engine_follows_full_passes_while_its_cache_grows(make_step, count, 
 
 def test_a_gpu_gets_the_engine_with_graphs():
     decoder = Decoder(DecoderConfig(100, width=64, depth=2, heads=4, kv_heads=2, head_dim=32, mlp_dim=96)).to(DEVICE)
-    for rows, expected in ((MOST_ROWS, FusedEngine), (MOST_ROWS + 1, GraphEngine)):
-        assert (type(choose_engine(decoder, None, rows)) is expected) == (DEVICE == "cuda")
+    assert (type(choose_engine(decoder, None, 4)) is FusedEngine) == (DEVICE == "cuda")
+    narrow = Decoder(DecoderConfig(100, width=64, depth=2, heads=4, kv_heads=2, head_dim=8, mlp_dim=96)).to(DEVICE)
+    assert (type(choose_engine(narrow, None, 4)) is GraphEngine) == (DEVICE == "cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("count", [1, 3, 9])
 def test_the_fused_engine_equals_the_one_of_torch_in_long_answers(dtype, count):
     """With parts of the cache in blocks of their own, and with the best of many ids."""
     if DEVICE == "cpu":
@@ -159,7 +160,7 @@ def test_the_fused_engine_equals_the_one_of_torch_in_long_answers(dtype, count):
     torch.manual_seed(0)
     decoder = Decoder(DecoderConfig(50_000, width=192, depth=2, heads=6, kv_heads=2, head_dim=64, mlp_dim=320)).to(DEVICE, dtype)
     decoder.requires_grad_(False)
-    weights, prompts = Weights.of(decoder, fixed=True), [Prompt(np.arange(length)) for length in (700, 1500, 30)][:count]
+    weights, prompts = Weights.of(decoder, fixed=True), [Prompt(np.arange(length)) for length in 3 * (700, 1500, 30)][:count]
     engine, plain = FusedEngine(decoder, weights), TorchEngine(decoder, weights)
     with torch.inference_mode():
         engine.prefill(prompts), plain.prefill(prompts)

@@ -22,7 +22,7 @@ def choose_engine(decoder: Decoder, weights: Weights | None, rows: int) -> Engin
         if has_triton():
             from mmtx.inference.fused_engine import FusedEngine, fits, works
 
-            if fits(weights, rows) and works(weights.output.device):
+            if fits(weights) and works(weights.output.device):
                 return FusedEngine(decoder, weights)
         return GraphEngine(decoder, weights)
     if not RowEngine.fits(decoder):

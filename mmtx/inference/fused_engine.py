@@ -1,8 +1,9 @@
-"""The engine of a few rows on a GPU: a step in five kernels a layer, written in Triton.
+"""The engine of a GPU with kernels written in Triton: five a layer in a step of few rows.
 
 With few rows the time of a step is that of reading the matrices. Norms, rotary positions, gates and sums are computed where a
 kernel has the numbers at hand, each kernel reads a matrix in one wave of blocks, and a block asks for its part of the matrix before
-the kernel ahead of it has ended (programmatic dependent launch): only what depends on that one waits.
+the kernel ahead of it has ended (programmatic dependent launch): only what depends on that one waits. Of more rows,
+the matrix products are torch's, and eight operations a layer.
 
 Shapes: B batch, I inputs, O outputs, H heads, G key-value heads, C capacity, K head width.
 """
@@ -11,9 +12,10 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from subprocess import CalledProcessError
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,10 +23,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mmtx.inference.cache import KVCache
 from mmtx.inference.graph_engine import GraphEngine
-from mmtx.inference.weights import Weights
+from mmtx.inference.weights import Layer, Weights
 from mmtx.model import Decoder
 
-MOST_ROWS = 8       # from more on, matrix products with tensor cores are faster
+MOST_ROWS = 8       # from more on, matrix products are those of torch, with tensor cores
+SIZE = 1024         # numbers that a block makes of gates and values then
 TILES = {"qkv": (2 ** 13, 4), "out": (2 ** 13, 4), "gate_up": (2 ** 13, 4), "down": (2 ** 13, 4), "output": (2 ** 14, 4)}
 # For each matrix how many of its numbers a block reads, about, and with how many warps
 EARLY = 1           # whether the next kernel is let begin before the one before is waited for, or behind
@@ -223,6 +226,16 @@ def _attend(qkv_ptr, gain_ptr, cos_ptr, sin_ptr, positions_ptr, slot_ptr, seen_p
 
 
 @triton.jit
+def _swiglu(gate_up_ptr, y_ptr, outputs, SIZE: tl.constexpr):
+    """Gates before values (B, 2 * O) -> silu(gate) * value (B, O)."""
+    row, out = tl.program_id(1), tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    fits = out < outputs
+    gate = tl.load(gate_up_ptr + row * 2 * outputs + out, mask=fits, other=0).to(tl.float32)
+    value = tl.load(gate_up_ptr + (row * 2 + 1) * outputs + out, mask=fits, other=0).to(tl.float32)
+    tl.store(y_ptr + row * outputs + out, (gate * tl.sigmoid(gate) * value).to(y_ptr.dtype.element_ty), mask=fits)
+
+
+@triton.jit
 def _last_norm(x_ptr, gain_ptr, y_ptr, slot_ptr, positions_ptr, eps, inputs, IN: tl.constexpr, EARLY: tl.constexpr):
     """Norm of the rows of x (B, I) -> y (B, I); slot and positions go on by one."""
     row, i = tl.program_id(0), tl.arange(0, IN)
@@ -297,11 +310,11 @@ def works(device: torch.device) -> bool:
     return True
 
 
-def fits(weights: Weights, rows: int) -> bool:
-    """Whether the kernels are for such a decoder and so many rows."""
+def fits(weights: Weights) -> bool:
+    """Whether the kernels are for such a decoder."""
     c, width = weights.config, weights.config.head_dim
     matrices = [each for layer in weights.layers for each in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-    return (rows <= MOST_ROWS and width >= LEAST and width == triton.next_power_of_2(width)
+    return (width >= LEAST and width == triton.next_power_of_2(width)
             and max(c.width, c.mlp_dim, c.heads * width) <= WIDEST
             and all(isinstance(each, Tensor) and each.T.is_contiguous() for each in matrices))
 
@@ -334,20 +347,36 @@ def fused_step(decoder: Decoder, weights: Weights, cache: KVCache) -> Callable[[
             *given, inputs, outputs, following, ahead, ROWS=rows, IN=whole, OUT=out, num_warps=warps,
             LANES=32 * warps if early and AHEAD and following.data_ptr() % 16 == 0 else 0, **options, **launch)
 
-    def step(ids: Tensor) -> Tensor:
-        x = decoder.embedding(ids)
+    def attend(layer: Layer, qkv: Tensor, keys: Tensor, values: Tensor) -> None:
+        gain = None if layer.head_norm is None else layer.head_norm.gain
+        _attend[rows, c.kv_heads, parts](
+            qkv, qkv if gain is None else gain, cache.cos, cache.sin, cache.positions, cache.slot, seen, keys, values, found,
+            *of_parts, done, c.norm_eps, c.head_dim ** -0.5, cache.capacity, HEADS=c.heads, KV_HEADS=c.kv_heads,
+            WIDTH=c.head_dim, QUERIES=queries, SLOTS=SLOTS, PARTS=parts, NORM=gain is not None, num_warps=SLOT_WARPS, **launch)
+
+    def many(x: Tensor) -> Tensor:
+        for layer, keys, values in zip(weights.layers, cache.keys, cache.values, strict=True):
+            attend(layer, F.linear(layer.attention_norm.fused(x), cast(Tensor, layer.qkv).T, layer.qkv_bias), keys, values)
+            x = torch.addmm(x, found, cast(Tensor, layer.out))
+            gate_up = layer.feed_forward_norm.fused(x) @ cast(Tensor, layer.gate_up)
+            _swiglu[triton.cdiv(c.mlp_dim, SIZE), rows](gate_up, inner, c.mlp_dim, SIZE=SIZE)
+            x = torch.addmm(x, inner, cast(Tensor, layer.down))
+        return x
+
+    def few(x: Tensor) -> Tensor:
         for number, (layer, keys, values) in enumerate(zip(weights.layers, cache.keys, cache.values, strict=True)):
-            bias, gain = layer.qkv_bias, None if layer.head_norm is None else layer.head_norm.gain
+            bias = layer.qkv_bias
             multiply(_norm_linear, 4 * number, "qkv", qkv.shape[1], x, layer.attention_norm.gain, layer.qkv,
                      qkv if bias is None else bias, qkv, c.norm_eps, BIAS=bias is not None)
-            _attend[rows, c.kv_heads, parts](
-                qkv, qkv if gain is None else gain, cache.cos, cache.sin, cache.positions, cache.slot, seen, keys, values, found,
-                *of_parts, done, c.norm_eps, c.head_dim ** -0.5, cache.capacity, HEADS=c.heads, KV_HEADS=c.kv_heads,
-                WIDTH=c.head_dim, QUERIES=queries, SLOTS=SLOTS, PARTS=parts, NORM=gain is not None, num_warps=SLOT_WARPS, **launch)
+            attend(layer, qkv, keys, values)
             multiply(_linear_add, 4 * number + 1, "out", c.width, found, layer.out, x)
             multiply(_norm_swiglu, 4 * number + 2, "gate_up", c.mlp_dim, x, layer.feed_forward_norm.gain, layer.gate_up, inner,
                      c.norm_eps, matrices_read=2)
             multiply(_linear_add, 4 * number + 3, "down", c.width, inner, layer.down, x)
+        return x
+
+    def step(ids: Tensor) -> Tensor:
+        x = (few if rows <= MOST_ROWS else many)(decoder.embedding(ids))
         _last_norm[rows,](x, weights.norm.gain, hidden, cache.slot, cache.positions, c.norm_eps, c.width,
                           IN=triton.next_power_of_2(c.width), **launch)
         return hidden
@@ -356,12 +385,12 @@ def fused_step(decoder: Decoder, weights: Weights, cache: KVCache) -> Callable[[
 
 
 class FusedEngine(GraphEngine):
-    """As many rows as it `fits`."""
+    """Any number of rows of a decoder that it `fits`."""
 
     def __init__(self, decoder: Decoder, weights: Weights):
         super().__init__(decoder, weights, fused_step)
 
     def best(self, allowed: Tensor) -> Tensor:
-        if allowed.shape[1] > self.weights.plain:
+        if allowed.shape[1] > self.weights.plain or len(allowed) > MOST_ROWS:
             return super().best(allowed)
         return fused_best(self.hidden, self.weights.output, allowed.contiguous())
