@@ -25,7 +25,7 @@ FILE = Path(fused_engine.__file__)
 STEPS = 100
 BLOCKS = [(2 ** 11, 1), (2 ** 12, 1), (2 ** 11, 2), (2 ** 12, 2), (2 ** 13, 2), (2 ** 12, 4), (2 ** 13, 4), (2 ** 14, 4),
           (2 ** 13, 8), (2 ** 14, 8)]
-ORDERS = [(early, ahead) for early in (1, 2) for ahead in (0, 1, 2, 3)]
+AHEAD = [0, 1, 2, 3]
 SLOTS = [(16, 1), (32, 1), (32, 2), (32, 4), (64, 2), (64, 4), (64, 8), (128, 4), (128, 8)]
 PARTS = [32, 64, 128, 256]
 
@@ -91,20 +91,20 @@ def main() -> None:
     with torch.inference_mode():
         tuning = Tuning(options.seconds)
 
-        def order() -> None:
-            tuning.choose("EARLY, AHEAD", lambda: (f.EARLY, f.AHEAD), lambda o: vars(f).update(EARLY=o[0], AHEAD=o[1]), ORDERS)
+        def ahead() -> None:
+            tuning.choose("AHEAD", lambda: f.AHEAD, lambda o: vars(f).update(AHEAD=o), AHEAD)
 
         def slots() -> None:
             tuning.choose("SLOTS, SLOT_WARPS", lambda: (f.SLOTS, f.SLOT_WARPS),
                           lambda o: vars(f).update(SLOTS=o[0], SLOT_WARPS=o[1]), SLOTS)
 
-        order()
+        ahead()
         slots()
         for name in ("gate_up", "qkv", "down", "out"):
             tuning.choose(name, lambda: f.TILES[name], lambda o: f.TILES.update({name: o}), BLOCKS)
         tuning.choose("PART", lambda: f.PART, lambda o: vars(f).update(PART=o), PARTS)
         slots()
-        order()
+        ahead()
         # What a step costs without one of its kernels.
         for name in ("_attend", "_norm_linear", "_norm_swiglu", "_linear_add"):
             kept = getattr(f, name)
@@ -113,13 +113,13 @@ def main() -> None:
             setattr(f, name, kept)
     if options.write:
         text = FILE.read_text(encoding="utf-8")
-        for pattern, made in ((r"TILES = .*", f"TILES = {f.TILES!r}".replace("'", '"')), (r"EARLY = \d+", f"EARLY = {f.EARLY}"),
+        for pattern, made in ((r"TILES = .*", f"TILES = {f.TILES!r}".replace("'", '"')),
                               (r"AHEAD = \d+", f"AHEAD = {f.AHEAD}"), (r"PART = \d+", f"PART = {f.PART}"),
                               (r"SLOTS, SLOT_WARPS = \d+, \d+", f"SLOTS, SLOT_WARPS = {f.SLOTS}, {f.SLOT_WARPS}")):
             text, count = re.subn(f"^{pattern}", made, text, count=1, flags=re.MULTILINE)
             assert count == 1, pattern
         FILE.write_text(text, encoding="utf-8")
-        say(written=[line for line in text.splitlines() if re.match(r"(TILES|EARLY|AHEAD|SLOTS|PART)\b.* = ", line)])
+        say(written=[line for line in text.splitlines() if re.match(r"(TILES|AHEAD|SLOTS|PART)\b.* = ", line)])
 
 
 if __name__ == "__main__":

@@ -28,14 +28,13 @@ from mmtx.model import Decoder
 
 MOST_ROWS = 8       # from more on, matrix products are those of torch, with tensor cores
 SIZE = 1024         # numbers that a block makes of gates and values then
-TILES = {"qkv": (2 ** 13, 4), "out": (2 ** 13, 4), "gate_up": (2 ** 13, 4), "down": (2 ** 13, 4), "output": (2 ** 14, 4)}
-# For each matrix how many of its numbers a block reads, about, and with how many warps
-EARLY = 1           # whether the next kernel is let begin before the one before is waited for, or behind
-AHEAD = 2           # matrices that are on their way to the cache of the GPU (L2) before their kernel begins
+TILES = {"qkv": (2 ** 13, 4), "out": (2 ** 13, 4), "gate_up": (2 ** 13, 4), "down": (2 ** 13, 4), "output": (2 ** 14, 8)}
+# For each matrix how many of its numbers a block reads, about, and with how many warps; as all here, found on an H100
+AHEAD = 0           # matrices that are on their way to L2 before their kernel begins: to be measured (benchmarks/tune_decoding.py)
 MOST_AHEAD = 2 ** 23  # bytes of the output matrix that are, too
-SLOTS, SLOT_WARPS = 64, 4  # of the cache that attention takes at a time, and warps for them
+SLOTS, SLOT_WARPS = 32, 4  # of the cache that attention takes at a time, and warps for them
 WIDEST = 2 ** 15    # inputs of a matrix: a block reads a row at once
-PART = 256          # slots of the cache that a block of attention reads, about
+PART = 64           # slots of the cache that a block of attention reads, about
 MOST_PARTS = 32     # of the cache
 LEAST = 16          # rows, and columns, of the smallest product of Triton
 
@@ -43,12 +42,9 @@ LEAST = 16          # rows, and columns, of the smallest product of Triton
 @triton.jit
 def _wait(EARLY: tl.constexpr):
     """Let the next kernel begin, and wait for the one before. What is read above this line nobody writes."""
-    if EARLY == 1:
+    if EARLY:
         gdc_launch_dependents()
         gdc_wait()
-    if EARLY == 2:
-        gdc_wait()
-        gdc_launch_dependents()
 
 
 @triton.jit
@@ -156,7 +152,7 @@ def _attend(qkv_ptr, gain_ptr, cos_ptr, sin_ptr, positions_ptr, slot_ptr, seen_p
         query_gain_swapped = tl.load(gain_ptr + of_query + swapped[None, :], mask=inside, other=0).to(tl.float32)
         key_gain = tl.load(gain_ptr + of_key + d).to(tl.float32)
         key_gain_swapped = tl.load(gain_ptr + of_key + swapped).to(tl.float32)
-    # What earlier steps have written lies in the cache since before this step began: no need to wait for it.
+    _wait(EARLY)
     slot, position = tl.load(slot_ptr), tl.load(positions_ptr + row)
     cos, sin = tl.load(cos_ptr + position * WIDTH + d).to(tl.float32), tl.load(sin_ptr + position * WIDTH + d).to(tl.float32)
     start = (row * KV_HEADS + group).to(tl.int64) * capacity * WIDTH
@@ -166,7 +162,6 @@ def _attend(qkv_ptr, gain_ptr, cos_ptr, sin_ptr, positions_ptr, slot_ptr, seen_p
     length = tl.cdiv(tl.cdiv(slot, PARTS), SLOTS) * SLOTS
     stop = tl.minimum((part + 1) * length, slot)
     seen, keys, values = _slots(keys_ptr, values_ptr, seen_ptr, part * length, stop, d, WIDTH, SLOTS)
-    _wait(EARLY)
     qkv_ptr += row * (HEADS + 2 * KV_HEADS) * WIDTH
     query = tl.load(qkv_ptr + of_query + d[None, :], mask=inside, other=0).to(tl.float32)
     query_swapped = tl.load(qkv_ptr + of_query + swapped[None, :], mask=inside, other=0).to(tl.float32)
@@ -324,7 +319,7 @@ def fused_step(decoder: Decoder, weights: Weights, cache: KVCache) -> Callable[[
     c, rows, like = weights.config, len(cache.positions), cache.keys[0]
     on_gpu = like.is_cuda
     early = on_gpu and torch.version.hip is None and torch.cuda.get_device_capability(like.device) >= (9, 0)
-    launch = {"EARLY": EARLY if early else 0, **({"launch_pdl": True} if early else {})}
+    launch = {"EARLY": early, **({"launch_pdl": True} if early else {})}
     qkv = like.new_empty(rows, (c.heads + 2 * c.kv_heads) * c.head_dim)
     found, inner = like.new_empty(rows, c.heads * c.head_dim), like.new_empty(rows, c.mlp_dim)
     seen, queries = cache.seen.view(torch.uint8), max(LEAST, triton.next_power_of_2(c.heads // c.kv_heads))
