@@ -60,9 +60,9 @@ def _fetch(ahead_ptr, ahead, LANES: tl.constexpr):
 
 
 @triton.jit
-def _factor(x, eps, inputs):
-    """By what RMSNorm multiplies x (I,). It is applied to products of x, which so need not wait for it."""
-    return tl.rsqrt(tl.sum(x * x, 0) / inputs + eps)
+def _normed(x, gain, eps, inputs):
+    """RMSNorm of x (I,)."""
+    return x * tl.rsqrt(tl.sum(x * x, 0) / inputs + eps) * gain
 
 
 @triton.jit
@@ -78,7 +78,8 @@ def _norm_linear(x_ptr, gain_ptr, matrix_ptr, bias_ptr, y_ptr, eps, inputs, outp
     _wait(EARLY)
     for row in tl.static_range(ROWS):
         x = tl.load(x_ptr + row * inputs + i, mask=inside, other=0).to(tl.float32)
-        y = tl.sum(matrix.to(tl.float32) * (x * gain)[None, :], 1) * _factor(x, eps, inputs)
+        normed = _normed(x, gain, eps, inputs).to(matrix.dtype).to(tl.float32)
+        y = tl.sum(matrix.to(tl.float32) * normed[None, :], 1)
         if BIAS:
             y += tl.load(bias_ptr + out, mask=fits, other=0).to(tl.float32)
         tl.store(y_ptr + row * outputs + out, y.to(y_ptr.dtype.element_ty), mask=fits)
@@ -99,8 +100,9 @@ def _norm_swiglu(x_ptr, gain_ptr, matrix_ptr, y_ptr, eps, inputs, outputs, ahead
     _wait(EARLY)
     for row in tl.static_range(ROWS):
         x = tl.load(x_ptr + row * inputs + i, mask=inside, other=0).to(tl.float32)
-        factor, scaled = _factor(x, eps, inputs), (x * gain)[None, :]
-        gate, value = tl.sum(gates.to(tl.float32) * scaled, 1) * factor, tl.sum(values.to(tl.float32) * scaled, 1) * factor
+        normed = _normed(x, gain, eps, inputs).to(gates.dtype).to(tl.float32)
+        gate = tl.sum(gates.to(tl.float32) * normed[None, :], 1)
+        value = tl.sum(values.to(tl.float32) * normed[None, :], 1)
         tl.store(y_ptr + row * outputs + out, (gate * tl.sigmoid(gate) * value).to(y_ptr.dtype.element_ty), mask=fits)
 
 
@@ -115,22 +117,10 @@ def _linear_add(x_ptr, matrix_ptr, y_ptr, inputs, outputs, ahead_ptr, ahead,
     _fetch(ahead_ptr, ahead, LANES)
     _wait(EARLY)
     for row in tl.static_range(ROWS):
-        at = y_ptr + row * outputs + out
-        y = tl.load(at, mask=fits, other=0, volatile=True).to(tl.float32)     # volatile: a compiler would load it behind the product
         x = tl.load(x_ptr + row * inputs + i, mask=inside, other=0).to(tl.float32)
-        y += tl.sum(matrix.to(tl.float32) * x[None, :], 1)
+        at = y_ptr + row * outputs + out
+        y = tl.load(at, mask=fits, other=0).to(tl.float32) + tl.sum(matrix.to(tl.float32) * x[None, :], 1)
         tl.store(at, y.to(y_ptr.dtype.element_ty), mask=fits)
-
-
-@triton.jit
-def _slots(keys_ptr, values_ptr, seen_ptr, first, stop, d, WIDTH: tl.constexpr, SLOTS: tl.constexpr):
-    """Of some slots from the `first` on which are seen (SLOTS,), their keys (K, SLOTS) and values (SLOTS, K)."""
-    t = first + tl.arange(0, SLOTS)
-    seen = t < stop
-    seen = seen & (tl.load(seen_ptr + t, mask=seen, other=0) != 0)
-    keys = tl.load(keys_ptr + t[None, :] * WIDTH + d[:, None], mask=seen[None, :], other=0)
-    values = tl.load(values_ptr + t[:, None] * WIDTH + d[None, :], mask=seen[:, None], other=0)
-    return seen, keys, values
 
 
 @triton.jit
@@ -155,44 +145,45 @@ def _attend(qkv_ptr, gain_ptr, cos_ptr, sin_ptr, positions_ptr, slot_ptr, seen_p
     _wait(EARLY)
     slot, position = tl.load(slot_ptr), tl.load(positions_ptr + row)
     cos, sin = tl.load(cos_ptr + position * WIDTH + d).to(tl.float32), tl.load(sin_ptr + position * WIDTH + d).to(tl.float32)
-    start = (row * KV_HEADS + group).to(tl.int64) * capacity * WIDTH
-    keys_ptr += start
-    values_ptr += start
-    seen_ptr += row * capacity
-    length = tl.cdiv(tl.cdiv(slot, PARTS), SLOTS) * SLOTS
-    stop = tl.minimum((part + 1) * length, slot)
-    seen, keys, values = _slots(keys_ptr, values_ptr, seen_ptr, part * length, stop, d, WIDTH, SLOTS)
     qkv_ptr += row * (HEADS + 2 * KV_HEADS) * WIDTH
     query = tl.load(qkv_ptr + of_query + d[None, :], mask=inside, other=0).to(tl.float32)
     query_swapped = tl.load(qkv_ptr + of_query + swapped[None, :], mask=inside, other=0).to(tl.float32)
     key, key_swapped = tl.load(qkv_ptr + of_key + d).to(tl.float32), tl.load(qkv_ptr + of_key + swapped).to(tl.float32)
     value = tl.load(qkv_ptr + of_key + KV_HEADS * WIDTH + d)
-    scales = tl.zeros((QUERIES,), tl.float32) + scale
     if NORM:
-        scales *= tl.rsqrt(tl.sum(query * query, 1) / WIDTH + eps)       # of the queries' norm: it is applied to the scores
-        factor = _factor(key, eps, WIDTH)
-        query, query_swapped = query * query_gain, query_swapped * query_gain_swapped
-        key, key_swapped = key * factor * key_gain, key_swapped * factor * key_gain_swapped
+        query_factor = tl.rsqrt(tl.sum(query * query, 1) / WIDTH + eps)[:, None]
+        key_factor = tl.rsqrt(tl.sum(key * key, 0) / WIDTH + eps)
+        query, query_swapped = query * query_factor * query_gain, query_swapped * query_factor * query_gain_swapped
+        key, key_swapped = key * key_factor * key_gain, key_swapped * key_factor * key_gain_swapped
     query = (query * cos[None, :] + query_swapped * sin[None, :]).to(value.dtype)
     key = (key * cos + key_swapped * sin).to(value.dtype)
+    start = (row * KV_HEADS + group).to(tl.int64) * capacity * WIDTH
+    keys_ptr += start
+    values_ptr += start
     # The token itself comes first, then those before it, with running maximum and sum (https://arxiv.org/abs/2205.14135).
     # Each part begins with the token itself, so that it has seen something, and all but the first without its share.
-    most = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scales
+    most = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scale
     own = tl.where(part == 0, 1.0, 0.0)
     total = tl.zeros((QUERIES,), tl.float32) + own
     found = tl.zeros((QUERIES, WIDTH), tl.float32) + tl.where(part == 0, value.to(tl.float32), 0.0)[None, :]
     if part == 0:
         tl.store(keys_ptr + slot * WIDTH + d, key)
         tl.store(values_ptr + slot * WIDTH + d, value)
-        tl.store(seen_ptr + slot, 1)
+        tl.store(seen_ptr + row * capacity + slot, 1)
+    length = tl.cdiv(tl.cdiv(slot, PARTS), SLOTS) * SLOTS
+    stop = tl.minimum((part + 1) * length, slot)
     for first in range(part * length, stop, SLOTS):
-        scores = tl.where(seen[None, :], tl.dot(query, keys, input_precision="ieee") * scales[:, None], float("-inf"))
+        t = first + tl.arange(0, SLOTS)
+        seen = t < stop
+        seen = seen & (tl.load(seen_ptr + row * capacity + t, mask=seen, other=0) != 0)
+        keys = tl.load(keys_ptr + t[None, :] * WIDTH + d[:, None], mask=seen[None, :], other=0)
+        values = tl.load(values_ptr + t[:, None] * WIDTH + d[None, :], mask=seen[:, None], other=0)
+        scores = tl.where(seen[None, :], tl.dot(query, keys, input_precision="ieee") * scale, float("-inf"))
         more = tl.maximum(most, tl.max(scores, 1))
         shares, less = tl.exp(scores - more[:, None]), tl.exp(most - more)
         total = total * less + tl.sum(shares, 1)
         found = found * less[:, None] + tl.dot(shares.to(values.dtype), values, input_precision="ieee")
         most = more
-        seen, keys, values = _slots(keys_ptr, values_ptr, seen_ptr, first + SLOTS, stop, d, WIDTH, SLOTS)
     y_ptr += row * HEADS * WIDTH
     if PARTS > 1:
         group += row * KV_HEADS
@@ -238,7 +229,7 @@ def _last_norm(x_ptr, gain_ptr, y_ptr, slot_ptr, positions_ptr, eps, inputs, IN:
     gain = tl.load(gain_ptr + i, mask=inside, other=0).to(tl.float32)
     _wait(EARLY)
     x = tl.load(x_ptr + row * inputs + i, mask=inside, other=0).to(tl.float32)
-    tl.store(y_ptr + row * inputs + i, (x * gain * _factor(x, eps, inputs)).to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptr + row * inputs + i, _normed(x, gain, eps, inputs).to(y_ptr.dtype.element_ty), mask=inside)
     tl.store(positions_ptr + row, tl.load(positions_ptr + row) + 1)
     if row == 0:
         tl.store(slot_ptr, tl.load(slot_ptr) + 1)
