@@ -44,7 +44,8 @@ BAR = 5.0
 def random_decoder(config: DecoderConfig, device: str, dtype: torch.dtype) -> Decoder:
     """Weights that write varied text; special tokens score 0, so that nothing ends early."""
     torch.manual_seed(0)
-    decoder = Decoder(config).eval().requires_grad_(False)
+    with torch.device(device):
+        decoder = Decoder(config).eval().requires_grad_(False)
     for name, parameter in decoder.named_parameters():
         if parameter.dim() > 1 and not name.startswith("embedding"):
             torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date
@@ -147,30 +148,148 @@ def packed_training(bench: Bench) -> Figures:
     return _training(bench, compiled=False, documents=8)
 
 
-def decoding(bench: Bench) -> Figures:
-    """Greedy decoding in bf16, one prompt and many."""
+def _decoder(bench: Bench) -> tuple:
+    """A decoder with random weights, its grammar, and prompts of so many rows."""
     import decode_speed
     import numpy as np
 
     from mmtx.grammar import Grammar
-    from mmtx.inference.generation import generate
-    from mmtx.inference.sampling import Sampling
-    from mmtx.inference.weights import Weights
     from mmtx.sequence import Prompt
     from mmtx.vocabulary import SLOTS, Entry, Vocabulary
 
     config = decode_speed.SHAPES["short" if bench.short else DECODED]
     decoder = decode_speed.random_decoder(config, bench.device, torch.bfloat16)
     grammar = Grammar(Vocabulary((Entry("text", 0, config.vocabulary_size - SLOTS, "", None, None),)))
-    weights, found, new = Weights.of(decoder, fixed=True), {}, 4 if bench.short else 128
-    for rows in (1, 2 if bench.short else 32):
-        prompts = [Prompt(np.arange(16) + row) for row in range(rows)]
-        with torch.inference_mode():
-            calls = bench.rate(lambda: generate(decoder, grammar, prompts, "text", Sampling(max_new_tokens=new),
-                                                weights=weights), 8)
-        found[f"ids/s, {rows} rows" if rows > 1 else "ids/s"] = calls * rows * new
-    size = sum(p.numel() * p.element_size() for p in decoder.parameters())
-    return {**found, "bytes of weights": size, "peak GB": bench.gigabytes()}
+    return decoder, grammar, lambda rows: [Prompt(np.arange(16) + row) for row in range(rows)]
+
+
+def bytes_read(decoder: torch.nn.Module) -> int:
+    """Bytes of weights that a step of one row reads: all, but of an embedding that is no output matrix one row."""
+    table = decoder.embedding.weight
+    rest = sum(p.nbytes for p in decoder.parameters() if p is not table)
+    return rest + (table.nbytes if decoder.output is None else table[0].nbytes)
+
+
+LONG = 4000          # tokens of a long context
+
+
+def _decode(bench: Bench, ways: dict[str, Callable], batches: dict[int, tuple[str, ...]]) -> Figures:
+    """Greedy decoding of so many rows with some of the engines, each made by a function of decoder, weights and rows.
+
+    A step within `generate` beside parts of it: "network" feeds ids, "scores" finds the best next one too. The rest is the
+    grammar's, and a share of reading the prompt.
+    """
+    import numpy as np
+
+    from mmtx.inference.generation import generate
+    from mmtx.inference.sampling import Sampling
+    from mmtx.inference.weights import Weights
+    from mmtx.sequence import Prompt
+
+    decoder, grammar, prompts = _decoder(bench)
+    new, found = 4 if bench.short else 128, {"bytes of weights read": bytes_read(decoder)}
+
+    def figures(name: str, choose: Callable, rows: int, weights: Weights) -> list[np.ndarray]:
+        given = prompts(rows)
+
+        def answer() -> list[np.ndarray]:
+            return generate(decoder, grammar, given, "text", Sampling(max_new_tokens=new), weights=weights, choose=choose)
+
+        def part(kind: str, given: list[Prompt]) -> float:
+            engine.prefill(given)
+            ids = torch.zeros(rows, dtype=torch.long, device=bench.device)
+            for _ in range(2):
+                engine.step(ids)
+            start = bench.now()
+            for _ in range(new - 3):
+                engine.step(ids)
+                if kind == "scores":
+                    ids = engine.best(allowed)
+            return (bench.now() - start) / (new - 3) * 1e6
+
+        start = bench.now()
+        answer()
+        found[f"{name}: seconds of the first answer"] = bench.now() - start
+        answer()
+        found[f"ids/s, {name}"] = bench.rate(answer, 1.5) * rows * new
+        engine = choose(decoder, weights, rows)
+        allowed = grammar.allowed(grammar.start(rows, "text", bench.device), grammar.reach("text"))
+        found[f"{name}: us to read the prompt"] = 1e6 / bench.rate(lambda: engine.prefill(given), 0.2)
+        for kind in ("network", "scores"):
+            found[f"{name}: us a step, {kind}"] = part(kind, given)
+        found[f"{name}: us a step, all"] = 1e6 * rows / found[f"ids/s, {name}"]
+        if rows == 1 and "compiled" not in ways:   # another shape takes another minute to compile
+            long = [Prompt(np.arange(64 if bench.short else LONG) % 1000)]
+            part("network", long)
+            found[f"{name}: us a step, network behind {LONG} tokens"] = part("network", long)
+        return answer()
+
+    for rows, names in batches.items():
+        answers: dict[str, list[np.ndarray]] = {}
+        for way in names:
+            name = f"{way}, {rows} row{'s' * (rows > 1)}"
+            try:
+                with torch.inference_mode():
+                    answers[way] = figures(name, ways[way], rows, Weights.of(decoder, fixed=True))
+                if way != names[0] and names[0] in answers:
+                    # Random weights in bfloat16: many scores are equal, and what follows the first that is decided otherwise differs.
+                    first = [int((a[:new] == b[:new]).cumprod().sum()) for a, b in zip(answers[names[0]], answers[way], strict=True)]
+                    found[f"{name}: ids that are those of {names[0]}, up to the first that differs"] = sum(first) / rows
+            except Exception:  # of one way: the others are still to be measured
+                traceback.print_exc()
+                found[f"{name}: error"] = traceback.format_exc()[-1500:]
+    return {**found, "peak GB": bench.gigabytes()}
+
+
+def decoding(bench: Bench) -> Figures:
+    """Greedy decoding in bf16: each operation started by itself, played back as a graph, and with kernels of our own."""
+    from mmtx.inference.graph_engine import GraphEngine
+    from mmtx.inference.torch_engine import TorchEngine
+
+    ways: dict[str, Callable] = {"eager": lambda decoder, weights, rows: TorchEngine(decoder, weights),
+                                 "graph": lambda decoder, weights, rows: GraphEngine(decoder, weights)}
+    if bench.short:
+        return _decode(bench, ways, dict.fromkeys((1, 2), ("eager", "graph")))
+    from mmtx.inference.fused_engine import FusedEngine
+
+    ways["fused"] = lambda decoder, weights, rows: FusedEngine(decoder, weights)
+    return _decode(bench, ways, {1: ("eager", "graph", "fused"), 8: ("graph", "fused"), 32: ("eager", "graph", "fused")})
+
+
+def compiled_decoding(bench: Bench) -> Figures:
+    """The same through torch.compile."""
+    from functools import partial
+
+    from mmtx.inference.graph_engine import GraphEngine
+    from mmtx.inference.static_step import compiled_step
+
+    make = partial(compiled_step, backend="aot_eager" if bench.short else "inductor")
+    return _decode(bench, {"compiled": lambda decoder, weights, rows: GraphEngine(decoder, weights, make)},
+                   dict.fromkeys((1, 2 if bench.short else 32), ("compiled",)))
+
+
+def decoding_peer(bench: Bench) -> Figures:
+    """transformers' Qwen3 of the same shape and weights: a static cache, its forward compiled and in CUDA graphs."""
+    import decode_speed
+
+    decoder, _, prompts = _decoder(bench)
+    peer = decode_speed.qwen3(decoder).to(bench.device, torch.bfloat16)
+    found, new = {}, 4 if bench.short else 128
+    given = torch.tensor(prompts(1)[0].ids, device=bench.device)[None]
+
+    def answer(**options: Any) -> object:
+        return peer.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=new, do_sample=False, eos_token_id=None,
+                             pad_token_id=0, **options)
+
+    with torch.inference_mode():
+        found["ids/s, eager, dynamic cache"] = new * bench.rate(answer, 1.5)
+    if not bench.short:
+        with torch.no_grad():
+            start = bench.now()
+            answer(cache_implementation="static")
+            found["seconds of the first answer, static cache, compiled"] = bench.now() - start
+            found["ids/s, static cache, compiled"] = new * bench.rate(lambda: answer(cache_implementation="static"), 3)
+    return found
 
 
 @contextmanager
@@ -227,9 +346,14 @@ def starter(bench: Bench) -> Figures:
 
 # In the order of what is wanted most; their budgets in seconds are ten minutes together.
 STEPS: dict[str, tuple[Callable[[Bench], Figures], int]] = {
-    "rates": (rates, 30), "training": (training, 60), "decoding": (decoding, 50), "tests": (tests, 100),
+    "rates": (rates, 30), "training": (training, 60), "decoding": (decoding, 50),  "tests": (tests, 100),
     "compiled training": (compiled_training, 110), "packed training": (packed_training, 50), "captions": (captions, 25),
     "codes": (codes, 25), "starter": (starter, 150)}
+
+
+# Only where they are asked for, as they would not fit.
+MORE: dict[str, tuple[Callable[[Bench], Figures], int]] = {
+    "compiled decoding": (compiled_decoding, 120), "decoding peer": (decoding_peer, 90)}
 
 
 def take(name: str, bench: Bench, budget: float) -> Figures:
@@ -264,9 +388,13 @@ def shares(found: dict[str, Figures]) -> dict[str, float]:
     for share, step in (("mfu", "training"), ("mfu compiled", "compiled training"), ("mfu packed", "packed training")):
         if "FLOP/s" in found.get(step, {}) and "dense bf16 FLOP/s" in known:
             made[share] = found[step]["FLOP/s"] / known["dense bf16 FLOP/s"]
-    decoded = found.get("decoding", {})
-    if "ids/s" in decoded and "bytes read and written a second" in known:
-        made["share of the bandwidth"] = decoded["ids/s"] * decoded["bytes of weights"] / known["bytes read and written a second"]
+    if "bytes read and written a second" in known:
+        for step, share in (("decoding", "share of the bandwidth"), ("fused decoding", "share of the bandwidth, fused"),
+                             ("compiled decoding", "share of the bandwidth, compiled")):
+            decoded = found.get(step, {})
+            best = max((value for name, value in decoded.items() if re.fullmatch("ids/s, .*, 1 row", name)), default=None)
+            if best is not None:
+                made[share] = best * decoded["bytes of weights read"] / known["bytes read and written a second"]
     return made
 
 
@@ -289,23 +417,23 @@ def table(found: dict[str, Figures], short: bool) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
+    parser.add_argument("--steps", nargs="+", choices=[*STEPS, *MORE], default=list(STEPS))
     parser.add_argument("--budget", type=float, default=None, help="seconds for each step, in place of its own")
     parser.add_argument("--output", type=Path, default=None, help="folder, default: benchmarks/results; with --short none")
     parser.add_argument("--short", action="store_true", help="only checks that it runs")
-    parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)  # what a process of `take` does
+    parser.add_argument("--step", choices=[*STEPS, *MORE], help=argparse.SUPPRESS)  # what a process of `take` does
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     bench = Bench(options.device, options.short)
     if options.step:
-        options.result.write_text(json.dumps(STEPS[options.step][0](bench)))
+        options.result.write_text(json.dumps({**STEPS, **MORE}[options.step][0](bench)))
         return 0
     if bench.gpu and not torch.cuda.is_available():
         print("gpu: found no GPU, expected one (--short --device cpu sees that all runs)", file=sys.stderr)
         return 2
     output, found = options.output or (None if options.short else RESULTS), {}
     for name in options.steps:
-        budget = options.budget or STEPS[name][1] * (10 if options.short else 1)  # a loaded CPU takes long to start
+        budget = options.budget or {**STEPS, **MORE}[name][1] * (10 if options.short else 1)  # a loaded CPU takes long to start
         found[name] = take(name, bench, budget)
         print(f"{name}: {found[name].get('failed', 'done')} ({found[name]['took']:.0f} s)", flush=True)
         if output is not None:

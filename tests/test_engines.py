@@ -11,6 +11,7 @@ import torch
 
 from mmtx.config import CodeRange, DecoderConfig, RopeScaling
 from mmtx.inference.choose import choose_engine
+from mmtx.inference.graph_engine import GraphEngine
 from mmtx.inference.reference import ReferenceEngine
 from mmtx.inference.row import SHORT, RowEngine, prepack_weights
 from mmtx.inference.screen import FEW_ROWS, Screen
@@ -75,6 +76,7 @@ ENGINES = {
     "torch": lambda decoder, rows: TorchEngine(decoder, Weights.of(decoder)),
     "chosen": lambda decoder, rows: choose_engine(decoder, None, rows),  # on a CPU that of one row where one is left
     "reference": lambda decoder, rows: ReferenceEngine(decoder),
+    "static": lambda decoder, rows: GraphEngine(decoder, Weights.of(decoder)),  # what a GPU has, without its graphs
 }
 each_engine = pytest.mark.parametrize("make", ENGINES.values(), ids=ENGINES)
 
@@ -114,7 +116,7 @@ def expected(rows):
     return [decoder(row[None], torch.arange(len(row))[None])[0, length:] for row, length in zip(rows, LENGTHS, strict=True)]
 
 
-@pytest.mark.parametrize(("name", "moment"), [("reference", 3), *itertools.product(("torch", "chosen"), range(NEW))])
+@pytest.mark.parametrize(("name", "moment"), [("reference", 3), *itertools.product(("torch", "chosen"), range(NEW)), ("static", 3)])
 def test_rows_that_are_left_at_any_moment_go_on_as_in_full_passes(rows, expected, name, moment):
     decoder = random_decoder()
     subsets = [list(kept) for count in (1, 2, 3, 4) for kept in itertools.combinations(range(4), count)]

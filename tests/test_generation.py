@@ -6,6 +6,7 @@ import sys
 import tarfile
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from mmtx.errors import InputError
 from mmtx.grammar import Grammar
 from mmtx.inference.choose import choose_engine
 from mmtx.inference.generation import generate, steps
+from mmtx.inference.graph_engine import GraphEngine
 from mmtx.inference.guidance import without_user_turns
 from mmtx.inference.reference import ReferenceEngine
 from mmtx.inference.sampling import DRAWN, Draws, Sampling, sample
@@ -198,9 +200,22 @@ def first_ids(decoder, grammar, prompts, out, sampling, prefix, places, choose=c
     return [row[row != grammar.vocabulary.pad].tolist() for row in torch.stack(columns, 1)]
 
 
+class Handed(GraphEngine):
+    """That of a GPU, with weights that all its answers share, caches that they hand on, and little room in them."""
+
+    weights_of: dict[int, Weights] = {}
+
+    def __init__(self, decoder):
+        super().__init__(decoder, self.weights_of.setdefault(id(decoder), Weights.of(decoder)))
+
+    def prefill(self, prompts, room=2):
+        super().prefill(prompts, room)
+
+
 ENGINES = [
     choose_engine,
     lambda decoder, weights, rows: TorchEngine(decoder, Weights.of(decoder)),
+    lambda decoder, weights, rows: Handed(decoder),
     lambda decoder, weights, rows: ReferenceEngine(decoder),
 ]
 REQUESTS = st.fixed_dictionaries({
@@ -235,11 +250,35 @@ def test_answers_are_those_of_the_prompt_alone_and_of_full_passes(restless, gram
         for place, ids in zip(places, found, strict=True):
             assert ids[:len(expected[place])] == expected[place]
 
-    for choose in ENGINES:
-        check(range(count), choose)
+    with mock.patch("mmtx.inference.graph_engine.SMALLEST", 16):
+        for choose in ENGINES:
+            check(range(count), choose)
     check(random.sample(range(count), random.randint(1, count)))
     for place in range(count):
         check([place])
+
+
+def test_answers_on_a_gpu_hand_on_what_was_captured(restless, grammar, prompts):
+    weights = Weights.of(restless, fixed=True)
+
+    def answer(choose, **options):
+        sampling = Sampling(max_new_tokens=12, **options)
+        return [ids.tolist() for ids in generate(restless, grammar, asked(prompts), "any", sampling, weights=weights, choose=choose)]
+
+    static = lambda decoder, weights, rows: GraphEngine(decoder, weights)
+    ways = [{}, {"temperature": 1.0, "seed": 3}, {"temperature": 1.0, "seed": 4}, {"temperature": 0.5, "seed": 4}, {"guidance_scale": 2.0}]
+    for options in ways + ways:
+        assert answer(static, **options) == answer(choose_engine, **options)
+    # Seeds are no part of a choice; the one with guidance has grown behind its last chosen id.
+    count = len(prompts)
+    assert {entry.shape[:2]: (len(entry.thing[2]), len(entry.thing[3])) for entry in weights.kept._entries} == {
+        (count, 256): (6, 1), (2 * count, 256): (2, 1), (2 * count, 512): (0, 0)}
+    assert len(weights.kept._entries) == 3
+    # Two at the same time keep apart.
+    both = [steps(restless, grammar, asked(prompts), "any", Sampling(max_new_tokens=12), weights=weights, choose=static) for _ in range(2)]
+    for first, second in zip(*both, strict=True):
+        assert first.equal(second)
+    assert len(weights.kept._entries) == 4
 
 
 def test_few_ids_are_close_calls(restless, grammar, prompts):

@@ -10,7 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from gpu import STEPS, Bench, shares, table, take  # noqa: E402
+from gpu import MORE, STEPS, Bench, bytes_read, shares, table, take  # noqa: E402
+
+from mmtx.config import DecoderConfig  # noqa: E402
+from mmtx.model import Decoder  # noqa: E402
 
 
 def test_the_steps_fit_into_ten_minutes():
@@ -20,12 +23,20 @@ def test_the_steps_fit_into_ten_minutes():
 def test_shares_are_those_of_the_rates_of_the_same_run():
     found = {"rates": {"dense bf16 FLOP/s": 8e14, "bytes read and written a second": 3e12},
              "training": {"FLOP/s": 2e14}, "compiled training": {"failed": "longer than 110 s"},
-             "decoding": {"ids/s": 1000.0, "bytes of weights": 1.5e9}}
+             "decoding": {"ids/s, eager, 1 row": 300.0, "ids/s, graph, 1 row": 1000.0, "ids/s, graph, 32 rows": 9000.0,
+                          "bytes of weights read": 1.5e9}}
     assert shares(found) == {"mfu": 0.25, "share of the bandwidth": 0.5}
     lines = table(found, short=False).splitlines()
     assert "| share | mfu | 0.250, bar >= 0.5   MISSED |" in lines
     assert "| compiled training | FAILED | longer than 110 s |" in lines
     assert shares({name: each for name, each in found.items() if name != "rates"}) == {}
+
+
+def test_bytes_that_a_step_reads_are_those_of_matrices_and_of_one_row_of_an_embedding():
+    shape = {"width": 8, "depth": 1, "heads": 2, "kv_heads": 1, "head_dim": 4, "mlp_dim": 16}
+    layer = 8 * (8 + 2 * 4) + 8 * 8 + 8 * 2 * 16 + 16 * 8 + 2 * 8 + 2 * 4
+    assert bytes_read(Decoder(DecoderConfig(100, **shape))) == 4 * (layer + 8 + 100 * 8)
+    assert bytes_read(Decoder(DecoderConfig(100, **shape, tied=False))) == 4 * (layer + 8 + 100 * 8 + 8)
 
 
 def test_a_step_that_fails_is_told():
@@ -47,9 +58,9 @@ def test_without_a_gpu_it_says_so():
 
 @pytest.mark.slow
 def test_every_step_runs_in_short_form(tmp_path):
-    done = subprocess.run([sys.executable, "benchmarks/gpu.py", "--short", "--device", "cpu", "--output", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "benchmarks/gpu.py", "--short", "--device", "cpu", "--output", str(tmp_path), "--steps", *STEPS, *MORE], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "gpu.json").read_text())
-    assert list(result["found"]) == list(STEPS) and not any("failed" in figures for figures in result["found"].values())
-    assert result["shares"].keys() == {"mfu", "mfu compiled", "mfu packed", "share of the bandwidth"}
+    assert list(result["found"]) == [*STEPS, *MORE] and not any("failed" in figures for figures in result["found"].values())
+    assert result["shares"].keys() == {"mfu", "mfu compiled", "mfu packed", "share of the bandwidth", "share of the bandwidth, compiled"}
     assert (tmp_path / "gpu.md").read_text() in done.stdout

@@ -4,6 +4,7 @@ Shapes: B batch, G key-value heads, C capacity, K head width.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,18 @@ from torch import Tensor
 
 from mmtx.config import DecoderConfig
 from mmtx.model import rotary_embedding
+
+
+class CacheTensors(NamedTuple):
+    """What lies on the device of a `KVCache`, under the same names."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    seen: Tensor
+    slot: Tensor
+    positions: Tensor
+    cos: Tensor
+    sin: Tensor
 
 
 @dataclass
@@ -43,6 +56,33 @@ class KVCache:
     @property
     def capacity(self) -> int:
         return self.seen.shape[1]
+
+    @property
+    def size(self) -> int:
+        """Bytes of its keys and values."""
+        return sum(each.nbytes for each in (*self.keys, *self.values))
+
+    def tensors(self) -> CacheTensors:
+        return CacheTensors(self.keys, self.values, self.seen, self.slot, self.positions, self.cos, self.sin)
+
+    def restart(self, lengths: Tensor, used: int) -> None:
+        """As `of` made it, in place, for other prompts."""
+        torch._foreach_zero_([*self.keys, *self.values])  # masked slots are read, and must not be NaN
+        self.seen.copy_(torch.arange(self.capacity, device=self.seen.device) < lengths[:, None])
+        self.used = used
+        self.slot.fill_(used)
+        self.positions.copy_(lengths)
+
+    def copy_(self, other: "KVCache") -> None:
+        """Go on, in place, with the tokens of a smaller cache of as many rows."""
+        used = self.used = other.used
+        for mine, given in ((self.keys, other.keys), (self.values, other.values)):
+            for each, smaller in zip(mine, given, strict=True):
+                each[:, :, :used] = smaller[:, :, :used]
+        self.seen.zero_()
+        self.seen[:, :used] = other.seen[:, :used]
+        self.slot.fill_(used)
+        self.positions.copy_(other.positions)
 
     def grow(self) -> None:
         """Twice the room."""

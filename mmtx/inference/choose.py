@@ -1,15 +1,30 @@
 """Which engine answers: the one place that knows them all."""
 
+from importlib.util import find_spec
+
 from mmtx.inference.engine import Engine
+from mmtx.inference.graph_engine import GraphEngine
 from mmtx.inference.row import RowEngine
 from mmtx.inference.torch_engine import TorchEngine
 from mmtx.inference.weights import Weights
 from mmtx.model import Decoder
 
 
+def has_triton() -> bool:
+    """Whether kernels can be written in Triton, which comes with torch for the GPUs that it is for."""
+    return find_spec("triton") is not None
+
+
 def choose_engine(decoder: Decoder, weights: Weights | None, rows: int) -> Engine:
     """The fastest engine for a batch of so many rows; `weights` are those of the decoder where they were made before."""
     weights = weights or Weights.of(decoder)
+    if weights.output.is_cuda and not weights.in_8_bits:
+        if has_triton():
+            from mmtx.inference.fused_engine import FusedEngine, fits, works
+
+            if fits(weights) and works(weights.output.device):
+                return FusedEngine(decoder, weights)
+        return GraphEngine(decoder, weights)
     if not RowEngine.fits(decoder):
         return TorchEngine(decoder, weights)
     return RowEngine(decoder, weights) if rows == 1 else TorchEngine(decoder, weights, single_row=RowEngine.of)

@@ -4,14 +4,17 @@ Shapes: B batch, T tokens, D width, V vocabulary, N first ids.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mmtx.embedding import Features
+from mmtx.grammar import GrammarState
 from mmtx.sequence import Prompt, gather_features
+
+ChooseNext = Callable[["Engine", GrammarState, Tensor | None], tuple[Tensor, GrammarState]]
 
 
 class Engine(ABC):
@@ -43,15 +46,22 @@ class Engine(ABC):
         """
         return self.scores(allowed.shape[1]).masked_fill_(~allowed, -torch.inf).argmax(-1)
 
+    def choose(self, choice: ChooseNext, state: GrammarState, draws: Tensor | None = None) -> tuple[Tensor, GrammarState]:
+        """The next id of each row (B,) and where the grammar then stands, both good until the next call.
+
+        `choice` is a function of an engine, the state and random numbers, and equal to another where it does the same.
+        """
+        return choice(self, state, draws)
+
     @abstractmethod
     def keep(self, rows: Tensor) -> "Engine":
         """Only some rows, in ascending order, from now on -> the engine that goes on with them; this one has ended."""
 
 
-def pad(prompts: Sequence[Prompt], device: torch.device) -> tuple[Tensor, Tensor, dict[str, Features]]:
-    """Prompts of any lengths, padded on the right -> their ids (B, T), lengths (B,) and features on a device."""
+def pad(prompts: Sequence[Prompt], device: torch.device, length: int | None = None) -> tuple[Tensor, Tensor, dict[str, Features]]:
+    """Prompts, padded on the right to the longest or to `length` -> their ids (B, T), lengths (B,) and features on a device."""
     lengths = [len(prompt.ids) for prompt in prompts]
-    longest = max(lengths)
+    longest = length or max(lengths)
     ids = np.zeros((len(prompts), longest), np.int64)
     for row, prompt in zip(ids, prompts, strict=True):
         row[:len(prompt.ids)] = prompt.ids

@@ -4,6 +4,7 @@ Shapes: B batch, N ids that an answer may be made of.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ from mmtx.sequence import Prompt
 from mmtx.vocabulary import MAX_SIDE
 
 Choose = Callable[[Decoder, Weights | None, int], Engine]
-LOOK_EVERY = 8  # steps between two looks at whether rows are finished, where each look waits for the device
+LOOK_EVERY = 4  # steps between two looks at whether rows are finished, on a GPU
+BEHIND = 2      # steps that have been started when such a look is read: until then the GPU has work, and none waits for it
 
 
 class AllowedIds:
@@ -38,6 +40,39 @@ class AllowedIds:
             allowed = self.grammar.allowed(state, self.reach)
             self._place, self._allowed = place, self.grammar.closing(allowed) if closing else allowed
         return self._allowed
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the next id is chosen: among those that the grammar allows, by their scores and a random number (B,)."""
+
+    grammar: Grammar
+    out: str
+    sampling: Sampling                       # but for its seed and its length
+    allowed: AllowedIds = field(compare=False)
+
+    def __call__(self, engine: Engine, state: GrammarState, draws: Tensor | None,
+                 closing: bool = False) -> tuple[Tensor, GrammarState]:
+        may_come = self.allowed.of(state, closing)
+        if draws is None:
+            ids = engine.best(may_come)
+        else:
+            ids = sample(engine.scores(self.allowed.reach).masked_fill_(~may_come, -torch.inf), self.sampling, draws)
+        return ids, self.grammar.advance(state, ids)
+
+
+class Look:
+    """Which rows were finished at some moment (B,), bool: on its way from the device while that goes on."""
+
+    def __init__(self, finished: Tensor):
+        self._finished = finished.to("cpu", non_blocking=True)
+        self._there = torch.cuda.current_stream(finished.device).record_event() if finished.is_cuda else None
+
+    def finished(self) -> Tensor:
+        """On the CPU, as soon as it is there."""
+        if self._there is not None:
+            self._there.synchronize()
+        return self._finished
 
 
 def steps(
@@ -67,7 +102,8 @@ def steps(
         device, batch, prefix = decoder.embedding.weight.device, len(prompts), np.asarray(prefix, np.int64)
         state = grammar.start(batch, out, device, prefix if len(prefix) else None)
         last = sampling.max_new_tokens     # steps from here on only close what is open
-        limit, allowed = last + _steps_to_close(grammar, out, state, len(prefix) > 0), AllowedIds(grammar, out)
+        limit = last + _steps_to_close(grammar, out, state, len(prefix) > 0)
+        choice = Choice(grammar, out, replace(sampling, max_new_tokens=1, seed=None), AllowedIds(grammar, out))
         places = range(batch) if places is None else places
         draws = Draws(sampling.seed, places, device) if sampling.temperature > 0 else None
         if sampling.guidance_scale == 1:
@@ -77,20 +113,25 @@ def steps(
         engine.prefill([prompt._replace(ids=np.concatenate([prompt.ids, prefix])) for prompt in prompts])
         writing = torch.arange(batch, device=device)  # rows of the batch that are still computed
         nothing = torch.full_like(writing, grammar.vocabulary.pad)
-    ids = None
+    ids, look = None, None
     for step in range(limit):
         with torch.inference_mode():
             if ids is not None:
                 engine.step(ids)
-            may_come = allowed.of(state, closing=step >= last)
-            if draws is None:
-                ids = engine.best(may_come)
+            numbers = None if draws is None else draws.next()
+            if step < last:
+                ids, state = engine.choose(choice, state, numbers)
             else:
-                ids = sample(engine.scores(allowed.reach).masked_fill_(~may_come, -torch.inf), sampling, draws.next())
-            state = grammar.advance(state, ids)
-            written = ids if len(ids) == batch else nothing.index_copy(0, writing, ids)
+                ids, state = choice(engine, state, numbers, closing=True)
+            written = (ids.clone() if engine.static else ids) if len(ids) == batch else nothing.index_copy(0, writing, ids)
             left = len(ids)
-            if not engine.static or step % LOOK_EVERY == LOOK_EVERY - 1 or step >= last:
+            if engine.static and step < last:
+                if look is not None and step % LOOK_EVERY == BEHIND:
+                    finished = look.finished()
+                    left = int((~finished if wanted is None else wanted & ~finished).sum())
+                if step % LOOK_EVERY == 0:
+                    look = Look(grammar.finished(state))
+            else:
                 going = ~grammar.finished(state)
                 if wanted is not None:
                     going &= wanted.to(device)[writing]

@@ -1,11 +1,13 @@
 """Classifier-free guidance: an engine that scores each prompt with and without its user turns."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mmtx.inference.engine import Engine
+from mmtx.grammar import GrammarState
+from mmtx.inference.engine import ChooseNext, Engine
 from mmtx.sequence import Prompt, in_user_turns
 from mmtx.vocabulary import Vocabulary
 
@@ -34,9 +36,24 @@ class Guided(Engine):
     def scores(self, first: int | None = None) -> Tensor:
         return guide(self.engine.scores(first), self.guidance_scale)
 
+    def choose(self, choice: ChooseNext, state: GrammarState, draws: Tensor | None = None) -> tuple[Tensor, GrammarState]:
+        return self.engine.choose(GuidedChoice(choice, self.guidance_scale, self.vocabulary), state, draws)
+
     def keep(self, rows: Tensor) -> Engine:
         self.engine = self.engine.keep(torch.cat([rows, rows + len(self.hidden) // 2]))
         return self
+
+
+@dataclass(frozen=True)
+class GuidedChoice:
+    """A choice from what another engine scores, with guidance."""
+
+    choice: ChooseNext
+    guidance_scale: float
+    vocabulary: Vocabulary
+
+    def __call__(self, engine: Engine, state: GrammarState, draws: Tensor | None) -> tuple[Tensor, GrammarState]:
+        return self.choice(Guided(engine, self.guidance_scale, self.vocabulary), state, draws)
 
 
 def guide(logits: Tensor, guidance_scale: float) -> Tensor:

@@ -40,7 +40,7 @@ class TorchEngine(Engine):
         weights, (ids, lengths, features) = self.weights, pad(prompts, self.weights.output.device)
         x = self.decoder.embed(ids, features)
         batch, length, _ = x.shape
-        self.cache = KVCache.of(weights.config, lengths, length, length + room, x)
+        self._make_cache(lengths, length, length + room, x)
         self.scratch = Scratch.of(weights.config, batch, x)
         # A few rows at a time go through all layers, so that what the operations make stays in the cache of a CPU.
         size = batch if self.static else TOKENS // length
@@ -48,6 +48,10 @@ class TorchEngine(Engine):
         self.hidden = torch.cat([self._prefill(x[first:first + size], lengths[first:first + size], first, scratch)
                                  for first in range(0, batch, size)] if size else
                                 [self._prefill_long(x[row], int(lengths[row]), row, scratch) for row in range(batch)])
+
+    def _make_cache(self, lengths: Tensor, used: int, capacity: int, like: Tensor) -> None:
+        """An empty cache for prompts of `lengths` (B,), of which the longest takes `used` slots."""
+        self.cache = KVCache.of(self.weights.config, lengths, used, capacity, like)
 
     def _prefill(self, x: Tensor, lengths: Tensor, first: int, scratch: Scratch) -> Tensor:
         """Feed inputs of the cache's rows from the `first` on -> the last hidden state of each."""

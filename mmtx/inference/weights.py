@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmtx.config import DecoderConfig
+from mmtx.inference.captured import Kept
 from mmtx.inference.int8 import Int8Matrix
 from mmtx.inference.packed import LARGEST, PackedMatrix, PackedSwiGLU, has_operators
 from mmtx.inference.screen import FEW_ROWS, Screen
@@ -35,15 +36,24 @@ class Norm(NamedTuple):
 
     weight: Tensor  # sqrt(n) times the norm's weight, float32 at least
     floor: Tensor   # sqrt(n * eps), ()
+    gain: Tensor    # the norm's weight as it is
+    eps: float
 
     @classmethod
-    def of(cls, weight: Tensor, eps: float) -> "Norm":
-        weight, n = weight.to(precise(weight)), weight.shape[-1]
-        return cls(weight * n ** 0.5, weight.new_tensor((n * eps) ** 0.5))
+    def of(cls, gain: Tensor, eps: float) -> "Norm":
+        weight, n = gain.to(precise(gain)), gain.shape[-1]
+        return cls(weight * n ** 0.5, weight.new_tensor((n * eps) ** 0.5), gain, eps)
 
     def __call__(self, x: Tensor, length: Tensor, out: Tensor) -> Tensor:
         torch.linalg.vector_norm(x, 2, -1, True, dtype=length.dtype, out=length)
         return torch.div(x, torch.hypot(length, self.floor, out=length), out=out).mul_(self.weight)
+
+    def fused(self, x: Tensor) -> Tensor:
+        """The same in the one operation that GPUs have for it, or two where each head has a weight of its own."""
+        width = self.gain.shape[-1:]
+        if self.gain.dim() == 1:
+            return F.rms_norm(x, width, self.gain, self.eps)
+        return F.rms_norm(x, width, None, self.eps) * self.gain
 
 
 class Scratch(NamedTuple):
@@ -127,6 +137,21 @@ class Layer(NamedTuple):
         torch.cat((s.high, s.low), dim=-1, out=s.swapped)
         s.turned.mul_(cos).addcmul_(s.swapped, sin)
 
+    def heads(self, x: Tensor, cos: Tensor, sin: Tensor, config: DecoderConfig) -> tuple[Tensor, Tensor, Tensor]:
+        """`project` in new tensors, for a GPU: queries (N, H, K), keys and values (N, G, K)."""
+        qkv = F.linear(self.attention_norm.fused(x), cast(Tensor, self.qkv).T, self.qkv_bias).unflatten(1, (-1, config.head_dim))
+        raw, value = qkv.split([config.heads + config.kv_heads, config.kv_heads], dim=1)
+        turning = raw if self.head_norm is None else self.head_norm.fused(raw)
+        low, high = turning.chunk(2, dim=-1)
+        turned = turning * cos + torch.cat((high, low), dim=-1) * sin
+        return *turned.split([config.heads, config.kv_heads], dim=1), value
+
+    def output(self, x: Tensor, y: Tensor) -> Tensor:
+        """`finish` in new tensors, for a GPU."""
+        x = torch.addmm(x, y, cast(Tensor, self.out))
+        gate, up = (self.feed_forward_norm.fused(x) @ cast(Tensor, self.gate_up)).chunk(2, dim=1)
+        return torch.addmm(x, F.silu(gate) * up, cast(Tensor, self.down))
+
     def finish(self, x: Tensor, y: Tensor, s: Scratch) -> None:
         """Tokens (N, D) and what their heads found, (N, H * K) -> tokens for the next layer, in place."""
         add_product(x, y, self.out)
@@ -179,6 +204,7 @@ class Weights(NamedTuple):
     groups: tuple[tuple[int, ...], ...]   # sizes of runs of rows: plain ids, then the digits of each composed range
     screens: dict[int, Screen] | None     # what `Screen` made of first rows; none where values may still change
     tuner: ThreadTuner                    # of single rows on a CPU
+    kept: Kept                            # caches with captured steps that read these weights, on a GPU
 
     @classmethod
     def of(cls, decoder: Decoder, fixed: bool = False, load_in_8bit: bool = False) -> "Weights":
@@ -193,7 +219,7 @@ class Weights(NamedTuple):
         packed = tuple(layer.packed() for layer in layers) if fixed and _packs(layers) else None
         screens: dict | None = {} if fixed and _in_float32([table.weight]) else None
         norm = Norm.of(decoder.norm.weight, c.norm_eps)
-        return cls(c, layers, small, packed, norm, table.weight, table.groups, screens, ThreadTuner())
+        return cls(c, layers, small, packed, norm, table.weight, table.groups, screens, ThreadTuner(), Kept())
 
     @property
     def in_8_bits(self) -> bool:
