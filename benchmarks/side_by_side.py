@@ -10,15 +10,17 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 DEVICES = "CUDA_VISIBLE_DEVICES"
+CAUTION = 1.5  # cores that share their caches and clock are slower than one alone
 
 
 class Task(NamedTuple):
-    """A call of a function: `stage` says what is to come first, and `cost` what is worth a GPU."""
+    """A call of a function. `cost` are seconds of a core, about, and those of a lower `stage` begin first."""
 
     name: str
     arguments: tuple
@@ -40,65 +42,80 @@ def slots(jobs: int, cpu_jobs: int) -> list[str]:
     return ["cuda" if torch.cuda.is_available() else "cpu"] * jobs + ["cpu"] * cpu_jobs
 
 
-def side_by_side(work: Callable, tasks: Sequence[Task], devices: Sequence[str], seconds: float, logs: Path) -> Iterator[Done]:
+def side_by_side(work: Callable, tasks: list[Task], devices: Sequence[str], seconds: float, logs: Path) -> Iterator[Done]:
     """Call `work(device, *arguments)` for all tasks, one process for each of `devices` -> what is done, in the order of its end.
 
-    `work` must be of a module. Of what may begin, a GPU takes the dearest and a CPU the cheapest. What fails is told with its traceback,
-    and the others go on; at the deadline what still runs is ended. What runs print goes to files in `logs`.
+    `work` must be a function of a module. Tasks may be added to the list while it goes on. A GPU takes the dearest, and a CPU the
+    dearest of what it can finish. What fails is told with its traceback, and the others go on; at the deadline what still runs is
+    ended. What runs print goes to files in `logs`.
     """
-    left = sorted(tasks, key=lambda task: (task.stage, task.cost))
-    context, deadline, mixed = multiprocessing.get_context("spawn"), time.monotonic() + seconds, len(set(devices)) > 1
+    context, deadline = multiprocessing.get_context("spawn"), time.monotonic() + seconds
     logs.mkdir(parents=True, exist_ok=True)
-    running: dict[Connection, tuple[multiprocessing.process.BaseProcess, str, Task | None, float]] = {}
-
-    def give(connection: Connection) -> None:
-        process, device, *_ = running[connection]
-        if not left:
-            running.pop(connection)
-            connection.close()
-            return
-        count = sum(task.stage == left[0].stage for task in left)
-        task = left.pop(0 if mixed and device == "cpu" else count - 1)  # alone of its kind a device begins with the longest
-        running[connection] = process, device, task, time.monotonic()
-        connection.send((task.name, task.arguments))
-
-    processes = []
-    for number, device in enumerate(devices[:len(tasks)]):
+    processes: dict[Connection, tuple[multiprocessing.process.BaseProcess, str]] = {}
+    for number, device in enumerate(devices):
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(work, device, theirs, logs / f"{number}-{device}.log"), daemon=True)
-        kept = {name: os.environ.get(name) for name in (DEVICES, "OMP_NUM_THREADS")}
-        os.environ |= {"OMP_NUM_THREADS": "1", **({DEVICES: ""} if device == "cpu" else {})}
-        process.start()
-        for name, value in kept.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        with _environment(OMP_NUM_THREADS="1", **({DEVICES: ""} if device == "cpu" else {})):
+            process.start()
         theirs.close()
-        processes.append(process)
-        running[ours] = process, device, None, 0.0
-        give(ours)
+        processes[ours] = process, device
+    idle, running = dict.fromkeys(processes), dict[Connection, tuple[Task, float]]()
     try:
-        while running and (ready := wait(list(running), max(0.0, deadline - time.monotonic()))):
-            for connection in ready:
-                process, device, task, begin = running[connection]
+        while True:
+            for connection in [*idle] if tasks else []:
+                if tasks:
+                    task = _choose(tasks, processes[connection][1], deadline - time.monotonic())
+                    tasks.remove(task)
+                    del idle[connection]
+                    running[connection] = task, time.monotonic()
+                    connection.send(task.arguments)
+            ready = wait(list(running), max(0.0, deadline - time.monotonic())) if running else []
+            if not ready:
+                break
+            for connection in cast("list[Connection]", ready):
+                (process, device), (task, begin) = processes[connection], running.pop(connection)
                 try:
                     found, trouble = connection.recv()
                 except EOFError:
-                    running.pop(connection)
                     process.join()
                     print(f"{task.name} on {device}: the process ended with {process.exitcode}", file=sys.stderr, flush=True)
                     continue
-                give(connection)
+                idle[connection] = None
                 if trouble:
                     print(f"{task.name} on {device} failed:\n{trouble}", file=sys.stderr, flush=True)
                 else:
                     yield Done(task.name, found, device, time.monotonic() - begin)
-        unfinished = [task.name for *_, task, _ in running.values()] + [task.name for task in left]
+        unfinished = [task.name for task in (*(task for task, _ in running.values()), *tasks)]
         if unfinished:
             print(f"not finished after {seconds:g} s: {', '.join(unfinished)}", file=sys.stderr, flush=True)
     finally:
-        for process in processes:
-            if process.is_alive():
-                process.kill()
+        for process, _ in processes.values():
+            process.kill()
             process.join()
+
+
+def _choose(tasks: list[Task], device: str, seconds: float) -> Task:
+    """What a device does next, which has so many seconds left."""
+    first = min(task.stage for task in tasks)
+    ready = sorted((task for task in tasks if task.stage == first), key=lambda task: task.cost)
+    if device == "cpu":
+        return next((task for task in reversed(ready) if CAUTION * task.cost <= seconds), ready[0])
+    return ready[-1]
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """The environment of a process that starts here."""
+    kept = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _serve(work: Callable, device: str, connection: Connection, log: Path) -> None:
@@ -111,7 +128,7 @@ def _serve(work: Callable, device: str, connection: Connection, log: Path) -> No
     torch.set_num_threads(1)
     while True:
         try:
-            _, arguments = connection.recv()
+            arguments = connection.recv()
         except EOFError:
             return
         try:
