@@ -171,7 +171,8 @@ def main() -> None:
         for power, seed in missing(known, options.seeds):
             rate = start(way) * 2 ** ((power + at) / 2)
             arguments = options.data, options.tokens, width, way, rate, base, options.steps, seed
-            tasks.append(Task(f"{way} {width} {power + at} {seed}", arguments, options.steps * core_seconds(width), seed))
+            cost = options.steps * core_seconds(width) * options.tokens / 2048
+            tasks.append(Task(f"{way} {width} {power + at} {seed}", arguments, cost, seed))
             asked[way, width] += 1
 
     for pair in pairs:

@@ -10,10 +10,10 @@ of other pictures and notes, 0 to 4,000 tokens of them; then the picture again, 
 With `--shown` there are several, asked in another order, and which name is whose has to be recalled, too. Trained is the decoder of
 mmtx with its attention, and with another layer in its place: torch's LSTM, and the gated delta rule of transformers' Qwen3-Next, a
 linear attention, which on a GPU runs the Triton kernels of flash-linear-attention where that is installed. Embedding, feed-forward
-halves, norms, loss and optimizer are the same, and so are the minutes of one core or of a GPU that each trains; with `--steps` they are
-also compared after as many steps. Distances in training are those that are asked, every other batch the least; pictures and names are
-not. Also told: tokens a second in training, and, where one layer runs at a time on a CPU, time and memory of a step of decoding. Shards
-are those of benchmarks/scaling_grid.py. Writes results/recurrent.json.
+halves, norms, loss and optimizer are the same, and so are the minutes of one core or of a GPU that each trains; with `--steps` they
+are also compared after as many steps. Distances in training are those that are asked, every other batch the least; pictures and names
+are not. Also told: tokens a second in training, and, where one layer runs at a time on a CPU, time and memory of a step of decoding.
+Shards are those of benchmarks/scaling_grid.py. Writes results/recurrent.json.
 """
 
 import argparse
