@@ -62,13 +62,15 @@ def side_by_side(work: Callable, tasks: list[Task], devices: Sequence[str], seco
     idle, running = dict.fromkeys(processes), dict[Connection, tuple[Task, float]]()
     try:
         while True:
-            for connection in [*idle] if tasks else []:
-                if tasks:
-                    task = _choose(tasks, processes[connection][1], deadline - time.monotonic())
-                    tasks.remove(task)
-                    del idle[connection]
-                    running[connection] = task, time.monotonic()
-                    connection.send(task.arguments)
+            for connection in [*idle]:
+                left = deadline - time.monotonic()
+                if not tasks or left <= 0:
+                    break
+                task = _choose(tasks, processes[connection][1], left)
+                tasks.remove(task)
+                del idle[connection]
+                running[connection] = task, time.monotonic()
+                connection.send(task.arguments)
             ready = wait(list(running), max(0.0, deadline - time.monotonic())) if running else []
             if not ready:
                 break
@@ -123,9 +125,6 @@ def _serve(work: Callable, device: str, connection: Connection, log: Path) -> No
     with open(log, "a") as file:
         for number in (1, 2):
             os.dup2(file.fileno(), number)
-    import torch
-
-    torch.set_num_threads(1)
     while True:
         try:
             arguments = connection.recv()
