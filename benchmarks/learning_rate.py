@@ -2,24 +2,28 @@
 
     python benchmarks/learning_rate.py                       # AdamW and Muon, each without and with muP
     python benchmarks/learning_rate.py --ways adamw adamw+mup
+    python benchmarks/learning_rate.py --jobs 8 --cpu_jobs 8 --seconds 120    # side by side on a GPU and on cores beside it
 
-Trains decoders of several widths at several learning rates for a few steps each, on the shards of benchmarks/scaling_grid.py and
-with the shape of configs/scaling/decoder.yaml, and says at which rate the held-out loss is least: where a parabola through the best
-rate and its neighbours (over the logarithm of the rate) is lowest. The bar: it moves by less than a factor of 1.5. What is measured
-is added to results/learning_rate.json at once, and what is there is not measured again.
+Trains decoders of several widths on the shards of benchmarks/scaling_grid.py and with the shape of configs/scaling/decoder.yaml, at
+learning rates that are factors of two apart until the best one is between two others, and then at those by a factor of sqrt(2) beside
+it; then again with other seeds. Says at which rate the held-out loss is least: where the parabola through the best rate and those
+within a factor of two (over the logarithm of the rate, mean of the seeds) is lowest. The bar: it moves by less than a factor of 1.5.
+What is measured is added to the results at once, and what is there is not measured again.
 """
 
 import argparse
 import json
-import time
+import tempfile
 from datetime import date
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
 from measure import RESULTS, machine, versions
-from scaling_grid import BASE, prepare
+from scaling_grid import BASE, core_seconds, prepare
+from side_by_side import Task, side_by_side, slots
 
 from mmtx.config import CodeRange, DecoderConfig
 from mmtx.data.collection import DataSource
@@ -34,9 +38,9 @@ from mmtx.training.optimizer import OptimizerConfig, configure
 from mmtx.vocabulary import Vocabulary
 
 ROOT = Path(__file__).parents[1]
-RATES = {"adamw": (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2), "muon": (5e-3, 1e-2, 2e-2, 4e-2, 8e-2)}
+RATES = {"adamw": 4e-3, "muon": 2e-2}  # of the least width, where to begin; all others are factors of sqrt(2) from it
 WAYS = ("adamw", "adamw+mup", "muon", "muon+mup")
-EMBEDDING = 8e-3   # learning rate of what Muon does not train
+EMBEDDING = 4e-3   # learning rate of what Muon does not train
 CHECKED = 24       # held-out batches
 BAR = 1.5
 
@@ -67,10 +71,17 @@ def losses(decoder: Decoder, batch: Batch):
     return next_token_loss(decoder.output or decoder.embedding, hidden, batch.targets, batch.plain, None, 1e-5)
 
 
-def train(stream: Stream, width: int, way: str, rate: float, base: int, steps: int) -> float:
-    """Train one decoder -> its held-out loss in nats a target."""
-    torch.manual_seed(0)
-    decoder = stream.decoder(width)
+@lru_cache(1)
+def opened(folder: Path, tokens: int, steps: int) -> Stream:
+    """The stream of a process, which trains on it again and again."""
+    return Stream(folder, tokens, steps)
+
+
+def train(device: str, folder: Path, tokens: int, width: int, way: str, rate: float, base: int, steps: int, seed: int) -> float:
+    """Train one decoder -> its held-out loss in nats a target. Of seeds, weights and the order of the batches differ."""
+    torch.manual_seed(seed)
+    stream = opened(folder, tokens, steps * (seed + 1))
+    decoder = stream.decoder(width).to(device)
     config = OptimizerConfig(rate, warmup_steps=10) if way.startswith("adamw") else OptimizerConfig(EMBEDDING, rate, warmup_steps=10)
     more = {}
     if way.endswith("+mup"):
@@ -78,60 +89,122 @@ def train(stream: Stream, width: int, way: str, rate: float, base: int, steps: i
         more = {"scaled": scaled(decoder), "ratio": base / width}
     made = configure(decoder, config, steps, **more)
     for k in range(steps):
-        batch = stream.train[k]
+        batch = on(stream.train[seed * steps + k], device)
         made["optimizer"].zero_grad()
         (losses(decoder, batch).total / len(batch.targets)).backward()
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         made["optimizer"].step()
         made["lr_scheduler"]["scheduler"].step()
     with torch.inference_mode():
-        found = torch.cat([losses(decoder, batch).loss for batch in stream.held_out])
-    return float(found.mean())
+        found = torch.cat([losses(decoder, on(batch, device)).loss for batch in stream.held_out])
+    return round(float(found.mean()), 4)
 
 
-def best_rate(found: dict[float, float]) -> float:
-    """Where the parabola through the best rate and its neighbours is lowest; the best rate where it is the first or last."""
-    rates = sorted(found)
-    k = min(range(len(rates)), key=lambda i: found[rates[i]])
-    if k in (0, len(rates) - 1):
-        return rates[k]
-    near = rates[k - 1:k + 2]
-    a, b, _ = np.polyfit(np.log(near), [found[rate] for rate in near], 2)
-    return float(np.exp(-b / (2 * a)))
+def on(batch: Batch, device: str) -> Batch:
+    """A batch on a device; what it does not train with stays."""
+    packing = batch.packing._replace(gather=batch.packing.gather.to(device), scatter=batch.packing.scatter.to(device))
+    moved = {name: getattr(batch, name).to(device) for name in ("ids", "positions", "supervised", "targets")}
+    return batch._replace(packing=packing, **moved)
+
+
+def best_rate(found: dict[int, float]) -> float:
+    """At which power of sqrt(2) a parabola through the best and those within 2 of it is lowest; the best where it is an end."""
+    best = min(found, key=lambda power: found[power])
+    near = sorted(power for power in found if abs(power - best) <= 2)
+    if best in (near[0], near[-1]):
+        return float(best)
+    a, b, _ = np.polyfit(near, [found[power] for power in near], 2)
+    return float(np.clip(-b / (2 * a), near[0], near[-1])) if a > 0 else float(best)
+
+
+def missing(found: dict[int, dict[int, float]], seeds: int) -> list[tuple[int, int]]:
+    """Which (power of sqrt(2), seed) to measure next, where all that was asked for before is there; {power: {seed: loss}} is."""
+    first = {power: losses[0] for power, losses in found.items() if 0 in losses}
+    if not first:
+        return [(power, 0) for power in (-2, 0, 2)]
+    best = min(first, key=lambda power: first[power])
+    around = [power for power in (best - 2, best + 2) if power not in first] or \
+        [power for power in (best - 1, best + 1) if power not in first]
+    if around:
+        return [(power, 0) for power in around]
+    return [(power, seed) for seed in range(1, seeds) for power in (best - 2, best, best + 2, best - 1, best + 1)
+            if seed not in found[power]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("runs/scaling/data"), help="shards, which are made where they lack")
-    parser.add_argument("--widths", type=int, nargs="+", default=[32, 64, 128], help="the first is the base of muP")
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256], help="the first is the base of muP")
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--tokens", type=int, default=640, help="of a batch")
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--tokens", type=int, default=1024, help="of a batch")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=1, help="processes, on the GPU if there is one")
+    parser.add_argument("--cpu_jobs", type=int, default=0, help="more of them on the CPU, which train what costs least")
+    parser.add_argument("--seconds", type=float, default=1e6, help="runs that are not finished by then are left out")
+    parser.add_argument("--results", type=Path, default=RESULTS / "learning_rate.json", help="file of the figures")
     parser.add_argument("--short", action="store_true", help="two steps, which say nothing, and nothing is written")
     options = parser.parse_args()
-    steps, path = 2 if options.short else options.steps, RESULTS / "learning_rate.json"
+    if options.short:
+        options.steps, options.seeds, options.widths = 2, 1, [16, 32]
     prepare(options.data)
-    stream = Stream(options.data, options.tokens, steps)
-    settings = {"steps": steps, "tokens": options.tokens, "base": options.widths[0]}
+    base, path = options.widths[0], options.results
+    settings = {"steps": options.steps, "tokens": options.tokens, "base": base}
     result = json.loads(path.read_text(encoding="utf-8")) if path.exists() and not options.short else {}
     if result.get("settings") != settings:
         result = {"name": "learning_rate", "settings": settings, "losses": {}}
+    pairs = [(way, width) for way in options.ways for width in options.widths]
+    found = {(way, width): {int(power): {int(seed): loss for seed, loss in losses.items()} for power, losses in
+                            result["losses"].get(way, {}).get(str(width), {}).items()} for way, width in pairs}
+    asked: dict[tuple[str, int], int] = dict.fromkeys(pairs, 0)
+    tasks: list[Task] = []
+
+    def start(way: str) -> float:
+        return RATES[way.split("+")[0]]
+
+    def ask(way: str, width: int) -> None:
+        """Add what is to be measured next of a way and width."""
+        at = 0 if way != "adamw" else round(-2 * np.log2(width / base))  # where AdamW's best rate is thought to be
+        known = {power - at: losses for power, losses in found[way, width].items()}
+        if options.short and known:
+            return
+        for power, seed in missing(known, options.seeds):
+            rate = start(way) * 2 ** ((power + at) / 2)
+            arguments = options.data, options.tokens, width, way, rate, base, options.steps, seed
+            cost = options.steps * core_seconds(width) * options.tokens / 2048
+            tasks.append(Task(f"{way} {width} {power + at} {seed}", arguments, cost, seed))
+            asked[way, width] += 1
+
+    for pair in pairs:
+        ask(*pair)
+    with tempfile.TemporaryDirectory() as logs:
+        for done in side_by_side(train, tasks, slots(options.jobs, options.cpu_jobs), options.seconds, Path(logs)):
+            way, *numbers = done.name.split()
+            width, power, seed = map(int, numbers)
+            found[way, width].setdefault(power, {})[seed] = done.found
+            asked[way, width] -= 1
+            if not asked[way, width]:
+                ask(way, width)
+            if not options.short:
+                result["losses"].setdefault(way, {})[str(width)] = found[way, width]
+                result |= {"date": date.today().isoformat(), "machine": machine(), "versions": versions(),
+                           "rates": {way: start(way) for way in options.ways}}
+                path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    result["best"] = {}
     for way in options.ways:
-        for width in options.widths:
-            found = result["losses"].setdefault(way, {}).setdefault(str(width), {})
-            begin = time.process_time()
-            for rate in RATES[way.split("+")[0]][:2 if options.short else None]:
-                if str(rate) not in found:
-                    found[str(rate)] = round(train(stream, width, way, rate, options.widths[0], steps), 4)
-                    if not options.short:
-                        result |= {"date": date.today().isoformat(), "machine": machine(), "versions": versions()}
-                        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-            print(f"{way:10} {width:4}: " + ", ".join(f"{rate} {loss:.3f}" for rate, loss in found.items())
-                  + f"  ({time.process_time() - begin:.0f} s of the processor)", flush=True)
-        best = [best_rate({float(rate): loss for rate, loss in found.items()}) for found in result["losses"][way].values()]
-        moved = max(best) / min(best)
-        print(f"{way:10} best " + ", ".join(f"{rate:.4g}" for rate in best) + f": moves by a factor of {moved:.2f}, bar < {BAR}"
-              + ("" if moved < BAR else "   MISSED"), flush=True)
+        best = {}
+        for width in (width for width in options.widths if found[way, width]):
+            means = {power: float(np.mean(list(losses.values()))) for power, losses in sorted(found[way, width].items())}
+            best[width] = start(way) * 2 ** (best_rate(means) / 2)
+            told = ", ".join(f"{start(way) * 2 ** (power / 2):.3g} {loss:.3f}" for power, loss in means.items())
+            print(f"{way:10} {width:4}: {told}")
+        if best:
+            moved = max(best.values()) / min(best.values())
+            result["best"][way] = {"rates": best, "moved": round(moved, 3)}
+            print(f"{way:10} best " + ", ".join(f"{rate:.4g}" for rate in best.values()) + f": moves by a factor of {moved:.2f}, "
+                  f"bar < {BAR}" + ("" if moved < BAR else "   MISSED"), flush=True)
+    if not options.short:
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

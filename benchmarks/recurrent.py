@@ -2,34 +2,42 @@
 
     python benchmarks/recurrent.py --minutes 0.5 --plot docs/results/recurrent.png
     python benchmarks/recurrent.py --minutes 10 --shown 6
+    python benchmarks/recurrent.py --steps 1000 --jobs 6           # equal steps as well, side by side on a GPU
     python benchmarks/recurrent.py --short
 
 A row shows a real picture (four codes from its middle) with the name of another one, so that nothing but the row tells it; then codes
 of other pictures and notes, 0 to 4,000 tokens of them; then the picture again, which is to be named (the first piece of its name).
 With `--shown` there are several, asked in another order, and which name is whose has to be recalled, too. Trained is the decoder of
 mmtx with its attention, and with another layer in its place: torch's LSTM, and the gated delta rule of transformers' Qwen3-Next, a
-linear attention. Embedding, feed-forward halves, norms, loss and optimizer are the same, and so are the minutes of one core that each
-trains. Distances in training are those that are asked, every other batch the least; pictures and names are not. Also told: tokens a
-second in training, and time and memory of a step of decoding. Shards are those of benchmarks/scaling_grid.py. Writes
-results/recurrent.json.
+linear attention, which on a GPU runs the Triton kernels of flash-linear-attention where that is installed. Embedding, feed-forward
+halves, norms, loss and optimizer are the same, and so are the minutes of one core or of a GPU that each trains; with `--steps` they
+are also compared after as many steps. Distances in training are those that are asked, every other batch the least; pictures and names
+are not. Also told: tokens a second in training, and, where one layer runs at a time on a CPU, time and memory of a step of decoding.
+Shards are those of benchmarks/scaling_grid.py. Writes results/recurrent.json.
 """
 
 import argparse
 import json
+import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from datetime import date
+from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from measure import RESULTS, machine, versions
 from scaling_grid import prepare
+from side_by_side import Task, side_by_side, slots
 from torch import Tensor, nn
 from transformers import DynamicCache, Qwen3NextConfig
-from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
+from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
 from mmtx.config import CodeRange, DecoderConfig
 from mmtx.data.collection import DataSource
@@ -62,7 +70,7 @@ class LSTM(nn.Module):
         return self.out(y)
 
 
-class DeltaRule(Qwen3NextGatedDeltaNet):
+class DeltaRule(qwen3_next.Qwen3NextGatedDeltaNet):
     """The linear attention of Qwen3-Next in place of the attention of a block."""
 
     config = Qwen3NextConfig(hidden_size=WIDTH, num_hidden_layers=DEPTH, layer_types=["linear_attention"] * DEPTH,
@@ -74,6 +82,15 @@ class DeltaRule(Qwen3NextGatedDeltaNet):
 
     def forward(self, x: Tensor, angles=None, packing=None, state=None) -> Tensor:  # type: ignore[override]
         return super().forward(x, cache_params=state)
+
+
+def use_reference() -> None:
+    """Let the delta rule run in torch, whatever kernels are installed."""
+    for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
+        function = getattr(qwen3_next, name)
+        while hasattr(function, "__wrapped__"):
+            function = function.__wrapped__
+        setattr(qwen3_next, name, function)
 
 
 LAYERS: dict[str, Callable[[int], nn.Module] | None] = {"attention": None, "LSTM": LSTM, "gated delta rule": DeltaRule}
@@ -126,29 +143,39 @@ class Rows:
 
 def scores(decoder: Decoder, ids: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
     """Scores (places, plain ids) of what stands at places, and what does."""
-    positions = torch.arange(ids.shape[1] - 1).expand(len(ids), -1)
+    device = decoder.norm.weight.device
+    ids, places = ids.to(device), places.to(device)
+    positions = torch.arange(ids.shape[1] - 1, device=device).expand(len(ids), -1)
     hidden = decoder(ids[:, :-1], positions)
-    rows = torch.arange(len(ids))[:, None]
+    rows = torch.arange(len(ids), device=device)[:, None]
     return decoder.logits(hidden[rows, places - 1], decoder.output_matrix(plain=True)).flatten(0, 1), ids[rows, places].flatten()
 
 
-def train(decoder: Decoder, rows: Rows, seconds: float, distances: tuple[int, ...]) -> tuple[int, int, float]:
-    """Train for seconds of the processor -> steps, tokens and the loss of the last steps."""
+class Budget(NamedTuple):
+    """What a layer has to train: seconds of a core or, on a GPU, of the clock; or steps."""
+
+    seconds: float | None
+    steps: int | None = None
+
+
+def train(decoder: Decoder, rows: Rows, budget: Budget, distances: tuple[int, ...], batch: int) -> tuple[int, int, float, float]:
+    """Train for a budget, with batches of so many tokens -> steps, tokens, the loss of the last steps and seconds."""
     optimizer = configure(decoder, RATES, 10**9)["optimizer"]
     random, tokens, step, last = np.random.default_rng(0), 0, 0, []
-    begin = time.process_time()
-    while (passed := (time.process_time() - begin) / seconds) < 1:
+    clock = time.process_time if decoder.norm.weight.device.type == "cpu" else time.perf_counter
+    begin = clock()
+    while (passed := step / budget.steps if budget.steps else (clock() - begin) / budget.seconds) < 1:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * min(1, (step + 1) / RATES.warmup_steps, 2.5 * (1 - passed))
         distance = int(random.choice(distances)) if step % 2 else distances[0]  # many short rows, which teach sooner
-        ids, places = rows.draw(random, distance, max(1, TOKENS // (2 * rows.shown * ITEM + distance)))
+        ids, places = rows.draw(random, distance, max(1, batch // (2 * rows.shown * ITEM + distance)))
         loss = F.cross_entropy(*scores(decoder, ids, places))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         optimizer.step()
         step, tokens, last = step + 1, tokens + ids.numel(), [*last[-19:], loss.item()]
-    return step, tokens, float(np.mean(last))
+    return step, tokens, float(np.mean(last)), clock() - begin
 
 
 @torch.inference_mode()
@@ -202,59 +229,108 @@ def decoding(decoder: Decoder, name: str, length: int, repeats: int) -> tuple[fl
     return taken, kept
 
 
+@lru_cache(1)
+def opened(folder: Path, shown: int, short: bool) -> tuple[Rows, Rows, Vocabulary]:
+    """Rows to train with, rows that are held out, and their vocabulary."""
+    tokenizers = {kind: load_tokenizer(ROOT / "tokenizers" / kind) for kind in ("text", "image", "audio")}
+    vocabulary = Vocabulary.build(tokenizers)
+    held_out = Rows(folder, ("held-out-pictures", "held-out-notes"), vocabulary, tokenizers, shown)
+    return held_out if short else Rows(folder, ("pictures", "notes"), vocabulary, tokenizers, shown), held_out, vocabulary
+
+
+def measure(device: str, folder: Path, name: str, shown: int, distances: tuple[int, ...], budget: Budget, batch: int, alone: bool,
+            short: bool) -> dict:
+    """Train one layer and ask it; what a step of decoding costs only where it is alone on the CPU."""
+    rows, held_out, vocabulary = opened(folder, shown, short)
+    kernels = None
+    if name == "gated delta rule":
+        kernels = "flash-linear-attention" if device == "cuda" and find_spec("fla") else "reference"
+        if kernels == "reference":
+            use_reference()
+    try:  # kernels are compiled before the clock runs
+        train(build(name, vocabulary).to(device), rows, Budget(None, 4 if device == "cuda" else 1), distances, batch)
+    except Exception:  # of a compiler, whose errors are of many kinds
+        if kernels != "flash-linear-attention":
+            raise
+        kernels = "reference, since flash-linear-attention failed: " + traceback.format_exc(limit=-2)
+        use_reference()
+    decoder = build(name, vocabulary).to(device)
+    steps, tokens, loss, seconds = train(decoder, rows, budget, distances, batch)
+    found = {"parameters": sum(p.numel() for p in decoder.parameters()), "steps": steps, "seconds": round(seconds, 1),
+             "loss": round(loss, 4), "tokens_a_second": round(tokens / seconds), "device": device,
+             "accuracy": {d: round(accuracy(decoder, held_out, d, 4 if short else ASKED), 3) for d in distances}}
+    if kernels:
+        found["kernels"] = kernels
+    if alone and device == "cpu":
+        steps_of = {d: decoding(decoder, name, d, 3 if short else 50) for d in distances}
+        found |= {"step_milliseconds": {d: round(taken, 3) for d, (taken, _) in steps_of.items()},
+                  "kept_bytes": {d: kept for d, (_, kept) in steps_of.items()}}
+    return found
+
+
 def plot(result: dict, file: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    panels = figure.subplots(1, 3)
-    for name, found in result["found"].items():
-        for axes, what in zip(panels, ("accuracy", "step_milliseconds", "kept_bytes"), strict=True):
+    for part in ("found", "equal_steps"):
+        result[part] = {name: result[part][name] for name in LAYERS if name in result[part]}
+    panels = [("found", what, label) for what, label in (
+        ("accuracy", "names right"), ("step_milliseconds", "ms a step of decoding"), ("kept_bytes", "bytes kept of a row"))
+        if all(what in found for found in result["found"].values())]
+    if result["equal_steps"]:
+        panels.insert(1, ("equal_steps", "accuracy", "names right, equal steps"))
+    figure = Figure(figsize=(3.7 * len(panels), 3.6), layout="constrained")
+    for axes, (part, what, label) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
+        for name, found in result[part].items():
             axes.plot([float(d) + 16 for d in found[what]], list(found[what].values()), "o-", markersize=4, label=name)
-    for axes, label in zip(panels, ("names right", "ms a step of decoding", "bytes kept of a row"), strict=True):
-        axes.set(xscale="log", xlabel="tokens between (+ 16)" if axes is panels[0] else "tokens before (+ 16)", ylabel=label)
-    panels[0].set_ylim(0, 1.03)
-    panels[2].set_yscale("log")
-    panels[0].legend(fontsize=8)
+        axes.set(xscale="log", xlabel=f"tokens {'between' if what == 'accuracy' else 'before'} (+ 16)", ylabel=label)
+        if what == "accuracy":
+            axes.set_ylim(0, 1.03)
+        if what == "kept_bytes":
+            axes.set_yscale("log")
+        axes.legend(fontsize=8)
     figure.savefig(file, dpi=80)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("runs/scaling/data"), help="shards, which are made where they lack")
-    parser.add_argument("--minutes", type=float, default=3.0, help="of a core, for each layer")
+    parser.add_argument("--minutes", type=float, default=3.0, help="of a core or GPU, for each layer")
+    parser.add_argument("--steps", type=int, default=None, help="train each layer for so many steps, too")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of a batch, or one row where it is longer")
     parser.add_argument("--shown", type=int, default=1, help="pictures of a row")
     parser.add_argument("--layers", nargs="+", default=list(LAYERS), choices=list(LAYERS))
     parser.add_argument("--distances", type=int, nargs="+", default=DISTANCES)
+    parser.add_argument("--jobs", type=int, default=1, help="processes, on the GPU if there is one")
+    parser.add_argument("--seconds", type=float, default=1e6, help="layers that are not finished by then are left out")
+    parser.add_argument("--results", type=Path, default=RESULTS / "recurrent.json", help="file of the figures")
     parser.add_argument("--plot", type=Path, help="where a plot goes")
     parser.add_argument("--short", action="store_true", help="a second each and short distances, which say nothing; writes no result")
     options = parser.parse_args()
     distances = (0, 64) if options.short else tuple(options.distances)
-    minutes, asked = (1 / 60, 4) if options.short else (options.minutes, ASKED)
+    minutes = 1 / 60 if options.short else options.minutes
     prepare(options.data)
-    tokenizers = {kind: load_tokenizer(ROOT / "tokenizers" / kind) for kind in ("text", "image", "audio")}
-    vocabulary = Vocabulary.build(tokenizers)
-    held_out = Rows(options.data, ("held-out-pictures", "held-out-notes"), vocabulary, tokenizers, options.shown)
-    rows = held_out if options.short else Rows(options.data, ("pictures", "notes"), vocabulary, tokenizers, options.shown)
-    result: dict = {"name": "recurrent", "date": date.today().isoformat(), "minutes": minutes, "shown": options.shown, "found": {}}
-    for name in options.layers:
-        decoder = build(name, vocabulary)
-        steps, tokens, loss = train(decoder, rows, 60 * minutes, distances)
-        found = result["found"][name] = {
-            "parameters": sum(p.numel() for p in decoder.parameters()), "steps": steps, "loss": round(loss, 4),
-            "tokens_a_second": round(tokens / (60 * minutes)),
-            "accuracy": {d: round(accuracy(decoder, held_out, d, asked), 3) for d in distances}}
-        steps_of = {d: decoding(decoder, name, d, 3 if options.short else 50) for d in distances}
-        found |= {"step_milliseconds": {d: round(taken, 3) for d, (taken, _) in steps_of.items()},
-                  "kept_bytes": {d: kept for d, (_, kept) in steps_of.items()}}
-        print(f"{name}: {found['parameters']:,} parameters, {steps} steps, {found['tokens_a_second']:,} tokens/s, loss {loss:.3f}")
-        for d in distances:
-            print(f"  {d:5} tokens between: {found['accuracy'][d]:.3f} right, {found['step_milliseconds'][d]:.3f} ms a step, "
-                  f"{found['kept_bytes'][d]:,} bytes kept", flush=True)
+    budgets = {"found": Budget(60 * minutes), **({"equal_steps": Budget(None, options.steps)} if options.steps else {})}
+    tasks = [Task(f"{part}: {name}", (options.data, name, options.shown, distances, budget, options.tokens, options.jobs == 1,
+                                      options.short), 60 * minutes)
+             for part, budget in budgets.items() for name in options.layers]
+    result: dict = {"name": "recurrent", "date": date.today().isoformat(), "minutes": minutes, "shown": options.shown,
+                    "tokens": options.tokens, "found": {}, "equal_steps": {}}
+    with tempfile.TemporaryDirectory() as logs:
+        for done in side_by_side(measure, tasks, slots(options.jobs, 0), options.seconds, Path(logs)):
+            part, name = done.name.split(": ")
+            found = result[part][name] = done.found
+            kernels = f", {found['kernels']}" if "kernels" in found else ""
+            print(f"{name}: {found['parameters']:,} parameters, {found['steps']} steps in {found['seconds']:.0f} s, "
+                  f"{found['tokens_a_second']:,} tokens/s, loss {found['loss']:.3f}{kernels}")
+            for d in distances:
+                cost = (f", {found['step_milliseconds'][d]:.3f} ms a step, {found['kept_bytes'][d]:,} bytes kept"
+                        if "step_milliseconds" in found else "")
+                print(f"  {d:5} tokens between: {found['accuracy'][d]:.3f} right{cost}", flush=True)
+            if not options.short:
+                options.results.write_text(json.dumps({**result, "machine": machine(), "versions": versions()}, indent=1) + "\n",
+                                           encoding="utf-8")
     if options.plot:
         plot(result, options.plot)
-    if not options.short:
-        (RESULTS / "recurrent.json").write_text(json.dumps({**result, "machine": machine(), "versions": versions()}, indent=1) + "\n",
-                                                encoding="utf-8")
 
 
 if __name__ == "__main__":
