@@ -181,8 +181,10 @@ def test_the_fused_engine_equals_the_one_of_torch_in_long_answers(dtype, count):
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}, {"guidance_scale": 2.0}], ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 10])
-def test_answers_are_the_same_when_what_was_captured_is_played_again(options, rows, monkeypatch):
+@pytest.mark.parametrize("capture_all", [False, True])
+def test_answers_are_the_same_when_what_was_captured_is_played_again(options, rows, capture_all, monkeypatch):
     monkeypatch.setattr("mmtx.inference.graph_engine.SMALLEST", 16)
+    monkeypatch.setattr("mmtx.inference.choose.CAPTURE_ALL", capture_all)
     vocabulary = Vocabulary((Entry("text", 0, 5000, "", None, None),))
     torch.manual_seed(0)
     decoder = Decoder(DecoderConfig(vocabulary.size, width=64, depth=2, heads=4, kv_heads=2, head_dim=32, mlp_dim=96)).to(DEVICE)
@@ -208,7 +210,9 @@ def test_answers_are_the_same_when_what_was_captured_is_played_again(options, ro
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_steps_do_not_wait_for_the_gpu(temperature):
+@pytest.mark.parametrize("capture_all", [False, True])
+def test_steps_do_not_wait_for_the_gpu(temperature, capture_all, monkeypatch):
+    monkeypatch.setattr("mmtx.inference.choose.CAPTURE_ALL", capture_all)
     if DEVICE == "cpu":
         pytest.skip("there is nothing to wait for")
     vocabulary = Vocabulary((Entry("text", 0, 100, "", None, None),))

@@ -9,6 +9,9 @@ from mmtx.inference.torch_engine import TorchEngine
 from mmtx.inference.weights import Weights
 from mmtx.model import Decoder
 
+# What is chosen has run on a card. Captured prompts and choices, and our kernels for many rows, have not yet: `make gpu` tests them.
+CAPTURE_ALL = False
+
 
 def has_triton() -> bool:
     """Whether kernels can be written in Triton, which comes with torch for the GPUs that it is for."""
@@ -20,11 +23,11 @@ def choose_engine(decoder: Decoder, weights: Weights | None, rows: int) -> Engin
     weights = weights or Weights.of(decoder)
     if weights.output.is_cuda and not weights.in_8_bits:
         if has_triton():
-            from mmtx.inference.fused_engine import FusedEngine, fits, works
+            from mmtx.inference.fused_engine import MOST_ROWS, FusedEngine, fits, works
 
-            if fits(weights) and works(weights.output.device):
-                return FusedEngine(decoder, weights)
-        return GraphEngine(decoder, weights)
+            if rows <= MOST_ROWS and fits(weights) and works(weights.output.device):
+                return FusedEngine(decoder, weights, CAPTURE_ALL)
+        return GraphEngine(decoder, weights, capture_all=CAPTURE_ALL)
     if not RowEngine.fits(decoder):
         return TorchEngine(decoder, weights)
     return RowEngine(decoder, weights) if rows == 1 else TorchEngine(decoder, weights, single_row=RowEngine.of)

@@ -373,8 +373,8 @@ def fused_step(decoder: Decoder, weights: Weights, cache: KVCache) -> Callable[[
 class FusedEngine(GraphEngine):
     """Any number of rows of a decoder that it `fits`."""
 
-    def __init__(self, decoder: Decoder, weights: Weights):
-        super().__init__(decoder, weights, fused_step)
+    def __init__(self, decoder: Decoder, weights: Weights, capture_all: bool = True):
+        super().__init__(decoder, weights, fused_step, capture_all)
 
     def best(self, allowed: Tensor) -> Tensor:
         if allowed.shape[1] > self.weights.plain or len(allowed) > MOST_ROWS:

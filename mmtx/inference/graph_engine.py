@@ -33,10 +33,12 @@ class GraphEngine(TorchEngine):
     Its cache and the captured step go to the next engine of as many rows, through `Weights.kept`.
     """
 
-    def __init__(self, decoder: Decoder, weights: Weights, make_step: MakeStep = torch_step):
-        """`make_step` gives the function of ids (B,) that feeds them, changes a cache in place and returns hidden states."""
+    def __init__(self, decoder: Decoder, weights: Weights, make_step: MakeStep = torch_step, capture_all: bool = True):
+        """`make_step` gives the function of ids (B,) that feeds them, changes a cache in place and returns hidden states.
+        With `capture_all` prompts and the choice of the next id are captured too, and not the steps alone.
+        """
         super().__init__(decoder, weights)
-        self.make_step, self.static = make_step, True
+        self.make_step, self.static, self.capture_all = make_step, True, capture_all
         self.source: Captured | None = None         # what has made the hidden states
         self._lease: weakref.finalize | None = None
         self._outgrown: weakref.finalize | None = None
@@ -44,7 +46,7 @@ class GraphEngine(TorchEngine):
     def prefill(self, prompts: Sequence[Prompt], room: int = ROOM) -> None:
         longest = max(len(prompt.ids) for prompt in prompts)
         length = max(LEAST, 1 << (longest - 1).bit_length())
-        if len(prompts) * length > FEW_TOKENS:
+        if not self.capture_all or len(prompts) * length > FEW_TOKENS:
             self.source = None
             return super().prefill(prompts, room)
         ids, lengths, features = pad(prompts, self.weights.output.device, length)
@@ -95,7 +97,7 @@ class GraphEngine(TorchEngine):
         self.cache.used += 1
 
     def choose(self, choice: ChooseNext, state: GrammarState, draws: Tensor | None = None) -> tuple[Tensor, GrammarState]:
-        if self.source is None or not self.source.settled:
+        if not self.capture_all or self.source is None or not self.source.settled:
             return choice(self, state, draws)
         given = [each for each in (*state, draws) if each is not None]
         key = self.source, choice, len(given), draws is None
