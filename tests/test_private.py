@@ -120,6 +120,18 @@ def test_ranks_are_started_within_the_context():
     private.launch_within(None, Around)  # of one process there is no launcher
 
 
+# What torch's own optimizers are made of, and mmtx.training's Muon and gradients: value of a list of one, given 2 (and 6).
+ON_LISTS = {"_foreach_mul_": ((3.0,), 6.0), "_foreach_add_": (([torch.tensor(6.0)],), 8.0),
+            "_foreach_lerp": (([torch.tensor(6.0)], 0.25), 3.0), "_foreach_lerp_": (([torch.tensor(6.0)], 0.25), 3.0)}
+
+
+@pytest.mark.parametrize("name", ON_LISTS)
+def test_torch_has_operations_on_lists(name):
+    numbers, (arguments, expected) = [torch.tensor(2.0)], ON_LISTS[name]
+    made = getattr(torch, name)(numbers, *arguments)
+    assert (numbers if name.endswith("_") else made)[0] == expected
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_no_other_file_names_a_private_part(path):
     """Of a foreign object, or a method of Lightning's that a class of ours overrides."""
@@ -127,8 +139,8 @@ def test_no_other_file_names_a_private_part(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
             own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
-            # `os._exit` and torch's switch of an optimizer are no parts of Lightning.
-            assert own or node.attr in {*ours, "_exit", "_step_supports_amp_scaling"}, f"line {node.lineno}: {node.attr}"
+            # `os._exit`, torch's switch of an optimizer and its operations on lists are no parts of Lightning.
+            assert own or node.attr in {*ours, "_exit", "_step_supports_amp_scaling", *ON_LISTS}, f"line {node.lineno}: {node.attr}"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id.endswith("attr"):
             named = node.args[1].value if isinstance(node.args[1], ast.Constant) else ""
             assert not named.startswith("_"), f"line {node.lineno}: {named}"
