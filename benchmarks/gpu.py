@@ -346,7 +346,7 @@ def starter(bench: Bench) -> Figures:
 
 # In the order of what is wanted most; their budgets in seconds are ten minutes together.
 STEPS: dict[str, tuple[Callable[[Bench], Figures], int]] = {
-    "rates": (rates, 30), "training": (training, 60), "decoding": (decoding, 50),  "tests": (tests, 100),
+    "rates": (rates, 30), "training": (training, 60), "decoding": (decoding, 50), "tests": (tests, 100),
     "compiled training": (compiled_training, 110), "packed training": (packed_training, 50), "captions": (captions, 25),
     "codes": (codes, 25), "starter": (starter, 150)}
 
