@@ -1,7 +1,7 @@
 """AdamW, and Muon for the matrices inside blocks, with warm-up and linear decay to zero, for codecs and decoder alike."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -14,6 +14,7 @@ from mmtx.model import Block, FusedLinear
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the published method, for five rounds
 TOGETHER = 2 ** 25  # numbers in matrices that a GPU turns together: one by one, each small one takes as long as all
+AT_ONCE = 2 ** 27   # numbers of which a GPU holds updates at a time
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,9 @@ class Muon(torch.optim.AdamW):
         for group in groups:
             turned = [(parameter, sizes) for parameter, sizes in zip(group["params"], group.get("parts", ()))
                       if parameter.grad is not None]
-            if turned:
-                self._turn(*zip(*turned), group["lr"], group["weight_decay"])
+            for members in few_at_once(turned):
+                parameters, parts = ([each[i] for each in members] for i in range(2))
+                self._turn(parameters, parts, group["lr"], group["weight_decay"])
         self.param_groups = [group for group in groups if "parts" not in group]
         try:
             super().step()
@@ -61,7 +63,7 @@ class Muon(torch.optim.AdamW):
             self.param_groups = groups
         return loss
 
-    def _turn(self, parameters: Sequence[Tensor], parts: Sequence[tuple[int, ...]], rate: float, decay: float) -> None:
+    def _turn(self, parameters: list[Tensor], parts: list[tuple[int, ...]], rate: float, decay: float) -> None:
         """Take the step of parameters, each of which holds matrices with so many rows; matrices of one shape turn together."""
         for parameter in parameters:
             if not self.state[parameter]:
@@ -82,6 +84,19 @@ class Muon(torch.optim.AdamW):
                 matrices, chosen = zip(*members[first:first + together])
                 turned = orthogonal(torch.stack(chosen)).unbind() if together > 1 else [orthogonal(*chosen)]
                 torch._foreach_add_(matrices, turned, alpha=-0.2 * rate * max(shape) ** 0.5)
+
+
+def few_at_once(turned: list[tuple[Tensor, tuple[int, ...]]]) -> Iterator[list[tuple[Tensor, tuple[int, ...]]]]:
+    """Parameters whose updates are held together: on a GPU as many as make AT_ONCE numbers, else one."""
+    members, numbers = [], 0
+    for member in turned:
+        members.append(member)
+        numbers += member[0].numel()
+        if numbers >= AT_ONCE or not member[0].is_cuda:
+            yield members
+            members, numbers = [], 0
+    if members:
+        yield members
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
