@@ -16,6 +16,8 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the published metho
 TOGETHER = 2 ** 25  # numbers in matrices that a GPU turns together: one by one, each small one takes as long as all
 AT_ONCE = 2 ** 27   # numbers of which a GPU holds updates at a time
 
+Members = list[tuple[Tensor, tuple[int, ...]]]  # parameters, with the rows of the matrices in each
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -54,8 +56,7 @@ class Muon(torch.optim.AdamW):
             turned = [(parameter, sizes) for parameter, sizes in zip(group["params"], group.get("parts", ()))
                       if parameter.grad is not None]
             for members in few_at_once(turned):
-                parameters, parts = ([each[i] for each in members] for i in range(2))
-                self._turn(parameters, parts, group["lr"], group["weight_decay"])
+                self._turn(members, group["lr"], group["weight_decay"])
         self.param_groups = [group for group in groups if "parts" not in group]
         try:
             super().step()
@@ -63,8 +64,9 @@ class Muon(torch.optim.AdamW):
             self.param_groups = groups
         return loss
 
-    def _turn(self, parameters: list[Tensor], parts: list[tuple[int, ...]], rate: float, decay: float) -> None:
+    def _turn(self, members: Members, rate: float, decay: float) -> None:
         """Take the step of parameters, each of which holds matrices with so many rows; matrices of one shape turn together."""
+        parameters = [parameter for parameter, _ in members]
         for parameter in parameters:
             if not self.state[parameter]:
                 # AdamW's state always has a step, and loading a state looks for it.
@@ -75,20 +77,21 @@ class Muon(torch.optim.AdamW):
         updates = torch._foreach_lerp(gradients, momenta, self.momentum)
         torch._foreach_mul_(parameters, 1 - rate * decay)
         alike = defaultdict(list)
-        for parameter, update, sizes in zip(parameters, updates, parts, strict=True):
+        for (parameter, sizes), update in zip(members, updates, strict=True):
             for matrix, part in zip(parameter.split(sizes), update.split(sizes), strict=True):
                 alike[part.shape].append((matrix, part))
-        for shape, members in alike.items():
+        for shape, pairs in alike.items():
             together = max(1, TOGETHER // shape.numel()) if parameters[0].is_cuda else 1
-            for first in range(0, len(members), together):
-                matrices, chosen = zip(*members[first:first + together])
+            for first in range(0, len(pairs), together):
+                matrices, chosen = zip(*pairs[first:first + together])
                 turned = orthogonal(torch.stack(chosen)).unbind() if together > 1 else [orthogonal(*chosen)]
                 torch._foreach_add_(matrices, turned, alpha=-0.2 * rate * max(shape) ** 0.5)
 
 
-def few_at_once(turned: list[tuple[Tensor, tuple[int, ...]]]) -> Iterator[list[tuple[Tensor, tuple[int, ...]]]]:
+def few_at_once(turned: Members) -> Iterator[Members]:
     """Parameters whose updates are held together: on a GPU as many as make AT_ONCE numbers, else one."""
-    members, numbers = [], 0
+    members: Members = []
+    numbers = 0
     for member in turned:
         members.append(member)
         numbers += member[0].numel()
