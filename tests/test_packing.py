@@ -14,7 +14,7 @@ from PIL import Image
 
 from mmtx.config import CodeRange, DecoderConfig
 from mmtx.data import packing
-from mmtx.data.augment import AudioAugmentation, ImageAugmentation, fast_length
+from mmtx.data.augment import AudioAugmentation, ImageAugmentation
 from mmtx.data.collection import DataSource, read_source
 from mmtx.data.packing import PackedBatches, best_fit, fill, in_order, pack
 from mmtx.data.sample import Media, Sample, SampleTurn, Text
@@ -601,12 +601,10 @@ def test_other_rooms_and_instruments_of_a_sound():
         spectrum = torch.fft.rfft(view).abs()
         ratios.append(20 * math.log10(spectrum[place(440)] / spectrum[place(3000)]))
     assert -12.1 < min(ratios) < -3 and 3 < max(ratios) < 12.1
-    spectra = [torch.fft.rfft(view).abs()[[place(440), place(3000)]] for view in views(AudioAugmentation(**QUIET, band_stop=3), both, rate)]
-    assert 2 < sum(spectrum.min() < spectrum.max() / 50 for spectrum in spectra) < 24  # what the cut ends of the tone leave is little
+    lost = [torch.fft.rfft(view).abs()[[place(440), place(3000)]].min() < 1 for view in views(AudioAugmentation(**QUIET, band_stop=3), both, rate)]
+    assert 2 < sum(lost) < 24
     gaps = [(view == 0).sum().item() for view in views(AudioAugmentation(**QUIET, time_mask=0.2), sound, rate)]
     assert max(gaps) <= 0.2 * rate and min(gaps) == 0 and 8 < sum(gap > 0 for gap in gaps) < 32
-    assert [fast_length(samples) for samples in (9, 4096, 4097, 24_000, 57_345)] == [10, 4096, 5120, 24_576, 65_536]
-    assert all(samples <= fast_length(samples) <= max(4, 1.25 * samples) for samples in range(1, 3000))
     # An echo goes on where the sound has ended, and no note gets another pitch.
     click = F.pad(torch.ones(1), (0, rate // 2 - 1))
     after = [view[200:2000].norm().item() for view in views(AudioAugmentation(**QUIET, reverb=0.4), click, rate)]

@@ -167,7 +167,7 @@ class AudioAugmentation:
             waveform = waveform * 10 ** (self.fade * float(2 * rand() - 1) / 20 * torch.linspace(0, 1, length))
         if self.equalizer or self.band_stop or self.reverb:
             loudest = waveform.abs().max()
-            size = fast_length(2 * length if self.reverb else length)
+            size = 2 * length if self.reverb else length
             spectrum = torch.fft.rfft(waveform, size)
             octave = (torch.linspace(0, rate / 2, len(spectrum)) / LOWEST).clamp_min(1).log2()  # above LOWEST Hz
             if self.equalizer:
@@ -191,9 +191,3 @@ class AudioAugmentation:
             waveform = waveform.clone()
             waveform[first:first + silent] = 0
         return waveform
-
-
-def fast_length(samples: int) -> int:
-    """The least number of at least so many whose Fourier transform is quick: 4, 5, 6 or 7 times a power of 2."""
-    power = max(0, samples.bit_length() - 3)
-    return next(size for factor in (4, 5, 6, 7, 8) if (size := factor << power) >= samples)
