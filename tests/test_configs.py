@@ -22,6 +22,10 @@ ROOT = Path(__file__).parents[1]
 # Those of configs/motion need a plugin: tests/test_plugin.py trains with them.
 CONFIGS = {str(path.relative_to(ROOT / "configs")): path for path in sorted((ROOT / "configs").rglob("*.yaml"))
            if path.parent.name != "motion"}
+# In place of the starts that the first lines of a config make under runs/.
+STARTS = {"smollm2/adapters.yaml": "demos/starter", "smollm2/projections.yaml": "demos/starter", "starter/everything.yaml": "null"}
+# Data that the first lines of a config, or benchmarks/scaling_grid.py, make.
+MADE = ("runs/scaling/data/", "runs/notes/sounds-extra-", "runs/speech/speech-synthetic-")
 MODULES = {"text": TextModule, "image": ImageCodecModule, "audio": AudioCodecModule, "vocoder": VocoderModule}
 LEVELS = (8, 8, 8, 6, 5)
 # Parameters with a vocabulary of 1 024 text pieces and two codecs of LEVELS; each codec adds a row a digit.
@@ -45,8 +49,8 @@ def built(tokenizers, tmp_path, monkeypatch):
             for kind, tokenizer in tokenizers.items():
                 tokenizer.save(tmp_path / kind)
                 arguments += [f"--data.init_args.tokenizers.{kind}", str(tmp_path / kind)]
-        if Path(name).parts[0] == "smollm2":  # whose start is a model that `mmtx convert` makes
-            arguments += ["--model.init_args.init_from", "demos/starter"]
+        if name in STARTS:
+            arguments += ["--model.init_args.init_from", STARTS[name]]
         return command_line(arguments, run=False)
 
     return build
@@ -87,8 +91,7 @@ def test_config_names_data_that_exist(name):
     arguments = yaml.safe_load(CONFIGS[name].read_text())["data"]["init_args"]
     for source in [*arguments["train"], *arguments.get("validation", [])]:
         for path in source["paths"]:
-            # That of configs/scaling is prepared by benchmarks/scaling_grid.py.
-            assert glob.glob(str(ROOT / path)) or path.startswith("runs/scaling/data/"), path
+            assert glob.glob(str(ROOT / path)) or path.startswith(MADE), path
         if reader := source.get("reader"):
             file, function = reader.split(":")
             assert callable(getattr(import_file(ROOT / file, file), function)), reader
