@@ -44,6 +44,20 @@ def test_matrices_turn_together_as_they_do_alone(shape):
     assert torch.allclose(orthogonal(matrices), torch.stack([orthogonal(each) for each in matrices]), atol=1e-5)
 
 
+@pytest.mark.parametrize("precision, dtype", [("bf16-mixed", torch.bfloat16), ("32-true", torch.float32)])
+def test_matrices_turn_in_the_precision_of_the_run(precision, dtype):
+    module, config = network(), OptimizerConfig(warmup_steps=0, muon_lr=0.01, weight_decay=0.0)
+    optimizer = configure(module, config, 10 ** 9, precision=precision)["optimizer"]
+    give_gradients(module, 0)
+    weight = module["block"].attention.out.weight
+    before = weight.detach().clone()
+    optimizer.step()
+    update = orthogonal(weight.grad * (0.05 * 0.95 + 0.05), dtype)
+    assert torch.allclose(weight, before - 0.01 * 0.2 * max(weight.shape) ** 0.5 * update, atol=1e-7)
+    other = orthogonal(weight.grad, {torch.bfloat16: torch.float32, torch.float32: torch.bfloat16}[dtype])
+    assert 1e-4 < (other - update).norm() / update.norm() < 0.02
+
+
 def test_only_matrices_of_blocks_take_muon_steps():
     module = network()
     groups = optimizer_of(module, muon_lr=0.01).param_groups

@@ -105,7 +105,7 @@ class CodecModule(TestedAsValidated):
         if self.discriminator is not None:
             more.append({"params": list(self.discriminator.parameters()), "lr": self.adversarial.learning_rate,
                          "betas": (0.5, 0.9), "weight_decay": 0.0})
-        return configure(self.tokenizer, self.optimizer_config, self.trainer.max_steps, more)
+        return configure(self.tokenizer, self.optimizer_config, self.trainer.max_steps, more, precision=self.trainer.precision)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         if self.discriminator is None or not gradient_clip_val:

@@ -221,8 +221,9 @@ class DecoderModule(TestedAsValidated):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         base, config = self.mup_base_width, self.optimizer_config
         if base is None:
-            return configure(self.decoder, config, self.trainer.max_steps)
-        return configure(self.decoder, config, self.trainer.max_steps, scaled=scaled(self.decoder), ratio=base / self.config.width)
+            return configure(self.decoder, config, self.trainer.max_steps, precision=self.trainer.precision)
+        return configure(self.decoder, config, self.trainer.max_steps, scaled=scaled(self.decoder), ratio=base / self.config.width,
+                         precision=self.trainer.precision)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         weights = self._weights()[batch.modality]

@@ -90,7 +90,7 @@ class VocoderModule(TestedAsValidated):
         self.tokenizer = found
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        return configure(self.tokenizer.vocoder, self.optimizer_config, self.trainer.max_steps)
+        return configure(self.tokenizer.vocoder, self.optimizer_config, self.trainer.max_steps, precision=self.trainer.precision)
 
     def on_train_batch_start(self, batch: CodecBatch, index: int) -> None:
         torch.manual_seed(seed_of(getattr(data_of(self.trainer), "seed", 0), index, self.global_rank))
