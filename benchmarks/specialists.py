@@ -31,9 +31,10 @@ from torchaudio.transforms import MelSpectrogram
 from mmtx.config import CodeRange, DecoderConfig
 from mmtx.data.augment import AudioAugmentation, ImageAugmentation
 from mmtx.data.collection import Collected, read_config, read_sources
+from mmtx.data.documents import Documents
 from mmtx.data.packing import Batch, PackedBatches
 from mmtx.data.sample import Media, Sample
-from mmtx.data.tokens import Augmentation, Documents, load_media, to_documents
+from mmtx.data.tokens import Augmentation, load_media, to_documents
 from mmtx.files import find_shipped
 from mmtx.loss import next_token_loss
 from mmtx.modality.base import load_tokenizer

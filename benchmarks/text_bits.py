@@ -17,9 +17,9 @@ import torch
 from ngram import KneserNey
 
 from mmtx.data.collection import DataSource, read_source
+from mmtx.data.documents import Documents
 from mmtx.data.packing import PackedBatches
 from mmtx.data.sample import Sample
-from mmtx.data.tokens import Documents
 from mmtx.loss import next_token_loss
 from mmtx.modality.base import load_tokenizer
 from mmtx.pipeline import Model, load

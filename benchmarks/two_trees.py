@@ -30,8 +30,8 @@ def answer() -> None:
 
     import mmtx
     from mmtx.data.collection import DataSource, read_sources
+    from mmtx.data.documents import Documents
     from mmtx.data.packing import PackedBatches
-    from mmtx.data.tokens import Documents
     from mmtx.loss import next_token_loss
 
     torch.set_num_threads(1)

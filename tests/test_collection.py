@@ -10,8 +10,9 @@ import pytest
 
 from mmtx.data.augment import AudioAugmentation, ImageAugmentation
 from mmtx.data.collection import DataSource, read_source
+from mmtx.data.documents import Documents
 from mmtx.data.packing import PackedBatches
-from mmtx.data.tokens import Augmentation, Documents, to_documents
+from mmtx.data.tokens import Augmentation, to_documents
 from mmtx.errors import InputError
 from mmtx.sequence import parse
 

@@ -5,15 +5,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import runs
 import torch
 
 import mmtx
+import runs
 from mmtx.config import CodeRange, DecoderConfig, EncoderConfig
 from mmtx.data.collection import DataSource, read_sources
+from mmtx.data.documents import Documents
 from mmtx.data.packing import PackedBatches
 from mmtx.data.prepare import prepare
-from mmtx.data.tokens import Augmentation, Documents, encode_samples, load_sample, to_documents
+from mmtx.data.tokens import Augmentation, encode_samples, load_sample, to_documents
 from mmtx.errors import InputError
 from mmtx.inference.sampling import Sampling
 from mmtx.modality.base import load_tokenizer

@@ -2,8 +2,10 @@
 
 import io
 import math
+import os
 import pickle
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +18,12 @@ from mmtx.config import CodeRange, DecoderConfig
 from mmtx.data import packing
 from mmtx.data.augment import AudioAugmentation, ImageAugmentation
 from mmtx.data.collection import DataSource, read_source
+from mmtx.data.documents import Documents
 from mmtx.data.packing import PackedBatches, best_fit, fill, in_order, pack
 from mmtx.data.sample import Media, Sample, SampleTurn, Text
 from mmtx.data.sources import SkipCounter
 from mmtx.data.storage import MemorySource
-from mmtx.data.tokens import Augmentation, Documents, load_media, seed_of, to_documents
+from mmtx.data.tokens import Augmentation, load_media, seed_of, to_documents
 from mmtx.document import Document, MediaPart, TextPart, Turn
 from mmtx.errors import InputError
 from mmtx.modality.base import load_tokenizer
@@ -486,6 +489,37 @@ def test_bad_samples_are_skipped_up_to_the_limit(bad, samples, tokenizers, vocab
         made(mixed, 0.24)
     with pytest.raises(InputError, match="no sample can be used"):
         made([BAD[bad]], 1.0)
+
+
+def test_processes_measure_as_one_does(samples, tokenizers, vocabulary, monkeypatch):
+    monkeypatch.setattr("mmtx.data.documents.BLOCK", 2)
+    monkeypatch.setattr("mmtx.data.documents.ENOUGH", 4)
+    mixed = [samples[0], *BAD.values(), *samples[1:]] * 3
+
+    def made(num_workers):
+        counters = [SkipCounter(1.0, len(mixed))] * len(mixed)
+        return Documents(mixed, tokenizers, vocabulary, max_seq_len=200, counters=counters, first=5, num_workers=num_workers), counters[0]
+
+    (one, first), (several, second) = made(0), made(2)
+    assert one.numbers == several.numbers and one.samples == several.samples and len(one) == 9
+    assert np.array_equal(one.lengths, several.lengths) and np.array_equal(one.digests, several.digests)
+    assert first.summary() == second.summary()
+
+
+class Deadly(MemorySource):
+    def read(self) -> bytes:
+        os._exit(1)
+
+
+@pytest.mark.timeout(120)
+def test_the_end_of_a_process_that_measures_is_told(samples, tokenizers, vocabulary, monkeypatch):
+    monkeypatch.setattr("mmtx.data.documents.ENOUGH", 4)
+    deadly = captioned("image", b"", "deadly", 5)
+    turn = deadly.turns[0]
+    parts = tuple(replace(part, source=Deadly(b"")) if isinstance(part, Media) else part for part in turn.parts)
+    mixed = [*samples, replace(deadly, turns=(replace(turn, parts=parts), *deadly.turns[1:]))]
+    with pytest.raises(InputError, match=r"data.num_workers: one of 2 processes that read the samples ended \(out of memory\?\)"):
+        Documents(mixed, tokenizers, vocabulary, max_seq_len=200, num_workers=2)
 
 
 def test_context_counts_what_a_batch_holds(samples, tokenizers, vocabulary):

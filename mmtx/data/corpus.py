@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmtx.data.collection import DataSource, read_sources
+from mmtx.data.documents import Documents
 from mmtx.data.prepared import Prepared
 from mmtx.data.sample import Sample
 from mmtx.data.sources import MAX_BAD, expand, is_prepared
 from mmtx.data.storage import display
-from mmtx.data.tokens import Augmentation, Documents
+from mmtx.data.tokens import Augmentation
 from mmtx.errors import InputError
 from mmtx.modality.base import Tokenizer
 from mmtx.sequence import Rendered
@@ -87,6 +88,7 @@ def read_corpus(
     max_bad: float = MAX_BAD,
     features: bool = False,
     patches: Collection[str] = (),
+    num_workers: int = 0,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Corpus:
     """Open all sources. Raises InputError as `Documents` and `Prepared` do.
@@ -102,7 +104,7 @@ def read_corpus(
         if not prepared:
             found = read_sources(list(group), max_bad)
             documents = Documents(found.samples, tokenizers, vocabulary, counters=found.counters, first=number,
-                                  patches=patches, progress=progress, **common)
+                                  patches=patches, num_workers=num_workers, progress=progress, **common)
             found.finish()
             parts.append(documents)
             repeats.append(np.array(found.repeats)[np.array(documents.numbers) - number])

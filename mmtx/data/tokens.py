@@ -1,11 +1,6 @@
-"""Samples to documents of tokens, encoded anew each time a batch asks for them.
+"""Samples to documents of tokens: their media are read, changed and encoded."""
 
-Shapes: T tokens of a document, h rows and w columns of codes (time steps and bands of a sound).
-"""
-
-import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import NamedTuple, Protocol, cast
 
 import numpy as np
@@ -14,13 +9,11 @@ import torch
 from mmtx.data.augment import AudioAugmentation, ImageAugmentation
 from mmtx.data.media import Sampled
 from mmtx.data.sample import Media, Sample, Text
-from mmtx.data.sources import MAX_BAD, SkipCounter
+from mmtx.data.sources import SkipCounter
 from mmtx.document import Document, MediaPart, Part, TextPart, Turn
 from mmtx.errors import InputError
-from mmtx.modality.base import Encoding, Tokenizer, media_tokenizer
+from mmtx.modality.base import Encoding, Tokenizer
 from mmtx.modality.modality import MODALITIES
-from mmtx.sequence import Rendered, render
-from mmtx.vocabulary import Vocabulary
 
 ENCODE_AT_ONCE = 256  # samples whose media are in memory together
 UNTOUCHED = 0.125     # share of views that augmentation leaves alone, for that is how media come in use
@@ -45,91 +38,6 @@ class Augmentation(NamedTuple):
         if kind == "audio" and self.audio:
             return self.audio(medium, cast(Sampled, tokenizer).rate, generator)
         return medium
-
-
-class Documents:
-    """Samples as documents. All are read and measured once; their media are read and encoded again for each batch.
-
-    So every view of a sample can differ, and a corpus of any size needs no more memory than its paths and texts.
-    """
-
-    def __init__(
-        self,
-        samples: Sequence[Sample],
-        tokenizers: Mapping[str, Tokenizer],
-        vocabulary: Vocabulary,
-        *,
-        max_seq_len: int,
-        augmentation: Augmentation = Augmentation(),
-        seed: int = 0,
-        patches: Collection[str] = (),
-        counters: Sequence[SkipCounter] | None = None,
-        first: int = 0,
-        progress: Callable[[Iterable], Iterable] = iter,
-    ):
-        """Samples that cannot be read, or that need more than `max_seq_len` tokens, are skipped.
-
-        Of the kinds in `patches` media come with their patches, for a decoder with encoders, and not with features.
-
-        `counters` are those of the source of each sample, and say how many may be; without them all are of one source.
-        `first` is the number of the first sample, by which its views are seeded.
-        """
-        if counters is None:
-            counters = [SkipCounter(MAX_BAD, len(samples))] * len(samples)
-        self.tokenizers, self.vocabulary, self.augmentation, self.seed = tokenizers, vocabulary, augmentation, seed
-        self.patches = patches
-        self.samples: list[Sample] = []  # those that can be used
-        self.numbers: list[int] = []     # which of the given samples they are, from `first`
-        lengths, digests = [], []
-        for number, sample in enumerate(progress(samples), first):
-            digest = hashlib.blake2b(b"%d" % number, digest_size=8)  # the number decides about augmentation
-            try:
-                rendered = self._measure(sample, max_seq_len, digest)
-            except InputError as error:
-                counters[number - first].skip(error)
-                continue
-            self.samples.append(sample)
-            self.numbers.append(number)
-            lengths.append(len(rendered.ids))
-            digests.append(digest.digest())
-        for skipped in dict.fromkeys(counters):
-            skipped.check()
-        if not self.samples:
-            raise InputError(f"no sample can be used: {counters[0].summary()}")
-        self.lengths = np.array(lengths)  # (samples,) tokens of each document
-        self.digests = np.frombuffer(b"".join(digests), "<i8")  # (samples,) of all that each says and shows
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def where(self, number: int) -> str:
-        """File and row of a document."""
-        return self.samples[number].where
-
-    def render(self, chosen: Sequence[tuple[int, int]]) -> list[Rendered]:
-        """Documents of (sample, view) pairs. All views of a sample have the same length and text, or are shorter."""
-        seeds = [seed_of(self.seed, self.numbers[sample], view) for sample, view in chosen]
-        samples = [_drop(self.samples[sample], seed) for (sample, _), seed in zip(chosen, seeds, strict=True)]
-        media = [load_sample(sample, self.tokenizers) for sample in samples]
-        documents = encode_samples(samples, media, self.tokenizers, self.augmentation, seeds, self.patches, codes=False)
-        return [render(document, self.vocabulary) for document in documents]
-
-    def _measure(self, sample: Sample, max_seq_len: int, digest: Digest) -> Rendered:
-        """The document with all codes 0; what it is made of is added to `digest`."""
-        for turn in sample.turns:
-            texts = [part.text if isinstance(part, Text) else None for part in turn.parts]
-            digest.update(f"{turn.role} {texts}".encode("utf-8", "backslashreplace"))
-        media = load_sample(sample, self.tokenizers, digest)
-        kinds = [part.kind for turn in sample.turns for part in turn.parts if isinstance(part, Media)]
-        blank = {kind: iter([Encoding(np.zeros(media_tokenizer(self.tokenizers, kind).grid(tensor), int), None)
-                             for k, tensor in zip(kinds, media, strict=True) if k == kind]) for kind in set(kinds)}
-        rendered = render(_document(sample, self.tokenizers, blank), self.vocabulary)
-        if len(rendered.ids) - 1 > max_seq_len:
-            raise InputError(f"{sample.where}: found {len(rendered.ids)} tokens, "
-                             f"expected at most max_seq_len + 1 = {max_seq_len + 1}")
-        if not rendered.loss_mask.any():
-            raise InputError(f"{sample.where}: found nothing to learn, expected an assistant turn or a plain document")
-        return rendered
 
 
 def seed_of(*numbers: int) -> int:
@@ -174,14 +82,6 @@ def usable(samples: Sequence[Sample], tokenizers: Mapping[str, Tokenizer], skipp
     return found
 
 
-def _drop(sample: Sample, seed: int) -> Sample:
-    """The sample or, for its share `cond_drop_prob` of seeds, the sample with its user turns emptied."""
-    if np.random.default_rng(seed).random() >= sample.cond_drop_prob:
-        return sample
-    turns = (replace(turn, parts=()) if turn.role == "user" else turn for turn in sample.turns)
-    return replace(sample, turns=tuple(turns))
-
-
 def load_sample(sample: Sample, tokenizers: Mapping[str, Tokenizer], digest: Digest | None = None) -> list:
     """Media of a sample in order: tensors; text stays with the sample. Their bytes are added to `digest`."""
     return [load_media(part, tokenizers, digest) for turn in sample.turns for part in turn.parts if isinstance(part, Media)]
@@ -208,10 +108,10 @@ def encode_samples(samples, loaded, tokenizers, augmentation: Augmentation, seed
     found = {(kind, coded): iter(tokenizers[kind].embed_batch(queue, kind in patches, coded))
              for (kind, coded), queue in queues.items()}
     encodings = {kind: iter([next(found[kind, coded]) for coded in order]) for kind, order in orders.items()}
-    return [_document(sample, tokenizers, encodings) for sample in samples]
+    return [document_of(sample, tokenizers, encodings) for sample in samples]
 
 
-def _document(sample: Sample, tokenizers: Mapping[str, Tokenizer], encodings: Mapping[str, Iterator[Encoding]]) -> Document:
+def document_of(sample: Sample, tokenizers: Mapping[str, Tokenizer], encodings: Mapping[str, Iterator[Encoding]]) -> Document:
     """A sample as a document; each medium takes the next encoding of its kind."""
     def part_of(part) -> Part:
         if isinstance(part, Text):

@@ -84,7 +84,8 @@ class DecoderData(SourceData):
     def _read(self, sources: list[DataSource], name: str, **more: Any) -> Corpus:
         return read_corpus(sources, self.tokenizers, self.vocabulary, max_seq_len=self.max_seq_len, seed=self.seed,
                            max_bad=self.max_bad, features=self._takes("continuous_inputs"),
-                           patches=self.tokenizers if self._takes("train_encoder") else (), progress=progress(name), **more)
+                           patches=self.tokenizers if self._takes("train_encoder") else (), num_workers=self.num_workers,
+                           progress=progress(name), **more)
 
     @property
     def contents(self) -> dict[str, list[Content]]:

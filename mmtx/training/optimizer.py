@@ -88,7 +88,7 @@ class Muon(torch.optim.AdamW):
             dtype = torch.bfloat16 if parameters[0].is_cuda else turn_in
             for first in range(0, len(pairs), together):
                 matrices, chosen = zip(*pairs[first:first + together])
-                turned = orthogonal(torch.stack(chosen), dtype).unbind() if together > 1 else [orthogonal(*chosen, dtype)]
+                turned = orthogonal(torch.stack(chosen), dtype).unbind() if together > 1 else [orthogonal(chosen[0], dtype)]
                 torch._foreach_add_(matrices, turned, alpha=-0.2 * rate * max(shape) ** 0.5)
 
 
@@ -107,7 +107,7 @@ def few_at_once(turned: Members) -> Iterator[Members]:
 
 
 def orthogonal(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A matrix (n, m), or several (k, n, m) -> nearly the nearest ones whose singular values are all 1: Newton-Schulz rounds in `dtype`."""
+    """A matrix (n, m), or several (k, n, m) -> nearly the nearest ones whose singular values are all 1, by rounds in `dtype`."""
     a, b, c = NEWTON_SCHULZ
     addmm = torch.addmm if matrices.dim() == 2 else torch.baddbmm
     x = matrices.to(dtype)

@@ -1,0 +1,162 @@
+"""Samples to learn from, as documents of tokens: measured once, and encoded anew each time a batch asks for them."""
+
+import hashlib
+import pickle
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import closing
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from mmtx.data.sample import Media, Sample, Text
+from mmtx.data.sources import MAX_BAD, SkipCounter
+from mmtx.data.tokens import Augmentation, document_of, encode_samples, load_sample, seed_of
+from mmtx.data.workers import Ended, Workers
+from mmtx.errors import InputError
+from mmtx.modality.base import Encoding, Tokenizer, media_tokenizer
+from mmtx.sequence import Rendered, render
+from mmtx.vocabulary import Vocabulary
+
+BLOCK = 128          # samples that a process measures at a time
+ENOUGH = 32 * BLOCK  # samples from which on processes, whose start takes seconds, are worth it
+
+
+class Documents:
+    """Samples as documents. All are read and measured once; their media are read and encoded again for each batch.
+
+    So every view of a sample can differ, and a corpus of any size needs no more memory than its paths and texts.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        tokenizers: Mapping[str, Tokenizer],
+        vocabulary: Vocabulary,
+        *,
+        max_seq_len: int,
+        augmentation: Augmentation = Augmentation(),
+        seed: int = 0,
+        patches: Collection[str] = (),
+        counters: Sequence[SkipCounter] | None = None,
+        first: int = 0,
+        num_workers: int = 0,
+        progress: Callable[[Iterable], Iterable] = iter,
+    ):
+        """Samples that cannot be read, or that need more than `max_seq_len` tokens, are skipped.
+
+        Of the kinds in `patches` media come with their patches, for a decoder with encoders, and not with features.
+
+        `counters` are those of the source of each sample, and say how many may be; without them all are of one source.
+        `first` is the number of the first sample, by which its views are seeded. `num_workers` processes measure, if more than one.
+        """
+        if counters is None:
+            counters = [SkipCounter(MAX_BAD, len(samples))] * len(samples)
+        self.tokenizers, self.vocabulary, self.augmentation, self.seed = tokenizers, vocabulary, augmentation, seed
+        self.patches = patches
+        self.samples: list[Sample] = []  # those that can be used
+        self.numbers: list[int] = []     # which of the given samples they are, from `first`
+        lengths, digests = [], []
+        with closing(_measured(samples, first, Measure(tokenizers, vocabulary, max_seq_len), num_workers)) as measured:
+            for number, (sample, found) in enumerate(zip(progress(samples), measured, strict=True), first):
+                if isinstance(found, InputError):
+                    counters[number - first].skip(found)
+                    continue
+                self.samples.append(sample)
+                self.numbers.append(number)
+                lengths.append(found[0])
+                digests.append(found[1])
+        for skipped in dict.fromkeys(counters):
+            skipped.check()
+        if not self.samples:
+            raise InputError(f"no sample can be used: {counters[0].summary()}")
+        self.lengths = np.array(lengths)  # (samples,) tokens of each document
+        self.digests = np.frombuffer(b"".join(digests), "<i8")  # (samples,) of all that each says and shows
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def where(self, number: int) -> str:
+        """File and row of a document."""
+        return self.samples[number].where
+
+    def render(self, chosen: Sequence[tuple[int, int]]) -> list[Rendered]:
+        """Documents of (sample, view) pairs. All views of a sample have the same length and text, or are shorter."""
+        seeds = [seed_of(self.seed, self.numbers[sample], view) for sample, view in chosen]
+        samples = [_drop(self.samples[sample], seed) for (sample, _), seed in zip(chosen, seeds, strict=True)]
+        media = [load_sample(sample, self.tokenizers) for sample in samples]
+        documents = encode_samples(samples, media, self.tokenizers, self.augmentation, seeds, self.patches, codes=False)
+        return [render(document, self.vocabulary) for document in documents]
+
+
+class Measure(NamedTuple):
+    """What the length of a document depends on, beside the sample."""
+
+    tokenizers: Mapping[str, Tokenizer]
+    vocabulary: Vocabulary
+    max_seq_len: int
+
+
+Measured = tuple[int, bytes] | InputError  # tokens of a document and the digest of the sample, or why it cannot be used
+
+
+def _measured(samples: Sequence[Sample], first: int, measure: Measure, num_workers: int) -> Generator[Measured, None, None]:
+    """All samples in order, measured here or by processes that read some blocks ahead."""
+    if num_workers < 2 or len(samples) < ENOUGH:
+        for number, sample in enumerate(samples, first):
+            yield _measure(sample, number, measure)
+        return
+    pool = Workers(num_workers, _measure_block, measure._replace(tokenizers=dict(measure.tokenizers)))
+    try:
+        running: deque[Future] = deque()
+        for start in range(0, len(samples), BLOCK):
+            # Metadata stay here: no length depends on them, and they may be large.
+            block = [replace(sample, metadata={}) for sample in samples[start:start + BLOCK]]
+            running.append(pool.submit(pickle.dumps((first + start, block))))
+            if len(running) > 4 * num_workers:
+                yield from running.popleft().result()
+        for future in running:
+            yield from future.result()
+    except Ended:
+        raise InputError(f"data.num_workers: one of {num_workers} processes that read the samples ended (out of memory?); "
+                         "the same command starts again") from None
+    finally:
+        pool.end()
+
+
+def _measure_block(measure: Measure, first: int, samples: Sequence[Sample]) -> list[Measured]:
+    torch.set_num_threads(1)
+    return [_measure(sample, number, measure) for number, sample in enumerate(samples, first)]
+
+
+def _measure(sample: Sample, number: int, measure: Measure) -> Measured:
+    """The document with all codes 0, of which the length is taken, and a digest of what it is made of."""
+    digest = hashlib.blake2b(b"%d" % number, digest_size=8)  # the number decides about augmentation
+    for turn in sample.turns:
+        texts = [part.text if isinstance(part, Text) else None for part in turn.parts]
+        digest.update(f"{turn.role} {texts}".encode("utf-8", "backslashreplace"))
+    try:
+        media = load_sample(sample, measure.tokenizers, digest)
+        kinds = [part.kind for turn in sample.turns for part in turn.parts if isinstance(part, Media)]
+        blank = {kind: iter([Encoding(np.zeros(media_tokenizer(measure.tokenizers, kind).grid(tensor), int), None)
+                             for k, tensor in zip(kinds, media, strict=True) if k == kind]) for kind in set(kinds)}
+        rendered = render(document_of(sample, measure.tokenizers, blank), measure.vocabulary)
+    except InputError as error:
+        return error
+    if len(rendered.ids) - 1 > measure.max_seq_len:
+        return InputError(f"{sample.where}: found {len(rendered.ids)} tokens, "
+                          f"expected at most max_seq_len + 1 = {measure.max_seq_len + 1}")
+    if not rendered.loss_mask.any():
+        return InputError(f"{sample.where}: found nothing to learn, expected an assistant turn or a plain document")
+    return len(rendered.ids), digest.digest()
+
+
+def _drop(sample: Sample, seed: int) -> Sample:
+    """The sample or, for its share `cond_drop_prob` of seeds, the sample with its user turns emptied."""
+    if np.random.default_rng(seed).random() >= sample.cond_drop_prob:
+        return sample
+    turns = (replace(turn, parts=()) if turn.role == "user" else turn for turn in sample.turns)
+    return replace(sample, turns=tuple(turns))
