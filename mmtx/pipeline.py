@@ -164,7 +164,7 @@ def load(folder: str | Path | None = None, device: str | torch.device | None = N
     return Model(decoder, vocabulary, tokenizers).to(device).prepare_for_inference(load_in_8bit)
 
 
-class Described(NamedTuple):
+class ModelParts(NamedTuple):
     """What a model folder holds beside the weights of the decoder."""
 
     config: DecoderConfig
@@ -173,7 +173,7 @@ class Described(NamedTuple):
     folder: Path
 
 
-def read_model(folder: str | Path | None) -> Described:
+def read_model(folder: str | Path | None) -> ModelParts:
     """What `load` reads beside the weights of the decoder, all of which fits together, and where it lies."""
     folder = shipped(DEFAULT_MODEL) if folder is None else find_model(folder)
     config = read_model_config(folder)
@@ -194,7 +194,7 @@ def read_model(folder: str | Path | None) -> Described:
         given = media_tokenizer(tokenizers, kind).encoder_config
         if encoder.patch != (found := given.patch if given else 0):
             raise InputError(f"{folder}: the decoder takes patches of {kind} of {encoder.patch} numbers, its tokenizer gives {found}")
-    return Described(config, vocabulary, tokenizers, folder)
+    return ModelParts(config, vocabulary, tokenizers, folder)
 
 
 def read_model_config(folder: Path) -> DecoderConfig:

@@ -22,7 +22,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 GIVEN_BACK = """
 import pathlib, torch
-from mmtx.training.memory import given_back, keep_memory
+from mmtx.training.memory import releasing_memory, keep_memory
 
 
 def held():
@@ -32,7 +32,7 @@ def held():
 keep_memory()
 torch.ones(8)
 held_at = [held()]
-with given_back():
+with releasing_memory():
     block, small = torch.ones(2 ** 26), torch.ones(2 ** 16)
     del block
     held_at.append(held())

@@ -25,11 +25,11 @@ from mmtx.modality.autoencoder import Codec
 from mmtx.modality.base import media_tokenizer
 from mmtx.modality.encoder import GridEncoder
 from mmtx.model import Decoder, initialise
-from mmtx.pipeline import WEIGHTS, Described, Model, model_files, read_model
+from mmtx.pipeline import WEIGHTS, Model, ModelParts, model_files, read_model
 from mmtx.training.adapters import LoRA, MergedWeights, adapt, merged, parameters_by_group, save_adapter
 from mmtx.training.decoder_data import TokenizerFolders, with_media
 from mmtx.training.means import Means, TestedAsValidated
-from mmtx.training.memory import given_back
+from mmtx.training.memory import releasing_memory
 from mmtx.training.mup import check_base, rescale, scaled
 from mmtx.training.optimizer import OptimizerConfig, configure
 from mmtx.training.private import data_of
@@ -176,7 +176,7 @@ class DecoderModule(TestedAsValidated):
         """Take over the finished model in a folder once the decoder is built, if all of it is as in this configuration."""
         self.init_from, self.finished = read_model(folder), folder
 
-    def _begin_with(self, model: Described) -> Decoder:
+    def _begin_with(self, model: ModelParts) -> Decoder:
         """The decoder of a finished model, in the precision of the run, and each layer in 4 bits as soon as it is read."""
         where = self.finished or "init_from"
         given, wanted = asdict(model.config), asdict(self.config)
@@ -193,7 +193,7 @@ class DecoderModule(TestedAsValidated):
                 raise InputError(f"{where}: found {'an' if kind[0] in 'aeiou' else 'a'} {kind} tokenizer of fingerprint {found}, "
                                  f"expected {expected}, tokenizers.{kind}")
         in_4_bits = quantize_layer if self.lora is not None and self.lora.load_in_4bit else None
-        with given_back():
+        with releasing_memory():
             decoder = load_module(lambda: Decoder(model.config, GridEncoder), model.folder / WEIGHTS, in_4_bits)
         decoder.config = self.config
         if "features" in added:
@@ -205,7 +205,7 @@ class DecoderModule(TestedAsValidated):
             self._take_encoders()
         return decoder
 
-    def _replace_encoders(self, other: Described) -> None:
+    def _replace_encoders(self, other: ModelParts) -> None:
         """Let encoders begin as those of another finished model."""
         for kind, expected in self.config.encoders.items():
             if (found := other.config.encoders.get(kind)) != expected:

@@ -24,7 +24,7 @@ def keep_memory() -> None:
 
 
 @contextmanager
-def given_back() -> Iterator[None]:
+def releasing_memory() -> Iterator[None]:
     """Until this ends, what is freed goes back to the system, where otherwise `keep_memory` holds.
 
     For what is done once: what stays of it would lie in the middle of what it needed on the way, which then fits nothing any
