@@ -58,6 +58,7 @@ def hold(folder: Path, ready, end) -> None:
     with lock_folder(folder, "output"):
         if os.fork() == 0:  # as workers of a loader are, which may outlive it
             ready.close()
+            signal.alarm(60)  # which ends it: nobody else does
             signal.pause()
         ready.send(os.getpid())
         end.recv()
