@@ -57,10 +57,10 @@ def test_where_no_folder_can_be_is_told(tmp_path):
 def hold(folder: Path, ready, end) -> None:
     with lock_folder(folder, "output"):
         if os.fork() == 0:  # as workers of a loader are, which may outlive it
+            ready.send(os.getppid())  # only now, or the other might be killed before this one has let go of its files
             ready.close()
             signal.alarm(60)  # which ends it: nobody else does
             signal.pause()
-        ready.send(os.getpid())
         end.recv()
 
 
