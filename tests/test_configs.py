@@ -23,9 +23,10 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = {str(path.relative_to(ROOT / "configs")): path for path in sorted((ROOT / "configs").rglob("*.yaml"))
            if path.parent.name != "motion"}
 # In place of the starts that the first lines of a config make under runs/.
-STARTS = {"smollm2/adapters.yaml": "demos/starter", "smollm2/projections.yaml": "demos/starter", "starter/everything.yaml": "null"}
+STARTS = {"smollm2/adapters.yaml": "demos/starter", "smollm2/projections.yaml": "demos/starter", "starter/captions-extra.yaml": "null",
+          "starter/everything.yaml": "null"}
 # Data that the first lines of a config, or benchmarks/scaling_grid.py, make.
-MADE = ("runs/scaling/data/", "runs/notes/sounds-extra-", "runs/speech/speech-synthetic-")
+MADE = ("runs/scaling/data/", "runs/notes/sounds-extra-", "runs/pictures/images-extra-", "runs/speech/speech-synthetic-")
 MODULES = {"text": TextModule, "image": ImageCodecModule, "audio": AudioCodecModule, "vocoder": VocoderModule}
 LEVELS = (8, 8, 8, 6, 5)
 # Parameters with a vocabulary of 1 024 text pieces and two codecs of LEVELS; each codec adds a row a digit.
