@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import runs
 import torch
 
 import mmtx
-import runs
 from mmtx.config import CodeRange, DecoderConfig, EncoderConfig
 from mmtx.data.collection import DataSource, read_sources
 from mmtx.data.documents import Documents

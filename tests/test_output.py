@@ -10,10 +10,10 @@ import types
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 from fresh import context
 
-import runs
 from mmtx.data.output import LOCK, check_output, lock_folder
 from mmtx.errors import InputError
 from mmtx.training.callbacks import SaveModel, contact_sheet
