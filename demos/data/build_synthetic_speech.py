@@ -26,7 +26,10 @@ DEB = ["wordnet-base"]
 # The engines with what they need beside a C library: Debian packages, unpacked into one folder.
 ENGINES = ["espeak-ng", "espeak-ng-data", "libespeak-ng1", "libsonic0", "libpcaudio0", "flite", "libflite1", "festival",
            "libestools2.5", "festlex-cmu", "festlex-poslex", "festvox-kallpc16k", "festvox-kdlpc16k", "festvox-us-slt-hts",
-           "libasound2", "libpulse0", "libgomp1"]
+           "libasound2", "libgomp1",
+           "libpulse0", "libasyncns0", "libsndfile1", "libflac12", "libmp3lame0", "libmpg123-0", "libogg0", "libopus0", "libvorbis0a",
+           "libvorbisenc2", "libdbus-1-3", "libsystemd0", "libx11-6", "libx11-xcb1", "libxcb1", "libxau6", "libxdmcp6", "libbsd0",
+           "libmd0", "libcap2"]
 
 
 class Voice(NamedTuple):
@@ -109,7 +112,7 @@ def speak(clips, work):
     from scipy.signal import resample_poly
     root = work / "deb/speech-engines"
     lib = root / "usr/lib/x86_64-linux-gnu"
-    environment = {**os.environ, "LD_LIBRARY_PATH": str(lib)}
+    environment = {**os.environ, "LD_LIBRARY_PATH": f"{lib}:{lib}/pulseaudio"}
     waves = []
     with tempfile.TemporaryDirectory() as folder:
         paths = [f"{folder}/{i}.wav" for i in range(len(clips))]
