@@ -32,7 +32,7 @@ from measure import interleave, report
 import mmtx
 from mmtx.document import Document, Turn
 from mmtx.inference.engine import pad
-from mmtx.pipeline import DEFAULT_MODEL
+from mmtx.model_folder import DEFAULT_MODEL
 from mmtx.sequence import prompt
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

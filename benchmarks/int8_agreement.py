@@ -26,7 +26,8 @@ from mmtx.inference.choose import choose_engine
 from mmtx.inference.engine import Engine
 from mmtx.inference.sampling import Sampling
 from mmtx.inference.weights import Weights
-from mmtx.pipeline import DEFAULT_MODEL, Model
+from mmtx.model_folder import DEFAULT_MODEL
+from mmtx.pipeline import Model
 from mmtx.report import _figures, _reader
 from mmtx.sequence import Prompt, prompt
 

@@ -20,7 +20,7 @@ from captions_speed import SOURCES
 from measure import interleave, report
 
 from mmtx.files import find_shipped
-from mmtx.pipeline import DEFAULT_MODEL
+from mmtx.model_folder import DEFAULT_MODEL
 
 FLOOR = "import torch and read the weights"
 READ = """

@@ -40,7 +40,8 @@ from mmtx.inference.row import RowEngine, prepack_weights
 from mmtx.inference.screen import Screen
 from mmtx.inference.weights import Weights
 from mmtx.model import Decoder
-from mmtx.pipeline import BATCH, DEFAULT_MODEL
+from mmtx.model_folder import DEFAULT_MODEL
+from mmtx.pipeline import BATCH
 from mmtx.sequence import Prompt, prompt
 from mmtx.training.memory import keep_memory
 from mmtx.training.optimizer import OptimizerConfig, configure

@@ -13,12 +13,12 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from numbers import Integral, Real
 from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -26,37 +26,31 @@ from PIL import Image as PILImage
 
 from mmtx.ambient import MOST_THREADS, in_threads, neutral, neutral_steps
 from mmtx.attention import AttentionMaps, attention_maps
-from mmtx.config import OPTIONAL, DecoderConfig
-from mmtx.data.formats import AUDIO_FORMATS, IMAGE_FORMATS
-from mmtx.data.media import Sampled
-from mmtx.data.sample import kind_of
-from mmtx.data.sound_files import MAX_CHANNELS, MAX_SECONDS
-from mmtx.data.storage import FileSource, display, open_binary
+from mmtx.data.sound_files import MAX_SECONDS
+from mmtx.data.storage import FileSource, display
 from mmtx.document import Document, MediaPart, Part, TextPart, Turn
 from mmtx.errors import InputError
-from mmtx.files import CONFIG, Content, read_json, replace_folder, shipped, write_json
+from mmtx.files import Content, replace_folder, shipped
 from mmtx.grammar import Grammar
-from mmtx.hub import find_model, model_card, push
+from mmtx.hub import model_card, push
 from mmtx.inference.choose import choose_engine
 from mmtx.inference.generation import Choose, generate, steps
 from mmtx.inference.row import prepack_weights
 from mmtx.inference.sampling import Sampling
 from mmtx.inference.weights import Weights
+from mmtx.medium import Marked, Media, ReadMedium, Sound, as_medium, check_open, to_array, to_sound
 from mmtx.modality.base import Encoding, Tokenizer, load_tokenizer, media_tokenizer
 from mmtx.modality.encoder import GridEncoder
-from mmtx.modality.modality import MODALITIES, media_kinds, unknown
+from mmtx.modality.modality import MODALITIES, media_kinds
 from mmtx.model import Decoder
-from mmtx.schema import build, shown
+from mmtx.model_folder import WEIGHTS, model_files, read_model
 from mmtx.sequence import Prompt, gather_features, parse, prompt, render
 from mmtx.vocabulary import Vocabulary
-from mmtx.weights import Runs, load_module, to_parts
+from mmtx.weights import load_module
 
 if TYPE_CHECKING:
     from mmtx.modality.image import ImageConfig, ImageTokenizer
 
-FORMAT = 2
-WEIGHTS = "model.safetensors"
-DEFAULT_MODEL = "demos/starter"
 AUDIO_TOKENIZER = "tokenizers/audio"
 BATCH = 32  # media that are encoded, and prompts that are answered, together
 # A batch never holds more than this, but for one medium or prompt that is larger alone: memory follows the longest of
@@ -64,84 +58,6 @@ BATCH = 32  # media that are encoded, and prompts that are answered, together
 BATCH_TOKENS = 16_384   # of prompts, padding included
 BATCH_VALUES = 2 ** 21  # numbers of media as their tokenizer reads them: 131 s of sound, or 170 pictures of 64 pixels a side
 SHORT = 64              # tokens of a prompt up to which padding costs less than one more batch
-THIN = 32               # times as long as wide: what is no picture
-
-
-class Marked:
-    """Something that is said to be a medium of some kind."""
-
-    kind: str
-    data: Any
-
-    def options(self) -> dict[str, Any]:
-        """For `Modality.read`."""
-        return {}
-
-
-@dataclass(frozen=True)
-class Medium(Marked):
-    """Marks something as a medium of any kind: a path, URL, or what the modality reads."""
-
-    kind: str
-    data: Any
-
-    def __post_init__(self):
-        if self.kind not in media_kinds():
-            raise InputError(f"kind: found {self.kind!r:.40}, expected one of {', '.join(media_kinds())}")
-
-
-@dataclass(frozen=True)
-class Image(Marked):
-    """Marks something as a picture: a path, URL, PIL image, uint8 or float array (H, W, C) or tensor (C, H, W)."""
-
-    data: Any
-    kind: ClassVar[str] = "image"  # type: ignore[misc]  # of all, where a `Medium` has its own
-
-
-@dataclass(frozen=True)
-class Audio(Marked):
-    """Marks something as a sound: a path, URL, or samples (S,) or (S, C) at `rate` Hz (None: the model's rate)."""
-
-    data: Any
-    rate: int | None = None
-    kind: ClassVar[str] = "audio"  # type: ignore[misc]  # of all, where a `Medium` has its own
-
-    def options(self) -> dict[str, Any]:
-        return {"source_rate": self.rate}
-
-    def __post_init__(self):
-        if self.rate is not None and not (isinstance(self.rate, Real) and math.isfinite(self.rate)):
-            raise InputError(f"rate: found {self.rate!r:.100}, expected a number of Hz")
-
-
-@dataclass(frozen=True, eq=False)
-class ReadMedium(Marked):
-    """A medium as its tokenizer takes it, which `Model.read_medium` gives: decoded, in its size, still to be encoded."""
-
-    kind: str
-    data: torch.Tensor
-    grid: tuple[int, int]  # rows and columns of its codes
-
-    @property
-    def blank(self) -> MediaPart:
-        """As many codes as it has, all 0: a stream with them is as long as that of the medium."""
-        return MediaPart(self.kind, np.zeros(self.grid, np.int64))
-
-
-class Sound(NamedTuple):
-    """A generated sound: float samples (S,) in [-1, 1] and their rate in Hz."""
-
-    samples: np.ndarray
-    rate: int
-
-    def save(self, path: str | Path) -> None:
-        """Write it as a file; the extension chooses the format (wav, flac, ogg)."""
-        import soundfile
-
-        soundfile.write(path, self.samples, self.rate)
-
-
-Media = str | PILImage.Image | Sound | Any  # of further modalities, what they show
 
 
 @neutral()
@@ -162,68 +78,6 @@ def load(folder: str | Path | None = None, device: str | torch.device | None = N
     decoder = load_module(lambda: Decoder(config, GridEncoder), folder / WEIGHTS)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Model(decoder, vocabulary, tokenizers).to(device).prepare_for_inference(load_in_8bit)
-
-
-class ModelParts(NamedTuple):
-    """What a model folder holds beside the weights of the decoder."""
-
-    config: DecoderConfig
-    vocabulary: Vocabulary
-    tokenizers: dict[str, Tokenizer]
-    folder: Path
-
-
-def read_model(folder: str | Path | None) -> ModelParts:
-    """What `load` reads beside the weights of the decoder, all of which fits together, and where it lies."""
-    folder = shipped(DEFAULT_MODEL) if folder is None else find_model(folder)
-    config = read_model_config(folder)
-    vocabulary = Vocabulary.load(folder / "vocabulary.json")
-    tokenizers = {kind: load_tokenizer(folder / kind) for kind in vocabulary.kinds}
-    vocabulary.check(tokenizers)
-    if config.vocabulary_size != vocabulary.size:
-        raise InputError(f"{folder}: the decoder has {config.vocabulary_size} ids, its vocabulary {vocabulary.size}")
-    for part in config.composed:
-        if (part.start, part.levels) not in [(entry.start, entry.levels) for entry in vocabulary.entries]:
-            raise InputError(f"{folder}: the decoder composes ids from {part.start} on of other digits than its vocabulary")
-    for kind, width in config.features.items():
-        if kind not in MODALITIES:
-            raise unknown(kind, folder / CONFIG)
-        if width != (found := getattr(tokenizers.get(kind), "feature_width", 0)):
-            raise InputError(f"{folder}: the decoder takes features of {kind} of width {width}, its tokenizer gives {found}")
-    for kind, encoder in config.encoders.items():
-        given = media_tokenizer(tokenizers, kind).encoder_config
-        if encoder.patch != (found := given.patch if given else 0):
-            raise InputError(f"{folder}: the decoder takes patches of {kind} of {encoder.patch} numbers, its tokenizer gives {found}")
-    return ModelParts(config, vocabulary, tokenizers, folder)
-
-
-def read_model_config(folder: Path) -> DecoderConfig:
-    """What config.json of a model says. Raises InputError that tells what the folder is instead, and where a model is."""
-    path = folder / CONFIG
-    if not folder.is_dir():
-        raise InputError(f"{folder}: found a file, expected the folder of a model")
-    for inner in ("model", "../model"):  # of a run, or of its checkpoints
-        if not path.exists() and (folder / inner / CONFIG).exists():
-            raise InputError(f"{path}: no such file; did you mean {(folder / inner).resolve() if '..' in inner else folder / inner}?")
-    values = read_json(path)
-    if isinstance(values, dict) and "kind" in values and "decoder" not in values:
-        raise InputError(f"{folder}: found a tokenizer, expected a model")
-    if not isinstance(values, dict) or type(values.get("format")) is not int or values["format"] != FORMAT:
-        raise InputError(f"{path}: not a model of mmtx (expected \"format\": {FORMAT})")
-    if values.keys() != {"format", "decoder"}:
-        raise InputError(f"{path}: found the fields {shown(', '.join(values))}, expected decoder, format")
-    return build(DecoderConfig, values["decoder"], path, "decoder", optional=OPTIONAL)
-
-
-def model_files(config: DecoderConfig, weights: Mapping[str, Runs], vocabulary: Vocabulary,
-                tokenizers: Mapping[str, Tokenizer]) -> Iterator[tuple[str, Content]]:
-    """What a model folder holds, one file after another."""
-    yield WEIGHTS, to_parts(weights)
-    yield CONFIG, write_json({"format": FORMAT, "decoder": config.to_dict()})
-    yield "vocabulary.json", vocabulary.to_json()
-    for kind, tokenizer in tokenizers.items():
-        for name, content in tokenizer.files().items():
-            yield f"{kind}/{name}", content
 
 
 class Model:
@@ -319,7 +173,7 @@ class Model:
         """
         if not _is_list(media):
             return self.caption([media], start_index=start_index, **sampling)[0]
-        parts = self.encode_parts(self._as_list(media, self._as_media), codes=False)
+        parts = self.encode_parts(self._as_list(media, as_medium), codes=False)
         documents = [Document((Turn("user", (part,)),)) for part in parts]
         return self._answer_texts(documents, Sampling.of(**sampling), start_index)
 
@@ -430,7 +284,7 @@ class Model:
 
     def _given(self, medium: Any, kind: str) -> Part:
         """The codes of a medium. Raises InputError when it is of another kind."""
-        part = self.encode_parts([self._as_media(medium)])[0]
+        part = self.encode_parts([as_medium(medium)])[0]
         if part.kind != kind:
             raise InputError(f"found {part.kind}, expected {kind}")
         return part
@@ -511,7 +365,7 @@ class Model:
 
     def _parts(self, parts: Any, codes: bool = True) -> tuple[Part, ...]:
         """What `generate` takes, in which a str is text, whatever it says."""
-        as_media = lambda item: item if isinstance(item, str) else self._as_media(item)
+        as_media = lambda item: item if isinstance(item, str) else as_medium(item)
         return tuple(self.encode_parts(self._as_list(parts if _is_list(parts) else [parts], as_media), codes))
 
     @staticmethod
@@ -670,7 +524,7 @@ class Model:
             name = display(str(data))
             data = FileSource(str(data)).read()
         if isinstance(data, PILImage.Image):
-            _check_open(data)
+            check_open(data)
         return MODALITIES[item.kind].get("read")(self.tokenizers[item.kind], data, name, **item.options())
 
     def _decode(self, part: Part) -> Media:
@@ -692,44 +546,6 @@ class Model:
                 return other
         return own
 
-    def _as_media(self, item: Any) -> Marked:
-        """What something is when it is not marked as `Image`, `Audio` or `Medium`."""
-        if isinstance(item, Marked):
-            return item
-        if isinstance(item, Sound):
-            return Audio(item.samples, item.rate)
-        if isinstance(item, PILImage.Image):
-            return Image(item)
-        if isinstance(item, (np.ndarray, torch.Tensor)):
-            if could_be_sound(item):
-                raise InputError(f"{type(item).__name__} of shape {tuple(item.shape)}: a sound or a picture? Expected it in "
-                                 "mmtx.Audio(...) or mmtx.Image(...)")
-            return Audio(item) if item.ndim == 1 else Image(item)
-        if isinstance(item, (str, Path)):
-            with open_binary(str(item)) as file:
-                kind = kind_of(str(item), file.read(64))
-            if kind is None:
-                further = tuple(name for kind in media_kinds()[2:] for name in MODALITIES[kind].extensions)
-                raise InputError(f"{display(str(item))}: found neither a picture nor a sound that can be read, expected "
-                                 f"{', '.join(IMAGE_FORMATS + AUDIO_FORMATS + further)}")
-            return Medium(kind, str(item))
-        raise InputError(f"found {type(item).__name__}, expected a path, PIL image, array, tensor, Image or Audio")
-
-
-def to_pil(tokenizer: Tokenizer, codes: np.ndarray) -> PILImage.Image:
-    """Codes (h, w) as a picture."""
-    return PILImage.fromarray(tokenizer.decode(codes).permute(1, 2, 0).numpy())
-
-
-def to_sound(tokenizer: Tokenizer, codes: np.ndarray) -> Sound:
-    """Codes (t, bands) as a sound."""
-    return Sound(tokenizer.decode(codes).numpy(), cast(Sampled, tokenizer).rate)
-
-
-def to_array(tokenizer: Tokenizer, codes: np.ndarray) -> np.ndarray:
-    """Codes as what they stand for."""
-    return np.asarray(tokenizer.decode(codes))
-
 
 def by_length(lengths: Sequence[int]) -> list[list[int]]:
     """Numbers of prompts in batches: neighbours in length, so that little more than half of a batch is padding at most, and
@@ -743,28 +559,6 @@ def by_length(lengths: Sequence[int]) -> list[list[int]]:
             batches.append([])
         batches[-1].append(number)
     return batches
-
-
-def could_be_sound(item: np.ndarray | torch.Tensor) -> bool:
-    """Whether an array that is no plain sound (S,) is too thin for a picture, and few enough channels for a sound, as
-    torchaudio (C, S) and soundfile (S, C) read it.
-    """
-    if item.ndim not in (2, 3) or getattr(item, "is_nested", False):
-        return False
-    coloured = item.ndim == 3 and item.shape[0 if isinstance(item, torch.Tensor) else 2] in (3, 4)
-    if coloured and item.dtype in (np.uint8, torch.uint8):
-        return False
-    *_, short, long = sorted(item.shape)
-    return 0 < short <= MAX_CHANNELS and long >= THIN * short
-
-
-def _check_open(picture: PILImage.Image) -> None:
-    """Raise InputError where the file of a PIL image was closed before its pixels were read."""
-    if getattr(picture, "fp", None) is None:  # all are read, or no more can be
-        try:
-            picture.load()
-        except (ValueError, AttributeError, AssertionError):  # which of them depends on the format
-            raise InputError("found a PIL image that was closed before its pixels were read, expected an open one") from None
 
 
 @contextmanager

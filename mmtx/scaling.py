@@ -21,7 +21,7 @@ from mmtx.errors import InputError
 from mmtx.files import CONFIG
 from mmtx.modality.encoder import GridEncoder
 from mmtx.model import Decoder
-from mmtx.pipeline import read_model_config
+from mmtx.model_folder import read_model_config
 from mmtx.run_page import read_curves
 from mmtx.vocabulary import Vocabulary
 

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CHAIN = ("files", "plugins", "schema", "ambient", "weights", "kernels", "varlen", "config", "embedding", "model", "modality", "vocabulary", "document", "sequence", "grammar", "data", "loss",
-         "inference", "attention", "hub", "pipeline", "captioning", "evaluation", "report", "run_page", "scaling", "interop", "serving", "training", "cli")
+         "inference", "attention", "hub", "medium", "model_folder", "pipeline", "captioning", "evaluation", "report", "run_page", "scaling", "interop", "serving", "training", "commands", "cli")
 ANYWHERE = ("errors",)
 FILES = sorted((ROOT / "mmtx").rglob("*.py"))
 

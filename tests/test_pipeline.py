@@ -27,7 +27,8 @@ from mmtx.modality import image
 from mmtx.modality.audio import CHUNKS
 from mmtx.modality.text import TextTokenizer
 from mmtx.modality.vocoder import VocoderConfig
-from mmtx.pipeline import BATCH, BATCH_TOKENS, DEFAULT_MODEL, Model, by_length
+from mmtx.model_folder import DEFAULT_MODEL
+from mmtx.pipeline import BATCH, BATCH_TOKENS, Model, by_length
 from mmtx.pipeline import SHORT as SHORT_PROMPT
 from mmtx.sequence import render
 from mmtx.vocabulary import Vocabulary

@@ -23,8 +23,9 @@ from mmtx.inference.sampling import Sampling
 from mmtx.interop.convert import convert
 from mmtx.interop.export import export
 from mmtx.interop.remote import answer_in, connect, finish
+from mmtx.medium import Audio
 from mmtx.model import Decoder
-from mmtx.pipeline import Audio, Model, load
+from mmtx.pipeline import Model, load
 
 ENGINE = """
 import sys, xllamacpp

@@ -17,9 +17,11 @@ import torch
 from mmtx.errors import InputError
 from mmtx.inference.sampling import Sampling
 from mmtx.interop.export import cannot
+from mmtx.medium import Media
 from mmtx.modality.encoder import GridEncoder
 from mmtx.model import Decoder
-from mmtx.pipeline import Media, Model, read_model
+from mmtx.model_folder import read_model
+from mmtx.pipeline import Model
 from mmtx.schema import shown
 from mmtx.sequence import Prompt, read_chat_format
 from mmtx.vocabulary import Vocabulary

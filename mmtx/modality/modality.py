@@ -167,7 +167,7 @@ register(Modality(
     "image", "grid",
     {"image": "mmtx.modality.image:ImageTokenizer", "pretrained image": "mmtx.modality.pretrained:PretrainedImage"},
     read="mmtx.data.media:read_image",
-    show="mmtx.pipeline:to_pil",
+    show="mmtx.medium:to_pil",
     picture="mmtx.modality.image:to_picture",
     controls="mmtx.report:picture_controls",
     extensions=(".webp", ".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"),
@@ -182,7 +182,7 @@ register(Modality(
     "audio", "steps",
     {"audio": "mmtx.modality.audio:AudioTokenizer", "pretrained audio": "mmtx.modality.pretrained:PretrainedAudio"},
     read="mmtx.data.media:read_audio",
-    show="mmtx.pipeline:to_sound",
+    show="mmtx.medium:to_sound",
     controls="mmtx.report:sound_controls",
     # Without .mp4, .mov and .mkv: a folder's videos are not its sounds.
     extensions=(".ogg", ".oga", ".opus", ".wav", ".flac", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".sph",

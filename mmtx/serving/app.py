@@ -25,7 +25,8 @@ from mmtx.ambient import one_thread
 from mmtx.document import Document, Turn
 from mmtx.errors import InputError
 from mmtx.inference.sampling import Sampling
-from mmtx.pipeline import Audio, Model
+from mmtx.medium import Audio
+from mmtx.pipeline import Model
 from mmtx.sequence import prompt
 from mmtx.serving import messages as api
 from mmtx.serving.batches import Batches, Job

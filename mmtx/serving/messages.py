@@ -14,8 +14,9 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 from mmtx.data.media import image_size
 from mmtx.document import Document, TextPart, Turn
 from mmtx.errors import InputError
+from mmtx.medium import Audio, Image, ReadMedium
 from mmtx.modality.base import media_tokenizer
-from mmtx.pipeline import Audio, Image, Model, ReadMedium
+from mmtx.pipeline import Model
 from mmtx.serving.limits import Limits
 
 LONGEST = 32  # characters of a piece of text: SentencePiece makes none of more than 16 unless it is told to

@@ -18,7 +18,8 @@ from mmtx.data.sources import MAX_BAD
 from mmtx.data.tokens import usable
 from mmtx.document import Document, MediaPart, Turn
 from mmtx.errors import InputError
-from mmtx.pipeline import BATCH, Model, Sound
+from mmtx.medium import Sound
+from mmtx.pipeline import BATCH, Model
 from mmtx.sequence import prompt
 
 SIDE, RATE, EXCERPT = 128, 16_000, 10.0  # pixels, Hz and seconds of what is shown of a sample

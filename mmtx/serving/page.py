@@ -24,7 +24,8 @@ from mmtx.data.sample import kind_of
 from mmtx.data.storage import read
 from mmtx.document import Document, Turn
 from mmtx.errors import InputError
-from mmtx.pipeline import Model, ReadMedium
+from mmtx.medium import ReadMedium
+from mmtx.pipeline import Model
 from mmtx.sequence import prompt
 from mmtx.serving import messages as api
 from mmtx.serving.limits import Refused

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import soundfile
 
-from mmtx.pipeline import Sound
+from mmtx.medium import Sound
 
 KINDS = {"mp3": "audio/mpeg", "wav": "audio/wav", "flac": "audio/flac", "opus": "audio/ogg", "pcm": "audio/pcm"}
 FORMATS = {"mp3": ("MP3", None), "flac": ("FLAC", None), "opus": ("OGG", "OPUS"), "wav": ("RAW", "PCM_16"), "pcm": ("RAW", "PCM_16")}

@@ -24,8 +24,8 @@ from mmtx.data.storage import redacted
 from mmtx.data.tokens import to_documents
 from mmtx.files import PACKAGE, check_target, write_json
 from mmtx.inference.sampling import Sampling
+from mmtx.medium import Sound, to_sound
 from mmtx.modality.modality import MODALITIES
-from mmtx.pipeline import Sound, to_sound
 from mmtx.training.checkpoint import check_finite
 from mmtx.training.codec import CodecModule
 from mmtx.training.decoder import DecoderModule

@@ -24,7 +24,7 @@ from mmtx.modality.image import ImageConfig, ImageTokenizer
 from mmtx.modality.vocoder import hertz
 from mmtx.training.codec_data import CodecBatch
 from mmtx.training.discriminator import AdversarialConfig, Discriminator, Perceptual, PerceptualConfig, adaptive_weight
-from mmtx.training.means import Means, TestedAsValidated
+from mmtx.training.means import Means, TestedAsValidated, sum_over_ranks
 from mmtx.training.optimizer import OptimizerConfig, configure
 from mmtx.training.private import data_of
 
@@ -171,7 +171,7 @@ class CodecModule(TestedAsValidated):
     def on_validation_epoch_end(self) -> None:
         for name, value in self.figures(self.means.whole()).items():
             self.log(f"{self.split}/{name}", value, prog_bar=name != "loss", sync_dist=True)
-        used = cast(Tensor, self.all_gather(self.used)).reshape(-1, len(self.used)).sum(0)
+        used = sum_over_ranks(self.used)
         usage = CodebookUsage.of(used, self.tokenizer.levels)
         self.log(f"{self.split}/perplexity", usage.perplexity, prog_bar=True, sync_dist=True)
         self.log(f"{self.split}/dead_codes", usage.dead, sync_dist=True)

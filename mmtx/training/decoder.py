@@ -25,10 +25,11 @@ from mmtx.modality.autoencoder import Codec
 from mmtx.modality.base import media_tokenizer
 from mmtx.modality.encoder import GridEncoder
 from mmtx.model import Decoder, initialise
-from mmtx.pipeline import WEIGHTS, Model, ModelParts, model_files, read_model
+from mmtx.model_folder import WEIGHTS, ModelParts, model_files, read_model
+from mmtx.pipeline import Model
 from mmtx.training.adapters import LoRA, MergedWeights, adapt, merged, parameters_by_group, save_adapter
 from mmtx.training.decoder_data import TokenizerFolders, with_media
-from mmtx.training.means import Means, TestedAsValidated
+from mmtx.training.means import Means, TestedAsValidated, sum_over_ranks
 from mmtx.training.memory import releasing_memory
 from mmtx.training.mup import check_base, rescale, scaled
 from mmtx.training.optimizer import OptimizerConfig, configure
@@ -245,9 +246,8 @@ class DecoderModule(TestedAsValidated):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # Ranks average their gradients; the right divisor is the weight of the targets of all ranks.
-        world = self.trainer.world_size
-        total = cast(Tensor, self.all_gather(self.total)).sum() if world > 1 else self.total
-        self.gradient_scale = ratio(torch.full_like(total, world), total)
+        total = sum_over_ranks(self.total)
+        self.gradient_scale = ratio(torch.full_like(total, self.trainer.world_size), total)
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         if gradients:
             torch._foreach_mul_(gradients, self.gradient_scale)

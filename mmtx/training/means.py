@@ -7,6 +7,14 @@ from lightning import LightningModule
 from torch import Tensor
 
 
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum of a tensor of one shape over all ranks, which must all ask."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        x = x.clone()
+        torch.distributed.all_reduce(x)
+    return x
+
+
 class Means:
     """Sums and counts by name, in double precision; they are divided once, when all batches of all ranks are in.
 

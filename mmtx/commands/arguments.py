@@ -1,0 +1,109 @@
+"""What several commands share: arguments, what they name, and how a mistake is told."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from mmtx.errors import InputError
+
+MAX_BAD_HELP = ("share of all rows of a source, selected or not, that may be unusable, as data.max_bad of mmtx fit; default: "
+                "that of --config, else 0.01")
+
+
+def tell(error: InputError) -> None:
+    """One line on stderr; with MMTX_DEBUG=1, before it, where the error comes from and what is behind it."""
+    if os.environ.get("MMTX_DEBUG", "0") not in ("", "0"):
+        behind: BaseException | None = error
+        while behind is not None:
+            behind.__suppress_context__ = False
+            behind = behind.__cause__ or behind.__context__
+        traceback.print_exception(error)
+    print(f"mmtx: error: {error}", file=sys.stderr)
+
+
+def count(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Whole numbers from `least` to `most`, as the type of an option."""
+    def number(word: str) -> int:
+        try:
+            if (value := int(word)) >= least and (most is None or value <= most):
+                return value
+        except ValueError:
+            pass
+        bound = f"of {least} or more" if most is None else f"from {least} to {most}"
+        raise argparse.ArgumentTypeError(f"found {word!r}, expected a whole number {bound}")
+    return number
+
+
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+    """How sources of the command line are read, as the fields of a `DataSource` say it in a configuration."""
+    parser.add_argument("--trusted", action="store_true", help="let rows of a source at a URL name local files and private "
+                        "addresses; default: what lies below its own address, and public https")
+    parser.add_argument("--fields", nargs="+", type=_field, default=None, metavar="FIELD=NAME", help="names under which rows "
+                        "have what is read: image=img_path text=label; FIELD= for one that shall not be read")
+    parser.add_argument("--follow_links", action="store_true", help="read also what links in a folder lead to outside of it")
+
+
+def _field(word: str) -> tuple[str, str | None]:
+    field, equals, name = word.partition("=")
+    if not field or not equals:
+        raise argparse.ArgumentTypeError(f"found {word!r}, expected FIELD=NAME")
+    return field, name or None
+
+
+def check_source_options(options: argparse.Namespace) -> None:
+    """Raise InputError for what the sources of --config say themselves."""
+    for name in ("fields", "follow_links", "reader"):
+        if options.config and getattr(options, name, None):
+            raise InputError(f"--{name.replace('_', '-')}: found with --config, expected it in the sources of {options.config}")
+
+
+def data_source(options: argparse.Namespace, paths: Sequence[str]):
+    from mmtx.data.collection import DataSource
+
+    fields = None if options.fields is None else dict(options.fields)
+    return DataSource(list(paths), trusted=options.trusted, fields=fields, follow_links=options.follow_links)
+
+
+def add_model_options(parser: argparse.ArgumentParser, model: bool = True) -> None:
+    if model:
+        parser.add_argument("--model", default=None, help="model folder, or user/model on the Hugging Face hub; default: the one "
+                            "that comes with mmtx")
+    parser.add_argument("--device", default=None, help="cpu, cuda, ...; default: the GPU if there is one")
+
+
+def add_8bit_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--load_in_8bit", action="store_true", help="write ids with 8 bits a weight, on a CPU: faster, and now and "
+                        "then another id is the best")
+
+
+def add_server_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--server", metavar="URL", help="answer with llama.cpp's server at this address, which runs what mmtx export "
+                        "made of --model: ids are sent, and ids come back")
+
+
+def load_model(options: argparse.Namespace):
+    load_in_8bit = getattr(options, "load_in_8bit", False)
+    if getattr(options, "server", None) is not None:
+        if load_in_8bit:
+            raise InputError("--load_in_8bit: found with --server, which chooses its weights itself")
+        from mmtx.interop.remote import connect
+
+        return connect(options.server, options.model)
+    from mmtx.pipeline import load
+
+    return load(options.model, options.device, load_in_8bit)
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the best id")
+    parser.add_argument("--top_k", type=count(1), default=None, help="sample from the best K ids")
+    parser.add_argument("--top_p", type=float, default=None, help="sample from the ids that hold this probability")
+    parser.add_argument("--max_new_tokens", type=count(1), default=256, help="default: 256")
+    parser.add_argument("--seed", type=count(0, 2**64 - 1), default=None, help="fixes the random choices")
+
+
+def sampling_of(options: argparse.Namespace) -> dict:
+    names = ("temperature", "top_k", "top_p", "max_new_tokens", "seed")
+    return {name: getattr(options, name) for name in names}

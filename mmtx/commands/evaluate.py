@@ -1,0 +1,65 @@
+"""`mmtx evaluate`: captions of what was held out, beside the true ones."""
+
+import argparse
+from collections.abc import Iterator
+
+from mmtx.commands.arguments import (
+    MAX_BAD_HELP,
+    add_8bit_option,
+    add_model_options,
+    add_source_options,
+    check_source_options,
+    count,
+    data_source,
+    load_model,
+)
+from mmtx.errors import InputError
+
+
+def add(commands) -> None:
+    parser = commands.add_parser("evaluate", help="caption held-out samples and compare with the true captions")
+    parser.add_argument("sources", nargs="*", help="held-out manifests, folders or shards")
+    parser.add_argument("--train", nargs="+", default=[], metavar="SOURCE",
+                        help="training samples, for the nearest-neighbour control and for what only they can tell of a "
+                             "caption")
+    parser.add_argument("--config", help="take both from the data of this training configuration")
+    parser.add_argument("--reader", default=None, metavar="FILE:FUNCTION", help="what reads the fields of a caption, so that each "
+                        "is scored; as `reader` of a source in --config")
+    parser.add_argument("--max_bad", type=float, help=MAX_BAD_HELP)
+    parser.add_argument("--show", type=count(0), default=8, help="examples to print, default: 8")
+    add_model_options(parser)
+    add_8bit_option(parser)
+    add_source_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    for section in evaluation(options):
+        print(section, flush=True)
+
+
+def evaluation(options: argparse.Namespace) -> Iterator[str]:
+    from dataclasses import replace
+
+    from mmtx.data.collection import read_config
+    from mmtx.data.sources import MAX_BAD
+    from mmtx.files import find_shipped
+    from mmtx.report import report
+
+    check_source_options(options)
+    if options.config:
+        config = read_config(find_shipped(options.config))
+        train, held_out = ([source for source in sources if source.task == "caption"]
+                           for sources in (config.train, config.validation))
+        max_bad = config.max_bad
+        if options.trusted:
+            train, held_out = ([replace(source, trusted=True) for source in sources] for sources in (train, held_out))
+    else:
+        max_bad = MAX_BAD
+        train = [data_source(options, options.train)] if options.train else []
+        held_out = [replace(data_source(options, [source]), reader=options.reader) for source in options.sources]
+    if not held_out:
+        raise InputError("found neither held-out sources nor --config, expected one of them")
+    if options.max_bad is not None:
+        max_bad = options.max_bad
+    yield from report(load_model(options), held_out, train, options.show, max_bad)

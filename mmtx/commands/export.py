@@ -1,0 +1,31 @@
+"""`mmtx export`: a model for transformers, vLLM or llama.cpp."""
+
+import argparse
+import sys
+
+from mmtx.commands.arguments import add_model_options, count, load_model
+
+
+def add(commands) -> None:
+    parser = commands.add_parser("export", help="write a model for transformers, vLLM or llama.cpp")
+    parser.add_argument("--to", choices=("transformers", "gguf"), required=True)
+    parser.add_argument("--output", required=True, help="a new folder, or a new file for gguf")
+    parser.add_argument("--max_seq_len", type=count(1, 2**24), default=8192, help="longest stream in tokens, default: 8192")
+    add_model_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    from mmtx.interop.export import export
+
+    model = load_model(options)
+    export(model, options.to, options.output, options.max_seq_len)
+    tell_engines(model)
+    print(options.output)
+
+
+def tell_engines(model) -> None:
+    from mmtx.interop.export import cannot
+
+    for sentence in cannot(model):
+        print(f"mmtx: note: {sentence}", file=sys.stderr)

@@ -1,0 +1,100 @@
+"""`mmtx prepare`: media to tokenized shards."""
+
+import argparse
+import os
+import re
+
+from mmtx.commands.arguments import MAX_BAD_HELP, add_source_options, check_source_options, count, data_source
+from mmtx.errors import InputError
+from mmtx.modality.modality import MODALITIES, PLUGINS
+
+
+def add(commands) -> None:
+    parser = commands.add_parser("prepare", help="turn media into tokenized shards, from which the decoder trains faster",
+                                 description="Turn media into tokenized shards. A source of a training configuration may "
+                                 "name the folder in place of the media; every view of a sample is then the same, so "
+                                 "the augmentation of a prepared medium must be null.")
+    parser.add_argument("sources", nargs="*", help="manifests, folders, shards or Hugging Face datasets")
+    parser.add_argument("--output", required=True, help="a new folder, or one of a run that did not end")
+    parser.add_argument("--config", help="take sources, tokenizers and --features from this training configuration; each "
+                        "source gets a folder of its own in --output")
+    parser.add_argument("--tokenizers", nargs="+", metavar="FOLDER", help="default: those that come with mmtx")
+    parser.add_argument("--features", action="store_true", help="also store what decoders with continuous_inputs: true take, 2 "
+                        "bytes a number: 16 kB a picture of 64 codes with the tokenizer that comes with mmtx")
+    parser.add_argument("--num_workers", type=count(1), default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
+                        else os.cpu_count(), help="processes, default: one a core")
+    parser.add_argument("--rows", type=count(1), default=2048, help="rows of a shard, default: 2048")
+    parser.add_argument("--part", type=_part, metavar="K/N", help="only part K of N, for as many machines; the same command "
+                        "without --part joins all parts that are in --output, and makes what is missing")
+    parser.add_argument("--max_bad", type=float, help=MAX_BAD_HELP)
+    add_source_options(parser)
+    parser.set_defaults(run=run)
+
+
+def _part(word: str) -> tuple[int, int]:
+    """ "3/8" -> (3, 8)."""
+    found = re.fullmatch(r"([1-9]\d{0,8})/([1-9]\d{0,8})", word, re.ASCII)
+    if found is None or int(found[1]) > int(found[2]):
+        raise argparse.ArgumentTypeError(f"found {word!r}, expected K/N with K from 1 to N, as 3/8")
+    return int(found[1]), int(found[2])
+
+
+def run(options: argparse.Namespace) -> None:
+    from dataclasses import asdict, replace
+
+    import yaml
+
+    from mmtx.data.collection import DataSource, read_config
+    from mmtx.data.output import check_output
+    from mmtx.data.prepare import prepare
+    from mmtx.data.sources import MAX_BAD
+    from mmtx.files import find_shipped, shipped
+    from mmtx.modality.base import load_tokenizer
+
+    options.tokenizers = options.tokenizers or [shipped(f"tokenizers/{kind}") for kind, modality in MODALITIES.items()
+                                                if modality.shipped]
+    if bool(options.sources) == bool(options.config):
+        raise InputError("found both sources and --config, expected one of them" if options.config
+                         else "found neither sources nor --config, expected one of them")
+    folders, features, sources = options.tokenizers, options.features, [data_source(options, options.sources)]
+    max_bad, frozen = MAX_BAD, ""
+    outputs = [options.output]
+    check_source_options(options)
+    if options.config:
+        config = read_config(find_shipped(options.config))
+        sources, folders, features, max_bad = config.train, config.tokenizers, config.continuous_inputs, config.max_bad
+        # Shards hold what encoders made, and not what an encoder that is trained along would read.
+        frozen = " --model.train_encoder false" if config.train_encoder else ""
+        # The same samples are prepared once, however often they are used.
+        read = [repr((source.paths, source.select, source.fields, source.follow_links)) for source in sources]
+        outputs = [check_output(options.output) / str(list(dict.fromkeys(read)).index(what)) for what in read]
+        if options.trusted:
+            sources = [replace(source, trusted=True) for source in sources]
+    loaded = {tokenizer.kind: tokenizer for tokenizer in (load_tokenizer(find_shipped(folder)) for folder in folders)}
+    tokenizers = {kind: loaded[kind] for kind in MODALITIES if kind in loaded}
+    done = set()
+    for source, output in zip(sources, outputs, strict=True):
+        if output not in done:
+            facts = prepare(source, tokenizers, output, features=features, rows=options.rows, num_workers=options.num_workers,
+                            max_bad=max_bad if options.max_bad is None else options.max_bad, part=options.part)
+            if options.part:
+                print(f"{output}: part {options.part[0]} of {options.part[1]}: {facts['shards']:,} shards, {facts['rows']:,} rows; "
+                      "the same command without --part joins the parts", flush=True)
+                done.add(output)
+                continue
+            print(f"{output}: {facts['documents']:,} documents, {facts['tokens']:,} tokens, {facts['shards']:,} shards, "
+                  f"{facts['skipped']:,} of {facts['rows']:,} rows skipped", flush=True)
+        done.add(output)
+    if options.part:
+        return
+    default = asdict(DataSource([]))
+    # The command line goes on from each source of the configuration: a `select` that has done its work must be undone.
+    done_with = ("select", "fields", "follow_links")
+    train = [{"paths": [str(output)], **{name: default[name] if name in done_with else value
+                                         for name, value in asdict(source).items()
+                                         if name not in ("paths", "trusted") and value != default[name]}}
+             for source, output in zip(sources, outputs, strict=True)]
+    train = yaml.safe_dump(train, default_flow_style=True, sort_keys=False, width=10**6).strip()
+    plugins = "".join(f"--plugin {path} " for path in PLUGINS.values())
+    print(f"mmtx fit {plugins}--config {options.config or 'FILE'} --data.train '{train}' "
+          "--data.image_augmentation null --data.audio_augmentation null" + frozen)

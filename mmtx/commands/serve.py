@@ -1,0 +1,75 @@
+"""`mmtx serve` and `mmtx demo`: answers over HTTP, and a page to try a model with."""
+
+import argparse
+import os
+from pathlib import Path
+
+from mmtx.commands.arguments import (
+    add_8bit_option,
+    add_model_options,
+    add_source_options,
+    count,
+    data_source,
+    load_model,
+)
+from mmtx.errors import InputError
+
+
+def add(commands) -> None:
+    for word, help in (("serve", "answer over HTTP in the form of OpenAI's API"),
+                       ("demo", "a page to try a model with: files, camera, microphone")):
+        serve = commands.add_parser(word, help=help, description=f"{help[0].upper()}{help[1:]}. The environment variable "
+                                    "MMTX_API_KEY, if set, holds the key that callers need.")
+        serve.add_argument("--host", default="127.0.0.1", help="address to listen at, default: 127.0.0.1, this machine only")
+        serve.add_argument("--port", type=count(0, 65535), default=8000, help="default: 8000; 0 takes a free one")
+        serve.add_argument("--name", default=None, help="what callers call the model, default: the name of its folder")
+        for option, what, default in (("requests", "requests in the house, others are told to come again", 64),
+                                      ("megabytes", "megabytes of a request", 16), ("pixels", "pixels of a picture", 25_000_000),
+                                      ("seconds", "seconds of a sound", 60), ("tokens", "tokens of prompt and answer", 4096),
+                                      ("timeout", "seconds until an answer is whole", 120)):
+            serve.add_argument(f"--max_{option}", type=count(1), default=default, help=f"{what}, default: {default}")
+        add_model_options(serve)
+        add_8bit_option(serve)
+        if word == "demo":
+            serve.add_argument("--generate_model", metavar="FOLDER", help="what draws, plays and goes on, default: --model, and with "
+                               "the model that comes with mmtx the one that comes along for that")
+            serve.add_argument("--examples", nargs="*", metavar="FILE", help="pictures and sounds to try, files or folders; default: "
+                               "five that come with mmtx")
+            serve.add_argument("--train", nargs="+", default=[], metavar="SOURCE", help="training samples, of which the nearest are "
+                               "shown beside an answer")
+            add_source_options(serve)
+        serve.set_defaults(run=run, page=word == "demo")
+
+
+def run(options: argparse.Namespace) -> None:
+    try:
+        from mmtx.serving.app import serve
+    except ImportError as error:
+        raise InputError(f'serving needs {error.name}: pip install "mmtx[serve]"') from None
+    from mmtx.serving.limits import Limits
+
+    limits = Limits(**{name: getattr(options, f"max_{name}") for name in Limits.__dataclass_fields__})
+    name = options.name or (Path(options.model).resolve().name if options.model else "starter")
+    model = load_model(options)
+    serve(model, name, options.host, options.port, limits, os.environ.get("MMTX_API_KEY") or None,
+          _page(options, model) if options.page else None)
+
+
+def _page(options: argparse.Namespace, model):
+    """What puts the page of `mmtx demo` on a server."""
+    from functools import partial
+
+    from mmtx.captioning import find_media
+    from mmtx.files import shipped
+    from mmtx.pipeline import load
+    from mmtx.serving.nearest import Nearest
+    from mmtx.serving.page import add_page
+
+    folder = options.generate_model or (None if options.model else shipped("demos/generate"))
+    examples: list[str] = []
+    for found in find_media([str(shipped("demos/examples"))] if options.examples is None else options.examples):
+        if isinstance(found, InputError):
+            raise found
+        examples.append(found)
+    nearest = Nearest(model, [data_source(options, options.train)]) if options.train else None
+    return partial(add_page, maker=load(folder, options.device) if folder else None, examples=examples, nearest=nearest)

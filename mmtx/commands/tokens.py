@@ -1,0 +1,62 @@
+"""`mmtx tokenize` and `mmtx detokenize`: media to ids and back."""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from mmtx.commands.arguments import add_model_options, load_model
+from mmtx.commands.media import parts_of, write_media
+from mmtx.errors import InputError, escape
+from mmtx.modality.modality import MODALITIES
+
+
+def add(commands) -> None:
+    parser = commands.add_parser("tokenize", help="print the ids of text, pictures and sounds")
+    parser.add_argument("parts", nargs="+", help="text, and paths of pictures and sounds, in order")
+    parser.add_argument("--format", choices=("document", "chat"), default="document", help="chat: the prompt that generate "
+                        "would answer, for engines that take ids; default: document")
+    parser.add_argument("--out", choices=tuple(MODALITIES), default="text", help="what that answer is to be, default: text")
+    add_model_options(parser)
+    parser.set_defaults(run=tokenize)
+
+    parser = commands.add_parser("detokenize", help="make text, pictures and sounds of ids, such as an engine answers")
+    parser.add_argument("ids", nargs="*", metavar="ID", help="an answer, a prompt with its answer, of which the answer is shown, "
+                        "or a document; default: those on standard input, as numbers or in JSON")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where pictures and sounds go, as 1.png, 2.wav")
+    add_model_options(parser)
+    parser.set_defaults(run=detokenize)
+
+
+def tokenize(options: argparse.Namespace) -> None:
+    model = load_model(options)
+    print(*model.tokenize(parts_of(options.parts), options.format, options.out))
+    if options.format == "chat":
+        from mmtx.commands.export import tell_engines
+
+        tell_engines(model)
+
+
+def detokenize(options: argparse.Namespace) -> None:
+    from mmtx.interop.remote import answer_in, finish
+
+    words = options.ids or re.sub(r"[\[\],]", " ", sys.stdin.read()).split()
+    try:
+        ids = list(map(int, words))
+    except ValueError as error:
+        raise InputError(f"ids: {error}") from None
+    model = load_model(options)
+    parts = model._to_media(finish(answer_in(ids, model.vocabulary), model.vocabulary))
+    media = [part for part in parts if not isinstance(part, str)]
+    if media and options.output is None:
+        raise InputError("--output is missing: where shall pictures and sounds go?")
+    if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)
+    for number, part in enumerate(parts, 1):
+        if isinstance(part, str):
+            print(escape(part, keep="\n\t"))
+            continue
+        ending = "png" if hasattr(part, "getpixel") else "wav" if hasattr(part, "rate") else "npy"
+        file = options.output / f"{number}.{ending}"
+        write_media(part, file, "--output")
+        print(file)

@@ -1,0 +1,164 @@
+"""Media as they come in and go out: pictures, sounds, and what is marked as one or the other.
+
+Shapes: C channels, H height, W width, S samples.
+"""
+
+import math
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, cast
+
+import numpy as np
+import torch
+from PIL import Image as PILImage
+
+from mmtx.data.formats import AUDIO_FORMATS, IMAGE_FORMATS
+from mmtx.data.media import Sampled
+from mmtx.data.sample import kind_of
+from mmtx.data.sound_files import MAX_CHANNELS
+from mmtx.data.storage import display, open_binary
+from mmtx.document import MediaPart
+from mmtx.errors import InputError
+from mmtx.modality.base import Tokenizer
+from mmtx.modality.modality import MODALITIES, media_kinds
+
+THIN = 32  # times as long as wide: what is no picture
+
+
+class Marked:
+    """Something that is said to be a medium of some kind."""
+
+    kind: str
+    data: Any
+
+    def options(self) -> dict[str, Any]:
+        """For `Modality.read`."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Medium(Marked):
+    """Marks something as a medium of any kind: a path, URL, or what the modality reads."""
+
+    kind: str
+    data: Any
+
+    def __post_init__(self):
+        if self.kind not in media_kinds():
+            raise InputError(f"kind: found {self.kind!r:.40}, expected one of {', '.join(media_kinds())}")
+
+
+@dataclass(frozen=True)
+class Image(Marked):
+    """Marks something as a picture: a path, URL, PIL image, uint8 or float array (H, W, C) or tensor (C, H, W)."""
+
+    data: Any
+    kind: ClassVar[str] = "image"  # type: ignore[misc]  # of all, where a `Medium` has its own
+
+
+@dataclass(frozen=True)
+class Audio(Marked):
+    """Marks something as a sound: a path, URL, or samples (S,) or (S, C) at `rate` Hz (None: the model's rate)."""
+
+    data: Any
+    rate: int | None = None
+    kind: ClassVar[str] = "audio"  # type: ignore[misc]  # of all, where a `Medium` has its own
+
+    def options(self) -> dict[str, Any]:
+        return {"source_rate": self.rate}
+
+    def __post_init__(self):
+        if self.rate is not None and not (isinstance(self.rate, Real) and math.isfinite(self.rate)):
+            raise InputError(f"rate: found {self.rate!r:.100}, expected a number of Hz")
+
+
+@dataclass(frozen=True, eq=False)
+class ReadMedium(Marked):
+    """A medium as its tokenizer takes it, which `Model.read_medium` gives: decoded, in its size, still to be encoded."""
+
+    kind: str
+    data: torch.Tensor
+    grid: tuple[int, int]  # rows and columns of its codes
+
+    @property
+    def blank(self) -> MediaPart:
+        """As many codes as it has, all 0: a stream with them is as long as that of the medium."""
+        return MediaPart(self.kind, np.zeros(self.grid, np.int64))
+
+
+class Sound(NamedTuple):
+    """A generated sound: float samples (S,) in [-1, 1] and their rate in Hz."""
+
+    samples: np.ndarray
+    rate: int
+
+    def save(self, path: str | Path) -> None:
+        """Write it as a file; the extension chooses the format (wav, flac, ogg)."""
+        import soundfile
+
+        soundfile.write(path, self.samples, self.rate)
+
+
+Media = str | PILImage.Image | Sound | Any  # of further modalities, what they show
+
+
+def as_medium(item: Any) -> Marked:
+    """What something is when it is not marked as `Image`, `Audio` or `Medium`."""
+    if isinstance(item, Marked):
+        return item
+    if isinstance(item, Sound):
+        return Audio(item.samples, item.rate)
+    if isinstance(item, PILImage.Image):
+        return Image(item)
+    if isinstance(item, (np.ndarray, torch.Tensor)):
+        if could_be_sound(item):
+            raise InputError(f"{type(item).__name__} of shape {tuple(item.shape)}: a sound or a picture? Expected it in "
+                             "mmtx.Audio(...) or mmtx.Image(...)")
+        return Audio(item) if item.ndim == 1 else Image(item)
+    if isinstance(item, (str, Path)):
+        with open_binary(str(item)) as file:
+            kind = kind_of(str(item), file.read(64))
+        if kind is None:
+            further = tuple(name for kind in media_kinds()[2:] for name in MODALITIES[kind].extensions)
+            raise InputError(f"{display(str(item))}: found neither a picture nor a sound that can be read, expected "
+                             f"{', '.join(IMAGE_FORMATS + AUDIO_FORMATS + further)}")
+        return Medium(kind, str(item))
+    raise InputError(f"found {type(item).__name__}, expected a path, PIL image, array, tensor, Image or Audio")
+
+
+def could_be_sound(item: np.ndarray | torch.Tensor) -> bool:
+    """Whether an array that is no plain sound (S,) is too thin for a picture, and few enough channels for a sound, as
+    torchaudio (C, S) and soundfile (S, C) read it.
+    """
+    if item.ndim not in (2, 3) or getattr(item, "is_nested", False):
+        return False
+    coloured = item.ndim == 3 and item.shape[0 if isinstance(item, torch.Tensor) else 2] in (3, 4)
+    if coloured and item.dtype in (np.uint8, torch.uint8):
+        return False
+    *_, short, long = sorted(item.shape)
+    return 0 < short <= MAX_CHANNELS and long >= THIN * short
+
+
+def check_open(picture: PILImage.Image) -> None:
+    """Raise InputError where the file of a PIL image was closed before its pixels were read."""
+    if getattr(picture, "fp", None) is None:  # all are read, or no more can be
+        try:
+            picture.load()
+        except (ValueError, AttributeError, AssertionError):  # which of them depends on the format
+            raise InputError("found a PIL image that was closed before its pixels were read, expected an open one") from None
+
+
+def to_pil(tokenizer: Tokenizer, codes: np.ndarray) -> PILImage.Image:
+    """Codes (h, w) as a picture."""
+    return PILImage.fromarray(tokenizer.decode(codes).permute(1, 2, 0).numpy())
+
+
+def to_sound(tokenizer: Tokenizer, codes: np.ndarray) -> Sound:
+    """Codes (t, bands) as a sound."""
+    return Sound(tokenizer.decode(codes).numpy(), cast(Sampled, tokenizer).rate)
+
+
+def to_array(tokenizer: Tokenizer, codes: np.ndarray) -> np.ndarray:
+    """Codes as what they stand for."""
+    return np.asarray(tokenizer.decode(codes))

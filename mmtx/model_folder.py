@@ -1,0 +1,81 @@
+"""The folder of a model: configuration, weights, vocabulary and tokenizers, which must fit together."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from mmtx.config import OPTIONAL, DecoderConfig
+from mmtx.errors import InputError
+from mmtx.files import CONFIG, Content, read_json, shipped, write_json
+from mmtx.hub import find_model
+from mmtx.modality.base import Tokenizer, load_tokenizer, media_tokenizer
+from mmtx.modality.modality import MODALITIES, unknown
+from mmtx.schema import build, shown
+from mmtx.vocabulary import Vocabulary
+from mmtx.weights import Runs, to_parts
+
+FORMAT = 2
+WEIGHTS = "model.safetensors"
+DEFAULT_MODEL = "demos/starter"
+
+
+class ModelParts(NamedTuple):
+    """What a model folder holds beside the weights of the decoder."""
+
+    config: DecoderConfig
+    vocabulary: Vocabulary
+    tokenizers: dict[str, Tokenizer]
+    folder: Path
+
+
+def read_model(folder: str | Path | None) -> ModelParts:
+    """What `load` reads beside the weights of the decoder, all of which fits together, and where it lies."""
+    folder = shipped(DEFAULT_MODEL) if folder is None else find_model(folder)
+    config = read_model_config(folder)
+    vocabulary = Vocabulary.load(folder / "vocabulary.json")
+    tokenizers = {kind: load_tokenizer(folder / kind) for kind in vocabulary.kinds}
+    vocabulary.check(tokenizers)
+    if config.vocabulary_size != vocabulary.size:
+        raise InputError(f"{folder}: the decoder has {config.vocabulary_size} ids, its vocabulary {vocabulary.size}")
+    for part in config.composed:
+        if (part.start, part.levels) not in [(entry.start, entry.levels) for entry in vocabulary.entries]:
+            raise InputError(f"{folder}: the decoder composes ids from {part.start} on of other digits than its vocabulary")
+    for kind, width in config.features.items():
+        if kind not in MODALITIES:
+            raise unknown(kind, folder / CONFIG)
+        if width != (found := getattr(tokenizers.get(kind), "feature_width", 0)):
+            raise InputError(f"{folder}: the decoder takes features of {kind} of width {width}, its tokenizer gives {found}")
+    for kind, encoder in config.encoders.items():
+        given = media_tokenizer(tokenizers, kind).encoder_config
+        if encoder.patch != (found := given.patch if given else 0):
+            raise InputError(f"{folder}: the decoder takes patches of {kind} of {encoder.patch} numbers, its tokenizer gives {found}")
+    return ModelParts(config, vocabulary, tokenizers, folder)
+
+
+def read_model_config(folder: Path) -> DecoderConfig:
+    """What config.json of a model says. Raises InputError that tells what the folder is instead, and where a model is."""
+    path = folder / CONFIG
+    if not folder.is_dir():
+        raise InputError(f"{folder}: found a file, expected the folder of a model")
+    for inner in ("model", "../model"):  # of a run, or of its checkpoints
+        if not path.exists() and (folder / inner / CONFIG).exists():
+            raise InputError(f"{path}: no such file; did you mean {(folder / inner).resolve() if '..' in inner else folder / inner}?")
+    values = read_json(path)
+    if isinstance(values, dict) and "kind" in values and "decoder" not in values:
+        raise InputError(f"{folder}: found a tokenizer, expected a model")
+    if not isinstance(values, dict) or type(values.get("format")) is not int or values["format"] != FORMAT:
+        raise InputError(f"{path}: not a model of mmtx (expected \"format\": {FORMAT})")
+    if values.keys() != {"format", "decoder"}:
+        raise InputError(f"{path}: found the fields {shown(', '.join(values))}, expected decoder, format")
+    return build(DecoderConfig, values["decoder"], path, "decoder", optional=OPTIONAL)
+
+
+def model_files(config: DecoderConfig, weights: Mapping[str, Runs], vocabulary: Vocabulary,
+                tokenizers: Mapping[str, Tokenizer]) -> Iterator[tuple[str, Content]]:
+    """What a model folder holds, one file after another."""
+    yield WEIGHTS, to_parts(weights)
+    yield CONFIG, write_json({"format": FORMAT, "decoder": config.to_dict()})
+    yield "vocabulary.json", vocabulary.to_json()
+    for kind, tokenizer in tokenizers.items():
+        for name, content in tokenizer.files().items():
+            yield f"{kind}/{name}", content
