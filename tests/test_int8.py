@@ -22,6 +22,7 @@ from mmtx.inference.choose import choose_engine
 from mmtx.inference.int8 import Int8Matrix, has_kernel
 from mmtx.inference.torch_engine import TorchEngine
 from mmtx.inference.weights import Weights, add_product, multiply
+from mmtx.medium import as_medium
 from mmtx.model import Decoder
 from mmtx.pipeline import Model
 from mmtx.sequence import Prompt
@@ -124,7 +125,7 @@ def asked(starter):
         for _, sample in zip(range(16), open_source(str(STARTER / f"{name}.tar.gz")), strict=False):
             media += [part for turn in sample.turns for part in turn.parts if isinstance(part, Media)][:1]
     return [Document((Turn("user", (part,)),)) for part in starter.encode_parts(
-        [starter._as_media(load_media(medium, starter.tokenizers)) for medium in media])]
+        [as_medium(load_media(medium, starter.tokenizers)) for medium in media])]
 
 
 def test_the_model_that_ships_writes_the_same_ids(starter, asked):

@@ -627,7 +627,10 @@ def test_documents_that_are_encoded_together_are_those_of_each_alone(model, medi
     for one, document, truth in zip(together, waiting, alone):
         assert np.array_equal(one.ids, truth.ids) and model.prompt_length(document) == len(truth.ids)
         assert len(one.spans) == len(truth.spans) > 0
-        assert all(torch.equal(a.values, b.values) and a.start == b.start for a, b in zip(one.spans, truth.spans))
+        for a, b in zip(one.spans, truth.spans):
+            assert a.start == b.start
+            # Some processors round a product of more rows otherwise; media that changed places are far beyond this.
+            torch.testing.assert_close(a.values, b.values, rtol=1e-3, atol=1e-4)
     assert len({truth.ids.tobytes() for truth in alone}) == len(media)
 
 
