@@ -17,6 +17,7 @@
 #   BENCH_ARGS=--short         more options for the scripts of `make bench`
 #   GPU_ARGS='--short --device cpu'   more options for `make gpu`
 #   TEST_ARGS='-m "not slow"'  more options for pytest
+#   TEST_PROCESSES=2           that run the tests of `make test` side by side
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -27,6 +28,7 @@ EVALUATE_ARGS ?=
 BENCH_ARGS ?=
 GPU_ARGS ?=
 TEST_ARGS ?=
+TEST_PROCESSES ?= 2
 
 MMTX := $(VENV)/bin/mmtx
 PACKAGE := pyproject.toml constraints.txt
@@ -42,7 +44,7 @@ quickstart: $(VENV)/.installed
 	$(MMTX) evaluate --model $(RUNS)/quickstart/model --config configs/quickstart/decoder.yaml $(EVALUATE_ARGS)
 
 test: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest $(TEST_ARGS)
+	$(VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder $(TEST_ARGS)
 
 FAST := layout kernels block model loss sequence vocabulary modality files schema fsq text optimizer formats packing encoders attention
 

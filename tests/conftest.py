@@ -29,8 +29,11 @@ SLOW = 1800  # seconds for a slow test; the others' limit is in pyproject.toml
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)  # fast ones first
     for item in items:
-        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+        slow = item.get_closest_marker("slow") is not None
+        if slow and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW))
+        # Where several processes run them (`-n 2 --dist loadgroup`), those of a file, which share what they make, stay together.
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}{'-slow' if slow else ''}"))
 
 
 NETWORK = NetworkConfig(width=32, heads=2, encoder_depth=1, decoder_depth=1, levels=(4, 3, 3))
