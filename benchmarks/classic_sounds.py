@@ -6,7 +6,7 @@
 Speech: intelligibility (STOI, Taal et al. 2011), PESQ (ITU-T P.862, narrow band, for the voice is one of a telephone), DNSMOS (P.835,
 Reddy et al. 2022; the only one that does not look at the original) and characters that Whisper-base gets wrong. Notes: the pitch
 that pYIN hears, within 50 cents of the original's, and decibels between mel spectrograms. Codec2 is made for speech at 8 kHz;
-Opus is asked for 6 kbit/s, its least, and 12. Its bits are those of the file without its two headers, which weigh as much as a sound
+Opus is asked for 6 kbit/s, its least. Its bits are those of the file without its two headers, which weigh as much as a sound
 of a second and a half.
 Needs what audio_quality.py needs, `pip install pystoi pesq speechmos`, and the programs c2enc and c2dec (Debian's package codec2).
 Writes results/classic_sounds.json.
@@ -35,8 +35,8 @@ from mmtx.modality.base import load_tokenizer
 
 RATE = 16_000
 Coded = Callable[[Tensor], tuple[Tensor, float]]  # a waveform (S,) -> what comes out of a codec, and bits a second
-CODEC2 = ("1200", "2400", "3200")
-OPUS = (6, 12)  # kbit/s
+CODEC2 = ("1200", "3200")  # modes, in bit/s
+OPUS = (6,)                # kbit/s
 
 
 def codec2(mode: str) -> Coded:
