@@ -12,14 +12,13 @@ Writes results/classic_codecs.json.
 import argparse
 import contextlib
 import io
-import json
 import math
 from datetime import date
 
 import numpy as np
 import torch
 from image_quality import HELD_OUT, read
-from measure import RESULTS, machine, versions
+from measure import write_result
 from PIL import Image
 from torch import Tensor
 
@@ -84,8 +83,7 @@ def main() -> None:
             for what, mean in means.items()}
         print(f"{name}: {result['classics'][name]}", flush=True)
     if not options.no_write:
-        (RESULTS / "classic_codecs.json").write_text(
-            json.dumps({**result, "machine": machine(), "versions": versions()}, indent=1) + "\n", encoding="utf-8")
+        write_result(result)
 
 
 if __name__ == "__main__":

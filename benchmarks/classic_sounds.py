@@ -14,7 +14,6 @@ Writes results/classic_sounds.json.
 
 import argparse
 import io
-import json
 import math
 import subprocess
 import tempfile
@@ -26,7 +25,7 @@ import soundfile
 import torch
 import torchaudio.functional as AF
 from audio_quality import NOTES, SPEECH, cents, character_error_rate, near, pitch, read, transcript, whisper
-from measure import RESULTS, machine, versions
+from measure import write_result
 from torch import Tensor
 from tqdm import tqdm
 
@@ -141,8 +140,7 @@ def main() -> None:
             print(f"{name}, {kind}: {row[kind]}", flush=True)
         result["codecs"][name] = row
     if not options.no_write:
-        (RESULTS / "classic_sounds.json").write_text(
-            json.dumps({**result, "machine": machine(), "versions": versions()}, indent=1) + "\n", encoding="utf-8")
+        write_result(result)
 
 
 if __name__ == "__main__":

@@ -50,11 +50,16 @@ def report(name: str, unit: str, results: dict[str, list[float]], ours: str, bar
         "median": {peer: float(f"{median(figures):.5g}") for peer, figures in results.items()},
         "ours_over": ratios,
         "rounds": {peer: [float(f"{figure:.5g}") for figure in figures] for peer, figures in results.items()},
-        "settings": settings, "machine": machine(), "versions": versions(),
+        "settings": settings,
     }
-    if not short:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result if short else write_result(result)
+
+
+def write_result(result: dict) -> dict:
+    """Write results/NAME.json, NAME being what `result` says -> what it holds: the result, the machine and the versions."""
+    result = {**result, "machine": machine(), "versions": versions()}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{result['name']}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
 
 

@@ -10,7 +10,6 @@ of its memory above what the process had before, mapped pages of the file includ
 """
 
 import argparse
-import json
 import multiprocessing
 import re
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from measure import RESULTS, machine, versions
+from measure import write_result
 
 from mmtx.data.collection import DataSource
 from mmtx.data.corpus import read_corpus
@@ -123,9 +122,7 @@ def main() -> None:
     if options.starter:
         result["starter"] = starter()
         print(f"real tokens of the starter data: {result['starter']}")
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "planning.json").write_text(
-        json.dumps({**result, "machine": machine(), "versions": versions()}, indent=1) + "\n", encoding="utf-8")
+    write_result(result)
 
 
 if __name__ == "__main__":

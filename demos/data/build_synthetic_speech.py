@@ -23,13 +23,12 @@ import numpy as np
 from build_starter import RATE, SEED, encode_ogg, write_shards, write_tar
 
 DEB = ["wordnet-base"]
-# The engines with what they need beside a C library: Debian packages, unpacked into one folder.
+# The engines with what they need beside what every Debian has: packages, unpacked into one folder.
 ENGINES = ["espeak-ng", "espeak-ng-data", "libespeak-ng1", "libsonic0", "libpcaudio0", "flite", "libflite1", "festival",
            "libestools2.5", "festlex-cmu", "festlex-poslex", "festvox-kallpc16k", "festvox-kdlpc16k", "festvox-us-slt-hts",
            "libasound2", "libgomp1",
            "libpulse0", "libasyncns0", "libsndfile1", "libflac12", "libmp3lame0", "libmpg123-0", "libogg0", "libopus0", "libvorbis0a",
-           "libvorbisenc2", "libdbus-1-3", "libsystemd0", "libx11-6", "libx11-xcb1", "libxcb1", "libxau6", "libxdmcp6", "libbsd0",
-           "libmd0", "libcap2"]
+           "libvorbisenc2", "libdbus-1-3", "libx11-6", "libx11-xcb1", "libxcb1", "libxau6", "libxdmcp6", "libbsd0", "libmd0"]
 
 
 class Voice(NamedTuple):

@@ -131,7 +131,7 @@ class MediaTokenizer(Tokenizer):
 
     @abstractmethod
     def embed_batch(self, media: Sequence[Tensor], patches: bool = False, codes: bool = True) -> list[Encoding]:
-        """Media of any sizes -> codes and features of each, the same for a medium whatever comes beside it.
+        """Media of any sizes -> codes and features of each, the same for a medium whatever comes beside it, but for rounding.
 
         With `patches` the features are what the encoder reads: (h, w, P), for a decoder that trains a copy of the encoder.
         Where it gets these in place of the codes, these may all be 0 without `codes`, which saves the encoder here.
