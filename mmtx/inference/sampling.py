@@ -93,7 +93,8 @@ def _whole(value: Any) -> int | None:
 class Draws:
     """Random numbers in (0, 1], one for each row and step: of the seed, the place of the row and the step alone.
 
-    So an answer is the same in any batch, in any order, and whichever rows beside it have ended.
+    So an answer is the same in any batch, in any order, and whichever rows beside it have ended, but where a number lies so near the
+    edge of an id's share that rounding decides.
     """
 
     def __init__(self, seed: int | None, places: Sequence[int], device: torch.device):
