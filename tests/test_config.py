@@ -50,6 +50,19 @@ def test_a_configuration_that_grows_is_one_line(kind, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_what_is_no_yaml_is_one_line_that_says_where(tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text("model: 1\ndata: [a, [b\n")
+    for arguments, told in ((["--config", str(path)], f"{path}: not a configuration: did not find expected ',' or ']' in line 3, column 1"),
+                            (["--trainer", "{a: ["], "trainer: Unable to load config '{a: ['"),
+                            (["--seed_everything", "[a"], "seed_everything: ")):
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", *arguments, "--output", str(tmp_path / "run")])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.startswith(f"mmtx: error: {told}") and error.count("\n") == 1, error
+    assert not (tmp_path / "run").exists()
+
+
 def test_values_and_files_that_a_configuration_names_are_looked_at_too(tmp_path, capsys):
     (tmp_path / "model.yaml").write_text(LAUGHS)
     for value in (str(tmp_path / "model.yaml"), "{" + "a: {" * 200 + "}" * 201):
@@ -81,7 +94,7 @@ def test_as_much_as_is_allowed_passes():
     for text in (f"[{'1, ' * MOST}]", "[" * (DEEPEST + 1) + "]" * (DEEPEST + 1)):
         with pytest.raises(InputError, match="config: found more than"):
             check_yaml(text, "config")
-    check_yaml("no: [yaml", "config")  # told by whoever reads it
+    assert check_yaml("no: [yaml", "config") is not None  # told by whoever reads it
 
 
 @pytest.mark.parametrize("value, told", [(-1, "found -1, expected 0 or more"), (6, "found 6, expected 5 or less"),

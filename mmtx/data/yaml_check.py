@@ -24,14 +24,17 @@ def read_text(path: str | Path) -> str:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not a configuration: no UTF-8 at byte {error.start}") from None
-    check_yaml(text, str(path))
+    if (error := check_yaml(text, str(path))) is not None:
+        mark = getattr(error, "problem_mark", None)
+        place = "" if mark is None else f" in line {mark.line + 1}, column {mark.column + 1}"
+        raise InputError(f"{path}: not a configuration: {getattr(error, 'problem', None) or 'no YAML'}{place}")
     return text
 
 
-def check_yaml(text: str, where: str) -> None:
+def check_yaml(text: str, where: str) -> Exception | None:
     """Raise InputError for YAML that would take more memory, time or stack than a configuration can need.
 
-    Text that is no YAML passes: what is wrong with it is told when it is read.
+    Text that is no YAML passes, and what was found wrong with it comes back: who reads a value takes it for a string.
     """
     if len(text) > LONGEST:
         raise InputError(f"{where}: found more than {LONGEST:,} bytes, the most of a configuration")
@@ -61,3 +64,5 @@ def check_yaml(text: str, where: str) -> None:
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         if isinstance(error, InputError):
             raise
+        return error
+    return None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
+import yaml
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser
@@ -320,7 +321,7 @@ def input_error_in(error: BaseException | None) -> InputError | None:
 
 def command_line(arguments: list[str], run: bool, held: ExitStack | None = None) -> FitCLI:
     """Build all that a command line names and, with `run`, do it: then its first word says what."""
-    jsonargparse.set_loader("yaml", load_yaml)
+    jsonargparse.set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))  # of text that is no YAML
     return FitCLI(
         LightningModule,
         LightningDataModule,
