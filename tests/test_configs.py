@@ -2,7 +2,7 @@
 
 import glob
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ import yaml
 
 from mmtx.config import CodeRange
 from mmtx.model import Decoder
+from mmtx.model_folder import read_model
 from mmtx.plugins import import_file
 from mmtx.training.codec import AudioCodecModule, ImageCodecModule
 from mmtx.training.decoder import DecoderModule
@@ -24,7 +25,7 @@ CONFIGS = {str(path.relative_to(ROOT / "configs")): path for path in sorted((ROO
            if path.parent.name != "motion"}
 # In place of the starts that the first lines of a config make under runs/.
 STARTS = {"smollm2/adapters.yaml": "demos/starter", "smollm2/projections.yaml": "demos/starter", "starter/captions-extra.yaml": "null",
-          "starter/everything.yaml": "null"}
+          "starter/everything.yaml": "null", "starter/generate.yaml": "null"}
 # Data that the first lines of a config, or benchmarks/scaling_grid.py, make.
 MADE = ("runs/scaling/data/", "runs/notes/sounds-extra-", "runs/pictures/images-extra-", "runs/speech/speech-synthetic-")
 MODULES = {"text": TextModule, "image": ImageCodecModule, "audio": AudioCodecModule, "vocoder": VocoderModule}
@@ -85,6 +86,26 @@ def test_no_config_repeats_a_default(built, name):
     # The text tokenizer has no gradient.
     assert trainer.gradient_clip_val == (None if name == "starter/text.yaml" else 1.0)
     assert trainer.check_val_every_n_epoch == (None if "val_check_interval" in said else 1)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_a_config_begins_from_is_made_before_and_fits(name):
+    text = CONFIGS[name].read_text()
+    wanted = yaml.safe_load(text)["model"]["init_args"]
+    if (start := wanted.get("init_from")) is None:
+        return
+    others = [yaml.safe_load(path.read_text()) for path in CONFIGS.values()]
+    makers = {f"{other['output']}/model": other["model"]["init_args"] for other in others}
+    if (ROOT / start).is_dir():
+        config = asdict(read_model(ROOT / start).config)
+        makers[start] = {"decoder": config, "train_encoder": bool(config["encoders"])}
+    if start not in makers:
+        assert f"--output {start}" in text  # a command of its first lines
+        return
+    for key, value in wanted["decoder"].items():
+        assert makers[start]["decoder"].get(key) == value, key
+    # Encoders that have been trained along cannot be left behind.
+    assert wanted.get("train_encoder") or not makers[start].get("train_encoder")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
