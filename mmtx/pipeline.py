@@ -11,6 +11,7 @@ Shapes: C channels, H height, W width, S samples.
 
 import math
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -80,6 +81,9 @@ def load(folder: str | Path | None = None, device: str | torch.device | None = N
     return Model(decoder, vocabulary, tokenizers).to(device).prepare_for_inference(load_in_8bit)
 
 
+_LAYING_OUT = threading.Lock()  # of no model alone, which is pickled
+
+
 class Model:
     """A decoder with its tokenizers. Make one with `mmtx.load`.
 
@@ -93,6 +97,7 @@ class Model:
         self.decoder, self.vocabulary, self.tokenizers = decoder, vocabulary, dict(tokenizers)
         self.grammar = Grammar(vocabulary)
         self._weights: Weights | None = None
+        self._laid_out: tuple = ()  # what `_versions` said then
 
     def __getstate__(self) -> dict[str, Any]:
         # They are views of parameters, which can be made again but not copied.
@@ -107,8 +112,8 @@ class Model:
     def prepare_for_inference(self, load_in_8bit: bool = False) -> "Model":
         """Lay out the decoder's weights for decoding, which makes long answers of one prompt on a CPU up to twice as fast.
 
-        The weights must then stay as they are; after a change, or `to`, call it again. `mmtx.load` does it, and tells what
-        `load_in_8bit` is.
+        `mmtx.load` does it, and tells what `load_in_8bit` is. After `to` call it again. Where the weights have changed since, by
+        training or `load_state_dict`, the next answer does it; a change by `Parameter.data` it cannot see.
         """
         device = self.decoder.embedding.weight.device
         if load_in_8bit and device.type != "cpu":
@@ -116,7 +121,20 @@ class Model:
         if device.type == "cpu":
             prepack_weights(self.decoder)
         self._weights = Weights.of(self.decoder, fixed=True, load_in_8bit=load_in_8bit)
+        self._laid_out = self._versions()
         return self
+
+    def _versions(self) -> tuple[tuple[int, int], ...]:
+        """Where each weight of the decoder lies, and how often it was written to."""
+        return tuple((weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in self.decoder.parameters())
+
+    def _ready(self) -> Weights | None:
+        """The weights as they were laid out, anew if they have changed since."""
+        if self._weights is not None and self._laid_out != self._versions():
+            with _LAYING_OUT:
+                if self._laid_out != self._versions():
+                    self.prepare_for_inference(self._weights.in_8_bits)
+        return self._weights
 
     @neutral()
     def to(self, device: str | torch.device) -> "Model":
@@ -195,7 +213,7 @@ class Model:
         """The ids of each answer, `prefix` first, without <end>; the first prompt has the place `first` of all."""
         answers: list[list[int]] = [[]] * len(prompts)
         write = lambda chosen: generate(self.decoder, self.grammar, [prompts[i] for i in chosen], out, sampling,
-                                        prefix, weights=self._weights, places=[first + i for i in chosen])
+                                        prefix, weights=self._ready(), places=[first + i for i in chosen])
         for i, ids in self._in_batches(write, by_length([len(prompt.ids) for prompt in prompts])):
             answers[i] = ids[:-1].tolist()
         return answers
@@ -301,7 +319,7 @@ class Model:
         prefix = self._size_prefix(out, size)
         pending, shown, closing = list(prefix), 0, {v.closing(kind) for kind in v.media}
         begins = v.opening("audio") if "audio" in v.media and getattr(self._voice, "vocoder", None) is not None else None
-        asked = steps(self.decoder, self.grammar, [self._prompt(parts)], out, Sampling.of(**sampling), prefix, self._weights)
+        asked = steps(self.decoder, self.grammar, [self._prompt(parts)], out, Sampling.of(**sampling), prefix, self._ready())
         ids = (int(step[0]) for step in asked)
         for ident in ids:
             writing = bool(pending) and v.kind(pending[0]) == "text"
@@ -357,7 +375,7 @@ class Model:
         prefix = self._size_prefix(out, size)
         for ident in prefix:
             yield torch.full((len(prompts),), ident)
-        yield from steps(self.decoder, self.grammar, prompts, out, sampling, prefix, self._weights, places, choose, wanted)
+        yield from steps(self.decoder, self.grammar, prompts, out, sampling, prefix, self._ready(), places, choose, wanted)
 
     def _prompt(self, parts: Any, codes: bool = False) -> Prompt:
         """What `generate` takes as a user turn to be answered; `codes` as in `encode_parts`."""

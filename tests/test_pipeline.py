@@ -141,6 +141,27 @@ def test_a_model_that_is_moved_forgets_what_it_made_of_its_weights(lively_model,
     assert model.to("cpu").caption(pixels) == after != before
 
 
+@pytest.mark.parametrize("bits", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize("assign", [False, True], ids=["written", "replaced"])
+def test_weights_that_change_after_loading_are_those_that_answer(lively_model, pixels, tone, assign, bits):
+    make = lambda decoder: Model(decoder, lively_model.vocabulary, lively_model.tokenizers).prepare_for_inference(bits)
+    model, other = (make(copy.deepcopy(lively_model.decoder)) for _ in range(2))
+    with torch.no_grad():
+        for weight in other.decoder.parameters():
+            weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)), alpha=0.05)
+    before = model.caption([pixels, tone])
+    model.decoder.load_state_dict(other.decoder.state_dict(), assign=assign)
+    expected = make(copy.deepcopy(other.decoder)).caption([pixels, tone])
+    assert model.caption([pixels, tone]) == expected != before
+    assert model.caption(pixels) == expected[0]
+    # Training writes to the same places.
+    optimizer = torch.optim.SGD(model.decoder.parameters(), lr=0.1)
+    for weight in model.decoder.parameters():
+        weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
+    optimizer.step()
+    assert model.caption([pixels, tone]) == make(copy.deepcopy(model.decoder)).caption([pixels, tone]) != expected
+
+
 @pytest.fixture
 def three_threads():
     """Torch may use three threads, two of them too many for this machine."""
