@@ -17,6 +17,7 @@ from mmtx.config import DecoderConfig
 from mmtx.data.collection import DataSource
 from mmtx.data.packing import PackedBatches
 from mmtx.errors import InputError
+from mmtx.training.ctc import CTCConfig
 from mmtx.training.decoder import DecoderModule, LossWeights
 from mmtx.training.decoder_data import DecoderData, TokenizerFolders
 from mmtx.training.guard import SkipNonFinite
@@ -37,6 +38,7 @@ class Case(NamedTuple):
     weights: LossWeights
     continuous_inputs: bool = False
     train_encoder: bool = False
+    ctc: CTCConfig | None = None
 
 
 class Noting(DecoderModule):
@@ -60,7 +62,7 @@ def gradients(folders: TokenizerFolders, case: Case, tokens: int, strategy: str 
     batches = len(PackedBatches(data.train_documents, data.vocabulary, tokens))
     assert batches % ranks == 0
     module = Noting(DECODER, OptimizerConfig(learning_rate=0.0), 0.1, case.continuous_inputs, case.weights,
-                    train_encoder=case.train_encoder)
+                    train_encoder=case.train_encoder, ctc=case.ctc)
     trainer = Trainer(accelerator="cpu", devices=ranks, strategy=strategy or "auto", max_steps=1,
                       accumulate_grad_batches=batches // ranks, limit_val_batches=0, logger=False,
                       enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
@@ -153,8 +155,9 @@ def test_one_batch_many_batches_two_ranks_and_the_loss_by_hand_have_the_same_gra
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("train_encoder", [False, True])
-def test_ranks_whose_batches_hold_other_media_have_the_same_gradients(tokenizers, tmp_path, train_encoder):
+@pytest.mark.parametrize("train_encoder, ctc", [(False, None), (True, None), (True, CTCConfig(0, 0.5)), (False, CTCConfig(1))],
+                         ids=["features", "encoders", "encoders, ctc before the blocks", "features, ctc behind them"])
+def test_ranks_whose_batches_hold_other_media_have_the_same_gradients(tokenizers, tmp_path, train_encoder, ctc):
     for kind, tokenizer in tokenizers.items():
         tokenizer.save(tmp_path / kind)
     folders = TokenizerFolders(*(str(tmp_path / kind) for kind in ("text", "image", "audio")))
@@ -162,7 +165,7 @@ def test_ranks_whose_batches_hold_other_media_have_the_same_gradients(tokenizers
     data = DecoderData(folders, sources, sources, max_seq_len=1024)
     data.setup("fit")
     lengths = data.train_documents.lengths - 1
-    case = Case(sources, int(lengths.max()), int(lengths.sum()), LossWeights(special=2.0), True, train_encoder)
+    case = Case(sources, int(lengths.max()), int(lengths.sum()), LossWeights(special=2.0), True, train_encoder, ctc)
     assert worst_error(folders, [case]) < 1e-5
 
 

@@ -28,6 +28,7 @@ from mmtx.model import Decoder, initialise
 from mmtx.model_folder import WEIGHTS, ModelParts, model_files, read_model
 from mmtx.pipeline import Model
 from mmtx.training.adapters import LoRA, MergedWeights, adapt, merged, parameters_by_group, save_adapter
+from mmtx.training.ctc import CTCConfig, ctc_loss, states_behind
 from mmtx.training.decoder_data import TokenizerFolders, with_media
 from mmtx.training.means import Means, TestedAsValidated, sum_over_ranks
 from mmtx.training.memory import releasing_memory
@@ -75,6 +76,7 @@ class DecoderModule(TestedAsValidated):
         lora: LoRA | None = None,
         gradient_checkpointing: bool = False,
         mup_base_width: int | None = None,
+        ctc: CTCConfig | None = None,
     ):
         """
         Args:
@@ -97,6 +99,7 @@ class DecoderModule(TestedAsValidated):
             gradient_checkpointing: compute each block again on the way back: less memory, a third more time.
             mup_base_width: the width at which the learning rates were found; they then hold at others (muP). Depth, heads' width and
                 what a batch holds stay as they were there. None: rates are those of the width itself.
+            ctc: with `continuous_inputs`, a second loss by which the decoder learns to transcribe; none by default.
         """
         super().__init__()
         if lora is not None and init_from is None:
@@ -109,10 +112,16 @@ class DecoderModule(TestedAsValidated):
         self.finished: Path | None = None  # the folder of `init_from` if tokenizers and all must be the same
         self.tokenizers = None if tokenizers is None else tokenizers.load()
         self.config, self.optimizer_config = decoder, optimizer
-        self.z_loss, self.continuous_inputs, self.train_encoder = z_loss, continuous_inputs, train_encoder
+        self.z_loss, self.ctc = z_loss, ctc
+        self.continuous_inputs, self.train_encoder = continuous_inputs, train_encoder
         if train_encoder and not continuous_inputs:
             raise InputError("train_encoder: found true with continuous_inputs: false, expected continuous_inputs: true, since "
                              "codes need no encoder")
+        if ctc is not None and not continuous_inputs:
+            raise InputError("ctc: found one with continuous_inputs: false, expected continuous_inputs: true, since it is of "
+                             "sounds that enter as features")
+        if ctc is not None and ctc.blocks > decoder.depth:
+            raise InputError(f"ctc.blocks: found {ctc.blocks}, expected at most {decoder.depth}, decoder.depth")
         if encoders_from is not None and not train_encoder:
             raise InputError("model.init_args.encoders_from: found one with train_encoder: false, expected train_encoder: true")
         self.encoders_from = None if encoders_from is None else read_model(encoders_from)
@@ -288,9 +297,16 @@ class DecoderModule(TestedAsValidated):
         Where the grammar allows no code, the scores of codes are left out of the softmax: they are most of the
         vocabulary, and generation never looks at them there.
         """
-        hidden = self.decoder(batch.ids, batch.positions, batch.packing, batch.features).flatten(0, 1)[batch.supervised]
         output = self.decoder.output or self.decoder.embedding
-        return next_token_loss(output, hidden, batch.targets, batch.plain, weights, self.z_loss)
+        ctc = self.ctc if self.training else None
+        with states_behind(self.decoder, None if ctc is None else ctc.blocks) as found:
+            hidden = self.decoder(batch.ids, batch.positions, batch.packing, batch.features).flatten(0, 1)
+        loss = next_token_loss(output, hidden[batch.supervised], batch.targets, batch.plain, weights, self.z_loss)
+        if ctc is not None:
+            # The scale of the last states, so that the same rows give scores.
+            heard = self.decoder.norm(found[0]).flatten(0, 1)
+            loss = loss._replace(total=loss.total + ctc.weight * ctc_loss(output, heard, batch, self.vocabulary))
+        return loss
 
     def model(self) -> Model:
         """The decoder with its tokenizers, for captions during training and for saving."""
