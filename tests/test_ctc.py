@@ -5,13 +5,18 @@ import math
 
 import numpy as np
 import pytest
+import runs
 import torch
 
+import mmtx
 from mmtx.config import CodeRange, DecoderConfig
+from mmtx.data.collection import DataSource, read_source
 from mmtx.data.packing import PackedBatches
+from mmtx.data.tokens import to_documents
 from mmtx.document import Document, MediaPart, TextPart, Turn
 from mmtx.embedding import TokenEmbedding
 from mmtx.errors import InputError
+from mmtx.evaluation import character_errors
 from mmtx.model import Decoder, rotary_embedding
 from mmtx.sequence import Rendered, render
 from mmtx.training.ctc import CTCConfig, ctc_loss
@@ -135,3 +140,12 @@ def test_training_counts_it_behind_a_block_and_validation_does_not(blocks, vocab
 def test_what_cannot_be_is_one_clear_error(make, message, vocabulary):
     with pytest.raises(InputError, match=message):
         make(vocabulary)
+
+
+@pytest.mark.slow
+def test_the_model_for_speech_writes_down_sentences_that_it_never_heard():
+    model = mmtx.load("demos/speech", device="cpu")
+    samples = read_source(DataSource([str(runs.STARTER / "speech-synthetic-test-sentences.tar.gz")], limit=50))
+    said = model.caption_documents(to_documents(samples, model.tokenizers, patches=model.decoder.config.encoders))
+    errors, characters = character_errors(said, [sample.caption for sample in samples])
+    assert sum(errors) / sum(characters) < 0.35
