@@ -305,7 +305,7 @@ class DecoderModule(TestedAsValidated):
         if ctc is not None:
             # The scale of the last states, so that the same rows give scores.
             heard = self.decoder.norm(found[0]).flatten(0, 1)
-            loss = loss._replace(total=loss.total + ctc.weight * ctc_loss(output, heard, batch, self.vocabulary))
+            return TokenLoss(loss.total + ctc.weight * ctc_loss(output, heard, batch, self.vocabulary), loss.loss, loss.log_sum)
         return loss
 
     def model(self) -> Model:
