@@ -3,10 +3,11 @@
     python benchmarks/code_entropy.py
     python benchmarks/code_entropy.py --limit 32 --no_write
 
-An arithmetic coder that asks the decoder for the shares of the next code needs -log2 of the share of each code that comes, and a few
-bits more (Deletang et al. 2024, https://arxiv.org/abs/2309.10668). Codes alone cost the logarithm of the codebook each. Between
-them stand two controls that learn from the same media: how often each digit of a code occurs, and how often behind that digit of
-the code before. With the caption as a prompt, which must then be sent too, and without. Writes results/code_entropy.json.
+An arithmetic coder that asks the decoder for the shares of the next code needs -log2 of the share of each code that comes, and
+a few bits more (Deletang et al. 2024, https://arxiv.org/abs/2309.10668). Codes alone cost the logarithm of the codebook each.
+Between them stand two controls that count what the model has learnt from, and so what of it is coded here, too: how often each
+digit of a code occurs, and how often behind that digit of the code before. With the caption as a prompt, which must then be
+sent too, and without. Writes results/code_entropy.json.
 """
 
 import argparse
@@ -26,19 +27,21 @@ from mmtx.pipeline import Model
 from mmtx.sequence import render
 
 DATA = "demos/data/starter/"
-# What is coded, and what the controls count: that which the model has learnt to draw and to play.
+# What the model has learnt to draw and to play, which is what the controls count, too.
+LEARNT = {"image": DataSource([DATA + "images-train-*.tar.gz"], select={"style": ["noto"]}, task="generate"),
+          "audio": DataSource([DATA + "sounds-train-*.tar.gz"], task="generate")}
 SETS = {
-    "pictures it has learnt": ("image", "images-train-*.tar.gz", "images-train-*.tar.gz", {"style": ["noto"]}),
-    "pictures, unseen style": ("image", "images-test-unseen-style.tar.gz", "images-train-*.tar.gz", None),
-    "notes it has learnt": ("audio", "sounds-train-*.tar.gz", "sounds-train-*.tar.gz", None),
-    "notes, unseen": ("audio", "sounds-test-unseen-notes.tar.gz", "sounds-train-*.tar.gz", None),
+    "pictures it has learnt": ("image", LEARNT["image"]),
+    "pictures, unseen style": ("image", DataSource([DATA + "images-test-unseen-style.tar.gz"], task="generate")),
+    "notes it has learnt": ("audio", LEARNT["audio"]),
+    "notes, unseen": ("audio", DataSource([DATA + "sounds-test-unseen-notes.tar.gz"], task="generate")),
 }
+COUNTED = 2000  # media of LEARNT, at most
 
 
-def documents_of(pattern: str, select: dict | None, limit: int, model: Model) -> list[Document]:
+def documents_of(source: DataSource, limit: int, model: Model) -> list[Document]:
     """Captions as user turns, media as answers."""
-    source = DataSource([DATA + pattern], select=select, limit=limit, task="generate")
-    return to_documents(read_source(source), model.tokenizers)
+    return to_documents(read_source(replace(source, limit=limit)), model.tokenizers)
 
 
 def medium_of(document: Document) -> MediaPart:
@@ -91,17 +94,18 @@ def main() -> None:
     model = mmtx.load(options.model, device="cpu")
     result = {"name": "code_entropy", "date": date.today().isoformat(), "model": options.model, "sets": {}}
     print(f"{'bits a code':28} {'codes':>8} {'digits':>8} {'pairs':>8} {'decoder':>8} {'+ caption':>10}")
-    for name, (kind, pattern, learnt, select) in SETS.items():
-        documents = documents_of(pattern, select, options.limit, model)
-        controls = [DigitCounts(model.vocabulary.levels(kind), order) for order in (0, 1)]
-        for document in documents_of(learnt, {"style": ["noto"]} if kind == "image" else None, 2000, model):
-            for control in controls:
+    controls = {kind: [DigitCounts(model.vocabulary.levels(kind), order) for order in (0, 1)] for kind in LEARNT}
+    for kind, source in LEARNT.items():
+        for document in documents_of(source, COUNTED, model):
+            for control in controls[kind]:
                 control.add(medium_of(document).array)
+    for name, (kind, source) in SETS.items():
+        documents = documents_of(source, options.limit, model)
         sizes = [medium_of(document).array.size for document in documents]
         silent = [Document((replace(document.turns[0], parts=()), document.turns[1])) for document in documents]
         costs = {"codes": [size * math.log2(len(model.vocabulary.range(kind))) for size in sizes],
                  **{title: [control.bits(medium_of(document).array) for document in documents]
-                    for title, control in zip(("digits", "pairs of digits"), controls, strict=True)},
+                    for title, control in zip(("digits", "pairs of digits"), controls[kind], strict=True)},
                  "decoder": [bits_of_codes(document, kind, model) for document in silent],
                  "decoder with the caption": [bits_of_codes(document, kind, model) for document in documents]}
         found = {title: round(sum(each) / sum(sizes), 3) for title, each in costs.items()}

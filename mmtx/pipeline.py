@@ -81,7 +81,7 @@ def load(folder: str | Path | None = None, device: str | torch.device | None = N
     return Model(decoder, vocabulary, tokenizers).to(device).prepare_for_inference(load_in_8bit)
 
 
-_LAYING_OUT = threading.Lock()  # of no model alone, which is pickled
+_LAYING_OUT = threading.Lock()  # one for all models: with one of its own none could be pickled
 
 
 class Model:
@@ -97,7 +97,7 @@ class Model:
         self.decoder, self.vocabulary, self.tokenizers = decoder, vocabulary, dict(tokenizers)
         self.grammar = Grammar(vocabulary)
         self._weights: Weights | None = None
-        self._laid_out: tuple = ()  # what `_versions` said then
+        self._laid_out: tuple = ()  # `_versions` when `_weights` were made
 
     def __getstate__(self) -> dict[str, Any]:
         # They are views of parameters, which can be made again but not copied.

@@ -31,7 +31,7 @@ class CTCConfig:
     """The loss by which sounds of user turns are written down while they are read.
 
     Args:
-        blocks: behind how many blocks they are; those that follow, two at least, read what is written there.
+        blocks: behind how many blocks they are; those that follow, which should be two at least, read what is written there.
         weight: what it counts for beside the next-token loss, both in nats a piece of text.
     """
 
@@ -60,12 +60,12 @@ def states_behind(decoder: Decoder, blocks: int | None) -> Iterator[list[Tensor]
         handle.remove()
 
 
-def ctc_loss(output: TokenEmbedding, hidden: Tensor, batch: Batch, vocabulary: Vocabulary, kind: str = "audio") -> Tensor:
+def ctc_loss(output: TokenEmbedding, hidden: Tensor, batch: Batch, vocabulary: Vocabulary) -> Tensor:
     """Normalised states (N, D) -> the sum over sounds of -log P(the text of their document that is trained), (), in nats.
 
     `<pad>`, which no answer holds, stands for the blank. Sounds without text for an answer, or with too few steps for it, count 0.
     """
-    given = batch.features.get(kind)
+    given = batch.features.get("audio")
     if given is None:
         return hidden.sum() * 0.0
     starts = torch.arange(len(hidden), device=hidden.device) - batch.positions.flatten()  # where the document of a token begins
