@@ -29,6 +29,7 @@ HOMES = {
     "read": "mmtx.data.storage",
     "find_media": "mmtx.captioning",
     "caption_files": "mmtx.captioning",
+    "transcribe_files": "mmtx.captioning",
 }
 __all__ = sorted(HOMES)
 

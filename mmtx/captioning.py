@@ -1,6 +1,6 @@
-"""Captions of many files: whatever is wrong with one of them, the others are captioned."""
+"""Captions and transcripts of many files: whatever is wrong with one of them, the others get theirs."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -15,8 +15,11 @@ from mmtx.pipeline import Model
 TOGETHER = 64  # files that are asked for at once: each thread of a CPU gets a batch, and captions appear as they come
 
 
+Answer = Callable[[list[str], int], list[str]]  # of files, the first of which has a place among all -> what is said of each
+
+
 class Captioned(NamedTuple):
-    """A file with its caption, or with the reason why it has none."""
+    """A file with its caption or transcript, or with the reason why it has none."""
 
     name: str
     caption: str | None
@@ -54,6 +57,21 @@ def caption_files(model: Model, files: Iterable[str | InputError], **sampling: A
         **sampling: fields of `Sampling`; greedy by default.
     """
     Sampling.of(**sampling)  # a wrong option is no mistake of each file
+    return _answer_files(files, lambda names, first: cast(list[str], model.caption(names, start_index=first, **sampling)))
+
+
+def transcribe_files(model: Model, files: Iterable[str | InputError]) -> Iterator[Captioned]:
+    """Transcribe files and URLs of sounds, many at a time -> each in order, with its transcript or its error.
+
+    Args:
+        model: what `mmtx.load("demos/speech")` gives, or another that was trained with CTC.
+        files: what `find_media(names, "audio")` finds.
+    """
+    model.transcribe([])  # a model that cannot is no mistake of each file
+    return _answer_files(files, lambda names, first: cast(list[str], model.transcribe(names)))
+
+
+def _answer_files(files: Iterable[str | InputError], answer: Answer) -> Iterator[Captioned]:
     waiting: list[str] = []
     first = 0  # the place of the first that waits
     for place, found in enumerate(files):
@@ -61,27 +79,25 @@ def caption_files(model: Model, files: Iterable[str | InputError], **sampling: A
             waiting.append(found)
             if len(waiting) < TOGETHER:
                 continue
-        yield from _captions(model, waiting, first, sampling)
+        yield from _answers(answer, waiting, first)
         waiting, first = [], place + 1
         if isinstance(found, InputError):
             yield Captioned(str(found).partition(": ")[0], None, found)
-    yield from _captions(model, waiting, first, sampling)
+    yield from _answers(answer, waiting, first)
 
 
-def _captions(model: Model, names: list[str], first: int, sampling: dict[str, Any]) -> Iterator[Captioned]:
-    """The captions of files together; where one cannot be read, halves are tried apart, down to that one."""
+def _answers(answer: Answer, names: list[str], first: int) -> Iterator[Captioned]:
+    """The answers of files together; where one cannot be read, halves are tried apart, down to that one."""
     if not names:
         return
     try:
-        captions = [model.caption(names[0], start_index=first, **sampling)] if len(names) == 1 else (
-            model.caption(names, start_index=first, **sampling))
+        answers = answer(names, first)
     except InputError as error:
         if len(names) == 1:
             yield Captioned(names[0], None, error)
             return
         half = len(names) // 2
-        yield from _captions(model, names[:half], first, sampling)
-        yield from _captions(model, names[half:], first + half, sampling)
+        yield from _answers(answer, names[:half], first)
+        yield from _answers(answer, names[half:], first + half)
     else:
-        for name, caption in zip(names, captions):
-            yield Captioned(name, cast(str, caption))
+        yield from map(Captioned, names, answers)

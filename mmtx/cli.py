@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from mmtx import __version__, limit_openmp_spin
-from mmtx.commands import caption, convert, evaluate, export, generate, inspect, plan, prepare, report, serve, tokens
+from mmtx.commands import caption, convert, evaluate, export, generate, inspect, plan, prepare, report, serve, tokens, transcribe
 from mmtx.commands.arguments import tell
 from mmtx.errors import InputError
 from mmtx.modality.modality import load_plugin
@@ -24,7 +24,8 @@ TRAINING = {  # by mmtx.training.run
     "test": "the same on data.test",
     "predict": "captions of data.validation, to predictions.jsonl in the output folder",
 }
-COMMANDS = (caption, generate, tokens, inspect, prepare, convert, export, evaluate, report, plan, serve)  # as --help lists them
+# As --help lists them.
+COMMANDS = (caption, transcribe, generate, tokens, inspect, prepare, convert, export, evaluate, report, plan, serve)
 
 
 @limit_openmp_spin()

@@ -11,7 +11,7 @@ from mmtx.errors import InputError
 from mmtx.schema import within
 
 # What files say only where it is not as in the plain Qwen3 family.
-OPTIONAL = ("encoders", "qk_norm", "qkv_bias", "rope_scaling")
+OPTIONAL = ("ctc_blocks", "encoders", "qk_norm", "qkv_bias", "rope_scaling")
 MOST_COMPOSED = 2**26  # entries of the table that composes them
 
 
@@ -71,11 +71,12 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of the decoder; training fills in `vocabulary_size` and `composed` from the tokenizers.
+    """Sizes of the decoder; training fills in `vocabulary_size` and `composed` from the tokenizers, and `ctc_blocks`.
 
     `composed` lists the id ranges whose rows are composed from digits; they end the vocabulary. `features` gives the
     width of the continuous features of each kind of media that may stand in for their codes as inputs. Of the kinds in
-    `encoders` it is given patches instead, and has an encoder of its own that makes features of them.
+    `encoders` it is given patches instead, and has an encoder of its own that makes features of them. Behind `ctc_blocks` blocks
+    it was trained to write down sounds by CTC (`mmtx/ctc.py`).
     """
 
     vocabulary_size: int = 0
@@ -94,6 +95,7 @@ class DecoderConfig:
     qk_norm: bool = True
     qkv_bias: bool = False
     rope_scaling: RopeScaling | None = None
+    ctc_blocks: int | None = None
 
     def __post_init__(self):
         ranges = tuple(r if isinstance(r, CodeRange) else CodeRange(r["start"], tuple(r["levels"])) for r in self.composed)
@@ -113,6 +115,8 @@ class DecoderConfig:
             within("rope_scaling.low_frequency", scaling.low_frequency, 1e-6, 1e6)
             within("rope_scaling.high_frequency", scaling.high_frequency, scaling.low_frequency + 1e-6, 2e6)
             within("rope_scaling.original_context", scaling.original_context, 1, 2**31)
+        if self.ctc_blocks is not None:
+            within("ctc_blocks", self.ctc_blocks, 0, self.depth)
         for kind, size in self.features.items():
             within(f"features.{kind[:40]}", size, 1, 2**16)
         for kind, encoder in self.encoders.items():

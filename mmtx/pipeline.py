@@ -38,6 +38,7 @@ from mmtx.inference.choose import choose_engine
 from mmtx.inference.generation import Choose, generate, steps
 from mmtx.inference.row import prepack_weights
 from mmtx.inference.sampling import Sampling
+from mmtx.inference.transcription import best_strings, hear, rescore
 from mmtx.inference.weights import Weights
 from mmtx.medium import Marked, Media, ReadMedium, Sound, as_medium, check_open, to_array, to_sound
 from mmtx.modality.base import Encoding, Tokenizer, load_tokenizer, media_tokenizer
@@ -198,11 +199,61 @@ class Model:
     @neutral()
     def caption_documents(self, documents: Sequence[Document], sampling: Sampling = Sampling()) -> list[str]:
         """Answer documents of codes (everything up to the last user turn) in text."""
-        asked = []
-        for document in documents:
-            users = [number for number, turn in enumerate(document.turns, 1) if turn.role == "user"]
-            asked.append(Document(document.turns[:max(users, default=0)]))
-        return self._answer_texts(asked, sampling)
+        return self._answer_texts([_up_to_last_user(document) for document in documents], sampling)
+
+    @neutral()
+    def transcribe(self, sounds: Any) -> str | list[str]:
+        """Write down what is said in a sound: words, where `caption` says what a sound is.
+
+        Args:
+            sounds: as `caption` takes them, a sound or a list of them; of the length of those that the model was trained with, some
+                seconds.
+
+        Returns:
+            A transcript, or a list for a list.
+
+        Raises:
+            InputError: a picture, or a model that was not trained with CTC (`model.ctc` of a training configuration).
+        """
+        if not _is_list(sounds):
+            return self.transcribe([sounds])[0]
+        media = self._as_list(sounds, as_medium)
+        for number, medium in enumerate(media):
+            with numbered("item", number, len(media)):
+                if medium.kind != "audio":
+                    raise InputError(f"found {medium.kind}, expected audio")
+        return self.transcribe_documents([Document((Turn("user", (part,)),)) for part in self.encode_parts(media, codes=False)])
+
+    @neutral()
+    def transcribe_documents(self, documents: Sequence[Document]) -> list[str]:
+        """Answer documents, of whose last user turn the last part is a sound, with what is said in it."""
+        if self.decoder.config.ctc_blocks is None:
+            raise InputError("this model does not transcribe: found ctc_blocks null in its config.json, expected a number, which "
+                             "training with model.ctc leaves there; demos/speech has one")
+        text, asked = self.tokenizers["text"], [_up_to_last_user(document) for document in documents]
+        for number, document in enumerate(asked):
+            if not any(part.kind == "audio" for turn in document.turns[-1:] for part in turn.parts):
+                with numbered("document", number, len(asked)):
+                    raise InputError("found no sound in the last user turn, expected one")
+        said = self._answer_texts(asked, Sampling())
+        prompts = [prompt(document, self.vocabulary) for document in asked]
+
+        def choose(numbers: Sequence[int]) -> list[str]:
+            found = []
+            for number in numbers:
+                with torch.inference_mode():
+                    heard = hear(self.decoder, prompts[number], self.vocabulary)
+                    strings = [*map(text.decode, best_strings(heard.scores.cpu().numpy())), said[number]]
+                    # A string is scored as the tokenizer writes it, in whatever pieces it was found.
+                    candidates = {tuple(text.encode(string)): string for string in strings}
+                    sums = rescore(self.decoder, heard, list(candidates), self.vocabulary).sum(0)
+                found.append(list(candidates.values())[int(sums.argmax())])
+            return found
+
+        transcripts = [""] * len(prompts)
+        for number, transcript in self._in_batches(choose, [[number] for number in range(len(prompts))]):
+            transcripts[number] = transcript
+        return transcripts
 
     def _answer_texts(self, documents: Sequence[Document], sampling: Sampling, first: int = 0) -> list[str]:
         answers = self._answer([prompt(document, self.vocabulary) for document in documents], "text", sampling, first=first)
@@ -563,6 +614,11 @@ class Model:
             if other.fingerprint == own.fingerprint:
                 return other
         return own
+
+
+def _up_to_last_user(document: Document) -> Document:
+    users = [number for number, turn in enumerate(document.turns, 1) if turn.role == "user"]
+    return Document(document.turns[:max(users, default=0)])
 
 
 def by_length(lengths: Sequence[int]) -> list[list[int]]:

@@ -40,7 +40,7 @@ CONTROL_RATE = 16_000  # Hz; the control hears at one rate, whatever the model's
 
 
 def report(model: Model, held_out: Sequence[DataSource], train: Sequence[DataSource], show: int = 8,
-           max_bad: float = MAX_BAD) -> Iterator[str]:
+           max_bad: float = MAX_BAD, transcribe: bool = False) -> Iterator[str]:
     """Yield a section for each held-out source: examples, then a table of figures.
 
     Figures are the exact caption, the fields that the `reader` of the source tells of a caption, and the word error rate; without a
@@ -48,7 +48,7 @@ def report(model: Model, held_out: Sequence[DataSource], train: Sequence[DataSou
     samples with the caption of the training sample that looks or sounds most alike, in each of several ways to compare; of each
     figure the strongest is shown, and where the model is behind it, that is said. Fields that only training samples can tell of a
     caption are left out without them.
-    Up to `max_bad` of the rows of a source may be unusable.
+    Up to `max_bad` of the rows of a source may be unusable. With `transcribe` sounds are answered by `Model.transcribe`.
     """
     training = read_sources(train, max_bad)
     known = _facts(training.samples)
@@ -61,9 +61,9 @@ def report(model: Model, held_out: Sequence[DataSource], train: Sequence[DataSou
         if not pairs:
             raise InputError(f"no sample can be used: {found.counters[0].summary()}")
         samples, documents = zip(*pairs, strict=True)
-        predicted = model.caption_documents(documents)
-        true = [sample.caption for sample in samples]
         kind = _kind(samples)
+        predicted = (model.transcribe_documents if transcribe and kind == "audio" else model.caption_documents)(documents)
+        true = [sample.caption for sample in samples]
         if known and kind and kind not in controls and MODALITIES[kind].controls is not None:
             controls[kind] = _controls(training, kind)
         figures = _figures(samples, reader, predicted)

@@ -4,9 +4,9 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from mmtx.errors import InputError
+from mmtx.errors import InputError, escape
 
 MAX_BAD_HELP = ("share of all rows of a source, selected or not, that may be unusable, as data.max_bad of mmtx fit; default: "
                 "that of --config, else 0.01")
@@ -66,10 +66,9 @@ def data_source(options: argparse.Namespace, paths: Sequence[str]):
     return DataSource(list(paths), trusted=options.trusted, fields=fields, follow_links=options.follow_links)
 
 
-def add_model_options(parser: argparse.ArgumentParser, model: bool = True) -> None:
+def add_model_options(parser: argparse.ArgumentParser, model: bool = True, default: str = "the one that comes with mmtx") -> None:
     if model:
-        parser.add_argument("--model", default=None, help="model folder, or user/model on the Hugging Face hub; default: the one "
-                            "that comes with mmtx")
+        parser.add_argument("--model", default=None, help=f"model folder, or user/model on the Hugging Face hub; default: {default}")
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; default: the GPU if there is one")
 
 
@@ -107,3 +106,22 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 def sampling_of(options: argparse.Namespace) -> dict:
     names = ("temperature", "top_k", "top_p", "max_new_tokens", "seed")
     return {name: getattr(options, name) for name in names}
+
+
+def print_answers(asked: Sequence[str], files: Sequence, answers: Iterable) -> None:
+    """Print what is said of files (`Captioned`) as it comes, behind their names, or alone of a single one.
+
+    Leave with 1 where some failed, with 2 where all did.
+    """
+    from mmtx.data.storage import display
+
+    alone, done, failed = len(files) == 1 and list(files) == list(asked), 0, 0
+    for name, answer, error in answers:
+        if error is None:
+            done += 1
+            print(escape(answer) if alone else f"{display(name)}\t{escape(answer)}", flush=True)
+        else:
+            failed += 1
+            tell(error)
+    if failed:
+        sys.exit(1 if done else 2)

@@ -25,6 +25,7 @@ def add(commands) -> None:
     parser.add_argument("--config", help="take both from the data of this training configuration")
     parser.add_argument("--reader", default=None, metavar="FILE:FUNCTION", help="what reads the fields of a caption, so that each "
                         "is scored; as `reader` of a source in --config")
+    parser.add_argument("--transcribe", action="store_true", help="answer sounds as mmtx transcribe does")
     parser.add_argument("--max_bad", type=float, help=MAX_BAD_HELP)
     parser.add_argument("--show", type=count(0), default=8, help="examples to print, default: 8")
     add_model_options(parser)
@@ -62,4 +63,4 @@ def evaluation(options: argparse.Namespace) -> Iterator[str]:
         raise InputError("found neither held-out sources nor --config, expected one of them")
     if options.max_bad is not None:
         max_bad = options.max_bad
-    yield from report(load_model(options), held_out, train, options.show, max_bad)
+    yield from report(load_model(options), held_out, train, options.show, max_bad, options.transcribe)

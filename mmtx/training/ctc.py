@@ -1,10 +1,9 @@
 """A second loss for sounds whose answer is text: what is said so far is already told while the sound is read.
 
-By the next-token loss alone a small decoder must find out at once what is heard and where to look for it, which takes long.
-Connectionist temporal classification (CTC, Graves et al. 2006, https://doi.org/10.1145/1143844.1143891) asks for the first only:
-that the pieces of the answer come one after another along the sound, wherever that is. Beside the other loss it shows the way
-(Watanabe et al. 2017, https://arxiv.org/abs/1609.06773). It may be asked of a block before the last (Lee and Watanabe 2021,
-https://arxiv.org/abs/2102.03216): the blocks behind it then find written what they are to answer. Nothing is added to the network.
+By the next-token loss alone a small decoder must find out at once what is heard and where to look for it, which takes long. CTC
+(`mmtx/ctc.py`) asks for the first only: that the pieces of the answer come one after another along the sound, wherever that is.
+Beside the other loss it shows the way (Watanabe et al. 2017, https://arxiv.org/abs/1609.06773). It may be asked of a block before the
+last (Lee and Watanabe 2021, https://arxiv.org/abs/2102.03216): the blocks behind it then find written what they are to answer.
 
 Shapes: B batch, T tokens, N = B * T, D width, S time steps of the longest sound, C sounds, V pieces of text.
 """
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from mmtx.ctc import BLANK, ctc_scores, time_steps
 from mmtx.data.packing import Batch
 from mmtx.embedding import TokenEmbedding
 from mmtx.errors import InputError
@@ -63,7 +63,7 @@ def states_behind(decoder: Decoder, blocks: int | None) -> Iterator[list[Tensor]
 def ctc_loss(output: TokenEmbedding, hidden: Tensor, batch: Batch, vocabulary: Vocabulary) -> Tensor:
     """Normalised states (N, D) -> the sum over sounds of -log P(the text of their document that is trained), (), in nats.
 
-    `<pad>`, which no answer holds, stands for the blank. Sounds without text for an answer, or with too few steps for it, count 0.
+    Sounds without text for an answer, or with too few steps for it, count 0.
     """
     given = batch.features.get("audio")
     if given is None:
@@ -73,9 +73,7 @@ def ctc_loss(output: TokenEmbedding, hidden: Tensor, batch: Batch, vocabulary: V
     written = (batch.targets >= text.start) & (batch.targets < text.stop)
     owners = starts[batch.supervised]
     steps, answers = [], []
-    sizes = [rows * bands for rows, bands in given.grids]
-    for places, (_, bands) in zip(given.places.split(sizes), given.grids, strict=True):
-        places = places[bands - 1::bands]  # behind its last band all of a step is heard
+    for places in time_steps(given):
         answer = batch.targets[written & (owners == starts[places[0]])] - text.start
         if len(answer):
             steps.append(places)
@@ -83,9 +81,6 @@ def ctc_loss(output: TokenEmbedding, hidden: Tensor, batch: Batch, vocabulary: V
     if not steps:
         return hidden.sum() * 0.0
     lengths = [len(places) for places in steps]
-    table = output.matrix(plain=True)
-    rows = torch.cat([table[vocabulary.pad:vocabulary.pad + 1], table[text.start:text.stop]])   # (1 + V, D)
-    with torch.autocast(hidden.device.type, enabled=False):
-        scores = (hidden[torch.cat(steps)].to(rows.dtype) @ rows.T).float().log_softmax(-1)
+    scores = ctc_scores(output, hidden[torch.cat(steps)], vocabulary)
     return F.ctc_loss(pad_sequence(list(scores.split(lengths))), torch.cat(answers) + 1, torch.tensor(lengths),  # (S, C, 1 + V)
-                      torch.tensor([len(answer) for answer in answers]), blank=0, reduction="sum", zero_infinity=True)
+                      torch.tensor([len(answer) for answer in answers]), blank=BLANK, reduction="sum", zero_infinity=True)

@@ -144,7 +144,8 @@ class DecoderModule(TestedAsValidated):
         for kind in (kind for kind, encoder in encoders.items() if self.train_encoder and encoder is None):
             raise InputError(f"train_encoder: found a {kind} tokenizer without an encoder that trains, expected a codec of mmtx")
         self.config = replace(self.config, vocabulary_size=vocabulary.size, composed=tuple(ranges),
-                              features=widths if self.continuous_inputs else {}, encoders=encoders if self.train_encoder else {})
+                              features=widths if self.continuous_inputs else {}, encoders=encoders if self.train_encoder else {},
+                              ctc_blocks=None if self.ctc is None else self.ctc.blocks)
         if self.init_from is None:
             self.decoder = Decoder(self.config, GridEncoder)
             self._take_encoders()
@@ -193,8 +194,9 @@ class DecoderModule(TestedAsValidated):
         # A model of codes alone may get projections of features; encoders begin as those of the codecs, which made the features that
         # a model without encoders has learnt to read.
         added = {name for name in ("features", "encoders") if wanted[name] and not given[name] and self.finished is None}
+        free = added if self.finished else {*added, "ctc_blocks"}  # of which nothing is built
         for name, value in wanted.items():
-            if given[name] != value and name not in added:
+            if given[name] != value and name not in free:
                 raise InputError(f"{where}: found {name} {given[name]}, expected {value}")
         same = self.finished or added == {"encoders"}
         for kind, tokenizer in self.tokenizers.items() if same else [("text", self.tokenizers["text"])]:

@@ -1,0 +1,236 @@
+"""Transcripts: the strings of CTC are its most likely ones, both scores are those of each string alone, and the sum decides."""
+
+import io
+import itertools
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import runs
+import soundfile
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from starlette.testclient import TestClient
+
+import mmtx
+from mmtx import cli
+from mmtx.ctc import ctc_scores, time_steps
+from mmtx.data.collection import DataSource, read_source
+from mmtx.data.tokens import to_documents
+from mmtx.document import Document, TextPart, Turn
+from mmtx.errors import InputError
+from mmtx.evaluation import character_errors
+from mmtx.inference.engine import pad
+from mmtx.inference.transcription import best_strings, hear, rescore
+from mmtx.model import Decoder, rotary_embedding
+from mmtx.pipeline import Model
+from mmtx.report import report
+from mmtx.sequence import prompt, render
+from mmtx.serving.app import make_app
+from mmtx.serving.limits import Limits
+from mmtx.training.ctc import CTCConfig
+from mmtx.training.decoder import DecoderModule
+from mmtx.training.decoder_data import TokenizerFolders
+
+RATE = 16_000
+
+
+def said_by(path: tuple[int, ...]) -> tuple[int, ...]:
+    """What a way to write says: one of each run, without blanks (0)."""
+    return tuple(number - 1 for number, _ in itertools.groupby(path) if number)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_strings_of_ctc_are_the_most_likely_ones(seed):
+    """Where the beam holds all, they come in the order of the sum over all ways to write them."""
+    scores = np.random.default_rng(seed).normal(size=(5, 4))
+    scores -= np.log(np.exp(scores).sum(1, keepdims=True))
+    totals: dict[tuple[int, ...], float] = {}
+    for path in itertools.product(range(4), repeat=5):
+        totals[said_by(path)] = totals.get(said_by(path), 0) + math.exp(sum(scores[step, number] for step, number in enumerate(path)))
+    expected = sorted(totals, key=totals.__getitem__, reverse=True)
+    assert best_strings(scores, beam=10 * len(totals)) == expected
+    sure = scores * 10 - np.log(np.exp(scores * 10).sum(1, keepdims=True))
+    assert best_strings(sure, beam=3)[0] == said_by(tuple(sure.argmax(1))) and len(best_strings(scores, beam=3)) == 3
+
+
+@pytest.fixture(scope="module")
+def model(tokenizers, vocabulary, tiny_model):
+    """Another random decoder, which reads features and was, its configuration says, trained with CTC behind the first of two blocks."""
+    widths = {kind: tokenizers[kind].feature_width for kind in ("image", "audio")}
+    config = replace(tiny_model.decoder.config, depth=2, features=widths, ctc_blocks=1)
+    torch.manual_seed(3)
+    decoder = Decoder(config).eval()
+    for weight in decoder.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.3)  # so that what each place sees counts
+    return Model(decoder, vocabulary, tokenizers).prepare_for_inference()
+
+
+def sound(seconds: float, seed: int = 0) -> mmtx.Audio:
+    return mmtx.Audio(np.random.default_rng(seed).normal(size=round(seconds * RATE)).astype(np.float32) * 0.1, RATE)
+
+
+def asked(model: Model, seconds: float, seed: int = 0) -> Document:
+    return Document((Turn("user", tuple(model.encode_parts([sound(seconds, seed)]))),))
+
+
+def states(decoder: Decoder, stream, blocks: int) -> torch.Tensor:
+    """Normalised states (T, D) behind some blocks, by the blocks themselves."""
+    ids, _, features = pad([stream], torch.device("cpu"))
+    positions = torch.arange(ids.shape[1])[None]
+    x = decoder.embed(ids, features)
+    for block in decoder.blocks[:blocks]:
+        x = block(x, rotary_embedding(positions, decoder.config.head_dim, decoder.config.rope_theta))
+    return decoder.norm(x)[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seconds", [0.1, 0.9, 1.7])
+def test_what_is_heard_is_what_ctc_was_trained_on(model, seconds):
+    stream = prompt(asked(model, seconds), model.vocabulary)
+    heard = hear(model.decoder, stream, model.vocabulary)
+    written = states(model.decoder, stream, 1)
+    codes = [place for place, ident in enumerate(stream.ids) if ident in model.vocabulary.range("audio")]
+    bands = model.vocabulary.bands("audio")
+    expected = ctc_scores(model.decoder.embedding, written[codes[bands - 1::bands]], model.vocabulary)
+    assert heard.scores.shape == (len(codes) // bands, 1 + len(model.vocabulary.range("text")))
+    torch.testing.assert_close(heard.scores, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(heard.last[0], states(model.decoder, stream, 2)[-1], rtol=1e-4, atol=1e-4)
+    assert len(time_steps(pad([stream], torch.device("cpu"))[2]["audio"])) == 1
+
+
+@torch.no_grad()
+def test_both_scores_are_those_of_each_string_alone(model):
+    document, v = asked(model, 1.2), model.vocabulary
+    stream = prompt(document, v)
+    heard = hear(model.decoder, stream, v)
+    candidates = [(5, 6, 7), (), (9,), (5, 6), (4, 4, 4, 4), tuple(range(3, 60))]
+    by_decoder, by_ctc = rescore(model.decoder, heard, candidates, v)
+    for pieces, one, other in zip(candidates, by_decoder, by_ctc, strict=True):
+        whole = render(Document((*document.turns, Turn("assistant", (TextPart(np.array(pieces, int)),)))), v)
+        ids, first = torch.from_numpy(whole.ids).long(), len(stream.ids)
+        scores = states(model.decoder, stream._replace(ids=whole.ids), 2) @ model.decoder.output_matrix(plain=True).T
+        told = scores.log_softmax(-1)[first - 1:-1].gather(1, ids[first:, None])[:len(pieces) + 1].sum()
+        assert float(one) == pytest.approx(float(told), rel=1e-4)
+        target = torch.tensor([[piece + 1 for piece in pieces]], dtype=torch.long)
+        way = -F.ctc_loss(heard.scores[:, None], target, torch.tensor([len(heard.scores)]), torch.tensor([len(pieces)]), reduction="none")
+        assert float(other) == pytest.approx(float(way), rel=1e-4) and (len(pieces) < 50 or other == -math.inf)
+
+
+@torch.no_grad()
+def test_nothing_said_is_a_string_too(model):
+    heard = hear(model.decoder, prompt(asked(model, 0.2), model.vocabulary), model.vocabulary)
+    alone, among = (rescore(model.decoder, heard, candidates, model.vocabulary)[:, 0] for candidates in ([()], [(), (5,)]))
+    torch.testing.assert_close(alone, among, rtol=1e-4, atol=1e-4)
+
+
+def test_the_string_of_the_best_sum_is_the_transcript(model):
+    """Against all candidates one by one; the decoder's own answer is among them."""
+    documents = [asked(model, seconds, seed) for seed, seconds in enumerate((0.5, 1.1, 0.2))]
+    text = model.tokenizers["text"]
+    said = model.caption_documents(documents)
+    for document, answer, transcript in zip(documents, said, model.transcribe_documents(documents), strict=True):
+        with torch.no_grad():
+            heard = hear(model.decoder, prompt(document, model.vocabulary), model.vocabulary)
+            strings = {text.decode(pieces) for pieces in best_strings(heard.scores.numpy())} | {answer}
+            sums = {string: float(rescore(model.decoder, heard, [tuple(text.encode(string))], model.vocabulary).sum()) for string in strings}
+        assert transcript in strings and sums[transcript] == pytest.approx(max(sums.values()), rel=1e-4)
+
+
+def test_one_sound_is_a_string_and_several_are_a_list(model):
+    sounds = [sound(0.5, 0), sound(1.1, 1)]
+    assert model.transcribe(sounds) == [model.transcribe(each) for each in sounds] == model.transcribe_documents(
+        [asked(model, 0.5, 0), asked(model, 1.1, 1)])
+    assert model.transcribe([]) == []
+
+
+def test_what_cannot_be_transcribed_is_one_clear_error(model, tiny_model):
+    with pytest.raises(InputError, match="item 2 of 2: found image, expected audio"):
+        model.transcribe([sound(0.2), np.zeros((8, 8, 3), np.uint8)])
+    with pytest.raises(InputError, match="this model does not transcribe: found ctc_blocks null in its config.json"):
+        tiny_model.transcribe(sound(0.2))
+    with pytest.raises(InputError, match="found no sound in the last user turn"):
+        model.transcribe_documents([Document((Turn("user", tuple(model.encode_parts(["a red"]))),))])
+    with pytest.raises(InputError, match="this model does not transcribe"):
+        list(mmtx.transcribe_files(tiny_model, ["a.wav"]))
+
+
+def test_a_model_folder_says_behind_which_block(model, tmp_path):
+    model.save(tmp_path / "model")
+    assert mmtx.load(tmp_path / "model", device="cpu").transcribe(sound(0.5)) == model.transcribe(sound(0.5))
+
+
+def wav(seconds: float, seed: int = 0) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, sound(seconds, seed).data, RATE, format="WAV", subtype="FLOAT")
+    return buffer.getvalue()
+
+
+def test_the_command_writes_down_files_with_the_model_for_speech(tmp_path, capsys):
+    for number, seconds in enumerate((0.4, 0.9)):
+        (tmp_path / f"{number}.wav").write_bytes(wav(seconds, number))
+    (tmp_path / "bad.wav").write_bytes(b"no sound")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["transcribe", str(tmp_path), "--device", "cpu"])
+    told = capsys.readouterr()
+    expected = mmtx.load("demos/speech", device="cpu").transcribe([str(tmp_path / "0.wav"), str(tmp_path / "1.wav")])
+    assert told.out.splitlines() == [f"{tmp_path / '0.wav'}\t{mmtx.escape(expected[0])}", f"{tmp_path / '1.wav'}\t{mmtx.escape(expected[1])}"]
+    assert stop.value.code == 1 and "bad.wav: no sound that can be decoded" in told.err and "a.png" not in told.err
+
+
+def test_the_command_with_a_model_of_captions_is_one_line(tmp_path, capsys):
+    (tmp_path / "a.wav").write_bytes(wav(0.4))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["transcribe", str(tmp_path / "a.wav"), "--model", "demos/starter"])
+    assert stop.value.code == 2 and "this model does not transcribe" in capsys.readouterr().err
+
+
+def test_the_server_transcribes_and_captions_where_a_request_says_how_to_choose(model):
+    medium = mmtx.Audio(wav(0.9, 5))
+    with TestClient(make_app(model, "tiny", Limits(tokens=400)), base_url="http://127.0.0.1") as client:
+        ask = lambda **more: client.post("/v1/audio/transcriptions", files={"file": ("a.wav", medium.data)}, data={"model": "tiny", **more})
+        assert ask().json() == {"text": model.transcribe(medium)}
+        assert ask(response_format="text").text == model.transcribe(medium)
+        assert ask(temperature="0").json() == {"text": model.caption(medium)} != ask().json()
+        assert client.post("/v1/audio/transcriptions", files={"file": ("a.wav", wav(60))}, data={"model": "tiny"}).status_code == 400
+
+
+def test_a_report_of_transcripts_and_captions(model, tmp_path):
+    for number in range(3):
+        (tmp_path / f"{number}.wav").write_bytes(wav(0.9, number))
+        (tmp_path / f"{number}.txt").write_text("a sound")
+    source = DataSource([str(tmp_path)])
+    names = [str(tmp_path / f"{number}.wav") for number in range(3)]
+    for transcribe, answer in ((True, model.transcribe), (False, model.caption)):
+        (section,) = report(model, [source], [], show=0, transcribe=transcribe)
+        errors, characters = character_errors(answer(names), ["a sound"] * 3)
+        rate = next(line for line in section.splitlines() if "character error rate" in line)
+        assert f" {sum(errors) / sum(characters):.3f} " in rate
+
+
+def test_a_model_begins_from_one_with_ctc_and_without(model, tmp_path):
+    """Nothing is built for it, so it may come and go; a run that goes on must be as it was."""
+    model.save(tmp_path / "model")
+    folders = TokenizerFolders(*(str(tmp_path / "model" / kind) for kind in ("text", "image", "audio")))
+    for ctc, found in ((None, None), (CTCConfig(2), 2), (CTCConfig(1), 1)):
+        module = DecoderModule(replace(model.decoder.config, vocabulary_size=0, composed=(), features={}, ctc_blocks=None), ctc=ctc,
+                               continuous_inputs=True, init_from=str(tmp_path / "model"), tokenizers=folders)
+        module._trainer = SimpleNamespace(datamodule=None)
+        module.configure_model()
+        assert module.decoder.config.ctc_blocks == module.config.ctc_blocks == found
+
+
+@pytest.mark.slow
+def test_transcripts_of_the_model_for_speech_are_better_than_its_captions():
+    model = mmtx.load("demos/speech", device="cpu")
+    samples = read_source(DataSource([str(runs.STARTER / "speech-synthetic-test-sentences.tar.gz")], limit=50))
+    documents = to_documents(samples, model.tokenizers, patches=model.decoder.config.encoders)
+    true = [sample.caption for sample in samples]
+    rates = [sum(errors) / sum(counts) for errors, counts in (character_errors(said, true) for said in (
+        model.caption_documents(documents), model.transcribe_documents(documents)))]
+    assert rates[1] < min(0.25, 0.8 * rates[0])
