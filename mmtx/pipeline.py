@@ -38,7 +38,7 @@ from mmtx.inference.choose import choose_engine
 from mmtx.inference.generation import Choose, generate, steps
 from mmtx.inference.row import prepack_weights
 from mmtx.inference.sampling import Sampling
-from mmtx.inference.transcription import best_strings, hear, rescore
+from mmtx.inference.transcription import transcribe
 from mmtx.inference.weights import Weights
 from mmtx.medium import Marked, Media, ReadMedium, Sound, as_medium, check_open, to_array, to_sound
 from mmtx.modality.base import Encoding, Tokenizer, load_tokenizer, media_tokenizer
@@ -237,23 +237,8 @@ class Model:
                     raise InputError("found no sound in the last user turn, expected one")
         said = self._answer_texts(asked, Sampling())
         prompts = [prompt(document, self.vocabulary) for document in asked]
-
-        def choose(numbers: Sequence[int]) -> list[str]:
-            found = []
-            for number in numbers:
-                with torch.inference_mode():
-                    heard = hear(self.decoder, prompts[number], self.vocabulary)
-                    strings = [*map(text.decode, best_strings(heard.scores.cpu().numpy())), said[number]]
-                    # A string is scored as the tokenizer writes it, in whatever pieces it was found.
-                    candidates = {tuple(text.encode(string)): string for string in strings}
-                    sums = rescore(self.decoder, heard, list(candidates), self.vocabulary).sum(0)
-                found.append(list(candidates.values())[int(sums.argmax())])
-            return found
-
-        transcripts = [""] * len(prompts)
-        for number, transcript in self._in_batches(choose, [[number] for number in range(len(prompts))]):
-            transcripts[number] = transcript
-        return transcripts
+        write = lambda chosen: [transcribe(self.decoder, self.vocabulary, text, prompts[i], said[i]) for i in chosen]
+        return [transcript for _, transcript in self._in_batches(write, [[number] for number in range(len(prompts))])]
 
     def _answer_texts(self, documents: Sequence[Document], sampling: Sampling, first: int = 0) -> list[str]:
         answers = self._answer([prompt(document, self.vocabulary) for document in documents], "text", sampling, first=first)

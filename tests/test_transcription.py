@@ -129,16 +129,19 @@ def test_nothing_said_is_a_string_too(model):
 
 
 def test_the_string_of_the_best_sum_is_the_transcript(model):
-    """Against all candidates one by one; the decoder's own answer is among them."""
-    documents = [asked(model, seconds, seed) for seed, seconds in enumerate((0.5, 1.1, 0.2))]
-    text = model.tokenizers["text"]
+    """Against all candidates one by one, the decoder's own answer among them; neither score alone would choose them all."""
+    documents = [asked(model, 0.2 + 0.1 * number, number) for number in range(8)]
+    text, alone = model.tokenizers["text"], [0, 0]
     said = model.caption_documents(documents)
     for document, answer, transcript in zip(documents, said, model.transcribe_documents(documents), strict=True):
         with torch.no_grad():
             heard = hear(model.decoder, prompt(document, model.vocabulary), model.vocabulary)
-            strings = {text.decode(pieces) for pieces in best_strings(heard.scores.numpy())} | {answer}
-            sums = {string: float(rescore(model.decoder, heard, [tuple(text.encode(string))], model.vocabulary).sum()) for string in strings}
-        assert transcript in strings and sums[transcript] == pytest.approx(max(sums.values()), rel=1e-4)
+            strings = sorted({text.decode(pieces) for pieces in best_strings(heard.scores.numpy())} | {answer})
+            scores = [rescore(model.decoder, heard, [tuple(text.encode(string))], model.vocabulary)[:, 0] for string in strings]
+        assert float(scores[strings.index(transcript)].sum()) == pytest.approx(max(float(score.sum()) for score in scores), rel=1e-4)
+        for way in (0, 1):
+            alone[way] += strings[max(range(len(strings)), key=lambda i: float(scores[i][way]))] == transcript  # noqa: B023
+    assert max(alone) < len(documents)
 
 
 def test_one_sound_is_a_string_and_several_are_a_list(model):

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mmtx.ctc import BLANK, ctc_scores, time_steps
 from mmtx.inference.engine import pad
+from mmtx.modality.base import Tokenizer
 from mmtx.model import Decoder, rotary_embedding
 from mmtx.sequence import Prompt
 from mmtx.vocabulary import Vocabulary
@@ -37,6 +38,17 @@ class Heard(NamedTuple):
     last: Tensor                       # (1, D) the state that the first piece is chosen from
     scores: Tensor                     # (S, 1 + V) log-probabilities of CTC
     past: list[tuple[Tensor, Tensor]]  # of each block keys and values (1, T, G, K)
+
+
+@torch.inference_mode()
+def transcribe(decoder: Decoder, vocabulary: Vocabulary, text: Tokenizer, prompt: Prompt, answer: str) -> str:
+    """What is said in the sound that a prompt ends with: `answer`, which is the decoder's own, or what reads better."""
+    heard = hear(decoder, prompt, vocabulary)
+    strings = [*map(text.decode, best_strings(heard.scores.cpu().numpy())), answer]
+    # Each is scored as the tokenizer writes it, in whatever pieces it was found.
+    candidates = {tuple(text.encode(string)): string for string in strings}
+    sums = rescore(decoder, heard, list(candidates), vocabulary).sum(0)
+    return list(candidates.values())[int(sums.argmax())]
 
 
 def hear(decoder: Decoder, prompt: Prompt, vocabulary: Vocabulary) -> Heard:
