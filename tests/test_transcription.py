@@ -140,7 +140,7 @@ def test_the_string_of_the_best_sum_is_the_transcript(model):
             scores = [rescore(model.decoder, heard, [tuple(text.encode(string))], model.vocabulary)[:, 0] for string in strings]
         assert float(scores[strings.index(transcript)].sum()) == pytest.approx(max(float(score.sum()) for score in scores), rel=1e-4)
         for way in (0, 1):
-            alone[way] += strings[max(range(len(strings)), key=lambda i: float(scores[i][way]))] == transcript  # noqa: B023
+            alone[way] += strings[max(range(len(strings)), key=lambda i: float(scores[i][way]))] == transcript
     assert max(alone) < len(documents)
 
 
