@@ -38,14 +38,15 @@ from mmtx.inference.choose import choose_engine
 from mmtx.inference.generation import Choose, generate, steps
 from mmtx.inference.row import prepack_weights
 from mmtx.inference.sampling import Sampling
-from mmtx.inference.transcription import transcribe
+from mmtx.inference.transcription import cut_at_pauses, transcribe
 from mmtx.inference.weights import Weights
-from mmtx.medium import Marked, Media, ReadMedium, Sound, as_medium, check_open, to_array, to_sound
+from mmtx.medium import Audio, Marked, Media, ReadMedium, Sound, as_medium, check_open, to_array, to_sound
 from mmtx.modality.base import Encoding, Tokenizer, load_tokenizer, media_tokenizer
 from mmtx.modality.encoder import GridEncoder
 from mmtx.modality.modality import MODALITIES, media_kinds
 from mmtx.model import Decoder
 from mmtx.model_folder import WEIGHTS, model_files, read_model
+from mmtx.schema import within
 from mmtx.sequence import Prompt, gather_features, parse, prompt, render
 from mmtx.vocabulary import Vocabulary
 from mmtx.weights import load_module
@@ -202,12 +203,13 @@ class Model:
         return self._answer_texts([_up_to_last_user(document) for document in documents], sampling)
 
     @neutral()
-    def transcribe(self, sounds: Any) -> str | list[str]:
+    def transcribe(self, sounds: Any, *, chunk_length_s: float = 3.5) -> str | list[str]:
         """Write down what is said in a sound: words, where `caption` says what a sound is.
 
         Args:
-            sounds: as `caption` takes them, a sound or a list of them; of the length of those that the model was trained with, some
-                seconds.
+            sounds: as `caption` takes them, a sound or a list of them.
+            chunk_length_s: seconds; longer ones are cut at pauses, and what is said in the pieces is joined. Best is the
+                length of most sounds that the model was trained with, by default that of `demos/speech`.
 
         Returns:
             A transcript, or a list for a list.
@@ -215,21 +217,31 @@ class Model:
         Raises:
             InputError: a picture, or a model that was not trained with CTC (`model.ctc` of a training configuration).
         """
+        self._check_transcribes()
         if not _is_list(sounds):
-            return self.transcribe([sounds])[0]
+            return self.transcribe([sounds], chunk_length_s=chunk_length_s)[0]
+        within("chunk_length_s", chunk_length_s, 0.1, MAX_SECONDS)
         media = self._as_list(sounds, as_medium)
+        tokenizer: Any = self.tokenizers.get("audio")
+        said: list[list[str]] = [[] for _ in media]
+        held: list[tuple[int, torch.Tensor]] = []  # pieces, each with the number of its sound
         for number, medium in enumerate(media):
             with numbered("item", number, len(media)):
                 if medium.kind != "audio":
                     raise InputError(f"found {medium.kind}, expected audio")
-        return self.transcribe_documents([Document((Turn("user", (part,)),)) for part in self.encode_parts(media, codes=False)])
+                held += [(number, piece) for piece in cut_at_pauses(self.read_medium(medium).data, tokenizer.rate, chunk_length_s)]
+            if sum(len(piece) for _, piece in held) >= BATCH_VALUES or number == len(media) - 1:
+                # Each anew as a sound of its own, as loud as those that were trained with.
+                parts = self.encode_parts([Audio(piece, tokenizer.rate) for _, piece in held], codes=False)
+                for (owner, _), text in zip(held, self.transcribe_documents([Document((Turn("user", (part,)),)) for part in parts])):
+                    said[owner].append(text.strip())
+                held.clear()
+        return [" ".join(filter(None, texts)) for texts in said]
 
     @neutral()
     def transcribe_documents(self, documents: Sequence[Document]) -> list[str]:
         """Answer documents, of whose last user turn the last part is a sound, with what is said in it."""
-        if self.decoder.config.ctc_blocks is None:
-            raise InputError("this model does not transcribe: found ctc_blocks null in its config.json, expected a number, which "
-                             "training with model.ctc leaves there; demos/speech has one")
+        self._check_transcribes()
         text, asked = self.tokenizers["text"], [_up_to_last_user(document) for document in documents]
         for number, document in enumerate(asked):
             if not any(part.kind == "audio" for turn in document.turns[-1:] for part in turn.parts):
@@ -239,6 +251,11 @@ class Model:
         prompts = [prompt(document, self.vocabulary) for document in asked]
         write = lambda chosen: [transcribe(self.decoder, self.vocabulary, text, prompts[i], said[i]) for i in chosen]
         return [transcript for _, transcript in self._in_batches(write, [[number] for number in range(len(prompts))])]
+
+    def _check_transcribes(self) -> None:
+        if self.decoder.config.ctc_blocks is None:
+            raise InputError("this model does not transcribe: found ctc_blocks null in its config.json, expected a number, which "
+                             "training with model.ctc leaves there; demos/speech has one")
 
     def _answer_texts(self, documents: Sequence[Document], sampling: Sampling, first: int = 0) -> list[str]:
         answers = self._answer([prompt(document, self.vocabulary) for document in documents], "text", sampling, first=first)

@@ -19,12 +19,14 @@ import mmtx
 from mmtx import cli
 from mmtx.ctc import ctc_scores, time_steps
 from mmtx.data.collection import DataSource, read_source
+from mmtx.data.media import load_audio
+from mmtx.data.sample import Media
 from mmtx.data.tokens import to_documents
 from mmtx.document import Document, TextPart, Turn
 from mmtx.errors import InputError
 from mmtx.evaluation import character_errors
 from mmtx.inference.engine import pad
-from mmtx.inference.transcription import best_strings, hear, rescore
+from mmtx.inference.transcription import best_strings, cut_at_pauses, hear, rescore
 from mmtx.model import Decoder, rotary_embedding
 from mmtx.pipeline import Model
 from mmtx.report import report
@@ -146,9 +148,36 @@ def test_the_string_of_the_best_sum_is_the_transcript(model):
 
 def test_one_sound_is_a_string_and_several_are_a_list(model):
     sounds = [sound(0.5, 0), sound(1.1, 1)]
-    assert model.transcribe(sounds) == [model.transcribe(each) for each in sounds] == model.transcribe_documents(
-        [asked(model, 0.5, 0), asked(model, 1.1, 1)])
+    assert model.transcribe(sounds) == [model.transcribe(each) for each in sounds] == [text.strip() for text in model.transcribe_documents(
+        [asked(model, 0.5, 0), asked(model, 1.1, 1)])]
     assert model.transcribe([]) == []
+
+
+def test_a_long_sound_is_cut_where_it_is_quietest():
+    rng = np.random.default_rng(0)
+    loud, quiet = rng.normal(size=RATE).astype(np.float32), np.zeros(RATE // 4, np.float32)
+    words = [loud, quiet, loud[:RATE // 2], quiet, loud, quiet, loud[:RATE // 3]]
+    whole = torch.from_numpy(np.concatenate(words))
+    pieces = cut_at_pauses(whole, RATE, 2.0)
+    assert torch.equal(torch.cat(pieces), whole)
+    within_pauses = [(1.0, 1.25), (1.75, 2.0), (3.0, 3.25)]
+    cuts = np.cumsum([len(piece) for piece in pieces])[:-1] / RATE
+    assert len(cuts) == 2 and all(any(first <= cut <= last for first, last in within_pauses) for cut in cuts)
+    for seconds in (0.1, 0.35, 2.0, 9.0):
+        pieces = cut_at_pauses(whole, RATE, seconds)
+        assert torch.equal(torch.cat(pieces), whole) and all(0 < len(piece) <= seconds * RATE for piece in pieces)
+
+
+def test_what_is_said_in_a_long_sound_is_what_is_said_in_its_pieces(model, monkeypatch):
+    monkeypatch.setattr("mmtx.pipeline.BATCH_VALUES", RATE)  # so that not all are held together
+    sounds = [sound(seconds, seed) for seed, seconds in enumerate((2.5, 0.4, 1.3))]
+    expected = []
+    for each in sounds:
+        pieces = cut_at_pauses(model.read_medium(each).data, RATE, 1.0)
+        expected.append(" ".join(filter(None, (model.transcribe(mmtx.Audio(piece.numpy(), RATE)).strip() for piece in pieces))))
+    assert model.transcribe(sounds, chunk_length_s=1.0) == expected
+    with pytest.raises(InputError, match="chunk_length_s: found 0, expected 0.1 or more"):
+        model.transcribe(sounds, chunk_length_s=0)
 
 
 def test_what_cannot_be_transcribed_is_one_clear_error(model, tiny_model):
@@ -237,3 +266,16 @@ def test_transcripts_of_the_model_for_speech_are_better_than_its_captions():
     rates = [sum(errors) / sum(counts) for errors, counts in (character_errors(said, true) for said in (
         model.caption_documents(documents), model.transcribe_documents(documents)))]
     assert rates[1] < min(0.25, 0.8 * rates[0])
+
+
+@pytest.mark.slow
+def test_a_talk_is_transcribed_sentence_by_sentence():
+    model = mmtx.load("demos/speech", device="cpu")
+    samples = read_source(DataSource([str(runs.STARTER / "speech-synthetic-test-sentences.tar.gz")], limit=24))
+    sounds = [part for sample in samples for turn in sample.turns for part in turn.parts if isinstance(part, Media)]
+    pause = np.zeros(round(0.4 * RATE), np.float32)
+    talk = np.concatenate([part for medium in sounds for part in (load_audio(medium.source.read(), RATE).numpy(), pause)])
+    true = " ".join(sample.caption for sample in samples)
+    rates = [sum(errors) / sum(counts) for errors, counts in (character_errors([said], [true]) for said in (
+        model.transcribe(mmtx.Audio(talk, RATE)), model.transcribe(mmtx.Audio(talk, RATE), chunk_length_s=600)))]
+    assert rates[0] < 0.3 and rates[1] > 0.6

@@ -28,6 +28,7 @@ from mmtx.vocabulary import Vocabulary
 # characters wrong of the first 60 sounds of each test of speech, in 0.6, 1 and 1.9 of the time.
 BEAM = 24
 LEAST = np.log(1e-3)  # probability of a piece below which no string has it at that step; 1e-4 took longer and found no other
+PAUSE = 0.1           # seconds that are quiet together
 
 Pieces = tuple[int, ...]  # of text, as the tokenizer numbers them
 
@@ -49,6 +50,18 @@ def transcribe(decoder: Decoder, vocabulary: Vocabulary, text: Tokenizer, prompt
     candidates = {tuple(text.encode(string)): string for string in strings}
     sums = rescore(decoder, heard, list(candidates), vocabulary).sum(0)
     return list(candidates.values())[int(sums.argmax())]
+
+
+def cut_at_pauses(sound: Tensor, rate: int, seconds: float) -> list[Tensor]:
+    """A sound (samples,) -> pieces of at most so many seconds, one behind another, each cut where its second half is quietest."""
+    pieces, longest, window, hop = [], round(seconds * rate), round(PAUSE * rate), round(PAUSE * rate / 4)
+    while len(sound) > longest:
+        first = min(longest // 2, longest - window)
+        loud = F.avg_pool1d(sound[None, None, first:longest].square(), window, hop)
+        stop = first + int(loud.argmin()) * hop + window // 2
+        pieces.append(sound[:stop])
+        sound = sound[stop:]
+    return [*pieces, sound]
 
 
 def hear(decoder: Decoder, prompt: Prompt, vocabulary: Vocabulary) -> Heard:

@@ -84,10 +84,6 @@ class Service:
         (encoded,) = self.model.encode_documents([document], codes=False)
         return self.model.embed_prompt(prompt(encoded, self.model.vocabulary))
 
-    def transcribe(self, document: Document) -> str:
-        (encoded,) = self.model.encode_documents([document], codes=False)
-        return self.model.transcribe_documents([encoded])[0]
-
 
 class Answer:
     """An answer on its way, and what it has come to. With `top`, also how likely each id was, beside so many others."""
@@ -250,10 +246,9 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
     async def transcriptions(body: Annotated[api.TranscriptionBody, Form()]):
         check(body.model)
         part = await service.read(api.read_part, model, Audio(await body.file.read()), limits, "file")
-        document = Document((Turn("user", (part,)),))
-        answer = Answer(service, document, body)
+        answer = Answer(service, Document((Turn("user", (part,)),)), body)
         if model.decoder.config.ctc_blocks is not None and not {*SAMPLED, "max_tokens"} & body.model_fields_set:
-            text = await service.read(service.transcribe, document)
+            text = await service.read(model.transcribe, part)
         else:
             text = "".join([text async for text, *_ in answer.pieces()])
         return PlainTextResponse(text) if body.response_format == "text" else {"text": text}
