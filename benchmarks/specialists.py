@@ -319,7 +319,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/quickstart/decoder.yaml")
     parser.add_argument("--minutes", type=float, default=4.0)
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), help="default: those that the data of --config have")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="the networks whose names begin so")
     parser.add_argument("--short", action="store_true", help="see that all run, on a few samples")
@@ -341,7 +341,7 @@ def main():
     }
     minutes, few = (0.02, 8) if options.short else (options.minutes, None)
     results = []
-    for task in options.tasks:
+    for task in options.tasks or [task for task in TASKS if any(task_of(s) == task for s in held_out.samples)]:
         pairs = [(s, repeat) for s, repeat in zip(known.samples, known.repeats, strict=True) if task_of(s) == task][:few]
         samples, repeats = map(list, zip(*pairs, strict=True))
         # The first source that is held out of a task: of pictures the style that was never seen.

@@ -59,12 +59,16 @@ def test_make_bench_runs_every_script_that_reports_speed():
 
 
 @pytest.mark.slow
-def test_specialists_run_in_short_form():
-    result = subprocess.run([sys.executable, "benchmarks/specialists.py", "--short"], cwd=ROOT, capture_output=True, text=True,
+@pytest.mark.parametrize("more, tasks", [
+    ([], ("pictures", "notes")),
+    (["--config", "configs/starter/captions.yaml", "--tasks", "sentences"], ("sentences",)),
+])
+def test_specialists_run_in_short_form(more, tasks):
+    result = subprocess.run([sys.executable, "benchmarks/specialists.py", "--short", *more], cwd=ROOT, capture_output=True, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr
     rows = [line.split()[0] for line in result.stdout.splitlines()]
-    assert rows == [task for task in ("pictures", "notes", "sentences") for _ in range(5)]
+    assert rows == [task for task in tasks for _ in range(5)]
 
 
 @pytest.fixture(scope="module")
