@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> None:
     files = {}
     if options.evaluate:
         asked = argparse.Namespace(config=str(folder / "metrics" / "config.yaml"), model=str(folder / "model"), device=options.device,
-                                   trusted=False, fields=None, follow_links=False, max_bad=None, show=16)
+                                   trusted=False, fields=None, follow_links=False, max_bad=None, show=16, transcribe=False)
         files[folder / EVALUATION] = "\n".join(evaluation(asked)).strip("\n") + "\n"
     files[options.file or folder / "report.html"] = run_page(folder, files.get(folder / EVALUATION))
     for file, text in files.items():
