@@ -24,8 +24,8 @@ from mmtx.model import Decoder, rotary_embedding
 from mmtx.sequence import Prompt
 from mmtx.vocabulary import Vocabulary
 
-# Strings of CTC. With 8 / 24 / 48 of them demos/speech, after its first run, had 0.166 / 0.152 / 0.155, 0.485 / 0.471 / 0.465 and 0.332 /
-# 0.317 / 0.314 of the characters wrong of the first 60 sounds of each test of speech, in 0.6, 1 and 1.9 of the time.
+# Strings of CTC. With 8 / 24 / 48 of them demos/speech, after its first run, had 0.166 / 0.152 / 0.155, 0.485 / 0.471 / 0.465 and
+# 0.332 / 0.317 / 0.314 of the characters wrong of the first 60 sounds of each test of speech, in 0.6, 1 and 1.9 of the time.
 BEAM = 24
 LEAST = np.log(1e-3)  # probability of a piece below which no string has it at that step; 1e-4 took longer and found no other
 PAUSE = 0.1           # seconds that are quiet together
