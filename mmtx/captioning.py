@@ -60,16 +60,16 @@ def caption_files(model: Model, files: Iterable[str | InputError], **sampling: A
     return _answer_files(files, lambda names, first: cast(list[str], model.caption(names, start_index=first, **sampling)))
 
 
-def transcribe_files(model: Model, files: Iterable[str | InputError], chunk_length_s: float = 3.5) -> Iterator[Captioned]:
+def transcribe_files(model: Model, files: Iterable[str | InputError], **options: Any) -> Iterator[Captioned]:
     """Transcribe files and URLs of sounds, many at a time -> each in order, with its transcript or its error.
 
     Args:
         model: what `mmtx.load("demos/speech")` gives, or another that was trained with CTC.
         files: what `find_media(names, "audio")` finds.
-        chunk_length_s: seconds; longer ones are cut at pauses.
+        **options: of `Model.transcribe`.
     """
-    model.transcribe([], chunk_length_s=chunk_length_s)  # what cannot be is no mistake of each file
-    return _answer_files(files, lambda names, first: cast(list[str], model.transcribe(names, chunk_length_s=chunk_length_s)))
+    model.transcribe([], **options)  # what cannot be is no mistake of each file
+    return _answer_files(files, lambda names, first: cast(list[str], model.transcribe(names, **options)))
 
 
 def _answer_files(files: Iterable[str | InputError], answer: Answer) -> Iterator[Captioned]:

@@ -91,14 +91,18 @@ class Attention(nn.Module):
         x: Tensor,                                  # (B, T, D)
         angles: tuple[Tensor, Tensor],              # (B, T, K) each
         packing: Packing | None = None,
+        look: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:                                    # (B, T, D)
+        """`look` takes the place of attention where some places see others than those before them in their document."""
         query, key, value = self.heads(x, angles)
-        if packing is not None:
+        if look is not None:
+            y = look(query, key, value)
+        elif packing is not None:
             assert self.config.causal, "packed attention needs a causal block"
             y = attend_documents(query, key, value, packing)
         else:
             y = attend(query, key, value, self.config.causal)
-        return self.out(y.reshape(*x.shape[:2], -1))
+        return self.out(y.reshape(*x.shape[:2], self.config.heads * self.config.head_dim))
 
     def heads(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> Heads:
         """Inputs (B, T, D) -> queries (B, T, H, K), keys and values (B, T, G, K), turned by their positions."""
@@ -129,8 +133,9 @@ class Block(nn.Module):
         self.feed_forward_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], packing: Packing | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), angles, packing)
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], packing: Packing | None = None,
+                look: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), angles, packing, look)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 

@@ -26,7 +26,7 @@ from mmtx.document import Document, TextPart, Turn
 from mmtx.errors import InputError
 from mmtx.evaluation import character_errors
 from mmtx.inference.engine import pad
-from mmtx.inference.transcription import best_strings, cut_at_pauses, hear, rescore
+from mmtx.inference.transcription import cut_at_pauses, hear, prefix_beam_search, rescore
 from mmtx.model import Decoder, rotary_embedding
 from mmtx.pipeline import Model
 from mmtx.report import report
@@ -54,9 +54,9 @@ def test_the_strings_of_ctc_are_the_most_likely_ones(seed):
     for path in itertools.product(range(4), repeat=5):
         totals[said_by(path)] = totals.get(said_by(path), 0) + math.exp(sum(scores[step, number] for step, number in enumerate(path)))
     expected = sorted(totals, key=totals.__getitem__, reverse=True)
-    assert best_strings(scores, beam=10 * len(totals)) == expected
+    assert prefix_beam_search(scores, beam=10 * len(totals)) == expected
     sure = scores * 10 - np.log(np.exp(scores * 10).sum(1, keepdims=True))
-    assert best_strings(sure, beam=3)[0] == said_by(tuple(sure.argmax(1))) and len(best_strings(scores, beam=3)) == 3
+    assert prefix_beam_search(sure, beam=3)[0] == said_by(tuple(sure.argmax(1))) and len(prefix_beam_search(scores, beam=3)) == 3
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_the_string_of_the_best_sum_is_the_transcript(model):
     for document, answer, transcript in zip(documents, said, model.transcribe_documents(documents), strict=True):
         with torch.no_grad():
             heard = hear(model.decoder, prompt(document, model.vocabulary), model.vocabulary)
-            strings = sorted({text.decode(pieces) for pieces in best_strings(heard.scores.numpy())} | {answer})
+            strings = sorted({text.decode(pieces) for pieces in prefix_beam_search(heard.scores.numpy())} | {answer})
             scores = [rescore(model.decoder, heard, [tuple(text.encode(string))], model.vocabulary)[:, 0] for string in strings]
         assert float(scores[strings.index(transcript)].sum()) == pytest.approx(max(float(score.sum()) for score in scores), rel=1e-4)
         for way in (0, 1):

@@ -10,7 +10,7 @@ MODEL = "demos/speech"
 def add(commands) -> None:
     parser = commands.add_parser("transcribe", help="write down what is said in sounds")
     parser.add_argument("files", nargs="+", help="files, folders or URLs of files")
-    parser.add_argument("--chunk_length_s", type=float, default=3.5, help="seconds of most sounds that the model was trained with: "
+    parser.add_argument("--chunk_length_s", type=float, default=None, help="seconds of most sounds that the model was trained with: "
                         "longer ones are cut at pauses; default: 3.5")
     add_model_options(parser, default=f"{MODEL}, which comes with mmtx")
     parser.set_defaults(run=run)
@@ -22,4 +22,5 @@ def run(options: argparse.Namespace) -> None:
 
     options.model = options.model or shipped(MODEL)
     files = list(find_media(options.files, "audio"))
-    print_answers(options.files, files, transcribe_files(load_model(options), files, options.chunk_length_s))
+    given = {} if options.chunk_length_s is None else {"chunk_length_s": options.chunk_length_s}
+    print_answers(options.files, files, transcribe_files(load_model(options), files, **given))

@@ -8,7 +8,7 @@ Shapes: T tokens of the prompt, N tokens of all candidates, C candidates, S time
 width, V pieces of text.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mmtx.ctc import BLANK, ctc_scores, time_steps
 from mmtx.inference.engine import pad
+from mmtx.kernels import attend
 from mmtx.modality.base import Tokenizer
 from mmtx.model import Decoder, rotary_embedding
 from mmtx.sequence import Prompt
@@ -45,7 +46,7 @@ class Heard(NamedTuple):
 def transcribe(decoder: Decoder, vocabulary: Vocabulary, text: Tokenizer, prompt: Prompt, answer: str) -> str:
     """What is said in the sound that a prompt ends with: `answer`, which is the decoder's own, or what reads better."""
     heard = hear(decoder, prompt, vocabulary)
-    strings = [*map(text.decode, best_strings(heard.scores.cpu().numpy())), answer]
+    strings = [*map(text.decode, prefix_beam_search(heard.scores.cpu().numpy())), answer]
     # Each is scored as the tokenizer writes it, in whatever pieces it was found.
     candidates = {tuple(text.encode(string)): string for string in strings}
     sums = rescore(decoder, heard, list(candidates), vocabulary).sum(0)
@@ -97,8 +98,8 @@ def rescore(decoder: Decoder, heard: Heard, candidates: Sequence[Pieces], vocabu
     return torch.stack([by_decoder.cpu(), by_ctc])
 
 
-def best_strings(scores: np.ndarray, beam: int = BEAM) -> list[Pieces]:
-    """Log-probabilities of CTC (S, 1 + V) -> the most likely strings of pieces, best first: prefix beam search.
+def prefix_beam_search(scores: np.ndarray, beam: int = BEAM) -> list[Pieces]:
+    """Log-probabilities of CTC (S, 1 + V) -> the most likely strings of pieces, best first.
 
     Of each prefix it holds the log-probabilities of all ways that end in a blank and of all that end in its last piece: only behind
     a blank is the same piece written once more.
@@ -125,22 +126,26 @@ def best_strings(scores: np.ndarray, beam: int = BEAM) -> list[Pieces]:
 
 
 def _blocks(decoder: Decoder, x: Tensor, positions: Tensor, seen: Tensor | None = None,
-            past: Iterable[tuple[Tensor, Tensor]] | None = None) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+            past: Sequence[tuple[Tensor, Tensor]] = ()) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
     """Inputs (1, T, D) through all blocks, where each sees what lies before it, or what is `seen` (T, past and T).
 
     -> The states before the first block and behind each, and of each block its keys and values (1, past and T, G, K).
     """
     config = decoder.config
     angles = rotary_embedding(positions[None], config.head_dim, config.rope_theta, config.rope_scaling)
-    states, held = [x], []
-    for block, before in zip(decoder.blocks, past or [None] * config.depth, strict=True):
-        query, key, value = block.attention.heads(block.attention_norm(x), angles)
-        if before is not None:
+    states: list[Tensor] = [x]
+    held: list[tuple[Tensor, Tensor]] = []
+
+    def look(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if past:
+            before = past[len(held)]
             key, value = torch.cat([before[0], key], 1), torch.cat([before[1], value], 1)
-        y = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=seen,
-                                           is_causal=seen is None, enable_gqa=config.heads != config.kv_heads)
-        x = x + block.attention.out(y.transpose(1, 2).flatten(2))
-        x = x + block.feed_forward(block.feed_forward_norm(x))
-        states.append(x)
         held.append((key, value))
+        if seen is None:
+            return attend(query, key, value, causal=True)
+        return F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=seen,
+                                              enable_gqa=config.heads != config.kv_heads).transpose(1, 2)
+
+    for block in decoder.blocks:
+        states.append(block(states[-1], angles, look=look))
     return states, held
