@@ -244,9 +244,10 @@ class Model:
         self._check_transcribes()
         text, asked = self.tokenizers["text"], [_up_to_last_user(document) for document in documents]
         for number, document in enumerate(asked):
-            if not any(part.kind == "audio" for turn in document.turns[-1:] for part in turn.parts):
+            if not any(isinstance(part, MediaPart) and part.kind == "audio" and part.features is not None
+                       for turn in document.turns[-1:] for part in turn.parts):
                 with numbered("document", number, len(asked)):
-                    raise InputError("found no sound in the last user turn, expected one")
+                    raise InputError("found no sound with its features in the last user turn, expected one")
         said = self._answer_texts(asked, Sampling())
         prompts = [prompt(document, self.vocabulary) for document in asked]
         write = lambda chosen: [transcribe(self.decoder, self.vocabulary, text, prompts[i], said[i]) for i in chosen]
