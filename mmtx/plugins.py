@@ -1,12 +1,15 @@
-"""A Python file of the user's as a module: a modality from outside of the package, or a reader of captions."""
+"""A Python file of the user's as a module: a modality from outside of the package, or a function that a source of data names."""
 
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, TracebackType
+from typing import Any
 
 from mmtx.errors import InputError
+from mmtx.files import find_shipped
 
 
 def import_file(path: str | Path, at: str) -> ModuleType:
@@ -37,6 +40,16 @@ def import_file(path: str | Path, at: str) -> ModuleType:
         line = next((f" in line {frame.tb_lineno}" for frame in _frames(error) if frame.tb_frame.f_code.co_filename == place), "")
         raise InputError(f"{at}: cannot be imported ({type(error).__name__}{line}: "
                          f"{' '.join(str(error).split())[:150]})") from error
+
+
+def import_function(place: str, option: str) -> Callable[..., Any]:
+    """The function that an option names, "FILE.py:FUNCTION". Raises InputError, which begins with both, where there is none."""
+    at = f"{option} {place}"
+    file, _, name = place.rpartition(":")
+    found = getattr(import_file(find_shipped(file), at), name, None)
+    if not callable(found):
+        raise InputError(f"{at}: found no function {name!r}, expected FILE.py:FUNCTION")
+    return found
 
 
 def _frames(error: Exception) -> list[TracebackType]:

@@ -28,10 +28,9 @@ from mmtx.evaluation import (
     table,
     word_errors,
 )
-from mmtx.files import find_shipped
 from mmtx.modality.modality import MODALITIES
 from mmtx.pipeline import Model
-from mmtx.plugins import import_file
+from mmtx.plugins import import_function
 
 WIDEST = 60            # characters of a predicted caption that are shown
 WORD_ERRORS = "word error rate"
@@ -88,12 +87,9 @@ def _reader(source: DataSource, known: list[dict[str, Any]]) -> FieldReader:
     """What reads captions of a source; `known` are the fields of the training samples. Raises InputError where there is none."""
     if source.reader is None:
         return WHOLE_CAPTION
-    file, _, name = source.reader.rpartition(":")
-    at = f"reader {source.reader}"
-    make = getattr(import_file(find_shipped(file), at), name, None)
-    found = make(known) if callable(make) else None
+    found = import_function(source.reader, "reader")(known)
     if not isinstance(found, FieldReader):
-        raise InputError(f"{at}: found no function {name!r} that gives an mmtx.evaluation.FieldReader, expected FILE.py:FUNCTION")
+        raise InputError(f"reader {source.reader}: gave {type(found).__name__}, expected an mmtx.evaluation.FieldReader")
     return found
 
 
@@ -165,7 +161,7 @@ def _kind(samples: Sequence[Sample]) -> str | None:
 def _features(sample: Sample, kind: str) -> dict[str, np.ndarray]:
     """The medium of a sample by each way to compare it."""
     media = next(part for turn in sample.turns for part in turn.parts if isinstance(part, Media))
-    return MODALITIES[kind].get("controls")(media.source.read(), media.name, **media.cut)
+    return MODALITIES[kind].get("controls")(media.source.read(), media.name, **media.options)
 
 
 def picture_controls(data: bytes, name: str) -> dict[str, np.ndarray]:
@@ -174,7 +170,7 @@ def picture_controls(data: bytes, name: str) -> dict[str, np.ndarray]:
     return {preset: pixel_features(picture, **options) for preset, options in PIXELS.items()}
 
 
-def sound_controls(data: bytes, name: str, **cut: Any) -> dict[str, np.ndarray]:
-    """An encoded sound, or what is cut out of it, by each way to compare sounds."""
-    sound = load_audio(data, CONTROL_RATE, name, **cut)
+def sound_controls(data: bytes, name: str, **played: Any) -> dict[str, np.ndarray]:
+    """An encoded sound, cut and played as `load_audio` is told, by each way to compare sounds."""
+    sound = load_audio(data, CONTROL_RATE, name, **played)
     return {preset: mel_features(sound, **options) for preset, options in MELS.items()}

@@ -139,6 +139,7 @@ STRANGE = {
                                               "init_args": {"on_fit_start": "stranger.call"}}]}),
     "a module behind one of ours": ("trainer", {"callbacks": [{"class_path": "lightning.pytorch.callbacks.LambdaCallback",
                                                                "init_args": {"on_fit_start": "mmtx.files.os.abort"}}]}),
+    **{f"variants for {place}": ("data", place) for place in ("train", "validation", "test")},
     "a network": ("perceptual", {"network": "stranger.call", "layers": ["a"]}),
 }
 
@@ -153,6 +154,9 @@ def ask(folder: Path, told) -> None:
             config["model"] = change
         elif change[0] == "trainer":
             config["trainer"] |= change[1]
+        elif change[0] == "data":
+            config["data"]["init_args"] |= {place: [{"paths": ["a.jsonl"]}] for place in ("train", "validation", "test")}
+            config["data"]["init_args"][change[1]][0]["variants"] = str(folder / "stranger.py:call")
         else:
             config["model"]["init_args"]["perceptual"] = change[1]
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -175,6 +179,7 @@ def test_nothing_of_a_stranger_runs_with_trusted_only(tmp_path):
     assert found.keys() == STRANGE.keys()
     for name, (status, lines) in found.items():
         assert status == 2 and len(lines) == 1 and lines[0].startswith("mmtx: error: "), (name, lines)
+        assert "a.jsonl" not in lines[0], "it read data first"
     assert not (tmp_path / "marker").exists()
 
 

@@ -351,7 +351,7 @@ def none(train):
     (section,) = report(tiny_model, [replace(source, reader=NAMES)], [], show=0)
     assert "left out: exact group, exact subgroup" in section
     for reader, said in (("shouted.py:last", "reader shouted.py:last: found no function 'last'"),
-                         ("shouted.py:none", "reader shouted.py:none: found no function 'none' that gives"),
+                         ("shouted.py:none", "reader shouted.py:none: gave int, expected"),
                          ("shouted.txt:a", "shouted.txt: no such"), ("rows.jsonl:a", "reader rows.jsonl:a: found no such Python"),
                          ("names", "reader names: found no such Python file")):
         with pytest.raises(InputError) as told:

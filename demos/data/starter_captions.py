@@ -1,16 +1,21 @@
-"""What captions of the starter data say field by field: `reader` of its sources in configs/, for `mmtx evaluate`.
+"""What captions of the starter data say field by field: `reader` of its sources in configs/, for `mmtx evaluate`; and its sounds
+in several pitches: `variants` of its sources.
 
     mmtx evaluate demos/data/starter/images-test-unseen-style.tar.gz --reader demos/data/starter_captions.py:names \
         --train demos/data/starter/images-train-*.tar.gz
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from mmtx import InputError
+from mmtx.data.sample import Media, Sample, SampleTurn, Text
 from mmtx.evaluation import FieldReader
 
 NAME_FIELDS = ("caption", "group", "subgroup")
 NOTE_FIELDS = ("caption", "instrument", "family", "note")
+PITCHES = ("C", "C sharp", "D", "D sharp", "E", "F", "F sharp", "G", "G sharp", "A", "A sharp", "B")
+SEMITONES = range(-3, 4)
 
 
 def names(train: Sequence[Mapping]) -> FieldReader:
@@ -50,3 +55,25 @@ def notes(train: Sequence[Mapping]) -> FieldReader:
 
     return (FieldReader(NOTE_FIELDS, read) if families
             else FieldReader(("caption", "instrument", "note"), read, unknown=("family",)))
+
+
+def transposed(sample: Sample) -> list[Sample]:
+    """A sound as it is, and up to three semitones lower and higher, played slower and faster: that is how a soundfont plays more
+    notes than were recorded. The caption of a note tells the new one; other captions stay."""
+    return [_transposed(sample, semitones) if semitones else sample for semitones in SEMITONES]
+
+
+def _transposed(sample: Sample, semitones: int) -> Sample:
+    facts, caption = dict(sample.metadata), sample.caption
+    if "note" in facts:
+        facts["midi_note"] += semitones
+        facts["note"] = f"{PITCHES[facts['midi_note'] % 12]} {facts['midi_note'] // 12 - 1}"
+        caption = f"{facts['instrument']}, {facts['note']}"
+
+    def changed(part: Text | Media) -> Text | Media:
+        if isinstance(part, Media):
+            return part.faster(2 ** (semitones / 12))
+        return Text(caption) if part.text == sample.caption else part
+
+    turns = tuple(SampleTurn(turn.role, tuple(map(changed, turn.parts))) for turn in sample.turns)
+    return replace(sample, key=f"{sample.key}{semitones:+}", turns=turns, metadata=facts)

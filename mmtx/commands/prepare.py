@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
         # Shards hold what encoders made, and not what an encoder that is trained along would read.
         frozen = " --model.train_encoder false" if config.train_encoder else ""
         # The same samples are prepared once, however often they are used.
-        read = [repr((source.paths, source.select, source.fields, source.follow_links)) for source in sources]
+        read = [repr((source.paths, source.select, source.fields, source.follow_links, source.variants)) for source in sources]
         outputs = [check_output(options.output) / str(list(dict.fromkeys(read)).index(what)) for what in read]
         if options.trusted:
             sources = [replace(source, trusted=True) for source in sources]
@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> None:
         return
     default = asdict(DataSource([]))
     # The command line goes on from each source of the configuration: a `select` that has done its work must be undone.
-    done_with = ("select", "fields", "follow_links")
+    done_with = ("select", "fields", "follow_links", "variants")
     train = [{"paths": [str(output)], **{name: default[name] if name in done_with else value
                                          for name, value in asdict(source).items()
                                          if name not in ("paths", "trusted") and value != default[name]}}

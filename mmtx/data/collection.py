@@ -14,6 +14,7 @@ from mmtx.data.forms import names
 from mmtx.data.sample import Sample
 from mmtx.data.sources import MAX_BAD, SkipCounter, read_rows
 from mmtx.data.storage import scrub
+from mmtx.data.variants import load_variants
 from mmtx.data.yaml_check import LOADER, read_text
 from mmtx.errors import InputError
 
@@ -31,8 +32,9 @@ class DataSource:
     learns to do without it, as classifier-free guidance needs. trusted: rows of a source at a URL may name local files,
     private addresses and other schemes than https; by default what lies below its own address, and public https. fields:
     names under which rows have what is read, as in {"image": "img_path", "text": "label"}; null for a field that shall not be
-    read though it looks like a medium. follow_links: read also what links in a folder lead to outside of it. reader: a function
-    "FILE.py:FUNCTION", which `mmtx evaluate` runs to score captions field by field (`mmtx.evaluation.FieldReader`).
+    read though it looks like a medium. follow_links: read also what links in a folder lead to outside of it. variants: a function
+    "FILE.py:FUNCTION", which makes of each `Sample` those that stand in its place, such as a note in several pitches with the name of
+    each. reader: likewise a function, which `mmtx evaluate` runs to score captions field by field (`mmtx.evaluation.FieldReader`).
     """
 
     paths: list[str]
@@ -44,6 +46,7 @@ class DataSource:
     trusted: bool = False
     fields: dict[str, str | None] | None = None
     follow_links: bool = False
+    variants: str | None = None
     reader: str | None = None
 
     def __post_init__(self):
@@ -96,6 +99,11 @@ def read_source(source: DataSource, max_bad: float = MAX_BAD) -> list[Sample]:
 def _read(source: DataSource, skipped: SkipCounter) -> list[Sample]:
     samples = read_rows(source.paths, skipped, source.select, to_stderr, trusted=source.trusted, fields=source.fields,
                         follow_links=source.follow_links)
+    read, variants = len(samples), load_variants(source.variants)
+    samples = [made for sample in samples for made in variants(sample)]
+    skipped.rows += len(samples) - read
+    if not samples:
+        raise InputError(f"variants {source.variants}: no sample is left of {read}")
     if source.limit is not None and source.limit < len(samples):
         samples = [samples[i * len(samples) // source.limit] for i in range(source.limit)]
     if source.task == "generate":

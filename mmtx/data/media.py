@@ -28,6 +28,7 @@ __all__ = ["kind_of", "load_audio", "load_image", "read_audio", "read_image", "s
 PEAK = 0.7
 SILENCE = 1e-4  # peak (-80 dB, three steps of 16 bit) up to which a sound is left alone: raised, it is noise
 BAND = 2**20  # pixels
+MOST_SPEED = 4  # as fast as a sound may be played, or as slow
 TURN = Image.Transpose
 UPRIGHT = {  # how a picture is stored, as EXIF counts -> what turns it upright
     2: TURN.FLIP_LEFT_RIGHT,
@@ -199,20 +200,24 @@ def load_audio(
     source_rate: int | None = None,
     start: float = 0.0,
     seconds: float | None = None,
+    speed: float = 1.0,
 ) -> torch.Tensor:
     """Return a sound as float32 (S,) at `rate` Hz, peak 0.7: the louder channel, resampled; silence stays.
 
     `data` is one of: encoded bytes; a path or URL; a numpy array (S,) or (S, C), as soundfile reads; a tensor
     (S,) or (C, S), as torchaudio reads. Arrays hold int16, int32 or floats at `source_rate` (default `rate`).
-    `start` and `seconds` cut a piece out, of which the rest of the sound need not fit the limits.
+    `start` and `seconds` cut a piece out, of which the rest of the sound need not fit the limits; it is played
+    `speed` times as fast, a quarter to four times, and so higher: 2 ** (1 / 12) is a semitone up.
     Raises InputError for anything that is not a finite sound of at most 600 s.
     """
     name = _name(data, name, "sound")
-    for option, value in (("source_rate", source_rate), ("start", start), ("seconds", seconds)):
+    for option, value in (("source_rate", source_rate), ("start", start), ("seconds", seconds), ("speed", speed)):
         if value is not None and not isinstance(value, Real):
             raise InputError(f"{name}: {option} {_line(repr(value))}, expected a number")
     if not (0 <= start <= MAX_START and (seconds is None or 0 < seconds < math.inf)):  # also true for NaN
         raise InputError(f"{name}: a cut of {seconds} s from {start} s on, expected a start up to {MAX_START} and a length")
+    if not 1 / MOST_SPEED <= speed <= MOST_SPEED:
+        raise InputError(f"{name}: speed {speed:g}, expected {1 / MOST_SPEED} to {MOST_SPEED}")
     if isinstance(data, (np.ndarray, torch.Tensor)):
         samples, source_rate = _waveform(data, name), rate if source_rate is None else source_rate
         check_sound(1 if start or seconds else len(samples), source_rate, samples.shape[1], name)
@@ -227,9 +232,9 @@ def load_audio(
     loudest = np.argmax([np.square(samples[:, c], dtype=np.float64).mean() for c in range(samples.shape[1])])
     mono = torch.from_numpy(np.ascontiguousarray(samples[:, loudest]))
     del samples
-    if source_rate != rate:
-        # The filter grows as rate / gcd: 44101 to 16000 Hz would take 3 GB. Usual rates are multiples of 25.
-        mono = resample(mono, round(source_rate / 25) * 25, rate)
+    # The filter grows as rate / gcd: 44101 to 16000 Hz would take 3 GB. Usual rates are multiples of 25.
+    if source_rate * speed != rate:
+        mono = resample(mono, round(source_rate * speed / 25) * 25, rate)
     peak = mono.abs().max()
     return mono * (PEAK / peak) if peak > SILENCE else mono
 

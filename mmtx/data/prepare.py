@@ -32,6 +32,7 @@ from mmtx.data.sample import Media, Sample
 from mmtx.data.sources import MAX_BAD, PLAN, SkipCounter, is_selected, scan
 from mmtx.data.storage import recorded
 from mmtx.data.tokens import ENCODE_AT_ONCE, Augmentation, encode_samples, load_sample
+from mmtx.data.variants import load_variants
 from mmtx.data.workers import Ended, Workers
 from mmtx.document import Document, MediaPart
 from mmtx.errors import InputError
@@ -84,7 +85,7 @@ def prepare(
     if num_workers > MOST_WORKERS:
         raise InputError(f"num_workers: found {num_workers}, expected {MOST_WORKERS} or less")
     skipped, vocabulary = SkipCounter(max_bad), Vocabulary.build(tokenizers)
-    reading = {name: value for name in ("fields", "follow_links") if (value := getattr(source, name))}
+    reading = {name: value for name in ("fields", "follow_links", "variants") if (value := getattr(source, name))}
     plan = {"format": FORMAT, "sources": [shown(recorded(path)) for path in source.paths], "select": source.select,
             "shard_rows": rows, "features": features, "vocabulary": json.loads(vocabulary.to_json()), **reading}
     folder = check_output(os.fspath(output))
@@ -213,14 +214,22 @@ def _fingerprints(vocabulary: Any) -> str:
 def _blocks(source: DataSource, rows: int, skipped: SkipCounter) -> Iterator[list[Sample | InputError]]:
     """The rows of a source in blocks, those that cannot be read as their errors; all rows are counted."""
     block: list[Sample | InputError] = []
+    variants = load_variants(source.variants)
     for path in source.paths:
         for row in scan(path, source.trusted, source.fields, source.follow_links, to_stderr):
             skipped.rows += 1
-            if isinstance(row, InputError) or is_selected(row, source.select or {}):
-                block.append(row)
-            if len(block) == rows:
-                yield block
-                block = []
+            if isinstance(row, InputError):
+                kept: list[Sample | InputError] = [row]
+            elif is_selected(row, source.select or {}):
+                kept = [*variants(row)]
+                skipped.rows += len(kept) - 1
+            else:
+                continue
+            for each in kept:
+                block.append(each)
+                if len(block) == rows:
+                    yield block
+                    block = []
     if block:
         yield block
 

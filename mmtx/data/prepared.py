@@ -299,6 +299,9 @@ class Prepared:
         if source.select is not None:
             raise InputError(f"select: {self.path} is prepared, its samples have no fields; expected none, or a folder "
                              "that was prepared with this `select`")
+        if source.variants is not None:
+            raise InputError(f"variants: {self.path} is prepared, its samples are as they are; expected none, or a folder that was "
+                             "prepared with these `variants`")
         if self.turned and not facts.exchanges:
             raise InputError(f"task: {self.path} holds documents that are not one question with one answer, "
                              'expected "caption"')

@@ -4,7 +4,7 @@ Everything here is frozen and picklable, so that samples travel to the workers o
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -36,7 +36,7 @@ class Media:
     """A medium, which `read` of its `Modality` makes of `source.read()`.
 
     `name` is what error messages call it: it names the file, the row or member, and what is cut out of a sound: the
-    `seconds` (None: all that follow) from `start`.
+    `seconds` (None: all that follow) from `start`. A sound is then played `speed` times as fast, and so higher.
     """
 
     kind: str
@@ -45,11 +45,17 @@ class Media:
     # Left out of the repr, of which stamps are made: the name tells them.
     start: float = field(default=0.0, repr=False)
     seconds: float | None = field(default=None, repr=False)
+    speed: float = field(default=1.0, repr=False)
 
     @property
-    def cut(self) -> dict[str, Any]:
-        """What is cut out, as options of `Modality.read`; nothing where it is whole."""
-        return {} if self.start == 0 and self.seconds is None else {"start": self.start, "seconds": self.seconds}
+    def options(self) -> dict[str, Any]:
+        """What is cut out and how it is played, as options of `Modality.read`; nothing where it is whole and as it was."""
+        cut = {} if self.start == 0 and self.seconds is None else {"start": self.start, "seconds": self.seconds}
+        return cut if self.speed == 1 else {**cut, "speed": self.speed}
+
+    def faster(self, speed: float) -> "Media":
+        """The sound played `speed` times as fast as it is now: 2 ** (1 / 12) is a semitone up."""
+        return replace(self, speed=self.speed * speed, name=f"{self.name} at {self.speed * speed:.4g} of its speed")
 
 
 Part = Text | Media

@@ -51,9 +51,11 @@ def load_media(media: Media, tokenizers: Mapping[str, Tokenizer], digest: Digest
         raise InputError(f"{media.name}: found {media.kind}, but there is no {media.kind} tokenizer")
     data = media.source.read()
     if digest is not None:
-        digest.update(f"{len(data)} {media.start} {media.seconds} ".encode())
+        # Of a sound as it was, digests are those of versions that knew no speed.
+        played = "" if media.speed == 1 else f"{media.speed} "
+        digest.update(f"{len(data)} {media.start} {media.seconds} {played}".encode())
         digest.update(data)
-    return MODALITIES[media.kind].get("read")(tokenizers[media.kind], data, media.name, **media.cut)
+    return MODALITIES[media.kind].get("read")(tokenizers[media.kind], data, media.name, **media.options)
 
 
 def to_documents(samples: Sequence[Sample], tokenizers: Mapping[str, Tokenizer],

@@ -30,7 +30,8 @@ class Modality:
             the codes. "steps": time steps of `bands` codes each, as many as there are.
         tokenizers: the word `kind` in the config.json of a tokenizer -> its class, a `Tokenizer`.
         read: ``(tokenizer, data, name, **options)`` -> the medium that the tokenizer takes. `data` are the bytes of a file, or what
-            the caller of Python has; errors call it `name`, which may be None then. Options are `start` and `seconds` where `cuts`.
+            the caller of Python has; errors call it `name`, which may be None then. Options are `start`, `seconds`
+            and `speed` where `cuts`.
         show: (tokenizer, codes) -> what the Python API returns; a method `save(path)` lets `mmtx generate --file` write it. By
             default what `decode` gives, as an array.
         picture: (tokenizer, codes) -> uint8 (3, H, W) to look at in samples of a run; None: it cannot be seen.

@@ -43,7 +43,7 @@ class Neighbour(NamedTuple):
                 picture.thumbnail((SIDE, SIDE))
                 return data_url(picture)
             if medium.kind == "audio":
-                sound = load_audio(medium.source.read(), RATE, medium.name, **medium.cut)
+                sound = load_audio(medium.source.read(), RATE, medium.name, **medium.options)
                 return data_url(Sound(sound[:int(EXCERPT * RATE)].numpy(), RATE))
         except InputError:
             pass

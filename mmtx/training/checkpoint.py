@@ -91,7 +91,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 def may_change(name: str) -> bool:
     """Whether what a run is told may differ from one process to the next: where data lie, which are compared themselves."""
-    place = r"data\.init_args\.(num_workers|test(\..*)?|(train|validation)\.\d+\.(paths\.\d+|trusted|follow_links|reader))"
+    place = r"data\.init_args\.(num_workers|test(\..*)?|(train|validation)\.\d+\.(paths\.\d+|trusted|follow_links|reader|variants))"
     return re.fullmatch(place, name) is not None
 
 

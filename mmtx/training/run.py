@@ -118,9 +118,13 @@ class FitCLI(private.PlainCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config.get(str(self.subcommand), self.config)
         perceptual = config.get("model.init_args.perceptual")
-        if config["trusted_only"] and perceptual is not None:
-            raise InputError(f"model.init_args.perceptual.network: found {perceptual.network}, which would be called, expected "
-                             "none with --trusted_only true")
+        called = {"model.init_args.perceptual.network": perceptual and perceptual.network}
+        for name in ("train", "validation", "test"):
+            sources = config.get(f"data.init_args.{name}") or ()
+            called |= {f"data.init_args.{name}.{i}.variants": source.variants for i, source in enumerate(sources)}
+        for name, found in called.items():
+            if config["trusted_only"] and found is not None:
+                raise InputError(f"{name}: found {found}, which would be called, expected none with --trusted_only true")
 
     def instantiate_trainer(self, **kwargs: Any):
         output, trainer = Path(self.said("output")), self.said("trainer")
