@@ -46,7 +46,11 @@ def import_function(place: str, option: str) -> Callable[..., Any]:
     """The function that an option names, "FILE.py:FUNCTION". Raises InputError, which begins with both, where there is none."""
     at = f"{option} {place}"
     file, _, name = place.rpartition(":")
-    found = getattr(import_file(find_shipped(file), at), name, None)
+    try:
+        path = find_shipped(file)
+    except InputError as error:
+        raise InputError(f"{at}: {error}") from None
+    found = getattr(import_file(path, at), name, None)
     if not callable(found):
         raise InputError(f"{at}: found no function {name!r}, expected FILE.py:FUNCTION")
     return found

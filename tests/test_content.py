@@ -103,6 +103,8 @@ def test_the_same_data_elsewhere_and_touched_are_accepted(root, config, begun):
     for path in folder.rglob("*.*"):
         os.utime(path, (1, 1))
     moved = of(config, folder)
+    (folder / "as_it_is.py").write_text("def alone(sample): return [sample]\n")
+    moved["data"]["init_args"]["train"][0]["variants"] = f"{folder / 'as_it_is.py'}:alone"  # what it makes is compared
     moved["data"]["init_args"]["validation"][0]["reader"] = "captions.py:names"  # of `mmtx evaluate` alone
     assert runs.fit(moved, root / "moved" / "run", "--ckpt_path", str(begun)) == [0]
     assert runs.results(root / "moved" / "run")[1] == runs.results(root / "begun")[1]

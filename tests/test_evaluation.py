@@ -352,7 +352,7 @@ def none(train):
     assert "left out: exact group, exact subgroup" in section
     for reader, said in (("shouted.py:last", "reader shouted.py:last: found no function 'last'"),
                          ("shouted.py:none", "reader shouted.py:none: gave int, expected"),
-                         ("shouted.txt:a", "shouted.txt: no such"), ("rows.jsonl:a", "reader rows.jsonl:a: found no such Python"),
+                         ("shouted.txt:a", "reader shouted.txt:a: shouted.txt: no such"), ("rows.jsonl:a", "reader rows.jsonl:a: found no such Python"),
                          ("names", "reader names: found no such Python file")):
         with pytest.raises(InputError) as told:
             list(report(tiny_model, [replace(source, reader=reader)], [], show=0))

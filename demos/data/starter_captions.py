@@ -72,7 +72,7 @@ def _transposed(sample: Sample, semitones: int) -> Sample:
 
     def changed(part: Text | Media) -> Text | Media:
         if isinstance(part, Media):
-            return part.faster(2 ** (semitones / 12))
+            return part.perturb_speed(2 ** (semitones / 12))
         return Text(caption) if part.text == sample.caption else part
 
     turns = tuple(SampleTurn(turn.role, tuple(map(changed, turn.parts))) for turn in sample.turns)

@@ -214,24 +214,26 @@ def _fingerprints(vocabulary: Any) -> str:
 def _blocks(source: DataSource, rows: int, skipped: SkipCounter) -> Iterator[list[Sample | InputError]]:
     """The rows of a source in blocks, those that cannot be read as their errors; all rows are counted."""
     block: list[Sample | InputError] = []
+    for row in _rows(source, skipped):
+        block.append(row)
+        if len(block) == rows:
+            yield block
+            block = []
+    if block:
+        yield block
+
+
+def _rows(source: DataSource, skipped: SkipCounter) -> Iterator[Sample | InputError]:
     variants = load_variants(source.variants)
     for path in source.paths:
         for row in scan(path, source.trusted, source.fields, source.follow_links, to_stderr):
             skipped.rows += 1
             if isinstance(row, InputError):
-                kept: list[Sample | InputError] = [row]
+                yield row
             elif is_selected(row, source.select or {}):
-                kept = [*variants(row)]
-                skipped.rows += len(kept) - 1
-            else:
-                continue
-            for each in kept:
-                block.append(each)
-                if len(block) == rows:
-                    yield block
-                    block = []
-    if block:
-        yield block
+                made = variants(row)
+                skipped.rows += len(made) - 1
+                yield from made
 
 
 def _finish(folder: Path, plan: dict, shards: Sequence[dict], samples: int,

@@ -53,9 +53,13 @@ class Media:
         cut = {} if self.start == 0 and self.seconds is None else {"start": self.start, "seconds": self.seconds}
         return cut if self.speed == 1 else {**cut, "speed": self.speed}
 
-    def faster(self, speed: float) -> "Media":
-        """The sound played `speed` times as fast as it is now: 2 ** (1 / 12) is a semitone up."""
-        return replace(self, speed=self.speed * speed, name=f"{self.name} at {self.speed * speed:.4g} of its speed")
+    def perturb_speed(self, factor: float) -> "Media":
+        """The sound played `factor` times as fast as it is now, and so higher: 2 ** (1 / 12) is a semitone up.
+
+        Speed perturbation (Ko et al. 2015, https://doi.org/10.21437/Interspeech.2015-711).
+        """
+        speed = self.speed * factor
+        return replace(self, speed=speed, name=f"{self.name} at {speed:.4g} of its speed")
 
 
 Part = Text | Media
