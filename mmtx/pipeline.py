@@ -253,8 +253,13 @@ class Model:
         write = lambda chosen: [transcribe(self.decoder, self.vocabulary, text, prompts[i], said[i]) for i in chosen]
         return [transcript for _, transcript in self._in_batches(write, [[number] for number in range(len(prompts))])]
 
+    @property
+    def transcribes(self) -> bool:
+        """Whether it was trained to write down what is said (`model.ctc` of a training configuration)."""
+        return self.decoder.config.ctc_blocks is not None
+
     def _check_transcribes(self) -> None:
-        if self.decoder.config.ctc_blocks is None:
+        if not self.transcribes:
             raise InputError("this model does not transcribe: found ctc_blocks null in its config.json, expected a number, which "
                              "training with model.ctc leaves there; demos/speech has one")
 

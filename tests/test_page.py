@@ -47,6 +47,11 @@ def maker():
 
 
 @pytest.fixture(scope="module")
+def transcriber():
+    return mmtx.load(ROOT / "demos" / "speech", "cpu")
+
+
+@pytest.fixture(scope="module")
 def training(tmp_path_factory):
     """Ten pictures and two notes of the training data, with their captions."""
     folder = tmp_path_factory.mktemp("training")
@@ -59,8 +64,8 @@ def training(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def demo(training):
-    process = Process(ROOT / "demos" / "starter", "--generate_model", str(ROOT / "demos" / "generate"), "--train", str(training),
-                      command="demo", name="starter")
+    process = Process(ROOT / "demos" / "starter", "--generate_model", str(ROOT / "demos" / "generate"), "--transcribe_model",
+                      str(ROOT / "demos" / "speech"), "--train", str(training), command="demo", name="starter")
     yield process
     process.close()
 
@@ -133,7 +138,7 @@ def test_the_page_is_served_with_its_rules(demo):
     settings = json.loads(re.search(r'id="settings">(.*?)</script>', text)[1])
     assert (settings["kinds"], settings["makes"], settings["nearest"]) == (["image", "audio"], ["image", "audio"], True)
     files = {path.stem: path.read_bytes() for path in (ROOT / "demos" / "examples").iterdir() if path.suffix in (".webp", ".ogg")}
-    assert {one["name"]: base64.b64decode(one["data"]) for one in settings["examples"]} == files and len(files) == 5
+    assert {one["name"]: base64.b64decode(one["data"]) for one in settings["examples"]} == files and len(files) == 6
     assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy
     assert not re.search(r"(?:src|href)=.https?:", text)
 
@@ -176,6 +181,28 @@ def test_what_is_made_is_what_the_model_makes(demo, maker, media):
     np.testing.assert_allclose(opened(longer["shown"]), expected.samples, atol=1e-4)
 
 
+def test_what_is_said_is_what_the_transcriber_hears(demo, transcriber, media):
+    speech = ROOT / "demos" / "examples" / "speech.ogg"
+    answer = asked(demo, "/demo/transcribe", sound=item(speech.read_bytes()))
+    assert answer == {"text": transcriber.transcribe(speech)}
+    assert answer["text"] == "it is high time you went to work"
+    cut = asked(demo, "/demo/transcribe", sound=item(media[2][:300]))
+    assert cut[0] == 400 and cut[1].startswith("sound: ")
+
+
+@pytest.mark.parametrize(("given", "transcribes"), [([], False), (["--transcribe_model", str(ROOT / "demos" / "speech")], True)])
+def test_a_model_that_does_not_transcribe_needs_one_that_does(given, transcribes, media):
+    process = Process(ROOT / "demos" / "starter", *given, command="demo", name="starter")
+    try:
+        page = urllib.request.urlopen(process.address + "/", timeout=60).read().decode()
+        assert f'"transcribes": {json.dumps(transcribes)}' in page
+        if not transcribes:
+            assert asked(process, "/demo/transcribe", sound=item(media[2])) == (
+                404, "this server was started without a model that transcribes (--transcribe_model)")
+    finally:
+        process.close()
+
+
 def test_mistakes_in_what_is_made_are_told(demo, media):
     for body, told in (({"out": "image"}, "content: found nothing"), ({"out": "video"}, "out: Input should be 'image' or 'audio'"),
                        ({"out": "audio", "begin": item(media[0])}, "begin: found image, expected audio"),
@@ -211,7 +238,9 @@ def test_nearest_training_samples_are_those_of_the_models_vectors(demo, model, t
 @pytest.mark.parametrize(("options", "told"), [
     (["--examples", "nothing.png"], "nothing.png: no such file or folder"),
     (["--train", "nothing.jsonl"], "nothing.jsonl"),
-    (["--generate_model", "nothing"], "nothing: no such folder or file")])
+    (["--generate_model", "nothing"], "nothing: no such folder or file"),
+    (["--transcribe_model", "nothing"], "nothing: no such folder or file"),
+    (["--transcribe_model", str(ROOT / "demos" / "starter")], "starter, which does not transcribe, expected a model that was")])
 def test_mistakes_of_who_starts_it_are_one_line(options, told, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
@@ -266,6 +295,18 @@ def test_an_example_is_captioned_beside_its_neighbours(page, model):
     assert words_of(page) == model.caption(example)
     page.wait_for_selector("#alike:not([hidden])")
     assert page.locator("#near figure").count() == 4 and page.locator("#near audio").count() >= 1
+
+
+def test_the_tab_that_transcribes_takes_sounds_alone(page, transcriber, media):
+    page.click("[data-tab=hear]")
+    assert not page.locator("#words").is_visible() and not page.locator("#camera").is_visible()
+    upload(page, media[0], "a.webp")
+    page.wait_for_selector("#message:not(:empty)")
+    assert page.locator("#message").inner_text() == "Give a sound."
+    page.click("[aria-label='example: speech']")
+    page.wait_for_selector("#said:not(:empty)")
+    assert page.locator("#said").inner_text() == transcriber.transcribe(ROOT / "demos" / "examples" / "speech.ogg")
+    assert page.locator("#message").inner_text() == ""
 
 
 def test_a_chat_remembers_what_was_said_and_shown(page, model, media):
@@ -373,9 +414,10 @@ def test_it_fits_a_phone_in_the_light_and_in_the_dark(browser, demo, media, sche
     assert boxes[0]["y"] + boxes[0]["height"] <= boxes[1]["y"]  # one below the other
     assert (np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("L"))[5, 5] < 60) == (scheme == "dark")
     assert len({tab.bounding_box()["y"] for tab in page.locator("#tabs label").all()}) == 1  # all side by side
+    assert page.eval_on_selector_all("#tabs label", "all => all.every(one => one.scrollWidth <= one.clientWidth)")  # whole words
     small = page.eval_on_selector_all("#tabs label, #drop button, #drop input, #examples button", "all => all.map(one => one.getBoundingClientRect().height)")
     assert min(small) >= 44  # as wide as a thumb
-    for tab in ("chat", "make", "go_on"):
+    for tab in ("hear", "chat", "make", "go_on"):
         page.click(f"[data-tab={tab}]")
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
     page.click("[data-tab=say]")

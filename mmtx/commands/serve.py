@@ -33,8 +33,10 @@ def add(commands) -> None:
         if word == "demo":
             serve.add_argument("--generate_model", metavar="FOLDER", help="what draws, plays and goes on, default: --model, and with "
                                "the model that comes with mmtx the one that comes along for that")
+            serve.add_argument("--transcribe_model", metavar="FOLDER", help="what writes down speech, default: --model if it was "
+                               "trained to, and with the model that comes with mmtx the one that comes along for that")
             serve.add_argument("--examples", nargs="*", metavar="FILE", help="pictures and sounds to try, files or folders; default: "
-                               "five that come with mmtx")
+                               "six that come with mmtx")
             serve.add_argument("--train", nargs="+", default=[], metavar="SOURCE", help="training samples, of which the nearest are "
                                "shown beside an answer")
             add_source_options(serve)
@@ -65,11 +67,18 @@ def _page(options: argparse.Namespace, model):
     from mmtx.serving.nearest import Nearest
     from mmtx.serving.page import add_page
 
-    folder = options.generate_model or (None if options.model else shipped("demos/generate"))
+    def other(given: str | None, along: str):
+        folder = given or (None if options.model else shipped(along))
+        return load(folder, options.device) if folder else None
+
+    maker, transcriber = other(options.generate_model, "demos/generate"), other(options.transcribe_model, "demos/speech")
+    if transcriber and not transcriber.transcribes:
+        raise InputError(f"--transcribe_model: found {options.transcribe_model}, which does not transcribe, expected a model "
+                         "that was trained with model.ctc")
     examples: list[str] = []
     for found in find_media([str(shipped("demos/examples"))] if options.examples is None else options.examples):
         if isinstance(found, InputError):
             raise found
         examples.append(found)
     nearest = Nearest(model, [data_source(options, options.train)]) if options.train else None
-    return partial(add_page, maker=load(folder, options.device) if folder else None, examples=examples, nearest=nearest)
+    return partial(add_page, maker=maker, transcriber=transcriber, examples=examples, nearest=nearest)

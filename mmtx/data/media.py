@@ -8,13 +8,14 @@ stored: a profile (ICC) or gamma is not applied.
 import io
 import math
 import os
+from functools import lru_cache
 from numbers import Real
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image, ImageCms, UnidentifiedImageError
-from torchaudio.functional import resample
+from torchaudio.transforms import Resample
 
 from mmtx.data.formats import IMAGE_FORMATS, format_of
 from mmtx.data.picture_files import ORIENTATION, PictureFile, check_size, orientation, picture_file
@@ -29,6 +30,7 @@ PEAK = 0.7
 SILENCE = 1e-4  # peak (-80 dB, three steps of 16 bit) up to which a sound is left alone: raised, it is noise
 BAND = 2**20  # pixels
 MOST_SPEED = 4  # as fast as a sound may be played, or as slow
+FILTERS = 16    # of resampling that are kept, up to 5 MB each: to make one takes as long as to use it
 TURN = Image.Transpose
 UPRIGHT = {  # how a picture is stored, as EXIF counts -> what turns it upright
     2: TURN.FLIP_LEFT_RIGHT,
@@ -193,6 +195,11 @@ def _pixels(data: np.ndarray | torch.Tensor, name: str) -> np.ndarray:
     return np.ascontiguousarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
 
 
+@lru_cache(FILTERS)
+def _resample(rate: int, new_rate: int) -> Resample:
+    return Resample(rate, new_rate, dtype=torch.float32)
+
+
 def load_audio(
     data: Any,
     rate: int,
@@ -234,7 +241,7 @@ def load_audio(
     del samples
     # The filter grows as rate / gcd: 44101 to 16000 Hz would take 3 GB. Usual rates are multiples of 25.
     if source_rate * speed != rate:
-        mono = resample(mono, round(source_rate * speed / 25) * 25, rate)
+        mono = _resample(round(source_rate * speed / 25) * 25, rate)(mono)
     peak = mono.abs().max()
     return mono * (PEAK / peak) if peak > SILENCE else mono
 

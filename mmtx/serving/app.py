@@ -247,7 +247,7 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
         check(body.model)
         part = await service.read(api.read_part, model, Audio(await body.file.read()), limits, "file")
         answer = Answer(service, Document((Turn("user", (part,)),)), body)
-        if model.decoder.config.ctc_blocks is not None and not {*SAMPLED, "max_tokens"} & body.model_fields_set:
+        if model.transcribes and not {*SAMPLED, "max_tokens"} & body.model_fields_set:
             text = await service.read(model.transcribe, part)
         else:
             text = "".join([text async for text, *_ in answer.pieces()])

@@ -1,5 +1,5 @@
 """The page of `mmtx demo`: what it asks beside OpenAI's routes. Words come with what each of them read and with the training
-samples that are most alike; pictures and sounds are made, completed and continued."""
+samples that are most alike; speech is written down; pictures and sounds are made, completed and continued."""
 
 import asyncio
 import base64
@@ -50,6 +50,10 @@ class NearestBody(api.Asking):
     content: api.Content
 
 
+class TranscribeBody(api.Asking):
+    sound: api.AudioItem
+
+
 class MakeBody(api.SamplingBody):
     """A picture or a sound from words or, with `begin`, what goes on with that: below its `kept` share, or behind it."""
 
@@ -60,14 +64,18 @@ class MakeBody(api.SamplingBody):
     seconds: float = Field(2.0, gt=0, le=10)
 
 
-def add_page(app: FastAPI, maker: Model | None = None, examples: Sequence[str] = (), nearest: Nearest | None = None) -> None:
-    """Put the page at the root of a server. `maker` makes pictures and sounds, by default the server's model; `examples` are
-    files to try; `nearest` knows training samples, and begins to read them. Raises InputError where an example cannot be read."""
+def add_page(app: FastAPI, maker: Model | None = None, transcriber: Model | None = None, examples: Sequence[str] = (),
+             nearest: Nearest | None = None) -> None:
+    """Put the page at the root of a server. `maker` makes pictures and sounds and `transcriber` writes down speech, by default the
+    server's model if it can; `examples` are files to try; `nearest` knows training samples, and begins to read them. Raises
+    InputError where an example cannot be read."""
     service = app.state.service
     model, limits, v = service.model, service.limits, service.model.vocabulary
     maker = maker or model
+    transcriber = transcriber or (model if model.transcribes else None)
     media = lambda model: [kind for kind in model.vocabulary.kinds if kind in ("image", "audio")]
-    settings = json.dumps({"kinds": media(model), "makes": media(maker), "nearest": nearest is not None,
+    settings = json.dumps({"kinds": media(model), "makes": media(maker), "transcribes": transcriber is not None,
+                           "nearest": nearest is not None,
                            "examples": [example for example in map(_example, examples) if example["kind"] in media(model)]})
     text = PAGE.read_text(encoding="utf-8").replace("{{settings}}", settings.replace("<", "\\u003c"))
     text = text.replace("{{name}}", escape(service.name))
@@ -88,6 +96,10 @@ def add_page(app: FastAPI, maker: Model | None = None, examples: Sequence[str] =
         if nearest is None:
             raise Refused(404, "this server was started without training samples (--train)")
         return await service.read(_alike, body)
+
+    @app.post("/demo/transcribe")
+    async def transcribe(body: TranscribeBody) -> dict:
+        return await service.read(_transcribe, body)
 
     @app.post("/demo/make")
     async def make(body: MakeBody) -> dict:
@@ -113,6 +125,12 @@ def add_page(app: FastAPI, maker: Model | None = None, examples: Sequence[str] =
         return {"read": len(nearest.samples), "of": len(nearest.found.samples),
                 "samples": [{"caption": one.sample.caption, "alike": one.alike, "kind": one.medium.kind, "shown": one.shown()}
                             for one in nearest.find(document)]}
+
+    def _transcribe(body: TranscribeBody) -> dict:
+        if transcriber is None:
+            raise Refused(404, "this server was started without a model that transcribes (--transcribe_model)")
+        sound = api.read_part(transcriber, api.to_medium(body.sound, limits, "sound"), limits, "sound")
+        return {"text": transcriber.transcribe(sound)}
 
     def _make(body: MakeBody) -> dict:
         if body.out not in media(maker):
