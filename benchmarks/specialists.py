@@ -7,8 +7,9 @@ Pictures: a small ResNet over the names, and the architecture of transformers' V
 convolutional net on log-mel spectrograms with one head for instruments and one for notes, and Whisper's architecture.
 Sentences: convolutions and an LSTM with CTC, and Whisper's architecture. Beside them ours: the decoder of the configuration
 with its encoders trained along, on one kind of data alone. All start from nothing but ours, whose encoders start as those of the
-shipped tokenizers, which have seen the same data. Ours is also shown with the features that the frozen encoder makes, and with
-discrete codes alone, which is what engines for text can serve; learning rates fall to zero at the end of the minutes.
+shipped tokenizers, which have seen the same data. Ours is also shown with the features that the frozen encoder makes, with
+discrete codes alone, which is what engines for text can serve, and with either at random, so that one model takes both; learning
+rates fall to zero at the end of the minutes.
 
 Shapes: B batch, C channels, H height, W width, F frames, M mels, T time steps.
 """
@@ -17,7 +18,9 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,12 +38,14 @@ from mmtx.data.documents import Documents
 from mmtx.data.packing import Batch, PackedBatches
 from mmtx.data.sample import Media, Sample
 from mmtx.data.tokens import Augmentation, load_media, to_documents
+from mmtx.document import Document, MediaPart
 from mmtx.files import find_shipped
 from mmtx.loss import next_token_loss
 from mmtx.modality.base import load_tokenizer
 from mmtx.modality.encoder import GridEncoder
 from mmtx.model import Decoder
 from mmtx.pipeline import Model
+from mmtx.sequence import Rendered
 from mmtx.training.optimizer import OptimizerConfig, configure
 from mmtx.vocabulary import Vocabulary
 
@@ -259,12 +264,29 @@ def set_tokens(config, text) -> None:
     config.eos_token_id = config.pad_token_id = text.size + 1
 
 
-WAYS = ("codes", "features", "encoder")
+WAYS = ("codes", "features", "either", "encoder")
+
+
+class EitherDocuments(Documents):
+    """Half of the documents have the features of their media, the others codes alone."""
+
+    def render(self, chosen: Sequence[tuple[int, int]]) -> list[Rendered]:
+        return [document if np.random.default_rng(pair).random() < 0.5 else document._replace(spans=())
+                for pair, document in zip(chosen, super().render(chosen), strict=True)]
+
+
+def without_features(document: Document) -> Document:
+    """The document with codes alone."""
+    return Document(tuple(replace(turn, parts=tuple(replace(part, features=None) if isinstance(part, MediaPart) else part
+                                                    for part in turn.parts)) for turn in document.turns))
 
 
 def ours(path: str, samples: Sequence[Sample], repeats: Sequence[int], tokenizers: dict, augmentation: Augmentation,
          held_out: Sequence[Sample], minutes: float, way: str = "encoder"):
-    """The decoder of a configuration on these samples alone, given codes, features of the codec's encoder, or patches."""
+    """The decoder of a configuration on these samples alone, given codes, features of the codec's encoder, either, or patches.
+
+    What it says is told by what it is given, where it learnt to take either.
+    """
     whole = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     options, data = whole["model"]["init_args"], whole["data"]["init_args"]
     kind = medium(samples[0]).kind
@@ -278,8 +300,8 @@ def ours(path: str, samples: Sequence[Sample], repeats: Sequence[int], tokenizer
     weights = codec.network.state_dict()
     for encoder in decoder.encoders.values():
         encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()})
-    documents = Documents(samples, tokenizers, vocabulary, max_seq_len=data["max_seq_len"], augmentation=augmentation,
-                          patches=patches)
+    make = EitherDocuments if way == "either" else Documents
+    documents = make(samples, tokenizers, vocabulary, max_seq_len=data["max_seq_len"], augmentation=augmentation, patches=patches)
     batches = PackedBatches(documents, vocabulary, data["tokens_per_batch"], repeats=repeats, steps=10**6)
 
     def loss(*fields) -> Tensor:
@@ -291,7 +313,10 @@ def ours(path: str, samples: Sequence[Sample], repeats: Sequence[int], tokenizer
     steps = _run(optimizer, [group["initial_lr"] for group in optimizer.param_groups], decoder, minutes,
                  (batches[k] for k in range(len(batches))), loss)
     model = Model(decoder, vocabulary, tokenizers)
-    said = model.caption_documents(to_documents(held_out, tokenizers, patches=patches))
+    asked = to_documents(held_out, tokenizers, patches=patches)
+    said: Any = model.caption_documents(asked)
+    if way == "either":
+        said = {"features": said, "codes": model.caption_documents(list(map(without_features, asked)))}
     return said, steps, size_of(decoder)
 
 
@@ -358,10 +383,11 @@ def main():
             torch.manual_seed(options.seed)
             with torch.random.fork_rng():
                 said, steps, parameters = run()
-            found = figures(task, said, true)
-            results.append({"task": task, "network": name, "parameters": parameters, "steps": steps, "n": len(true), **found})
-            print(f"{task:10} {name:16} {parameters / 1e6:5.2f} M {steps:6} steps  "
-                  + "  ".join(f"{key} {value:.3f}" for key, value in found.items()), flush=True)
+            for given, answers in said.items() if isinstance(said, dict) else [(None, said)]:
+                network, found = name if given is None else f"{name}: {given}", figures(task, answers, true)
+                results.append({"task": task, "network": network, "parameters": parameters, "steps": steps, "n": len(true), **found})
+                print(f"{task:10} {network:22} {parameters / 1e6:5.2f} M {steps:6} steps  "
+                      + "  ".join(f"{key} {value:.3f}" for key, value in found.items()), flush=True)
     if options.out:
         options.out.write_text(json.dumps({"config": options.config, "minutes": minutes, "seed": options.seed, "results": results},
                                           indent=1) + "\n", encoding="utf-8")
