@@ -68,7 +68,7 @@ def test_specialists_run_in_short_form(more, tasks):
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr
     rows = [line.split()[0] for line in result.stdout.splitlines()]
-    assert rows == [task for task in tasks for _ in range(5)]
+    assert rows == [task for task in tasks for _ in range(7)]
 
 
 @pytest.fixture(scope="module")
