@@ -267,7 +267,7 @@ def test_transcripts_of_the_model_for_speech_are_better_than_its_captions():
     true = [sample.caption for sample in samples]
     rates = [sum(errors) / sum(counts) for errors, counts in (character_errors(said, true) for said in (
         model.caption_documents(documents), model.transcribe_documents(documents)))]
-    assert rates[1] < min(0.15, rates[0])
+    assert rates[1] < min(0.11, 0.9 * rates[0])
 
 
 @pytest.mark.slow
