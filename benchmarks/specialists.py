@@ -281,37 +281,54 @@ def without_features(document: Document) -> Document:
                                                     for part in turn.parts)) for turn in document.turns))
 
 
-def ours(path: str, samples: Sequence[Sample], repeats: Sequence[int], tokenizers: dict, augmentation: Augmentation,
-         held_out: Sequence[Sample], minutes: float, way: str = "encoder"):
-    """The decoder of a configuration on these samples alone, given codes, features of the codec's encoder, either, or patches.
-
-    What it says is told by what it is given, where it learnt to take either.
-    """
+def options_of(path: str) -> tuple[dict, dict]:
+    """What a configuration says of the decoder, and of its data."""
     whole = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    options, data = whole["model"]["init_args"], whole["data"]["init_args"]
-    kind = medium(samples[0]).kind
-    tokenizers = {name: tokenizers[name] for name in ("text", kind)}
-    vocabulary, codec = Vocabulary.build(tokenizers), tokenizers[kind]
-    patches = (kind,) if way == "encoder" else ()
-    config = DecoderConfig(vocabulary.size, composed=(CodeRange(vocabulary.range(kind).start, codec.levels),),
-                           features={} if way == "codes" else {kind: codec.feature_width},
-                           encoders=dict.fromkeys(patches, codec.encoder_config), **options["decoder"])
-    decoder = Decoder(config, GridEncoder)
-    weights = codec.network.state_dict()
-    for encoder in decoder.encoders.values():
-        encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()})
-    make = EitherDocuments if way == "either" else Documents
-    documents = make(samples, tokenizers, vocabulary, max_seq_len=data["max_seq_len"], augmentation=augmentation, patches=patches)
-    batches = PackedBatches(documents, vocabulary, data["tokens_per_batch"], repeats=repeats, steps=10**6)
+    return whole["model"]["init_args"], whole["data"]["init_args"]
 
+
+def new_decoder(options: dict, vocabulary: Vocabulary, tokenizers: dict, way: str) -> Decoder:
+    """A decoder that knows nothing, of the shape that a configuration gives; its encoders begin as those of the tokenizers."""
+    codecs = {kind: tokenizer for kind, tokenizer in tokenizers.items() if kind != "text"}
+    composed = tuple(CodeRange(vocabulary.range(kind).start, codec.levels) for kind, codec in codecs.items())
+    features = {} if way == "codes" else {kind: codec.feature_width for kind, codec in codecs.items()}
+    encoders = {kind: codec.encoder_config for kind, codec in codecs.items()} if way == "encoder" else {}
+    decoder = Decoder(DecoderConfig(vocabulary.size, composed=composed, features=features, encoders=encoders,
+                                    **options["decoder"]), GridEncoder)
+    for kind, encoder in decoder.encoders.items():
+        weights = codecs[kind].network.state_dict()
+        encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()})
+    return decoder
+
+
+def learn(decoder: Decoder, options: dict, batches: PackedBatches, minutes: float) -> int:
+    """Train a decoder with the optimizer of a configuration -> steps taken."""
     def loss(*fields) -> Tensor:
         batch = Batch(*fields)
         hidden = decoder(batch.ids, batch.positions, batch.packing, batch.features).flatten(0, 1)[batch.supervised]
         return next_token_loss(decoder.embedding, hidden, batch.targets, batch.plain, None, 1e-5).total / len(batch.targets)
 
     optimizer = configure(decoder, OptimizerConfig(**options["optimizer"]), 1)["optimizer"]
-    steps = _run(optimizer, [group["initial_lr"] for group in optimizer.param_groups], decoder, minutes,
-                 (batches[k] for k in range(len(batches))), loss)
+    return _run(optimizer, [group["initial_lr"] for group in optimizer.param_groups], decoder, minutes,
+                (batches[k] for k in range(len(batches))), loss)
+
+
+def ours(path: str, samples: Sequence[Sample], repeats: Sequence[int], tokenizers: dict, augmentation: Augmentation,
+         held_out: Sequence[Sample], minutes: float, way: str = "encoder"):
+    """The decoder of a configuration on these samples alone, given codes, features of the codec's encoder, either, or patches.
+
+    What it says is told by what it is given, where it learnt to take either.
+    """
+    options, data = options_of(path)
+    kind = medium(samples[0]).kind
+    tokenizers = {name: tokenizers[name] for name in ("text", kind)}
+    vocabulary = Vocabulary.build(tokenizers)
+    decoder = new_decoder(options, vocabulary, tokenizers, way)
+    patches = tuple(decoder.encoders)
+    make = EitherDocuments if way == "either" else Documents
+    documents = make(samples, tokenizers, vocabulary, max_seq_len=data["max_seq_len"], augmentation=augmentation, patches=patches)
+    batches = PackedBatches(documents, vocabulary, data["tokens_per_batch"], repeats=repeats, steps=10**6)
+    steps = learn(decoder, options, batches, minutes)
     model = Model(decoder, vocabulary, tokenizers)
     asked = to_documents(held_out, tokenizers, patches=patches)
     said: Any = model.caption_documents(asked)

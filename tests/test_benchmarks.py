@@ -71,6 +71,18 @@ def test_specialists_run_in_short_form(more, tasks):
     assert rows == [task for task in tasks for _ in range(7)]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name, told", [
+    ("one_model", r"one for all: exact name \d\.\d+, instrument .*, note .*, picture .*, played instrument \d"),
+    ("caption_codec", r"weight 0\.01: psnr_db 2\d\..*, exact name, codes .*, exact name, features .*, picture \d"),
+])
+def test_a_benchmark_of_tasks_runs_in_short_form(name, told):
+    result = subprocess.run([sys.executable, f"benchmarks/{name}.py", "--short"], cwd=ROOT, capture_output=True, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    assert re.search(told, result.stdout), result.stdout
+
+
 @pytest.fixture(scope="module")
 def stream(tmp_path_factory):
     """Shards as benchmarks/scaling_grid.py prepares them, of a few samples each."""

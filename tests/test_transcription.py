@@ -1,8 +1,10 @@
 """Transcripts: the strings of CTC are its most likely ones, both scores are those of each string alone, and the sum decides."""
 
+import base64
 import io
 import itertools
 import math
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -33,6 +35,7 @@ from mmtx.report import report
 from mmtx.sequence import prompt, render
 from mmtx.serving.app import make_app
 from mmtx.serving.limits import Limits
+from mmtx.serving.page import add_page
 from mmtx.training.ctc import CTCConfig
 from mmtx.training.decoder import DecoderModule
 from mmtx.training.decoder_data import TokenizerFolders
@@ -232,6 +235,23 @@ def test_the_server_transcribes_and_captions_where_a_request_says_how_to_choose(
         assert ask(response_format="text").text == model.transcribe(medium)
         assert ask(temperature="0").json() == {"text": model.caption(medium)} != ask().json()
         assert client.post("/v1/audio/transcriptions", files={"file": ("a.wav", wav(60))}, data={"model": "tiny"}).status_code == 400
+
+
+@pytest.mark.parametrize("route", ["/v1/audio/transcriptions", "/demo/transcribe"])
+def test_a_transcript_that_takes_too_long_is_refused_in_time(model, route, monkeypatch):
+    over = threading.Event()
+    monkeypatch.setattr(type(model), "transcribe", lambda *given: over.wait(60) and "late")
+    app = make_app(model, "tiny", Limits(timeout=2))
+    add_page(app)
+    if route.startswith("/v1"):
+        given: dict = {"files": {"file": ("a.wav", wav(0.9))}, "data": {"model": "tiny"}}
+    else:
+        sound = {"type": "input_audio", "input_audio": {"data": base64.b64encode(wav(0.9)).decode(), "format": "wav"}}
+        given = {"json": {"model": "tiny", "sound": sound}}
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+        answer = client.post(route, **given)
+        over.set()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
 
 
 def test_a_report_of_transcripts_and_captions(model, tmp_path):

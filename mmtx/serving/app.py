@@ -8,7 +8,7 @@ import socket
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
@@ -30,7 +30,7 @@ from mmtx.pipeline import Model
 from mmtx.sequence import prompt
 from mmtx.serving import messages as api
 from mmtx.serving.batches import Batches, Job
-from mmtx.serving.limits import Door, Limits, Refused, as_refused
+from mmtx.serving.limits import Door, Limits, Refused, as_refused, in_time
 from mmtx.serving.sounds import KINDS, encoded, in_thread
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
@@ -76,9 +76,18 @@ class Service:
         """Run something in a thread of the readers, while batches wait a moment for what comes of it."""
         self.batches.coming += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self.readers, work, *given)
+            return await self.run(self.readers, work, *given)
         finally:
             self.batches.coming -= 1
+
+    async def run(self, threads: Executor, work: Callable[..., Any], *given: Any) -> Any:
+        """Run something in a thread. What has begun goes on where nobody waits any more; what has not never begins."""
+        async with in_time(self.deadline()):
+            return await asyncio.get_running_loop().run_in_executor(threads, work, *given)
+
+    def deadline(self) -> float:
+        """When what is asked now must be answered, of the loop's time."""
+        return asyncio.get_running_loop().time() + self.limits.timeout
 
     def embed(self, document: Document) -> np.ndarray:
         (encoded,) = self.model.encode_documents([document], codes=False)
@@ -98,7 +107,7 @@ class Answer:
             raise Refused(400, f"{self.length} tokens of prompt and {least} of answer, expected up to {service.limits.tokens} in all",
                           "context_length_exceeded")
         sampling = Sampling.of(**body.model_dump(include=SAMPLED), max_new_tokens=body.max_tokens or min(256, room))
-        self.job = Job(document, self.length, out, sampling, size, asyncio.get_running_loop().time() + service.limits.timeout,
+        self.job = Job(document, self.length, out, sampling, size, service.deadline(),
                        live or top is not None, top is not None)
 
     async def steps(self) -> AsyncIterator[list[tuple[int, torch.Tensor | None]]]:

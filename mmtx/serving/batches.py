@@ -23,7 +23,7 @@ from mmtx.inference.output_scores import OutputScores
 from mmtx.inference.sampling import Sampling
 from mmtx.pipeline import Model, by_length
 from mmtx.sequence import prompt
-from mmtx.serving.limits import Refused
+from mmtx.serving.limits import Refused, in_time
 
 PATIENCE = 0.01  # seconds at most that a batch waits for requests that will be there in a moment
 LEAST = 4        # rows of a batch below which a thread that has nothing to do gets no share of it
@@ -90,15 +90,13 @@ class Batches:
         self.submit(job)
         try:
             while True:
-                async with asyncio.timeout_at(job.deadline):
+                async with in_time(job.deadline):
                     new = await job.queue.get()
                 if new is None:
                     return
                 if isinstance(new, Exception):
                     raise new
                 yield new
-        except TimeoutError:
-            raise Refused(504, "the answer was not ready in time", "timeout") from None
         finally:
             self.drop(job)
 

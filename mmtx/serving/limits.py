@@ -8,7 +8,8 @@ import asyncio
 import hmac
 import logging
 import time
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from fastapi.exceptions import RequestValidationError
@@ -64,6 +65,16 @@ def as_refused(error: Exception) -> Refused:
         return Refused(error.status_code, error.detail)
     logging.getLogger("mmtx").error("a request failed", exc_info=error)
     return Refused(500, "the server failed; its log says why")
+
+
+@asynccontextmanager
+async def in_time(deadline: float) -> AsyncIterator[None]:
+    """What is awaited inside must be there at `deadline`, of the loop's time. Raises Refused, 504, where it is not."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            yield
+    except TimeoutError:
+        raise Refused(504, "the answer was not ready in time", "timeout") from None
 
 
 class Door:

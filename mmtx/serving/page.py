@@ -1,7 +1,6 @@
 """The page of `mmtx demo`: what it asks beside OpenAI's routes. Words come with what each of them read and with the training
 samples that are most alike; speech is written down; pictures and sounds are made, completed and continued."""
 
-import asyncio
 import base64
 import json
 import math
@@ -103,10 +102,7 @@ def add_page(app: FastAPI, maker: Model | None = None, transcriber: Model | None
 
     @app.post("/demo/make")
     async def make(body: MakeBody) -> dict:
-        try:
-            return await asyncio.wait_for(asyncio.get_running_loop().run_in_executor(studio, _make, body), limits.timeout)
-        except TimeoutError:
-            raise Refused(504, "the answer was not ready in time", "timeout") from None
+        return await service.run(studio, _make, body)
 
     def _attention(body: AttentionBody) -> dict:
         (document,) = model.encode_documents([api.read_document(model, body.messages, limits)])
