@@ -23,9 +23,10 @@ def deepen(folder: str | Path, depth: int) -> mmtx.Model:
     old = model.decoder.config
     if depth <= old.depth:
         raise mmtx.InputError(f"--depth: found {depth}, expected more than the {old.depth} blocks of {folder}")
-    decoder = Decoder(replace(old, depth=depth), GridEncoder)
     # Block i takes the place that leaves as many new ones before it as come on it.
     places = [i + i * (depth - old.depth) // old.depth for i in range(old.depth)]
+    heard = places[old.ctc_blocks - 1] + 1 if old.ctc_blocks else old.ctc_blocks  # CTC is asked behind the same block
+    decoder = Decoder(replace(old, depth=depth, ctc_blocks=heard), GridEncoder)
     weights = {name: weight for name, weight in model.decoder.state_dict().items() if not name.startswith("blocks.")}
     for i, place in enumerate(places):
         weights |= {f"blocks.{place}.{name}": weight for name, weight in model.decoder.blocks[i].state_dict().items()}

@@ -26,10 +26,10 @@ class Captioned(NamedTuple):
     error: InputError | None = None
 
 
-def find_media(names: Sequence[str], kind: str | None = None) -> Iterator[str | InputError]:
+def find_media(names: str | Path | Sequence[str | Path], kind: str | None = None) -> Iterator[str | InputError]:
     """Files, URLs, and all media in folders, in order; what is missing, empty or not of the `kind` that is wanted as its error."""
     kinds = media_kinds() if kind is None else (kind,)
-    for name in names:
+    for name in map(str, [names] if isinstance(names, (str, Path)) else names):
         path = Path(name)
         try:
             if is_url(name) or path.is_file():

@@ -14,7 +14,7 @@ import torch
 from PIL import Image as PILImage
 
 from mmtx.data.formats import AUDIO_FORMATS, IMAGE_FORMATS
-from mmtx.data.media import Sampled
+from mmtx.data.media import OPENED, Sampled
 from mmtx.data.sample import kind_of
 from mmtx.data.sound_files import MAX_CHANNELS
 from mmtx.data.storage import display, open_binary
@@ -142,11 +142,12 @@ def could_be_sound(item: np.ndarray | torch.Tensor) -> bool:
 
 def check_open(picture: PILImage.Image) -> None:
     """Raise InputError where the file of a PIL image was closed before its pixels were read."""
-    if getattr(picture, "fp", None) is None:  # all are read, or no more can be
-        try:
-            picture.load()
-        except (ValueError, AttributeError, AssertionError):  # which of them depends on the format
-            raise InputError("found a PIL image that was closed before its pixels were read, expected an open one") from None
+    with OPENED:
+        if getattr(picture, "fp", None) is None:  # all are read, or no more can be
+            try:
+                picture.load()
+            except (ValueError, AttributeError, AssertionError):  # which of them depends on the format
+                raise InputError("found a PIL image that was closed before its pixels were read, expected an open one") from None
 
 
 def to_pil(tokenizer: Tokenizer, codes: np.ndarray) -> PILImage.Image:

@@ -382,7 +382,7 @@ class Model:
         ids = (int(step[0]) for step in asked)
         for ident in ids:
             writing = bool(pending) and v.kind(pending[0]) == "text"
-            if writing and v.kind(ident) != "text":
+            if writing and (v.kind(ident) != "text" or ident == v.end):  # in a chat format the end is text, too
                 # Bytes that did not become a character were held back.
                 if rest := decode(pending)[shown:]:
                     yield rest

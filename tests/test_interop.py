@@ -145,6 +145,15 @@ def test_a_grown_vocabulary_leaves_text_rows_and_scores_as_they_were(media, tmp_
         assert rows[chosen.start:chosen.stop].std(0).mean() > 0.02 * spread.mean()
 
 
+def test_a_stream_in_a_chat_format_is_the_whole_answer(media, tmp_path):
+    """Its end is an id of text, and bytes that wait for the rest of a character come before it."""
+    save_model(tmp_path, "qwen2")
+    model = convert(tmp_path, media)
+    for seed in range(24):
+        options = {"max_new_tokens": 1 + seed % 6, "temperature": 1.5, "seed": seed}
+        assert "".join(model.stream("a red", **options)) == model.generate("a red", **options)
+
+
 def test_pictures_and_sounds_stand_in_the_chat_format_and_are_read_back(media, tmp_path):
     save_model(tmp_path, "qwen3")
     model = convert(tmp_path, media)

@@ -345,6 +345,48 @@ def test_a_chat_keeps_what_was_not_answered(page, model, media):
     assert page.input_value("#words") == "" and page.locator("#shown img").count() == 0
 
 
+def test_a_file_is_sent_once_and_can_be_chosen_again(page, media):
+    asked = []
+    page.on("request", lambda request: request.url.endswith("/chat/completions") and asked.append(json.loads(request.post_data)))
+    page.click("[data-tab=chat]")
+    for count in (1, 3):  # the browser tells of a file that is chosen again only where the field is empty
+        upload(page, media[0], "a.webp")
+        page.wait_for_selector("#shown img")
+        page.click("#ask")
+        page.wait_for_selector(f"body[aria-busy=false] .turn >> nth={count}")
+        assert page.eval_on_selector("#file", "field => field.files.length") == 0
+        assert asked[-1]["messages"][-1]["content"] == [{"type": "image_url", "image_url": {
+            "url": "data:image/webp;base64," + base64.b64encode(media[0]).decode()}}]
+
+
+def test_another_layer_can_be_chosen_after_another_tab(page, media):
+    upload(page, media[0], "a.webp")
+    words_of(page)
+    page.wait_for_selector("#read:not([hidden])")
+    page.click("[data-tab=chat]")
+    page.fill("#words", "And now?")
+    page.click("#ask")
+    page.wait_for_selector("body[aria-busy=false] .turn >> nth=1")
+    page.click("#anew")
+    page.click("[data-tab=say]")
+    with page.expect_response("**/demo/attention", timeout=5000) as told:
+        page.select_option("#layer", "0")
+    assert told.value.ok and json.loads(told.value.request.post_data)["messages"][0]["content"] == [{"type": "image_url", "image_url": {
+        "url": "data:image/webp;base64," + base64.b64encode(media[0]).decode()}}]
+
+
+def test_a_tab_that_is_left_at_work_is_idle_and_works_again(page, model, media):
+    page.route("**/v1/chat/completions", lambda route: None)  # no answer ever comes
+    upload(page, media[0], "a.webp")
+    page.wait_for_selector("body[aria-busy=true]")
+    page.click("[data-tab=chat]")
+    page.wait_for_selector("body[aria-busy=false]")
+    page.click("[data-tab=say]")
+    page.unroute("**/v1/chat/completions")
+    page.click("#ask")
+    assert words_of(page) == model.caption(mmtx.Image(media[0]))
+
+
 @pytest.mark.parametrize("way", ["drop", "paste"])
 def test_files_can_be_dropped_and_pasted(page, model, media, way):
     page.evaluate("""([data, way]) => {
@@ -377,6 +419,18 @@ def test_tabs_draw_play_and_go_on(page, maker, media):
     assert np.array_equal(made("#go_on .made img"), np.asarray(maker.outpaint(mmtx.Image(media[0]))))
     upload(page, media[2], "a.ogg")
     np.testing.assert_allclose(made("#go_on .made audio"), maker.continue_audio(mmtx.Audio(media[2]), 0.5).samples, atol=1e-4)
+
+
+def test_a_field_that_is_hidden_and_empty_is_not_sent(page):
+    page.click("[data-tab=make]")
+    page.select_option("#out", "audio")
+    page.fill("#seconds", "")
+    page.select_option("#out", "image")
+    page.fill("#words", "red apple")
+    with page.expect_request("**/demo/make") as asked:
+        page.click("#ask")
+    page.wait_for_selector("#make .made img")
+    assert json.loads(asked.value.post_data).keys() == {"model", "out", "seed", "content", "temperature", "kept"}
 
 
 @pytest.mark.parametrize("device", ["camera", "microphone"])

@@ -182,6 +182,17 @@ def test_more_prompts_than_a_batch_keep_their_order(lively_model, tone, pixels, 
     assert lively_model.caption(items, **SAMPLED) == sampled
 
 
+@pytest.mark.parametrize("form", ["jpeg", "png"])
+def test_a_pil_image_may_be_given_twice(tiny_model, three_threads, form, monkeypatch):
+    """Its file is read when its pixels are first asked for, and several threads ask."""
+    monkeypatch.setattr("mmtx.pipeline.BATCH", 2)
+    file = io.BytesIO()
+    PILImage.fromarray(np.random.default_rng(0).integers(0, 256, (700, 900, 3), dtype=np.uint8)).save(file, form)
+    expected = tiny_model.caption(PILImage.open(file), **SHORT)
+    for _ in range(4):
+        assert tiny_model.caption([PILImage.open(io.BytesIO(file.getvalue()))] * 8, **SHORT) == [expected] * 8
+
+
 def test_batches_run_in_threads_of_one_thread_each(tiny_model, monkeypatch, three_threads):
     monkeypatch.setattr("mmtx.pipeline.BATCH", 2)
     barrier = threading.Barrier(3, timeout=30)      # passed only when three are at it at the same time

@@ -24,6 +24,7 @@ import soundfile
 import torch
 from PIL import Image
 from servers import serving
+from starlette.testclient import TestClient
 
 import mmtx
 from mmtx.document import Document, Turn
@@ -38,7 +39,7 @@ pytest.importorskip("fastapi")
 
 from mmtx.serving.app import make_app  # noqa: E402
 from mmtx.serving.batches import Batches, Job  # noqa: E402
-from mmtx.serving.limits import Refused  # noqa: E402
+from mmtx.serving.limits import Limits, Refused  # noqa: E402
 from mmtx.serving.sounds import in_thread  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -194,6 +195,15 @@ def test_a_stream_is_the_answer_in_pieces(server, media):
     assert events[-1].usage == whole.usage and events[-2].choices[0].finish_reason == whole.choices[0].finish_reason
 
 
+def test_a_stream_tells_its_role_once(server, media):
+    with server.client.chat.completions.stream(model=NAME, max_tokens=40, messages=[
+            {"role": "user", "content": [item(media[0])]}]) as stream:
+        pieces = [event.chunk.choices[0].delta for event in stream if event.type == "chunk"]
+    message = stream.current_completion_snapshot.choices[0].message  # the final one is refused where an answer was cut
+    assert (message.role, message.content) == ("assistant", server.chat([item(media[0])], max_tokens=40).choices[0].message.content)
+    assert len(pieces) > 5 and [piece.role for piece in pieces] == ["assistant"] + [None] * (len(pieces) - 1)
+
+
 def test_many_at_once_get_what_each_gets_alone(model, server, media):
     asked = [(data, most, stream) for data in media for most in (7, 30) for stream in (False, True)]
     truth = {(data, most): model.caption(marked(data), max_new_tokens=most) for data in media for most in (7, 30)}
@@ -300,6 +310,20 @@ def test_pictures_and_sounds_are_those_of_the_model(model, server):
         assert rate == truth.rate and (form in ("mp3", "opus") or np.abs(samples - truth.samples).max() < 1e-3)
 
 
+@pytest.mark.parametrize("size", ["32x16", "auto"])
+def test_a_picture_needs_room_for_all_of_its_codes(model, size):
+    config = model.tokenizers["image"].config
+    cells = (config.side ** 2 if size == "auto" else 32 * 16) // config.patch ** 2
+    length, status, told = len(model._prompt("a red circle").ids), {}, {}
+    for spare in (-1, 0):  # <image>, rows, columns, codes, </image>, <end>
+        app = make_app(model, NAME, Limits(tokens=length + cells + 5 + spare))
+        with TestClient(app, base_url="http://127.0.0.1") as client:
+            answer = client.post("/v1/images/generations", json={"model": NAME, "prompt": "a red circle", "size": size})
+        status[spare], told[spare] = answer.status_code, answer.json()
+    assert status == {-1: 400, 0: 200} and told[-1]["error"]["code"] == "context_length_exceeded"
+    assert told[0]["usage"] == {"input_tokens": length, "output_tokens": cells + 5, "total_tokens": length + cells + 5}
+
+
 @pytest.fixture(scope="module")
 def speaker():
     process = Process(ROOT / "demos" / "generate", name="speaker")
@@ -385,6 +409,27 @@ def test_speech_that_cannot_be_made_is_refused_with_a_status(speaker):
 def test_models_and_health(server):
     assert [one.id for one in server.client.models.list()] == [NAME] == [server.client.models.retrieve(NAME).id]
     assert json.load(urllib.request.urlopen(f"{server.address}/health", timeout=20)) == {"status": "ok"}
+
+
+def test_a_name_may_have_a_slash(model):
+    with TestClient(make_app(model, "org/model"), base_url="http://127.0.0.1") as client:
+        for path in ("org/model", "org%2Fmodel"):
+            assert client.get(f"/v1/models/{path}").json()["id"] == "org/model"
+        assert client.get("/v1/models/org").status_code == 404
+
+
+def test_what_is_null_is_not_given(server):
+    names = ("temperature", "top_p", "n", "seed", "frequency_penalty", "presence_penalty", "stream", "stream_options",
+             "max_completion_tokens", "logprobs", "user", "stop", "tools", "tool_choice", "response_format", "logit_bias", "metadata", "store")
+    replied = {"role": "assistant", "content": "a blue"}
+    more = dict.fromkeys(("refusal", "audio", "function_call", "tool_calls", "annotations", "name"))
+    ask = lambda message, **options: server.client.chat.completions.create(
+        model=NAME, messages=[{"role": "user", "content": "a"}, message, {"role": "user", "content": "and?"}], max_tokens=12, **options)
+    answer, expected = ask({**replied, **more}, extra_body=dict.fromkeys(names)), ask(replied)
+    assert answer.choices[0].message.content == expected.choices[0].message.content and answer.usage == expected.usage
+    for message, options in (({**replied, "refusal": "no"}, {}), (replied, {"extra_body": {"store": False}})):
+        with pytest.raises(openai.BadRequestError, match="Extra inputs are not permitted"):
+            ask(message, **options)
 
 
 # -- Bad requests --------------------------------------------------------------------------------------------

@@ -158,17 +158,36 @@ def test_one_sound_is_a_string_and_several_are_a_list(model):
 
 def test_a_long_sound_is_cut_where_it_is_quietest():
     rng = np.random.default_rng(0)
-    loud, quiet = rng.normal(size=RATE).astype(np.float32), np.zeros(RATE // 4, np.float32)
-    words = [loud, quiet, loud[:RATE // 2], quiet, loud, quiet, loud[:RATE // 3]]
-    whole = torch.from_numpy(np.concatenate(words))
+    parts = [(1.0, 1), (0.25, 0.01), (0.5, 1), (0.25, 0.02), (1.0, 1), (0.25, 0.02), (0.33, 1)]  # seconds and loudness
+    whole = torch.from_numpy(np.concatenate([loud * rng.normal(size=round(s * RATE)) for s, loud in parts]).astype(np.float32))
     pieces = cut_at_pauses(whole, RATE, 2.0)
-    assert torch.equal(torch.cat(pieces), whole)
+    begins = [next(k for k in range(len(whole)) if torch.equal(whole[k:k + 99], piece[:99])) / RATE for piece in pieces]
     within_pauses = [(1.0, 1.25), (1.75, 2.0), (3.0, 3.25)]
-    cuts = np.cumsum([len(piece) for piece in pieces])[:-1] / RATE
-    assert len(cuts) == 2 and all(any(first <= cut <= last for first, last in within_pauses) for cut in cuts)
+    assert len(pieces) == 3 and begins[0] == 0
+    for begin, end in zip(begins[1:], (begin + len(piece) / RATE for begin, piece in zip(begins, pieces))):
+        assert any(first <= end <= begin <= last for first, last in within_pauses)
     for seconds in (0.1, 0.35, 2.0, 9.0):
-        pieces = cut_at_pauses(whole, RATE, seconds)
-        assert torch.equal(torch.cat(pieces), whole) and all(0 < len(piece) <= seconds * RATE for piece in pieces)
+        assert all(0 < len(piece) <= seconds * RATE for piece in cut_at_pauses(whole, RATE, seconds))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.002])
+def test_what_is_quiet_around_speech_is_left_out(noise):
+    rng = np.random.default_rng(1)
+    loud, silence = rng.normal(size=RATE).astype(np.float32), np.zeros(2 * RATE, np.float32)
+    whole = np.concatenate([silence, loud, silence, silence, loud, silence]) + noise * rng.normal(size=10 * RATE).astype(np.float32)
+    pieces = cut_at_pauses(torch.from_numpy(whole.astype(np.float32)), RATE, 3.5)
+    assert len(pieces) == 2
+    for piece in pieces:  # with a margin of 0.1 s, and a moment of 0.025 s
+        assert RATE <= len(piece) <= 1.26 * RATE
+    assert cut_at_pauses(torch.zeros(3 * RATE), RATE, 1.0) == [] == cut_at_pauses(torch.zeros(0), RATE, 1.0)
+
+
+def test_nobody_speaks_in_silence():
+    model = mmtx.load("demos/speech", device="cpu")
+    said = "demos/examples/speech.ogg"
+    spoken, silence = load_audio(said, RATE).numpy(), np.zeros(2 * RATE, np.float32)
+    around = np.concatenate([silence, spoken, silence])
+    assert model.transcribe([mmtx.Audio(np.zeros(3 * RATE, np.float32), RATE), mmtx.Audio(around, RATE)]) == ["", model.transcribe(said)]
 
 
 def test_what_is_said_in_a_long_sound_is_what_is_said_in_its_pieces(model, monkeypatch):
@@ -234,7 +253,18 @@ def test_the_server_transcribes_and_captions_where_a_request_says_how_to_choose(
         assert ask().json() == {"text": model.transcribe(medium)}
         assert ask(response_format="text").text == model.transcribe(medium)
         assert ask(temperature="0").json() == {"text": model.caption(medium)} != ask().json()
-        assert client.post("/v1/audio/transcriptions", files={"file": ("a.wav", wav(60))}, data={"model": "tiny"}).status_code == 400
+
+
+def test_a_transcript_needs_no_room_for_the_whole_sound(model):
+    """Which is cut into pieces; a caption reads all of it at once."""
+    medium = mmtx.Audio(wav(9.0, 5))
+    with TestClient(make_app(model, "tiny", Limits(tokens=400, seconds=10)), base_url="http://127.0.0.1") as client:
+        ask = lambda data, **more: client.post("/v1/audio/transcriptions", files={"file": ("a.wav", data)}, data={"model": "tiny", **more})
+        assert ask(medium.data).json() == {"text": model.transcribe(medium)}
+        captioned = ask(medium.data, temperature="0")
+        assert (captioned.status_code, captioned.json()["error"]["code"]) == (400, "context_length_exceeded")
+        refused = ask(wav(10.5))
+        assert refused.status_code == 400 and "expected up to 10 s" in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("route", ["/v1/audio/transcriptions", "/demo/transcribe"])

@@ -51,7 +51,10 @@ def detokenize(options: argparse.Namespace) -> None:
     if media and options.output is None:
         raise InputError("--output is missing: where shall pictures and sounds go?")
     if options.output is not None:
-        options.output.mkdir(parents=True, exist_ok=True)
+        try:
+            options.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--output {options.output}: no folder can be made there ({error.strerror})") from None
     for number, part in enumerate(parts, 1):
         if isinstance(part, str):
             print(escape(part, keep="\n\t"))

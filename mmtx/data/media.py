@@ -8,6 +8,7 @@ stored: a profile (ICC) or gamma is not applied.
 import io
 import math
 import os
+import threading
 from functools import lru_cache
 from numbers import Real
 from typing import Any, Protocol
@@ -29,6 +30,7 @@ __all__ = ["kind_of", "load_audio", "load_image", "read_audio", "read_image", "s
 PEAK = 0.7
 SILENCE = 1e-4  # peak (-80 dB, three steps of 16 bit) up to which a sound is left alone: raised, it is noise
 BAND = 2**20  # pixels
+OPENED = threading.Lock()  # of pictures that callers opened: one given to several threads reads its file once
 MOST_SPEED = 4  # as fast as a sound may be played, or as slow
 FILTERS = 16    # of resampling that are kept, up to 5 MB each: to make one takes as long as to use it
 TURN = Image.Transpose
@@ -79,7 +81,9 @@ def load_image(data: Any, name: str | None = None) -> torch.Tensor:
     if isinstance(data, (np.ndarray, torch.Tensor)):
         return _tensor(Image.fromarray(_pixels(data, name)), name)
     if isinstance(data, Image.Image):
-        return _tensor(_decoded(data, None, name), name)
+        with OPENED:
+            picture = _decoded(data, None, name)
+        return _tensor(picture, name)
     picture, file = _file(_bytes(data, name), name)
     return _tensor(_decoded(picture, file, name), name)
 

@@ -30,6 +30,11 @@ from mmtx.vocabulary import Vocabulary
 BEAM = 24
 LEAST = np.log(1e-3)  # probability of a piece below which no string has it at that step; 1e-4 took longer and found no other
 PAUSE = 0.1           # seconds that are quiet together
+MOMENT = 0.025        # seconds, long enough for the lowest voice
+NOISE = 0.1           # share of the moments of a sound that are taken for noise
+ABOVE = 4.0           # times as strong as noise is what somebody says,
+QUIET = 1e-4, 0.03    # if it is within these shares of the strength of the loudest moment
+MARGIN = 0.1          # seconds around speech: words begin and end more quietly
 
 Pieces = tuple[int, ...]  # of text, as the tokenizer numbers them
 
@@ -54,7 +59,14 @@ def transcribe(decoder: Decoder, vocabulary: Vocabulary, text: Tokenizer, prompt
 
 
 def cut_at_pauses(sound: Tensor, rate: int, seconds: float) -> list[Tensor]:
-    """A sound (samples,) -> pieces of at most so many seconds, one behind another, each cut where its second half is quietest."""
+    """A sound (samples,) -> pieces of at most so many seconds, one behind another, each cut where its second half is quietest.
+
+    What is quiet before, between and behind speech is left out, or the decoder would hear words in it: of silence there is no piece.
+    """
+    if not sound.any():
+        return []
+    loudness = _loudness(sound, rate)
+    least = float((ABOVE * loudness.quantile(NOISE)).clamp(*(loudness.amax() * share for share in QUIET)))
     pieces, longest, window, hop = [], round(seconds * rate), round(PAUSE * rate), round(PAUSE * rate / 4)
     while len(sound) > longest:
         first = min(longest // 2, longest - window)
@@ -62,7 +74,22 @@ def cut_at_pauses(sound: Tensor, rate: int, seconds: float) -> list[Tensor]:
         stop = first + int(loud.argmin()) * hop + window // 2
         pieces.append(sound[:stop])
         sound = sound[stop:]
-    return [*pieces, sound]
+    return [speech for piece in (*pieces, sound) if len(speech := _without_ends(piece, rate, least))]
+
+
+def _loudness(sound: Tensor, rate: int) -> Tensor:
+    """The mean square of each moment of a sound (samples,)."""
+    moment = round(MOMENT * rate)
+    return F.pad(sound, (0, -len(sound) % moment)).view(-1, moment).square().mean(1)
+
+
+def _without_ends(sound: Tensor, rate: int, least: float) -> Tensor:
+    """A sound (samples,) from a margin before its first moment that is as loud as `least` to a margin behind the last."""
+    loud = (_loudness(sound, rate) >= least).nonzero()[:, 0].tolist()
+    if not loud:
+        return sound[:0]
+    moment, margin = round(MOMENT * rate), round(MARGIN * rate)
+    return sound[max(0, loud[0] * moment - margin):(loud[-1] + 1) * moment + margin]
 
 
 def hear(decoder: Decoder, prompt: Prompt, vocabulary: Vocabulary) -> Heard:

@@ -89,6 +89,14 @@ class Service:
         """When what is asked now must be answered, of the loop's time."""
         return asyncio.get_running_loop().time() + self.limits.timeout
 
+    def picture_length(self, size: tuple[int, int] | None) -> int:
+        """Ids of an answer that is a picture of this height and width, or of the tokenizer's; 1 where the model chooses them."""
+        v, prefix = self.model.vocabulary, self.model._size_prefix("image", size)
+        if not prefix:
+            return 1
+        rows, columns = prefix[1] - v.height(1) + 1, prefix[2] - v.width(1) + 1
+        return len(prefix) + rows * columns + 2  # what closes the picture, and <end>
+
     def embed(self, document: Document) -> np.ndarray:
         (encoded,) = self.model.encode_documents([document], codes=False)
         return self.model.embed_prompt(prompt(encoded, self.model.vocabulary))
@@ -103,7 +111,8 @@ class Answer:
         self.ids: list[int] = []  # written so far, <end> included
         self.texts = service.model.vocabulary.range("text")
         room = service.limits.tokens - self.length
-        if room < (least := body.max_tokens or 1):
+        least = max(body.max_tokens or 1, service.picture_length(size) if out == "image" else 1)  # a picture is never cut
+        if room < least:
             raise Refused(400, f"{self.length} tokens of prompt and {least} of answer, expected up to {service.limits.tokens} in all",
                           "context_length_exceeded")
         sampling = Sampling.of(**body.model_dump(include=SAMPLED), max_new_tokens=body.max_tokens or min(256, room))
@@ -184,19 +193,20 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
         check(body.model)
         return Document((Turn(role, await service.read(api.read_parts, model, content, limits, where)),))
 
-    async def written(answer: Answer, body: api.WriteBody, kind: str, choice: Callable[[str], dict]) -> Any:
-        """Text as one object or as events; `choice` says it in the form of a route."""
+    async def written(answer: Answer, body: api.WriteBody, kind: str, choice: Callable[[str, bool], dict]) -> Any:
+        """Text as one object or as events; `choice` says it in the form of a route, told whether it is the first."""
         head = {"id": f"{kind[:4]}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": name}
 
-        def shown(text: str, scored: list[dict] | None, reason: str | None) -> dict:
+        def shown(text: str, scored: list[dict] | None, reason: str | None, first: bool = True) -> dict:
             logprobs = None if scored is None else {"content": scored, "refusal": None}
-            return {**head, "choices": [{"index": 0, **choice(text), "finish_reason": reason, "logprobs": logprobs}]}
+            return {**head, "choices": [{"index": 0, **choice(text, first), "finish_reason": reason, "logprobs": logprobs}]}
 
         async def events() -> AsyncIterator[str]:
-            event = lambda value: f"data: {json.dumps(value)}\n\n"
+            event, first = lambda value: f"data: {json.dumps(value)}\n\n", True
             try:
                 async for text, scored, reason in answer.pieces():
-                    yield event(shown(text, scored or None, reason))
+                    yield event(shown(text, scored or None, reason, first))
+                    first = False
                 if body.stream_options and body.stream_options.include_usage:
                     yield event({**head, "choices": [], "usage": answer.usage()})
                 yield "data: [DONE]\n\n"
@@ -221,7 +231,7 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
     async def models() -> dict:
         return {"object": "list", "data": [await one_model(name)]}
 
-    @app.get("/v1/models/{asked_for}")
+    @app.get("/v1/models/{asked_for:path}")  # a name may have a slash
     async def one_model(asked_for: str) -> dict:
         check(asked_for)
         return {"id": name, "object": "model", "created": service.began, "owned_by": "mmtx"}
@@ -232,12 +242,13 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
         document = await service.read(api.read_document, model, body.messages, limits)
         answer = Answer(service, document, body, live=body.stream, top=(body.top_logprobs or 0) if body.logprobs else None)
         kind, key = ("chat.completion.chunk", "delta") if body.stream else ("chat.completion", "message")
-        return await written(answer, body, kind, lambda text: {key: {"role": "assistant", "content": text}})
+        role = lambda first: {"role": "assistant"} if first else {}  # clients join what the pieces of a stream say
+        return await written(answer, body, kind, lambda text, first: {key: {**role(first), "content": text}})
 
     @app.post("/v1/completions")
     async def completions(body: api.CompletionBody):
         answer = Answer(service, await read(body, body.prompt, "prompt", None), body, "document", live=body.stream)
-        return await written(answer, body, "text_completion", lambda text: {"text": text})
+        return await written(answer, body, "text_completion", lambda text, first: {"text": text})
 
     @app.post("/v1/embeddings")
     async def embeddings(body: api.EmbeddingsBody) -> dict:
@@ -255,10 +266,10 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
     async def transcriptions(body: Annotated[api.TranscriptionBody, Form()]):
         check(body.model)
         part = await service.read(api.read_part, model, Audio(await body.file.read()), limits, "file")
-        answer = Answer(service, Document((Turn("user", (part,)),)), body)
         if model.transcribes and not {*SAMPLED, "max_tokens"} & body.model_fields_set:
-            text = await service.read(model.transcribe, part)
+            text = await service.read(model.transcribe, part)  # piece by piece, so that no prompt is as long as the sound
         else:
+            answer = Answer(service, Document((Turn("user", (part,)),)), body)
             text = "".join([text async for text, *_ in answer.pieces()])
         return PlainTextResponse(text) if body.response_format == "text" else {"text": text}
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, cast
 
 from fastapi import UploadFile
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from mmtx.data.media import image_size
 from mmtx.document import Document, TextPart, Turn
@@ -24,9 +24,15 @@ ROLES = {"user": "user", "assistant": "assistant", "system": "user", "developer"
 
 
 class Body(BaseModel):
-    """A body in which an unknown field is a mistake, and a value of another type, too."""
+    """A body in which an unknown field is a mistake, and a value of another type, too. What is null is not given."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def drop_nulls(cls, given: Any) -> Any:
+        """Clients write null for what they leave open, also of fields that are unknown here: these ask for nothing."""
+        return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
 
 
 def as_items(given: Any) -> Any:
