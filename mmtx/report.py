@@ -1,6 +1,6 @@
 """A model's captions of held-out samples beside the true ones: examples, figures, and a control that learned nothing."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +8,11 @@ import numpy as np
 
 from mmtx.data.collection import Collected, DataSource, progress, read_sources
 from mmtx.data.media import load_audio, load_image
-from mmtx.data.sample import Media, Sample
+from mmtx.data.sample import Media, Sample, with_captions
 from mmtx.data.sources import MAX_BAD
 from mmtx.data.storage import display
 from mmtx.data.tokens import usable
-from mmtx.errors import InputError
+from mmtx.errors import InputError, escape
 from mmtx.evaluation import (
     MELS,
     PIXELS,
@@ -46,16 +46,27 @@ def report(model: Model, held_out: Sequence[DataSource], train: Sequence[DataSou
     reader, where captions may be transcripts, also the character error rate. With `train` nearest-neighbour controls answer the same
     samples with the caption of the training sample that looks or sounds most alike, in each of several ways to compare; of each
     figure the strongest is shown, and where the model is behind it, that is said. Fields that only training samples can tell of a
-    caption are left out without them.
+    caption are left out without them. So are samples whose last turn is no answer in text, which is told.
     Up to `max_bad` of the rows of a source may be unusable. With `transcribe` sounds are answered by `Model.transcribe`.
     """
     training = read_sources(train, max_bad)
     known = _facts(training.samples)
     readers = [_reader(source, known) for source in held_out]
+    collected = [read_sources([source], max_bad) for source in held_out]
+    answered = [with_captions(found.samples) for found in collected]
+    if not any(answered):
+        raise InputError(f"{', '.join(map(_names, held_out))}: the last turn of no sample is an answer in text, expected captions to "
+                         "compare with")
+    for source, reader, asked in zip(held_out, readers, answered, strict=True):
+        _check_fields(asked, reader, source)  # of all sources before the first is captioned, which may take hours
     controls: dict[str, dict[str, NearestNeighbour]] = {}
-    for source, reader in zip(held_out, readers, strict=True):
-        found = read_sources([source], max_bad)
-        pairs = usable(found.samples, model.tokenizers, found.counters[0], progress("encode"), model.decoder.config.encoders)
+    for source, reader, found, asked in zip(held_out, readers, collected, answered, strict=True):
+        others = f"left out: {len(found.samples) - len(asked)} of {len(found.samples)} samples, whose last turn is no answer in text"
+        if not asked:
+            found.finish()
+            yield f"\n{_names(source)}: {others}"
+            continue
+        pairs = usable(asked, model.tokenizers, found.counters[0], progress("encode"), model.decoder.config.encoders)
         found.finish()
         if not pairs:
             raise InputError(f"no sample can be used: {found.counters[0].summary()}")
@@ -72,10 +83,15 @@ def report(model: Model, held_out: Sequence[DataSource], train: Sequence[DataSou
         unknown = [f"exact {name}" for name in reader.unknown]
         told = [f"left out: {', '.join(unknown)} (only training samples tell {'it' if len(unknown) == 1 else 'them'} of a "
                 "caption, see --train)"] if unknown else []
+        told += [others] if len(asked) < len(found.samples) else []
         told += [f"behind a control that learns nothing: {', '.join(behind)}"] if behind else []
-        yield "\n".join([f"\n{', '.join(Path(display(path)).name for path in source.paths)}: {len(samples)} samples",
+        yield "\n".join([f"\n{_names(source)}: {len(samples)} samples",
                          *_examples(predicted, true, show), "", table(rows), *told])
     training.finish()
+
+
+def _names(source: DataSource) -> str:
+    return ", ".join(Path(display(path)).name for path in source.paths)
 
 
 def _facts(samples: Sequence[Sample]) -> list[dict[str, Any]]:
@@ -87,10 +103,37 @@ def _reader(source: DataSource, known: list[dict[str, Any]]) -> FieldReader:
     """What reads captions of a source; `known` are the fields of the training samples. Raises InputError where there is none."""
     if source.reader is None:
         return WHOLE_CAPTION
-    found = import_function(source.reader, "reader")(known)
+    at = f"reader {source.reader}"
+    found = _call(import_function(source.reader, "reader"), known, at)
     if not isinstance(found, FieldReader):
-        raise InputError(f"reader {source.reader}: gave {type(found).__name__}, expected an mmtx.evaluation.FieldReader")
-    return found
+        raise InputError(f"{at}: gave {type(found).__name__}, expected an mmtx.evaluation.FieldReader")
+
+    def read(caption: str) -> Mapping[str, Any]:
+        told = _call(found.read, caption, f"{at}: caption {caption!r}")
+        if not isinstance(told, Mapping):
+            raise InputError(f"{at}: caption {caption!r}: gave {type(told).__name__}, expected a mapping of fields")
+        return told
+
+    return found if found is WHOLE_CAPTION else found._replace(read=read)
+
+
+def _call(function: Callable[[Any], Any], given: Any, at: str) -> Any:
+    """What a function of the user's gives. Raises InputError, which begins with `at`, whatever the function raises."""
+    try:
+        return function(given)
+    except InputError as error:
+        raise InputError(f"{at}: {error}") from None
+    except Exception as error:  # whatever the code of others raises
+        raise InputError(f"{at}: {type(error).__name__}: {' '.join(str(error).split())[:150]}") from error
+
+
+def _check_fields(samples: Sequence[Sample], reader: FieldReader, source: DataSource) -> None:
+    """Raise InputError for the first sample that lacks a field which the reader of its source tells of captions."""
+    for sample in samples:
+        for field in reader.fields:
+            if field != "caption" and field not in sample.metadata:
+                raise InputError(f"{sample.where}: field {field!r} is missing, with which reader {source.reader} compares; found "
+                                 f"{', '.join(map(str, sample.metadata)) or 'no fields'}")
 
 
 def _controls(training: Collected, kind: str) -> dict[str, NearestNeighbour]:
@@ -133,9 +176,10 @@ def _examples(predicted: list[str], true: list[str], show: int) -> list[str]:
         return []
     show = min(show, len(true))
     chosen = [i * len(true) // show for i in range(show)]
-    shown = {i: predicted[i] if len(predicted[i]) <= WIDEST else predicted[i][:WIDEST - 3] + "..." for i in chosen}
+    said = {i: escape(predicted[i]) for i in chosen}
+    shown = {i: text if len(text) <= WIDEST else text[:WIDEST - 3] + "..." for i, text in said.items()}
     width = max(len("predicted"), *map(len, shown.values()))
-    lines = [f"  {'' if predicted[i] == true[i] else 'x':1} {shown[i]:<{width}}  {true[i]}" for i in chosen]
+    lines = [f"  {'' if predicted[i] == true[i] else 'x':1} {shown[i]:<{width}}  {escape(true[i])}" for i in chosen]
     return [f"    {'predicted':<{width}}  true", *lines]
 
 

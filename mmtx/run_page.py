@@ -150,10 +150,16 @@ def _evaluation(path: Path, text: str | None) -> str:
     return f"<h2>Held-out figures beside controls</h2><div class=\"card\"><pre>{_text(text)}</pre></div>"
 
 
+def step_of(path: Path) -> int:
+    """The step that a file of samples is of, such as step-000200.png and step-000200-07.ogg; -1 for other names."""
+    found = re.fullmatch(r"step-(\d+)(-\d+)?\.(png|txt|ogg)", path.name)
+    return int(found[1]) if found else -1
+
+
 def _samples(folder: Path) -> list[str]:
     """The last of what was looked at and listened to while it trained."""
     sections = []
-    for path in (max(folder.glob("step-*.png"), default=None), max(folder.glob("step-*.txt"), default=None)):
+    for path in (max(folder.glob(f"step-*.{kind}"), key=step_of, default=None) for kind in ("png", "txt")):
         if path is None:
             continue
         data = read_bytes(path, MOST)
@@ -167,9 +173,10 @@ def _samples(folder: Path) -> list[str]:
 
 def _sounds(folder: Path) -> list[str]:
     """Players under spectrograms of the last validation that has sounds, with what was said of them."""
-    step = max((path.name.rpartition("-")[0] for path in folder.glob("step-*-*.ogg")), default=None)
-    if step is None:
+    last = max(folder.glob("step-*-*.ogg"), key=step_of, default=None)
+    if last is None:
         return []
+    step = last.name.rpartition("-")[0]
     said, cards = _captions(folder / f"{step}.txt"), ""
     for path in sorted(folder.glob(f"{step}-*.ogg")):
         data, row = read_bytes(path, MOST), path.stem.rpartition("-")[2]

@@ -5,6 +5,7 @@
 N parameters, D tokens, C floating-point operations (FLOPs) of a training.
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -157,11 +158,13 @@ def read_runs(folder: str | Path) -> list[Run]:
     """
     runs, first = [], None
     for config in sorted(Path(folder).glob(f"*/model/{CONFIG}")):
-        run = config.parents[1]
+        run, vocabulary = config.parents[1], config.with_name("vocabulary.json")
+        if not vocabulary.is_file():  # a run of a tokenizer
+            continue
         metrics = run / "metrics" / "metrics.csv"
         if not metrics.is_file():
             raise InputError(f"{metrics}: no such file, expected the metrics of a run")
-        entries = Vocabulary.load(run / "model" / "vocabulary.json").entries
+        entries = Vocabulary.load(vocabulary).entries
         first = first or (run, entries)
         if entries != first[1]:
             raise InputError(f"{run}: found other tokenizers than those of {first[0]}, expected runs with the same")
@@ -178,12 +181,16 @@ def read_runs(folder: str | Path) -> list[Run]:
 
 
 def _tokens_of_a_step(run: Path) -> int:
-    path = run / "metrics" / "config.yaml"
+    path, told = run / "metrics" / "config.yaml", run / "metrics" / "environment.json"
     try:
         config: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
         trainer, devices = config["trainer"], config["trainer"]["devices"]
-        return (int(config["data"]["init_args"]["tokens_per_batch"]) * int(trainer["accumulate_grad_batches"])
-                * int(trainer["num_nodes"]) * (devices if isinstance(devices, int) and devices > 0 else 1))
+        if told.is_file():  # "auto" and -1 devices say nothing of their number
+            processes = int(json.loads(told.read_text(encoding="utf-8"))["processes"])
+        else:
+            count = len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) and devices > 0 else 1
+            processes = int(trainer["num_nodes"]) * count
+        return int(config["data"]["init_args"]["tokens_per_batch"]) * int(trainer["accumulate_grad_batches"]) * processes
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not the configuration of a decoder's run ({type(error).__name__})") from None
 

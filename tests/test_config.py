@@ -18,7 +18,9 @@ from mmtx.cli import main
 from mmtx.data.collection import read_config
 from mmtx.data.yaml_check import DEEPEST, LONGEST, MOST, check_yaml
 from mmtx.errors import InputError
+from mmtx.training.codec_data import CodecData
 from mmtx.training.run import check_range, is_trusted_only
+from mmtx.training.vocoder import VocoderData
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -111,15 +113,28 @@ def test_numbers_out_of_range_are_named(value, told):
     ("save_every", str(2**70)), ("samples", "-1"), ("max_skipped", "0"), ("max_skipped", str(10**40)), ("ema", "nan"),
     ("trainer.max_steps", "-5"), ("trainer.max_steps", str(10**30)), ("trainer.accumulate_grad_batches", "0"),
     ("data.seed", "-1"), ("data.seed", str(2**64)), ("output", ""), ("output", " "),
+    ("data.num_workers", "-1"), ("data.image_augmentation.scale", "-1"), ("data.audio_augmentation.gain", "1.5"),
+    ("trainer.log_every_n_steps", "-1"), ("trainer.val_check_interval", "0"), ("trainer.val_check_interval", "0.0"),
+    ("trainer.gradient_clip_val", "-1"), ("trainer.gradient_clip_val", ".nan"),
+    ("model.z_loss", "-1"), ("model.optimizer.learning_rate", "-0.001"), ("model.optimizer.muon_lr", ".nan"),
+    ("model.optimizer.weight_decay", "-0.1"), ("model.optimizer.warmup_steps", "-1"), ("model.optimizer.betas", "[0.9, 1.0]"),
 ])
 def test_options_of_fit_out_of_range_are_one_line(option, value, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = Path(__file__).parents[1] / "configs" / "starter" / "text.yaml"
-    config = config if not option.startswith(("data", "trainer")) else config.with_name("decoder.yaml")
+    config = config if not option.startswith(("data", "model", "trainer")) else config.with_name("decoder.yaml")
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--config", str(config), "--output", str(tmp_path / "run"), f"--{option}={value}"])
     lines = [line for line in capsys.readouterr().err.splitlines() if "Seed set" not in line]
     assert stop.value.code == 2 and len(lines) == 1 and option.split(".")[-1] in lines[0], lines
+
+
+@pytest.mark.parametrize("data, option, value", [
+    (CodecData, "batch_size", 0), (CodecData, "multi_size_prob", -0.1), (CodecData, "multi_size_prob", 1.5),
+    (VocoderData, "steps", 0), (VocoderData, "batch_size", -1)])
+def test_numbers_of_codec_data_out_of_range_are_named(data, option, value):
+    with pytest.raises(InputError, match=rf"data\.{option}: found {value}, expected"):
+        data([], [], **{option: value})
 
 
 # -- Code from strangers -------------------------------------------------------------------------------------

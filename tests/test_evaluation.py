@@ -17,6 +17,7 @@ from PIL import Image
 
 from mmtx import evaluation
 from mmtx.data.collection import DataSource
+from mmtx.data.sample import Sample, SampleTurn, Text
 from mmtx.errors import InputError
 from mmtx.evaluation import (
     MELS,
@@ -364,6 +365,87 @@ def test_captions_without_words_have_no_rate_of_word_errors(tiny_model, tmp_path
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     (section,) = report(tiny_model, [DataSource([str(tmp_path / "rows.jsonl")])], [], show=0)
     assert "exact caption" in section and "word error rate" not in section
+
+
+def of_one_picture(folder, *rows):
+    """A source of rows that name a.png."""
+    Image.new("RGB", (16, 16)).save(folder / "a.png")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return DataSource([str(folder / "rows.jsonl")])
+
+
+def chat(*turns):
+    return {"messages": [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]}
+
+
+def test_the_last_answer_of_a_chat_is_its_caption():
+    for turns, caption in (
+        ((("user", "a?"), ("assistant", "b"), ("user", "c?"), ("assistant", "d")), "d"),
+        ((("user", "a?"), ("assistant", "b"), ("user", "c?")), "b"),
+        ((("user", "a?"), ("assistant", "b")), "b"),
+        ((("user", "draw"), ("assistant", None)), "draw"),
+        (((None, "a text"),), "a text"),
+        ((("user", "a?"),), "a?"),
+    ):
+        made = tuple(SampleTurn(role, () if text is None else (Text(text),)) for role, text in turns)
+        assert Sample("a", made, {}, "a").caption == caption
+
+
+def test_a_chat_is_scored_by_its_last_answer_and_what_no_text_answers_is_left_out(tiny_model, tmp_path, monkeypatch):
+    picture = [{"type": "image", "image": str(tmp_path / "a.png")}]
+    others = [chat("draw a cat", picture), {"text": "a document"}, chat("who is it?")]
+    source = of_one_picture(tmp_path, chat(picture, "thing 0", "sure?", "yes"), *others)
+    monkeypatch.setattr(tiny_model, "caption_documents", lambda documents: ["yes"] * len(documents))
+    (text,) = report(tiny_model, [source], [])
+    assert "rows.jsonl: 1 samples" in text and "exact caption         1.000" in text, text
+    assert "left out: 3 of 4 samples, whose last turn is no answer in text" in text
+    (tmp_path / "others").mkdir()
+    left = of_one_picture(tmp_path / "others", *others)
+    none, some = report(tiny_model, [left, source], [])
+    assert none == "\nrows.jsonl: left out: 3 of 3 samples, whose last turn is no answer in text" and some == text
+    with pytest.raises(InputError, match=r"^rows\.jsonl: the last turn of no sample is an answer in text"):
+        list(report(tiny_model, [left], []))
+
+
+def test_examples_are_shown_on_one_line_without_control_characters(tiny_model, tmp_path, monkeypatch):
+    source = of_one_picture(tmp_path, {"image": "a.png", "text": "a\x1b[31m cat\nand more"})
+    monkeypatch.setattr(tiny_model, "caption_documents", lambda documents: ["a\x1b]0;dog\a\n"])
+    (text,) = report(tiny_model, [source], [])
+    assert text.isprintable() is False and "\x1b" not in text and "\a" not in text
+    assert text.splitlines()[3] == r"  x a\x1b]0;dog\x07\n  a\x1b[31m cat\nand more"
+
+
+def test_what_a_reader_cannot_read_is_told_in_one_line(tiny_model, tmp_path, monkeypatch):
+    """A field that a sample lacks with its row, before anything is captioned."""
+    (tmp_path / "failing.py").write_text('''
+from mmtx.evaluation import FieldReader
+
+def of_names(train):
+    return FieldReader(("caption", "name"), lambda caption: {"caption": caption})
+
+def at_once(train):
+    return train[7]
+
+def later(train):
+    return FieldReader(("caption",), lambda caption: {"caption": caption.split()[1]})
+
+def nothing(train):
+    return FieldReader(("caption",), lambda caption: None)
+''')
+    monkeypatch.chdir(tmp_path)
+    source = of_one_picture(tmp_path, {"image": "a.png", "text": "cat", "name": "cat"}, {"image": "a.png", "text": "dog", "size": 3})
+    captioned = []
+    monkeypatch.setattr(tiny_model, "caption_documents", lambda documents: captioned.append(1) or ["cat"] * len(documents))
+    for function, said, done in (
+        ("of_names", r"rows\.jsonl.* 2: field 'name' is missing, with which reader failing\.py:of_names compares; found size$",
+         False),
+        ("at_once", r"^reader failing\.py:at_once: IndexError: list index out of range$", False),
+        ("later", r"^reader failing\.py:later: caption 'cat': IndexError: list index out of range$", True),
+        ("nothing", r"^reader failing\.py:nothing: caption 'cat': gave NoneType, expected a mapping", True)):
+        captioned.clear()
+        with pytest.raises(InputError, match=said):
+            list(report(tiny_model, [source, replace(source, reader=f"failing.py:{function}")], []))
+        assert bool(captioned) == done
 
 
 # The published figures of the control, on the starter set.

@@ -1,11 +1,13 @@
 """Muon: what its steps are made of, which parameters take them, and that its state survives saving."""
 
 import copy
+import math
 
 import pytest
 import torch
 from torch import nn
 
+from mmtx.errors import InputError
 from mmtx.model import Block, BlockConfig
 from mmtx.training.optimizer import Muon, OptimizerConfig, configure, orthogonal
 
@@ -25,6 +27,15 @@ def give_gradients(module: nn.Module, seed: int) -> None:
 
 def optimizer_of(module: nn.Module, **config) -> Muon:
     return configure(module, OptimizerConfig(warmup_steps=0, **config), max_steps=100)["optimizer"]
+
+
+@pytest.mark.parametrize("name, value", [
+    ("learning_rate", -1e-3), ("learning_rate", math.nan), ("muon_lr", -1.0), ("muon_lr", math.inf), ("weight_decay", -0.1),
+    ("warmup_steps", -1), ("betas", (-0.1, 0.9)), ("betas", (0.9, 1.0)), ("betas", (math.nan, 0.9))])
+def test_numbers_that_would_train_backwards_or_not_at_all_are_refused(name, value):
+    with pytest.raises(InputError, match=rf"optimizer\.{name}: found .*, expected 0 or more"):
+        OptimizerConfig(**{name: value})
+    OptimizerConfig(learning_rate=0.0, muon_lr=0.0, weight_decay=0.0, warmup_steps=0, betas=(0.0, 0.999))
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (96, 32), (32, 96)])

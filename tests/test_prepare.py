@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -583,6 +584,27 @@ def test_the_command_says_how_far_it_is_and_how_to_train(media, folders, tmp_pat
             main(["prepare", *arguments, "--output", str(tmp_path / ("b" if "b: " in told or "left" in told else "c"))])
         error = capsys.readouterr().err.splitlines()[-1]
         assert stop.value.code == 2 and error.startswith("mmtx: error: ") and told in error, error
+
+
+@pytest.mark.parametrize("more", [["--tokenizers", "nothing"], ["--features"], ["--follow_links"]], ids=lambda more: more[0])
+def test_what_a_config_says_itself_is_refused_beside_it(more, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["prepare", "--config", "nothing.yaml", "--output", "a", *more])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"mmtx: error: {more[0]}: found with --config, expected it in nothing.yaml\n"
+
+
+def test_the_line_to_train_can_be_pasted_into_a_shell(media, folders, tmp_path, capsys):
+    folder = tmp_path / "it's a run; $HOME"
+    folder.mkdir()
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump({"model": {"init_args": {}}, "data": {"init_args": {
+        "tokenizers": dict(zip(("text", "image", "audio"), folders)), "validation": [],
+        "train": [{"paths": [str(media / "notes.tar")]}]}}}))
+    main(["prepare", "--config", str(config), "--output", str(folder / "shards"), "--num_workers", "1"])
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert words[:5] == ["mmtx", "fit", "--config", str(config), "--data.train"]
+    assert yaml.safe_load(words[5]) == [{"paths": [str(folder / "shards" / "0")]}] and words[6] == "--data.image_augmentation"
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import json
 import pickle
 import random
 import re
+from dataclasses import replace
 from inspect import signature
 
 import numpy as np
@@ -232,6 +233,12 @@ def test_a_cut_of_a_sound(folder):
     assert [sample.metadata for sample in samples] == [{"speaker": 4}, {}, {"duration": 2.25}]
     # Another cut is another sample to a run that goes on.
     assert stamp_of(rows_of(folder, row)) != stamp_of(rows_of(folder, row | {"offset": 1.25}))
+    # A function of variants may change a cut of which the name does not tell.
+    (sample,) = rows_of(folder, row)
+    medium = next(part for part in sample.turns[0].parts if not isinstance(part, Text))
+    changed = [replace(sample, turns=(replace(sample.turns[0], parts=(replace(medium, **more),)), *sample.turns[1:]))
+               for more in ({}, {"seconds": 0.25}, {"speed": 2.0})]
+    assert len({stamp_of([one]) for one in changed}) == 3
 
 
 @pytest.mark.skipif("start" not in signature(load_audio).parameters, reason="load_audio reads no cuts yet")
@@ -355,7 +362,32 @@ def test_a_table(folder, name, between):
     assert f"{name} row 3: found 1 cells, expected 5" in str(short)
     assert said(last) == [("user", [W]), ("assistant", ["two\nlines"])] and last.metadata == {"style": "flat"}
     assert (last.turns[0].parts[0].start, last.turns[0].parts[0].seconds) == (0.5, 2.0)
-    assert f"{name} row 5: not a row of a table" in str(quoted)
+    assert f"{name} row 5" in str(quoted) and ("not a row of a table" if between == "," else "no such file") in str(quoted)
+
+
+def test_rows_behind_a_quote_that_is_not_closed_are_counted(folder):
+    rows = [f"a.png,thing {k}" for k in range(40)]
+    rows[12] = 'a.png,"thing 12'
+    (folder / "x.csv").write_text("\n".join(["file_name,text", *rows]))
+    found = list(scan(str(folder / "x.csv")))
+    assert len(found) == 40 and all(isinstance(one, InputError) == (k >= 12) for k, one in enumerate(found))
+    assert "row 13: not a row of a table" in str(found[12]) and "row 40: not a row of a table (a quote is open since line 14)" in str(found[39])
+
+
+def test_quotes_between_tabs_are_those_of_the_text(folder):
+    texts = ["plain", '"Hello there.', 'she said "no"', 'Goodbye."', '"quoted ""whole"""', '"two\nlines"', "last"]
+    (folder / "x.tsv").write_text("\n".join(["file_name\ttext", *(f"a.png\t{text}" for text in texts)]) + "\n")
+    expected = ["plain", '"Hello there.', 'she said "no"', 'Goodbye."', 'quoted "whole"']
+    assert [one.caption for one in scan(str(folder / "x.tsv"))] == [*expected, "two\nlines", "last"]
+    (folder / "x.tsv").write_text('file_name\ttext\na.png\t"open\nnothing closes it\na.png\tlast\n')
+    first, second, last = scan(str(folder / "x.tsv"))
+    assert (first.caption, last.caption) == ('"open', "last") and "row 2: not a row of a table (a quote that is not" in str(second)
+
+
+def test_a_row_of_a_table_may_hold_a_picture(folder):
+    (folder / "x.csv").write_text(f"image,text\ndata:image/png;base64,{'A' * 200_000},large\n")
+    (one,) = scan(str(folder / "x.csv"))
+    assert "field larger" not in str(one)
 
 
 @pytest.mark.parametrize("text, told", [("file_name,file_name\na,b\n", "found the header .*, expected a different name"),

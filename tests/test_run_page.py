@@ -78,6 +78,14 @@ def test_the_page_plays_sounds_and_says_where_the_run_came_from(run):
         run_page(run)
 
 
+def test_the_last_samples_are_those_of_the_highest_number(run):
+    for step in (999_999, 1_000_000):
+        (run / "samples" / f"step-{step:06d}.txt").write_text(f"said at {step}\n")
+        soundfile.write(run / "samples" / f"step-{step:06d}-00.ogg", np.zeros(100), 16_000)
+    page = run_page(run)
+    assert "Sounds at step 1000000" in page and "said at 1000000" in page and "999999" not in page
+
+
 def test_figures_beside_controls_are_part_of_the_page(run, tiny_model, tmp_path, capsys):
     """`--evaluate` says what `mmtx evaluate` says of the run's own configuration, and later reports say it again."""
     random = np.random.default_rng(0)
@@ -100,6 +108,23 @@ def test_figures_beside_controls_are_part_of_the_page(run, tiny_model, tmp_path,
     assert html.escape(told.strip()) in first and "Held-out figures beside controls" in first
     main(["report", str(run)])
     assert (run / "report.html").read_text() == first
+
+
+def test_the_control_does_without_training_samples_that_are_prepared(run, tmp_path, capsys):
+    for split, number in (("train", 0), ("held-out", 1)):
+        (tmp_path / split).mkdir()
+        Image.new("RGB", (16, 16), (9 * number, 0, 0)).save(tmp_path / split / "a.png")
+        (tmp_path / split / "a.txt").write_text("a caption")
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "plan.json").write_text("{}")
+    sources = {"train": ["shards", "train"], "validation": ["held-out"]}
+    data = {name: [{"paths": [str(tmp_path / path)]} for path in paths] for name, paths in sources.items()}
+    (run / "metrics" / "config.yaml").write_text(yaml.safe_dump(
+        {"model": {"init_args": {}}, "data": {"init_args": {"tokenizers": {}, **data}}}))
+    main(["report", str(run), "--evaluate", "--device", "cpu"])
+    told = (run / "evaluation.txt").read_text()
+    assert told.startswith(f"left out of the control: {tmp_path / 'shards'} (shards of mmtx prepare")
+    assert re.search(r"exact caption +\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\] +1\.000 \[", told)
 
 
 def test_a_long_curve_is_thinned_to_means():

@@ -180,6 +180,16 @@ def test_losses_that_hardly_differ_give_a_law_all_the_same(seed):
     assert 6 < low <= high < 6.6 and law.loss(run.parameters, run.tokens) == pytest.approx(6.3, rel=0.01)
 
 
+def test_the_processes_of_a_run_count_and_a_run_of_a_tokenizer_does_not(tmp_path, models):
+    (tmp_path / "64-1000" / "metrics" / "environment.json").write_text(json.dumps({"processes": 4}))
+    listed = tmp_path / "32-100" / "metrics" / "config.yaml"
+    listed.write_text(listed.read_text().replace('"auto"', "[0, 2]"))
+    (tmp_path / "image" / "model").mkdir(parents=True)
+    (tmp_path / "image" / "model" / "config.json").write_text('{"kind": "image"}')
+    runs = {run.name: run for run in read_runs(tmp_path)}
+    assert len(runs) == 9 and runs["64-1000"].tokens == 4 * 1000 * 4096 and runs["32-100"].tokens == 2 * 100 * 4096
+
+
 def test_too_few_runs_are_refused(tmp_path):
     with pytest.raises(InputError, match="found no finished run of a decoder, expected folders that mmtx fit made"):
         read_runs(tmp_path)

@@ -201,8 +201,12 @@ def test_select(tmp_path):
         read(path, select={"colour": [1]})
     with pytest.raises(InputError, match="'style' has 1"):
         read(path, select={"style": 1})
-    with pytest.raises(InputError, match="no sample is left of 6 rows"):
+    with pytest.raises(InputError, match="x.tar: no sample is left of 6 rows: in the field 'style' they have 0, 1, and select asks"):
         read(path, select={"style": [9]})
+    for value in ("1", True, 1.5):  # a text is no number, and true is not 1
+        with pytest.raises(InputError, match="no sample is left"):
+            read(path, select={"style": [value]})
+    assert len(read(path, select={"style": [1.0]})) == 3
 
 
 @pytest.mark.parametrize("name", ["gone.jsonl", "gone.tar", "gone.tar.gz", "gone", "gone.zip"])

@@ -5,6 +5,7 @@ import csv
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning
 import pytest
@@ -24,6 +25,7 @@ from mmtx.data.tokens import to_documents
 from mmtx.errors import InputError
 from mmtx.modality.base import load_tokenizer
 from mmtx.modality.text import TextTokenizer
+from mmtx.training.callbacks import ShowSamples
 from mmtx.training.checkpoint import AtomicCheckpointIO
 from mmtx.training.decoder import DecoderModule
 from mmtx.training.decoder_data import DecoderData, TokenizerFolders
@@ -548,6 +550,42 @@ def test_options_of_a_run_are_counts(option, least, decoder_data, tmp_path, caps
     with pytest.raises(SystemExit) as stop:
         fit(tmp_path / "run", DECODER_MODULE, decoder_data, more=(f"--{option}", str(least - 1)))
     check_mistake(stop, capsys, [f"{option}: found {least - 1}, expected {least} or more"])
+
+
+def test_a_rehearsal_leaves_the_run_before_it_as_it_was(decoder_data, tmp_path):
+    output = tmp_path / "run"
+    fit(output, DECODER_MODULE, decoder_data, {**TRAINER, "max_steps": 1, "val_check_interval": 1})
+    before = files(output)
+    rehearsal = {**TRAINER, "fast_dev_run": 5, "accumulate_grad_batches": 2}  # validated and, at save_every 2, saved otherwise
+    fit(output, DECODER_MODULE, decoder_data, rehearsal)
+    assert files(output) == before and output / "model" / "config.json" in before
+
+
+@pytest.mark.parametrize("samples", [0, 2])
+def test_a_new_run_keeps_no_samples_and_no_figures_of_the_run_before_it(samples, decoder_data, tmp_path):
+    output = tmp_path / "run"
+    (output / "samples").mkdir(parents=True)
+    for name in ("step-000001.png", "step-000009.txt", "step-1000000-03.ogg", "step-mine.png"):
+        (output / "samples" / name).write_bytes(b"of before")
+    (output / "evaluation.txt").write_text("of the model before")
+    fit(output, DECODER_MODULE, decoder_data, {**TRAINER, "max_steps": 1, "val_check_interval": 1}, ("--samples", str(samples)))
+    left = {path.name for path in (output / "samples").iterdir() if path.read_bytes() == b"of before"}
+    assert left == {"step-mine.png"} and not (output / "evaluation.txt").exists()
+
+
+def test_a_resumed_run_keeps_the_samples_up_to_its_first_step(tmp_path):
+    trainer = SimpleNamespace(is_global_zero=True, global_step=2)
+    (tmp_path / "samples").mkdir()
+    for step in (1, 2, 3, 1000000):
+        (tmp_path / "samples" / f"step-{step:06d}.txt").touch()
+    ShowSamples(tmp_path).on_train_start(trainer, None)
+    assert {path.name for path in (tmp_path / "samples").iterdir()} == {"step-000001.txt", "step-000002.txt"}
+
+
+def test_nothing_is_logged_every_0_steps(decoder_data, tmp_path):
+    fit(tmp_path / "run", DECODER_MODULE, decoder_data, {**TRAINER, "log_every_n_steps": 0, "enable_progress_bar": True})
+    names = (tmp_path / "run" / "metrics" / "metrics.csv").read_text().splitlines()[0]
+    assert "val/" in names and "train/" not in names
 
 
 def test_a_run_shows_no_samples_when_told_so(decoder_data, tmp_path):

@@ -53,10 +53,14 @@ def _field(word: str) -> tuple[str, str | None]:
 
 
 def check_source_options(options: argparse.Namespace) -> None:
-    """Raise InputError for what the sources of --config say themselves."""
-    for name in ("fields", "follow_links", "reader"):
-        if options.config and getattr(options, name, None):
-            raise InputError(f"--{name.replace('_', '-')}: found with --config, expected it in the sources of {options.config}")
+    """Raise InputError for sources beside --config, and for what --config says itself."""
+    if not options.config:
+        return
+    if getattr(options, "sources", None):
+        raise InputError("found both sources and --config, expected one of them")
+    for name in ("fields", "follow_links", "reader", "train", "tokenizers", "features"):
+        if getattr(options, name, None):
+            raise InputError(f"--{name}: found with --config, expected it in {options.config}")
 
 
 def data_source(options: argparse.Namespace, paths: Sequence[str]):

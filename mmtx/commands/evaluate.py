@@ -43,7 +43,8 @@ def evaluation(options: argparse.Namespace) -> Iterator[str]:
     from dataclasses import replace
 
     from mmtx.data.collection import read_config
-    from mmtx.data.sources import MAX_BAD
+    from mmtx.data.sources import MAX_BAD, expand, is_prepared
+    from mmtx.data.storage import display
     from mmtx.files import find_shipped
     from mmtx.report import report
 
@@ -52,14 +53,20 @@ def evaluation(options: argparse.Namespace) -> Iterator[str]:
         config = read_config(find_shipped(options.config))
         train, held_out = ([source for source in sources if source.task == "caption"]
                            for sources in (config.train, config.validation))
+        if not held_out:
+            raise InputError(f"{options.config}: found no source to caption in data.validation, expected one with task: caption")
         max_bad = config.max_bad
+        prepared = [source for source in train if any(is_prepared(path) for pattern in source.paths for path in expand(pattern))]
+        train = [source for source in train if source not in prepared]
+        yield from (f"left out of the control: {display(path)} (shards of mmtx prepare, which hold no media to compare with)"
+                    for source in prepared for path in source.paths)
         if options.trusted:
             train, held_out = ([replace(source, trusted=True) for source in sources] for sources in (train, held_out))
-    else:
+    elif options.sources:
         max_bad = MAX_BAD
         train = [data_source(options, options.train)] if options.train else []
         held_out = [replace(data_source(options, [source]), reader=options.reader) for source in options.sources]
-    if not held_out:
+    else:
         raise InputError("found neither held-out sources nor --config, expected one of them")
     if options.max_bad is not None:
         max_bad = options.max_bad

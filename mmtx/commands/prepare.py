@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import shlex
 
 from mmtx.commands.arguments import MAX_BAD_HELP, add_source_options, check_source_options, count, data_source
 from mmtx.errors import InputError
@@ -51,15 +52,13 @@ def run(options: argparse.Namespace) -> None:
     from mmtx.files import find_shipped, shipped
     from mmtx.modality.base import load_tokenizer
 
-    options.tokenizers = options.tokenizers or [shipped(f"tokenizers/{kind}") for kind, modality in MODALITIES.items()
-                                                if modality.shipped]
-    if bool(options.sources) == bool(options.config):
-        raise InputError("found both sources and --config, expected one of them" if options.config
-                         else "found neither sources nor --config, expected one of them")
-    folders, features, sources = options.tokenizers, options.features, [data_source(options, options.sources)]
+    check_source_options(options)
+    if not options.sources and not options.config:
+        raise InputError("found neither sources nor --config, expected one of them")
+    folders = options.tokenizers or [shipped(f"tokenizers/{kind}") for kind, modality in MODALITIES.items() if modality.shipped]
+    features, sources = options.features, [data_source(options, options.sources)]
     max_bad, frozen = MAX_BAD, ""
     outputs = [options.output]
-    check_source_options(options)
     if options.config:
         config = read_config(find_shipped(options.config))
         sources, folders, features, max_bad = config.train, config.tokenizers, config.continuous_inputs, config.max_bad
@@ -95,6 +94,6 @@ def run(options: argparse.Namespace) -> None:
                                          if name not in ("paths", "trusted") and value != default[name]}}
              for source, output in zip(sources, outputs, strict=True)]
     train = yaml.safe_dump(train, default_flow_style=True, sort_keys=False, width=10**6).strip()
-    plugins = "".join(f"--plugin {path} " for path in PLUGINS.values())
-    print(f"mmtx fit {plugins}--config {options.config or 'FILE'} --data.train '{train}' "
+    plugins = "".join(f"--plugin {shlex.quote(str(path))} " for path in PLUGINS.values())
+    print(f"mmtx fit {plugins}--config {shlex.quote(options.config or 'FILE')} --data.train {shlex.quote(train)} "
           "--data.image_augmentation null --data.audio_augmentation null" + frozen)

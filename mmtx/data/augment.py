@@ -43,8 +43,10 @@ class ImageAugmentation:
     invert: float = 0.0
 
     def __post_init__(self):
-        for name in ("erase", "tint", "grayscale", "outline", "invert"):
-            within(f"image_augmentation.{name}", getattr(self, name), 0, 1)
+        for name, most in (("scale", 100), ("stretch", 100), ("translate", 1), ("degrees", 360), ("color_jitter", 1), ("hue", 360),
+                           ("shear", 10), ("blur", 2**10), ("erase", 1), ("tint", 1), ("grayscale", 1), ("outline", 1),
+                           ("invert", 1)):
+            within(f"image_augmentation.{name}", getattr(self, name), 0, most)
 
     def __call__(self, picture: Tensor, generator: Generator) -> Tensor:
         """uint8 (3, H, W) -> uint8 (3, H, W); what comes in from outside is white."""
@@ -124,7 +126,7 @@ def outline(light: Tensor, strength: float) -> Tensor:
 class AudioAugmentation:
     """Ranges of the changes to a sound; 0 turns one off.
 
-    shift: seconds forward or back (silence fills the gap); tilt: highs against lows, in [0, 1); noise: amplitude;
+    shift: seconds forward or back (silence fills the gap); tilt: highs against lows, in [0, 1]; noise: amplitude;
     gain: loudness factor in [1 - gain, 1]; speed: semitones up or down by which it plays faster or slower. Below half a
     semitone a note keeps its name; more is for codecs and vocoders alone, since a caption that names it would become false.
     equalizer: decibels by which each of EQUALISED bands is louder or softer; band_stop: octaves that are taken out, in half of
@@ -142,6 +144,11 @@ class AudioAugmentation:
     time_mask: float = 0.0
     fade: float = 0.0
     reverb: float = 0.0
+
+    def __post_init__(self):
+        for name, most in (("shift", 3600), ("tilt", 1), ("noise", 1), ("gain", 1), ("speed", 48), ("equalizer", 120),
+                           ("band_stop", 10), ("time_mask", 3600), ("fade", 120), ("reverb", 60)):
+            within(f"audio_augmentation.{name}", getattr(self, name), 0, most)
 
     def __call__(self, waveform: Tensor, rate: int, generator: Generator) -> Tensor:
         """Waveform (S,) at `rate` -> waveform (S,)."""

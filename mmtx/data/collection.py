@@ -38,7 +38,7 @@ class DataSource:
     """
 
     paths: list[str]
-    select: dict[str, list[str]] | None = None
+    select: dict[str, list[str | int | float | bool]] | None = None
     repeat: int = 1
     limit: int | None = None
     task: Task = "caption"

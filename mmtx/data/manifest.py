@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, BinaryIO
@@ -14,6 +15,8 @@ from mmtx.data.trust import Base
 from mmtx.errors import InputError
 
 Fields = Mapping[str, str | None] | None  # that of a `DataSource`
+QUOTED = re.compile('"(?:[^"]|"")*"')  # a cell as programs for tables write it
+MOST_LINES = 100  # of a cell between tabs: each new one is read with all before it
 
 
 def read_manifest(path: str, trusted: bool = False, fields: Fields = None) -> Iterator[Sample | InputError]:
@@ -42,43 +45,88 @@ def _json_list(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes | None]]:
     yield from enumerate(objects(file, name), 1)
 
 
-def _table(delimiter: str, file: BinaryIO, name: str) -> Iterator[tuple[int, dict[str, str] | InputError]]:
-    """Rows behind the header, of which empty cells are absent fields."""
+def _table(rows: Callable[[Iterator[str]], Iterator[list[str] | str]], file: BinaryIO,
+           name: str) -> Iterator[tuple[int, dict[str, str] | InputError]]:
+    """Rows behind the header, of which empty cells are absent fields; `rows` makes cells of lines, or says why it cannot."""
     def texts() -> Iterator[str]:
         for number, line in enumerate(lines(file, name), 1):
             if line is None:
                 raise InputError(f"{name} line {number}: found more than {MAX_ROW} bytes, the most for a row")
             yield decode(line, f"{name} line {number}") + "\n"
 
-    reader, header, number = csv.reader(texts(), delimiter=delimiter, strict=True), None, 0
-    while True:
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            if header is None:
-                raise InputError(f"{name}: no header that can be read ({reason(error)})") from None
-            number += 1
-            yield number, InputError(f"{name} row {number}: not a row of a table ({reason(error)})")
-            continue
-        if cells is None:
-            return
+    csv.field_size_limit(max(MAX_ROW, csv.field_size_limit()))  # of the whole process, by default 128 kB
+    header, number = None, 0
+    for cells in rows(texts()):
         if not cells:
             continue
         if header is None:
+            if isinstance(cells, str):
+                raise InputError(f"{name}: no header that can be read ({cells})")
             header = [cell.strip() for cell in cells]
             if "" in header or len(set(header)) < len(header):
                 raise InputError(f"{name}: found the header {shown(header)}, expected a different name in each column")
             continue
         number += 1
-        if len(cells) != len(header):
+        if isinstance(cells, str):
+            yield number, InputError(f"{name} row {number}: not a row of a table ({cells})")
+        elif len(cells) != len(header):
             yield number, InputError(f"{name} row {number}: found {len(cells)} cells, expected {len(header)} as the header has")
         else:
             yield number, {column: cell for column, cell in zip(header, cells) if cell}
 
 
+def _between_commas(texts: Iterator[str]) -> Iterator[list[str] | str]:
+    reader = csv.reader(texts, strict=True)
+    while True:
+        first = reader.line_num + 1
+        try:
+            yield next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield reason(error)
+            for _ in range(first, reader.line_num):  # lines that a quote took along are rows that are missing
+                yield f"a quote is open since line {first}"
+
+
+def _between_tabs(texts: Iterator[str]) -> Iterator[list[str] | str]:
+    """A line with as many cells as the header is a row, and a quote in it is one of the text if it is not around all of its cell,
+    for most programs that write tabs quote nothing. A line with fewer may be part of a cell of several lines, in quotes."""
+    width, held = 0, list[str]()  # lines of a row that is not closed
+
+    def plain(text: str) -> list[str]:
+        return [cell[1:-1].replace('""', '"') if QUOTED.fullmatch(cell) else cell for cell in text.rstrip("\r\n").split("\t")]
+
+    def lost() -> Iterator[list[str] | str]:
+        for text in held:
+            yield cells if len(cells := plain(text)) == width else "a quote that is not closed"
+        held.clear()
+
+    for text in texts:
+        cells = plain(text)
+        width = width or len(cells)
+        if len(cells) == width:
+            yield from lost()
+            if cells[-1].startswith('"') and cells[-1].count('"') % 2:  # the next line tells whether the cell goes on
+                held.append(text)
+            else:
+                yield [] if cells == [""] else cells
+            continue
+        held.append(text)
+        try:
+            whole = next(csv.reader(held, delimiter="\t", strict=True))
+        except csv.Error:
+            if len(held) == MOST_LINES:
+                yield from lost()
+        else:
+            held.clear()
+            yield whole
+    yield from lost()
+
+
 # Extension -> how its rows are read.
 MANIFESTS: dict[str, Callable[[BinaryIO, str], Iterator[tuple[int, Any]]]] = {
-    ".jsonl": _json_lines, ".json": _json_list, ".csv": partial(_table, ","), ".tsv": partial(_table, "\t")}
+    ".jsonl": _json_lines, ".json": _json_list, ".csv": partial(_table, _between_commas), ".tsv": partial(_table, _between_tabs)}
 
 
 def parse_row(row: dict[str, Any], base: Base, number: int, where: str, fields: Fields = None) -> Sample:

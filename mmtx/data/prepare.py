@@ -360,7 +360,7 @@ def stamp_of(rows: Iterable[Sample | InputError]) -> str:
         for turn in getattr(row, "turns", ()):
             for part in turn.parts:
                 if isinstance(part, Media):
-                    stamp = part.source.stamp()
+                    stamp = part.source.stamp() + (repr(part.options).encode() if part.options else b"")
                     digest.update(f"{len(stamp)}:".encode() + stamp)
     return digest.hexdigest()
 

@@ -4,6 +4,7 @@ Everything here is frozen and picklable, so that samples travel to the workers o
 """
 
 import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -42,7 +43,7 @@ class Media:
     kind: str
     name: str
     source: MediaSource
-    # Left out of the repr, of which stamps are made: the name tells them.
+    # Left out of the repr: the name tells them, where a row and not a function of variants did.
     start: float = field(default=0.0, repr=False)
     seconds: float | None = field(default=None, repr=False)
     speed: float = field(default=1.0, repr=False)
@@ -88,9 +89,19 @@ class Sample:
 
     @property
     def caption(self) -> str:
-        """The text that is answered or, where a medium is, that asks for it; of a plain document, all text."""
-        texts = [(turn.role, part.text) for turn in self.turns for part in turn.parts if isinstance(part, Text)]
-        return "".join(text for role, text in texts if role != "user") or "".join(text for _, text in texts)
+        """The text that the last assistant turn answers or, where a medium is, that asks for it; of a plain document, all text."""
+        answers = [turn for turn in self.turns if turn.role == "assistant"]
+        return _text(answers[-1:]) or _text(turn for turn in self.turns if turn.role != "assistant")
+
+
+def _text(turns: Iterable[SampleTurn]) -> str:
+    return "".join(part.text for turn in turns for part in turn.parts if isinstance(part, Text))
+
+
+def with_captions(samples: Sequence[Sample]) -> list[Sample]:
+    """Those whose last turn is an answer in text: what a model says can be compared with their `caption`."""
+    return [sample for sample in samples
+            if sample.turns[-1].role == "assistant" and all(isinstance(part, Text) for part in sample.turns[-1].parts)]
 
 
 def kind_of(name: str, data: bytes = b"") -> str | None:

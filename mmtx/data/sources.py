@@ -108,14 +108,15 @@ def read_rows(sources: str | Iterable[str], skipped: SkipCounter, select: dict[s
             else:
                 samples.append(row)
     skipped.check()
-    kept = _select(samples, select or {})
+    names = ", ".join(display(os.fspath(source)) for source in sources)
+    none = f"{names}: no sample is left of {skipped.rows} rows"
+    kept = _select(samples, select or {}, none)
     if not kept:
-        names = ", ".join(display(os.fspath(source)) for source in sources)
-        raise InputError(f"{names}: no sample is left of {skipped.rows} rows")
+        raise InputError(none)
     return kept
 
 
-def _select(samples: list[Sample], wanted: dict[str, list]) -> list[Sample]:
+def _select(samples: list[Sample], wanted: dict[str, list], none: str) -> list[Sample]:
     for field, values in wanted.items():
         if not isinstance(values, (list, tuple)):
             raise InputError(f"select: field {field!r} has {shown(values)}, expected a list of values")
@@ -124,8 +125,18 @@ def _select(samples: list[Sample], wanted: dict[str, list]) -> list[Sample]:
         if samples and field not in known:
             raise InputError(f"select: no sample has the field {field!r}, expected one of {known}")
         pairs = zip(samples, facts, strict=True)
-        samples = [sample for sample, fact in pairs if field in fact and fact[field] in values]
+        kept = [sample for sample, fact in pairs if field in fact and any(_same(fact[field], value) for value in values)]
+        if samples and not kept:
+            some = [*dict.fromkeys(shown(fact[field]) for fact in facts if field in fact)][:5]
+            raise InputError(f"{none}: in the field {field!r} they have {', '.join(some)}{', ...' if len(some) == 5 else ''}, and "
+                             f"select asks for one of {shown(values)}")
+        samples = kept
     return samples
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values are equal; 1 is 1.0, but true is not 1."""
+    return one == other and isinstance(one, bool) == isinstance(other, bool)
 
 
 def is_selected(sample: Sample, wanted: dict[str, list]) -> bool:

@@ -26,6 +26,7 @@ from mmtx.files import PACKAGE, check_target, write_json
 from mmtx.inference.sampling import Sampling
 from mmtx.medium import Sound, to_sound
 from mmtx.modality.modality import MODALITIES
+from mmtx.run_page import EVALUATION, step_of
 from mmtx.training.checkpoint import check_finite
 from mmtx.training.codec import CodecModule
 from mmtx.training.decoder import DecoderModule
@@ -59,8 +60,8 @@ class ProgressBar(TQDMProgressBar):
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *given: Any) -> None:
         super().on_train_batch_end(trainer, module, *given)
-        step = trainer.global_step
-        if step != self.told and step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if step != self.told and every and step % every == 0:
             now, (before, then) = time.monotonic(), self.since
             self.told, self.since = step, (step, now)
             self._tell(trainer, module, "train/", f"{(step - before) / max(now - then, 1e-9):.3g} steps/s")
@@ -130,7 +131,7 @@ def without_secrets(value: Any) -> Any:
 
 
 class SaveModel(Callback):
-    """Writes `folder/model` when training ends; it appears whole or not at all."""
+    """Writes `folder/model` when training ends; it appears whole or not at all. What was measured of another model goes with it."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder).absolute() / "model"
@@ -146,6 +147,7 @@ class SaveModel(Callback):
             if trainer.is_global_zero:
                 check_finite(module.state_dict(), str(self.folder))
                 cast(Any, module).save(self.folder)  # all of ours have it
+                self.folder.with_name(EVALUATION).unlink(missing_ok=True)
 
 
 class ShowSamples(Callback):
@@ -153,14 +155,23 @@ class ShowSamples(Callback):
     tell them, `step-S-N.ogg` of row N of the text.
 
     For a codec the sheet shows originals above their reconstructions, and sounds are rows of the two in turn. Loggers of TensorBoard
-    get text and sheet.
+    get text and sheet. With `count` 0 nothing is shown, and what a run before this one has left of later steps goes all the same.
     """
 
     def __init__(self, folder: str | Path, count: int = 16):
         self.folder, self.count = Path(folder) / "samples", count
 
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Leave of the samples those up to the step that the run goes on with; of a new run nothing is there yet."""
+        if not trainer.is_global_zero:
+            return
+        with writing(self.folder):
+            for path in self.folder.glob("step-*"):
+                if step_of(path) > (trainer.global_step or -1):
+                    path.unlink()
+
     def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.sanity_checking:
+        if trainer.sanity_checking or not self.count:
             return
         with whole(module):
             if trainer.is_global_zero:

@@ -21,6 +21,7 @@ from mmtx.errors import InputError
 from mmtx.modality.audio import AudioTokenizer
 from mmtx.modality.autoencoder import Codec
 from mmtx.modality.image import resize, to_float
+from mmtx.schema import within
 from mmtx.training.loader import ResumableLoader, loader
 from mmtx.training.source_data import SourceData
 
@@ -73,6 +74,8 @@ class CodecData(SourceData):
             **options: of `SourceData`.
         """
         super().__init__(train, validation, **options)
+        within("data.batch_size", batch_size, 1, 2**24)
+        within("data.multi_size_prob", multi_size_prob, 0, 1)
         self.batch_size, self.multi_size_prob = batch_size, multi_size_prob
         self.contents: dict[str, list[Content]] = {}
 

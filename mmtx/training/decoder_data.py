@@ -1,6 +1,6 @@
 """Data of the decoder: samples as packed batches of ids, and the tokenizers that make them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, make_dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from mmtx.data.collection import DataSource, progress, test_sources
 from mmtx.data.corpus import Content, Corpus, read_corpus
 from mmtx.data.packing import Batch, PackedBatches
-from mmtx.data.sample import Sample, Text
+from mmtx.data.sample import with_captions
 from mmtx.data.tokens import Augmentation
 from mmtx.errors import InputError
 from mmtx.files import find_shipped
@@ -128,9 +128,3 @@ class DecoderData(SourceData):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         # Samples to caption are no tensors yet.
         return batch if isinstance(batch, list) else super().transfer_batch_to_device(batch, device, dataloader_idx)
-
-
-def with_captions(samples: Sequence[Sample]) -> list[Sample]:
-    """Those whose answer is text."""
-    return [sample for sample in samples
-            if sample.turns[-1].role == "assistant" and all(isinstance(part, Text) for part in sample.turns[-1].parts)]

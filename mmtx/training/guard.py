@@ -86,7 +86,7 @@ class SkipNonFinite(Callback):
 class Telemetry(Callback):
     """Logs what foretells a divergence: log-sum-exp of the scores, norm of the last hidden state before its RMSNorm,
     and loss and share of the targets of each modality. https://arxiv.org/abs/2405.09818 (Chameleon) saw both grow
-    long before the loss.
+    long before the loss. As often as the trainer logs; never with `log_every_n_steps` 0.
     """
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -98,8 +98,8 @@ class Telemetry(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int,
                            ) -> None:
-        if not isinstance(module, DecoderModule) or (
-                trainer.global_step % trainer.log_every_n_steps):  # type: ignore[attr-defined]  # there without being declared
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # there without being declared
+        if not isinstance(module, DecoderModule) or not every or trainer.global_step % every:
             return
         loss, log_sum = module.seen                           # (M,) each
         module.log("train/log_sum_exp", log_sum.mean())

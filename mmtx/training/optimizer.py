@@ -9,8 +9,10 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from mmtx.errors import InputError
 from mmtx.modality.vocoder import ConvNeXtBlock
 from mmtx.model import Block, FusedLinear
+from mmtx.schema import within
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the published method, for five rounds
 TOGETHER = 2 ** 25  # numbers in matrices that a GPU turns together: one by one, each small one takes as long as all
@@ -33,6 +35,14 @@ class OptimizerConfig:
     warmup_steps: int = 50
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
+
+    def __post_init__(self):
+        for name, most in (("learning_rate", 100), ("muon_lr", 100), ("weight_decay", 100), ("warmup_steps", 10**9)):
+            if getattr(self, name) is not None:
+                within(f"optimizer.{name}", getattr(self, name), 0, most)
+        for beta in self.betas:
+            if not 0 <= beta < 1:
+                raise InputError(f"optimizer.betas: found {beta}, expected 0 or more, and less than 1")
 
 
 class Muon(torch.optim.AdamW):

@@ -28,6 +28,7 @@ from mmtx.data.yaml_check import check_yaml, read_text
 from mmtx.errors import InputError
 from mmtx.files import find_shipped
 from mmtx.modality.modality import PLUGINS
+from mmtx.schema import within
 from mmtx.training import private
 from mmtx.training.callbacks import ProgressBar, SaveConfig, SaveModel, ShowSamples
 from mmtx.training.checkpoint import AtomicCheckpointIO, Checkpoints, flatten, may_change, newest
@@ -61,6 +62,7 @@ TRAINER = {
 STEPS = {"validate": "validation_step", "test": "test_step", "predict": "predict_step"}
 PREDICTIONS = "predictions.jsonl"
 MOST = 10**9        # of steps and of numbers in options
+MOST_WORKERS = 2**12
 MOST_SEED = 2**32 - 1  # of NumPy's own generator, which a run seeds too
 TRUSTED = ["mmtx", "lightning"]  # packages whose classes a configuration from others may name
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -161,10 +163,13 @@ class FitCLI(private.PlainCLI):
             check_range(name, value, least, MOST)
         if ema is not None and not 0 < ema < 1:
             raise InputError(f"ema: found {ema}, expected a number between 0 and 1")
+        average = [] if ema is None else [EMAWeightAveraging(decay=ema, use_buffers=False)]
+        if self.said("trainer").fast_dev_run:  # a rehearsal, which leaves what is in the folder as it is
+            return [*average, SkipNonFinite(max_skipped)]
         return [
             # Samples are shown before, and the model is saved after, the average gives way and takes its place.
-            *([ShowSamples(output, samples)] if samples else []),
-            *([] if ema is None else [EMAWeightAveraging(decay=ema, use_buffers=False)]),
+            ShowSamples(output, samples),
+            *average,
             SaveModel(output),
             SkipNonFinite(max_skipped),
             Checkpoints(output / "checkpoints", save_every),
@@ -199,6 +204,7 @@ class FitCLI(private.PlainCLI):
         step, name = STEPS[self.word], type(self.model).__name__
         if getattr(type(self.model), step) is getattr(LightningModule, step):
             raise InputError(f"model: found {name}, which has no {step}, expected another for mmtx {self.word}")
+        self._check_workers()
         self._check_precision()
         if isinstance(self.trainer.strategy, Sharded):
             raise InputError(f'trainer.strategy: found "sharded", expected "auto" or "ddp" for mmtx {self.word}')
@@ -243,12 +249,23 @@ class FitCLI(private.PlainCLI):
             raise InputError(f'trainer.precision: found "{precision}", expected "32-true", "bf16-mixed" or "16-mixed" for '
                              "tokenizers, whose spectrograms and codes are computed in float32")
 
+    def _check_workers(self) -> None:
+        check_range("data.num_workers", getattr(self.datamodule, "num_workers", 0), 0, MOST_WORKERS)
+
     def _check_fit(self) -> None:
         # The text tokenizer is no optimizer's work and counts no steps.
         if self.model.automatic_optimization:
             check_range("trainer.max_steps", self.trainer.max_steps, 1, MOST)
         check_range("trainer.accumulate_grad_batches", self.trainer.accumulate_grad_batches, 1, MOST)
+        check_range("trainer.log_every_n_steps", self.trainer.log_every_n_steps, 0, MOST)  # type: ignore[attr-defined]
+        every, clip = self.said("trainer").val_check_interval, self.trainer.gradient_clip_val
+        if isinstance(every, int | float) and every <= 0:
+            raise InputError(f"trainer.val_check_interval: found {every}, expected more than 0 (limit_val_batches 0: no validation)")
+        if clip is not None and not clip >= 0:  # neither is what is no number
+            raise InputError(f"trainer.gradient_clip_val: found {clip}, expected 0 or more")
+        within("model.z_loss", getattr(self.model, "z_loss", 0), 0, MOST)
         check_range("data.seed", getattr(self.datamodule, "seed", 0), 0, 2**64 - 1)
+        self._check_workers()
         self._check_precision()
         strategy = self.trainer.strategy
         launch_uninterrupted(strategy.launcher)

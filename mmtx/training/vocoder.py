@@ -18,6 +18,7 @@ from mmtx.files import find_shipped
 from mmtx.modality.audio import AudioTokenizer
 from mmtx.modality.base import load_tokenizer
 from mmtx.modality.vocoder import CENTS, CLARITY, LOWEST, PITCHES, VocoderConfig, hertz, track_frames
+from mmtx.schema import within
 from mmtx.training.codec_data import CodecBatch, CodecData
 from mmtx.training.means import Means, TestedAsValidated
 from mmtx.training.optimizer import OptimizerConfig, configure
@@ -37,6 +38,7 @@ class VocoderData(CodecData):
             steps: time steps of the codec in a cut, at most its chunk.
         """
         super().__init__(*args, **kwargs)
+        within("data.steps", steps, 1, 2**24)
         self.steps = steps
 
     def _sounds(self, waveforms: list[Tensor], generator: Generator) -> Tensor:
