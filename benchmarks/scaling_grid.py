@@ -2,7 +2,7 @@
 
     python benchmarks/scaling_grid.py                # prepares the stream and trains what is missing
     python benchmarks/scaling_grid.py --jobs 8 --cpu_jobs 8 --seconds 240   # side by side on a GPU and on cores beside it
-    mmtx plan --runs runs/scaling --flops 1e14 --tokens_per_batch 1024 --max_seq_len 128 --model runs/scaling/64-600/model \
+    mmtx plan --runs runs/scaling --flops 1e15 --tokens_per_batch 2048 --max_seq_len 640 --model runs/scaling/64-1000/model \
         --file docs/results/scaling.png
 
 Each run is `mmtx fit --config configs/scaling/decoder.yaml` with another width (of `mmtx.scaling.sizes`) and another number of steps,
