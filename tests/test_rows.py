@@ -371,7 +371,8 @@ def test_rows_behind_a_quote_that_is_not_closed_are_counted(folder):
     (folder / "x.csv").write_text("\n".join(["file_name,text", *rows]))
     found = list(scan(str(folder / "x.csv")))
     assert len(found) == 40 and all(isinstance(one, InputError) == (k >= 12) for k, one in enumerate(found))
-    assert "row 13: not a row of a table" in str(found[12]) and "row 40: not a row of a table (a quote is open since line 14)" in str(found[39])
+    assert "row 13: not a row of a table" in str(found[12])
+    assert "row 40: not a row of a table (a quote is open since line 14)" in str(found[39])
 
 
 def test_quotes_between_tabs_are_those_of_the_text(folder):
@@ -382,6 +383,17 @@ def test_quotes_between_tabs_are_those_of_the_text(folder):
     (folder / "x.tsv").write_text('file_name\ttext\na.png\t"open\nnothing closes it\na.png\tlast\n')
     first, second, last = scan(str(folder / "x.tsv"))
     assert (first.caption, last.caption) == ('"open', "last") and "row 2: not a row of a table (a quote that is not" in str(second)
+
+
+@pytest.mark.parametrize("text, expected", [
+    ('text\tlabel\n"two\nlines"\t3\nlast\t4\n', ["two\nlines", "last"]),  # the cell goes on in front of tabs
+    ('text\tlabel\n"two\n\nlines"\t3\nlast\t4\n', ["two\n\nlines", "last"]),
+    ('\ntext\tlabel\n"Hello\t3\nlast\t4\nx\t"open\n', ['"Hello', "last", "x"]),  # a blank line is no header
+    ('text\tlabel\n"a\t"\nshort\nlast\t4\n', ['"a', None, "last"]),  # one row is whole without the line held with it
+])
+def test_no_line_between_tabs_is_lost(tmp_path, text, expected):
+    (tmp_path / "x.tsv").write_text(text)
+    assert [None if isinstance(one, InputError) else one.caption for one in scan(str(tmp_path / "x.tsv"))] == expected
 
 
 def test_a_row_of_a_table_may_hold_a_picture(folder):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mmtx.data.sample import Text, kind_of
-from mmtx.data.sources import SkipCounter, open_source, read, scan
+from mmtx.data.sources import SkipCounter, is_selected, open_source, read, scan
 from mmtx.data.storage import FileSource, MemorySource, display
 from mmtx.errors import InputError
 
@@ -207,6 +207,8 @@ def test_select(tmp_path):
         with pytest.raises(InputError, match="no sample is left"):
             read(path, select={"style": [value]})
     assert len(read(path, select={"style": [1.0]})) == 3
+    # `mmtx prepare` asks sample by sample.
+    assert [is_selected(read(path)[1], {"style": [value]}) for value in (1, 1.0, "1", True)] == [True, True, False, False]
 
 
 @pytest.mark.parametrize("name", ["gone.jsonl", "gone.tar", "gone.tar.gz", "gone", "gone.zip"])

@@ -97,6 +97,15 @@ def _between_tabs(texts: Iterator[str]) -> Iterator[list[str] | str]:
     def plain(text: str) -> list[str]:
         return [cell[1:-1].replace('""', '"') if QUOTED.fullmatch(cell) else cell for cell in text.rstrip("\r\n").split("\t")]
 
+    def joined(some: list[str]) -> list[str] | None:
+        """The row that lines are together, if all of them are one."""
+        reader = csv.reader(some, delimiter="\t", strict=True)
+        try:
+            cells = next(reader)
+        except csv.Error:
+            return None
+        return cells if reader.line_num == len(some) else None
+
     def lost() -> Iterator[list[str] | str]:
         for text in held:
             yield cells if len(cells := plain(text)) == width else "a quote that is not closed"
@@ -104,8 +113,15 @@ def _between_tabs(texts: Iterator[str]) -> Iterator[list[str] | str]:
 
     for text in texts:
         cells = plain(text)
+        if not width and cells == [""]:
+            continue
         width = width or len(cells)
         if len(cells) == width:
+            # A cell of several lines may end in front of tabs; one that holds both tabs and ends of lines is none.
+            if held and (row := joined([*held, text])) is not None and len(row) == width and not any("\t" in cell for cell in row):
+                held.clear()
+                yield row
+                continue
             yield from lost()
             if cells[-1].startswith('"') and cells[-1].count('"') % 2:  # the next line tells whether the cell goes on
                 held.append(text)
@@ -113,14 +129,11 @@ def _between_tabs(texts: Iterator[str]) -> Iterator[list[str] | str]:
                 yield [] if cells == [""] else cells
             continue
         held.append(text)
-        try:
-            whole = next(csv.reader(held, delimiter="\t", strict=True))
-        except csv.Error:
-            if len(held) == MOST_LINES:
-                yield from lost()
-        else:
+        if (row := joined(held)) is not None:
             held.clear()
-            yield whole
+            yield row
+        elif len(held) == MOST_LINES:
+            yield from lost()
     yield from lost()
 
 

@@ -142,7 +142,7 @@ def _same(one: Any, other: Any) -> bool:
 def is_selected(sample: Sample, wanted: dict[str, list]) -> bool:
     """Whether `select` keeps a sample."""
     facts = _facts(sample)
-    return all(field in facts and facts[field] in values for field, values in wanted.items())
+    return all(field in facts and any(_same(facts[field], value) for value in values) for field, values in wanted.items())
 
 
 def _facts(sample: Sample) -> dict[str, Any]:
