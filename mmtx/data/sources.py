@@ -127,9 +127,10 @@ def _select(samples: list[Sample], wanted: dict[str, list], none: str) -> list[S
         pairs = zip(samples, facts, strict=True)
         kept = [sample for sample, fact in pairs if field in fact and any(_same(fact[field], value) for value in values)]
         if samples and not kept:
-            some = [*dict.fromkeys(shown(fact[field]) for fact in facts if field in fact)][:5]
-            raise InputError(f"{none}: in the field {field!r} they have {', '.join(some)}{', ...' if len(some) == 5 else ''}, and "
-                             f"select asks for one of {shown(values)}")
+            some = [*dict.fromkeys(shown(fact[field]) for fact in facts if field in fact)]
+            some[5:] = ["..."] if len(some) > 5 else []
+            raise InputError(f"{none}: in the field {field!r} they have {', '.join(some)}, "
+                             f"and select asks for one of {shown(values)}")
         samples = kept
     return samples
 
