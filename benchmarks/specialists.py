@@ -42,7 +42,7 @@ from mmtx.document import Document, MediaPart
 from mmtx.files import find_shipped
 from mmtx.loss import next_token_loss
 from mmtx.modality.base import load_tokenizer
-from mmtx.modality.encoder import GridEncoder
+from mmtx.modality.encoder import build_encoder
 from mmtx.model import Decoder
 from mmtx.pipeline import Model
 from mmtx.sequence import Rendered
@@ -294,7 +294,7 @@ def new_decoder(options: dict, vocabulary: Vocabulary, tokenizers: dict, way: st
     features = {} if way == "codes" else {kind: codec.feature_width for kind, codec in codecs.items()}
     encoders = {kind: codec.encoder_config for kind, codec in codecs.items()} if way == "encoder" else {}
     decoder = Decoder(DecoderConfig(vocabulary.size, composed=composed, features=features, encoders=encoders,
-                                    **options["decoder"]), GridEncoder)
+                                    **options["decoder"]), build_encoder)
     for kind, encoder in decoder.encoders.items():
         weights = codecs[kind].network.state_dict()
         encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()})

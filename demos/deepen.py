@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import mmtx
-from mmtx.modality.encoder import GridEncoder
+from mmtx.modality.encoder import build_encoder
 from mmtx.model import Decoder
 
 
@@ -26,7 +26,7 @@ def deepen(folder: str | Path, depth: int) -> mmtx.Model:
     # Block i takes the place that leaves as many new ones before it as come on it.
     places = [i + i * (depth - old.depth) // old.depth for i in range(old.depth)]
     heard = places[old.ctc_blocks - 1] + 1 if old.ctc_blocks else old.ctc_blocks  # CTC is asked behind the same block
-    decoder = Decoder(replace(old, depth=depth, ctc_blocks=heard), GridEncoder)
+    decoder = Decoder(replace(old, depth=depth, ctc_blocks=heard), build_encoder)
     weights = {name: weight for name, weight in model.decoder.state_dict().items() if not name.startswith("blocks.")}
     for i, place in enumerate(places):
         weights |= {f"blocks.{place}.{name}": weight for name, weight in model.decoder.blocks[i].state_dict().items()}

@@ -70,6 +70,76 @@ class EncoderConfig:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """Blocks of an EfficientNet with the same `channels` out; the first of them has the `stride`, and they are wider inside."""
+
+    channels: int
+    blocks: int
+    kernel: int
+    stride: int
+    expansion: int
+
+    def __post_init__(self):
+        for name, most in (("channels", 2**14), ("blocks", 2**8), ("kernel", 31), ("stride", 2), ("expansion", 16)):
+            within(f"encoders: stages: {name}", getattr(self, name), 1, most)
+
+
+@dataclass(frozen=True)
+class EfficientNetConfig:
+    """Sizes of an EfficientNet that a decoder trains along: pictures in patches of `patch` numbers in, `width` numbers of each out.
+
+    Pictures enter so much larger (`scale`) that a stage of the network has one place for each patch.
+    """
+
+    patch: int
+    stem: int
+    stages: tuple[Stage, ...]
+
+    def __post_init__(self):
+        object.__setattr__(self, "stages", tuple(s if isinstance(s, Stage) else Stage(**s) for s in self.stages))
+        within("encoders: stem", self.stem, 1, 2**14)
+        within("encoders: stages", len(self.stages), 1, 64)
+        within("encoders: patch", self.patch, 3, 2**16)
+        if 3 * self.side ** 2 != self.patch or self.side & self.side - 1:
+            raise InputError(f"encoders: patch: found {self.patch}, expected 3 * side**2 of patches whose side is a power of 2")
+
+    @property
+    def side(self) -> int:
+        """Pixels of a patch."""
+        return math.isqrt(self.patch // 3)
+
+    @property
+    def strides(self) -> list[int]:
+        """Pixels, as they enter, from one place to the next behind each stage."""
+        return [2 * math.prod(stage.stride for stage in self.stages[:end]) for end in range(1, len(self.stages) + 1)]
+
+    @property
+    def scale(self) -> int:
+        """How much larger pictures enter: patches of 16 pixels, as a stage of all EfficientNets sees them, or more."""
+        return max(1, min(16, *self.strides[-1:]) // self.side)
+
+    @property
+    def fine_stage(self) -> int:
+        """How many stages there are to the last one with a place for each patch."""
+        seen = self.scale * self.side
+        if seen not in self.strides:
+            raise InputError(f"encoders: stages: found places of {self.strides} pixels, expected {seen} among them")
+        return len(self.strides) - self.strides[::-1].index(seen)
+
+    @property
+    def width(self) -> int:
+        fine, last = self.stages[self.fine_stage - 1].channels, self.stages[-1].channels
+        return fine if self.fine_stage == len(self.stages) else fine + last
+
+
+def encoder_config(given: "EncoderConfig | EfficientNetConfig | Mapping[str, Any]") -> EncoderConfig | EfficientNetConfig:
+    """What a configuration says of an encoder."""
+    if isinstance(given, Mapping):
+        return EfficientNetConfig(**given) if "stages" in given else EncoderConfig(**given)
+    return given
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
     """Sizes of the decoder; training fills in `vocabulary_size` and `composed` from the tokenizers, and `ctc_blocks`.
 
@@ -91,7 +161,7 @@ class DecoderConfig:
     tied: bool = True
     composed: tuple[CodeRange, ...] = ()
     features: Mapping[str, int] = field(default_factory=dict)
-    encoders: Mapping[str, EncoderConfig] = field(default_factory=dict)
+    encoders: Mapping[str, EncoderConfig | EfficientNetConfig] = field(default_factory=dict)
     qk_norm: bool = True
     qkv_bias: bool = False
     rope_scaling: RopeScaling | None = None
@@ -100,8 +170,7 @@ class DecoderConfig:
     def __post_init__(self):
         ranges = tuple(r if isinstance(r, CodeRange) else CodeRange(r["start"], tuple(r["levels"])) for r in self.composed)
         object.__setattr__(self, "composed", ranges)
-        object.__setattr__(self, "encoders", {kind: given if isinstance(given, EncoderConfig) else EncoderConfig(**given)
-                                              for kind, given in self.encoders.items()})
+        object.__setattr__(self, "encoders", {kind: encoder_config(given) for kind, given in self.encoders.items()})
         for name, most in (("width", 2**16), ("depth", 2**12), ("heads", 2**12), ("kv_heads", 2**12), ("head_dim", 2**12),
                            ("mlp_dim", 2**20)):
             within(name, getattr(self, name), 1, most)

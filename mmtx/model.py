@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmtx.config import DecoderConfig, EncoderConfig, RopeScaling
+from mmtx.config import DecoderConfig, EfficientNetConfig, EncoderConfig, RopeScaling
 from mmtx.embedding import Features, TokenEmbedding
 from mmtx.kernels import Heads, attend, qk_norm_rope, rms_norm, swiglu
 from mmtx.varlen import Packing, attend_documents
@@ -142,11 +142,11 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """A stack of causal blocks between an embedding and, by default, the same matrix as output."""
 
-    def __init__(self, config: DecoderConfig, encoder: Callable[[EncoderConfig], nn.Module] | None = None):
-        """`encoder` makes the encoders that a configuration may have, `GridEncoder` of mmtx/modality/encoder.py."""
+    def __init__(self, config: DecoderConfig, encoder: Callable[[EncoderConfig | EfficientNetConfig], nn.Module] | None = None):
+        """`encoder` makes the encoders that a configuration may have, `build_encoder` of mmtx/modality/encoder.py."""
         super().__init__()
         if config.encoders and encoder is None:
-            raise TypeError("Decoder: found a configuration with encoders, expected GridEncoder as the second argument")
+            raise TypeError("Decoder: found a configuration with encoders, expected build_encoder as the second argument")
         self.config = config
         self.gradient_checkpointing = False  # compute blocks again on the way back
         block = BlockConfig(config.width, config.heads, config.kv_heads, config.head_dim, config.mlp_dim,

@@ -43,7 +43,7 @@ def read_model(folder: str | Path | None) -> ModelParts:
     for kind, width in config.features.items():
         if kind not in MODALITIES:
             raise unknown(kind, folder / CONFIG)
-        if width != (found := getattr(tokenizers.get(kind), "feature_width", 0)):
+        if kind not in config.encoders and width != (found := getattr(tokenizers.get(kind), "feature_width", 0)):
             raise InputError(f"{folder}: the decoder takes features of {kind} of width {width}, its tokenizer gives {found}")
     for kind, encoder in config.encoders.items():
         given = media_tokenizer(tokenizers, kind).encoder_config

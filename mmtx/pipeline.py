@@ -42,7 +42,7 @@ from mmtx.inference.transcription import cut_at_pauses, transcribe
 from mmtx.inference.weights import Weights
 from mmtx.medium import Audio, Marked, Media, ReadMedium, Sound, as_medium, check_open, to_array, to_sound
 from mmtx.modality.base import Encoding, Tokenizer, load_tokenizer, media_tokenizer
-from mmtx.modality.encoder import GridEncoder
+from mmtx.modality.encoder import build_encoder
 from mmtx.modality.modality import MODALITIES, media_kinds
 from mmtx.model import Decoder
 from mmtx.model_folder import WEIGHTS, model_files, read_model
@@ -78,7 +78,7 @@ def load(folder: str | Path | None = None, device: str | torch.device | None = N
         InputError: the folder is not a whole model, or does not fit its tokenizers; 8 bits on another device than a CPU.
     """
     config, vocabulary, tokenizers, folder = read_model(folder)
-    decoder = load_module(lambda: Decoder(config, GridEncoder), folder / WEIGHTS)
+    decoder = load_module(lambda: Decoder(config, build_encoder), folder / WEIGHTS)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Model(decoder, vocabulary, tokenizers).to(device).prepare_for_inference(load_in_8bit)
 

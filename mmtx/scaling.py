@@ -20,7 +20,7 @@ from torch import Tensor
 from mmtx.config import DecoderConfig
 from mmtx.errors import InputError
 from mmtx.files import CONFIG
-from mmtx.modality.encoder import GridEncoder
+from mmtx.modality.encoder import build_encoder
 from mmtx.model import Decoder
 from mmtx.model_folder import read_model_config
 from mmtx.run_page import read_curves
@@ -53,7 +53,7 @@ def cost(config: DecoderConfig, tokens: int, length: int) -> Cost:
     """
     c = config
     with torch.device("meta"):
-        decoder = Decoder(replace(c, depth=1), GridEncoder)  # all blocks are alike
+        decoder = Decoder(replace(c, depth=1), build_encoder)  # all blocks are alike
     block = sum(p.numel() for p in decoder.blocks[0].parameters())
     matrices = c.depth * sum(p.numel() for p in decoder.blocks[0].parameters() if p.dim() == 2)
     attention = 4 * c.depth * c.heads * c.head_dim * length

@@ -58,8 +58,10 @@ def check(kind: Any, value: Any, where: str | Path, name: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in inner:
             return None
-        [kind] = [item for item in inner if item is not type(None)]
-        return check(kind, value, where, name)
+        kinds = [item for item in inner if item is not type(None)]
+        if len(kinds) > 1 and isinstance(value, dict):  # of several classes the one with the most of the fields that are there
+            kinds = [max(kinds, key=lambda item: len({*_kinds(item)} & {*value}))]
+        return check(kinds[0], value, where, name)
     if origin is Literal and isinstance(value, str) and value in inner:
         return value
     if origin is tuple and isinstance(value, list) and len(value) <= MOST_ITEMS:

@@ -19,7 +19,7 @@ from mmtx.config import DecoderConfig, EncoderConfig
 from mmtx.errors import InputError
 from mmtx.interop.convert import convert
 from mmtx.interop.export import export
-from mmtx.modality.encoder import GridEncoder
+from mmtx.modality.encoder import build_encoder
 from mmtx.model import Decoder
 from mmtx.pipeline import load
 from mmtx.training.adapters import LoRA, MergedWeights, adapt, merged, parameters_by_group, tables
@@ -119,7 +119,7 @@ def test_a_merged_decoder_scores_as_the_adapted_one(starts):
         expected, plain = decoder.eval().logits(decoder(ids, positions)), merged(decoder)
         found = plain.logits(plain(ids, positions))
     assert torch.allclose(expected, found, atol=1e-5)
-    assert {*plain.state_dict()} == {*Decoder(plain.config, GridEncoder).state_dict()}
+    assert {*plain.state_dict()} == {*Decoder(plain.config, build_encoder).state_dict()}
     assert "attention" in parameters_by_group(decoder).split("are frozen")[1]
 
 
@@ -208,7 +208,7 @@ def test_a_base_in_4_bits_is_read_layer_by_layer(starts):
         quantize_layer(decoder, name)
         matrices = [parameter for name, parameter in decoder.blocks.named_parameters() if parameter.dim() > 1 and not parameter.is_meta]
         most.append(sum(parameter.is_floating_point() for parameter in matrices))
-    found = load_module(lambda: Decoder(start.config, GridEncoder), starts["qwen2"] / "model.safetensors", loaded)
+    found = load_module(lambda: Decoder(start.config, build_encoder), starts["qwen2"] / "model.safetensors", loaded)
     assert len(most) == len(start.state_dict()) and max(most) == 0
     quantize(found)  # what has 4 bits stays as it is
     quantize(start)
@@ -278,7 +278,7 @@ def test_mistakes_are_told_in_one_line(monkeypatch):
 
 def test_encoders_train_as_they_are_and_adapters_stand_in_blocks_alone():
     config = DecoderConfig(300, **DECODER, features={"image": 16}, encoders={"image": EncoderConfig(12, 16, 2, 1, 4)})
-    decoder = Decoder(config, GridEncoder)
+    decoder = Decoder(config, build_encoder)
     adapt(decoder, LoRA(rank=2), 280)
     adapted = {name.split(".lora_A")[0] for name, _ in decoder.named_parameters() if ".lora_A" in name}
     assert adapted == {f"blocks.{n}.{part}" for n in range(len(decoder.blocks))

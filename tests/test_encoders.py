@@ -18,7 +18,7 @@ from mmtx.data.tokens import Augmentation, encode_samples, load_sample, to_docum
 from mmtx.errors import InputError
 from mmtx.inference.sampling import Sampling
 from mmtx.modality.base import load_tokenizer
-from mmtx.modality.encoder import GridEncoder
+from mmtx.modality.encoder import GridEncoder, build_encoder
 from mmtx.model import Decoder
 from mmtx.pipeline import Model
 from mmtx.sequence import gather_features, render
@@ -52,7 +52,7 @@ def decoder(tokenizers, vocabulary, encoders: bool) -> Decoder:
         features={kind: codec.feature_width for kind, codec in codecs.items()},
         encoders={kind: codec.encoder_config for kind, codec in codecs.items()} if encoders else {})
     torch.manual_seed(0)
-    made = Decoder(config, GridEncoder)
+    made = Decoder(config, build_encoder)
     if encoders:
         made.load_state_dict({**made.state_dict(), **decoder(tokenizers, vocabulary, False).state_dict(),
                               **{f"encoders.{kind}.{name}": value for kind in KINDS
@@ -71,7 +71,7 @@ def model(tokenizers, vocabulary):
 
 
 def test_a_decoder_with_encoders_is_told_what_makes_them():
-    with pytest.raises(TypeError, match="GridEncoder"):
+    with pytest.raises(TypeError, match="build_encoder"):
         Decoder(DecoderConfig(300, features={"image": 32}, encoders={"image": EncoderConfig(192, 32, 2, 1, 8)}))
 
 

@@ -21,7 +21,7 @@ import mmtx.weights
 from mmtx.data.prepared import tensors
 from mmtx.errors import InputError
 from mmtx.modality.base import load_tokenizer
-from mmtx.modality.encoder import GridEncoder
+from mmtx.modality.encoder import build_encoder
 from mmtx.modality.text import TextTokenizer, read_pieces
 from mmtx.model import Decoder
 from mmtx.schema import build
@@ -234,7 +234,7 @@ def test_weights_are_read_piece_by_piece_in_the_type_of_the_network(fresh, piece
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        found = load_module(lambda: Decoder(expected.config, GridEncoder), folder / "model.safetensors", loaded)
+        found = load_module(lambda: Decoder(expected.config, build_encoder), folder / "model.safetensors", loaded)
     finally:
         torch.set_default_dtype(default)
     assert seen == sorted(found.state_dict()) and {tensor.dtype for tensor in found.state_dict().values()} == {torch.bfloat16}

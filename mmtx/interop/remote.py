@@ -18,7 +18,7 @@ from mmtx.errors import InputError
 from mmtx.inference.sampling import Sampling
 from mmtx.interop.export import cannot
 from mmtx.medium import Media
-from mmtx.modality.encoder import GridEncoder
+from mmtx.modality.encoder import build_encoder
 from mmtx.model import Decoder
 from mmtx.model_folder import read_model
 from mmtx.pipeline import Model
@@ -38,7 +38,7 @@ def connect(server: str, folder: str | Path | None = None) -> "RemoteModel":
     """
     config, vocabulary, tokenizers, _ = read_model(folder)
     with torch.device("meta"):
-        decoder = Decoder(config, GridEncoder)
+        decoder = Decoder(config, build_encoder)
     model = RemoteModel(decoder, vocabulary, tokenizers)
     model.server = server.rstrip("/")
     if not model.server.startswith(("http://", "https://")):

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmtx.config import EncoderConfig
+from mmtx.config import EfficientNetConfig, EncoderConfig
+from mmtx.modality.efficientnet import EfficientNetEncoder
 from mmtx.model import Block, BlockConfig, RMSNorm, rotary_embedding
 
 NORM_EPS = torch.finfo(torch.float32).eps
@@ -112,6 +113,11 @@ class GridEncoder(PatchEncoder):
             parts.append(self.features(patches[there(places)]).flatten(0, 2)[there(inside)])
             order.append(places.flatten()[inside])
         return torch.cat(parts)[there(torch.cat(order).argsort())]
+
+
+def build_encoder(config: EncoderConfig | EfficientNetConfig) -> nn.Module:
+    """The encoder of a configuration, with random weights."""
+    return EfficientNetEncoder(config) if isinstance(config, EfficientNetConfig) else GridEncoder(config)
 
 
 @lru_cache(1024)

@@ -14,7 +14,7 @@ from mmtx.embedding import TokenEmbedding
 from mmtx.errors import InputError
 from mmtx.files import require, write_whole
 from mmtx.interop.families import BLOCK, sizes_of
-from mmtx.modality.encoder import GridEncoder
+from mmtx.modality.encoder import build_encoder
 from mmtx.model import Decoder
 from mmtx.training.quantize import quantize, size_of, weight_of
 from mmtx.weights import Runs, file_parts
@@ -112,7 +112,7 @@ def _with_adapter(layer: Any) -> Tensor:
 @torch.no_grad()
 def merged(decoder: Decoder) -> Decoder:
     """A decoder of its own with the adapters added to its weights."""
-    plain, weights = Decoder(decoder.config, GridEncoder), MergedWeights(decoder)
+    plain, weights = Decoder(decoder.config, build_encoder), MergedWeights(decoder)
     for name, tensor in plain.state_dict().items():
         runs = weights[name]
         tensor.copy_(torch.cat(runs) if isinstance(runs, tuple) else runs)

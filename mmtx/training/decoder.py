@@ -5,6 +5,7 @@ Shapes: N tokens of a batch, M supervised tokens, V vocabulary.
 
 import math
 import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -13,7 +14,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
-from mmtx.config import CodeRange, DecoderConfig
+from mmtx.config import CodeRange, DecoderConfig, EfficientNetConfig, EncoderConfig
 from mmtx.data.packing import Batch
 from mmtx.data.sample import Sample
 from mmtx.data.storage import scrub
@@ -22,8 +23,9 @@ from mmtx.errors import InputError
 from mmtx.files import replace_folder
 from mmtx.loss import TokenLoss, next_token_loss
 from mmtx.modality.autoencoder import Codec
-from mmtx.modality.base import media_tokenizer
-from mmtx.modality.encoder import GridEncoder
+from mmtx.modality.base import MediaTokenizer, media_tokenizer
+from mmtx.modality.efficientnet import load_encoder, read_encoder
+from mmtx.modality.encoder import build_encoder
 from mmtx.model import Decoder, initialise
 from mmtx.model_folder import WEIGHTS, ModelParts, model_files, read_model
 from mmtx.pipeline import Model
@@ -73,6 +75,7 @@ class DecoderModule(TestedAsValidated):
         tokenizers: TokenizerFolders | None = None,
         train_encoder: bool = False,
         encoders_from: str | None = None,
+        image_encoder: str | None = None,
         lora: LoRA | None = None,
         gradient_checkpointing: bool = False,
         mup_base_width: int | None = None,
@@ -89,6 +92,8 @@ class DecoderModule(TestedAsValidated):
                 The tokenizers, and so all codes, stay as they are.
             encoders_from: folder of a finished model whose trained encoders these copies start from, instead of those of the codecs:
                 one that has learnt to see and hear beside a small decoder serves a large one.
+            image_encoder: folder of a pretrained encoder of pictures that takes the place of the image codec's own, such as
+                `demos/data/build_image_encoder.py` makes; with `init_from` it takes that of the model there.
             loss_weights: what targets of each modality count for; the loss is the weighted mean over all targets.
             init_from: folder of a finished model with this configuration and text tokenizer, whose weights to start from.
                 Its other tokenizers may have been retrained: what their codes stand for is then learnt anew. It may be a model of
@@ -125,6 +130,9 @@ class DecoderModule(TestedAsValidated):
         if encoders_from is not None and not train_encoder:
             raise InputError("model.init_args.encoders_from: found one with train_encoder: false, expected train_encoder: true")
         self.encoders_from = None if encoders_from is None else read_model(encoders_from)
+        if image_encoder is not None and not train_encoder:
+            raise InputError("model.init_args.image_encoder: found one with train_encoder: false, expected train_encoder: true")
+        self.image_encoder = image_encoder
         self.weights_by_kind = asdict(loss_weights)
         self.decoder: Decoder | None = None
 
@@ -139,16 +147,14 @@ class DecoderModule(TestedAsValidated):
         ranges = [CodeRange(vocabulary.range(kind).start, levels) for kind in vocabulary.kinds
                   if (levels := vocabulary.levels(kind))]
         codecs = {kind: media_tokenizer(self.tokenizers, kind) for kind in vocabulary.kinds if vocabulary.levels(kind)}
-        widths = {kind: codec.feature_width for kind, codec in codecs.items()}
-        encoders = {kind: codec.encoder_config for kind, codec in codecs.items()}
-        for kind in (kind for kind, encoder in encoders.items() if self.train_encoder and encoder is None):
-            raise InputError(f"train_encoder: found a {kind} tokenizer without an encoder that trains, expected a codec of mmtx")
+        encoders = self._encoder_configs(codecs) if self.train_encoder else {}
+        widths = {kind: encoders[kind].width if encoders else codec.feature_width for kind, codec in codecs.items()}
         self.config = replace(self.config, vocabulary_size=vocabulary.size, composed=tuple(ranges),
-                              features=widths if self.continuous_inputs else {}, encoders=encoders if self.train_encoder else {},
+                              features=widths if self.continuous_inputs else {}, encoders=encoders,
                               ctc_blocks=None if self.ctc is None else self.ctc.blocks)
         if self.init_from is None:
-            self.decoder = Decoder(self.config, GridEncoder)
-            self._take_encoders()
+            self.decoder = Decoder(self.config, build_encoder)
+            self._take_encoders(self.config.encoders)
             if self.mup_base_width is not None:
                 rescale(self.decoder, self.mup_base_width)
         else:
@@ -165,11 +171,30 @@ class DecoderModule(TestedAsValidated):
         if self.device_mesh is not None:
             shard(self.decoder, self.device_mesh["data_parallel"])
 
-    def _take_encoders(self) -> None:
-        """Let encoders begin as those of the codecs."""
-        for kind, encoder in self.decoder.encoders.items():
-            weights = cast(Codec, self.tokenizers[kind]).network.state_dict()
-            encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()})
+    def _encoder_configs(self, codecs: Mapping[str, MediaTokenizer]) -> dict[str, EncoderConfig | EfficientNetConfig]:
+        """Of the encoders: as the codecs', or as those of the model that they, or all, begin with."""
+        found = {}
+        for kind, codec in codecs.items():
+            if codec.encoder_config is None:
+                raise InputError(f"train_encoder: found a {kind} tokenizer without an encoder that trains, expected a codec of mmtx")
+            start = self.encoders_from or self.init_from
+            theirs = None if start is None else start.config.encoders.get(kind)
+            found[kind] = theirs if theirs is not None and theirs.patch == codec.encoder_config.patch else codec.encoder_config
+        if self.image_encoder is not None:
+            if "image" not in found:
+                raise InputError("model.init_args.image_encoder: found one, expected none: the tokenizers have none of pictures")
+            found["image"] = read_encoder(self.image_encoder, found["image"].patch)
+        return found
+
+    def _take_encoders(self, kinds: Iterable[str]) -> None:
+        """Let encoders begin as the pretrained one, or as those of the codecs."""
+        for kind in kinds:
+            encoder = self.decoder.encoders[kind]
+            if kind == "image" and self.image_encoder is not None:
+                load_encoder(encoder, self.image_encoder)
+            elif self.encoders_from is None:  # what comes from there follows
+                weights = cast(Codec, self.tokenizers[kind]).network.state_dict()
+                encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()})
 
     def _take_tokenizers(self) -> None:
         theirs = getattr(data_of(self.trainer), "tokenizers", None)
@@ -191,12 +216,17 @@ class DecoderModule(TestedAsValidated):
         """The decoder of a finished model, in the precision of the run, and each layer in 4 bits as soon as it is read."""
         where = self.finished or "init_from"
         given, wanted = asdict(model.config), asdict(self.config)
+        new = {"image"} if self.image_encoder is not None and self.finished is None and given["features"] else set()
         # A model of codes alone may get projections of features; encoders begin as those of the codecs, which made the features that
         # a model without encoders has learnt to read.
         added = {name for name in ("features", "encoders") if wanted[name] and not given[name] and self.finished is None}
         free = added if self.finished else {*added, "ctc_blocks"}  # of which nothing is built
         for name, value in wanted.items():
-            if given[name] != value and name not in free:
+            if name in ("features", "encoders") and name not in free:
+                alike = all(given[name].get(kind) == value.get(kind) for kind in {*given[name], *value} - new)
+            else:
+                alike = given[name] == value or name in free
+            if not alike:
                 raise InputError(f"{where}: found {name} {given[name]}, expected {value}")
         same = self.finished or added == {"encoders"}
         for kind, tokenizer in self.tokenizers.items() if same else [("text", self.tokenizers["text"])]:
@@ -206,15 +236,16 @@ class DecoderModule(TestedAsValidated):
                                  f"expected {expected}, tokenizers.{kind}")
         in_4_bits = quantize_layer if self.lora is not None and self.lora.load_in_4bit else None
         with releasing_memory():
-            decoder = load_module(lambda: Decoder(model.config, GridEncoder), model.folder / WEIGHTS, in_4_bits)
+            decoder = load_module(lambda: Decoder(model.config, build_encoder), model.folder / WEIGHTS, in_4_bits)
         decoder.config = self.config
-        if "features" in added:
-            decoder.projections.update({kind: nn.Linear(size, self.config.width) for kind, size in self.config.features.items()})
-            initialise(decoder.projections, self.config.depth)
-        if "encoders" in added:
-            decoder.encoders.update({kind: GridEncoder(sizes) for kind, sizes in self.config.encoders.items()})
-            self.decoder = decoder
-            self._take_encoders()
+        blank = {*self.config.features} if "features" in added else new
+        decoder.projections.update({kind: nn.Linear(self.config.features[kind], self.config.width) for kind in sorted(blank)})
+        for kind in sorted(blank):
+            initialise(decoder.projections[kind], self.config.depth)
+        fresh = {*self.config.encoders} if "encoders" in added else new
+        decoder.encoders.update({kind: build_encoder(self.config.encoders[kind]) for kind in sorted(fresh)})
+        self.decoder = decoder
+        self._take_encoders(sorted(fresh))
         return decoder
 
     def _replace_encoders(self, other: ModelParts) -> None:
@@ -222,7 +253,7 @@ class DecoderModule(TestedAsValidated):
         for kind, expected in self.config.encoders.items():
             if (found := other.config.encoders.get(kind)) != expected:
                 raise InputError(f"encoders_from: found {found or 'no encoder'} for {kind}, expected {expected}")
-        theirs = load_module(lambda: Decoder(other.config, GridEncoder), other.folder / WEIGHTS)
+        theirs = load_module(lambda: Decoder(other.config, build_encoder), other.folder / WEIGHTS)
         for kind, encoder in self.decoder.encoders.items():
             encoder.load_state_dict(theirs.encoders[kind].state_dict())
 

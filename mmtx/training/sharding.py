@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from mmtx.modality.encoder import GridEncoder
+from mmtx.modality.encoder import build_encoder
 from mmtx.model import Decoder
 from mmtx.training.private import share_among_all
 from mmtx.training.schema import check_weights
@@ -75,7 +75,7 @@ def whole(module: LightningModule) -> Iterator[None]:
         yield
         return
     if weights := get_model_state_dict(decoder, options=WHOLE):
-        module.decoder = Decoder(decoder.config, GridEncoder).to(module.device).train(decoder.training)
+        module.decoder = Decoder(decoder.config, build_encoder).to(module.device).train(decoder.training)
         module.decoder.load_state_dict(weights)
     try:
         yield

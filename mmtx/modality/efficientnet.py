@@ -1,0 +1,117 @@
+"""An EfficientNet as the encoder of pictures: a pretrained network of convolutions, which has seen more than one has oneself.
+
+EfficientNet (https://arxiv.org/abs/1905.11946), as its Lite variants are: ReLU6, and no squeeze-and-excitation. Batch norms are
+folded into the convolutions before them (`demos/data/build_image_encoder.py`), so a picture has the same features in any company.
+
+Shapes: B batch, C channels, H height and W width in pixels, h rows and w columns of a grid of patches, P numbers in a patch, D width.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from mmtx.config import EfficientNetConfig, Stage
+from mmtx.errors import InputError
+from mmtx.files import CONFIG, read_json
+from mmtx.schema import build
+from mmtx.weights import load_module
+
+KIND = "efficientnet"
+
+
+class SameConv2d(nn.Conv2d):
+    """A convolution padded as in TensorFlow: ceil(side / stride) come out of a side, and what is odd is padded behind."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        (kernel, _), (stride, _) = self.kernel_size, self.stride
+        missing = [max(0, (-(-side // stride) - 1) * stride + kernel - side) for side in x.shape[-2:]]
+        if any(missing):
+            (top, bottom), (left, right) = ((pad // 2, pad - pad // 2) for pad in missing)
+            x = F.pad(x, (left, right, top, bottom))
+        return super().forward(x)
+
+
+class InvertedBottleneck(nn.Module):
+    """MBConv (https://arxiv.org/abs/1801.04381): widen, mix neighbours channel by channel, narrow; added to the input if it fits."""
+
+    def __init__(self, width: int, stage: Stage, stride: int):
+        super().__init__()
+        inner = width * stage.expansion
+        self.expand = nn.Conv2d(width, inner, 1) if stage.expansion > 1 else None
+        self.mix = SameConv2d(inner, inner, stage.kernel, stride, groups=inner)
+        self.project = nn.Conv2d(inner, stage.channels, 1)
+        self.residual = stride == 1 and width == stage.channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, `channels`, H / stride, W / stride)."""
+        y = x if self.expand is None else F.relu6(self.expand(x))
+        y = self.project(F.relu6(self.mix(y)))
+        return x + y if self.residual else y
+
+
+class EfficientNetEncoder(nn.Module):
+    """Patches of pictures -> what the last stage that has a place for each of them says there, and the last stage of all."""
+
+    def __init__(self, config: EfficientNetConfig):
+        super().__init__()
+        self.patch, self.scale, self.fine = config.side, config.scale, config.fine_stage
+        self.stem = SameConv2d(3, config.stem, 3, stride=2)
+        self.stages = nn.ModuleList()
+        width = config.stem
+        for stage in config.stages:
+            blocks = []
+            for index in range(stage.blocks):
+                blocks.append(InvertedBottleneck(width, stage, stage.stride if index == 0 else 1))
+                width = stage.channels
+            self.stages.append(nn.Sequential(*blocks))
+
+    def forward(self, patches: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+        """Patches (n, P) of grids, row by row -> features (n, D); pictures of equal size share a pass."""
+        alike = defaultdict(list)
+        first = 0
+        for rows, columns in grids:
+            alike[rows, columns].append(first)
+            first += rows * columns
+        order, parts = [], []
+        for (rows, columns), firsts in alike.items():
+            places = torch.tensor(firsts)[:, None] + torch.arange(rows * columns)
+            chosen = patches[places.to(patches.device, non_blocking=True)]
+            pictures = rearrange(chosen, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=self.patch, q=self.patch)
+            parts.append(rearrange(self.features(pictures), "b c h w -> (b h w) c"))
+            order.append(places.flatten())
+        return torch.cat(parts)[torch.cat(order).argsort().to(patches.device, non_blocking=True)]
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] -> features (B, D, h, w)."""
+        x = F.interpolate(pictures, scale_factor=self.scale, mode="bilinear") if self.scale > 1 else pictures
+        x = F.relu6(self.stem(x.contiguous(memory_format=torch.channels_last)))
+        for stage in self.stages[:self.fine]:
+            x = stage(x)
+        fine, (rows, columns) = x, x.shape[-2:]
+        for stage in self.stages[self.fine:]:
+            x = stage(x)
+        if x is fine:
+            return fine
+        times = math.ceil(rows / x.shape[-2])
+        coarse = F.interpolate(x, scale_factor=times, mode="nearest")[..., :rows, :columns]
+        return torch.cat([fine, coarse], 1)
+
+
+def read_encoder(folder: str | Path, patch: int) -> EfficientNetConfig:
+    """What the folder of a pretrained encoder says of it, for patches of so many numbers. Raises InputError."""
+    path = Path(folder) / CONFIG
+    values = read_json(path)
+    if not isinstance(values, dict) or values.get("kind") != KIND:
+        raise InputError(f"{path}: found no \"kind\": \"{KIND}\", expected the folder of a pretrained encoder of pictures")
+    return build(EfficientNetConfig, {**{name: value for name, value in values.items() if name != "kind"}, "patch": patch}, path)
+
+
+def load_encoder(encoder: nn.Module, folder: str | Path) -> None:
+    """Let an encoder begin with the weights of a folder that `read_encoder` has read. Raises InputError."""
+    load_module(lambda: encoder, Path(folder) / "model.safetensors")

@@ -1,0 +1,181 @@
+"""EfficientNets as encoders of pictures: what they compute, which patch has which feature, and how decoders begin with one."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torchvision.ops.misc import Conv2dNormActivation
+
+import mmtx
+from mmtx.config import DecoderConfig, EfficientNetConfig, EncoderConfig, Stage
+from mmtx.errors import InputError
+from mmtx.modality.efficientnet import EfficientNetEncoder, InvertedBottleneck, SameConv2d, load_encoder, read_encoder
+from mmtx.modality.encoder import build_encoder
+
+STAGES = ((8, 1, 3, 1, 1), (8, 2, 3, 2, 2), (12, 2, 5, 2, 2), (16, 1, 3, 2, 2), (20, 1, 5, 1, 2), (24, 2, 5, 2, 2))
+NAMES = ("channels", "blocks", "kernel", "stride", "expansion")
+ENCODER = {"kind": "efficientnet", "stem": 8, "stages": [dict(zip(NAMES, stage)) for stage in STAGES]}
+
+
+def config(side: int = 8) -> EfficientNetConfig:
+    return EfficientNetConfig(3 * side ** 2, 8, tuple(Stage(*stage) for stage in STAGES))
+
+
+def random_encoder(side: int = 8) -> EfficientNetEncoder:
+    torch.manual_seed(0)
+    return EfficientNetEncoder(config(side)).eval()
+
+
+def patches_of(picture: torch.Tensor, side: int) -> torch.Tensor:
+    """A picture (3, H, W) -> its patches, row by row, each pixel's three colours together."""
+    rows = picture.unfold(1, side, side).unfold(2, side, side)           # (3, h, w, side, side)
+    return rows.permute(1, 2, 3, 4, 0).reshape(-1, 3 * side ** 2)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A pretrained encoder."""
+    made = tmp_path / "encoder"
+    made.mkdir()
+    save_file({name: value.half() for name, value in random_encoder().state_dict().items()}, made / "model.safetensors")
+    (made / "config.json").write_text(json.dumps(ENCODER))
+    return made
+
+
+@pytest.mark.parametrize("side, scale, strides_seen", [(2, 8, 16), (4, 4, 16), (8, 2, 16), (16, 1, 16), (32, 1, 32)])
+def test_every_patch_has_a_place_of_its_own(side, scale, strides_seen):
+    sizes = config(side)
+    assert (sizes.scale, sizes.scale * sizes.side) == (scale, strides_seen)
+    assert sizes.width == (24 if side == 32 else 20 + 24)
+    assert random_encoder(side).features(torch.zeros(1, 3, 6 * side, 4 * side)).shape == (1, sizes.width, 6, 4)
+
+
+def test_features_lie_where_their_patches_do():
+    """What is shown 4 rows lower and 8 columns further right has its features 4 rows lower and 8 columns further right."""
+    encoder, seen, picture = random_encoder(), [], torch.randn(3, 32, 48)
+    for top, left in ((16, 12), (20, 20)):
+        canvas = torch.zeros(3, 8 * 48, 8 * 40)
+        canvas[:, 8 * top:8 * top + 32, 8 * left:8 * left + 48] = picture
+        with torch.no_grad():
+            features = encoder(patches_of(canvas, 8), [(48, 40)]).view(48, 40, -1)
+        seen.append(features[top - 4:top + 8, left - 2:left + 8])
+    assert (seen[0][4:8, 2:8].std((0, 1)) > 0).all()
+    torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-5)
+
+
+def test_pictures_of_all_sizes_are_alike_in_any_company():
+    encoder = random_encoder()
+    grids = [(8, 8), (5, 7), (8, 8), (1, 1), (3, 12)]
+    parts = [torch.randn(rows * columns, 192) for rows, columns in grids]
+    with torch.no_grad():
+        together = encoder(torch.cat(parts), grids).split([len(part) for part in parts])
+        for part, grid, found in zip(parts, grids, together):
+            torch.testing.assert_close(found, encoder(part, [grid]), rtol=1e-5, atol=1e-5)
+
+
+def test_blocks_are_those_of_torchvision_with_norms_folded():
+    """An inverted bottleneck of torchvision's layers with batch norms, and ours with what the script folds of them."""
+    spec = importlib.util.spec_from_file_location("build_image_encoder", runs.STARTER.parent / "build_image_encoder.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    torch.manual_seed(0)
+    norm = lambda channels: torch.nn.BatchNorm2d(channels, eps=script.NORM_EPS)
+    layers = torch.nn.Sequential(
+        Conv2dNormActivation(8, 16, 1, norm_layer=norm, activation_layer=torch.nn.ReLU6),
+        Conv2dNormActivation(16, 16, 5, groups=16, norm_layer=norm, activation_layer=torch.nn.ReLU6),
+        Conv2dNormActivation(16, 8, 1, norm_layer=norm, activation_layer=None)).eval()
+    for name, value in layers.state_dict().items():
+        if value.is_floating_point():
+            value.copy_(torch.rand_like(value) + 0.5 if "running_var" in name or name.endswith("1.weight") else torch.randn_like(value))
+    block = InvertedBottleneck(8, Stage(8, 1, 5, 1, 2), 1)
+    weights = layers.state_dict()
+    for number, part in enumerate(("expand", "mix", "project")):
+        weight, bias = script.folded(weights, f"{number}.0", f"{number}.1")
+        getattr(block, part).load_state_dict({"weight": weight, "bias": bias})
+    x = torch.randn(2, 8, 9, 9)
+    torch.testing.assert_close(block(x), x + layers(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("side, kernel, before, behind", [(8, 3, 0, 1), (8, 5, 1, 2), (9, 3, 1, 1), (9, 5, 2, 2)])
+def test_strided_convolutions_are_padded_as_in_tensorflow(side, kernel, before, behind):
+    """SAME of https://www.tensorflow.org/api_docs/python/tf/nn: what is missing is shared, the odd one behind."""
+    layer = SameConv2d(2, 3, kernel, stride=2)
+    x = torch.randn(1, 2, side, side)
+    expected = F.conv2d(F.pad(x, (before, behind, before, behind)), layer.weight, layer.bias, stride=2)
+    assert torch.equal(layer(x), expected) and expected.shape[-1] == -(-side // 2)
+
+
+def test_what_is_no_encoder_is_one_clear_error(folder, tmp_path):
+    with pytest.raises(InputError, match="patch: found 243, expected 3 \\* side\\*\\*2 of patches whose side is a power of 2"):
+        read_encoder(folder, 3 * 81)
+    with pytest.raises(InputError, match=r"stages: found places of \[2, 4, 8, 16, 16, 32\] pixels, expected 64 among them"):
+        assert read_encoder(folder, 3 * 64 ** 2).width
+    with pytest.raises(InputError, match='config.json: found no "kind": "efficientnet"'):
+        read_encoder(runs.STARTER.parents[1] / "starter", 192)
+    with pytest.raises(InputError, match="no such file"):
+        read_encoder(tmp_path / "nowhere", 192)
+    with pytest.raises(InputError, match="encoders: stages: stride: found 3"):
+        EfficientNetConfig(192, 8, ({**ENCODER["stages"][0], "stride": 3},))
+    with pytest.raises(InputError, match="image_encoder: found one with train_encoder: false"):
+        from mmtx.training.decoder import DecoderModule
+        DecoderModule(DecoderConfig(), image_encoder=str(folder))
+    (folder / "config.json").write_text(json.dumps({**ENCODER, "depth": 3}))
+    with pytest.raises(InputError, match="unknown field 'depth'"):
+        read_encoder(folder, 192)
+    (folder / "config.json").write_text(json.dumps({**ENCODER, "stem": 16}))
+    with pytest.raises(InputError, match="model.safetensors: does not fit config.json: tensor 'stages.0.0.mix.bias'"):
+        load_encoder(build_encoder(read_encoder(folder, 192)), folder)
+
+
+@pytest.mark.slow
+def test_a_decoder_begins_with_it_and_keeps_what_else_it_has_learnt(folder, tmp_path):
+    """From nothing, from a finished model whose own encoder it replaces, and on from that without being told again."""
+    run = runs.prepare(tmp_path, steps=2)
+    options = run["model"]["init_args"]
+    options |= {"continuous_inputs": True, "train_encoder": True, "optimizer": {"learning_rate": 0.0, "weight_decay": 0.0}}
+    assert runs.fit(run, tmp_path / "first") == [0], (tmp_path / "first.log").read_text()
+    first = mmtx.load(tmp_path / "first" / "model", "cpu").decoder
+    options["image_encoder"] = str(folder)
+    assert runs.fit(run, tmp_path / "new") == [0], (tmp_path / "new.log").read_text()
+    options["init_from"] = str(tmp_path / "first" / "model")
+    assert runs.fit(run, tmp_path / "second") == [0], (tmp_path / "second.log").read_text()
+    second = mmtx.load(tmp_path / "second" / "model", "cpu").decoder
+    pretrained = {f"image.{name}": value for name, value in build_and_load(folder, 768).state_dict().items()}
+    for decoder in (mmtx.load(tmp_path / "new" / "model", "cpu").decoder, second):
+        assert isinstance(decoder.config.encoders["image"], EfficientNetConfig) and isinstance(decoder.config.encoders["audio"], EncoderConfig)
+        found = decoder.encoders.state_dict()
+        assert all(torch.allclose(found[name], value, atol=1e-6) for name, value in pretrained.items())
+    replaced = ("encoders.image.", "projections.image.")
+    kept = {name: value for name, value in first.state_dict().items() if not name.startswith(replaced)}
+    assert all(torch.allclose(second.state_dict()[name], value, atol=1e-6) for name, value in kept.items())
+    assert second.projections["image"].weight.shape == (32, 44)
+    # Whoever trains on has its encoders, with adapters too, and one of another model may be taken over.
+    del options["image_encoder"]
+    options["init_from"] = str(tmp_path / "second" / "model")
+    assert runs.fit(run, tmp_path / "third") == [0], (tmp_path / "third.log").read_text()
+    third = mmtx.load(tmp_path / "third" / "model", "cpu").decoder
+    assert all(torch.allclose(third.state_dict()[name], value, atol=1e-6) for name, value in second.state_dict().items())
+    options["lora"] = {"rank": 2}
+    assert runs.fit(run, tmp_path / "adapted") == [0], (tmp_path / "adapted.log").read_text()
+    del options["lora"], options["init_from"]
+    options["encoders_from"] = str(tmp_path / "second" / "model")
+    assert runs.fit(run, tmp_path / "fourth") == [0], (tmp_path / "fourth.log").read_text()
+    fourth = mmtx.load(tmp_path / "fourth" / "model", "cpu").decoder
+    assert all(torch.allclose(fourth.encoders.state_dict()[name], value, atol=1e-6) for name, value in pretrained.items())
+    # And it trains along.
+    del options["encoders_from"]
+    options |= {"image_encoder": str(folder), "optimizer": {"learning_rate": 1e-2}}
+    assert runs.fit(run, tmp_path / "trained") == [0], (tmp_path / "trained.log").read_text()
+    trained = mmtx.load(tmp_path / "trained" / "model", "cpu").decoder.encoders.state_dict()
+    assert all(not torch.equal(trained[name], value) for name, value in pretrained.items() if name.endswith("weight"))
+
+
+def build_and_load(folder: Path, patch: int) -> torch.nn.Module:
+    encoder = build_encoder(read_encoder(folder, patch))
+    load_encoder(encoder, folder)
+    return encoder
