@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import runs
@@ -16,6 +17,9 @@ from mmtx.config import DecoderConfig, EfficientNetConfig, EncoderConfig, Stage
 from mmtx.errors import InputError
 from mmtx.modality.efficientnet import EfficientNetEncoder, InvertedBottleneck, SameConv2d, load_encoder, read_encoder
 from mmtx.modality.encoder import build_encoder
+from mmtx.model import Decoder
+from mmtx.training.decoder import DecoderModule
+from mmtx.training.optimizer import OptimizerConfig
 
 STAGES = ((8, 1, 3, 1, 1), (8, 2, 3, 2, 2), (12, 2, 5, 2, 2), (16, 1, 3, 2, 2), (20, 1, 5, 1, 2), (24, 2, 5, 2, 2))
 NAMES = ("channels", "blocks", "kernel", "stride", "expansion")
@@ -122,7 +126,6 @@ def test_what_is_no_encoder_is_one_clear_error(folder, tmp_path):
     with pytest.raises(InputError, match="encoders: stages: stride: found 3"):
         EfficientNetConfig(192, 8, ({**ENCODER["stages"][0], "stride": 3},))
     with pytest.raises(InputError, match="image_encoder: found one with train_encoder: false"):
-        from mmtx.training.decoder import DecoderModule
         DecoderModule(DecoderConfig(), image_encoder=str(folder))
     (folder / "config.json").write_text(json.dumps({**ENCODER, "depth": 3}))
     with pytest.raises(InputError, match="unknown field 'depth'"):
@@ -130,6 +133,26 @@ def test_what_is_no_encoder_is_one_clear_error(folder, tmp_path):
     (folder / "config.json").write_text(json.dumps({**ENCODER, "stem": 16}))
     with pytest.raises(InputError, match="model.safetensors: does not fit config.json: tensor 'stages.0.0.mix.bias'"):
         load_encoder(build_encoder(read_encoder(folder, 192)), folder)
+
+
+@pytest.mark.parametrize("encoder", [config(), EncoderConfig(192, 32, 2, 1, 8)])
+def test_the_encoder_of_pictures_has_a_learning_rate_of_its_own(encoder):
+    """All of it, matrices of its blocks too, and nothing else."""
+    module = DecoderModule(DecoderConfig(), OptimizerConfig(1e-2, 3e-2, warmup_steps=0), continuous_inputs=True, train_encoder=True,
+                           image_encoder_lr=1e-4)
+    module.decoder = Decoder(DecoderConfig(300, 32, 1, 2, 2, 16, 64, features={"image": encoder.width}, encoders={"image": encoder}),
+                             build_encoder)
+    module.trainer = SimpleNamespace(max_steps=10, precision="32-true")
+    groups = module.configure_optimizers()["optimizer"].param_groups
+    rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    slow = {*map(id, module.decoder.encoders.parameters())}
+    assert rates.keys() == {*map(id, module.decoder.parameters())}
+    assert {key for key, rate in rates.items() if rate == 1e-4} == slow and {*rates.values()} == {1e-2, 3e-2, 1e-4}
+    for value in (-1e-3, float("nan")):
+        with pytest.raises(InputError, match="image_encoder_lr: found"):
+            DecoderModule(DecoderConfig(), continuous_inputs=True, train_encoder=True, image_encoder_lr=value)
+    with pytest.raises(InputError, match="image_encoder_lr: found one with train_encoder: false"):
+        DecoderModule(DecoderConfig(), image_encoder_lr=1e-4)
 
 
 @pytest.mark.slow

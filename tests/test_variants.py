@@ -20,6 +20,7 @@ from mmtx.errors import InputError
 ROOT = Path(__file__).parents[1]
 STARTER = ROOT / "demos" / "data" / "starter"
 RATE = 16_000
+KINDS = "demos/data/starter_captions.py:with_kinds"
 TRANSPOSED = "demos/data/starter_captions.py:transposed"
 FIFTH = """
 from dataclasses import replace
@@ -136,6 +137,27 @@ def test_the_notes_that_are_shipped_are_called_as_they_are_transposed():
     for sample in read_source(DataSource([str(STARTER / "sounds-train-*.tar.gz")], variants=TRANSPOSED)):
         by_midi = names.setdefault(sample.metadata["midi_note"], sample.metadata["note"])
         assert by_midi == sample.metadata["note"] and sample.caption == f"{sample.metadata['instrument']}, {by_midi}"
+
+
+# -- Pictures whose kind is asked for ------------------------------------------------------------------------
+
+
+def test_kinds_are_asked_for_before_names():
+    source = DataSource([str(STARTER / "images-train-004.tar.gz")], variants=KINDS)
+    plain, asked = read_source(source)[:2]
+    assert plain == read_source(replace(source, variants=None))[0]
+    assert plain.turns[0].parts == asked.turns[0].parts[:1] and plain.caption == asked.caption
+    assert [turn.role for turn in asked.turns] == ["user", "assistant"] * 2
+    said = [turn.parts[-1].text for turn in asked.turns]
+    group, subgroup = (plain.metadata[field].replace("-", " ") for field in ("group", "subgroup"))
+    assert said == ["What kind of thing is it?", f"{group}, {subgroup}", "And what is it?", plain.caption]
+    assert asked.key != plain.key and plain.caption not in said[1]
+
+
+@pytest.mark.parametrize("tar", ["sounds-train-001", "speech-train-000"])
+def test_what_is_no_picture_with_a_kind_stays_as_it_is(tar):
+    source = DataSource([str(STARTER / f"{tar}.tar.gz")], limit=2, variants=KINDS)
+    assert read_source(source) == read_source(replace(source, variants=None))
 
 
 # -- Sources -------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ NAME_FIELDS = ("caption", "group", "subgroup")
 NOTE_FIELDS = ("caption", "instrument", "family", "note")
 PITCHES = ("C", "C sharp", "D", "D sharp", "E", "F", "F sharp", "G", "G sharp", "A", "A sharp", "B")
 SEMITONES = range(-3, 4)
+WHAT_KIND, WHAT = "What kind of thing is it?", "And what is it?"
 
 
 def names(train: Sequence[Mapping]) -> FieldReader:
@@ -77,3 +78,17 @@ def _transposed(sample: Sample, semitones: int) -> Sample:
 
     turns = tuple(SampleTurn(turn.role, tuple(map(changed, turn.parts))) for turn in sample.turns)
     return replace(sample, key=f"{sample.key}{semitones:+}", turns=turns, metadata=facts)
+
+
+def with_kinds(sample: Sample) -> list[Sample]:
+    """A picture as it is, and once more where its group and subgroup are asked for before its name.
+
+    Both are told without the name, so what looks alike in kind is to look alike to the model, things that it has no name for too.
+    """
+    kind = ", ".join(str(sample.metadata[field]).replace("-", " ") for field in NAME_FIELDS[1:] if field in sample.metadata)
+    if not kind or len(sample.turns) != 2 or not any(isinstance(part, Media) for part in sample.turns[0].parts):
+        return [sample]
+    asked, answer = sample.turns
+    turns = (SampleTurn("user", (*asked.parts, Text(WHAT_KIND))), SampleTurn("assistant", (Text(kind),)),
+             SampleTurn("user", (Text(WHAT),)), answer)
+    return [sample, replace(sample, key=f"{sample.key} kind", turns=turns)]

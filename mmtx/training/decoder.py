@@ -29,6 +29,7 @@ from mmtx.modality.encoder import build_encoder
 from mmtx.model import Decoder, initialise
 from mmtx.model_folder import WEIGHTS, ModelParts, model_files, read_model
 from mmtx.pipeline import Model
+from mmtx.schema import within
 from mmtx.training.adapters import LoRA, MergedWeights, adapt, merged, parameters_by_group, save_adapter
 from mmtx.training.ctc import CTCConfig, ctc_loss, states_behind
 from mmtx.training.decoder_data import TokenizerFolders, with_media
@@ -76,6 +77,7 @@ class DecoderModule(TestedAsValidated):
         train_encoder: bool = False,
         encoders_from: str | None = None,
         image_encoder: str | None = None,
+        image_encoder_lr: float | None = None,
         lora: LoRA | None = None,
         gradient_checkpointing: bool = False,
         mup_base_width: int | None = None,
@@ -94,6 +96,8 @@ class DecoderModule(TestedAsValidated):
                 one that has learnt to see and hear beside a small decoder serves a large one.
             image_encoder: folder of a pretrained encoder of pictures that takes the place of the image codec's own, such as
                 `demos/data/build_image_encoder.py` makes; with `init_from` it takes that of the model there.
+            image_encoder_lr: AdamW's learning rate of the encoder of pictures, which a pretrained one wants smaller; by default it
+                trains as all else.
             loss_weights: what targets of each modality count for; the loss is the weighted mean over all targets.
             init_from: folder of a finished model with this configuration and text tokenizer, whose weights to start from.
                 Its other tokenizers may have been retrained: what their codes stand for is then learnt anew. It may be a model of
@@ -132,7 +136,11 @@ class DecoderModule(TestedAsValidated):
         self.encoders_from = None if encoders_from is None else read_model(encoders_from)
         if image_encoder is not None and not train_encoder:
             raise InputError("model.init_args.image_encoder: found one with train_encoder: false, expected train_encoder: true")
-        self.image_encoder = image_encoder
+        if image_encoder_lr is not None:
+            within("image_encoder_lr", image_encoder_lr, 0, 100)
+            if not train_encoder:
+                raise InputError("image_encoder_lr: found one with train_encoder: false, expected train_encoder: true")
+        self.image_encoder, self.image_encoder_lr = image_encoder, image_encoder_lr
         self.weights_by_kind = asdict(loss_weights)
         self.decoder: Decoder | None = None
 
@@ -180,9 +188,9 @@ class DecoderModule(TestedAsValidated):
             start = self.encoders_from or self.init_from
             theirs = None if start is None else start.config.encoders.get(kind)
             found[kind] = theirs if theirs is not None and theirs.patch == codec.encoder_config.patch else codec.encoder_config
+        if "image" not in found and (self.image_encoder, self.image_encoder_lr) != (None, None):
+            raise InputError("image_encoder: found one, expected none: there is no tokenizer of pictures")
         if self.image_encoder is not None:
-            if "image" not in found:
-                raise InputError("model.init_args.image_encoder: found one, expected none: the tokenizers have none of pictures")
             found["image"] = read_encoder(self.image_encoder, found["image"].patch)
         return found
 
@@ -262,11 +270,15 @@ class DecoderModule(TestedAsValidated):
             print(f"mmtx: {parameters_by_group(self.decoder)}", file=sys.stderr)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        base, config = self.mup_base_width, self.optimizer_config
+        base, config, steps, precision = self.mup_base_width, self.optimizer_config, self.trainer.max_steps, self.trainer.precision
+        more = []
+        if self.image_encoder_lr is not None:
+            members = [p for p in self.decoder.encoders["image"].parameters() if p.requires_grad]
+            more = [{"params": [p for p in members if (p.dim() > 1) is decays], "lr": self.image_encoder_lr,
+                     "weight_decay": config.weight_decay if decays else 0.0} for decays in (True, False)]
         if base is None:
-            return configure(self.decoder, config, self.trainer.max_steps, precision=self.trainer.precision)
-        return configure(self.decoder, config, self.trainer.max_steps, scaled=scaled(self.decoder), ratio=base / self.config.width,
-                         precision=self.trainer.precision)
+            return configure(self.decoder, config, steps, more, precision=precision)
+        return configure(self.decoder, config, steps, more, scaled(self.decoder), base / self.config.width, precision)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         weights = self._weights()[batch.modality]

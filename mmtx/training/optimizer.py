@@ -133,16 +133,19 @@ def configure(module: nn.Module, config: OptimizerConfig, max_steps: int, more: 
               scaled: Sequence[nn.Parameter] = (), ratio: float = 1.0, precision: str = "32-true") -> OptimizerLRSchedulerConfig:
     """What `LightningModule.configure_optimizers` returns. Only matrices decay, not gains and biases.
 
-    `more` are parameter groups of what trains beside `module`, with learning rates of their own. Of `scaled` (mup.py), AdamW's rate
-    is multiplied by `ratio` and Muon's by its root; what a step decays stays as it is. `precision` is the trainer's.
+    `more` are parameter groups with learning rates of their own, of what trains beside `module` or of parts of it. Of `scaled`
+    (mup.py), AdamW's rate is multiplied by `ratio` and Muon's by its root; what a step decays stays as it is. `precision` is the
+    trainer's.
     """
     turn_in = torch.bfloat16 if precision.startswith("bf16") else torch.float32
+    apart = {p for group in more for p in group["params"]}
     parts = {}
     if config.muon_lr is not None:
         for block in (m for m in module.modules() if isinstance(m, (Block, ConvNeXtBlock))):
-            for linear in (m for m in block.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad):
-                parts[linear.weight] = linear.sizes if isinstance(linear, FusedLinear) else (linear.out_features,)
-    rest = [p for p in module.parameters() if p.requires_grad and p not in parts]
+            for linear in (m for m in block.modules() if isinstance(m, nn.Linear)):
+                if linear.weight.requires_grad and linear.weight not in apart:
+                    parts[linear.weight] = linear.sizes if isinstance(linear, FusedLinear) else (linear.out_features,)
+    rest = [p for p in module.parameters() if p.requires_grad and p not in parts and p not in apart]
     slower = set(scaled)
     plain, rated = ([p for p in rest if (p in slower) is chosen] for chosen in (False, True))
     groups = [
