@@ -69,6 +69,8 @@ def test_features_lie_where_their_patches_do():
             features = encoder(patches_of(canvas, 8), [(48, 40)]).view(48, 40, -1)
         seen.append(features[top - 4:top + 8, left - 2:left + 8])
     assert (seen[0][4:8, 2:8].std((0, 1)) > 0).all()
+    coarse = features[..., 20:]  # a place of the last stage is two patches a side
+    assert torch.equal(coarse[::2], coarse[1::2]) and torch.equal(coarse[:, ::2], coarse[:, 1::2])
     torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-5)
 
 
