@@ -7,8 +7,8 @@ each; and the command `mmtx caption` once a file, as a loop of the shell makes i
 Captions must be the same. Beside them, for pictures, two peers in transformers (the pipeline image-to-text is gone in its version 5),
 greedy, with a cache, in batches of 32 and on as many threads as ours:
 
-- VisionEncoderDecoder (ViT and GPT-2) of the same widths, depths and patches with random weights, from files by its image
-  processor. As with ours, a batch goes on until its longest caption ends. It is another network of the same size, with less than half
+- VisionEncoderDecoder (ViT and GPT-2) with random weights, the decoder of the same width and depth, the encoder of the same patches
+  and about as many parameters, from files by its image processor. As with ours, a batch goes on until its longest caption ends. It is another network of the same size, with less than half
   of the multiplications: its decoder sees a picture through cross-attention, ours reads the 64 patches in every layer.
 - Qwen3, the same decoder with the same weights behind our reading of files and our encoder, as models that read patches are
   written there: the same work and the same captions.
@@ -32,6 +32,7 @@ from measure import interleave, report
 import mmtx
 from mmtx.document import Document, Turn
 from mmtx.inference.engine import pad
+from mmtx.modality.encoder import build_encoder
 from mmtx.model_folder import DEFAULT_MODEL
 from mmtx.sequence import prompt
 
@@ -77,8 +78,10 @@ def vision_encoder_decoder(model: mmtx.Model, lengths: list[int]) -> Callable[[l
     )
 
     c, image, text = model.decoder.config, model.tokenizers["image"].config, model.tokenizers["text"]
-    encoder = c.encoders.get("image")
-    width, depth, heads = (encoder.width, encoder.depth, encoder.heads) if encoder else (128, 2, 2)
+    # A ViT of the decoder's width with about as many parameters as the encoder has.
+    encoder = build_encoder(c.encoders.get("image") or model.tokenizers["image"].encoder_config)
+    width, heads = c.width, c.heads
+    depth = max(1, round(sum(parameter.numel() for parameter in encoder.parameters()) / (12 * width ** 2)))
     vision = ViTConfig(hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=4 * width,
                        image_size=image.side, patch_size=image.patch)
     words = GPT2Config(vocab_size=text.size + 2, n_embd=c.width, n_layer=c.depth, n_head=c.heads, n_inner=c.mlp_dim, n_positions=128)
