@@ -8,8 +8,8 @@ Captions must be the same. Beside them, for pictures, two peers in transformers 
 greedy, with a cache, in batches of 32 and on as many threads as ours:
 
 - VisionEncoderDecoder (ViT and GPT-2) with random weights, the decoder of the same width and depth, the encoder of the same patches
-  and about as many parameters, from files by its image processor. As with ours, a batch goes on until its longest caption ends. It is another network of the same size, with less than half
-  of the multiplications: its decoder sees a picture through cross-attention, ours reads the 64 patches in every layer.
+  and about as many parameters, from files by its image processor. As with ours, a batch goes on until its longest caption ends. It
+  does less: its decoder sees a picture through cross-attention, ours reads the 64 patches in every layer.
 - Qwen3, the same decoder with the same weights behind our reading of files and our encoder, as models that read patches are
   written there: the same work and the same captions.
 
