@@ -12,8 +12,11 @@ Shapes: L layers, H heads, G key-value heads, K head width, T tokens of the stre
 codes, t time steps and b bands of a sound's.
 """
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
+from operator import index
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,7 +97,7 @@ class AttentionMaps:
         """Weights (T, T) of a layer and a head, or the mean over all of either that is not given."""
         count, heads = self.weights.shape[:2]
         for name, number, most in (("layer", layer, count), ("head", head, heads)):
-            if number is not None and not 0 <= number < most:
+            if number is not None and not (isinstance(number, Integral) and 0 <= number < most):
                 raise InputError(f"{name}: found {number!r:.40}, expected 0 to {most - 1}")
         weights = self.weights if layer is None else self.weights[layer:layer + 1]
         return (weights if head is None else weights[:, head:head + 1]).mean((0, 1))
@@ -102,18 +105,36 @@ class AttentionMaps:
     def heat(self, word: Word, medium: Stretch, layer: int | None = None, head: int | None = None,
              rollout: bool = False) -> np.ndarray:
         """What a word of the answer, where its pieces were chosen, read of a picture (h, w) or a sound (t, b)."""
-        rows = self.rollout() if rollout else self.rows(layer, head)
-        return rows[word.chosen_at][:, list(medium.places)].mean(0).reshape(medium.grid).numpy()
+        for name, given, kind in (("word", word, Word), ("medium", medium, Stretch)):
+            if not isinstance(given, kind):
+                found = type(given).__name__ if isinstance(given, tuple) else f"{given!r:.40}"
+                raise InputError(f"{name}: found {found}, expected one of `{'words' if kind is Word else 'media'}`")
+        rows, read = self.rollout() if rollout else self.rows(layer, head), self._places("medium", medium.places)
+        return rows[self._places("word", word.chosen_at)][:, read].mean(0).reshape(medium.grid).numpy()
+
+    def _places(self, name: str, places: Iterable[int]) -> list[int]:
+        """Some places of the stream. Raises InputError where they are none."""
+        try:
+            found = [*map(index, places)]
+        except TypeError:
+            found = []
+        if not found:
+            raise InputError(f"{name}: found {places!r:.100}, expected whole numbers")
+        if wrong := [place for place in found if not 0 <= place < len(self.labels)]:
+            raise InputError(f"{name}: found {wrong[0]}, expected 0 to {len(self.labels) - 1}")
+        return found
 
     def plot(self, path: str | Path, layer: int | None = None, head: int | None = None, rollout: bool = False,
-             places: Sequence[int] | None = None) -> None:
+             places: Iterable[int] | None = None) -> None:
         """Write a picture: a column for each word of the answer, a row for each picture and sound; for text alone, a table of the
         weights between its pieces, by default all, or those at some `places`. Needs matplotlib."""
         try:
             from matplotlib.figure import Figure
         except ImportError:
             raise InputError('plots need matplotlib: pip install "mmtx[plot]"') from None
-        words = self.words[:PLOTTED]
+        if not isinstance(path, (str, os.PathLike)) and not hasattr(path, "write"):
+            raise InputError(f"path: found {type(path).__name__}, expected the name of a file")
+        words, chosen = self.words[:PLOTTED], self._places("places", range(len(self.labels)) if places is None else places)
         if self.media and words:
             figure = Figure((1.8 * len(words) + 0.4, 2.1 * len(self.media)), layout="constrained")
             axes = figure.subplots(len(self.media), len(words), squeeze=False)
@@ -122,7 +143,6 @@ class AttentionMaps:
                     _draw(axis, self.heat(word, medium, layer, head, rollout), medium)
                     axis.set_title(_plain(word.text), fontsize=9)
         else:
-            chosen = list(range(len(self.labels)) if places is None else places)
             side = 0.28 * len(chosen) + 1.5
             figure = Figure((side, side), layout="constrained")
             axis, labels = figure.subplots(), [_plain(self.labels[place]) for place in chosen]

@@ -10,7 +10,7 @@ from mmtx.data.trust import is_url
 from mmtx.errors import InputError
 from mmtx.inference.sampling import Sampling
 from mmtx.modality.modality import media_kinds
-from mmtx.pipeline import Model
+from mmtx.pipeline import Model, each
 
 TOGETHER = 64  # files that are asked for at once: each thread of a CPU gets a batch, and captions appear as they come
 
@@ -29,7 +29,9 @@ class Captioned(NamedTuple):
 def find_media(names: str | Path | Sequence[str | Path], kind: str | None = None) -> Iterator[str | InputError]:
     """Files, URLs, and all media in folders, in order; what is missing, empty or not of the `kind` that is wanted as its error."""
     kinds = media_kinds() if kind is None else (kind,)
-    for name in map(str, [names] if isinstance(names, (str, Path)) else names):
+    if kind is not None and kind not in media_kinds():
+        raise InputError(f"kind: found {kind!r:.40}, expected one of {', '.join(media_kinds())}")
+    for name in map(str, [names] if isinstance(names, (str, Path)) else each(names, "name")):
         path = Path(name)
         try:
             if is_url(name) or path.is_file():
@@ -75,7 +77,7 @@ def transcribe_files(model: Model, files: Iterable[str | InputError], **options:
 def _answer_files(files: Iterable[str | InputError], answer: Answer) -> Iterator[Captioned]:
     waiting: list[str] = []
     first = 0  # the place of the first that waits
-    for place, found in enumerate(files):
+    for place, found in enumerate(each(files, "file")):
         if not isinstance(found, InputError):
             waiting.append(found)
             if len(waiting) < TOGETHER:

@@ -85,6 +85,20 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class EfficientNetShape:
+    """Channels of an EfficientNet behind its first convolution, the stem, and its stages."""
+
+    stem: int
+    stages: tuple[Stage, ...]
+
+    def __post_init__(self):
+        object.__setattr__(self, "stages", tuple(s if isinstance(s, Stage) else Stage(**s) for s in self.stages))
+        within("encoders: stem", self.stem, 1, 2**14)
+        within("encoders: stages", len(self.stages), 1, 64)
+        within("encoders: blocks of all stages", sum(stage.blocks for stage in self.stages), 1, 2**8)
+
+
+@dataclass(frozen=True)
 class EfficientNetConfig:
     """Sizes of an EfficientNet that a decoder trains along: pictures in patches of `patch` numbers in, `width` numbers of each out.
 
@@ -96,12 +110,12 @@ class EfficientNetConfig:
     stages: tuple[Stage, ...]
 
     def __post_init__(self):
-        object.__setattr__(self, "stages", tuple(s if isinstance(s, Stage) else Stage(**s) for s in self.stages))
-        within("encoders: stem", self.stem, 1, 2**14)
-        within("encoders: stages", len(self.stages), 1, 64)
+        object.__setattr__(self, "stages", EfficientNetShape(self.stem, self.stages).stages)
         within("encoders: patch", self.patch, 3, 2**16)
         if 3 * self.side ** 2 != self.patch or self.side & self.side - 1:
             raise InputError(f"encoders: patch: found {self.patch}, expected 3 * side**2 of patches whose side is a power of 2")
+        if (seen := self.scale * self.side) not in self.strides:
+            raise InputError(f"encoders: stages: found places of {self.strides} pixels, expected {seen} among them")
 
     @property
     def side(self) -> int:
@@ -121,10 +135,7 @@ class EfficientNetConfig:
     @property
     def fine_stage(self) -> int:
         """How many stages there are to the last one with a place for each patch."""
-        seen = self.scale * self.side
-        if seen not in self.strides:
-            raise InputError(f"encoders: stages: found places of {self.strides} pixels, expected {seen} among them")
-        return len(self.strides) - self.strides[::-1].index(seen)
+        return len(self.strides) - self.strides[::-1].index(self.scale * self.side)
 
     @property
     def width(self) -> int:

@@ -183,6 +183,8 @@ def check_target(folder: str | Path) -> Path:
 
     It may be new, empty, or hold what an earlier save wrote and nothing else.
     """
+    if not isinstance(folder, (str, os.PathLike)):
+        raise InputError(f"found {type(folder).__name__}, expected the path of a folder")
     try:
         if not os.fspath(folder) or "\0" in os.fspath(folder):
             raise InputError(f"{str(folder)!r}: found no name of a folder, expected one")
@@ -203,7 +205,7 @@ def check_target(folder: str | Path) -> Path:
             if found is not None:
                 raise InputError(f"{folder}: holds {found[:80]!r}, which mmtx did not write, and is left as it is; "
                                  "expected a new folder or one of an earlier save")
-    except (OSError, RuntimeError) as error:  # RuntimeError: "~name" of nobody
+    except (OSError, RuntimeError, UnicodeError) as error:  # RuntimeError: "~name" of nobody
         raise _unwritten(folder, error) from None
     return target
 

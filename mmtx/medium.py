@@ -3,9 +3,11 @@
 Shapes: C channels, H height, W width, S samples.
 """
 
+import io
 import math
+import os
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -15,15 +17,17 @@ from PIL import Image as PILImage
 
 from mmtx.data.formats import AUDIO_FORMATS, IMAGE_FORMATS
 from mmtx.data.media import OPENED, Sampled
-from mmtx.data.sample import kind_of
-from mmtx.data.sound_files import MAX_CHANNELS
+from mmtx.data.sample import kind_of, suffix
+from mmtx.data.sound_files import MAX_CHANNELS, RATES
 from mmtx.data.storage import display, open_binary
 from mmtx.document import MediaPart
 from mmtx.errors import InputError
+from mmtx.files import write_whole
 from mmtx.modality.base import Tokenizer
 from mmtx.modality.modality import MODALITIES, media_kinds
 
-THIN = 32  # times as long as wide: what is no picture
+THIN = 32         # times as long as wide: what is no picture
+WRITTEN = 2 ** 16  # samples that are given to libsndfile together: of some millions Vorbis ends the program
 
 
 class Marked:
@@ -94,10 +98,30 @@ class Sound(NamedTuple):
     rate: int
 
     def save(self, path: str | Path) -> None:
-        """Write it as a file; the extension chooses the format (wav, flac, ogg)."""
+        """Write it as a file, which appears whole or not at all; the extension chooses the format (wav, flac, ogg).
+
+        Raises InputError when there can be no such file, or these are no samples and their rate.
+        """
         import soundfile
 
-        soundfile.write(path, self.samples, self.rate)
+        if not isinstance(path, (str, os.PathLike)):
+            raise InputError(f"path: found {type(path).__name__}, expected the name of a file")
+        form, samples, file = suffix(os.fspath(path)), np.asarray(self.samples), io.BytesIO()
+        if form[1:].upper() not in soundfile.available_formats():
+            raise InputError(f"{path}: found the extension {form!r}, expected .wav, .flac or .ogg")
+        if not (isinstance(self.rate, Integral) and RATES[0] <= self.rate <= RATES[1]):
+            raise InputError(f"rate: found {self.rate!r:.100}, expected a whole number of Hz from {RATES[0]} to {RATES[1]}")
+        if samples.dtype.kind not in "fi" or samples.ndim not in (1, 2):
+            raise InputError(f"samples: found {samples.dtype} of shape {samples.shape}, expected numbers (S,)")
+        try:
+            channels = samples.shape[1] if samples.ndim == 2 else 1
+            with soundfile.SoundFile(file, "w", int(self.rate), channels, format=form[1:]) as sink:
+                for first in range(0, len(samples), WRITTEN):
+                    sink.write(samples[first:first + WRITTEN])
+            write_whole(Path(os.path.realpath(path)), file.getvalue())  # a link stays
+        except (OSError, RuntimeError, TypeError, ValueError) as error:  # of which some are of soundfile, each with its own words
+            reason = getattr(error, "strerror", None) or getattr(error, "error_string", None) or error
+            raise InputError(f"{path}: cannot be written ({reason})") from None
 
 
 Media = str | PILImage.Image | Sound | Any  # of further modalities, what they show

@@ -12,7 +12,7 @@ Shapes: C channels, H height, W width, S samples.
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -149,7 +149,7 @@ class Model:
             for module in (self.decoder, *self.tokenizers.values()):
                 if isinstance(module, torch.nn.Module):
                     module.to(place).eval()
-        except (RuntimeError, TypeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        except (RuntimeError, TypeError, ValueError, AssertionError) as error:  # torch asserts that it was built with CUDA
             raise InputError(f"device: {device} cannot be used ({str(error).splitlines()[0]})") from None
         return self
 
@@ -191,6 +191,8 @@ class Model:
             A caption, or a list of captions for a list. Many at once are much faster than one by one: up to 32 of
             about the same length share a batch, within a bound of memory (`BATCH_TOKENS`, `BATCH_VALUES`).
         """
+        if not (isinstance(start_index, Integral) and start_index >= 0):
+            raise InputError(f"start_index: found {start_index!r:.100}, expected a whole number, 0 or more")
         if not _is_list(media):
             return self.caption([media], start_index=start_index, **sampling)[0]
         parts = self.encode_parts(self._as_list(media, as_medium), codes=False)
@@ -198,9 +200,11 @@ class Model:
         return self._answer_texts(documents, Sampling.of(**sampling), start_index)
 
     @neutral()
-    def caption_documents(self, documents: Sequence[Document], sampling: Sampling = Sampling()) -> list[str]:
+    def caption_documents(self, documents: Iterable[Document], sampling: Sampling = Sampling()) -> list[str]:
         """Answer documents of codes (everything up to the last user turn) in text."""
-        return self._answer_texts([_up_to_last_user(document) for document in documents], sampling)
+        if not isinstance(sampling, Sampling):
+            raise InputError(f"sampling: found {type(sampling).__name__}, expected a Sampling")
+        return self._answer_texts([_up_to_last_user(document) for document in _documents(documents)], sampling)
 
     @neutral()
     def transcribe(self, sounds: Any, *, chunk_length_s: float = 3.5) -> str | list[str]:
@@ -239,10 +243,10 @@ class Model:
         return [" ".join(filter(None, texts)) for texts in said]
 
     @neutral()
-    def transcribe_documents(self, documents: Sequence[Document]) -> list[str]:
+    def transcribe_documents(self, documents: Iterable[Document]) -> list[str]:
         """Answer documents, of whose last user turn the last part is a sound, with what is said in it."""
         self._check_transcribes()
-        text, asked = self.tokenizers["text"], [_up_to_last_user(document) for document in documents]
+        text, asked = self.tokenizers["text"], [_up_to_last_user(document) for document in _documents(documents)]
         for number, document in enumerate(asked):
             if not any(isinstance(part, MediaPart) and part.kind == "audio" and part.features is not None
                        for turn in document.turns[-1:] for part in turn.parts):
@@ -308,12 +312,10 @@ class Model:
         return self.generate_batch([parts], out, size, **sampling)[0]
 
     @neutral()
-    def generate_batch(self, prompts: Sequence[Any], out: str = "text", size: tuple[int, int] | None = None,
+    def generate_batch(self, prompts: Iterable[Any], out: str = "text", size: tuple[int, int] | None = None,
                        **sampling: Any) -> list[Any]:
         """`generate` for each prompt: many at once are much faster than one by one."""
-        if isinstance(prompts, str):
-            raise InputError("prompts: found str, expected a list of prompts")
-        asked, prefix = self._as_list(prompts, self._prompt, "prompt"), self._size_prefix(out, size)
+        asked, prefix = self._as_list([*each(prompts, "prompt")], self._prompt, "prompt"), self._size_prefix(out, size)
         answers = [self._to_media(ids) for ids in self._answer(asked, out, Sampling.of(**sampling), prefix)]
         return answers if out == "any" else [answer[0] if answer else "" for answer in answers]
 
@@ -461,6 +463,8 @@ class Model:
     def _size_prefix(self, out: str, size: tuple[int, int] | None) -> list[int]:
         if not isinstance(out, str):
             raise InputError(f"out: found {type(out).__name__}, expected {', '.join(self.tokenizers)} or any")
+        if out not in self.grammar.rules.starts:
+            raise InputError(f"out: found {out!r:.40}, expected one of {', '.join(self.grammar.rules.starts)}")
         if out != "image" or "image" not in self.tokenizers:
             return []
         config = self._image_config
@@ -535,16 +539,18 @@ class Model:
     @neutral()
     def read_medium(self, item: Marked) -> ReadMedium:
         """Decode a medium, so that `encode_parts` can encode it beside others. Raises InputError where it is none."""
+        item = as_medium(item)
         self._check_kind(item.kind)
         medium = self._read(item)
         return ReadMedium(item.kind, medium, media_tokenizer(self.tokenizers, item.kind).grid(medium))
 
     @neutral()
-    def encode_documents(self, documents: Sequence[Document], codes: bool = True) -> list[Document]:
+    def encode_documents(self, documents: Iterable[Document], codes: bool = True) -> list[Document]:
         """Documents with a `ReadMedium` in place of some parts -> with codes, each as it would be encoded alone.
 
         Without `codes` these are 0 where that changes no answer: in prompts of users of whom the decoder reads patches.
         """
+        documents = _documents(documents)
         codes = codes or any(isinstance(part, ReadMedium) and turn.role != "user" for document in documents
                              for turn in document.turns for part in turn.parts)
         parts = iter(self.encode_parts([part for document in documents for turn in document.turns for part in turn.parts], codes))
@@ -553,6 +559,7 @@ class Model:
 
     def prompt_length(self, document: Document) -> int:
         """Tokens of the prompt that a document makes, whose media need not be encoded yet."""
+        (document,) = _documents([document])
         blank = lambda part: part.blank if isinstance(part, ReadMedium) else part
         turns = tuple(replace(turn, parts=tuple(map(blank, turn.parts))) for turn in document.turns)
         return len(prompt(Document(turns), self.vocabulary).ids)
@@ -562,11 +569,12 @@ class Model:
             raise InputError(f"found {kind}, but this model has tokenizers for {', '.join(self.tokenizers)} only")
 
     @neutral()
-    def encode_parts(self, media: Sequence[str | Marked | Part], codes: bool = True) -> list[Part]:
+    def encode_parts(self, media: Iterable[str | Marked | Part], codes: bool = True) -> list[Part]:
         """Text and media -> parts of codes and features; media of a kind go through their tokenizer together.
 
         Without `codes` they are 0 where the model has its own encoder, and so does not read them in a user turn.
         """
+        media = listed(media, "item", (str, Marked, Part), "text, Image, Audio, Medium or a part of a document")
         parts: list[Part | None] = [item if isinstance(item, Part) else None for item in media]
         for kind in media_kinds():
             places = [i for i, item in enumerate(media) if isinstance(item, Marked) and item.kind == kind]
@@ -652,6 +660,30 @@ def numbered(name: str, number: int, count: int) -> Iterator[None]:
         if count == 1:
             raise
         raise InputError(f"{name} {number + 1} of {count}: {error}") from error
+
+
+def each(items: Any, name: str) -> Iterator[Any]:
+    """Several things, which may come one by one. Raises InputError where they are one thing, as a str is, which has letters."""
+    try:
+        if isinstance(items, (str, bytes, Sound)):
+            raise TypeError
+        return iter(items)
+    except TypeError:
+        raise InputError(f"{name}s: found {type(items).__name__}, expected a list of {name}s") from None
+
+
+def listed(items: Any, name: str, kinds: type | tuple[type, ...], expected: str) -> list[Any]:
+    """Several things of some kinds. Raises InputError that names the one that is of another."""
+    found = [*each(items, name)]
+    for number, item in enumerate(found):
+        if not isinstance(item, kinds):
+            with numbered(name, number, len(found)):
+                raise InputError(f"found {type(item).__name__}, expected {expected}")
+    return found
+
+
+def _documents(documents: Any) -> list[Document]:
+    return listed(documents, "document", Document, "a Document")
 
 
 def _is_list(item: Any) -> bool:

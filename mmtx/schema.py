@@ -9,6 +9,7 @@ import math
 import types
 from collections.abc import Collection, Mapping
 from functools import lru_cache
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -59,7 +60,7 @@ def check(kind: Any, value: Any, where: str | Path, name: str) -> Any:
         if value is None and type(None) in inner:
             return None
         kinds = [item for item in inner if item is not type(None)]
-        if len(kinds) > 1 and isinstance(value, dict):  # of several classes the one with the most of the fields that are there
+        if all(map(dataclasses.is_dataclass, kinds)) and isinstance(value, dict):  # the one with most of the fields that are there
             kinds = [max(kinds, key=lambda item: len({*_kinds(item)} & {*value}))]
         return check(kinds[0], value, where, name)
     if origin is Literal and isinstance(value, str) and value in inner:
@@ -80,7 +81,7 @@ def check(kind: Any, value: Any, where: str | Path, name: str) -> Any:
 
 def within(what: str, value: float, least: float, most: float) -> None:
     """Raise InputError unless `value` is a number from `least` to `most`."""
-    if not least <= value <= most:
+    if not (isinstance(value, Real) and least <= value <= most):
         raise InputError(f"{what}: found {shown(value)}, expected {least} or more, and {most} at most")
 
 

@@ -145,12 +145,54 @@ def test_mistakes_are_told(lively, tmp_path, monkeypatch):
     for options, told in (({"layer": 2}, "layer: found 2, expected 0 to 1"), ({"head": -1}, "head: found -1, expected 0 to 3")):
         with pytest.raises(mmtx.InputError, match=told):
             found.rows(**options)
+    for value in ("x", 1.0, float("nan"), [0], None):
+        for name in ("layer", "head") if value is not None else ():
+            with pytest.raises(mmtx.InputError, match=f"{name}: found .*, expected 0 to"):
+                found.rows(**{name: value})
     pytest.importorskip("matplotlib")
     with pytest.raises(mmtx.InputError, match=r"a\.nothing: cannot be written"):
         found.plot(tmp_path / "a.nothing")
+    for path in (None, 5, ["a.png"]):
+        with pytest.raises(mmtx.InputError, match=f"path: found {type(path).__name__}, expected the name of a file"):
+            found.plot(path)
     monkeypatch.setattr(attention, "MOST", 100)
     with pytest.raises(mmtx.InputError, match="attention: found 6 tokens"):
         attention_weights(lively.decoder, torch.arange(6))
+
+
+@pytest.mark.parametrize("places, told", [
+    ([999], r"places: found 999, expected 0 to \d+"), ([2, -1], "places: found -1"), ([], r"places: found \[\], expected whole numbers"),
+    ([1.0], r"places: found \[1\.0\], expected whole numbers"), (["a"], "places: found"), ("12", "places: found '12'"), (5, "places: found 5"),
+    ([None], "places: found"), (torch.tensor(1), "places: found"),
+])
+@pytest.mark.parametrize("parts", ["a red circle", PARTS])
+def test_places_that_are_none_are_told(lively, tmp_path, places, told, parts):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(mmtx.InputError, match=told):
+        lively.attention(parts, "a blue square").plot(tmp_path / "a.png", places=places)
+    assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize("places", [np.array([2, 4]), torch.tensor([2, 4]), (2, 4), range(2, 5, 2), (place for place in [2, 4])])
+def test_places_may_come_in_any_form(lively, tmp_path, places):
+    pytest.importorskip("matplotlib")
+    found = lively.attention("a red circle", "a blue square")
+    found.plot(tmp_path / "a.png", places=[2, 4])
+    found.plot(tmp_path / "b.png", places=places)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_heat_map_of_nothing_is_told(lively):
+    found = lively.attention(PARTS, "a b")
+    word, medium = found.words[0], found.media[0]
+    for given, told in (((0, medium), "word: found 0, expected one of `words`"), (("a", medium), "word: found 'a'"),
+                        ((word, 0), "medium: found 0, expected one of `media`"), ((word, word), "medium: found Word"),
+                        ((word._replace(places=(999,)), medium), "word: found 998, expected 0 to"),
+                        ((word._replace(places=(0,)), medium), "word: found -1, expected 0 to"),
+                        ((word._replace(places=()), medium), r"word: found \[\], expected whole numbers"),
+                        ((word, medium._replace(places=range(900, 904))), "medium: found 900, expected 0 to")):
+        with pytest.raises(mmtx.InputError, match=told):
+            found.heat(*given)
 
 
 def test_weights_of_other_families_are_those_that_their_blocks_use():

@@ -335,6 +335,20 @@ def test_every_group_of_files_is_captioned_once(folder, model, monkeypatch):
             assert [item.error is None for item in found] == [letter == "g" for letter in pattern]
 
 
+@pytest.mark.parametrize("call, told", [
+    (lambda model: mmtx.caption_files(model, "a.png"), "files: found str, expected a list of files"),
+    (lambda model: mmtx.caption_files(model, Path("a.png")), "files: found .*Path"),
+    (lambda model: mmtx.caption_files(model, None), "files: found NoneType"),
+    (lambda model: mmtx.find_media(None), "names: found NoneType, expected a list of names"),
+    (lambda model: mmtx.find_media(5), "names: found int"), (lambda model: mmtx.find_media(b"a.png"), "names: found bytes"),
+    (lambda model: mmtx.find_media("a.png", "video"), "kind: found 'video', expected one of image, audio"),
+    (lambda model: mmtx.find_media("a.png", 5), "kind: found 5"),
+])
+def test_files_that_are_no_list_are_told(model, call, told):
+    with pytest.raises(InputError, match=told):
+        list(call(model))
+
+
 @pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii", "latin-1", "cp1252"])
 def test_names_of_any_bytes_and_terminals_of_any_encoding(encoding, folder, tmp_path):
     """Linux allows names that are no UTF-8, and old archives have them; a terminal may lack letters of a name."""

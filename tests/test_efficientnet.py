@@ -10,12 +10,13 @@ import runs
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from test_training import figures, measured
 from torchvision.ops.misc import Conv2dNormActivation
 
 import mmtx
 from mmtx.config import DecoderConfig, EfficientNetConfig, EncoderConfig, Stage
 from mmtx.errors import InputError
-from mmtx.modality.efficientnet import EfficientNetEncoder, InvertedBottleneck, SameConv2d, load_encoder, read_encoder
+from mmtx.modality.efficientnet import EfficientNetEncoder, InvertedBottleneck, SameConv2d, read_encoder
 from mmtx.modality.encoder import build_encoder
 from mmtx.model import Decoder
 from mmtx.training.decoder import DecoderModule
@@ -76,12 +77,25 @@ def test_features_lie_where_their_patches_do():
 
 def test_pictures_of_all_sizes_are_alike_in_any_company():
     encoder = random_encoder()
-    grids = [(8, 8), (5, 7), (8, 8), (1, 1), (3, 12)]
+    grids = [(8, 8), (5, 7), (8, 8), (1, 1), (3, 12), (1, 9), (64, 40)]
     parts = [torch.randn(rows * columns, 192) for rows, columns in grids]
     with torch.no_grad():
         together = encoder(torch.cat(parts), grids).split([len(part) for part in parts])
         for part, grid, found in zip(parts, grids, together):
             torch.testing.assert_close(found, encoder(part, [grid]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows, columns", [(5, 8), (2, 9), (1, 5)])
+def test_a_last_stage_of_four_patches_a_side_is_spread_over_four(rows, columns):
+    sizes = EfficientNetConfig(192, 8, (*config().stages, Stage(28, 1, 3, 2, 2)))
+    torch.manual_seed(0)
+    encoder = EfficientNetEncoder(sizes).eval()
+    with torch.no_grad():
+        coarse = encoder(torch.randn(rows * columns, 192), [(rows, columns)]).view(rows, columns, -1)[..., 20:]
+    for place, values in enumerate(coarse.flatten(0, 1)):
+        row, column = divmod(place, columns)
+        assert torch.equal(values, coarse[row // 4 * 4, column // 4 * 4])
+    assert columns <= 4 or not torch.equal(coarse[0, 0], coarse[0, 4])
 
 
 def test_blocks_are_those_of_torchvision_with_norms_folded():
@@ -117,10 +131,11 @@ def test_strided_convolutions_are_padded_as_in_tensorflow(side, kernel, before, 
 
 
 def test_what_is_no_encoder_is_one_clear_error(folder, tmp_path):
-    with pytest.raises(InputError, match="patch: found 243, expected 3 \\* side\\*\\*2 of patches whose side is a power of 2"):
+    unfit = "image_encoder: .*config.json does not fit tokenizers.image: encoders: "
+    with pytest.raises(InputError, match=unfit + r"patch: found 243, expected 3 \* side\*\*2 of patches whose side is a power of 2"):
         read_encoder(folder, 3 * 81)
-    with pytest.raises(InputError, match=r"stages: found places of \[2, 4, 8, 16, 16, 32\] pixels, expected 64 among them"):
-        assert read_encoder(folder, 3 * 64 ** 2).width
+    with pytest.raises(InputError, match=unfit + r"stages: found places of \[2, 4, 8, 16, 16, 32\] pixels, expected 64 among them"):
+        read_encoder(folder, 3 * 64 ** 2)
     with pytest.raises(InputError, match='config.json: found no "kind": "efficientnet"'):
         read_encoder(runs.STARTER.parents[1] / "starter", 192)
     with pytest.raises(InputError, match="no such file"):
@@ -130,11 +145,19 @@ def test_what_is_no_encoder_is_one_clear_error(folder, tmp_path):
     with pytest.raises(InputError, match="image_encoder: found one with train_encoder: false"):
         DecoderModule(DecoderConfig(), image_encoder=str(folder))
     (folder / "config.json").write_text(json.dumps({**ENCODER, "depth": 3}))
-    with pytest.raises(InputError, match="unknown field 'depth'"):
+    with pytest.raises(InputError, match="unknown field 'depth', expected stem, stages"):
         read_encoder(folder, 192)
     (folder / "config.json").write_text(json.dumps({**ENCODER, "stem": 16}))
     with pytest.raises(InputError, match="model.safetensors: does not fit config.json: tensor 'stages.0.0.mix.bias'"):
-        load_encoder(build_encoder(read_encoder(folder, 192)), folder)
+        read_encoder(folder, 192)
+    # What is larger than its file is not made.
+    (folder / "config.json").write_text(json.dumps({**ENCODER, "stages": [{**stage, "channels": 2**14, "blocks": 40, "expansion": 16}
+                                                                           for stage in ENCODER["stages"]]}))
+    with pytest.raises(InputError, match="model.safetensors: does not fit config.json"):
+        read_encoder(folder, 192)
+    (folder / "config.json").write_text(json.dumps({**ENCODER, "stages": [{**stage, "blocks": 256} for stage in ENCODER["stages"]]}))
+    with pytest.raises(InputError, match="encoders: blocks of all stages: found 1536"):
+        read_encoder(folder, 192)
 
 
 @pytest.mark.parametrize("encoder", [config(), EncoderConfig(192, 32, 2, 1, 8)])
@@ -158,9 +181,9 @@ def test_the_encoder_of_pictures_has_a_learning_rate_of_its_own(encoder):
 
 
 @pytest.mark.slow
-def test_a_decoder_begins_with_it_and_keeps_what_else_it_has_learnt(folder, tmp_path):
+def test_a_decoder_begins_with_it_and_keeps_what_else_it_has_learnt(folder, tmp_path, capsys):
     """From nothing, from a finished model whose own encoder it replaces, and on from that without being told again."""
-    run = runs.prepare(tmp_path, steps=2)
+    run = runs.prepare(tmp_path, steps=3)
     options = run["model"]["init_args"]
     options |= {"continuous_inputs": True, "train_encoder": True, "optimizer": {"learning_rate": 0.0, "weight_decay": 0.0}}
     assert runs.fit(run, tmp_path / "first") == [0], (tmp_path / "first.log").read_text()
@@ -170,7 +193,7 @@ def test_a_decoder_begins_with_it_and_keeps_what_else_it_has_learnt(folder, tmp_
     options["init_from"] = str(tmp_path / "first" / "model")
     assert runs.fit(run, tmp_path / "second") == [0], (tmp_path / "second.log").read_text()
     second = mmtx.load(tmp_path / "second" / "model", "cpu").decoder
-    pretrained = {f"image.{name}": value for name, value in build_and_load(folder, 768).state_dict().items()}
+    pretrained = {f"image.{name}": value for name, value in read_encoder(folder, 768).weights.items()}
     for decoder in (mmtx.load(tmp_path / "new" / "model", "cpu").decoder, second):
         assert isinstance(decoder.config.encoders["image"], EfficientNetConfig) and isinstance(decoder.config.encoders["audio"], EncoderConfig)
         found = decoder.encoders.state_dict()
@@ -192,15 +215,20 @@ def test_a_decoder_begins_with_it_and_keeps_what_else_it_has_learnt(folder, tmp_
     assert runs.fit(run, tmp_path / "fourth") == [0], (tmp_path / "fourth.log").read_text()
     fourth = mmtx.load(tmp_path / "fourth" / "model", "cpu").decoder
     assert all(torch.allclose(fourth.encoders.state_dict()[name], value, atol=1e-6) for name, value in pretrained.items())
+    # That of pictures may come from elsewhere than the others.
+    options["image_encoder"] = str(folder)
+    options["encoders_from"] = str(tmp_path / "first" / "model")
+    assert runs.fit(run, tmp_path / "both") == [0], (tmp_path / "both.log").read_text()
+    both = mmtx.load(tmp_path / "both" / "model", "cpu").decoder.encoders.state_dict()
+    theirs = {name: value for name, value in first.encoders.state_dict().items() if name.startswith("audio.")}
+    assert all(torch.allclose(both[name], value, atol=1e-6) for name, value in {**pretrained, **theirs}.items())
     # And it trains along.
     del options["encoders_from"]
     options |= {"image_encoder": str(folder), "optimizer": {"learning_rate": 1e-2}}
     assert runs.fit(run, tmp_path / "trained") == [0], (tmp_path / "trained.log").read_text()
     trained = mmtx.load(tmp_path / "trained" / "model", "cpu").decoder.encoders.state_dict()
     assert all(not torch.equal(trained[name], value) for name, value in pretrained.items() if name.endswith("weight"))
-
-
-def build_and_load(folder: Path, patch: int) -> torch.nn.Module:
-    encoder = build_encoder(read_encoder(folder, patch))
-    load_encoder(encoder, folder)
-    return encoder
+    # A finished run is what it is, whatever became of what it began with.
+    (folder / "config.json").unlink()
+    for name in ("trained", "both"):
+        assert figures(capsys, "validate", "--config", str(tmp_path / f"{name}.yaml")) == pytest.approx(measured(tmp_path / name), rel=1e-5)

@@ -227,7 +227,32 @@ def test_media_of_other_columns_are_read_or_refused(pictures, tokenizers, tmp_pa
     first, second = scan(str(tmp_path / "named"))
     assert "named row 1: field 'img' is DatasetSource" in str(first) and "named row 2: field 'mask'" in str(second)
     first, second = scan(str(tmp_path / "named"), fields={"image": "img", "mask": None})
-    assert first.turns[0].parts[0].source.read() == media[0] and second.turns[0].parts == (Text("b"),)
+    assert first.turns[0].parts[0].source.read() == media[0] and "named row 2: field 'img' is empty" in str(second)
+    assert [one.turns[0].parts for one in scan(str(tmp_path / "named"), fields={"img": None, "mask": None})] == [(Text("a"),), (Text("b"),)]
+
+
+def test_a_cell_without_its_picture_is_counted(pictures, tmp_path):
+    """Columns are those of all rows: of a chat a null may say that there is no picture, of a caption that it was lost."""
+    cell, said = {"bytes": pictures[0].turns[0].parts[0].source.read(), "path": None}, datasets.Value("string")
+    kinds = datasets.Features({"image": datasets.Image(), "caption": said})
+    stored({"image": [cell, None], "caption": ["a", "b"]}, kinds).save_to_disk(tmp_path / "captions")
+    first, second = scan(str(tmp_path / "captions"))
+    assert first.caption == "a" and "captions row 2: field 'image' is empty and no other has a medium" in str(second)
+    datasets.Dataset.from_dict({"audio": [None, ""], "text": ["a", "b"]}, datasets.Features(
+        {"audio": said, "text": said})).save_to_disk(tmp_path / "paths")
+    first, second = scan(str(tmp_path / "paths"))
+    assert "paths row 1: field 'audio' is empty and" in str(first) and "paths row 2: field 'audio' is ''" in str(second)
+    kinds = datasets.Features({"image": datasets.Image(), "messages": [{"role": said, "content": said}]})
+    chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "well met"}]
+    stored({"image": [None], "messages": [chat]}, kinds).save_to_disk(tmp_path / "chats")
+    (sample,) = scan(str(tmp_path / "chats"))
+    assert [turn.parts for turn in sample.turns] == [(Text("hello"),), (Text("well met"),)]
+
+
+@pytest.mark.parametrize("name", [None, ""])
+def test_a_cell_with_neither_bytes_nor_a_path_is_told(strangers, name):
+    folder, _ = strangers(name)
+    assert outcomes(read(folder)) == ["row 1, column 'image': found nothing, expected a picture or sound"]
 
 
 def test_what_cannot_be_read_is_named(folder, tokenizers, tmp_path):

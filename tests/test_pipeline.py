@@ -424,6 +424,32 @@ def test_a_str_of_a_prompt_is_text_whatever_it_says(tiny_model, text):
     (lambda model, _: model.generate("a", out=None), "out: found NoneType"),
     (lambda model, _: next(model.stream("a", out=["text"])), "out: found list"),
     (lambda model, _: model.generate_batch("ab"), "prompts: found str"),
+    (lambda model, _: model.generate_batch(None), "prompts: found NoneType, expected a list of prompts"),
+    (lambda model, _: model.generate_batch(5), "prompts: found int"),
+    (lambda model, _: model.generate_batch(np.array("a")), "prompts: found ndarray"),
+    (lambda model, tone: model.generate_batch(mmtx.Sound(tone, RATE)), "prompts: found Sound"),
+    (lambda model, _: model.generate_batch([], out="video"), "out: found 'video', expected one of text, image, audio, any"),
+    (lambda model, _: model.tokenize("a", "chat", out="video"), "out: found 'video'"),
+    (lambda model, _: model.caption([], start_index=-1), "start_index: found -1, expected a whole number, 0 or more"),
+    (lambda model, _: model.caption([], start_index=1.0), "start_index: found 1.0"),
+    (lambda model, _: model.caption([], start_index="0"), "start_index: found '0'"),
+    (lambda model, _: model.encode_parts([5]), "^found int, expected text"),
+    (lambda model, _: model.encode_parts(["a", None]), "^item 2 of 2: found NoneType, expected text"),
+    (lambda model, tone: model.encode_parts(["a", tone]), "^item 2 of 2: found ndarray, expected text"),
+    (lambda model, tone: model.encode_parts([mmtx.Sound(tone, RATE)]), "^found Sound"),
+    (lambda model, _: model.encode_parts("a b"), "items: found str, expected a list of items"),
+    (lambda model, _: model.encode_parts(5), "items: found int"),
+    (lambda model, _: model.read_medium(5), "found int, expected a path"),
+    (lambda model, _: model.caption_documents(5), "documents: found int"),
+    (lambda model, _: model.caption_documents(["a"]), "^found str, expected a Document"),
+    (lambda model, _: model.caption_documents([], {"temperature": 1}), "sampling: found dict, expected a Sampling"),
+    (lambda model, _: model.encode_documents([Document(()), None]), "^document 2 of 2: found NoneType, expected a Document"),
+    (lambda model, _: model.prompt_length("a"), "^found str, expected a Document"),
+    (lambda model, _: model.save(5), "found int, expected the path of a folder"),
+    (lambda model, _: model.save(None), "found NoneType, expected the path of a folder"),
+    (lambda model, _: model.save(b"x"), "found bytes, expected the path of a folder"),
+    (lambda model, _: model.save("\ud800"), "cannot be written"),
+    (lambda model, _: model.to(2 ** 70), "device: 1180591620717411303424 cannot be used"),
     (lambda model, _: model.outpaint(np.zeros((16, 16, 3)), "8"), "rows: found '8'"),
     (lambda model, _: model.outpaint(np.zeros((16, 16, 3)), 8.0), "rows: found 8.0"),
     (lambda model, tone: model.continue_audio(tone, "1"), "seconds: found '1'"),
@@ -442,6 +468,18 @@ def test_a_str_of_a_prompt_is_text_whatever_it_says(tiny_model, text):
 def test_a_wrong_option_is_named(tiny_model, tone, call, told):
     with pytest.raises(mmtx.InputError, match=told):
         call(tiny_model, tone)
+
+
+def test_several_things_may_come_one_by_one(tiny_model, pixels):
+    each = lambda items: (item for item in items)
+    prompts, document = ["a red circle", ["a", pixels]], Document((Turn("user", (TextPart([1]),)),))
+    assert tiny_model.generate_batch(each(prompts), **SHORT) == tiny_model.generate_batch(prompts, **SHORT)
+    assert tiny_model.generate_batch(each([])) == []
+    assert tiny_model.encode_parts(each(["a", mmtx.Image(pixels)])) == tiny_model.encode_parts(["a", mmtx.Image(pixels)])
+    assert tiny_model.encode_documents(each([document])) == [document]
+    assert tiny_model.caption_documents(each([document])) == tiny_model.caption_documents([document])
+    with pytest.raises(mmtx.InputError, match="^prompt 2 of 2: found NoneType"):
+        tiny_model.generate_batch(each(["a", None]))
 
 
 def test_caption_names_a_file_of_no_known_kind(tiny_model, tmp_path):
@@ -603,6 +641,70 @@ def test_a_sound_is_saved_as_it_is(tiny_model, tmp_path):
     samples, rate = soundfile.read(tmp_path / "sound.wav")
     assert rate == RATE
     assert np.abs(samples - sound.samples.clip(-1, 1)).max() < 1e-3
+    (tmp_path / "link.wav").symlink_to("sound.wav")
+    sound._replace(samples=sound.samples[:-9]).save(str(tmp_path / "link.wav"))
+    assert (tmp_path / "link.wav").is_symlink() and len(soundfile.read(tmp_path / "sound.wav")[0]) == len(samples) - 9
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.wav", "sound.wav"]
+
+
+@pytest.mark.parametrize("name, told", [
+    ("no/a.wav", r"no/a\.wav: cannot be written \(No such file or directory\)"), ("a.wav", r"a\.wav: cannot be written \(Is a directory\)"),
+    ("a.nothing", r"a\.nothing: found the extension '.nothing', expected .wav, .flac or .ogg"), ("a", "found the extension ''"),
+    ("a.png", "found the extension '.png'"), ("", "found the extension ''"), ("\0.wav", "cannot be written"),
+    ("x" * 300 + ".wav", "cannot be written .*name too long"), ("\ud800.wav", "cannot be written"), (None, "found NoneType, expected the name of a file"),
+    (5, "found int"), (b"a.wav", "found bytes"), ("b.raw", r"b\.raw: cannot be written"),
+])
+def test_a_sound_that_cannot_be_saved_there_is_one_line(tone, tmp_path, monkeypatch, name, told):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.wav").mkdir()
+    with pytest.raises(mmtx.InputError, match=told):
+        mmtx.Sound(tone, RATE).save(name)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]
+
+
+@pytest.mark.parametrize("samples, rate, form, told", [
+    (None, 0, "ogg", "rate: found 0, expected a whole number of Hz from 1000 to 192000"), (None, 300_000, "ogg", "rate: found 300000"),
+    (None, None, "wav", "rate: found None"), (None, 16000.0, "wav", "rate: found 16000.0"), (None, "16000", "wav", "rate: found '16000'"),
+    (None, 12_345, "mp3", r"a\.mp3: cannot be written \(.*sample rate"), (None, 700_000, "flac", "rate: found 700000"),
+    (np.float32(0.5), RATE, "wav", r"samples: found float32 of shape \(\), expected numbers \(S,\)"),
+    (np.zeros((2, 2, 2)), RATE, "wav", r"samples: found float64 of shape \(2, 2, 2\)"),
+    (np.array(["a"]), RATE, "wav", "samples: found <U1"), ("abc", RATE, "wav", "samples: found <U3"),
+    (np.zeros(9, np.float16), RATE, "wav", r"a\.wav: cannot be written \(.*float16"),
+])
+def test_a_sound_that_is_none_leaves_the_file_that_was_there(tone, tmp_path, samples, rate, form, told):
+    """A rate that Vorbis does not have ended the whole program."""
+    path = tmp_path / f"a.{form}"
+    path.write_bytes(b"before")
+    with pytest.raises(mmtx.InputError, match=told):
+        mmtx.Sound(tone if samples is None else samples, rate).save(path)
+    assert path.read_bytes() == b"before" and len(list(tmp_path.iterdir())) == 1
+
+
+SAVED_LONG = """
+import sys
+import numpy as np, soundfile, mmtx
+sound = mmtx.Sound(np.random.default_rng(0).normal(0, 0.1, 4_800_000).astype(np.float32), 16_000)
+sound.save(sys.argv[1])
+print(soundfile.info(sys.argv[1]).frames)
+"""
+
+
+def test_five_minutes_are_saved_in_every_form(tmp_path):
+    """libsndfile ends the program where Vorbis is given so much at once."""
+    done = subprocess.run([sys.executable, "-c", SAVED_LONG, tmp_path / "a.ogg"], capture_output=True, text=True, timeout=240,
+                          cwd=Path(__file__).parents[1])
+    assert (done.stdout, done.returncode) == ("4800000\n", 0), done.stderr
+
+
+@pytest.mark.parametrize("form", ["wav", "flac", "WAV", "aiff", "ogg", "mp3"])
+@pytest.mark.parametrize("shape", [(200_000,), (70_000, 2)])
+def test_a_saved_sound_is_that_of_soundfile(tmp_path, form, shape):
+    samples = np.random.default_rng(0).normal(0, 0.1, shape).astype(np.float32)
+    mmtx.Sound(samples, RATE).save(str(tmp_path / f"a.{form}"))
+    soundfile.write(tmp_path / f"b.{form}", samples, RATE)
+    (one, rate), (other, _) = (soundfile.read(tmp_path / f"{name}.{form}") for name in "ab")
+    assert rate == RATE and one.shape == other.shape
+    assert np.abs(one - other).max(initial=0) < (0.05 if form in ("ogg", "mp3") else 1e-9)
 
 
 @pytest.mark.parametrize("seed", range(8))

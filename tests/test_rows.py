@@ -311,6 +311,62 @@ def test_fields_that_are_none(given, told):
         DataSource(["a.jsonl"], fields=given)
 
 
+# A picture or sound that is not there.
+
+
+LACKING = [({"image": None, "text": "a"}, "image"), ({"audio": None, "caption": "a", "text": "a"}, "audio"),
+           ({"images": None, "text": "See <image>."}, "images"), ({"audio_filepath": None, "text": "a", "duration": 1}, "audio_filepath"),
+           ({"file_name": None, "text": "a"}, "file_name"), ({"image": None, "audio": None, "text": "a"}, "image"),
+           ({"image": None, "question": "What?", "answer": "a"}, "image"), ({"image": None}, "image")]
+
+
+@pytest.mark.parametrize("row, named", LACKING)
+def test_a_row_without_its_medium_is_no_text(folder, row, named):
+    before, found, after = rows_of(folder, {"image": "a.png", "text": "a"}, row, {"text": "a"})
+    assert str(found) == (f"{folder}/rows.jsonl row 2: field {named!r} is empty and no other has a medium, expected one; rows of text "
+                          "alone have no such field")
+    assert [said(before), said(after)] == [[("user", [A]), ("assistant", ["a"])], [(None, ["a"])]]
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.tsv", "x.json"])
+def test_a_cell_without_its_medium_is_counted(folder, name):
+    rows = [["image", "audio", "style", "text"], ["a.png", "", "", "a"], ["", "", "1", "a"], ["", "a.wav", "", "a"]]
+    between = {"x.csv": ",", "x.tsv": "\t"}.get(name)
+    table = "".join(between.join(row) + "\n" for row in rows) if between else json.dumps(
+        [{column: cell or None for column, cell in zip(rows[0], row)} for row in rows[1:]])
+    (folder / name).write_text(table)
+    told = []
+    samples = read(str(folder / name), max_bad=0.5, report=told.append)
+    assert [said(sample) for sample in samples] == [[("user", [A]), ("assistant", ["a"])], [("user", [W]), ("assistant", ["a"])]]
+    assert [sample.metadata for sample in samples] == [{}, {}]
+    (line,) = told
+    assert line.startswith(f"skipped: 1 of 3 rows cannot be used; first: {folder}/{name} row 2: field 'image' is empty")
+    with pytest.raises(InputError, match="1 of 3 rows cannot be used.* row 2: field 'image' is empty"):
+        read(str(folder / name))
+
+
+def test_a_row_without_a_medium_of_another_name(folder):
+    empty, given, text = rows_of(folder, {"img": None, "image": "a.png", "label": "a"}, {"img": "b.png", "image": None, "label": "a"},
+                                 {"label": "a"}, fields={"image": "img", "text": "label"})
+    assert "row 1: field 'img' is empty" in str(empty)
+    assert said(given) == [("user", [B]), ("assistant", ["a"])] and given.metadata == {}
+    assert said(text) == [(None, ["a"])]
+    (unread,) = rows_of(folder, {"image": None, "text": "a"}, fields={"image": None})
+    assert said(unread) == [(None, ["a"])] and unread.metadata == {}
+
+
+@pytest.mark.parametrize("row, expected", [
+    ({"messages": chat("Hello", "a"), "image": None, "audios": None}, [("user", ["Hello"]), ("assistant", ["a"])]),
+    ({"prompt": chat("Hello"), "completion": chat("a", names=("assistant",)), "images": None}, [("user", ["Hello"]), ("assistant", ["a"])]),
+    ({"images": [], "text": "a"}, [(None, ["a"])]),  # a list of none
+    ({"image": "a.png", "images": None, "audio": None, "text": "a"}, [("user", [A]), ("assistant", ["a"])]),
+])
+def test_rows_that_need_no_medium(folder, row, expected):
+    """Data sets fill columns with nulls where a chat has no pictures, and where a row has a medium of another kind."""
+    (sample,) = rows_of(folder, row)
+    assert said(sample) == expected
+
+
 # Files of rows.
 
 

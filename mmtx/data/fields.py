@@ -143,7 +143,7 @@ def _texts(file: BinaryIO, where: str) -> Iterator[str]:
 
 
 def json_object(data: bytes, where: str) -> dict[str, Any]:
-    """A JSON object without its null fields, which stand for absent ones."""
+    """A JSON object, in which no field is there twice."""
     try:
         row = _JSON.decode(decode(data, where))
     except (ValueError, RecursionError) as error:
@@ -154,7 +154,7 @@ def json_object(data: bytes, where: str) -> dict[str, Any]:
         raise InputError(f"{where}: not JSON that can be used (more than {MAX_DEPTH} lists and objects in one another)")
     if not isinstance(row, dict):
         raise InputError(f"{where}: found {shown(row)}, expected a JSON object")
-    return {name: value for name, value in row.items() if value is not None}
+    return row
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -195,9 +195,11 @@ def decode(data: bytes, where: str) -> str:
 def renamed(row: dict[str, Any], fields: Mapping[str, str | None] | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """The row with its fields under the names by which they are read, and those that shall not be read.
 
-    `fields` is that of a `DataSource`: name by which a field is read -> its name in the row, None for none.
+    Null fields, which stand for absent ones, are left out. `fields` is that of a `DataSource`: name by which a field is read ->
+    its name in the row, None for none.
     """
     fields = fields or {}
+    row = {name: value for name, value in row.items() if value is not None}
     taken = {name: row.pop(given) for name, given in fields.items() if given in row}
     aside = {name: row.pop(name) for name in fields if name in row}
     return row | taken, aside

@@ -9,13 +9,14 @@
 
 Media are "image", "images", "audio", "audios", "file_name" (image folders), or "audio_filepath" with "offset" and "duration"
 (NeMo). Where <image> or <audio> in the texts of a row say where media go, they must be as many as the media; where none does,
-media come first in the first user turn. A field that looks like a medium and is not read is an error.
+media come first in the first user turn. A field that looks like a medium and is not read is an error; so is one of a medium that
+is empty in a row without another, but beside a chat, of which data sets tell so that it has none.
 """
 
 import base64
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
@@ -94,11 +95,12 @@ class Message(NamedTuple):
 
 
 def turns_of(row: dict[str, Any], where: str, read: Reader | None, given: Sequence[Media] = (),
-             texts: Sequence[str] = TEXTS) -> tuple[SampleTurn, ...]:
+             texts: Sequence[str] = TEXTS, empty: Sequence[str] = ()) -> tuple[SampleTurn, ...]:
     """Take the turns out of a row, and leave its metadata there.
 
     `read` makes media of what a row says of them; None: all are `given`, for they lie beside the row. A caption is the first
-    of `texts`. Raises InputError for a row of none of the forms, and where a medium would be lost.
+    of `texts`. `empty` are the fields of media that have no value. Raises InputError for a row of none of the forms, and where
+    a medium would be lost, or is not there.
     """
     beside = list(given) or _beside(row, where, read)
     chats = [name for name in CHATS if name in row]
@@ -107,6 +109,10 @@ def turns_of(row: dict[str, Any], where: str, read: Reader | None, given: Sequen
     named = tuple(texts) if beside else ("text",)
     text = next((name for name in named if name in row), None)
     pair = next((pair for pair in PAIRS if all(name in row for name in pair)), None)
+    talk = bool(chats) or text is None and pair is not None and isinstance(row[pair[0]], list)
+    if empty and not beside and not talk:
+        raise InputError(f"{where}: field {empty[0]!r} is empty and no other has a medium, expected one; rows of text alone have no "
+                         "such field")
     if chats:
         messages = _system(row, where) + _chat(row.pop(chats[0]), chats[0], where, read, bool(beside))
     elif text is None and pair:
@@ -116,6 +122,12 @@ def turns_of(row: dict[str, Any], where: str, read: Reader | None, given: Sequen
     turns = _filled(messages, beside, where)
     refuse_unread(row, where, {part.kind for turn in turns for part in turn.parts if isinstance(part, Media)})
     return turns
+
+
+def empty_media(row: Mapping[str, Any], fields: Mapping[str, str | None] | None) -> list[str]:
+    """Those fields of media that a row has without a value, by its own names; `fields` is that of a `DataSource`."""
+    given = [(fields or {}).get(name, name) for name in names().fields]
+    return [name for name in given if name in row and row[name] is None]
 
 
 def _beside(row: dict[str, Any], where: str, read: Reader) -> list[Media]:

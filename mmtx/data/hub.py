@@ -76,7 +76,7 @@ def _judged(base: Base) -> Iterator[None]:
 
 
 def rows(path: str, base: Base | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a dataset, in order; pictures and sounds as `DatasetSource`, columns without a value left out.
+    """The rows of a dataset, in order; pictures and sounds as `DatasetSource`, a cell without a value as None.
 
     `base`: what they may name. Raises InputError when it cannot be opened, or has several splits and none is named.
     """
@@ -118,11 +118,13 @@ def rows(path: str, base: Base | None = None) -> Iterator[dict[str, Any]]:
         for place, (number, row) in enumerate(zip(batch, rows)):
             for column in given:
                 cell = there[column][place]
-                if cell.is_valid and column in single:
+                if not cell.is_valid:
+                    row[column] = None
+                elif column in single:
                     row[column] = DatasetSource(found, number, column, base)
-                elif cell.is_valid:
+                else:
                     row[column] = [DatasetSource(found, number, column, base, at) for at in range(len(cell))]
-            yield {column: value for column, value in row.items() if value is not None}
+            yield row
 
 
 def _is_media(kind: Any) -> bool:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, BinaryIO
 
 from mmtx.data.fields import MAX_ROW, attempt, decode, json_object, lines, objects, reason, renamed, shown
-from mmtx.data.forms import turns_of
+from mmtx.data.forms import empty_media, turns_of
 from mmtx.data.sample import Media, Sample, known_kind, suffix
 from mmtx.data.storage import DatasetSource, FileSource, display, folder_of, is_url, open_binary, uncached
 from mmtx.data.trust import Base
@@ -46,8 +46,8 @@ def _json_list(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes | None]]:
 
 
 def _table(rows: Callable[[Iterator[str]], Iterator[list[str] | str]], file: BinaryIO,
-           name: str) -> Iterator[tuple[int, dict[str, str] | InputError]]:
-    """Rows behind the header, of which empty cells are absent fields; `rows` makes cells of lines, or says why it cannot."""
+           name: str) -> Iterator[tuple[int, dict[str, str | None] | InputError]]:
+    """Rows behind the header, of which empty cells are null; `rows` makes cells of lines, or says why it cannot."""
     def texts() -> Iterator[str]:
         for number, line in enumerate(lines(file, name), 1):
             if line is None:
@@ -72,7 +72,7 @@ def _table(rows: Callable[[Iterator[str]], Iterator[list[str] | str]], file: Bin
         elif len(cells) != len(header):
             yield number, InputError(f"{name} row {number}: found {len(cells)} cells, expected {len(header)} as the header has")
         else:
-            yield number, {column: cell for column, cell in zip(header, cells) if cell}
+            yield number, {column: cell or None for column, cell in zip(header, cells)}
 
 
 def _between_commas(texts: Iterator[str]) -> Iterator[list[str] | str]:
@@ -143,11 +143,11 @@ MANIFESTS: dict[str, Callable[[BinaryIO, str], Iterator[tuple[int, Any]]]] = {
 
 
 def parse_row(row: dict[str, Any], base: Base, number: int, where: str, fields: Fields = None) -> Sample:
-    row, aside = renamed(row, fields)
+    empty, (row, aside) = empty_media(row, fields), renamed(row, fields)
     key = next((row.pop(name) for name in ("key", "id") if name in row), number)
     if not isinstance(key, (str, int)):
         raise InputError(f"{where}: the key is {shown(key)}, expected a string or a number")
-    turns = turns_of(row, where, lambda value, kind, at: _media(value, kind, base, where, at))
+    turns = turns_of(row, where, lambda value, kind, at: _media(value, kind, base, where, at), empty=empty)
     return Sample(str(key), turns, row | aside, where)
 
 

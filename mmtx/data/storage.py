@@ -78,14 +78,13 @@ class DatasetSource:
         value = self.dataset.select_columns([self.column])[self.row][self.column]
         if self.place is not None:
             value = value[self.place]
-        if value is None:
+        if value is None or value["bytes"] is None and not value["path"]:
             raise InputError(f"row {self.row + 1}, column {self.column!r}: found nothing, expected a picture or sound")
         if value["bytes"] is not None:
             return value["bytes"]
-        path = "" if value["path"] is None else value["path"]
-        if refusal := self.base and self.base.refusal(path):
-            raise InputError(f"row {self.row + 1}, column {self.column!r} names {display(path)}: {refusal}")
-        return read(path, MAX_BYTES, self.base)
+        if refusal := self.base and self.base.refusal(value["path"]):
+            raise InputError(f"row {self.row + 1}, column {self.column!r} names {display(value['path'])}: {refusal}")
+        return read(value["path"], MAX_BYTES, self.base)
 
     def stamp(self) -> bytes:
         """The fingerprint that the library gives to a dataset."""

@@ -6,27 +6,27 @@ folded into the convolutions before them (`demos/data/build_image_encoder.py`), 
 Shapes: B batch, C channels, H height and W width in pixels, h rows and w columns of a grid of patches, P numbers in a patch, D width.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mmtx.config import EfficientNetConfig, Stage
+from mmtx.config import EfficientNetConfig, EfficientNetShape, EncoderConfig, Stage
 from mmtx.errors import InputError
 from mmtx.files import CONFIG, read_json
 from mmtx.schema import build
 from mmtx.weights import load_module
 
 KIND = "efficientnet"
-# Pictures that a CPU takes at once: what is between two layers stays in its cache. Of 64 pictures of 64 pixels on one core of an
-# AMD EPYC each took 2.4 ms in sixteens and in place, 8.2 ms all at once and not in place. For fewer, torch has a slower 1 x 1
-# convolution on one thread.
-AT_ONCE = 16
+# Patches of pictures of one size that pass at once. On a CPU what is between two layers is to stay in its cache: of 64 pictures of
+# 8 x 8 patches on one core of an AMD EPYC each took 2.4 ms in sixteens and in place, 8.2 ms all at once and not in place (and in
+# fewer, for which torch has another 1 x 1 convolution on one thread, 3.6 to 5.2 ms).
+AT_ONCE, AT_ONCE_ON_GPU = 2 ** 10, 2 ** 16
 
 
 class SameConv2d(nn.Conv2d):
@@ -65,6 +65,7 @@ class EfficientNetEncoder(nn.Module):
     def __init__(self, config: EfficientNetConfig):
         super().__init__()
         self.patch, self.scale, self.fine = config.side, config.scale, config.fine_stage
+        self.times = config.strides[-1] // config.strides[self.fine - 1]  # patches a side to a place of the last stage
         self.stem = SameConv2d(3, config.stem, 3, stride=2)
         self.stages = nn.ModuleList()
         width = config.stem
@@ -87,8 +88,9 @@ class EfficientNetEncoder(nn.Module):
             places = torch.tensor(firsts)[:, None] + torch.arange(rows * columns)
             chosen = patches[places.to(patches.device, non_blocking=True)]
             pictures = rearrange(chosen, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=self.patch, q=self.patch)
-            some = pictures.split(AT_ONCE) if pictures.device.type == "cpu" else [pictures]
-            parts += [rearrange(self.features(part), "b c h w -> (b h w) c") for part in some]
+            most = AT_ONCE if pictures.device.type == "cpu" else AT_ONCE_ON_GPU
+            parts += [rearrange(self.features(some), "b c h w -> (b h w) c")
+                      for some in pictures.split(max(1, most // (rows * columns)))]
             order.append(places.flatten())
         return torch.cat(parts)[torch.cat(order).argsort().to(patches.device, non_blocking=True)]
 
@@ -103,20 +105,28 @@ class EfficientNetEncoder(nn.Module):
             x = stage(x)
         if x is fine:
             return fine
-        times = math.ceil(rows / x.shape[-2])
-        coarse = F.interpolate(x, scale_factor=times, mode="nearest")[..., :rows, :columns]
+        coarse = F.interpolate(x, scale_factor=self.times, mode="nearest")[..., :rows, :columns]
         return torch.cat([fine, coarse], 1)
 
 
-def read_encoder(folder: str | Path, patch: int) -> EfficientNetConfig:
-    """What the folder of a pretrained encoder says of it, for patches of so many numbers. Raises InputError."""
+class PretrainedEncoder(NamedTuple):
+    """What was trained before: sizes of an encoder, and its weights."""
+
+    config: EncoderConfig | EfficientNetConfig
+    weights: dict[str, Tensor]
+
+
+def read_encoder(folder: str | Path, patch: int) -> PretrainedEncoder:
+    """The EfficientNet in a folder, for patches of so many numbers. Raises InputError."""
     path = Path(folder) / CONFIG
     values = read_json(path)
     if not isinstance(values, dict) or values.get("kind") != KIND:
         raise InputError(f"{path}: found no \"kind\": \"{KIND}\", expected the folder of a pretrained encoder of pictures")
-    return build(EfficientNetConfig, {**{name: value for name, value in values.items() if name != "kind"}, "patch": patch}, path)
-
-
-def load_encoder(encoder: nn.Module, folder: str | Path) -> None:
-    """Let an encoder begin with the weights of a folder that `read_encoder` has read. Raises InputError."""
-    load_module(lambda: encoder, Path(folder) / "model.safetensors")
+    shape = build(EfficientNetShape, {name: value for name, value in values.items() if name != "kind"}, path)
+    try:
+        config = EfficientNetConfig(patch, shape.stem, shape.stages)
+    except InputError as error:
+        raise InputError(f"image_encoder: {path} does not fit tokenizers.image: {error}") from None
+    # Made within, so that no more is allocated than the file has.
+    encoder = load_module(lambda: EfficientNetEncoder(config), Path(folder) / "model.safetensors")
+    return PretrainedEncoder(config, encoder.state_dict())

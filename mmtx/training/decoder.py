@@ -24,7 +24,7 @@ from mmtx.files import replace_folder
 from mmtx.loss import TokenLoss, next_token_loss
 from mmtx.modality.autoencoder import Codec
 from mmtx.modality.base import MediaTokenizer, media_tokenizer
-from mmtx.modality.efficientnet import load_encoder, read_encoder
+from mmtx.modality.efficientnet import PretrainedEncoder, read_encoder
 from mmtx.modality.encoder import build_encoder
 from mmtx.model import Decoder, initialise
 from mmtx.model_folder import WEIGHTS, ModelParts, model_files, read_model
@@ -90,12 +90,12 @@ class DecoderModule(TestedAsValidated):
             z_loss: weight of the squared log-sum-exp of the scores, which keeps them from drifting.
             continuous_inputs: let pictures and sounds of user turns enter as the features that their encoder saw before the
                 quantizer. What is generated is made of codes either way.
-            train_encoder: with `continuous_inputs`, the decoder has its own copy of these encoders, which is trained along.
-                The tokenizers, and so all codes, stay as they are.
-            encoders_from: folder of a finished model whose trained encoders these copies start from, instead of those of the codecs:
-                one that has learnt to see and hear beside a small decoder serves a large one.
-            image_encoder: folder of a pretrained encoder of pictures that takes the place of the image codec's own, such as
-                `demos/data/build_image_encoder.py` makes; with `init_from` it takes that of the model there.
+            train_encoder: with `continuous_inputs`, the decoder has encoders of its own, which are trained along: copies of the
+                codecs', or those of the model of `init_from`. The tokenizers, and so all codes, stay as they are.
+            encoders_from: folder of a finished model whose encoders these start from, whatever their sizes: ones that have learnt
+                to see and hear beside a small decoder serve a large one.
+            image_encoder: folder of a pretrained encoder of pictures, such as `demos/data/build_image_encoder.py` makes, for this
+                run to begin with, in place of the codec's, of that in `init_from` and of that in `encoders_from`.
             image_encoder_lr: AdamW's learning rate of the encoder of pictures, which a pretrained one wants smaller; by default it
                 trains as all else.
             loss_weights: what targets of each modality count for; the loss is the weighted mean over all targets.
@@ -140,6 +140,8 @@ class DecoderModule(TestedAsValidated):
             within("image_encoder_lr", image_encoder_lr, 0, 100)
             if not train_encoder:
                 raise InputError("image_encoder_lr: found one with train_encoder: false, expected train_encoder: true")
+            if lora is not None and lora.freeze_encoder:
+                raise InputError("image_encoder_lr: found one with lora.freeze_encoder: true, expected none")
         self.image_encoder, self.image_encoder_lr = image_encoder, image_encoder_lr
         self.weights_by_kind = asdict(loss_weights)
         self.decoder: Decoder | None = None
@@ -155,7 +157,8 @@ class DecoderModule(TestedAsValidated):
         ranges = [CodeRange(vocabulary.range(kind).start, levels) for kind in vocabulary.kinds
                   if (levels := vocabulary.levels(kind))]
         codecs = {kind: media_tokenizer(self.tokenizers, kind) for kind in vocabulary.kinds if vocabulary.levels(kind)}
-        encoders = self._encoder_configs(codecs) if self.train_encoder else {}
+        trained = self._trained_encoders(codecs) if self.train_encoder else {}
+        encoders = self._encoder_configs(codecs, trained) if self.train_encoder else {}
         widths = {kind: encoders[kind].width if encoders else codec.feature_width for kind, codec in codecs.items()}
         self.config = replace(self.config, vocabulary_size=vocabulary.size, composed=tuple(ranges),
                               features=widths if self.continuous_inputs else {}, encoders=encoders,
@@ -168,9 +171,9 @@ class DecoderModule(TestedAsValidated):
         else:
             self.decoder = self._begin_with(self.init_from)
             self.init_from = None
-        if self.encoders_from is not None:
-            self._replace_encoders(self.encoders_from)
-            self.encoders_from = None
+        for kind, encoder in trained.items():
+            self.decoder.encoders[kind].load_state_dict(encoder.weights)
+        self.encoders_from = None
         self.decoder.gradient_checkpointing = self.gradient_checkpointing
         if self.lora is not None:
             if self.device_mesh is not None:
@@ -179,29 +182,44 @@ class DecoderModule(TestedAsValidated):
         if self.device_mesh is not None:
             shard(self.decoder, self.device_mesh["data_parallel"])
 
-    def _encoder_configs(self, codecs: Mapping[str, MediaTokenizer]) -> dict[str, EncoderConfig | EfficientNetConfig]:
-        """Of the encoders: as the codecs', or as those of the model that they, or all, begin with."""
+    def _trained_encoders(self, codecs: Mapping[str, MediaTokenizer]) -> dict[str, PretrainedEncoder]:
+        """The encoders that were trained elsewhere, by kind: those of another model, and the pretrained one of pictures."""
+        for kind in (kind for kind, codec in codecs.items() if codec.encoder_config is None):
+            raise InputError(f"train_encoder: found a {kind} tokenizer without an encoder that trains, expected a codec of mmtx")
+        for name in ("image_encoder", "image_encoder_lr"):
+            if getattr(self, name) is not None and "image" not in codecs:
+                raise InputError(f"{name}: found one, expected none: there is no tokenizer of pictures")
+        found: dict[str, PretrainedEncoder] = {}
+        if self.image_encoder is not None and self.finished is None:
+            found["image"] = read_encoder(self.image_encoder, codecs["image"].encoder_config.patch)
+        other = self.encoders_from
+        for kind in (kind for kind in codecs if other is not None and kind not in found):
+            config, expected = other.config.encoders.get(kind), codecs[kind].encoder_config
+            if config is None or config.patch != expected.patch:
+                raise InputError(f"encoders_from: found {config or 'no encoder'} for {kind}, expected {expected}, or another one "
+                                 f"of patches of {expected.patch} numbers")
+        if other is not None:
+            theirs = load_module(lambda: Decoder(other.config, build_encoder), other.folder / WEIGHTS)
+            found |= {kind: PretrainedEncoder(other.config.encoders[kind], theirs.encoders[kind].state_dict())
+                      for kind in codecs if kind not in found}
+        return found
+
+    def _encoder_configs(self, codecs: Mapping[str, MediaTokenizer],
+                         trained: Mapping[str, PretrainedEncoder]) -> dict[str, EncoderConfig | EfficientNetConfig]:
+        """Of all encoders: those that were trained elsewhere, else as in the model of `init_from`, else as the codecs'."""
+        made = {} if self.init_from is None else self.init_from.config.encoders
         found = {}
         for kind, codec in codecs.items():
-            if codec.encoder_config is None:
-                raise InputError(f"train_encoder: found a {kind} tokenizer without an encoder that trains, expected a codec of mmtx")
-            start = self.encoders_from or self.init_from
-            theirs = None if start is None else start.config.encoders.get(kind)
-            found[kind] = theirs if theirs is not None and theirs.patch == codec.encoder_config.patch else codec.encoder_config
-        if "image" not in found and (self.image_encoder, self.image_encoder_lr) != (None, None):
-            raise InputError("image_encoder: found one, expected none: there is no tokenizer of pictures")
-        if self.image_encoder is not None:
-            found["image"] = read_encoder(self.image_encoder, found["image"].patch)
+            own = made[kind] if kind in made and made[kind].patch == codec.encoder_config.patch else codec.encoder_config
+            found[kind] = trained[kind].config if kind in trained else own
         return found
 
     def _take_encoders(self, kinds: Iterable[str]) -> None:
-        """Let encoders begin as the pretrained one, or as those of the codecs."""
+        """Let encoders begin as those of the codecs where they are like them; others get weights of their own."""
         for kind in kinds:
-            encoder = self.decoder.encoders[kind]
-            if kind == "image" and self.image_encoder is not None:
-                load_encoder(encoder, self.image_encoder)
-            elif self.encoders_from is None:  # what comes from there follows
-                weights = cast(Codec, self.tokenizers[kind]).network.state_dict()
+            codec = cast(Codec, self.tokenizers[kind])
+            if self.config.encoders[kind] == codec.encoder_config:
+                weights, encoder = codec.network.state_dict(), self.decoder.encoders[kind]
                 encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()})
 
     def _take_tokenizers(self) -> None:
@@ -218,13 +236,15 @@ class DecoderModule(TestedAsValidated):
 
     def restore(self, folder: Path) -> None:
         """Take over the finished model in a folder once the decoder is built, if all of it is as in this configuration."""
-        self.init_from, self.finished = read_model(folder), folder
+        self.init_from, self.finished, self.encoders_from = read_model(folder), folder, None
 
     def _begin_with(self, model: ModelParts) -> Decoder:
         """The decoder of a finished model, in the precision of the run, and each layer in 4 bits as soon as it is read."""
         where = self.finished or "init_from"
         given, wanted = asdict(model.config), asdict(self.config)
         new = {"image"} if self.image_encoder is not None and self.finished is None and given["features"] else set()
+        if new and self.global_rank == 0:
+            print(f"mmtx: {self.image_encoder} takes the place of what {where} saw pictures with", file=sys.stderr)
         # A model of codes alone may get projections of features; encoders begin as those of the codecs, which made the features that
         # a model without encoders has learnt to read.
         added = {name for name in ("features", "encoders") if wanted[name] and not given[name] and self.finished is None}
@@ -255,15 +275,6 @@ class DecoderModule(TestedAsValidated):
         self.decoder = decoder
         self._take_encoders(sorted(fresh))
         return decoder
-
-    def _replace_encoders(self, other: ModelParts) -> None:
-        """Let encoders begin as those of another finished model."""
-        for kind, expected in self.config.encoders.items():
-            if (found := other.config.encoders.get(kind)) != expected:
-                raise InputError(f"encoders_from: found {found or 'no encoder'} for {kind}, expected {expected}")
-        theirs = load_module(lambda: Decoder(other.config, build_encoder), other.folder / WEIGHTS)
-        for kind, encoder in self.decoder.encoders.items():
-            encoder.load_state_dict(theirs.encoders[kind].state_dict())
 
     def on_fit_start(self) -> None:
         if self.global_rank == 0:
