@@ -1,5 +1,6 @@
 """The mean of the weights of models that went on from one another, which is often better than each of them. The model that comes with
-mmtx is one (model soups, Wortsman et al. 2022, https://arxiv.org/abs/2203.05482).
+mmtx is one (model soups, Wortsman et al. 2022, https://arxiv.org/abs/2203.05482). Encoders that are not alike, where one got another on
+the way, and what reads their features, are those of the first.
 
     python demos/average.py runs/starter/captions/model runs/starter/captions-more/model --output runs/starter/mean
 """
@@ -7,6 +8,7 @@ mmtx is one (model soups, Wortsman et al. 2022, https://arxiv.org/abs/2203.05482
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,16 +17,18 @@ import mmtx
 
 
 def average(folders: Sequence[str]) -> mmtx.Model:
-    """The first model with the mean of all weights. Raises InputError where one has other sizes or tokenizers."""
+    """The first model with the mean of all weights that are alike. Raises InputError where one has other sizes or tokenizers."""
     models = [mmtx.load(folder, "cpu") for folder in folders]
     first = models[0]
-    for folder, model in zip(folders, models, strict=True):
-        if model.decoder.config != first.decoder.config or model.vocabulary.to_json() != first.vocabulary.to_json():
+    blocks = [replace(model.decoder.config, encoders={}, features={}) for model in models]
+    for folder, model, config in zip(folders, models, blocks, strict=True):
+        if config != blocks[0] or model.vocabulary.to_json() != first.vocabulary.to_json():
             raise mmtx.InputError(f"{folder}: found another decoder or other tokenizers than in {folders[0]}, expected the same")
     weights = [model.decoder.state_dict() for model in models]
     with torch.no_grad():
         for name, weight in first.decoder.state_dict().items():
-            weight.copy_(torch.stack([each[name] for each in weights]).mean(0))
+            alike = [each[name] for each in weights if name in each and each[name].shape == weight.shape]
+            weight.copy_(torch.stack(alike).mean(0))
     return first
 
 

@@ -6,7 +6,7 @@ It is Qwen3's dense architecture (https://arxiv.org/abs/2505.09388) over a longe
 block, grouped-query attention with RMSNorm on every query and key head (QK-norm), rotary positions, SwiGLU, no biases.
 Without QK-norm it is that of Llama, with biases on queries, keys and values too that of Qwen2. Projections that read the
 same input are one matrix. The codecs have the same block, not causal. And where a picture or sound is given, not generated,
-what its encoder saw before the quantizer can enter in place of its codes.
+what its encoder saw before the quantizer, or an encoder of the decoder's own, can enter in place of its codes.
 """
 
 from collections.abc import Callable, Mapping, Sequence

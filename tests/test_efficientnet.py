@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,11 +16,12 @@ from test_training import figures, measured
 from torchvision.ops.misc import Conv2dNormActivation
 
 import mmtx
-from mmtx.config import DecoderConfig, EfficientNetConfig, EncoderConfig, Stage
+from mmtx.config import CodeRange, DecoderConfig, EfficientNetConfig, EncoderConfig, Stage
 from mmtx.errors import InputError
 from mmtx.modality.efficientnet import EfficientNetEncoder, InvertedBottleneck, SameConv2d, read_encoder
 from mmtx.modality.encoder import build_encoder
 from mmtx.model import Decoder
+from mmtx.pipeline import Model
 from mmtx.training.decoder import DecoderModule
 from mmtx.training.optimizer import OptimizerConfig
 
@@ -158,6 +161,24 @@ def test_what_is_no_encoder_is_one_clear_error(folder, tmp_path):
     (folder / "config.json").write_text(json.dumps({**ENCODER, "stages": [{**stage, "blocks": 256} for stage in ENCODER["stages"]]}))
     with pytest.raises(InputError, match="encoders: blocks of all stages: found 1536"):
         read_encoder(folder, 192)
+
+
+def test_a_mean_with_a_model_that_saw_otherwise_has_the_encoder_of_the_first(tokenizers, vocabulary, tmp_path):
+    levels = {kind: vocabulary.levels(kind) for kind in ("image", "audio")}
+    made = {}
+    for name, encoder in (("new", config()), ("old", tokenizers["image"].encoder_config)):
+        sizes = DecoderConfig(
+            vocabulary.size, 32, 1, 2, 2, 16, 64, features={"image": encoder.width}, encoders={"image": encoder},
+            composed=tuple(CodeRange(vocabulary.range(kind).start, each) for kind, each in levels.items()))
+        made[name] = Model(Decoder(sizes, build_encoder), vocabulary, tokenizers)
+        made[name].save(tmp_path / name)
+    script = [sys.executable, str(runs.STARTER.parents[1] / "average.py"), "new", "new", "old", "--output", "mean"]
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    new, old, mean = (model.decoder.state_dict() for model in (*made.values(), mmtx.load(tmp_path / "mean", "cpu")))
+    for name, weight in mean.items():
+        own = name.startswith(("encoders.image.", "projections.image.weight"))
+        torch.testing.assert_close(weight, new[name] if own else (2 * new[name] + old[name]) / 3)
 
 
 @pytest.mark.parametrize("encoder", [config(), EncoderConfig(192, 32, 2, 1, 8)])

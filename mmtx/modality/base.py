@@ -133,7 +133,7 @@ class MediaTokenizer(Tokenizer):
     def embed_batch(self, media: Sequence[Tensor], patches: bool = False, codes: bool = True) -> list[Encoding]:
         """Media of any sizes -> codes and features of each, the same for a medium whatever comes beside it, but for rounding.
 
-        With `patches` the features are what the encoder reads: (h, w, P), for a decoder that trains a copy of the encoder.
+        With `patches` the features are what the encoder reads: (h, w, P), for a decoder that trains an encoder of its own.
         Where it gets these in place of the codes, these may all be 0 without `codes`, which saves the encoder here.
         """
 
