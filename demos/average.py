@@ -1,6 +1,6 @@
 """The mean of the weights of models that went on from one another, which is often better than each of them. The model that comes with
-mmtx is one (model soups, Wortsman et al. 2022, https://arxiv.org/abs/2203.05482). Encoders that are not alike, where one got another on
-the way, and what reads their features, are those of the first.
+mmtx is one (model soups, Wortsman et al. 2022, https://arxiv.org/abs/2203.05482). Where one got another encoder on the way, encoders
+that are not alike, and what reads their features, are those of the first.
 
     python demos/average.py runs/starter/captions/model runs/starter/captions-more/model --output runs/starter/mean
 """
