@@ -16,6 +16,7 @@ from mmtx.data.prepare import prepare
 from mmtx.data.sample import Media
 from mmtx.data.tokens import load_media
 from mmtx.errors import InputError
+from mmtx.plugins import import_function
 
 ROOT = Path(__file__).parents[1]
 STARTER = ROOT / "demos" / "data" / "starter"
@@ -152,6 +153,16 @@ def test_kinds_are_asked_for_before_names():
     group, subgroup = (plain.metadata[field].replace("-", " ") for field in ("group", "subgroup"))
     assert said == ["What kind of thing is it?", f"{group}, {subgroup}", "And what is it?", plain.caption]
     assert asked.key != plain.key and plain.caption not in said[1]
+
+
+def test_kinds_alone_are_read_as_training_has_them():
+    samples = read_source(DataSource([str(STARTER / "images-train-004.tar.gz")], limit=20, variants=KINDS.replace("with_kinds", "kinds")))
+    assert all(len(sample.turns) == 2 and sample.turns[0].parts[1].text == "What kind of thing is it?" for sample in samples)
+    reader = import_function(KINDS.replace("with_kinds", "kind_reader"), "reader")([sample.metadata for sample in samples])
+    for sample in samples:
+        assert reader.read(sample.caption) == {field: sample.metadata[field] for field in reader.fields}
+    group = samples[0].metadata["group"]
+    assert reader.read(f"{group.replace('-', ' ')}, of no known kind") == {"group": group} and reader.read("no group") == {}
 
 
 @pytest.mark.parametrize("tar", ["sounds-train-001", "speech-train-000"])

@@ -3,6 +3,8 @@ in several pitches: `variants` of its sources.
 
     mmtx evaluate demos/data/starter/images-test-unseen-style.tar.gz --reader demos/data/starter_captions.py:names \
         --train demos/data/starter/images-train-*.tar.gz
+    mmtx evaluate demos/data/starter/images-test-unseen-emoji.tar.gz --variants demos/data/starter_captions.py:kinds \
+        --reader demos/data/starter_captions.py:kind_reader --train demos/data/starter/images-train-*.tar.gz
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +14,8 @@ from mmtx import InputError
 from mmtx.data.sample import Media, Sample, SampleTurn, Text
 from mmtx.evaluation import FieldReader
 
-NAME_FIELDS = ("caption", "group", "subgroup")
+KIND_FIELDS = ("group", "subgroup")
+NAME_FIELDS = ("caption", *KIND_FIELDS)
 NOTE_FIELDS = ("caption", "instrument", "family", "note")
 PITCHES = ("C", "C sharp", "D", "D sharp", "E", "F", "F sharp", "G", "G sharp", "A", "A sharp", "B")
 SEMITONES = range(-3, 4)
@@ -81,14 +84,30 @@ def _transposed(sample: Sample, semitones: int) -> Sample:
 
 
 def with_kinds(sample: Sample) -> list[Sample]:
-    """A picture as it is, and once more where its group and subgroup are asked for before its name.
+    """A picture as it is, and once more where its kind is asked for before its name (`kinds`).
 
-    Both are told without the name, so what looks alike in kind is to look alike to the model, things that it has no name for too.
+    It is told without the name, so what looks alike in kind is to look alike to the model, things that it has no name for too.
     """
-    kind = ", ".join(str(sample.metadata[field]).replace("-", " ") for field in NAME_FIELDS[1:] if field in sample.metadata)
-    if not kind or len(sample.turns) != 2 or not any(isinstance(part, Media) for part in sample.turns[0].parts):
+    return [sample, *(replace(asked, turns=(*asked.turns, SampleTurn("user", (Text(WHAT),)), sample.turns[1]))
+                      for asked in kinds(sample) if asked is not sample)]
+
+
+def kinds(sample: Sample) -> list[Sample]:
+    """A picture with the question what kind of thing it is, answered by its group and subgroup: "objects, medical"."""
+    if not all(field in sample.metadata for field in KIND_FIELDS) or [turn.role for turn in sample.turns] != ["user", "assistant"]:
         return [sample]
-    asked, answer = sample.turns
-    turns = (SampleTurn("user", (*asked.parts, Text(WHAT_KIND))), SampleTurn("assistant", (Text(kind),)),
-             SampleTurn("user", (Text(WHAT),)), answer)
-    return [sample, replace(sample, key=f"{sample.key} kind", turns=turns)]
+    asked = SampleTurn("user", (*sample.turns[0].parts, Text(WHAT_KIND)))
+    return [replace(sample, key=f"{sample.key} kind", turns=(asked, SampleTurn("assistant", (Text(kind_of(sample.metadata)),))))]
+
+
+def kind_of(facts: Mapping) -> str:
+    """"animals-nature" and "animal-mammal" -> "animals nature, animal mammal"."""
+    return ", ".join(str(facts[field]).replace("-", " ") for field in KIND_FIELDS)
+
+
+def kind_reader(train: Sequence[Mapping]) -> FieldReader:
+    """Kinds, as `kinds` asks for them: group and subgroup, as training has them."""
+    told = [item for item in train if all(field in item for field in KIND_FIELDS)]
+    known = {kind_of(item): {field: item[field] for field in KIND_FIELDS} for item in told}
+    groups = {facts["group"].replace("-", " "): {"group": facts["group"]} for facts in known.values()}
+    return FieldReader(KIND_FIELDS, lambda caption: known.get(caption) or groups.get(caption.split(", ")[0], {}))

@@ -58,7 +58,7 @@ def check_source_options(options: argparse.Namespace) -> None:
         return
     if getattr(options, "sources", None):
         raise InputError("found both sources and --config, expected one of them")
-    for name in ("fields", "follow_links", "reader", "train", "tokenizers", "features"):
+    for name in ("fields", "follow_links", "reader", "variants", "train", "tokenizers", "features"):
         if getattr(options, name, None):
             raise InputError(f"--{name}: found with --config, expected it in {options.config}")
 

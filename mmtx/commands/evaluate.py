@@ -25,6 +25,9 @@ def add(commands) -> None:
     parser.add_argument("--config", help="take both from the data of this training configuration")
     parser.add_argument("--reader", default=None, metavar="FILE:FUNCTION", help="what reads the fields of a caption, so that each "
                         "is scored; as `reader` of a source in --config")
+    parser.add_argument("--variants", default=None, metavar="FILE:FUNCTION",
+                        help="what makes of each sample, held out or of --train, those "
+                        "that stand in its place, such as other questions; as `variants` of a source in --config")
     parser.add_argument("--transcribe", action="store_true", help="answer sounds as mmtx transcribe does")
     parser.add_argument("--max_bad", type=float, help=MAX_BAD_HELP)
     parser.add_argument("--show", type=count(0), default=8, help="examples to print, default: 8")
@@ -64,8 +67,9 @@ def evaluation(options: argparse.Namespace) -> Iterator[str]:
             train, held_out = ([replace(source, trusted=True) for source in sources] for sources in (train, held_out))
     elif options.sources:
         max_bad = MAX_BAD
-        train = [data_source(options, options.train)] if options.train else []
-        held_out = [replace(data_source(options, [source]), reader=options.reader) for source in options.sources]
+        train = [replace(data_source(options, options.train), variants=options.variants)] if options.train else []
+        held_out = [replace(data_source(options, [source]), reader=options.reader, variants=options.variants)
+                    for source in options.sources]
     else:
         raise InputError("found neither held-out sources nor --config, expected one of them")
     if options.max_bad is not None:
