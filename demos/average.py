@@ -1,6 +1,6 @@
 """The mean of the weights of models that went on from one another, which is often better than each of them. The model that comes with
-mmtx is one (model soups, Wortsman et al. 2022, https://arxiv.org/abs/2203.05482). Where one got another encoder on the way, encoders
-that are not alike, and what reads their features, are those of the first.
+mmtx is one (model soups, Wortsman et al. 2022, https://arxiv.org/abs/2203.05482). Weights of the first that another
+has not, or in another shape, since one got another encoder on the way, are the mean over those that have them.
 
     python demos/average.py runs/starter/captions/model runs/starter/captions-more/model --output runs/starter/mean
 """
@@ -17,7 +17,7 @@ import mmtx
 
 
 def average(folders: Sequence[str]) -> mmtx.Model:
-    """The first model with the mean of all weights that are alike. Raises InputError where one has other sizes or tokenizers."""
+    """The first model, each weight the mean over the models that have it. Raises InputError for other sizes or tokenizers."""
     models = [mmtx.load(folder, "cpu") for folder in folders]
     first = models[0]
     blocks = [replace(model.decoder.config, encoders={}, features={}) for model in models]

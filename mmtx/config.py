@@ -99,18 +99,16 @@ class EfficientNetShape:
 
 
 @dataclass(frozen=True)
-class EfficientNetConfig:
+class EfficientNetConfig(EfficientNetShape):
     """Sizes of an EfficientNet that a decoder trains along: pictures in patches of `patch` numbers in, `width` numbers of each out.
 
     Pictures enter so much larger (`scale`) that a stage of the network has one place for each patch.
     """
 
     patch: int
-    stem: int
-    stages: tuple[Stage, ...]
 
     def __post_init__(self):
-        object.__setattr__(self, "stages", EfficientNetShape(self.stem, self.stages).stages)
+        super().__post_init__()
         within("encoders: patch", self.patch, 3, 2**16)
         if 3 * self.side ** 2 != self.patch or self.side & self.side - 1:
             raise InputError(f"encoders: patch: found {self.patch}, expected 3 * side**2 of patches whose side is a power of 2")

@@ -31,7 +31,7 @@ ENCODER = {"kind": "efficientnet", "stem": 8, "stages": [dict(zip(NAMES, stage))
 
 
 def config(side: int = 8) -> EfficientNetConfig:
-    return EfficientNetConfig(3 * side ** 2, 8, tuple(Stage(*stage) for stage in STAGES))
+    return EfficientNetConfig(8, tuple(Stage(*stage) for stage in STAGES), 3 * side ** 2)
 
 
 def random_encoder(side: int = 8) -> EfficientNetEncoder:
@@ -90,7 +90,7 @@ def test_pictures_of_all_sizes_are_alike_in_any_company():
 
 @pytest.mark.parametrize("rows, columns", [(5, 8), (2, 9), (1, 5)])
 def test_a_last_stage_of_four_patches_a_side_is_spread_over_four(rows, columns):
-    sizes = EfficientNetConfig(192, 8, (*config().stages, Stage(28, 1, 3, 2, 2)))
+    sizes = EfficientNetConfig(8, (*config().stages, Stage(28, 1, 3, 2, 2)), 192)
     torch.manual_seed(0)
     encoder = EfficientNetEncoder(sizes).eval()
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_what_is_no_encoder_is_one_clear_error(folder, tmp_path):
     with pytest.raises(InputError, match="no such file"):
         read_encoder(tmp_path / "nowhere", 192)
     with pytest.raises(InputError, match="encoders: stages: stride: found 3"):
-        EfficientNetConfig(192, 8, ({**ENCODER["stages"][0], "stride": 3},))
+        EfficientNetConfig(8, ({**ENCODER["stages"][0], "stride": 3},), 192)
     with pytest.raises(InputError, match="image_encoder: found one with train_encoder: false"):
         DecoderModule(DecoderConfig(), image_encoder=str(folder))
     (folder / "config.json").write_text(json.dumps({**ENCODER, "depth": 3}))

@@ -124,7 +124,7 @@ def read_encoder(folder: str | Path, patch: int) -> PretrainedEncoder:
         raise InputError(f"{path}: found no \"kind\": \"{KIND}\", expected the folder of a pretrained encoder of pictures")
     shape = build(EfficientNetShape, {name: value for name, value in values.items() if name != "kind"}, path)
     try:
-        config = EfficientNetConfig(patch, shape.stem, shape.stages)
+        config = EfficientNetConfig(shape.stem, shape.stages, patch)
     except InputError as error:
         raise InputError(f"image_encoder: {path} does not fit tokenizers.image: {error}") from None
     # Made within, so that no more is allocated than the file has.
