@@ -243,8 +243,24 @@ def test_a_decoder_begins_with_it_and_keeps_what_else_it_has_learnt(folder, tmp_
     both = mmtx.load(tmp_path / "both" / "model", "cpu").decoder.encoders.state_dict()
     theirs = {name: value for name, value in first.encoders.state_dict().items() if name.startswith("audio.")}
     assert all(torch.allclose(both[name], value, atol=1e-6) for name, value in {**pretrained, **theirs}.items())
-    # And it trains along.
+    # A finished model that has one may be named, too: a decoder as wide has its projection along, another begins with one of its own.
     del options["encoders_from"]
+    seer = mmtx.load(tmp_path / "second" / "model", "cpu")
+    for parameter in (*seer.decoder.encoders["image"].parameters(), *seer.decoder.projections["image"].parameters()):
+        parameter.data += 0.1
+    seer.save(tmp_path / "seer")
+    options |= {"image_encoder": str(tmp_path / "seer"), "init_from": str(tmp_path / "first" / "model")}
+    assert runs.fit(run, tmp_path / "grafted") == [0], (tmp_path / "grafted.log").read_text()
+    grafted = mmtx.load(tmp_path / "grafted" / "model", "cpu").decoder.state_dict()
+    theirs = {name: value for name, value in seer.decoder.state_dict().items() if name.startswith(replaced)}
+    assert all(torch.allclose(grafted[name], value, atol=1e-6) for name, value in {**kept, **theirs}.items())
+    del options["init_from"]
+    options["decoder"] |= {"width": 64}
+    assert runs.fit(run, tmp_path / "wide") == [0], (tmp_path / "wide.log").read_text()
+    wide = mmtx.load(tmp_path / "wide" / "model", "cpu").decoder.state_dict()
+    assert all(torch.allclose(wide[name], value, atol=1e-6) for name, value in theirs.items() if name.startswith("encoders"))
+    options["decoder"] |= {"width": 32}
+    # And it trains along.
     options |= {"image_encoder": str(folder), "optimizer": {"learning_rate": 1e-2}}
     assert runs.fit(run, tmp_path / "trained") == [0], (tmp_path / "trained.log").read_text()
     trained = mmtx.load(tmp_path / "trained" / "model", "cpu").decoder.encoders.state_dict()

@@ -110,10 +110,11 @@ class EfficientNetEncoder(nn.Module):
 
 
 class PretrainedEncoder(NamedTuple):
-    """What was trained before: sizes of an encoder, and its weights."""
+    """What was trained before: sizes of an encoder, its weights, and those of the projection that a decoder has learnt for it."""
 
     config: EncoderConfig | EfficientNetConfig
     weights: dict[str, Tensor]
+    projection: dict[str, Tensor] | None = None
 
 
 def read_encoder(folder: str | Path, patch: int) -> PretrainedEncoder:

@@ -21,13 +21,14 @@ from mmtx.data.storage import scrub
 from mmtx.data.tokens import seed_of, to_documents
 from mmtx.errors import InputError
 from mmtx.files import replace_folder
+from mmtx.hub import find_model
 from mmtx.loss import TokenLoss, next_token_loss
 from mmtx.modality.autoencoder import Codec
 from mmtx.modality.base import MediaTokenizer, media_tokenizer
 from mmtx.modality.efficientnet import PretrainedEncoder, read_encoder
 from mmtx.modality.encoder import build_encoder
 from mmtx.model import Decoder, initialise
-from mmtx.model_folder import WEIGHTS, ModelParts, model_files, read_model
+from mmtx.model_folder import VOCABULARY, WEIGHTS, ModelParts, model_files, read_model
 from mmtx.pipeline import Model
 from mmtx.schema import within
 from mmtx.training.adapters import LoRA, MergedWeights, adapt, merged, parameters_by_group, save_adapter
@@ -94,8 +95,9 @@ class DecoderModule(TestedAsValidated):
                 codecs', or those of the model of `init_from`. The tokenizers, and so all codes, stay as they are.
             encoders_from: folder of a finished model whose encoders these start from, whatever their sizes: ones that have learnt
                 to see and hear beside a small decoder serve a large one.
-            image_encoder: folder of a pretrained encoder of pictures, such as `demos/data/build_image_encoder.py` makes, for this
-                run to begin with, in place of the codec's, of that in `init_from` and of that in `encoders_from`.
+            image_encoder: folder of a pretrained encoder of pictures, such as `demos/data/build_image_encoder.py` makes, or of a
+                finished model that has one, for this run to begin with, in place of the codec's, of that in `init_from` and of that
+                in `encoders_from`. Of a model as wide as this one the projection behind it comes along.
             image_encoder_lr: AdamW's learning rate of the encoder of pictures, which a pretrained one wants smaller; by default it
                 trains as all else.
             loss_weights: what targets of each modality count for; the loss is the weighted mean over all targets.
@@ -173,6 +175,8 @@ class DecoderModule(TestedAsValidated):
             self.init_from = None
         for kind, encoder in trained.items():
             self.decoder.encoders[kind].load_state_dict(encoder.weights)
+            if encoder.projection and len(encoder.projection["bias"]) == self.config.width:
+                self.decoder.projections[kind].load_state_dict(encoder.projection)
         self.encoders_from = None
         self.decoder.gradient_checkpointing = self.gradient_checkpointing
         if self.lora is not None:
@@ -191,17 +195,15 @@ class DecoderModule(TestedAsValidated):
                 raise InputError(f"{name}: found one, expected none: there is no tokenizer of pictures")
         found: dict[str, PretrainedEncoder] = {}
         if self.image_encoder is not None and self.finished is None:
-            found["image"] = read_encoder(self.image_encoder, codecs["image"].encoder_config.patch)
-        other = self.encoders_from
-        for kind in (kind for kind in codecs if other is not None and kind not in found):
-            config, expected = other.config.encoders.get(kind), codecs[kind].encoder_config
-            if config is None or config.patch != expected.patch:
-                raise InputError(f"encoders_from: found {config or 'no encoder'} for {kind}, expected {expected}, or another one "
-                                 f"of patches of {expected.patch} numbers")
-        if other is not None:
-            theirs = load_module(lambda: Decoder(other.config, build_encoder), other.folder / WEIGHTS)
-            found |= {kind: PretrainedEncoder(other.config.encoders[kind], theirs.encoders[kind].state_dict())
-                      for kind in codecs if kind not in found}
+            folder = find_model(self.image_encoder)
+            if (folder / VOCABULARY).exists():
+                found |= encoders_of(read_model(folder), {"image": codecs["image"]}, "image_encoder")
+            else:
+                found["image"] = read_encoder(folder, codecs["image"].encoder_config.patch)
+        if self.encoders_from is not None:
+            others = {kind: codec for kind, codec in codecs.items() if kind not in found}
+            found |= {kind: encoder._replace(projection=None)
+                      for kind, encoder in encoders_of(self.encoders_from, others, "encoders_from").items()}
         return found
 
     def _encoder_configs(self, codecs: Mapping[str, MediaTokenizer],
@@ -374,6 +376,18 @@ class DecoderModule(TestedAsValidated):
         replace_folder(folder, model_files(self.config, weights, self.vocabulary, self.tokenizers))
         if self.lora is not None and self.lora.parts:
             save_adapter(self.decoder, self.lora, folder.with_name("adapter"))
+
+
+def encoders_of(model: ModelParts, codecs: Mapping[str, MediaTokenizer], option: str) -> dict[str, PretrainedEncoder]:
+    """The encoders of a finished model that take the patches of these codecs. Raises InputError that names the option."""
+    for kind, codec in codecs.items():
+        config, expected = model.config.encoders.get(kind), codec.encoder_config
+        if config is None or config.patch != expected.patch:
+            raise InputError(f"{option}: found {config or 'no encoder'} for {kind}, expected {expected}, or another one "
+                             f"of patches of {expected.patch} numbers")
+    decoder = load_module(lambda: Decoder(model.config, build_encoder), model.folder / WEIGHTS)
+    return {kind: PretrainedEncoder(model.config.encoders[kind], decoder.encoders[kind].state_dict(),
+                                    decoder.projections[kind].state_dict()) for kind in codecs}
 
 
 def ratio(total: Tensor, weight: Tensor) -> Tensor:
