@@ -15,7 +15,7 @@ from mmtx.vocabulary import Vocabulary
 from mmtx.weights import Runs, to_parts
 
 FORMAT = 2
-WEIGHTS, VOCABULARY = "model.safetensors", "vocabulary.json"
+WEIGHTS = "model.safetensors"
 DEFAULT_MODEL = "demos/starter"
 
 
@@ -32,7 +32,7 @@ def read_model(folder: str | Path | None) -> ModelParts:
     """What `load` reads beside the weights of the decoder, all of which fits together, and where it lies."""
     folder = shipped(DEFAULT_MODEL) if folder is None else find_model(folder)
     config = read_model_config(folder)
-    vocabulary = Vocabulary.load(folder / VOCABULARY)
+    vocabulary = Vocabulary.load(folder / "vocabulary.json")
     tokenizers = {kind: load_tokenizer(folder / kind) for kind in vocabulary.kinds}
     vocabulary.check(tokenizers)
     if config.vocabulary_size != vocabulary.size:
@@ -75,7 +75,7 @@ def model_files(config: DecoderConfig, weights: Mapping[str, Runs], vocabulary: 
     """What a model folder holds, one file after another."""
     yield WEIGHTS, to_parts(weights)
     yield CONFIG, write_json({"format": FORMAT, "decoder": config.to_dict()})
-    yield VOCABULARY, vocabulary.to_json()
+    yield "vocabulary.json", vocabulary.to_json()
     for kind, tokenizer in tokenizers.items():
         for name, content in tokenizer.files().items():
             yield f"{kind}/{name}", content

@@ -53,7 +53,7 @@ def cost(config: DecoderConfig, tokens: int, length: int) -> Cost:
     """
     c = config
     with torch.device("meta"):
-        decoder = Decoder(replace(c, depth=1), build_encoder)  # all blocks are alike
+        decoder = Decoder(replace(c, depth=1, ctc_blocks=None), build_encoder)  # all blocks are alike
     block = sum(p.numel() for p in decoder.blocks[0].parameters())
     matrices = c.depth * sum(p.numel() for p in decoder.blocks[0].parameters() if p.dim() == 2)
     attention = 4 * c.depth * c.heads * c.head_dim * length
@@ -72,7 +72,7 @@ def sizes(config: DecoderConfig) -> list[DecoderConfig]:
     for heads in (*range(1, 17), *range(18, 33, 2), *range(36, 65, 4), *range(72, 257, 8)):
         width = heads * config.head_dim
         found.append(replace(config, width=width, heads=heads, kv_heads=heads, depth=max(2, round(width / 64)),
-                             mlp_dim=max(64, round(width * 8 / 3 / 64) * 64)))
+                             mlp_dim=max(64, round(width * 8 / 3 / 64) * 64), ctc_blocks=None))
     return [c for c in found if c.depth <= 200]
 
 

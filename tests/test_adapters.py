@@ -191,12 +191,20 @@ def test_of_two_stages_the_first_trains_projections_and_new_rows_alone(starts, t
     assert first.embedding.weight[:text].equal(second.embedding.weight[:text])
 
 
-def test_encoders_of_other_sizes_are_refused(starts, tmp_path, capsys):
+@pytest.mark.parametrize("option, place, told", [
+    ("encoders_from", "", "found no encoder for image, expected one for patches of 192 numbers, as tokenizers.image makes them"),
+    ("image_encoder", "", "found no encoder for image, expected one for patches of 192 numbers, as tokenizers.image makes them"),
+    ("image_encoder", "image", "found a tokenizer, expected a model"),
+    ("image_encoder", "..", "config.json: no such file"),
+    ("image_encoder", "config.json", "found a file, expected the folder of a model"),
+])
+def test_what_has_no_encoders_that_fit_is_refused(option, place, told, starts, tmp_path, capsys):
     model, data = arguments(starts["qwen3"])
-    model |= {"continuous_inputs": True, "train_encoder": True, "encoders_from": str(starts["qwen3"])}
+    model |= {"continuous_inputs": True, "train_encoder": True, option: str(starts["qwen3"] / place)}
     with pytest.raises(SystemExit):
         fit(tmp_path / "run", section("decoder.DecoderModule", **model), section("decoder_data.DecoderData", **data), {**TRAINER, "max_steps": 1})
-    assert "encoders_from: found no encoder for image, expected EncoderConfig(" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert told in error and option in error and "Traceback" not in error
 
 
 def test_a_base_in_4_bits_is_read_layer_by_layer(starts):

@@ -549,7 +549,7 @@ def test_a_cache_without_room_is_named(whole, tmp_path):
 def test_the_command_says_how_far_it_is_and_how_to_train(media, folders, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("mmtx.data.prepare.tqdm", functools.partial(tqdm, disable=False))
     source = {"paths": [str(media / "notes.tar")], "select": {"instrument": ["nothing"]}}
-    config = {"model": {"init_args": {"continuous_inputs": True, "train_encoder": True}}, "data": {"init_args": {
+    config = {"model": {"init_args": {"continuous_inputs": True, "train_encoder": True, "image_encoder": "a"}}, "data": {"init_args": {
         "tokenizers": dict(zip(("text", "image", "audio"), folders)), "validation": [], "train": [
             {"paths": [str(media / "notes.tar")], "repeat": 3}, {"paths": [str(media / "notes.tar")], "task": "generate"},
             {"paths": [str(media / "rows.jsonl")], "limit": 2},
@@ -563,7 +563,7 @@ def test_the_command_says_how_far_it_is_and_how_to_train(media, folders, tmp_pat
     assert [line.split(",")[0] for line in lines[:-1]] == [f"{tmp_path}/a/0: 8 documents", f"{tmp_path}/a/1: 9 documents",
                                                           f"{tmp_path}/a/2: 8 documents"]
     assert "features.audio" in tensors(tmp_path / "a" / "0" / "shard-00000.safetensors")
-    assert lines[-1].endswith("null --model.train_encoder false")
+    assert lines[-1].endswith("null --model.train_encoder false --model.image_encoder null")
     train = yaml.safe_load(lines[-1].split("'")[1])
     assert train == [{"paths": [f"{tmp_path}/a/0"], "repeat": 3}, {"paths": [f"{tmp_path}/a/0"], "task": "generate"},
                      {"paths": [f"{tmp_path}/a/1"], "limit": 2},

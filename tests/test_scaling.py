@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import runs as tiny
@@ -107,6 +108,14 @@ def test_what_noisy_runs_foretell_has_an_interval_that_holds_it():
     low, high = law.interval(run.parameters, run.tokens)
     assert len(law.resampled) == 20 and low < high
     assert low * 0.99 <= loss(run.parameters, run.tokens) <= high * 1.01
+
+
+def test_a_plan_for_a_decoder_with_ctc_is_that_without(law):
+    """Behind how many blocks it is asked costs nothing, and a smaller size need not have as many."""
+    config = CONFIGS[0]
+    with_ctc = replace(config, ctc_blocks=3)
+    assert cost(with_ctc, 8192, 512) == cost(config, 8192, 512)
+    assert plans(with_ctc, 1e13, 8192, 512, law) == plans(config, 1e13, 8192, 512, law)
 
 
 def test_plans_spend_the_budget_by_their_laws(law):

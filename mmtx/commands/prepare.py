@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
         config = read_config(find_shipped(options.config))
         sources, folders, features, max_bad = config.train, config.tokenizers, config.continuous_inputs, config.max_bad
         # Shards hold what encoders made, and not what an encoder that is trained along would read.
-        frozen = " --model.train_encoder false" if config.train_encoder else ""
+        frozen = "".join(f" --model.{name} {'false' if name == 'train_encoder' else 'null'}" for name in config.encoders)
         # The same samples are prepared once, however often they are used.
         read = [repr((source.paths, source.select, source.fields, source.follow_links, source.variants)) for source in sources]
         outputs = [check_output(options.output) / str(list(dict.fromkeys(read)).index(what)) for what in read]

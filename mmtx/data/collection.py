@@ -64,6 +64,9 @@ class DataSource:
                 raise InputError(f"{name}: found {value}, expected 1 or more")
 
 
+ENCODERS = ("train_encoder", "encoders_from", "image_encoder", "image_encoder_lr")  # options of the decoder's training
+
+
 class TrainingData(NamedTuple):
     """What the configuration of a decoder says of its data."""
 
@@ -71,7 +74,7 @@ class TrainingData(NamedTuple):
     validation: list[DataSource]
     tokenizers: list[str]    # folders
     continuous_inputs: bool  # whether the decoder takes features
-    train_encoder: bool      # whether it trains the encoders that make them
+    encoders: list[str]      # options that train the encoders which make them: none where they stay as they are
     max_bad: float           # share of the rows of a source that may be unusable
 
 
@@ -82,7 +85,8 @@ def read_config(path: str | Path) -> TrainingData:
         data, model = (config[name]["init_args"] for name in ("data", "model"))
         folders = [folder for folder in data["tokenizers"].values() if folder is not None]
         train, held_out = ([DataSource(**source) for source in data[name]] for name in ("train", "validation"))
-        return TrainingData(train, held_out, folders, bool(model.get("continuous_inputs")), bool(model.get("train_encoder")),
+        encoders = [name for name in ENCODERS if model.get(name)]
+        return TrainingData(train, held_out, folders, bool(model.get("continuous_inputs")), encoders,
                             float(data.get("max_bad", MAX_BAD)))
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not the configuration of a decoder ({type(error).__name__}: {scrub(str(error))})") from None

@@ -117,6 +117,12 @@ class PretrainedEncoder(NamedTuple):
     projection: dict[str, Tensor] | None = None
 
 
+def is_encoder(folder: Path) -> bool:
+    """Whether a folder says that it holds an EfficientNet, and no model."""
+    values = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else None
+    return isinstance(values, dict) and values.get("kind") == KIND
+
+
 def read_encoder(folder: str | Path, patch: int) -> PretrainedEncoder:
     """The EfficientNet in a folder, for patches of so many numbers. Raises InputError."""
     path = Path(folder) / CONFIG

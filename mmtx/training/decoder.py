@@ -25,10 +25,10 @@ from mmtx.hub import find_model
 from mmtx.loss import TokenLoss, next_token_loss
 from mmtx.modality.autoencoder import Codec
 from mmtx.modality.base import MediaTokenizer, media_tokenizer
-from mmtx.modality.efficientnet import PretrainedEncoder, read_encoder
+from mmtx.modality.efficientnet import PretrainedEncoder, is_encoder, read_encoder
 from mmtx.modality.encoder import build_encoder
 from mmtx.model import Decoder, initialise
-from mmtx.model_folder import VOCABULARY, WEIGHTS, ModelParts, model_files, read_model
+from mmtx.model_folder import WEIGHTS, ModelParts, model_files, read_model
 from mmtx.pipeline import Model
 from mmtx.schema import within
 from mmtx.training.adapters import LoRA, MergedWeights, adapt, merged, parameters_by_group, save_adapter
@@ -196,12 +196,16 @@ class DecoderModule(TestedAsValidated):
         found: dict[str, PretrainedEncoder] = {}
         if self.image_encoder is not None and self.finished is None:
             folder = find_model(self.image_encoder)
-            if (folder / VOCABULARY).exists():
-                found |= encoders_of(read_model(folder), {"image": codecs["image"]}, "image_encoder")
-            else:
+            if is_encoder(folder):
                 found["image"] = read_encoder(folder, codecs["image"].encoder_config.patch)
-        if self.encoders_from is not None:
-            others = {kind: codec for kind, codec in codecs.items() if kind not in found}
+            else:
+                try:
+                    eyes = read_model(folder)
+                except InputError as error:
+                    raise InputError(f"image_encoder: {error}; or an encoder of pictures alone") from None
+                found |= encoders_of(eyes, {"image": codecs["image"]}, "image_encoder")
+        others = {kind: codec for kind, codec in codecs.items() if kind not in found}
+        if self.encoders_from is not None and others:
             found |= {kind: encoder._replace(projection=None)
                       for kind, encoder in encoders_of(self.encoders_from, others, "encoders_from").items()}
         return found
@@ -381,10 +385,11 @@ class DecoderModule(TestedAsValidated):
 def encoders_of(model: ModelParts, codecs: Mapping[str, MediaTokenizer], option: str) -> dict[str, PretrainedEncoder]:
     """The encoders of a finished model that take the patches of these codecs. Raises InputError that names the option."""
     for kind, codec in codecs.items():
-        config, expected = model.config.encoders.get(kind), codec.encoder_config
-        if config is None or config.patch != expected.patch:
-            raise InputError(f"{option}: found {config or 'no encoder'} for {kind}, expected {expected}, or another one "
-                             f"of patches of {expected.patch} numbers")
+        config, expected = model.config.encoders.get(kind), codec.encoder_config.patch
+        if config is None or config.patch != expected:
+            found = f"an encoder for patches of {config.patch} numbers" if config else "no encoder"
+            raise InputError(f"{option}: {model.folder}: found {found} for {kind}, expected one for patches of {expected} numbers, "
+                             f"as tokenizers.{kind} makes them")
     decoder = load_module(lambda: Decoder(model.config, build_encoder), model.folder / WEIGHTS)
     return {kind: PretrainedEncoder(model.config.encoders[kind], decoder.encoders[kind].state_dict(),
                                     decoder.projections[kind].state_dict()) for kind in codecs}
