@@ -187,7 +187,8 @@ def test_nobody_speaks_in_silence():
     said = "demos/examples/speech.ogg"
     spoken, silence = load_audio(said, RATE).numpy(), np.zeros(2 * RATE, np.float32)
     around = np.concatenate([silence, spoken, silence])
-    assert model.transcribe([mmtx.Audio(np.zeros(3 * RATE, np.float32), RATE), mmtx.Audio(around, RATE)]) == ["", model.transcribe(said)]
+    nothing, words = model.transcribe([mmtx.Audio(np.zeros(3 * RATE, np.float32), RATE), mmtx.Audio(around, RATE)])
+    assert nothing == "" and words.replace(",", "") == model.transcribe(said).replace(",", "") != ""
 
 
 def test_what_is_said_in_a_long_sound_is_what_is_said_in_its_pieces(model, monkeypatch):
