@@ -195,15 +195,7 @@ class DecoderModule(TestedAsValidated):
                 raise InputError(f"{name}: found one, expected none: there is no tokenizer of pictures")
         found: dict[str, PretrainedEncoder] = {}
         if self.image_encoder is not None and self.finished is None:
-            folder = find_model(self.image_encoder)
-            if is_encoder(folder):
-                found["image"] = read_encoder(folder, codecs["image"].encoder_config.patch)
-            else:
-                try:
-                    eyes = read_model(folder)
-                except InputError as error:
-                    raise InputError(f"image_encoder: {error}; or an encoder of pictures alone") from None
-                found |= encoders_of(eyes, {"image": codecs["image"]}, "image_encoder")
+            found["image"] = image_encoder_in(self.image_encoder, codecs["image"])
         others = {kind: codec for kind, codec in codecs.items() if kind not in found}
         if self.encoders_from is not None and others:
             found |= {kind: encoder._replace(projection=None)
@@ -380,6 +372,18 @@ class DecoderModule(TestedAsValidated):
         replace_folder(folder, model_files(self.config, weights, self.vocabulary, self.tokenizers))
         if self.lora is not None and self.lora.parts:
             save_adapter(self.decoder, self.lora, folder.with_name("adapter"))
+
+
+def image_encoder_in(folder: str, codec: MediaTokenizer) -> PretrainedEncoder:
+    """The encoder of pictures in a folder, which holds one alone, or a model with one. Raises InputError."""
+    path = find_model(folder)
+    if is_encoder(path):
+        return read_encoder(path, codec.encoder_config.patch)
+    try:
+        model = read_model(path)
+    except InputError as error:
+        raise InputError(f"image_encoder: {error}; or an encoder of pictures alone") from None
+    return encoders_of(model, {"image": codec}, "image_encoder")["image"]
 
 
 def encoders_of(model: ModelParts, codecs: Mapping[str, MediaTokenizer], option: str) -> dict[str, PretrainedEncoder]:
