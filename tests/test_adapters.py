@@ -205,6 +205,7 @@ def test_what_has_no_encoders_that_fit_is_refused(option, place, told, starts, t
         fit(tmp_path / "run", section("decoder.DecoderModule", **model), section("decoder_data.DecoderData", **data), {**TRAINER, "max_steps": 1})
     error = capsys.readouterr().err
     assert told in error and option in error and "Traceback" not in error
+    assert not [*(tmp_path / "run").rglob("config.yaml")]  # nor is the record of a run before in its place written over
 
 
 def test_a_base_in_4_bits_is_read_layer_by_layer(starts):

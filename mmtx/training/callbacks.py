@@ -79,17 +79,21 @@ class ProgressBar(TQDMProgressBar):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes `folder/metrics/config.yaml`: all that decided about the run.
+    """Writes `folder/metrics/config.yaml`: all that decided about the run, once all of it is built and training begins.
 
-    Passwords and signatures of URLs are left out: who runs it again gives them again.
+    What cannot begin leaves the record of the run before as it is. Passwords and signatures of URLs are left out: who runs it again
+    gives them again.
     """
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, **options: Any):
         super().__init__(parser, without_secrets(config), **options)
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        pass  # where the class of Lightning writes
+
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.is_global_zero:
-            self.save_config(trainer, module, stage)
+            self.save_config(trainer, module, "fit")
 
     def save_config(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         (metrics,) = (logger for logger in trainer.loggers if isinstance(logger, Metrics))
