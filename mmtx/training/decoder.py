@@ -198,7 +198,7 @@ class DecoderModule(TestedAsValidated):
             found["image"] = image_encoder_in(self.image_encoder, codecs["image"])
         others = {kind: codec for kind, codec in codecs.items() if kind not in found}
         if self.encoders_from is not None and others:
-            found |= {kind: encoder._replace(projection=None)
+            found |= {kind: PretrainedEncoder(encoder.config, encoder.weights)
                       for kind, encoder in encoders_of(self.encoders_from, others, "encoders_from").items()}
         return found
 
