@@ -64,7 +64,8 @@ class DataSource:
                 raise InputError(f"{name}: found {value}, expected 1 or more")
 
 
-ENCODERS = ("train_encoder", "encoders_from", "image_encoder", "image_encoder_lr")  # options of the decoder's training
+# Options of the decoder's training that shards, which hold what encoders made, leave no use for.
+ENCODERS = ("train_encoder", "encoders_from", "image_encoder", "image_encoder_lr")
 
 
 class TrainingData(NamedTuple):
@@ -74,7 +75,7 @@ class TrainingData(NamedTuple):
     validation: list[DataSource]
     tokenizers: list[str]    # folders
     continuous_inputs: bool  # whether the decoder takes features
-    encoders: list[str]      # options that train the encoders which make them: none where they stay as they are
+    encoders: list[str]      # those of ENCODERS that are set: none where the encoders that make them stay as they are
     max_bad: float           # share of the rows of a source that may be unusable
 
 
