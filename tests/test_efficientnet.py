@@ -266,6 +266,7 @@ def test_a_decoder_begins_with_it_and_keeps_what_else_it_has_learnt(folder, tmp_
     trained = mmtx.load(tmp_path / "trained" / "model", "cpu").decoder.encoders.state_dict()
     assert all(not torch.equal(trained[name], value) for name, value in pretrained.items() if name.endswith("weight"))
     # A finished run is what it is, whatever became of what it began with.
-    (folder / "config.json").unlink()
-    for name in ("trained", "both"):
+    for gone in (folder, tmp_path / "first" / "model", tmp_path / "second" / "model"):
+        (gone / "config.json").unlink()
+    for name in ("trained", "both", "third", "fourth"):
         assert figures(capsys, "validate", "--config", str(tmp_path / f"{name}.yaml")) == pytest.approx(measured(tmp_path / name), rel=1e-5)

@@ -167,6 +167,17 @@ def test_what_does_not_fit_is_no_start(change, told, run, decoder_data, tmp_path
     check_mistake(stop, capsys, told)
 
 
+@pytest.mark.parametrize("option", ["init_from", "encoders_from", "image_encoder"])
+def test_a_folder_that_is_no_start_is_told_before_the_data_are_read(option, decoder_data, tmp_path, capsys):
+    module = changed(DECODER_MODULE, "init_args", {**DECODER_MODULE["init_args"], "continuous_inputs": True, "train_encoder": True,
+                                                   option: "no/such/folder"})
+    data = changed(decoder_data, "init_args.train", [{"paths": ["no-such-file.jsonl"]}])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        fit(tmp_path / "run", module, data)
+    check_mistake(stop, capsys, ["no/such/folder", "no such folder"])
+
+
 def test_a_text_tokenizer_of_the_same_size_but_other_pieces_is_no_start(run, decoder_data, tmp_path, capsys):
     other = TextTokenizer.train(["pack my box with five dozen liquor jugs, then judge vexing fop quiz blitz"] * 9, 300)
     assert other.size == mmtx.load(run / "model", "cpu").tokenizers["text"].size

@@ -119,7 +119,8 @@ class DecoderModule(TestedAsValidated):
         if lora is not None and mup_base_width is not None:
             raise InputError("mup_base_width: found one with lora, expected none: adapters have rates of their own")
         self.lora, self.gradient_checkpointing, self.mup_base_width = lora, gradient_checkpointing, mup_base_width
-        self.init_from = None if init_from is None else read_model(init_from)
+        self.init_from: str | Path | None = init_from
+        self.encoders_from, self.image_encoder, self.image_encoder_lr = encoders_from, image_encoder, image_encoder_lr
         self.finished: Path | None = None  # the folder of `init_from` if tokenizers and all must be the same
         self.tokenizers = None if tokenizers is None else tokenizers.load()
         self.config, self.optimizer_config = decoder, optimizer
@@ -135,7 +136,6 @@ class DecoderModule(TestedAsValidated):
             raise InputError(f"ctc.blocks: found {ctc.blocks}, expected at most {decoder.depth}, decoder.depth")
         if encoders_from is not None and not train_encoder:
             raise InputError("model.init_args.encoders_from: found one with train_encoder: false, expected train_encoder: true")
-        self.encoders_from = None if encoders_from is None else read_model(encoders_from)
         if image_encoder is not None and not train_encoder:
             raise InputError("model.init_args.image_encoder: found one with train_encoder: false, expected train_encoder: true")
         if image_encoder_lr is not None:
@@ -144,9 +144,16 @@ class DecoderModule(TestedAsValidated):
                 raise InputError("image_encoder_lr: found one with train_encoder: false, expected train_encoder: true")
             if lora is not None and lora.freeze_encoder:
                 raise InputError("image_encoder_lr: found one with lora.freeze_encoder: true, expected none")
-        self.image_encoder, self.image_encoder_lr = image_encoder, image_encoder_lr
         self.weights_by_kind = asdict(loss_weights)
         self.decoder: Decoder | None = None
+
+    def prepare_data(self) -> None:
+        """Tell of a folder that holds no model before the data are read, which may take minutes."""
+        for folder in (self.init_from, self.encoders_from):
+            if folder is not None:
+                read_model(folder)
+        if self.image_encoder is not None:
+            find_image_encoder(self.image_encoder)
 
     def configure_model(self) -> None:
         if self.decoder is not None:
@@ -159,25 +166,24 @@ class DecoderModule(TestedAsValidated):
         ranges = [CodeRange(vocabulary.range(kind).start, levels) for kind in vocabulary.kinds
                   if (levels := vocabulary.levels(kind))]
         codecs = {kind: media_tokenizer(self.tokenizers, kind) for kind in vocabulary.kinds if vocabulary.levels(kind)}
+        before = None if self.init_from is None else read_model(self.init_from)
         trained = self._trained_encoders(codecs) if self.train_encoder else {}
-        encoders = self._encoder_configs(codecs, trained) if self.train_encoder else {}
+        encoders = self._encoder_configs(codecs, trained, before) if self.train_encoder else {}
         widths = {kind: encoders[kind].width if encoders else codec.feature_width for kind, codec in codecs.items()}
         self.config = replace(self.config, vocabulary_size=vocabulary.size, composed=tuple(ranges),
                               features=widths if self.continuous_inputs else {}, encoders=encoders,
                               ctc_blocks=None if self.ctc is None else self.ctc.blocks)
-        if self.init_from is None:
+        if before is None:
             self.decoder = Decoder(self.config, build_encoder)
             self._take_encoders(self.config.encoders)
             if self.mup_base_width is not None:
                 rescale(self.decoder, self.mup_base_width)
         else:
-            self.decoder = self._begin_with(self.init_from)
-            self.init_from = None
+            self.decoder = self._begin_with(before)
         for kind, encoder in trained.items():
             self.decoder.encoders[kind].load_state_dict(encoder.weights)
             if encoder.projection and len(encoder.projection["bias"]) == self.config.width:
                 self.decoder.projections[kind].load_state_dict(encoder.projection)
-        self.encoders_from = None
         self.decoder.gradient_checkpointing = self.gradient_checkpointing
         if self.lora is not None:
             if self.device_mesh is not None:
@@ -194,18 +200,18 @@ class DecoderModule(TestedAsValidated):
             if getattr(self, name) is not None and "image" not in codecs:
                 raise InputError(f"{name}: found one, expected none: there is no tokenizer of pictures")
         found: dict[str, PretrainedEncoder] = {}
-        if self.image_encoder is not None and self.finished is None:
+        if self.image_encoder is not None:
             found["image"] = image_encoder_in(self.image_encoder, codecs["image"])
         others = {kind: codec for kind, codec in codecs.items() if kind not in found}
         if self.encoders_from is not None and others:
             found |= {kind: PretrainedEncoder(encoder.config, encoder.weights)
-                      for kind, encoder in encoders_of(self.encoders_from, others, "encoders_from").items()}
+                      for kind, encoder in encoders_of(read_model(self.encoders_from), others, "encoders_from").items()}
         return found
 
-    def _encoder_configs(self, codecs: Mapping[str, MediaTokenizer],
-                         trained: Mapping[str, PretrainedEncoder]) -> dict[str, EncoderConfig | EfficientNetConfig]:
+    def _encoder_configs(self, codecs: Mapping[str, MediaTokenizer], trained: Mapping[str, PretrainedEncoder],
+                         before: ModelParts | None) -> dict[str, EncoderConfig | EfficientNetConfig]:
         """Of all encoders: those that were trained elsewhere, else as in the model of `init_from`, else as the codecs'."""
-        made = {} if self.init_from is None else self.init_from.config.encoders
+        made = {} if before is None else before.config.encoders
         found = {}
         for kind, codec in codecs.items():
             own = made[kind] if kind in made and made[kind].patch == codec.encoder_config.patch else codec.encoder_config
@@ -234,13 +240,14 @@ class DecoderModule(TestedAsValidated):
 
     def restore(self, folder: Path) -> None:
         """Take over the finished model in a folder once the decoder is built, if all of it is as in this configuration."""
-        self.init_from, self.finished, self.encoders_from = read_model(folder), folder, None
+        self.init_from = self.finished = folder
+        self.encoders_from = self.image_encoder = None
 
     def _begin_with(self, model: ModelParts) -> Decoder:
         """The decoder of a finished model, in the precision of the run, and each layer in 4 bits as soon as it is read."""
         where = self.finished or "init_from"
         given, wanted = asdict(model.config), asdict(self.config)
-        new = {"image"} if self.image_encoder is not None and self.finished is None and given["features"] else set()
+        new = {"image"} if self.image_encoder is not None and given["features"] else set()
         if new and self.global_rank == 0:
             print(f"mmtx: {self.image_encoder} takes the place of what {where} saw pictures with", file=sys.stderr)
         # A model of codes alone may get projections of features; encoders begin as those of the codecs, which made the features that
@@ -375,15 +382,22 @@ class DecoderModule(TestedAsValidated):
 
 
 def image_encoder_in(folder: str, codec: MediaTokenizer) -> PretrainedEncoder:
-    """The encoder of pictures in a folder, which holds one alone, or a model with one. Raises InputError."""
+    """The encoder of pictures in a folder. Raises InputError."""
+    found = find_image_encoder(folder)
+    if isinstance(found, Path):
+        return read_encoder(found, codec.encoder_config.patch)
+    return encoders_of(found, {"image": codec}, "image_encoder")["image"]
+
+
+def find_image_encoder(folder: str) -> Path | ModelParts:
+    """The folder of an encoder of pictures alone, or the model that has one. Raises InputError."""
     path = find_model(folder)
     if is_encoder(path):
-        return read_encoder(path, codec.encoder_config.patch)
+        return path
     try:
-        model = read_model(path)
+        return read_model(path)
     except InputError as error:
         raise InputError(f"image_encoder: {error}; or an encoder of pictures alone") from None
-    return encoders_of(model, {"image": codec}, "image_encoder")["image"]
 
 
 def encoders_of(model: ModelParts, codecs: Mapping[str, MediaTokenizer], option: str) -> dict[str, PretrainedEncoder]:
