@@ -178,8 +178,7 @@ def attention_maps(decoder: Decoder, vocabulary: Vocabulary, tokenizers: Mapping
                    answer: Sequence[int]) -> AttentionMaps:
     """The maps of a prompt and its answer, which is ids of text."""
     device = decoder.embedding.weight.device
-    features = {kind: given._replace(places=given.places.to(device), values=given.values.to(device))
-                for kind, given in gather_features([(0, prompt.spans)]).items()}
+    features = {kind: given.to(device) for kind, given in gather_features([(0, prompt.spans)]).items()}
     ids = [*map(int, prompt.ids), *map(int, answer)]
     weights = attention_weights(decoder, torch.tensor(ids, device=device), features).float().cpu()
     texts, text = vocabulary.range("text"), tokenizers["text"]

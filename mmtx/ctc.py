@@ -16,7 +16,9 @@ BLANK = 0  # the number of the blank among the scores; piece i of the text token
 
 
 def time_steps(given: Features) -> list[Tensor]:
-    """The features of sounds -> where in the stream the steps of each end (S,): behind its last band all of a step is heard."""
+    """The features of sounds -> of each the place in the stream of the last token of every time step (S,): by then all of the
+    step's bands have been read.
+    """
     places = given.places.split([rows * bands for rows, bands in given.grids])
     return [each[bands - 1::bands] for each, (_, bands) in zip(places, given.grids, strict=True)]
 

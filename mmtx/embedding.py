@@ -20,8 +20,11 @@ class Features(NamedTuple):
     """Features that stand in for the codes of one kind in a batch."""
 
     places: Tensor  # (n,) indices into the B*T flat tokens
-    values: Tensor  # (n, D)
+    values: Tensor  # (n, D), or patches (n, P) for a decoder with encoders
     grids: tuple[tuple[int, int], ...] = ()  # rows and columns of each picture or sound, one behind another
+
+    def to(self, device: torch.device) -> "Features":
+        return self._replace(places=self.places.to(device), values=self.values.to(device))
 
 
 class NewRows(nn.Module):

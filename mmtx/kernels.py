@@ -1,7 +1,7 @@
 """What lies between the matrix products of a block, with its gradient written out for a CPU.
 
-The time of these parts is that of going over memory. Left to autograd, an RMSNorm goes over its tokens some fifteen times
-forth and back, and the parts of a split are put together again by a copy; written out, each pass is there because the
+The time of these parts is that of going over memory. Left to autograd, an RMSNorm goes over its tokens some fifteen times in
+forward and backward, and the parts of a split are put together again by a copy; written out, each pass is there because the
 formula needs it. On other devices the plain formulas run, which fused operations or a compiler do better. Tests compare
 the two.
 
@@ -63,7 +63,7 @@ def qk_norm_rope(qkv: Tensor, query_weight: Tensor | None, key_weight: Tensor | 
 def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
     """Queries (B, T, H, K) over keys and values (B, T, G, K) -> (B, T, H, K).
 
-    On a CPU torch's kernel is the fastest for short rows in float32 only. Forth and back in ms, 4 rows of 512 tokens, 6
+    On a CPU torch's kernel is the fastest for short rows in float32 only. Forward and backward in ms, 4 rows of 512 tokens, 6
     heads of 64, one core of an AMD EPYC with AVX512-BF16: 75 in float32 and 76 in bfloat16, in blocks 55 and 31.
     """
     query, key, value = (part.transpose(1, 2) for part in (query, key, value))           # (B, H | G, T, K)

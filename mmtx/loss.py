@@ -22,7 +22,7 @@ NEAR = 2 ** 19   # scores that a core of a CPU keeps in its caches
 
 
 class TokenLoss(NamedTuple):
-    """What training goes down, with a gradient, and what it is made of, without."""
+    """The loss to minimise, with a gradient, and its terms for each target, without."""
 
     total: Tensor    # () sum over targets of weight * (loss + z_loss * log_sum ** 2)
     loss: Tensor     # (M,) cross entropy in nats
@@ -55,6 +55,9 @@ def next_token_loss(output: TokenEmbedding, hidden: Tensor, targets: Tensor, pla
             places = output.parts[targets[chosen]][:, :max(map(len, groups))]
             parts.append(_FusedLoss.apply(hidden[chosen], places, weights[chosen], groups, z_loss,
                                           torch.is_grad_enabled(), *tables))
+    if not parts:  # of no targets: 0, whose gradient is 0
+        empty = hidden.new_empty(0, dtype=precise)
+        return TokenLoss(hidden.sum().to(precise) * 0.0, empty, empty)
     total, loss, log_sum = zip(*parts)
     return TokenLoss(sum(total), torch.cat(loss), torch.cat(log_sum))
 

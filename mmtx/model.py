@@ -93,7 +93,7 @@ class Attention(nn.Module):
         packing: Packing | None = None,
         look: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:                                    # (B, T, D)
-        """`look` takes the place of attention where some places see others than those before them in their document."""
+        """`look` replaces causal attention, for another mask or a key-value cache: queries, keys and values -> (B, T, H, K)."""
         query, key, value = self.heads(x, angles)
         if look is not None:
             y = look(query, key, value)
@@ -148,7 +148,7 @@ class Decoder(nn.Module):
         if config.encoders and encoder is None:
             raise TypeError("Decoder: found a configuration with encoders, expected build_encoder as the second argument")
         self.config = config
-        self.gradient_checkpointing = False  # compute blocks again on the way back
+        self.gradient_checkpointing = False  # recompute blocks in the backward pass
         block = BlockConfig(config.width, config.heads, config.kv_heads, config.head_dim, config.mlp_dim,
                             causal=True, norm_eps=config.norm_eps, qk_norm=config.qk_norm, qkv_bias=config.qkv_bias)
         self.embedding = TokenEmbedding(config)

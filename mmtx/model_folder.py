@@ -46,6 +46,8 @@ def read_model(folder: str | Path | None) -> ModelParts:
         if kind not in config.encoders and width != (found := getattr(tokenizers.get(kind), "feature_width", 0)):
             raise InputError(f"{folder}: the decoder takes features of {kind} of width {width}, its tokenizer gives {found}")
     for kind, encoder in config.encoders.items():
+        if kind not in tokenizers:
+            raise InputError(f"{folder}: the decoder has an encoder of {kind}, its vocabulary no such ids")
         given = media_tokenizer(tokenizers, kind).encoder_config
         if encoder.patch != (found := given.patch if given else 0):
             raise InputError(f"{folder}: the decoder takes patches of {kind} of {encoder.patch} numbers, its tokenizer gives {found}")

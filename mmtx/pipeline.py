@@ -35,6 +35,7 @@ from mmtx.files import Content, replace_folder, shipped
 from mmtx.grammar import Grammar
 from mmtx.hub import model_card, push
 from mmtx.inference.choose import choose_engine
+from mmtx.inference.engine import pad
 from mmtx.inference.generation import Choose, generate, steps
 from mmtx.inference.row import prepack_weights
 from mmtx.inference.sampling import Sampling
@@ -47,7 +48,7 @@ from mmtx.modality.modality import MODALITIES, media_kinds
 from mmtx.model import Decoder
 from mmtx.model_folder import WEIGHTS, model_files, read_model
 from mmtx.schema import within
-from mmtx.sequence import Prompt, gather_features, parse, prompt, render
+from mmtx.sequence import Prompt, parse, prompt, render
 from mmtx.vocabulary import Vocabulary
 from mmtx.weights import load_module
 
@@ -71,8 +72,8 @@ def load(folder: str | Path | None = None, device: str | torch.device | None = N
         folder: what training wrote, or the name of a model on the Hugging Face hub ("user/model", "user/model@revision"); by
             default the small model that comes with the package, whatever lies in the current directory.
         device: by default the GPU if there is one.
-        load_in_8bit: write ids with matrices of 8 bits a weight, on a CPU: long answers come faster, and now and then another id
-            is the best. The decoder itself stays as it is, and all that is made of it but answers.
+        load_in_8bit: decode with 8-bit weights, on a CPU: long answers come faster, and now and then another token is the best.
+            Everything but decoding keeps the full precision.
 
     Raises:
         InputError: the folder is not a whole model, or does not fit its tokenizers; 8 bits on another device than a CPU.
@@ -91,8 +92,8 @@ class Model:
 
     Many threads may ask one model at the same time, and each gets the answers that it would get alone; only `to`,
     `prepare_for_inference` and changes of the weights must wait until nobody asks. A model can be copied (`copy.deepcopy`),
-    pickled, and given to other processes: spawned, or forked. In the thread that comes out of a fork torch gets one thread with
-    the first call, since its threads are not there any more. What the program set in torch (`mmtx.ambient`) changes no answer.
+    pickled, and given to other processes: spawned, or forked. The threads of torch do not survive a fork, so the first call in the
+    child sets torch to one thread. What the program set in torch (`mmtx.ambient`) changes no answer.
     """
 
     def __init__(self, decoder: Decoder, vocabulary: Vocabulary, tokenizers: Mapping[str, Tokenizer]):
@@ -115,7 +116,7 @@ class Model:
         """Lay out the decoder's weights for decoding, which makes long answers of one prompt on a CPU up to twice as fast.
 
         `mmtx.load` does it, and tells what `load_in_8bit` is. After `to` call it again. Where the weights have changed since, by
-        training or `load_state_dict`, the next answer does it; a change by `Parameter.data` it cannot see.
+        training or `load_state_dict`, the next answer does it; changes made through `Parameter.data` are not detected.
         """
         device = self.decoder.embedding.weight.device
         if load_in_8bit and device.type != "cpu":
@@ -466,6 +467,8 @@ class Model:
         if out not in self.grammar.rules.starts:
             raise InputError(f"out: found {out!r:.40}, expected one of {', '.join(self.grammar.rules.starts)}")
         if out != "image" or "image" not in self.tokenizers:
+            if size is not None:
+                raise InputError(f"size: found {size!r:.100} with out={out!r}, expected it with out='image' alone")
             return []
         config = self._image_config
         if size is None:
@@ -488,12 +491,10 @@ class Model:
     @neutral()
     def embed_prompt(self, asked: Prompt) -> np.ndarray:
         """`embed` of a stream."""
-        place = lambda tensor: tensor.to(self.decoder.embedding.weight.device)
+        device = self.decoder.embedding.weight.device
         with torch.inference_mode():
-            ids = place(torch.from_numpy(asked.ids).long())[None]
-            features = {kind: given._replace(places=place(given.places), values=place(given.values))
-                        for kind, given in gather_features([(0, asked.spans)]).items()}
-            hidden = self.decoder(ids, place(torch.arange(ids.shape[1]))[None], features=features)[0].float().mean(0)
+            ids, _, features = pad([asked], device)
+            hidden = self.decoder(ids, torch.arange(ids.shape[1], device=device)[None], features=features)[0].float().mean(0)
             return torch.nn.functional.normalize(hidden, dim=0).cpu().numpy()
 
     @neutral()

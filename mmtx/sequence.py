@@ -9,7 +9,7 @@ Media of further modalities stand between tags of their own, in one of these two
 Shapes: T tokens of a stream, D width of features.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +29,7 @@ class Span(NamedTuple):
 
     kind: str
     start: int  # place of its first code in the stream
-    values: Tensor  # (codes, D)
+    values: Tensor  # (codes, D), or patches (codes, P) for a decoder with encoders
     grid: tuple[int, int] | None = None  # rows and columns of the codes, which encoders need
 
 
@@ -108,13 +108,17 @@ def loss_mask(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     <eos> that follows it. Nothing of user turns, and never <bos>, <user>, <assistant>, <pad>, or an <eos>
     after a role turn. Streams may stand one behind another and be padded.
     """
-    v = vocabulary
-    if v.chat_format is not None:
-        tags, kept = read_chat_format(ids, v)
-        mask = np.zeros(len(kept), bool)
-        mask[kept] = _trained(tags[kept], v)
-        return mask
-    return _trained(np.asarray(ids), v)
+    return _of_tags(ids, vocabulary, _trained)
+
+
+def _of_tags(ids: np.ndarray, v: Vocabulary, chosen: Callable[[np.ndarray, Vocabulary], np.ndarray]) -> np.ndarray:
+    """What `chosen` says of a stream (T,) with tags, of one that may be in a chat format; of the rest of a tag False."""
+    if v.chat_format is None:
+        return chosen(np.asarray(ids), v)
+    tags, kept = read_chat_format(ids, v)
+    mask = np.zeros(len(kept), bool)
+    mask[kept] = chosen(tags[kept], v)
+    return mask
 
 
 def _trained(ids: np.ndarray, v: Vocabulary) -> np.ndarray:
@@ -128,13 +132,7 @@ def _trained(ids: np.ndarray, v: Vocabulary) -> np.ndarray:
 
 def in_user_turns(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     """Which ids (T,) of a legal stream lie between <user> and its <end>, (T,) bool."""
-    v, ids = vocabulary, np.asarray(ids)
-    if v.chat_format is not None:
-        tags, kept = read_chat_format(ids, v)
-        mask, inner = np.zeros(len(kept), bool), tags[kept]
-        mask[kept] = (_owners(inner, v) == v.user) & ~_one_of(inner, *_tags(v))
-        return mask
-    return (_owners(ids, v) == v.user) & ~_one_of(ids, *_tags(v))
+    return _of_tags(ids, vocabulary, lambda tags, v: (_owners(tags, v) == v.user) & ~_one_of(tags, *_tags(v)))
 
 
 def apply_chat_format(ids: np.ndarray, v: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
@@ -182,7 +180,7 @@ def _one_of(ids: np.ndarray, *values: int) -> np.ndarray:
 
 
 def code_follows(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-    """Behind which ids (T,) of a stream a code of a medium, or its end, must come, (T,) bool."""
+    """Where in a stream of ids (T,) the next id must be a code of a medium or its closing tag, (T,) bool."""
     v = vocabulary
     ids = np.asarray(ids)
     width = (ids >= v.width(1)) & (ids <= v.width(MAX_SIDE))

@@ -139,6 +139,10 @@ def test_usage_by_hand():
     assert usage.carried == pytest.approx(0.5)
 
 
+def test_usage_of_a_code_of_one_digit():
+    assert CodebookUsage.of(torch.tensor([3, 0, 1, 2, 0, 4, 5, 0]), (8,)).levels == (5,)
+
+
 def test_silence_alone_is_no_collapse():
     counts = torch.ones(200)
     counts[17] = 10_000

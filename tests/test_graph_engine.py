@@ -1,5 +1,8 @@
 """The engine of a GPU on a CPU: what it shares between answers, and what it does not. Its graphs are for tests/test_gpu.py."""
 
+import sys
+from threading import Thread
+
 import numpy as np
 import pytest
 import torch
@@ -104,6 +107,31 @@ def test_an_engine_that_begins_again_takes_its_own_cache(decoder, weights):
     engine.prefill(prompts, 2), plain.prefill(prompts)
     assert engine.captured is first
     check(engine, plain, 3)
+
+
+def test_many_threads_share_what_is_kept(monkeypatch):
+    """What one takes no other has, and what is too much goes once."""
+    monkeypatch.setattr(captured, "KEPT_BYTES", 10)
+    kept, failed = captured.Kept(), []
+
+    def give_and_take():
+        try:
+            for number in range(20_000):
+                kept.give("shape", 20, number)
+                kept.take("shape")
+        except Exception as error:
+            failed.append(error)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [Thread(target=give_and_take) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    finally:
+        sys.setswitchinterval(before)
+    assert not failed
 
 
 def test_the_oldest_go_where_there_is_too_much(monkeypatch):

@@ -17,6 +17,7 @@ from mmtx.errors import InputError
 from mmtx.modality.image import ImageConfig, to_float
 from mmtx.training.codec import ImageCodecModule
 from mmtx.training.codec_data import CodecData
+from mmtx.training.ctc import CTCConfig
 from mmtx.training.decoder import DecoderModule
 from mmtx.training.decoder_data import DecoderData, TokenizerFolders
 from mmtx.training.guard import SkipNonFinite, Telemetry
@@ -126,7 +127,8 @@ def test_a_codec_names_the_media_of_such_steps(tmp_path):
     assert all(name.startswith(runs.FEW[0]["paths"][0]) and name.endswith(".webp") for name in names), names
 
 
-def test_the_logs_say_what_the_step_did(data, tmp_path):
+@pytest.mark.parametrize("options", [{}, {"continuous_inputs": True, "ctc": CTCConfig(0)}], ids=["alone", "with CTC"])
+def test_the_logs_say_what_the_step_did(data, tmp_path, options):
     class Noting(DecoderModule):
         """Notes what the logs are made of, computed anew."""
 
@@ -154,7 +156,7 @@ def test_the_logs_say_what_the_step_did(data, tmp_path):
             self.norms = [*getattr(self, "norms", []), torch.cat(gradients).norm()]
             super().configure_gradient_clipping(*arguments, **names)
 
-    module = Noting(DECODER)
+    module = Noting(DECODER, **options)
     rows = train(data, module, tmp_path, steps=3)
     for name, value in module.expected.items():
         assert float(rows[0][name]) == pytest.approx(float(value), rel=1e-4, abs=1e-6), name

@@ -2,20 +2,26 @@
 
 import importlib.util
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from test_ctc import batch_of
 
+from mmtx.ctc import ctc_scores, time_steps
 from mmtx.document import Document, MediaPart, TextPart, Turn
 from mmtx.errors import InputError
 from mmtx.grammar import Grammar
 from mmtx.inference.sampling import Sampling
 from mmtx.interop.convert import convert
 from mmtx.modality.base import load_tokenizer
+from mmtx.modality.pretrained_text import PretrainedText
 from mmtx.pipeline import load
 from mmtx.sequence import in_user_turns, loss_mask, parse, prompt, render
+from mmtx.training.ctc import ctc_loss
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -143,6 +149,52 @@ def test_a_grown_vocabulary_leaves_text_rows_and_scores_as_they_were(media, tmp_
         chosen = grown.vocabulary.range(kind)
         assert ((rows[chosen.start:chosen.stop].mean(0) - mean).abs() < spread).all()
         assert rows[chosen.start:chosen.stop].std(0).mean() > 0.02 * spread.mean()
+
+
+def test_what_is_heard_in_a_chat_format_has_no_end(media, tmp_path):
+    """Its <end> is a piece of text, which CTC is not to find in the sound."""
+    save_model(tmp_path, "qwen2")
+    model = convert(tmp_path, media)
+    v, text = model.vocabulary, model.tokenizers["text"]
+    sound = torch.zeros(6, v.bands("audio"), 4)
+    document = Document((Turn("user", (MediaPart("audio", np.zeros(sound.shape[:2], np.int64), sound),)),
+                         Turn("assistant", (TextPart(np.array(text.encode("red"))),))))
+    batch = batch_of([document], v)
+    hidden = torch.randn(batch.ids.numel(), model.decoder.config.width, generator=torch.Generator().manual_seed(0))
+    (steps,) = time_steps(batch.features["audio"])
+    scores = ctc_scores(model.decoder.output or model.decoder.embedding, hidden[steps], v)
+    expected = torch.nn.functional.ctc_loss(scores, torch.tensor(text.encode("red")) + 1, torch.tensor(6),
+                                            torch.tensor(len(text.encode("red"))), reduction="sum")
+    assert v.end in batch.targets and v.end in v.range("text")
+    found = ctc_loss(model.decoder.output or model.decoder.embedding, hidden, batch, v)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_pieces_that_are_told_with_scores_are_those_that_may_come(media, tmp_path):
+    """No special token of the chat format, nor a row that no piece has, and half of a character by its byte."""
+    save_model(tmp_path, "qwen2")
+    model = convert(tmp_path, media)
+    v, text = model.vocabulary, model.tokenizers["text"]
+    answer = object.__new__(pytest.importorskip("mmtx.serving.app").Answer)  # of no request
+    answer.service, answer.texts, answer.top = SimpleNamespace(model=model), v.range("text"), 5
+    scores = torch.zeros(v.size)
+    forbidden = [ident for ident in v.chat_format.control if ident != v.end]
+    scores[forbidden], scores[v.end] = 50.0, 3.0
+    (half,) = [ident for ident in range(text.size) if text.piece(ident) == "\u00c3"]  # how the byte C3 is written
+    told = answer._scored(half, scores)
+    count = len(v.range("text")) - len(forbidden)
+    assert told["bytes"] == [0xC3] and told["logprob"] == pytest.approx(-math.log(count - 1 + math.exp(3)))
+    assert [one["logprob"] for one in told["top_logprobs"]] == pytest.approx([told["logprob"] + 3] + [told["logprob"]] * 4)
+
+
+def test_ids_of_pieces_may_have_gaps(tmp_path):
+    """A row between them that no piece has is never written, and an id beyond the rows of the embedding is one clear error."""
+    split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    content = json.dumps({"model": {"type": "BPE", "vocab": {"a": 0, "b": 5}, "merges": []}, "pre_tokenizer": split})
+    text = PretrainedText(content, 7)
+    assert text.decode(text.encode("ab")) == "ab" and text.control == {1, 2, 3, 4, 6}
+    with fails("rows of the embedding: found 5, expected 6 or more"):
+        PretrainedText(content, 5)
 
 
 def test_a_stream_in_a_chat_format_is_the_whole_answer(media, tmp_path):

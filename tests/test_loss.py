@@ -145,3 +145,11 @@ def test_autocast_rounds_the_scores_and_nothing_else():
     assert torch.allclose(rounded.loss, exact.loss, rtol=0.02, atol=0.1)
     for ours, theirs in zip(gradients, exact_gradients, strict=True):
         assert (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_of_no_targets_it_is_0():
+    table, hidden, targets, _ = problem(())
+    found = next_token_loss(table, hidden[:0], targets[:0])
+    assert found.total.item() == 0 and len(found.loss) == len(found.log_sum) == 0
+    found.total.backward()
+    assert hidden.grad.abs().sum() == 0

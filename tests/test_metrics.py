@@ -22,7 +22,7 @@ from mmtx.modality.vocoder import hertz, pitch_logits
 from mmtx.training.codec import AudioCodecModule, ImageCodecModule, picture_quality
 from mmtx.training.decoder import DecoderModule, LossWeights
 from mmtx.training.decoder_data import DecoderData, TokenizerFolders
-from mmtx.training.means import Means
+from mmtx.training.module import Means
 from mmtx.training.vocoder import PUBLISHED, stft_distance, track
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

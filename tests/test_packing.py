@@ -586,6 +586,28 @@ def test_augmentation_of_a_sound():
     assert 440 * 2 ** (-5 / 12) - 6 < min(peaks) < 430 < 450 < max(peaks) < 440 * 2 ** (5 / 12) + 6
 
 
+@pytest.mark.parametrize("height, width", [(64, 128), (128, 64), (96, 96)])
+def test_a_picture_is_turned_as_a_whole(height, width):
+    """Lines stay at right angles, whatever the shape of the picture."""
+    still = dict(scale=0, stretch=0, translate=0, color_jitter=0)
+    angles = []
+    for upright in (False, True):
+        line = torch.full((3, height, width), 255, dtype=torch.uint8)
+        if upright:
+            line[:, :, width // 2 - 1:width // 2 + 1] = 0
+        else:
+            line[:, height // 2 - 1:height // 2 + 1] = 0
+        dark = 255 - ImageAugmentation(**still, degrees=20)(line, generator(6))[0].double()
+        y, x = torch.meshgrid(torch.arange(height).double(), torch.arange(width).double(), indexing="ij")
+        inside = (x - width / 2).hypot(y - height / 2) < 28
+        dark = dark * inside
+        x, y = x - (dark * x).sum() / dark.sum(), y - (dark * y).sum() / dark.sum()
+        turned = 0.5 * torch.atan2(2 * (dark * x * y).sum(), (dark * (x * x - y * y)).sum())
+        angles.append(float(turned.rad2deg()) % 180)
+    assert (angles[1] - angles[0]) % 180 == pytest.approx(90, abs=1)
+    assert angles[0] == pytest.approx(10.6, abs=0.5) or angles[0] == pytest.approx(169.4, abs=0.5)
+
+
 STILL = dict(scale=0, stretch=0, translate=0, degrees=0, color_jitter=0)
 QUIET = dict(shift=0, tilt=0, noise=0, gain=0)
 

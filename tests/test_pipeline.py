@@ -419,6 +419,7 @@ def test_a_str_of_a_prompt_is_text_whatever_it_says(tiny_model, text):
     (lambda model, _: mmtx.Audio(np.zeros(9), float("nan")), "rate: found nan"),
     (lambda model, _: model.generate("a", out="image", size=8), "size: found 8"),
     (lambda model, _: model.generate("a", out="image", size=(8, "8")), "size: found"),
+    (lambda model, _: model.generate("a", size=(8, 8)), "size: found \\(8, 8\\) with out='text', expected it with out='image'"),
     (lambda model, _: model.generate("a", out="image", size=(8, 8, 8)), "size: found"),
     (lambda model, _: model.generate("a", out="image", size=(8.0, 8.0)), "size: found"),
     (lambda model, _: model.generate("a", out=None), "out: found NoneType"),

@@ -57,8 +57,9 @@ class ImageAugmentation:
         angle = math.radians(self.degrees) * turn
         cos, sin = math.cos(angle), math.sin(angle)
         slant = self.shear * (2 * float(torch.rand((), generator=generator)) - 1) if self.shear else 0.0
-        matrix = torch.tensor([[[size * ratio * cos, size / ratio * (slant * cos - sin), 2 * self.translate * right],
-                                [size * ratio * sin, size / ratio * (slant * sin + cos), 2 * self.translate * down]]])
+        aspect = picture.shape[2] / picture.shape[1]  # each axis of the grid goes from -1 to 1, whatever its pixels are
+        matrix = torch.tensor([[[size * ratio * cos, size / ratio * (slant * cos - sin) / aspect, 2 * self.translate * right],
+                                [size * ratio * sin * aspect, size / ratio * (slant * sin + cos), 2 * self.translate * down]]])
         # Ink on white: outside of the picture grid_sample gives 0, which is white here.
         ink = 1 - picture[None].float() / 255
         grid = F.affine_grid(matrix, list(ink.shape), align_corners=False)

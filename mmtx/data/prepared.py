@@ -107,7 +107,7 @@ class Facts:
 
 
 class Prepared:
-    """The documents of a prepared folder or URL, like `mmtx.data.tokens.Documents` of the media they were made of.
+    """The documents of a prepared folder or URL, like `mmtx.data.documents.Documents` of the media they were made of.
 
     The files of a URL are downloaded when they are needed, and kept in ~/.cache/mmtx (or $MMTX_CACHE).
     """

@@ -121,8 +121,8 @@ def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _angles(config: DecoderConfig, capacity: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of `rotary`, the latter negative in the lower half, so that the halves can be swapped as they are."""
+    """Cosine and sine of `rotary_embedding`, the latter negative in the lower half, so that the halves can be swapped as they are."""
     cos, sin = rotary_embedding(torch.arange(capacity, device=like.device), config.head_dim, config.rope_theta,
-                      config.rope_scaling)
+                                config.rope_scaling)
     sin[:, :config.head_dim // 2] *= -1
     return cos.to(like.dtype), sin.to(like.dtype)

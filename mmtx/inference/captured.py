@@ -5,8 +5,8 @@ the host. A graph starts as a whole.
 """
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
+from threading import RLock
 from typing import Any
 
 import torch
@@ -77,19 +77,20 @@ class Kept:
 
     def __init__(self) -> None:
         self._entries: list[_Entry] = []
+        self._lock = RLock()  # a collection within `give` may give, too
 
     def take(self, shape: Any) -> Any:
         """Something of a shape, which nobody else has from now on, or None."""
-        for entry in reversed(self._entries[:]):
-            if entry.shape == shape:
-                # Another thread may have been faster.
-                with suppress(ValueError):
+        with self._lock:
+            for entry in reversed(self._entries):
+                if entry.shape == shape:
                     self._entries.remove(entry)
                     return entry.thing
         return None
 
     def give(self, shape: Any, size: int, thing: Any) -> None:
         """Keep something of so many bytes."""
-        self._entries.append(_Entry(shape, size, thing))
-        while sum(entry.size for entry in self._entries) > KEPT_BYTES:
-            self._entries.pop(0)
+        with self._lock:
+            self._entries.append(_Entry(shape, size, thing))
+            while sum(entry.size for entry in self._entries) > KEPT_BYTES:
+                self._entries.pop(0)

@@ -66,6 +66,5 @@ def pad(prompts: Sequence[Prompt], device: torch.device, length: int | None = No
     for row, prompt in zip(ids, prompts, strict=True):
         row[:len(prompt.ids)] = prompt.ids
     features = gather_features((row * longest, prompt.spans) for row, prompt in enumerate(prompts))
-    features = {kind: given._replace(places=given.places.to(device), values=given.values.to(device))
-                for kind, given in features.items()}
+    features = {kind: given.to(device) for kind, given in features.items()}
     return torch.from_numpy(ids).to(device), torch.tensor(lengths, device=device), features

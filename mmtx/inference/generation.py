@@ -62,7 +62,7 @@ class Choice:
 
 
 class Look:
-    """Which rows were finished at some moment (B,), bool: on its way from the device while that goes on."""
+    """A copy to the CPU, under way while the device goes on, of which rows were finished at some moment, (B,) bool."""
 
     def __init__(self, finished: Tensor):
         self._finished = finished.to("cpu", non_blocking=True)

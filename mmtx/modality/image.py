@@ -110,7 +110,7 @@ class ImageTokenizer(Codec):
         return to_float(torch.stack(list(pictures)))
 
     def pictures(self, batch: Tensor) -> list[Tensor]:
-        return list(((batch.clamp(-1, 1) + 1) * 127.5).to(torch.uint8).cpu())
+        return list(to_uint8(batch).cpu())
 
     @neutral()
     def embed_batch(self, pictures: Sequence[Tensor], patches: bool = False, codes: bool = True) -> list[Encoding]:
@@ -131,7 +131,7 @@ class ImageTokenizer(Codec):
         codes = np.asarray(codes)
         plan = self.windows(*codes.shape)
         pixels = self._to_pixels(join(plan, self.codes_to_grids([codes[window.seen] for window in plan])))
-        return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return to_uint8(pixels)
 
     def windows(self, rows: int, columns: int) -> list[Window]:
         """What the network sees of a grid of patches, at most a chunk a side at once, and what counts of that."""
@@ -154,6 +154,11 @@ def to_picture(tokenizer: Tokenizer, codes: np.ndarray) -> Tensor:
 def to_float(pictures: Tensor) -> Tensor:
     """uint8 0..255 -> float -1..1, the range in which the networks see pictures."""
     return pictures.float() / 127.5 - 1
+
+
+def to_uint8(pictures: Tensor) -> Tensor:
+    """What the networks make of pictures -> uint8, the nearest; beyond -1 to 1 it is black or white."""
+    return ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def resize(picture: Tensor, height: int, width: int) -> Tensor:

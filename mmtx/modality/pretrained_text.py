@@ -40,8 +40,9 @@ class PretrainedText(Tokenizer):
             content: tokenizer.json.
             size: rows of the model's embedding, which may be more than there are pieces.
             chat_format: how turns are written.
-            template: the chat template in Jinja; kept for those who export the model.
+            chat_template: the chat template in Jinja; kept for those who export the model.
             specials: names of special tokens by role: "bos_token", "eos_token".
+            where: what errors name.
         """
         tokenizers = require("tokenizers", "interop", "text tokenizer")
         self.content, self.chat_format, self.chat_template, self.specials = content, chat_format, chat_template, specials or {}
@@ -58,14 +59,15 @@ class PretrainedText(Tokenizer):
         except Exception as error:  # the library raises Exception itself for what it cannot read
             raise InputError(f"{where}: not a tokenizer.json ({' '.join(str(error).split())[:100]})") from None
         self._tokenizer.encode_special_tokens = True
-        within(f"{where}: rows of the embedding", size, self._tokenizer.get_vocab_size(), 2**22)
+        used = {*vocabulary.values(), *(token["id"] for token in added)}
+        within(f"{where}: rows of the embedding", size, max(used, default=-1) + 1, 2**22)
         self._size, self._bytes, self._names = size, [b"\xef\xbf\xbd"] * size, [""] * size
         for piece, ident in vocabulary.items():
             self._names[ident] = piece
             self._bytes[ident] = bytes(ALPHABET[c] for c in piece) if all(c in ALPHABET for c in piece) else piece.encode()
         # Rows of the embedding that no piece has are never written either.
         self.control = frozenset({*(token["id"] for token in added if token["special"]),
-                                  *range(self._tokenizer.get_vocab_size(), size)})
+                                  *({*range(size)} - used)})
         for token in added:
             self._names[token["id"]] = token["content"]
             self._bytes[token["id"]] = b"" if token["special"] else token["content"].encode()
@@ -99,6 +101,10 @@ class PretrainedText(Tokenizer):
     def piece(self, id: int) -> str:
         """A piece as the library writes it, for people to look at."""
         return self._names[id]
+
+    def piece_bytes(self, id: int) -> bytes:
+        """The UTF-8 bytes that a piece stands for, possibly part of a character."""
+        return self._bytes[id]
 
     def id(self, name: str) -> int | None:
         """The id of a special token by its name."""

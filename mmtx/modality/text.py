@@ -147,6 +147,10 @@ class TextTokenizer(Tokenizer):
         """A piece as SentencePiece writes it, for people to look at."""
         return self._model.id_to_piece(id)
 
+    def piece_bytes(self, id: int) -> bytes:
+        """The UTF-8 bytes that a piece stands for, possibly part of a character."""
+        return self._bytes[id]
+
     def decode(self, codes: Sequence[int]) -> str:
         """Pieces to text. Bytes that are no UTF-8, and the unknown piece, become U+FFFD.
 

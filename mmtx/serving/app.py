@@ -10,7 +10,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import numpy as np
 import torch
@@ -32,6 +32,10 @@ from mmtx.serving import messages as api
 from mmtx.serving.batches import Batches, Job
 from mmtx.serving.limits import Door, Limits, Refused, as_refused, in_time
 from mmtx.serving.sounds import KINDS, encoded, in_thread
+
+if TYPE_CHECKING:
+    from mmtx.modality.pretrained_text import PretrainedText
+    from mmtx.modality.text import TextTokenizer
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
 READERS = 2  # threads that read media and make them
@@ -155,20 +159,18 @@ class Answer:
 
     def _scored(self, ident: int, scores: torch.Tensor) -> dict:
         """How likely an id was among all that the grammar lets come, at temperature 1, and the best of these."""
-        end, texts = self.service.model.vocabulary.end, slice(self.texts.start, self.texts.stop)
-        allowed = torch.full_like(scores, -torch.inf)
-        allowed[texts], allowed[end] = scores[texts], scores[end]
-        shares = allowed.log_softmax(0)
+        grammar = self.service.model.grammar
+        allowed = grammar.allowed(grammar.start(1, "text"), len(scores))[0]
+        shares = scores.masked_fill(~allowed, -torch.inf).log_softmax(0)
         best = shares.topk(min(self.top or 0, len(shares))).indices.tolist()
         told = [{"token": self.text([one]), "logprob": max(float(shares[one]), -9999.0), "bytes": self._bytes(one)}
                 for one in (ident, *best)]
         return {**told[0], "top_logprobs": told[1:]}
 
     def _bytes(self, ident: int) -> list[int]:
-        """The bytes that a piece of text stands for, possibly part of a character."""
-        tokenizer: Any = self.service.model.tokenizers["text"]
-        piece = tokenizer.piece(ident - self.texts.start) if ident in self.texts else ""
-        return [int(piece[3:5], 16)] if piece.startswith("<0x") and len(piece) == 6 else list(self.text([ident]).encode())
+        """The bytes that a piece of text stands for, possibly part of a character; none of another id."""
+        tokenizer = cast("TextTokenizer | PretrainedText", self.service.model.tokenizers["text"])
+        return list(tokenizer.piece_bytes(ident - self.texts.start)) if ident in self.texts else []
 
 
 def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None = None, loopback: bool = True) -> FastAPI:

@@ -196,7 +196,7 @@ class ShowSamples(Callback):
 
     def _captions(self, trainer: Trainer, module: DecoderModule, path: Path) -> None:
         samples = getattr(data_of(trainer), "held_out", [])
-        samples = with_captions(samples[:: max(1, len(samples) // self.count)])
+        samples = with_captions(samples[::max(1, -(-len(samples) // self.count))])
         model, documents = module.model(), to_documents(samples, module.tokenizers, patches=module.config.encoders)
         captions = model.caption_documents(documents, Sampling(max_new_tokens=48))
         lines = [f"{caption!r:40} {sample.caption!r}" for caption, sample in zip(captions, samples, strict=True)]

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from mmtx.data.tokens import seed_of
 from mmtx.errors import InputError
 from mmtx.files import find_shipped
 from mmtx.modality.audio import AudioConfig, AudioTokenizer
@@ -24,9 +23,8 @@ from mmtx.modality.image import ImageConfig, ImageTokenizer
 from mmtx.modality.vocoder import hertz
 from mmtx.training.codec_data import CodecBatch
 from mmtx.training.discriminator import AdversarialConfig, Discriminator, Perceptual, PerceptualConfig, adaptive_weight
-from mmtx.training.means import Means, TestedAsValidated, sum_over_ranks
+from mmtx.training.module import Means, TrainingModule, sum_over_ranks
 from mmtx.training.optimizer import OptimizerConfig, configure
-from mmtx.training.private import data_of
 
 COLLAPSED = 1 / 3  # share of the bits that codes could carry below which a codec is said to have collapsed
 AT_ONCE = 64       # pictures that are compared at a time: each takes some hundred times its size in between
@@ -48,8 +46,8 @@ class CodebookUsage(NamedTuple):
         rest = counts.clone()
         rest[counts.argmax()] = 0
         most = math.log(max(2, min(len(counts), int(counts.sum()))))
-        digits = [counts.view(*reversed(levels)).sum([d for d in range(len(levels)) if d != len(levels) - 1 - digit])
-                  for digit in range(len(levels))]
+        grid = counts.view(*reversed(levels))
+        digits = [grid.movedim(-1 - digit, 0).reshape(levels[digit], -1).sum(1) for digit in range(len(levels))]
         return cls(math.exp(_entropy(counts)), float((counts == 0).double().mean()),
                    tuple(int((digit > 0).sum()) for digit in digits), _entropy(rest) / most)
 
@@ -69,7 +67,7 @@ def finished(folder: str | Path, like: Codec, name: str) -> Codec:
     return tokenizer
 
 
-class CodecModule(TestedAsValidated):
+class CodecModule(TrainingModule):
     """Training of any codec: squared error plus a share of absolute error and, if asked for, a discriminator's opinion.
 
     Codec and discriminator take their steps together, as groups of one optimizer: accumulation, several devices, averaged
@@ -132,7 +130,7 @@ class CodecModule(TestedAsValidated):
         return media
 
     def on_train_batch_start(self, batch: CodecBatch, index: int) -> None:
-        torch.manual_seed(seed_of(getattr(data_of(self.trainer), "seed", 0), index, self.global_rank))
+        self.seed_step(index)
 
     def training_step(self, batch: CodecBatch, index: int) -> Tensor:
         output = self.tokenizer(batch.media).output

@@ -47,7 +47,9 @@ class CTCConfig:
 
 @contextmanager
 def states_behind(decoder: Decoder, blocks: int | None) -> Iterator[list[Tensor]]:
-    """Within it a pass of the decoder leaves the states (B, T, D) that come out of so many blocks in the list, or nothing."""
+    """A forward pass of the decoder inside this context appends the hidden states (B, T, D) behind `blocks` blocks to the list;
+    with None it appends nothing.
+    """
     found: list[Tensor] = []
     if blocks is None:
         yield found
@@ -70,7 +72,8 @@ def ctc_loss(output: TokenEmbedding, hidden: Tensor, batch: Batch, vocabulary: V
         return hidden.sum() * 0.0
     starts = torch.arange(len(hidden), device=hidden.device) - batch.positions.flatten()  # where the document of a token begins
     text = vocabulary.range("text")
-    written = (batch.targets >= text.start) & (batch.targets < text.stop)
+    # In a chat format <end> is a piece of text, too, and nothing that is heard.
+    written = (batch.targets >= text.start) & (batch.targets < text.stop) & (batch.targets != vocabulary.end)
     owners = starts[batch.supervised]
     steps, answers = [], []
     for places in time_steps(given):

@@ -18,7 +18,7 @@ from mmtx.config import CodeRange, DecoderConfig, EfficientNetConfig, EncoderCon
 from mmtx.data.packing import Batch
 from mmtx.data.sample import Sample
 from mmtx.data.storage import scrub
-from mmtx.data.tokens import seed_of, to_documents
+from mmtx.data.tokens import to_documents
 from mmtx.errors import InputError
 from mmtx.files import replace_folder
 from mmtx.hub import find_model
@@ -34,8 +34,8 @@ from mmtx.schema import within
 from mmtx.training.adapters import LoRA, MergedWeights, adapt, merged, parameters_by_group, save_adapter
 from mmtx.training.ctc import CTCConfig, ctc_loss, states_behind
 from mmtx.training.decoder_data import TokenizerFolders, with_media
-from mmtx.training.means import Means, TestedAsValidated, sum_over_ranks
 from mmtx.training.memory import releasing_memory
+from mmtx.training.module import Means, TrainingModule, sum_over_ranks
 from mmtx.training.mup import check_base, rescale, scaled
 from mmtx.training.optimizer import OptimizerConfig, configure
 from mmtx.training.private import data_of
@@ -63,7 +63,7 @@ class LossWeights:
             raise InputError("loss_weights: found 0 for all modalities, expected more for one of them")
 
 
-class DecoderModule(TestedAsValidated):
+class DecoderModule(TrainingModule):
     """Next-token training of the decoder; sizes that follow from the tokenizers are filled in from the data."""
 
     def __init__(
@@ -98,8 +98,8 @@ class DecoderModule(TestedAsValidated):
             image_encoder: folder of a pretrained encoder of pictures, such as `demos/data/build_image_encoder.py` makes, or of a
                 finished model that has one, for this run to begin with, in place of the codec's, of that in `init_from` and of that
                 in `encoders_from`. Of a model as wide as this one the projection behind it comes along.
-            image_encoder_lr: AdamW's learning rate of the encoder of pictures, which a pretrained one wants smaller; by default it
-                trains as all else.
+            image_encoder_lr: AdamW's learning rate of the encoder of pictures, usually smaller for a pretrained one; by default
+                that of everything else.
             loss_weights: what targets of each modality count for; the loss is the weighted mean over all targets.
             init_from: folder of a finished model with this configuration and text tokenizer, whose weights to start from.
                 Its other tokenizers may have been retrained: what their codes stand for is then learnt anew. It may be a model of
@@ -107,9 +107,9 @@ class DecoderModule(TestedAsValidated):
                 model of frozen features: then its tokenizers must be these.
             tokenizers: folders of the tokenizers, where batches come from a plain loader; by default those of the data.
             lora: train low-rank adapters and the rows of ids that are no text, and leave the rest as it is in `init_from`.
-            gradient_checkpointing: compute each block again on the way back: less memory, a third more time.
-            mup_base_width: the width at which the learning rates were found; they then hold at others (muP). Depth, heads' width and
-                what a batch holds stay as they were there. None: rates are those of the width itself.
+            gradient_checkpointing: recompute each block in the backward pass: less memory, a third more time.
+            mup_base_width: the width at which the learning rates were found; they then hold at others (muP). Keep depth, head
+                width and batch size as they were there. None: rates are those of the width itself.
             ctc: with `continuous_inputs`, a second loss by which the decoder learns to transcribe; none by default.
         """
         super().__init__()
@@ -312,7 +312,7 @@ class DecoderModule(TestedAsValidated):
     def on_train_batch_start(self, batch: Batch, index: int) -> None:
         if index % self.trainer.accumulate_grad_batches == 0:
             self.total = torch.zeros((), dtype=torch.float32, device=self.device)
-        torch.manual_seed(seed_of(getattr(data_of(self.trainer), "seed", 0), index, self.global_rank))
+        self.seed_step(index)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # Ranks average their gradients; the right divisor is the weight of the targets of all ranks.
@@ -340,9 +340,12 @@ class DecoderModule(TestedAsValidated):
         for name, value in self.means.whole().items():
             self.log(f"{self.split}/{name}", value, prog_bar=name != "loss", sync_dist=True)
 
+    def on_predict_start(self) -> None:
+        self.captioner = self.model()
+
     def predict_step(self, samples: list[Sample], index: int) -> list[dict[str, str]]:
         """Caption samples -> a row for each: where it comes from, what the model says and what is true."""
-        captions = self.model().caption_documents(to_documents(samples, self.tokenizers, patches=self.config.encoders))
+        captions = self.captioner.caption_documents(to_documents(samples, self.tokenizers, patches=self.config.encoders))
         return [{"where": scrub(sample.where), "predicted": caption, "true": sample.caption}
                 for sample, caption in zip(samples, captions, strict=True)]
 

@@ -91,10 +91,10 @@ class Telemetry(Callback):
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         if isinstance(module, DecoderModule):
-            module.decoder.norm.register_forward_pre_hook(self._see)
+            module.decoder.blocks[-1].register_forward_hook(self._see)
 
-    def _see(self, norm: torch.nn.Module, inputs: tuple[Tensor]) -> None:
-        self.hidden = inputs[0].detach()                      # (1, N, D)
+    def _see(self, block: torch.nn.Module, inputs: tuple, output: Tensor) -> None:
+        self.hidden = output.detach()                         # (1, N, D)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int,
                            ) -> None:

@@ -27,6 +27,7 @@ from mmtx.data.storage import recorded, scrub
 from mmtx.data.yaml_check import check_yaml, read_text
 from mmtx.errors import InputError
 from mmtx.files import find_shipped
+from mmtx.hub import find_model
 from mmtx.modality.modality import PLUGINS
 from mmtx.schema import within
 from mmtx.training import private
@@ -228,7 +229,7 @@ class FitCLI(private.PlainCLI):
         init_from = self.config[self.word].get("model.init_args.init_from") or self.config[self.word].get("model.init_args.refine")
         if not folder.is_dir() and init_from is None:
             raise InputError(f"output: {folder}: no such folder, expected a finished model, or --ckpt_path with a checkpoint")
-        return folder if folder.is_dir() else find_shipped(init_from)
+        return folder if folder.is_dir() else find_model(init_from)
 
     def _checkpoint(self, path: str | None) -> Path | None:
         """The file that `--ckpt_path` means."""

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Generator, Tensor
 
-from mmtx.data.tokens import seed_of
 from mmtx.errors import InputError
 from mmtx.files import find_shipped
 from mmtx.modality.audio import AudioTokenizer
@@ -20,9 +19,8 @@ from mmtx.modality.base import load_tokenizer
 from mmtx.modality.vocoder import CENTS, CLARITY, LOWEST, PITCHES, VocoderConfig, hertz, track_frames
 from mmtx.schema import within
 from mmtx.training.codec_data import CodecBatch, CodecData
-from mmtx.training.means import Means, TestedAsValidated
+from mmtx.training.module import Means, TrainingModule
 from mmtx.training.optimizer import OptimizerConfig, configure
-from mmtx.training.private import data_of
 
 # (FFT size, hop, window) in samples. PUBLISHED are those of Parallel WaveGAN (https://arxiv.org/abs/1910.11480).
 PUBLISHED = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))
@@ -54,7 +52,7 @@ class VocoderData(CodecData):
         return torch.stack(cuts)
 
 
-class VocoderModule(TestedAsValidated):
+class VocoderModule(TrainingModule):
     """Trains a vocoder for an audio tokenizer, and saves the tokenizer with the vocoder in it."""
 
     def __init__(self, tokenizer: str, vocoder: VocoderConfig = VocoderConfig(),
@@ -95,7 +93,7 @@ class VocoderModule(TestedAsValidated):
         return configure(self.tokenizer.vocoder, self.optimizer_config, self.trainer.max_steps, precision=self.trainer.precision)
 
     def on_train_batch_start(self, batch: CodecBatch, index: int) -> None:
-        torch.manual_seed(seed_of(getattr(data_of(self.trainer), "seed", 0), index, self.global_rank))
+        self.seed_step(index)
 
     def training_step(self, batch: CodecBatch, index: int) -> Tensor:
         true, vocoder = batch.media, self.tokenizer.vocoder

@@ -1,10 +1,13 @@
-"""Figures of a validation: means over all that was held out, whatever the batches and however many the ranks."""
+"""What all modules that train have in common: the figures of a validation and the random numbers of a step."""
 
 from typing import Any
 
 import torch
 from lightning import LightningModule
 from torch import Tensor
+
+from mmtx.data.tokens import seed_of
+from mmtx.training.private import data_of
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
@@ -43,8 +46,14 @@ class Means:
         return found
 
 
-class TestedAsValidated(LightningModule):
-    """A module whose test is its validation with other samples."""
+class TrainingModule(LightningModule):
+    """What all modules here have in common: random numbers that follow from the step, and a test that is the validation with
+    other samples.
+    """
+
+    def seed_step(self, index: int) -> None:
+        """Seed torch for a training batch, so that a resumed run draws what the run before it would have drawn."""
+        torch.manual_seed(seed_of(getattr(data_of(self.trainer), "seed", 0), index, self.global_rank))
 
     @property
     def split(self) -> str:
