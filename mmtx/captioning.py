@@ -34,11 +34,14 @@ def find_media(names: str | Path | Sequence[str | Path], kind: str | None = None
     for name in map(str, [names] if isinstance(names, (str, Path)) else each(names, "name")):
         path = Path(name)
         try:
-            if is_url(name) or path.is_file():
+            if not name:
+                yield InputError("found an empty name, expected a file or folder")
+            elif is_url(name) or path.is_file():
                 found = kind_of(name)
                 yield name if found in (None, *kinds) else InputError(f"{display(name)}: found {found}, expected {kind}")
             elif path.is_dir():
-                inside = sorted(str(file) for file in path.rglob("*") if kind_of(file.name) in kinds and file.is_file())
+                inside = sorted(str(file) for file in path.rglob("*") if kind_of(file.name) in kinds and file.is_file()
+                                and not any(part.startswith(".") for part in file.relative_to(path).parts))
                 yield from inside
                 if not inside:
                     yield InputError(f"{name}: found no {'pictures or sounds' if kind is None else kind} in this folder")

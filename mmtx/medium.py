@@ -113,8 +113,10 @@ class Sound(NamedTuple):
             raise InputError(f"rate: found {self.rate!r:.100}, expected a whole number of Hz from {RATES[0]} to {RATES[1]}")
         if samples.dtype.kind not in "fi" or samples.ndim not in (1, 2):
             raise InputError(f"samples: found {samples.dtype} of shape {samples.shape}, expected numbers (S,)")
+        channels = samples.shape[1] if samples.ndim == 2 else 1
+        if not 0 < channels <= MAX_CHANNELS:
+            raise InputError(f"samples: found {channels} channels in shape {samples.shape}, expected numbers (S,) or (S, C)")
         try:
-            channels = samples.shape[1] if samples.ndim == 2 else 1
             with soundfile.SoundFile(file, "w", int(self.rate), channels, format=form[1:]) as sink:
                 for first in range(0, len(samples), WRITTEN):
                     sink.write(samples[first:first + WRITTEN])

@@ -80,7 +80,8 @@ def load(folder: str | Path | None = None, device: str | torch.device | None = N
     """
     config, vocabulary, tokenizers, folder = read_model(folder)
     decoder = load_module(lambda: Decoder(config, build_encoder), folder / WEIGHTS)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     return Model(decoder, vocabulary, tokenizers).to(device).prepare_for_inference(load_in_8bit)
 
 

@@ -669,3 +669,6 @@ def test_other_rooms_and_instruments_of_a_sound():
         assert torch.fft.rfft(view).abs().argmax() == place(440) and view.shape == tone.shape
     assert AudioAugmentation(reverb=0.4, equalizer=6, band_stop=1, time_mask=0.2, fade=6)(sound[:50], rate, generator()).shape == (50,)
     assert torch.isfinite(AudioAugmentation(reverb=0.4, equalizer=6, band_stop=1)(torch.zeros(100), rate, generator())).all()
+    for length in (1, 2, 3):
+        heard = AudioAugmentation(equalizer=6)(torch.ones(length), rate, generator())
+        assert heard.shape == (length,) and torch.isfinite(heard).all()

@@ -669,6 +669,7 @@ def test_a_sound_that_cannot_be_saved_there_is_one_line(tone, tmp_path, monkeypa
     (None, 12_345, "mp3", r"a\.mp3: cannot be written \(.*sample rate"), (None, 700_000, "flac", "rate: found 700000"),
     (np.float32(0.5), RATE, "wav", r"samples: found float32 of shape \(\), expected numbers \(S,\)"),
     (np.zeros((2, 2, 2)), RATE, "wav", r"samples: found float64 of shape \(2, 2, 2\)"),
+    (np.zeros((2, 100)), RATE, "wav", r"samples: found 100 channels in shape \(2, 100\), expected numbers \(S,\)"),
     (np.array(["a"]), RATE, "wav", "samples: found <U1"), ("abc", RATE, "wav", "samples: found <U3"),
     (np.zeros(9, np.float16), RATE, "wav", r"a\.wav: cannot be written \(.*float16"),
 ])

@@ -421,6 +421,16 @@ def test_a_table(folder, name, between):
     assert f"{name} row 5" in str(quoted) and ("not a row of a table" if between == "," else "no such file") in str(quoted)
 
 
+def test_a_table_as_people_write_it(folder):
+    """Blanks around cells count for nothing, nor do rows of nothing but commas; a caption comes before another text."""
+    (folder / "x.csv").write_text('image, text, caption\na.png , alt,  a cat \n , , \n   \na.png,b,\n')
+    one, two = scan(str(folder / "x.csv"))
+    assert said(one) == [("user", [A]), ("assistant", ["a cat"])] and one.metadata == {"text": "alt"}
+    assert said(two) == [("user", [A]), ("assistant", ["b"])]
+    (folder / "x.jsonl").write_text(json.dumps({"image": "a.png", "text": "alt", "caption": "a cat"}))
+    assert said(next(scan(str(folder / "x.jsonl")))) == said(one)
+
+
 def test_rows_behind_a_quote_that_is_not_closed_are_counted(folder):
     rows = [f"a.png,thing {k}" for k in range(40)]
     rows[12] = 'a.png,"thing 12'

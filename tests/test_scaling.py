@@ -235,12 +235,14 @@ def test_the_command_tells_all_sources_and_what_repeats(tmp_path, capsys, models
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("options", [[], ["--flops", "1e15", "--hours", "2"], ["--hours", "2"], ["--flops", "nan"],
-                                     ["--flops", "-1"], ["--flops", "1e15", "--rate", "2"]])
-def test_budgets_that_are_none_are_refused(options, tmp_path, capsys, models):
+@pytest.mark.parametrize("options, found", [
+    ([], "no budget"), (["--flops", "1e15", "--hours", "2"], "--flops and --hours"), (["--hours", "2"], "--hours,"),
+    (["--flops", "nan"], "nan"), (["--flops", "-1"], "-1"), (["--flops", "1e15", "--rate", "2"], "--flops and --rate")])
+def test_budgets_that_are_none_are_refused(options, found, tmp_path, capsys, models):
     with pytest.raises(SystemExit) as stop:
         main(["plan", "--model", str(tmp_path / "64-1000" / "model"), *options])
-    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    told = capsys.readouterr().err
+    assert stop.value.code == 2 and told.count("\n") == 1 and f"found {found}" in told.replace("'", "")
 
 
 def test_a_plot_has_the_frontier_at_exact_costs(law, tmp_path, monkeypatch):

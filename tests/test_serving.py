@@ -276,6 +276,11 @@ def test_embeddings_are_the_mean_of_hidden_states(model, server, media):
     assert answer.usage.prompt_tokens == sum(len(model._prompt(parts).ids) for parts in (["a red circle"], [""], [marked(media[0])]))
 
 
+def test_no_inputs_are_no_embeddings(server):
+    with pytest.raises(openai.BadRequestError, match="input"):
+        server.client.embeddings.create(model=NAME, input=[])
+
+
 def test_completions_go_on_with_a_plain_document(model, server):
     answer = server.client.completions.create(model=NAME, prompt="a red", max_tokens=8)
     asked = prompt(Document((Turn(None, tuple(model.encode_parts(["a red"]))),)), model.vocabulary)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from mmtx.captioning import find_media
 from mmtx.data.sample import Text, kind_of
 from mmtx.data.sources import SkipCounter, is_selected, open_source, read, scan
 from mmtx.data.storage import FileSource, MemorySource, display
@@ -110,7 +111,7 @@ def chat(content, role="user"):
         ({"text": [0] * 10_000}, ["'text'", "[0, 0"]),
         ({"text": " \n"}, ["'text'", "expected text"]),
         ('{"text": "\\ud800"}', ["'text'", "surrogate"]),
-        ({"image": "a.png"}, ["'text' or 'caption'"]),
+        ({"image": "a.png"}, ["'caption' or 'text'"]),
         ({"caption": "x"}, ["'text'", "caption"]),
         ({"image": "b.png", "text": "x"}, ["'image'", "b.png", "no such file"]),
         ({"image": "", "text": "x"}, ["'image'", "path"]),
@@ -245,6 +246,21 @@ def test_shard(tmp_path, name):
     assert samples[0].where == f"{path} member 000" and media[0].name == f"{path} member 000.png"
     assert pickle.loads(pickle.dumps(samples)) == samples
     assert sorted(p.name for p in tmp_path.iterdir()) == [name]  # nothing was extracted
+
+
+def test_what_is_hidden_is_no_sample(tmp_path):
+    """Nor is what lies in a hidden folder, as Jupyter and file managers make them."""
+    names = ["a/x.png", "a/.ipynb_checkpoints/x.png", ".Trash/y.png", "./b/z.png"]
+    both = [(name, b"x") for name in names] + [(name[:-3] + "txt", b"said") for name in names]
+    for name, content in both:
+        (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder" / name).write_bytes(content)
+    assert sorted(sample.key for sample in read(str(tmp_path / "folder"))) == ["a/x", "b/z"]
+    assert sorted(sample.key.removeprefix("./") for sample in read(shard(tmp_path / "x.tar", both))) == ["a/x", "b/z"]
+    found = [*find_media(tmp_path / "folder")]
+    assert found == [str(tmp_path / "folder" / name) for name in ("a/x.png", "b/z.png")]
+    (error,) = find_media("")
+    assert str(error) == "found an empty name, expected a file or folder"
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,17 @@ def test_a_resumed_run_is_the_run_that_was_interrupted(root, decoder_data, monke
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+def test_a_run_that_begins_anew_where_another_was_says_so(root, decoder_data, capfd):
+    steps = {**TRAINER, "max_steps": 3, "limit_val_batches": 0}
+    fit(root / "anew", DECODER_MODULE, decoder_data, steps, ("--ckpt_path", "last"))
+    assert "anew/checkpoints: no checkpoint to go on with, so this run begins anew" in capfd.readouterr().err
+    fit(root / "anew", DECODER_MODULE, decoder_data, steps)
+    told = capfd.readouterr().err
+    assert "replaces the one that was at step-000000002; --ckpt_path last would go on with it" in told
+    fit(root / "anew", DECODER_MODULE, decoder_data, steps, ("--ckpt_path", "last"))
+    assert "anew and" not in capfd.readouterr().err
+
+
 # -- Validate, test, predict ---------------------------------------------------------------------------------
 
 

@@ -24,7 +24,7 @@ def add(commands) -> None:
     parser.add_argument("--file", type=Path, help="where a picture or a sound goes, e.g. out.png, out.wav")
     parser.add_argument("--begin", metavar="FILE", help="a picture to be completed, or a sound that shall go on")
     parser.add_argument("--rows", type=count(0), help="pixel rows that are kept of that picture, default: the upper half")
-    parser.add_argument("--seconds", type=float, default=1.0, help="the most that is added to that sound, default: 1")
+    parser.add_argument("--seconds", type=float, help="the most that is added to that sound, default: 1")
     add_server_option(parser)
     add_model_options(parser)
     add_8bit_option(parser)
@@ -42,6 +42,11 @@ def run(options: argparse.Namespace) -> None:
         raise InputError(f"--file is missing: where shall the {options.out} go?")
     if options.out == "text" and options.begin is not None:
         raise InputError("--begin: found --out text, expected --out image or --out audio")
+    if options.out == "text" and options.file is not None:
+        raise InputError("--file: found --out text, which is printed, expected --out image or --out audio")
+    for name, out in (("rows", "image"), ("seconds", "audio")):
+        if getattr(options, name) is not None and (options.begin is None or options.out != out):
+            raise InputError(f"--{name}: found none of what it is for, expected it with --begin and --out {out}")
     if options.model is None and options.server is None and options.out in ("image", "audio"):
         from mmtx.files import shipped
 
@@ -61,6 +66,6 @@ def run(options: argparse.Namespace) -> None:
         raise InputError(f"--begin: found --out {options.out}, expected --out image or --out audio")
     else:
         del sampling["max_new_tokens"]  # --seconds say it
-        result = model.continue_audio(options.begin, options.seconds, parts, **sampling)
+        result = model.continue_audio(options.begin, 1.0 if options.seconds is None else options.seconds, parts, **sampling)
     write_media(result, options.file)
     print(options.file)

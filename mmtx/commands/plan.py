@@ -40,7 +40,8 @@ def run(options: argparse.Namespace) -> None:
     from mmtx.scaling import EPOCHS, RESAMPLES, fit, held_out, isoflop_plot, plans, read_runs, worth_of
 
     if (options.flops is None) == (options.hours is None) or (options.hours is None) != (options.rate is None):
-        raise InputError("found another budget, expected --flops, or --hours with --rate")
+        given = [f"--{name}" for name in ("flops", "hours", "rate") if getattr(options, name) is not None]
+        raise InputError(f"found {' and '.join(given) or 'no budget'}, expected --flops, or --hours with --rate")
     if options.file and not options.runs:
         raise InputError("--file: found no --runs, expected the folder of runs to plot")
     budget = options.flops or options.hours * 3600 * options.rate

@@ -179,7 +179,7 @@ class AudioAugmentation:
             spectrum = torch.fft.rfft(waveform, size)
             octave = (torch.linspace(0, rate / 2, len(spectrum)) / LOWEST).clamp_min(1).log2()  # above LOWEST Hz
             if self.equalizer:
-                place = octave / octave[-1] * (EQUALISED - 1)
+                place = octave / octave[-1].clamp_min(1e-6) * (EQUALISED - 1)  # 0 of a single sample
                 low = place.long().clamp_max(EQUALISED - 2)
                 level = self.equalizer * (2 * rand(EQUALISED) - 1)
                 spectrum = spectrum * 10 ** (torch.lerp(level[low], level[low + 1], place - low) / 20)

@@ -4,15 +4,15 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 
 from mmtx.data.fields import MAX_CAPTION, attempt, decode, json_object, renamed
-from mmtx.data.forms import CHATS, turns_of
+from mmtx.data.forms import CHATS, TEXTS, turns_of
 from mmtx.data.sample import Media, Sample, kind_of, known_kind, suffix
 from mmtx.data.storage import FileSource, MediaSource
 from mmtx.errors import InputError
 from mmtx.modality.modality import MODALITIES
 
-CAPTIONS = ("caption", "text", "transcription", "transcript", "sentence")  # of KEY.json, the first that is there
 METADATA = ("metadata.jsonl", "metadata.csv")  # a manifest inside a folder of media, as `datasets` has it
 SPECIAL = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFBLK: "a device", stat.S_IFCHR: "a device"}
 
@@ -69,7 +69,8 @@ def _files(path: str, follow_links: bool) -> Iterator[tuple[str, Found]]:
             if os.path.isdir(entry.path) if linked else entry.is_dir(follow_symlinks=False):
                 if outside and not follow_links:
                     yield name + os.sep, _link(entry.path, target)
-                elif (outside or not linked) and target not in seen:  # a linked folder of the source is read where it is
+                # A linked folder of the source is read where it is, and a hidden one never.
+                elif (outside or not linked) and target not in seen and not entry.name.startswith("."):
                     folders.append(name)
                     seen.add(target)
             elif is_wanted(name):
@@ -101,8 +102,9 @@ def too_long(where: str, size: int) -> InputError:
 
 
 def is_wanted(name: str) -> bool:
-    """Media and captions, but no hidden files: macOS puts a "._x.png" beside each "x.png" of a tar."""
-    return (known_kind(name) is not None or suffix(name) in (".json", ".txt")) and not os.path.basename(name).startswith(".")
+    """Media and captions, but nothing hidden: macOS puts a "._x.png" beside each "x.png" of a tar, Jupyter copies in folders."""
+    hidden = any(part.startswith(".") and part not in (".", "..") for part in Path(name).parts)
+    return (known_kind(name) is not None or suffix(name) in (".json", ".txt")) and not hidden
 
 
 def captioned(key: str, files: list[tuple[str, Found]], where: str, name_prefix: str,
@@ -130,5 +132,5 @@ def captioned(key: str, files: list[tuple[str, Found]], where: str, name_prefix:
         row["caption"] = decode(beside[".txt"].read(), f"{where}.txt").strip()
     if {"caption", "text"} & row.keys():  # a chat is read where there is no caption
         aside |= {name: row.pop(name) for name in CHATS if name in row}
-    turns = turns_of(row, where, None, (Media(kind_of(name), name_prefix + name, source),), CAPTIONS)
+    turns = turns_of(row, where, None, (Media(kind_of(name), name_prefix + name, source),), TEXTS)
     return Sample(key, turns, row | aside, where)

@@ -29,7 +29,7 @@ from mmtx.errors import InputError
 from mmtx.modality.modality import MODALITIES, media_kinds
 
 FILE_NAME = "file_name"  # a field with a medium of the kind that its extension says
-TEXTS = ("text", "caption", "transcription", "transcript", "sentence")
+TEXTS = ("caption", "text", "transcription", "transcript", "sentence")  # the first that a row has
 CHATS = ("messages", "conversations")
 PAIRS = (("instruction", "output"), ("query", "response"), ("prompt", "completion"), ("prompt", "response"),
          ("question", "answer"))

@@ -57,7 +57,7 @@ def _table(rows: Callable[[Iterator[str]], Iterator[list[str] | str]], file: Bin
     csv.field_size_limit(max(MAX_ROW, csv.field_size_limit()))  # of the whole process, by default 128 kB
     header, number = None, 0
     for cells in rows(texts()):
-        if not cells:
+        if not isinstance(cells, str) and not any(map(str.strip, cells)):  # no row, or one of commas alone, as spreadsheets have
             continue
         if header is None:
             if isinstance(cells, str):
@@ -72,7 +72,7 @@ def _table(rows: Callable[[Iterator[str]], Iterator[list[str] | str]], file: Bin
         elif len(cells) != len(header):
             yield number, InputError(f"{name} row {number}: found {len(cells)} cells, expected {len(header)} as the header has")
         else:
-            yield number, {column: cell or None for column, cell in zip(header, cells)}
+            yield number, {column: cell.strip() or None for column, cell in zip(header, cells)}
 
 
 def _between_commas(texts: Iterator[str]) -> Iterator[list[str] | str]:

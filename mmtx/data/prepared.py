@@ -292,7 +292,7 @@ class Prepared:
             found = "none" if entry is None else entry.fingerprint[:12]
             if entry is None or (entry.fingerprint, entry.size) != (made.fingerprint, made.size):
                 raise InputError(f"{self.path}: prepared with the {kind} tokenizer {made.fingerprint[:12]}, found "
-                                 f"{found}; expected the same one")
+                                 f"{found} in this run; expected the same one (mmtx prepare --config or --tokenizers names it)")
             if entry.start != made.start:
                 raise InputError(f"{self.path}: its {kind} ids begin at {made.start}, those of this run at "
                                  f"{entry.start}; expected the same tokenizers of all kinds")

@@ -42,7 +42,7 @@ def as_items(given: Any) -> Any:
 
 def as_inputs(given: Any) -> Any:
     """Text or a list of items is a list of one input."""
-    several = isinstance(given, list) and given and isinstance(given[0], (str, list))
+    several = isinstance(given, list) and (not given or isinstance(given[0], (str, list)))
     return given if several else [given]
 
 
@@ -120,7 +120,7 @@ class CompletionBody(WriteBody):
 
 
 class EmbeddingsBody(Asking):
-    input: Annotated[list[Content], BeforeValidator(as_inputs)]
+    input: Annotated[list[Content], BeforeValidator(as_inputs), Field(min_length=1)]
     encoding_format: Literal["float", "base64"] = "float"
 
 

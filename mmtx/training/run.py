@@ -32,7 +32,7 @@ from mmtx.modality.modality import PLUGINS
 from mmtx.schema import within
 from mmtx.training import private
 from mmtx.training.callbacks import ProgressBar, SaveConfig, SaveModel, ShowSamples
-from mmtx.training.checkpoint import AtomicCheckpointIO, Checkpoints, flatten, may_change, newest
+from mmtx.training.checkpoint import AtomicCheckpointIO, Checkpoints, by_age, flatten, may_change, newest
 from mmtx.training.codec import CodecModule
 from mmtx.training.decoder import DecoderModule
 from mmtx.training.guard import SkipNonFinite
@@ -180,7 +180,15 @@ class FitCLI(private.PlainCLI):
         """`Trainer.fit`, for which "last" is the newest checkpoint that is sound."""
         self._check_fit()
         self.checkpoint_io.record = self.record()
-        self.trainer.fit(**{**kwargs, "ckpt_path": self._checkpoint(kwargs["ckpt_path"])})
+        given, path = kwargs["ckpt_path"], self._checkpoint(kwargs["ckpt_path"])
+        folder = Path(self.said("output")) / "checkpoints"
+        if path is None and self.trainer.is_global_zero and not self.said("trainer").fast_dev_run:
+            if found := by_age(folder):
+                print(f"mmtx: {self.said('output')}: this run begins anew and replaces the one that was at {found[-1].stem}; "
+                      "--ckpt_path last would go on with it", file=sys.stderr)
+            elif given is not None:
+                print(f"mmtx: {folder}: no checkpoint to go on with, so this run begins anew", file=sys.stderr)
+        self.trainer.fit(**{**kwargs, "ckpt_path": path})
 
     def validate(self, **kwargs: Any) -> None:
         """Print the figures of the finished model in `--output`, or of a checkpoint, and write nothing."""
