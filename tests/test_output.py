@@ -34,7 +34,7 @@ def room(size: int):
 # -- Names ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["", " ", "\t\n", "a\0b"])
+@pytest.mark.parametrize("name", ["", " ", "\t\n", "a\0b", "~/x"])
 def test_what_is_no_name_is_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="output: found .*expected the name of a folder"):

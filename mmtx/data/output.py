@@ -31,6 +31,8 @@ def check_output(folder: str) -> Path:
     """Create the output folder, or say why it cannot be written, before any long work."""
     if not folder.strip() or "\0" in folder:
         raise InputError(f"output: found {folder!r}, expected the name of a folder")
+    if folder.startswith("~"):  # as in quotes and behind "=": nobody wants a folder of that name
+        raise InputError(f"output: found {folder!r}, whose ~ the shell has left as it is, expected the name of a folder in full")
     path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
