@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from mmtx.data.folder import is_hidden
 from mmtx.data.sample import kind_of
 from mmtx.data.storage import display
 from mmtx.data.trust import is_url
@@ -41,7 +42,7 @@ def find_media(names: str | Path | Sequence[str | Path], kind: str | None = None
                 yield name if found in (None, *kinds) else InputError(f"{display(name)}: found {found}, expected {kind}")
             elif path.is_dir():
                 inside = sorted(str(file) for file in path.rglob("*") if kind_of(file.name) in kinds and file.is_file()
-                                and not any(part.startswith(".") for part in file.relative_to(path).parts))
+                                and not is_hidden(str(file.relative_to(path))))
                 yield from inside
                 if not inside:
                     yield InputError(f"{name}: found no {'pictures or sounds' if kind is None else kind} in this folder")

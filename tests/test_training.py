@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -219,6 +220,9 @@ def test_a_run_that_begins_anew_where_another_was_says_so(root, decoder_data, ca
     assert "replaces the one that was at step-000000002; --ckpt_path last would go on with it" in told
     fit(root / "anew", DECODER_MODULE, decoder_data, steps, ("--ckpt_path", "last"))
     assert "anew and" not in capfd.readouterr().err
+    shutil.rmtree(root / "anew" / "checkpoints")
+    fit(root / "anew", DECODER_MODULE, decoder_data, steps)
+    assert "begins anew and replaces the model that is there" in capfd.readouterr().err
 
 
 # -- Validate, test, predict ---------------------------------------------------------------------------------

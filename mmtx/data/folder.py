@@ -102,9 +102,13 @@ def too_long(where: str, size: int) -> InputError:
 
 
 def is_wanted(name: str) -> bool:
-    """Media and captions, but nothing hidden: macOS puts a "._x.png" beside each "x.png" of a tar, Jupyter copies in folders."""
-    hidden = any(part.startswith(".") and part not in (".", "..") for part in Path(name).parts)
-    return (known_kind(name) is not None or suffix(name) in (".json", ".txt")) and not hidden
+    """Media and captions, but nothing hidden."""
+    return (known_kind(name) is not None or suffix(name) in (".json", ".txt")) and not is_hidden(name)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or a folder above it is: macOS puts a "._x.png" beside each "x.png" of a tar, Jupyter copies in folders."""
+    return any(part.startswith(".") and part != ".." for part in Path(name).parts)
 
 
 def captioned(key: str, files: list[tuple[str, Found]], where: str, name_prefix: str,

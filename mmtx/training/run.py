@@ -181,13 +181,15 @@ class FitCLI(private.PlainCLI):
         self._check_fit()
         self.checkpoint_io.record = self.record()
         given, path = kwargs["ckpt_path"], self._checkpoint(kwargs["ckpt_path"])
-        folder = Path(self.said("output")) / "checkpoints"
+        output = Path(self.said("output"))
         if path is None and self.trainer.is_global_zero and not self.said("trainer").fast_dev_run:
-            if found := by_age(folder):
-                print(f"mmtx: {self.said('output')}: this run begins anew and replaces the one that was at {found[-1].stem}; "
+            if given is not None:
+                print(f"mmtx: {output / 'checkpoints'}: no checkpoint to go on with, so this run begins anew", file=sys.stderr)
+            elif found := by_age(output / "checkpoints"):
+                print(f"mmtx: {output}: this run begins anew and replaces the one that was at {found[-1].stem}; "
                       "--ckpt_path last would go on with it", file=sys.stderr)
-            elif given is not None:
-                print(f"mmtx: {folder}: no checkpoint to go on with, so this run begins anew", file=sys.stderr)
+            elif (output / "model").exists():
+                print(f"mmtx: {output}: this run begins anew and replaces the model that is there", file=sys.stderr)
         self.trainer.fit(**{**kwargs, "ckpt_path": path})
 
     def validate(self, **kwargs: Any) -> None:
