@@ -1,10 +1,11 @@
 """Captions and transcripts of many files: whatever is wrong with one of them, the others get theirs."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from mmtx.data.folder import is_hidden
+from mmtx.data.folder import files_in
 from mmtx.data.sample import kind_of
 from mmtx.data.storage import display
 from mmtx.data.trust import is_url
@@ -41,9 +42,9 @@ def find_media(names: str | Path | Sequence[str | Path], kind: str | None = None
                 found = kind_of(name)
                 yield name if found in (None, *kinds) else InputError(f"{display(name)}: found {found}, expected {kind}")
             elif path.is_dir():
-                inside = sorted(str(file) for file in path.rglob("*") if kind_of(file.name) in kinds and file.is_file()
-                                and not is_hidden(str(file.relative_to(path))))
-                yield from inside
+                inside = [(file, found) for file, found in sorted(files_in(name, follow_links=True), key=lambda each: each[0])
+                          if kind_of(file) in kinds or file.endswith(os.sep)]  # the latter is a folder that cannot be read
+                yield from (found if isinstance(found, InputError) else str(path / file) for file, found in inside)
                 if not inside:
                     yield InputError(f"{name}: found no {'pictures or sounds' if kind is None else kind} in this folder")
             elif path.exists():

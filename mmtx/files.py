@@ -95,6 +95,17 @@ def write_json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
+def user_path(name: str | os.PathLike) -> Path:
+    """The path that a user means, in which ~ is his home, as a shell has it; it leaves one behind "=" or in quotes.
+
+    Raises InputError for the home of nobody.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise InputError(f"{name}: found {Path(name).parts[0]}, the home of no user here") from None
+
+
 def find_shipped(name: str | Path) -> Path:
     """A folder or file that a user named, also in a configuration: his own by its path or, if there is none, among those
     that come with the package. What nobody named is `shipped`, whatever lies in the current directory.
@@ -102,9 +113,9 @@ def find_shipped(name: str | Path) -> Path:
     if not isinstance(name, (str, os.PathLike)):
         raise InputError(f"found {type(name).__name__}, expected the path of a folder or file")
     try:
-        with suppress(RuntimeError):  # "~name" of nobody
-            put_back(Path(name).expanduser())
-            if (found := Path(name).expanduser()).exists():
+        with suppress(InputError):
+            put_back(found := user_path(name))
+            if found.exists():
                 return found
         return shipped(name)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
@@ -188,7 +199,7 @@ def check_target(folder: str | Path) -> Path:
     try:
         if not os.fspath(folder) or "\0" in os.fspath(folder):
             raise InputError(f"{str(folder)!r}: found no name of a folder, expected one")
-        target = Path(os.path.realpath(Path(folder).expanduser()))
+        target = Path(os.path.realpath(user_path(folder)))
         if target == (here := Path.cwd()) or target in here.parents:
             raise InputError(f"{folder}: is the current folder or holds it, expected a folder of its own, as in "
                              f"{Path(folder) / 'model'}")
@@ -205,7 +216,7 @@ def check_target(folder: str | Path) -> Path:
             if found is not None:
                 raise InputError(f"{folder}: holds {found[:80]!r}, which mmtx did not write, and is left as it is; "
                                  "expected a new folder or one of an earlier save")
-    except (OSError, RuntimeError, UnicodeError) as error:  # RuntimeError: "~name" of nobody
+    except (OSError, UnicodeError) as error:
         raise _unwritten(folder, error) from None
     return target
 

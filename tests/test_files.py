@@ -108,7 +108,7 @@ def test_targets_that_cannot_be_folders(pair, tmp_path, monkeypatch):
                        ("/", "holds it"), ("../file", "found a file"), ("../file/", "found a file"), ("../loop", "no folder"),
                        ("../pipe", "no folder"), ("../file/model", "cannot be written"), ("a\0b", "no name of a folder"),
                        ("x" * 300, "cannot be written"), ("x" * 250, "cannot be written"), ("y/" * 3000, "cannot be written"),
-                       ("/proc/model", "cannot be written"), ("~nobody-of-this-name/model", "cannot be written")):
+                       ("/proc/model", "cannot be written"), ("~nobody-of-this-name/model", "the home of no user here")):
         with pytest.raises(InputError, match=told) as error:
             pair[0].save(name)
         assert "\n" not in str(error.value)

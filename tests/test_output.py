@@ -34,12 +34,21 @@ def room(size: int):
 # -- Names ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["", " ", "\t\n", "a\0b", "~/x"])
+@pytest.mark.parametrize("name", ["", " ", "\t\n", "a\0b"])
 def test_what_is_no_name_is_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="output: found .*expected the name of a folder"):
         check_output(name)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tilde_is_the_home_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert check_output("~/run") == tmp_path / "home" / "run" and (tmp_path / "home" / "run").is_dir()
+    with pytest.raises(InputError, match="~nobody-of-this-name/x: found ~nobody-of-this-name, the home of no user here"):
+        check_output("~nobody-of-this-name/x")
+    assert [each.name for each in tmp_path.iterdir()] == ["home"]
 
 
 def test_where_no_folder_can_be_is_told(tmp_path):

@@ -156,6 +156,21 @@ def test_bytes_that_are_no_utf8(tmp_path):
     assert "row 2" in str(error) and "UTF-8" in str(error)
 
 
+@pytest.mark.parametrize(("name", "between"), [("data.csv", b","), ("data.tsv", b"\t")])
+def test_a_row_of_a_table_that_is_no_utf8_is_one_bad_row(tmp_path, name, between):
+    """As programs for tables write one who had Latin-1 in the clipboard; the rows behind it are read."""
+    path = tmp_path / name
+    rows = [b"key", b"text"], [b"1", b"caf\xc3\xa9"], [b"2", b"caf\xe9"], [b"3", b"th\xe9", b"x"], [b"4", b"tea"]
+    path.write_bytes(b"\n".join(map(between.join, rows)) + b"\n")
+    first, second, third, last = scan(str(path))
+    assert (first.caption, last.caption) == ("caf\u00e9", "tea")
+    assert str(second) == f"{path} row 2: the column 'text' is not UTF-8 text"
+    assert str(third).startswith(f"{path} row 3: ")
+    path.write_bytes(between.join((b"key", b"t\xe9xt")) + b"\n" + between.join((b"1", b"x")) + b"\n")
+    with pytest.raises(InputError, match="found the header .* is not UTF-8"):
+        list(scan(str(path)))
+
+
 # Reading many.
 
 
@@ -259,6 +274,15 @@ def test_what_is_hidden_is_no_sample(tmp_path):
     assert sorted(sample.key.removeprefix("./") for sample in read(shard(tmp_path / "x.tar", both))) == ["a/x", "b/z"]
     found = [*find_media(tmp_path / "folder")]
     assert found == [str(tmp_path / "folder" / name) for name in ("a/x.png", "b/z.png")]
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "y.png").write_bytes(b"x")
+    (tmp_path / "folder" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "folder" / "b" / "gone.png").symlink_to(tmp_path / "nothing")
+    (tmp_path / "folder" / "b" / "gone.txt").symlink_to(tmp_path / "nothing")
+    found = [*find_media(tmp_path / "folder")]
+    assert [str(each) for each in found] == [
+        str(tmp_path / "folder" / "a/x.png"), f"{tmp_path}/folder/b/gone.png: cannot be read (No such file or directory)",
+        str(tmp_path / "folder" / "b/z.png"), str(tmp_path / "folder" / "linked/y.png")]
     (error,) = find_media("")
     assert str(error) == "found an empty name, expected a file or folder"
 

@@ -1,7 +1,6 @@
 """`mmtx generate`: answer a prompt with text, a picture or a sound."""
 
 import argparse
-from pathlib import Path
 
 from mmtx.commands.arguments import (
     add_8bit_option,
@@ -14,6 +13,7 @@ from mmtx.commands.arguments import (
 )
 from mmtx.commands.media import parts_of, write_media
 from mmtx.errors import InputError, escape
+from mmtx.files import user_path
 from mmtx.modality.modality import MODALITIES
 
 
@@ -21,7 +21,7 @@ def add(commands) -> None:
     parser = commands.add_parser("generate", help="answer a prompt with text, a picture or a sound")
     parser.add_argument("parts", nargs="*", help="text, and paths of pictures and sounds, in order")
     parser.add_argument("--out", choices=tuple(MODALITIES), default="text", help="default: text")
-    parser.add_argument("--file", type=Path, help="where a picture or a sound goes, e.g. out.png, out.wav")
+    parser.add_argument("--file", type=user_path, help="where a picture or a sound goes, e.g. out.png, out.wav")
     parser.add_argument("--begin", metavar="FILE", help="a picture to be completed, or a sound that shall go on")
     parser.add_argument("--rows", type=count(0), help="pixel rows that are kept of that picture, default: the upper half")
     parser.add_argument("--seconds", type=float, help="the most that is added to that sound, default: 1")

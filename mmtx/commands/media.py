@@ -34,8 +34,6 @@ def write_media(result, path: Path, option: str = "--file") -> None:
     """Save what was generated, which appears whole or not at all: what has a method `save`, or an array."""
     import numpy as np
 
-    if str(path).startswith("~"):
-        raise InputError(f"{option} {path}: found a ~ that the shell has left as it is, expected the path in full")
     if not path.suffix and hasattr(result, "save"):
         raise InputError(f"{option} {path}: found no extension, expected one such as .png or .wav")
     special = path.exists() and not path.is_file()  # a pipe or a device gets it straight

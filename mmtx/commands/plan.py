@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mmtx.commands.arguments import count
 from mmtx.errors import InputError
+from mmtx.files import user_path
 
 
 def add(commands) -> None:
@@ -19,7 +20,7 @@ def add(commands) -> None:
     parser.add_argument("--max_seq_len", type=count(1), default=1024, help="tokens of a document, default: 1024")
     parser.add_argument("--unique_tokens", type=_amount, help="tokens of the data before they repeat")
     parser.add_argument("--runs", metavar="FOLDER", help="a folder of finished runs, at least 6 of 3 sizes and 3 numbers of tokens")
-    parser.add_argument("--file", type=Path, help="where a plot of the losses of equal compute goes, e.g. plan.png")
+    parser.add_argument("--file", type=user_path, help="where a plot of the losses of equal compute goes, e.g. plan.png")
     parser.add_argument("--model", help="whose vocabulary and head width the plan is for, default: the one that comes with mmtx")
     parser.set_defaults(run=run)
 

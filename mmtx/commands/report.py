@@ -1,17 +1,17 @@
 """`mmtx report`: a finished run on one page."""
 
 import argparse
-from pathlib import Path
 
 from mmtx.commands.arguments import add_model_options
 from mmtx.commands.evaluate import evaluation
 from mmtx.errors import InputError
+from mmtx.files import user_path
 
 
 def add(commands) -> None:
     parser = commands.add_parser("report", help="a finished run on one HTML page: curves, figures, samples, configuration")
     parser.add_argument("folder", help="the output folder of mmtx fit")
-    parser.add_argument("--file", type=Path, default=None, help="where the page goes, default: report.html in that folder")
+    parser.add_argument("--file", type=user_path, default=None, help="where the page goes, default: report.html in that folder")
     parser.add_argument("--evaluate", action="store_true", help="caption the run's data.validation as mmtx evaluate does, with "
                         "controls; what that tells is kept as evaluation.txt in the folder and is part of later reports, too")
     add_model_options(parser, model=False)
@@ -22,7 +22,7 @@ def run(options: argparse.Namespace) -> None:
     from mmtx.files import write_whole
     from mmtx.run_page import EVALUATION, run_page
 
-    folder = Path(options.folder)
+    folder = user_path(options.folder)
     files = {}
     if options.evaluate:
         asked = argparse.Namespace(config=str(folder / "metrics" / "config.yaml"), model=str(folder / "model"), device=options.device,

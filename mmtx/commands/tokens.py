@@ -3,11 +3,11 @@
 import argparse
 import re
 import sys
-from pathlib import Path
 
 from mmtx.commands.arguments import add_model_options, load_model
 from mmtx.commands.media import parts_of, write_media
 from mmtx.errors import InputError, escape
+from mmtx.files import user_path
 from mmtx.modality.modality import MODALITIES
 
 
@@ -23,7 +23,7 @@ def add(commands) -> None:
     parser = commands.add_parser("detokenize", help="make text, pictures and sounds of ids, such as an engine answers")
     parser.add_argument("ids", nargs="*", metavar="ID", help="an answer, a prompt with its answer, of which the answer is shown, "
                         "or a document; default: those on standard input, as numbers or in JSON")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where pictures and sounds go, as 1.png, 2.wav")
+    parser.add_argument("--output", type=user_path, metavar="FOLDER", help="where pictures and sounds go, as 1.png, 2.wav")
     add_model_options(parser)
     parser.set_defaults(run=detokenize)
 

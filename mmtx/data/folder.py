@@ -22,7 +22,7 @@ Found = MediaSource | InputError  # where a file or member lies, or why it canno
 def read_folder(path: str, fields: Mapping[str, str | None] | None = None, follow_links: bool = False,
                 report: Callable[[str], None] | None = None) -> Iterator[Sample | InputError]:
     groups: dict[str, list[tuple[str, Found]]] = {}
-    for name, found in sorted(_files(path, follow_links), key=lambda file: file[0]):
+    for name, found in sorted(files_in(path, follow_links), key=lambda file: file[0]):
         # Folders that cannot be read end in a separator: a key of their own.
         groups.setdefault(os.path.splitext(name)[0], []).append((name, found))
     tables = [name for name in METADATA if os.path.isfile(os.path.join(path, name))]
@@ -42,7 +42,7 @@ def read_folder(path: str, fields: Mapping[str, str | None] | None = None, follo
                f"first: {alone[0]}")
 
 
-def _files(path: str, follow_links: bool) -> Iterator[tuple[str, Found]]:
+def files_in(path: str, follow_links: bool) -> Iterator[tuple[str, Found]]:
     """Media and captions in a folder and those below it, by their names in `path`, and what cannot be used of them.
 
     A link may lead to where the folder itself leads; what lies elsewhere is read with `follow_links` only: data of

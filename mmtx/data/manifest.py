@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, BinaryIO
 
-from mmtx.data.fields import MAX_ROW, attempt, decode, json_object, lines, objects, reason, renamed, shown
+from mmtx.data.fields import MAX_ROW, attempt, json_object, lines, objects, reason, renamed, shown
 from mmtx.data.forms import empty_media, turns_of
 from mmtx.data.sample import Media, Sample, known_kind, suffix
 from mmtx.data.storage import DatasetSource, FileSource, display, folder_of, is_url, open_binary, uncached
@@ -16,6 +16,7 @@ from mmtx.errors import InputError
 
 Fields = Mapping[str, str | None] | None  # that of a `DataSource`
 QUOTED = re.compile('"(?:[^"]|"")*"')  # a cell as programs for tables write it
+STRAY = re.compile("[\udc80-\udcff]")   # a byte that is no UTF-8
 MOST_LINES = 100  # of a cell between tabs: each new one is read with all before it
 
 
@@ -52,7 +53,7 @@ def _table(rows: Callable[[Iterator[str]], Iterator[list[str] | str]], file: Bin
         for number, line in enumerate(lines(file, name), 1):
             if line is None:
                 raise InputError(f"{name} line {number}: found more than {MAX_ROW} bytes, the most for a row")
-            yield decode(line, f"{name} line {number}") + "\n"
+            yield line.decode("utf-8-sig", "surrogateescape") + "\n"
 
     csv.field_size_limit(max(MAX_ROW, csv.field_size_limit()))  # of the whole process, by default 128 kB
     header, number = None, 0
@@ -63,12 +64,17 @@ def _table(rows: Callable[[Iterator[str]], Iterator[list[str] | str]], file: Bin
             if isinstance(cells, str):
                 raise InputError(f"{name}: no header that can be read ({cells})")
             header = [cell.strip() for cell in cells]
+            if any(map(STRAY.search, header)):
+                raise InputError(f"{name}: found the header {shown(header)}, which is not UTF-8, expected UTF-8 text")
             if "" in header or len(set(header)) < len(header):
                 raise InputError(f"{name}: found the header {shown(header)}, expected a different name in each column")
             continue
         number += 1
         if isinstance(cells, str):
             yield number, InputError(f"{name} row {number}: not a row of a table ({cells})")
+        elif stray := [place for place, cell in enumerate(cells) if STRAY.search(cell)]:
+            column = shown(header[stray[0]]) if stray[0] < len(header) else "behind the last"
+            yield number, InputError(f"{name} row {number}: the column {column} is not UTF-8 text")
         elif len(cells) != len(header):
             yield number, InputError(f"{name} row {number}: found {len(cells)} cells, expected {len(header)} as the header has")
         else:

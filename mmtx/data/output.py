@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mmtx.errors import InputError
+from mmtx.files import user_path
 
 try:
     import fcntl
@@ -31,9 +32,7 @@ def check_output(folder: str) -> Path:
     """Create the output folder, or say why it cannot be written, before any long work."""
     if not folder.strip() or "\0" in folder:
         raise InputError(f"output: found {folder!r}, expected the name of a folder")
-    if folder.startswith("~"):  # as in quotes and behind "=": nobody wants a folder of that name
-        raise InputError(f"output: found {folder!r}, whose ~ the shell has left as it is, expected the name of a folder in full")
-    path = Path(folder)
+    path = user_path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".probe-{os.getpid()}"

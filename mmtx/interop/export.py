@@ -9,7 +9,7 @@ from typing import Any, cast
 import safetensors.torch
 
 from mmtx.errors import InputError
-from mmtx.files import CONFIG, replace_folder, write_json
+from mmtx.files import CONFIG, replace_folder, user_path, write_json
 from mmtx.interop.families import write_settings, write_weights
 from mmtx.interop.gguf_files import CONTROL, NORMAL, UNUSED, write_gguf
 from mmtx.modality.pretrained_text import TEMPLATE, TOKENIZER, PretrainedText
@@ -35,7 +35,7 @@ def export(model: Model, to: str, output: str | Path, max_seq_len: int = MAX_SEQ
     """
     if to not in ("transformers", "gguf"):
         raise InputError(f"--to: found {to!r}, expected transformers or gguf")
-    output = Path(output)
+    output = user_path(output)
     if output.exists():
         raise InputError(f"{output}: exists, expected a new {'folder' if to == 'transformers' else 'file'}")
     text, v = model.tokenizers["text"], model.vocabulary

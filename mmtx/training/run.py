@@ -26,7 +26,7 @@ from mmtx.data.prepare import write
 from mmtx.data.storage import recorded, scrub
 from mmtx.data.yaml_check import check_yaml, read_text
 from mmtx.errors import InputError
-from mmtx.files import find_shipped
+from mmtx.files import find_shipped, user_path
 from mmtx.hub import find_model
 from mmtx.modality.modality import PLUGINS
 from mmtx.schema import within
@@ -118,6 +118,11 @@ class FitCLI(private.PlainCLI):
         """What the command line and its files say of an option, with the classes that they name instantiated."""
         return self.config_init.get(str(self.subcommand), self.config_init).get(name)
 
+    @property
+    def output(self) -> Path:
+        """The folder of the run."""
+        return user_path(self.said("output"))
+
     def before_instantiate_classes(self) -> None:
         config = self.config.get(str(self.subcommand), self.config)
         perceptual = config.get("model.init_args.perceptual")
@@ -130,12 +135,12 @@ class FitCLI(private.PlainCLI):
                 raise InputError(f"{name}: found {found}, which would be called, expected none with --trusted_only true")
 
     def instantiate_trainer(self, **kwargs: Any):
-        output, trainer = Path(self.said("output")), self.said("trainer")
+        output, trainer = self.output, self.said("trainer")
         root = trainer.default_root_dir
         if root is not None and Path(root).absolute() != output.absolute():
             raise InputError(f"trainer.default_root_dir: found {root}, expected none: --output is that folder, found {output}")
         if self.word in ("fit", "predict"):
-            output = check_output(self.said("output"))
+            check_output(self.said("output"))
             if self.subcommand and is_first_rank():
                 self.held.enter_context(lock_folder(output, "output"))
         loggers = [] if trainer.logger in (None, True, False) else as_list(trainer.logger)
@@ -181,7 +186,7 @@ class FitCLI(private.PlainCLI):
         self._check_fit()
         self.checkpoint_io.record = self.record()
         given, path = kwargs["ckpt_path"], self._checkpoint(kwargs["ckpt_path"])
-        output = Path(self.said("output"))
+        output = self.output
         if path is None and self.trainer.is_global_zero and not self.said("trainer").fast_dev_run:
             if given is not None:
                 print(f"mmtx: {output / 'checkpoints'}: no checkpoint to go on with, so this run begins anew", file=sys.stderr)
@@ -206,7 +211,7 @@ class FitCLI(private.PlainCLI):
             raise InputError(f"trainer.devices: found {self.trainer.world_size} processes, expected 1 for mmtx predict")
         batches = self.trainer.predict(**{**self._held_out(kwargs), "return_predictions": True})
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for batch in batches for row in batch]
-        path = Path(self.said("output")) / PREDICTIONS
+        path = self.output / PREDICTIONS
         write(path, "".join(lines).encode(errors="backslashreplace"))  # a name that is no UTF-8: JSON's own escape
         print(f"{path}: {len(lines)} captions")
 
@@ -235,7 +240,7 @@ class FitCLI(private.PlainCLI):
 
     def _finished(self) -> Path:
         """The finished model of the run or, if there is none, the one that it was to start from."""
-        folder = Path(self.said("output")) / "model"
+        folder = self.output / "model"
         init_from = self.config[self.word].get("model.init_args.init_from") or self.config[self.word].get("model.init_args.refine")
         if not folder.is_dir() and init_from is None:
             raise InputError(f"output: {folder}: no such folder, expected a finished model, or --ckpt_path with a checkpoint")
@@ -246,13 +251,13 @@ class FitCLI(private.PlainCLI):
         if path is None:
             return None
         if path == "last":
-            folder = Path(self.said("output")) / "checkpoints"
+            folder = self.output / "checkpoints"
             if (found := newest(folder)) is None and self.word != "fit":
                 raise InputError(f"ckpt_path: {folder}: no checkpoint")
             return found
-        if not Path(path).is_file():
+        if not (file := user_path(path)).is_file():
             raise InputError(f'ckpt_path: {path}: no such file, expected a checkpoint or "last"')
-        return Path(path)
+        return file
 
     def _check_precision(self) -> None:
         precision = self.trainer.precision
