@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -132,6 +133,8 @@ def pixels(page, selector: str) -> np.ndarray:
 
 
 def test_the_page_is_served_with_its_rules(demo):
+    head = urllib.request.Request(demo.address + "/", method="HEAD")
+    assert urllib.request.urlopen(head, timeout=20).status == 200
     with urllib.request.urlopen(demo.address + "/", timeout=20) as answer:
         text, policy = answer.read().decode(), answer.headers["Content-Security-Policy"]
     assert "<h1>starter</h1>" in text and "{{" not in text
@@ -204,10 +207,13 @@ def test_a_model_that_does_not_transcribe_needs_one_that_does(given, transcribes
 
 
 def test_mistakes_in_what_is_made_are_told(demo, media):
-    for body, told in (({"out": "image"}, "content: found nothing"), ({"out": "video"}, "out: Input should be 'image' or 'audio'"),
+    for body, told in (({"out": "image"}, "content: found nothing"), ({"out": "video"}, "out: found 'video', expected 'image' or 'audio'"),
                        ({"out": "audio", "begin": item(media[0])}, "begin: found image, expected audio"),
                        ({"out": "image", "begin": item(media[0][:80])}, "begin.image_url.url: not a whole picture"),
-                       ({"out": "audio", "content": "a", "seconds": 11}, "seconds: Input should be less than or equal to 10"),
+                       ({"out": "image", "begin": {"type": "input_audio", "input_audio": {}}}, "begin.input_audio.data: Field required"),
+                       ({"out": "image", "content": "a", "kept": "0.5"}, "kept: found '0.5', expected a valid number"),
+                       ({"out": "audio", "content": "a", "seconds": math.nan}, "seconds: found nan, expected a finite number"),
+                       ({"out": "audio", "content": "a", "seconds": 11}, "seconds: found 11, expected less than or equal to 10"),
                        ({"out": "audio", "content": "1 2 3 4 5 " * 1000}, "tokens, expected up to 4096 in all")):
         status, message = asked(demo, "/demo/make", **body)
         assert status == 400 and told in message
@@ -387,6 +393,16 @@ def test_a_tab_that_is_left_at_work_is_idle_and_works_again(page, model, media):
     assert words_of(page) == model.caption(mmtx.Image(media[0]))
 
 
+def test_a_key_is_asked_for_until_it_is_right(page, model, media):
+    given = iter(["\u043a\u043b\u044e\u0447 a", "right"])  # a header cannot hold the first
+    page.on("dialog", lambda dialog: dialog.accept(next(given)))
+    refused = {"status": 401, "json": {"error": {"message": "a key"}}}
+    page.route("**/v1/chat/completions", lambda route: route.continue_() if route.request.headers.get(
+        "authorization") == "Bearer right" else route.fulfill(**refused))
+    upload(page, media[0], "a.webp")
+    assert words_of(page) == model.caption(mmtx.Image(media[0])) and next(given, None) is None
+
+
 @pytest.mark.parametrize("way", ["drop", "paste"])
 def test_files_can_be_dropped_and_pasted(page, model, media, way):
     page.evaluate("""([data, way]) => {
@@ -406,6 +422,7 @@ def test_tabs_draw_play_and_go_on(page, maker, media):
     page.click("[data-tab=make]")
     page.fill("#words", "red apple")
     page.fill("#temperature", "0")
+    page.fill("#seed", "3")
     page.click("#ask")
     assert np.array_equal(made("#make .made img"), np.asarray(maker.generate("red apple", "image")))
     page.select_option("#out", "audio")

@@ -5,6 +5,7 @@ import base64
 import contextlib
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -23,10 +24,12 @@ import pytest
 import soundfile
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from servers import serving
 from starlette.testclient import TestClient
 
 import mmtx
+from mmtx.cli import main
 from mmtx.document import Document, Turn
 from mmtx.errors import InputError
 from mmtx.inference.choose import choose_engine
@@ -37,7 +40,8 @@ from mmtx.sequence import prompt
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 
-from mmtx.serving.app import make_app  # noqa: E402
+from mmtx.serving import messages as api  # noqa: E402
+from mmtx.serving.app import make_app, serve  # noqa: E402
 from mmtx.serving.batches import Batches, Job  # noqa: E402
 from mmtx.serving.limits import Limits, Refused  # noqa: E402
 from mmtx.serving.sounds import in_thread  # noqa: E402
@@ -279,6 +283,8 @@ def test_embeddings_are_the_mean_of_hidden_states(model, server, media):
 def test_no_inputs_are_no_embeddings(server):
     with pytest.raises(openai.BadRequestError, match="input"):
         server.client.embeddings.create(model=NAME, input=[])
+    with pytest.raises(openai.BadRequestError, match=r"input\[0\]\[0\]: found 1, expected a JSON object"):
+        server.client.embeddings.create(model=NAME, input=[[1, 2]])
 
 
 def test_completions_go_on_with_a_plain_document(model, server):
@@ -468,7 +474,22 @@ def silence(seconds: float) -> bytes:
     ("a", {"seed": -1}, 400, "seed"),
     ("a", {"n": 2}, 400, "n: "),
     ("a", {"max_tokens": 5000}, 400, "tokens"),
-    ("a", {"max_tokens": 0}, 400, "max_tokens: Input should be greater than or equal to 1"),
+    ("a", {"max_tokens": 0}, 400, "max_tokens: found 0, expected greater than or equal to 1"),
+    ("a", {"max_tokens": "16"}, 400, "max_tokens: found '16', expected a valid integer"),
+    ("a", {"max_tokens": 16.0}, 400, "max_tokens: found 16.0, expected a valid integer"),
+    ("a", {"temperature": "0.5"}, 400, "temperature: found '0.5', expected a valid number"),
+    ("a", {"n": True}, 400, "n: found True, expected a valid integer"),
+    ("a", {"extra_body": {"presence_penalty": False}}, 400, "presence_penalty: found False, expected a valid number"),
+    ("a", {"logprobs": 1}, 400, "logprobs: found 1, expected a valid boolean"),
+    ("a", {"extra_body": {"stream": "yes"}}, 400, "stream: found 'yes', expected a valid boolean"),
+    ("a", {"stream_options": {"include_usage": "no"}}, 400, "stream_options.include_usage: found 'no', expected a valid boolean"),
+    ("a", {"frequency_penalty": 0.5}, 400, "frequency_penalty: found 0.5, expected"),
+    (5, {}, 400, "messages[0].content: found 5, expected a valid list"),
+    ([5], {}, 400, "messages[0].content[0]: found 5, expected a JSON object"),
+    ([{"text": "a"}], {}, 400, "messages[0].content[0]: found {'text': 'a'}, expected a JSON object with its type"),
+    ([words("a"), words(5)], {}, 400, "messages[0].content[1].text: found 5, expected a valid string"),
+    ([{"type": "image_url", "image_url": "a"}], {}, 400, "messages[0].content[0].image_url: found 'a', expected a JSON object"),
+    ([{"type": "image_url", "image_url": {"url": 5}}], {}, 400, "messages[0].content[0].image_url.url: found 5, expected a valid string"),
     ("a", {"max_completion_tokens": 3}, 400, "max_tokens: Extra inputs"),  # beside max_tokens
     ("a" * 9000, {}, 400, "expected up to 4096 in all"),
     ("a", {"stop": ["b"]}, 400, "stop"),
@@ -480,6 +501,45 @@ def test_a_mistake_is_told_in_the_form_of_the_api(server, content, options, stat
     assert error.value.status_code == status
     assert told in error.value.body["message"] and error.value.body["type"] == "invalid_request_error"
     assert server.chat("a").choices
+
+
+def bodies(parent=api.Body):
+    """All that may be asked, and what it is made of."""
+    for each in parent.__subclasses__():
+        yield each
+        yield from bodies(each)
+
+
+def test_no_field_takes_a_value_of_another_type():
+    wrong = {bool: ["yes", "true", 1, 0], int: ["1", 1.0, True, False], float: ["1", True, False, math.nan], str: [1, True]}
+    seen = Counter()
+    for body in {*bodies()} - {api.TranscriptionBody}:  # a form, in which all is text
+        for name, field in body.model_fields.items():
+            for kind in (kind for kind in wrong if field.annotation in (kind, kind | None)):
+                seen[kind] += 1
+                for value in wrong[kind]:
+                    with pytest.raises(ValidationError) as error:
+                        body.model_validate({name: value})
+                    assert [one for one in error.value.errors() if one["input"] is value], (body, name, value)
+    assert min(seen[kind] for kind in wrong) > 4
+
+
+def test_whole_numbers_are_numbers(server, media):
+    options = {"temperature": 1, "top_p": 1, "seed": 3, "n": 1, "extra_body": {"frequency_penalty": 0.0, "presence_penalty": 0}}
+    assert server.chat("a", **options).choices[0].message == server.chat("a", temperature=1.0, seed=3).choices[0].message
+    drawn = [server.client.audio.transcriptions.create(model=NAME, file=("a.wav", media[2]), temperature=1, extra_body={"seed": 3}).text
+             for _ in range(2)]  # in a form, where all is text
+    assert drawn[0] == drawn[1] != server.client.audio.transcriptions.create(model=NAME, file=("a.wav", media[2])).text
+
+
+def test_mistakes_of_forms_and_sizes_are_told(server):
+    named = lambda name: b'--x\r\nContent-Disposition: form-data; name="%s"\r\n\r\ntiny\r\n' % name
+    for more, told in ((named(b"file"), "file: found 'tiny', expected a file"), (b"", "file: Field required"),
+                       (named(b"file") + named(b"temperature"), "temperature: found 'tiny', expected a valid number")):
+        status, answer = post(server, AS_FORM, named(b"model") + more + b"--x--\r\n", "/v1/audio/transcriptions")
+        assert status == 400 and told in answer["error"]["message"]
+    with pytest.raises(openai.BadRequestError, match="size: found 'big'"):
+        server.client.images.generate(model=NAME, prompt="a", size="big")
 
 
 @pytest.mark.parametrize(("path", "body", "status"), [
@@ -498,6 +558,64 @@ def test_bodies_that_are_none(server, path, body, status):
     found, _, told = answer_of(server.raw(head, body))
     assert found == status and told["error"]["message"] and set(told["error"]) == {"message", "type", "param", "code"}
     assert len(told["error"]["message"]) <= 1000
+
+
+PLAIN = json.dumps({"model": NAME, "max_tokens": 4, "messages": [{"role": "user", "content": "a"}]}).encode()
+FORM = b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\ntiny\r\n--x--\r\n'
+AS_FORM = "Content-Type: multipart/form-data; boundary=x\n"
+
+
+def post(server, fields: str, body: bytes = PLAIN, path: str = "/v1/chat/completions") -> tuple[int, dict]:
+    head = f"POST {path} HTTP/1.1\nHost: localhost\nConnection: close\nContent-Length: {len(body)}\n{fields}\n"
+    status, _, told = answer_of(server.raw(head, body))
+    return status, told
+
+
+@pytest.mark.parametrize("fields", ["", "Content-Type: application/x-www-form-urlencoded\n", "Content-Type: text/plain; charset=utf-8\n"])
+def test_json_is_read_whatever_it_is_called(server, fields):
+    status, told = post(server, fields)
+    assert status == 200 and told["choices"] == post(server, "Content-Type: application/json\n")[1]["choices"]
+    assert post(server, fields, b"a=b") == post(server, "Content-Type: application/json\n", b"a=b")
+    status, told = post(server, fields, path="/v1/audio/transcriptions")
+    assert status == 415 and "expected multipart/form-data" in told["error"]["message"]
+
+
+def test_a_form_where_json_is_expected_is_told_so(server):
+    status, told = post(server, AS_FORM, FORM)
+    assert status == 400 and told["error"]["message"].startswith("body: found b'--x") and "a JSON object" in told["error"]["message"]
+
+
+def test_json_that_is_none_is_told_with_its_place(server):
+    status, told = post(server, "Content-Type: application/json\n", b'{"model": tiny}')
+    assert status == 400 and told["error"]["message"] == "body: not JSON, Expecting value at character 10"
+
+
+@pytest.mark.parametrize("kind", ["", "Content-Type: text/plain\n", AS_FORM])
+def test_a_page_elsewhere_cannot_ask_without_leave(server, small_server, kind):
+    """What a browser sends without a preflight is refused; JSON needs one, which is never granted."""
+    for origin in ("https://evil.example", "null", "http://127.0.0.1:1", "http://localhost.evil.example"):
+        status, told = post(server, f"{kind}Origin: {origin}\nSec-Fetch-Site: cross-site\n")
+        assert status == 403 and told["error"]["message"].startswith(f"Origin: found '{origin}'")
+    for own in ("http://localhost", "https://proxy.example\nSec-Fetch-Site: same-origin"):
+        assert post(server, f"{kind}Origin: {own}\n")[0] in (200, 400) and post(server, f"Origin: {own}\n")[0] == 200
+    assert post(server, "Content-Type: application/json\nOrigin: https://evil.example\n")[0] == 200
+    answer = server.raw("OPTIONS /v1/chat/completions HTTP/1.1\nHost: localhost\nOrigin: https://evil.example\nConnection: close\n"
+                        "Access-Control-Request-Method: POST\nAccess-Control-Request-Headers: content-type\n\n")
+    status, fields, _ = answer_of(answer)
+    assert status == 405 and not any(name.startswith("access-control") for name in fields)
+    assert post(small_server, "Authorization: Bearer secret\nOrigin: https://evil.example\n")[0] == 200
+
+
+@pytest.mark.parametrize(("path", "status"), [("/health", 200), ("/metrics", 200), ("/v1/models", 200), (f"/v1/models/{NAME}", 200),
+                                              ("/v1/models/other", 404), ("/v1/chat/completions", 405), ("/nothing", 404)])
+def test_head_is_answered_as_get_without_a_body(server, path, status):
+    found = {}
+    for method in ("GET", "HEAD"):
+        with server.raw(f"{method} {path} HTTP/1.1\nHost: localhost\nConnection: close\n\n") as connection:
+            head, _, body = b"".join(iter(lambda: connection.recv(65536), b"")).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 %d " % status) and (method == "GET") == bool(body)
+        found[method] = {line.split(b":")[0] for line in head.split(b"\r\n")[1:]}
+    assert found["GET"] == found["HEAD"] and (b"allow" in found["HEAD"]) == (status == 405)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -555,16 +673,38 @@ def test_a_key_is_asked_for(small_server):
     for head in (HEAD.replace("secret", "other"), HEAD.replace("Authorization: Bearer secret\n", "")):
         status, _, told = answer_of(small_server.raw(f"{head}Content-Length: 2\n\n", b"{}"))
         assert status == 401 and told["error"]["code"] == "invalid_api_key"
+    for other in ("s\u00e9cret".encode(), "s\u00e9cret".encode("latin-1"), b"secret\xff"):
+        connection = small_server.raw("")
+        connection.sendall(HEAD.replace("\n", "\r\n").encode().replace(b"secret", other) + b"Content-Length: 2\r\n\r\n{}")
+        status, _, told = answer_of(connection)
+        assert status == 401 and told["error"]["code"] == "invalid_api_key"
     for path, status in (("/v1/models", 401), ("/metrics", 401), ("/health", 200)):
         found, *_ = answer_of(small_server.raw(f"GET {path} HTTP/1.1\nHost: 127.0.0.1\nConnection: close\n\n"))
         assert found == status
 
 
-def test_another_name_of_this_machine_is_refused(small_server):
-    head = HEAD.replace("127.0.0.1", "evil.example")
-    connection = small_server.raw(f"{head}Connection: close\nContent-Length: 2\n\n", b"{}")
-    with connection:
-        assert connection.recv(65536).startswith(b"HTTP/1.1 400")
+@pytest.mark.parametrize("key", ["\u043a\u043b\u044e\u0447", "s3cr\u00e9t", "s3cr3t\udcff", "s3cr3t\n", " s3cr3t", "\t"])
+def test_a_key_that_cannot_be_sent_is_refused_at_the_start(key, monkeypatch, capsys):
+    monkeypatch.setenv("MMTX_API_KEY", key)
+    monkeypatch.setattr("mmtx.serving.app.serve", lambda *given: None)
+    with pytest.raises(SystemExit) as stop:
+        main(["serve", "--port", "0"])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and err.startswith("mmtx: error: MMTX_API_KEY: found a key that no header can hold")
+    assert err.count("\n") == 1 and "s3cr" not in err and "\u043a" not in err
+
+
+@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "127.0.0.1:1@evil.example", "localhost:1/health?", ""])
+def test_another_name_of_this_machine_is_refused(small_server, host):
+    head = HEAD.replace("Host: 127.0.0.1", f"Host: {host}")
+    status, _, told = answer_of(small_server.raw(f"{head}Connection: close\nContent-Length: 2\n\n", b"{}"))
+    assert status == 400 and told["error"]["message"].startswith(f"Host: found '{host}', expected localhost")
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:80", "127.0.0.1:1", "[::1]", "[::1]:8000"])
+def test_the_names_of_this_machine_are_known(small_server, host):
+    status, *_ = answer_of(small_server.raw(f"GET /health HTTP/1.1\nHost: {host}\nConnection: close\n\n"))
+    assert status == 200
 
 
 def test_a_large_body_is_refused_whether_its_size_is_told_or_not(small_server):
@@ -810,6 +950,15 @@ def test_scores_are_those_of_their_row_when_others_have_left(model):
         full = model.decoder.logits(model.decoder(given, torch.arange(given.shape[1])[None]))[0, -len(written):]
     assert len(written) == 9 and len(engines[0].of) == 2
     torch.testing.assert_close(torch.stack(scores), full[:, :scores[0].shape[0]], atol=1e-4, rtol=1e-4)
+
+
+def test_an_address_with_colons_is_shown_in_brackets(model, monkeypatch, capsys):
+    monkeypatch.setattr("uvicorn.Server.run", lambda server, sockets: sockets[0].close())
+    try:
+        serve(model, NAME, "::1", 0, Limits(), None)
+    except InputError:
+        pytest.skip("this machine has no IPv6")
+    assert re.fullmatch(rf"{NAME} answers at http://\[::1\]:\d+/v1\n", capsys.readouterr().out)
 
 
 def test_a_port_that_is_taken_is_a_mistake_of_one_line(server, model):

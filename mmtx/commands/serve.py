@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 
 from mmtx.commands.arguments import (
-    add_8bit_option,
     add_model_options,
+    add_precision_options,
     add_source_options,
     count,
     data_source,
@@ -29,7 +29,7 @@ def add(commands) -> None:
                                       ("timeout", "seconds until an answer is whole", 120)):
             serve.add_argument(f"--max_{option}", type=count(1), default=default, help=f"{what}, default: {default}")
         add_model_options(serve)
-        add_8bit_option(serve)
+        add_precision_options(serve)
         if word == "demo":
             serve.add_argument("--generate_model", metavar="FOLDER", help="what draws, plays and goes on, default: --model, and with "
                                "the model that comes with mmtx the one that comes along for that")
@@ -50,11 +50,19 @@ def run(options: argparse.Namespace) -> None:
         raise InputError(f'serving needs {error.name}: pip install "mmtx[serve]"') from None
     from mmtx.serving.limits import Limits
 
+    key = _key()
     limits = Limits(**{name: getattr(options, f"max_{name}") for name in Limits.__dataclass_fields__})
     name = options.name or (Path(options.model).resolve().name if options.model else "starter")
     model = load_model(options)
-    serve(model, name, options.host, options.port, limits, os.environ.get("MMTX_API_KEY") or None,
-          _page(options, model) if options.page else None)
+    serve(model, name, options.host, options.port, limits, key, _page(options, model) if options.page else None)
+
+
+def _key() -> str | None:
+    """The key that callers need, if any. Raises InputError, which does not show it, where they could not send it."""
+    key = os.environ.get("MMTX_API_KEY") or None
+    if key and not (key.isascii() and key.isprintable() and key == key.strip()):
+        raise InputError("MMTX_API_KEY: found a key that no header can hold, expected printable ASCII without blanks around it")
+    return key
 
 
 def _page(options: argparse.Namespace, model):

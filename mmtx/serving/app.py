@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import numpy as np
 import torch
-from fastapi import FastAPI, Form, Request
+from fastapi import Depends, FastAPI, Form, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from mmtx.ambient import one_thread
 from mmtx.document import Document, Turn
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     from mmtx.modality.pretrained_text import PretrainedText
     from mmtx.modality.text import TextTokenizer
 
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 READERS = 2  # threads that read media and make them
 SAMPLED = {"temperature", "top_p", "top_k", "seed"}  # what a body says of Sampling
 
@@ -183,9 +182,7 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
     app = FastAPI(title="mmtx", lifespan=service.lifespan, docs_url=None, redoc_url=None, openapi_url=None,
                   exception_handlers={RequestValidationError: left_to_the_door, HTTPException: left_to_the_door})
     app.state.service = service
-    if loopback:  # or a page elsewhere could speak to it through a name that leads here
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "["])
-    app.add_middleware(Door, limits=limits, key=key, metrics=service.metrics)
+    app.add_middleware(Door, limits=limits, key=key, loopback=loopback, metrics=service.metrics)
 
     def check(asked_for: str) -> None:
         if asked_for != name:
@@ -264,7 +261,11 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
             data.append({"object": "embedding", "index": number, "embedding": shown})
         return {"object": "list", "data": data, "model": name, "usage": {"prompt_tokens": count, "total_tokens": count}}
 
-    @app.post("/v1/audio/transcriptions")
+    async def form(request: Request) -> None:
+        if not request.headers["content-type"].lower().startswith("multipart/form-data"):
+            raise Refused(415, "Content-Type: expected multipart/form-data, with the sound as `file`", "invalid_content_type")
+
+    @app.post("/v1/audio/transcriptions", dependencies=[Depends(form)])
     async def transcriptions(body: Annotated[api.TranscriptionBody, Form()]):
         check(body.model)
         part = await service.read(api.read_part, model, Audio(await body.file.read()), limits, "file")
@@ -316,7 +317,8 @@ def serve(model: Model, name: str, host: str, port: int, limits: Limits, key: st
     app = make_app(model, name, limits, key, host in LOOPBACK)
     if page:
         page(app)
-    print(f"{name} answers at http://{host}:{listener.getsockname()[1]}/{'' if page else 'v1'}", flush=True)
+    shown = f"[{host}]" if ":" in host else host
+    print(f"{name} answers at http://{shown}:{listener.getsockname()[1]}/{'' if page else 'v1'}", flush=True)
     config = uvicorn.Config(app, log_level="warning", timeout_keep_alive=30, timeout_graceful_shutdown=10, server_header=False,
                             limit_concurrency=8 * limits.requests)
     uvicorn.Server(config).run(sockets=[listener])

@@ -1,5 +1,5 @@
-"""What a server takes from its callers, the door that keeps it (key, number of requests, size and time of a body), and what those are
-told who are refused.
+"""What a server takes from its callers, the door that keeps it (key, origin, number of requests, size and time of a body), and what
+those are told who are refused.
 
 All is decided before a byte is understood. A request whose caller has gone is ended, whatever it waits for.
 """
@@ -7,10 +7,13 @@ All is decided before a byte is understood. A request whose caller has gone is e
 import asyncio
 import hmac
 import logging
+import re
+import reprlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -21,7 +24,10 @@ from mmtx.errors import InputError, one_line
 
 MB = 2 ** 20
 OPEN = ("/", "/health")  # paths that need no key
+LOOPBACK = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d*)?", re.IGNORECASE)  # as a Host
 GONE = 499  # what is counted where a caller went before the answer began, as nginx has it
+EXPECTED = {"model_type": "a JSON object", "model_attributes_type": "a JSON object", "value_error": "a file",
+            "union_tag_not_found": "a JSON object with its type"}  # where pydantic and FastAPI speak of Python
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -44,9 +50,10 @@ class Limits:
 class Refused(HTTPException):
     """An answer other than the one that was asked for, in the form of OpenAI's API."""
 
-    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None):
+    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None,
+                 headers: Mapping[str, str] | None = None):
         again = {"Retry-After": "1"} if status in (429, 503) else {}  # seconds
-        super().__init__(status, message, {"Connection": "close"} | again)  # on which the rest of a body may be under way
+        super().__init__(status, message, {"Connection": "close", **again, **(headers or {})})  # the rest of a body may be under way
         kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
         self.body = {"error": {"message": one_line(message), "type": kind, "param": param, "code": code}}
 
@@ -58,13 +65,25 @@ def as_refused(error: Exception) -> Refused:
     if isinstance(error, InputError):
         return Refused(400, str(error), "invalid_value")
     if isinstance(error, RequestValidationError):
-        first = max(error.errors(), key=lambda one: len(one["loc"]))  # of several that it could be, the nearest
-        where = ".".join(str(place) for place in first["loc"] if place != "body") or "body"
-        return Refused(400, f"{where}: {first['msg']}", first["type"], where[:200])
+        return _misunderstood(max(error.errors(), key=lambda one: len(one["loc"])))  # of several that it could be, the nearest
     if isinstance(error, HTTPException):
-        return Refused(error.status_code, error.detail)
+        return Refused(error.status_code, error.detail, headers=error.headers)
     logging.getLogger("mmtx").error("a request failed", exc_info=error)
     return Refused(500, "the server failed; its log says why")
+
+
+def _misunderstood(error: Mapping[str, Any]) -> Refused:
+    """What pydantic says of a field, in our words."""
+    kind, told, (_, *places) = error["type"], error["msg"], error["loc"]  # which begins with "body"
+    if kind == "json_invalid":
+        return Refused(400, f"body: not JSON, {error['ctx']['error']} at character {places[0]}", kind)
+    # Of an item of a message its type is told, too, which is the name of the field that it has.
+    where = "".join(f"[{place}]" if isinstance(place, int) else f".{place}" for place, before in zip(places, (None, *places))
+                    if place != before or isinstance(place, int)).removeprefix(".") or "body"
+    if kind not in ("missing", "extra_forbidden"):
+        expected = EXPECTED.get(kind) or told.removeprefix("Input should be ")
+        told = f"found {reprlib.repr(error['input'])}{': ' if expected == told else ', expected '}{expected}"
+    return Refused(400, f"{where}: {told}", kind, where[:200])
 
 
 @asynccontextmanager
@@ -79,10 +98,10 @@ async def in_time(deadline: float) -> AsyncIterator[None]:
 
 class Door:
     """Lets requests in as long as there is room, reads their bodies whole, ends those whose caller has gone, and answers what went
-    wrong behind it (ASGI)."""
+    wrong behind it (ASGI). With `loopback`, callers must know it by a name of this machine."""
 
-    def __init__(self, app, limits: Limits, key: str | None, metrics):
-        self.app, self.limits, self.metrics = app, limits, metrics
+    def __init__(self, app, limits: Limits, key: str | None, loopback: bool, metrics):
+        self.app, self.limits, self.loopback, self.metrics = app, limits, loopback, metrics
         self.expected = f"Bearer {key}".encode() if key else None
         self.places = asyncio.Semaphore(limits.requests)
 
@@ -90,6 +109,7 @@ class Door:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         begin, status = time.monotonic(), GONE
+        scope = {**scope, "method": "GET" if scope["method"] == "HEAD" else scope["method"]}  # the server library leaves its body out
 
         async def noted(message):
             nonlocal status
@@ -109,16 +129,36 @@ class Door:
             self.metrics.seconds.labels(route).observe(time.monotonic() - begin)
 
     async def _let_in(self, request: Request, send) -> None:
-        given = request.headers.get("authorization", "").encode()
-        if self.expected and request.url.path not in OPEN and not hmac.compare_digest(given, self.expected):
+        scope, headers = request.scope, request.headers
+        host, given = headers.get("host", ""), headers.get("authorization", "").encode()
+        if self.loopback and not LOOPBACK.fullmatch(host):  # or a page elsewhere could speak to it through a name that leads here
+            raise Refused(400, f"Host: found {host[:100]!r}, expected localhost or 127.0.0.1: this server answers its own machine "
+                          "alone, where --host does not say otherwise", "invalid_host")
+        if self.expected and scope["path"] not in OPEN and not hmac.compare_digest(given, self.expected):
             raise Refused(401, "Authorization: expected \"Bearer KEY\" with the key of this server", "invalid_api_key")
         if request.method != "POST":
-            return await self.app(request.scope, request.receive, send)
+            return await self.app(scope, request.receive, send)
+        self._see_type(request)
         if self.places.locked():
             raise Refused(429, f"{self.limits.requests} requests are waiting, all that this server takes: come again", "queue_full")
         async with self.places:
             with self.metrics.inside.track_inprogress():
                 await self._answer(request, await self._body(request), send)
+
+    def _see_type(self, request: Request) -> None:
+        """What is no form is JSON, whatever its caller calls it: `curl -d` says that it is a form of another kind. But browsers let a
+        page of another origin, which they name, send anything but what is called JSON without asking first."""
+        headers, scope = request.headers, request.scope
+        kind, origin = headers.get("content-type", "").partition(";")[0].strip().lower(), headers.get("origin")
+        if kind == "application/json":
+            return
+        own = origin is None or headers.get("sec-fetch-site") == "same-origin" or origin.partition("://")[2] == headers.get("host")
+        if not own and not self.expected:  # nor does a page elsewhere know the key
+            raise Refused(403, f"Origin: found {origin!r:.100}, a page elsewhere, which may send only Content-Type: application/json",
+                          "invalid_origin")
+        if kind != "multipart/form-data":
+            others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+            scope["headers"] = [*others, (b"content-type", b"application/json")]
 
     async def _body(self, request: Request) -> bytes:
         body, most = bytearray(), self.limits.megabytes * MB

@@ -24,9 +24,10 @@ ROLES = {"user": "user", "assistant": "assistant", "system": "user", "developer"
 
 
 class Body(BaseModel):
-    """A body in which an unknown field is a mistake, and a value of another type, too. What is null is not given."""
+    """A body in which an unknown field is a mistake, and a value of another type, too, such as "yes" for true. What is null
+    is not given."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -95,7 +96,7 @@ class SamplingBody(Asking):
     top_k: int | None = None
     seed: int | None = None
     max_tokens: int | None = Field(None, ge=1, validation_alias=AliasChoices("max_completion_tokens", "max_tokens"))
-    n: Literal[1] | None = 1
+    n: int = Field(1, ge=1, le=1)
 
 
 class StreamOptions(Body):
@@ -105,13 +106,13 @@ class StreamOptions(Body):
 class WriteBody(SamplingBody):
     stream: bool = False
     stream_options: StreamOptions | None = None
-    frequency_penalty: Literal[0] | None = 0
-    presence_penalty: Literal[0] | None = 0
+    frequency_penalty: float = Field(0, ge=0, le=0)
+    presence_penalty: float = Field(0, ge=0, le=0)
 
 
 class ChatBody(WriteBody):
     messages: list[Message] = Field(min_length=1)
-    logprobs: bool | None = False
+    logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
 
@@ -125,6 +126,8 @@ class EmbeddingsBody(Asking):
 
 
 class TranscriptionBody(SamplingBody):
+    model_config = ConfigDict(strict=False)  # all that is in a form is text
+
     file: UploadFile
     response_format: Literal["json", "text"] = "json"
 
@@ -140,7 +143,7 @@ class SpeechBody(SamplingBody):
     voice: Any = None  # there is one, which the words ask for
     response_format: Literal["mp3", "wav", "flac", "opus", "pcm"] = "mp3"
     stream_format: Literal["audio"] = "audio"
-    speed: Literal[1] = 1
+    speed: float = Field(1, ge=1, le=1)
 
 
 def read_document(model: Model, messages: Sequence[Message], limits: Limits) -> Document:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from html import escape
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import FastAPI
@@ -58,7 +58,7 @@ class MakeBody(api.SamplingBody):
 
     out: Literal["image", "audio"]
     content: api.Words = []
-    begin: api.ImageItem | api.AudioItem | None = None
+    begin: Annotated[api.ImageItem | api.AudioItem, Field(discriminator="type")] | None = None
     kept: float = Field(0.5, ge=0, le=1)
     seconds: float = Field(2.0, gt=0, le=10)
 
