@@ -188,6 +188,8 @@ def measure(name: str, options: argparse.Namespace) -> None:
                            {"shape": name, "threads": threads, "rows": rows, "before": length, "new": new, "clock": options.clock,
                             "same first ids as llama.cpp f32": round(float(same), 4),
                             "load average": os.getloadavg()[0]}, options.short)
+            ratios = [a / b for a, b in zip(results["mmtx bfloat16"], results["llama.cpp bf16"], strict=True)]
+            print(f"  bfloat16: ours/llama.cpp bf16 {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
             ratios = [a / b for a, b in zip(results["mmtx load_in_8bit"], results["llama.cpp q8_0"], strict=True)]
             print(f"  8 bits: ours/llama.cpp {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}); 8 bits/float32 of ours "
                   f"{found['median']['mmtx load_in_8bit'] / found['median']['mmtx float32']:.2f}", flush=True)

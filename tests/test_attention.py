@@ -155,7 +155,7 @@ def test_mistakes_are_told(lively, tmp_path, monkeypatch):
     for path in (None, 5, ["a.png"]):
         with pytest.raises(mmtx.InputError, match=f"path: found {type(path).__name__}, expected the name of a file"):
             found.plot(path)
-    monkeypatch.setattr(attention, "MOST", 100)
+    monkeypatch.setattr(attention, "MOST_WEIGHTS", 100)
     with pytest.raises(mmtx.InputError, match="attention: found 6 tokens"):
         attention_weights(lively.decoder, torch.arange(6))
 

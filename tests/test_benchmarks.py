@@ -55,7 +55,7 @@ def test_time_shares_run_in_short_form(what, told):
 def test_make_bench_runs_every_script_that_reports_speed():
     reporting = {path.stem for path in (ROOT / "benchmarks").glob("*.py")
                  if "measure import interleave" in path.read_text(encoding="utf-8")}
-    assert reporting == set(SPEED)
+    assert reporting - {"vllm_speed"} == set(SPEED)  # which needs an environment of its own
 
 
 @pytest.mark.slow

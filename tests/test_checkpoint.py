@@ -12,8 +12,8 @@ import pytest
 import torch
 from fresh import context
 
-from mmtx.data import prepare
 from mmtx.errors import InputError
+from mmtx.files import write_file
 from mmtx.training.checkpoint import AtomicCheckpointIO, damage, newest
 
 NUMBERS = 50_000
@@ -45,12 +45,12 @@ def test_what_is_written_is_read(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
-def prepared(folder: Path, _: int) -> Path:
-    prepare.write(folder / "shard", b"some bytes")
+def other(folder: Path, _: int) -> Path:
+    write_file(folder / "shard", b"some bytes")
     return folder / "shard"
 
 
-@pytest.mark.parametrize("how", [write, prepared])
+@pytest.mark.parametrize("how", [write, other])
 def test_bytes_are_on_the_disk_before_their_name_is(tmp_path, monkeypatch, how):
     sync, replace, done = os.fsync, os.replace, []
     monkeypatch.setattr(os, "fsync", lambda file: (sync(file), done.append(os.fstat(file))))

@@ -12,6 +12,8 @@ import torch
 from mmtx.config import CodeRange, DecoderConfig, RopeScaling
 from mmtx.inference.choose import choose_engine
 from mmtx.inference.graph_engine import GraphEngine
+from mmtx.inference.int8 import Int8Matrix
+from mmtx.inference.packed import TYPES, PackedMatrix, has_operators
 from mmtx.inference.reference import ReferenceEngine
 from mmtx.inference.row import SHORT, RowEngine, prepack_weights
 from mmtx.inference.screen import FEW_ROWS, Screen
@@ -44,6 +46,15 @@ def threads(request):
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def bfloat16(monkeypatch):
+    """Matrices of it are packed also where the processor has no instructions for them."""
+    monkeypatch.setitem(TYPES, torch.bfloat16, ())
+    has_operators.cache_clear()
+    yield
+    has_operators.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -223,11 +234,38 @@ def test_a_row_alone_is_decoded_as_by_full_passes(rows, shape, laid_out, short, 
     if laid_out:
         prepack_weights(decoder)
     for row, length in zip(rows, LENGTHS, strict=True):
-        engine = begin(decoder, [row], RowEngine)
+        engine = begin(decoder, [row], lambda decoder, _: RowEngine(decoder, Weights.of(decoder, fixed=laid_out)))
         for new in range(NEW):
             engine.step(row[length + new:length + new + 1])
             (scores,) = engine.scores()
             assert torch.allclose(scores, full(decoder, row[:length + new + 1]), atol=1e-4)
+
+
+@onednn
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("small", [0, 10**6])  # no matrix is, or all are
+@pytest.mark.parametrize("load_in_8bit", [False, True])
+def test_a_row_in_bfloat16_follows_full_passes_in_float32(rows, shape, small, load_in_8bit, threads, bfloat16, monkeypatch):
+    """Of the same weights: prompts are read in bfloat16, and ids written with matrices of it."""
+    monkeypatch.setattr("mmtx.inference.weights.SMALL", small)
+    decoder, exact = random_decoder(**shape).bfloat16(), random_decoder(**shape).bfloat16().float()
+    weights = Weights.of(decoder, fixed=True, load_in_8bit=load_in_8bit)
+    assert RowEngine.fits(weights) and not RowEngine.fits(Weights.of(decoder))
+    kinds = {type(matrix) for layer in weights.row_layers(False) for matrix in (layer.qkv, layer.out, layer.down)}
+    assert kinds == {Int8Matrix if load_in_8bit else torch.Tensor if small else PackedMatrix}
+    row, length = rows[0], LENGTHS[0]
+    engine = choose_engine(decoder, weights, 3)
+    engine.prefill(asked([row, *rows[1:3]]))
+    engine = engine.keep(torch.tensor([0]))
+    assert type(engine) is RowEngine
+    for new in range(NEW):
+        expected = full(exact, row[:length + new])
+        allowed = torch.arange(44)[None] % 3 != new % 3
+        scores, most = engine.scores()[0].float(), expected.abs().max() * (0.2 if load_in_8bit else 0.05)
+        assert (scores - expected).abs().max() < most
+        best = int(engine.best(allowed))
+        assert allowed[0, best] and expected[allowed[0]].max() - expected[best] < 2 * most
+        engine.step(row[length + new:length + new + 1])
 
 
 def test_laying_out_changes_how_matrices_lie_and_no_value():
@@ -300,6 +338,19 @@ def test_a_screen_keeps_the_best_row(kind):
 
 
 @onednn
+def test_a_row_that_8_bits_say_nothing_of_is_kept_beside_one_that_they_are_sure_of():
+    hidden = torch.full((40,), 63.0)
+    hidden[0] = 0
+    sure, unsure = torch.full((40,), 0.4), torch.full((40,), 0.49)
+    unsure[0] = 127.0                       # beside which the others round to 0
+    table = torch.cat([sure[None], unsure[None], torch.zeros(100, 40)])
+    assert (table @ hidden).argmax() == 1
+    screen = Screen.of(table)
+    assert screen.scores(hidden.numpy())[0].argmax() == 0
+    assert set(screen.candidates(hidden.numpy(), np.zeros(102, np.float32))) == {0, 1}
+
+
+@onednn
 @pytest.mark.parametrize("kind", ["random", "of all sizes", "one outlier each", "nearly equal", "equal", "zero"])
 @pytest.mark.parametrize("few", [600, 1])
 def test_a_screen_finds_the_best_row_of_each_state_of_a_batch(kind, few, monkeypatch):
@@ -339,7 +390,8 @@ def test_a_screen_says_how_far_its_scores_may_be_wrong():
              torch.where(first, 63.0, 0.4) * table[:300]]
     for states, rows in zip(worst, (range(300, 600), range(300)), strict=True):
         for h, row in zip(states, rows, strict=True):
-            scores, bound = screen.scores(h.numpy())
+            scores, lengths = screen.scores(h.numpy())
+            bound = screen.bound(slice(None), lengths)
             wrong = np.abs((table.double() @ h.double()).numpy() - scores)
             assert (wrong <= bound).all()
             assert wrong[row] > 0.4 * bound[row]
@@ -350,8 +402,9 @@ import numpy as np, torch
 from mmtx.inference.screen import Screen
 
 for sign in (1, -1):
-    scores, bound = Screen.of(torch.full((64, 40), 2.0)).scores(np.full(40, sign * 3, np.float32))
-    assert (np.abs(scores - sign * 240) <= bound).all(), (scores, bound)
+    screen = Screen.of(torch.full((64, 40), 2.0))
+    scores, lengths = screen.scores(np.full(40, sign * 3, np.float32))
+    assert (np.abs(scores - sign * 240) <= screen.bound(slice(None), lengths)).all(), (scores, lengths)
 """
 
 
@@ -359,6 +412,22 @@ for sign in (1, -1):
 @pytest.mark.parametrize("instructions", ["AVX2", "AVX512_CORE", "DEFAULT"])
 def test_a_screen_is_right_on_processors_that_add_products_in_16_bits(instructions):
     subprocess.run([sys.executable, "-c", LARGEST], env={**os.environ, "ONEDNN_MAX_CPU_ISA": instructions}, check=True)
+
+
+@onednn
+def test_the_best_id_in_bfloat16_is_that_of_exact_products(bfloat16):
+    """A screen finds it among rows that differ by less than bfloat16 keeps of their scores."""
+    torch.manual_seed(0)
+    decoder = Decoder(DecoderConfig(FEW_ROWS + 100, **SIZES)).requires_grad_(False).bfloat16()
+    weights, allowed = Weights.of(decoder, fixed=True), torch.rand(3, FEW_ROWS + 90) < 0.5
+    for make, count in ((RowEngine, 1), (TorchEngine, 3)):
+        engine = make(decoder, weights)
+        engine.prefill([Prompt(np.arange(3))] * count)
+        for hidden in torch.randn(20, count, SIZES["width"]).bfloat16():
+            engine.hidden = hidden.float() if make is RowEngine else hidden
+            scores = hidden.double() @ weights.output.double().T
+            expected = scores[:, :FEW_ROWS + 90].masked_fill(~allowed[:count], -torch.inf).argmax(1)
+            assert not Screen.pays() or engine.best(allowed[:count]).equal(expected)
 
 
 @pytest.mark.parametrize(("make", "count"), [(RowEngine, 1), (TorchEngine, 1), (TorchEngine, 5)])

@@ -301,7 +301,7 @@ def test_bad_models_are_told_in_one_line(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordPiece", "vocab": {"a": 0}}}))
     with fails("found 'WordPiece' of other pieces, expected a byte-level BPE"):
         convert(tmp_path)
-    with fails("no such file or folder"):
+    with fails("no such folder or file"):
         convert(tmp_path / "nothing")
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(40))
     with fails("bad.gguf: not a GGUF file"):

@@ -102,7 +102,7 @@ def test_rates_and_what_a_decoder_begins_with():
 
 @pytest.mark.parametrize("base", [0, -3, 2**16 + 1])
 def test_widths_that_are_none_are_refused(base):
-    with pytest.raises(InputError, match=rf"^mup_base_width: found {base}, expected a width from 1 to 65536$"):
+    with pytest.raises(InputError, match=rf"^mup_base_width: found {base}, expected 1 or more, and 65536 at most$"):
         DecoderModule(DecoderConfig(), mup_base_width=base)
 
 

@@ -86,7 +86,9 @@ def test_only_what_stays_and_pays_is_laid_out_twice(monkeypatch):
     assert fixed.step_layers is fixed.layers                                 # one row reads what lies as it did
     assert small.layers_for(MANY) is small.packed and small.batch_layers is small.step_layers
     assert Weights.of(decoder).packed is None                                # its values may change
-    assert Weights.of(random_decoder().bfloat16(), fixed=True).packed is None
+    assert Weights.of(random_decoder().half(), fixed=True).packed is None
+    fast = bool(torch.cpu.get_capabilities().get("avx512_bf16"))            # elsewhere oneDNN makes float32 of it in each product
+    assert (Weights.of(random_decoder().bfloat16(), fixed=True).packed is not None) is fast
     assert Weights.of(random_decoder().to("meta"), fixed=True).packed is None
     numbers = sum(parameter.numel() for name, parameter in decoder.named_parameters()
                   if name.startswith("blocks") and parameter.dim() == 2)

@@ -490,11 +490,10 @@ def test_other_encodings_are_named(tmp_path, name, data, found):
         list(scan(str(tmp_path / name)))
 
 
-@pytest.mark.parametrize("name", ["x.json", "x.csv"])
-def test_bytes_that_are_no_utf8_name_their_place(tmp_path, name):
-    (tmp_path / name).write_bytes(b'text\n{"text": "\xff"}' if name == "x.csv" else b'[{"text": "\xff"}]')
-    with pytest.raises(InputError, match=f"{name}.*not UTF-8"):
-        list(scan(str(tmp_path / name)))
+def test_bytes_that_are_no_utf8_name_their_place(tmp_path):
+    (tmp_path / "x.json").write_bytes(b'[{"text": "\xff"}]')
+    with pytest.raises(InputError, match="x.json.*not UTF-8"):
+        list(scan(str(tmp_path / "x.json")))
 
 
 @pytest.mark.parametrize("row, words", [

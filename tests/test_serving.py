@@ -289,6 +289,9 @@ def test_no_inputs_are_no_embeddings(server):
 
 def test_completions_go_on_with_a_plain_document(model, server):
     answer = server.client.completions.create(model=NAME, prompt="a red", max_tokens=8)
+    assert server.client.completions.create(model=NAME, prompt=["a red"], max_tokens=8).choices == answer.choices
+    with pytest.raises(openai.BadRequestError, match="prompt"):
+        server.client.completions.create(model=NAME, prompt=["a red", "a blue"], max_tokens=8)
     asked = prompt(Document((Turn(None, tuple(model.encode_parts(["a red"]))),)), model.vocabulary)
     (ids,) = model._answer([asked], "document", Sampling(max_new_tokens=8))
     texts = model.vocabulary.range("text")

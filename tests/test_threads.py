@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +98,10 @@ def test_calls_that_overlap_give_numpys_threads_back_with_the_last(monkeypatch):
             pool.set_num_threads(count)
 
 
-def test_alone_has_one_thread_and_the_callers_inference_mode():
+@pytest.mark.parametrize("openmp", [True, False])
+def test_alone_has_one_thread_and_the_callers_inference_mode(openmp, monkeypatch):
+    if not openmp:  # as where torch was built without it
+        monkeypatch.setattr("mmtx.ambient.torch_pools", lambda: ())
     torch.set_num_threads(2)
     try:
         with torch.inference_mode():
@@ -106,8 +110,37 @@ def test_alone_has_one_thread_and_the_callers_inference_mode():
         assert torch.get_num_threads() == 2
         with pytest.raises(ZeroDivisionError):
             run_single_threaded(lambda: 1 // 0)
+        assert torch.get_num_threads() == 2
+        with ThreadPoolExecutor(1) as other:    # has its own number, also while this thread has one
+            assert other.submit(torch.get_num_threads).result() == 2
+            assert run_single_threaded(lambda: other.submit(torch.get_num_threads).result()) == 2
     finally:
         torch.set_num_threads(1)
+
+
+SHARES = """
+import time, torch
+torch.set_num_threads(2)  # also sets MKL, which has a number of its own
+from mmtx.ambient import run_single_threaded
+
+def of_others(run):
+    run()  # until threads that waited for more to do have given up
+    total, own = time.process_time(), time.thread_time()
+    run()
+    return 1 - (time.thread_time() - own) / (time.process_time() - total)
+
+a, half = torch.randn(700, 700), torch.randn(700, 700).bfloat16()
+for work in (lambda: a @ a, lambda: torch.nn.functional.linear(half, half), a.exp):
+    again = lambda: [work() for _ in range(50)]
+    work()
+    shared, alone = of_others(again), of_others(lambda: run_single_threaded(again))
+    assert alone < 0.05 and of_others(again) > 0.2 < shared, (shared, alone)
+"""
+
+
+def test_no_product_of_torch_is_shared_in_the_thread_that_is_alone():
+    subprocess.run([sys.executable, "-c", SHARES], check=True, timeout=300,
+                   env={name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")})
 
 
 class Machine:

@@ -76,7 +76,9 @@ def add_model_options(parser: argparse.ArgumentParser, model: bool = True, defau
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; default: the GPU if there is one")
 
 
-def add_8bit_option(parser: argparse.ArgumentParser) -> None:
+def add_precision_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", default=None, help="of the decoder's weights: float32, the default, bfloat16 or float16, which "
+                        "take half of the memory")
     parser.add_argument("--load_in_8bit", action="store_true", help="write ids with 8 bits a weight, on a CPU: faster, and now and "
                         "then another id is the best")
 
@@ -87,16 +89,17 @@ def add_server_option(parser: argparse.ArgumentParser) -> None:
 
 
 def load_model(options: argparse.Namespace):
-    load_in_8bit = getattr(options, "load_in_8bit", False)
+    load_in_8bit, dtype = getattr(options, "load_in_8bit", False), getattr(options, "dtype", None)
     if getattr(options, "server", None) is not None:
-        if load_in_8bit:
-            raise InputError("--load_in_8bit: found with --server, which chooses its weights itself")
+        for name, given in (("load_in_8bit", load_in_8bit), ("dtype", dtype)):
+            if given:
+                raise InputError(f"--{name}: found with --server, which chooses its weights itself")
         from mmtx.interop.remote import connect
 
         return connect(options.server, options.model)
     from mmtx.pipeline import load
 
-    return load(options.model, options.device, load_in_8bit)
+    return load(options.model, options.device, load_in_8bit, dtype or "float32")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:

@@ -3,8 +3,8 @@
 import argparse
 
 from mmtx.commands.arguments import (
-    add_8bit_option,
     add_model_options,
+    add_precision_options,
     add_sampling_options,
     add_server_option,
     load_model,
@@ -18,7 +18,7 @@ def add(commands) -> None:
     parser.add_argument("files", nargs="+", help="files, folders or URLs of files")
     add_server_option(parser)
     add_model_options(parser)
-    add_8bit_option(parser)
+    add_precision_options(parser)
     add_sampling_options(parser)
     parser.set_defaults(run=run)
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 from mmtx.commands.arguments import (
     MAX_BAD_HELP,
-    add_8bit_option,
     add_model_options,
+    add_precision_options,
     add_source_options,
     check_source_options,
     count,
@@ -32,7 +32,7 @@ def add(commands) -> None:
     parser.add_argument("--max_bad", type=float, help=MAX_BAD_HELP)
     parser.add_argument("--show", type=count(0), default=8, help="examples to print, default: 8")
     add_model_options(parser)
-    add_8bit_option(parser)
+    add_precision_options(parser)
     add_source_options(parser)
     parser.set_defaults(run=run)
 

@@ -3,8 +3,8 @@
 import argparse
 
 from mmtx.commands.arguments import (
-    add_8bit_option,
     add_model_options,
+    add_precision_options,
     add_sampling_options,
     add_server_option,
     count,
@@ -27,7 +27,7 @@ def add(commands) -> None:
     parser.add_argument("--seconds", type=float, help="the most that is added to that sound, default: 1")
     add_server_option(parser)
     add_model_options(parser)
-    add_8bit_option(parser)
+    add_precision_options(parser)
     add_sampling_options(parser)
     parser.add_argument("--guidance_scale", type=float, default=1.0,
                         help="strength of classifier-free guidance: how closely the answer "

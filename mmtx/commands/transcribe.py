@@ -2,7 +2,7 @@
 
 import argparse
 
-from mmtx.commands.arguments import add_model_options, load_model, print_answers
+from mmtx.commands.arguments import add_model_options, add_precision_options, load_model, print_answers
 
 MODEL = "demos/speech"
 
@@ -13,6 +13,7 @@ def add(commands) -> None:
     parser.add_argument("--chunk_length_s", type=float, default=None, help="seconds of most sounds that the model was trained with: "
                         "longer ones are cut at pauses; default: 3.5")
     add_model_options(parser, default=f"{MODEL}, which comes with mmtx")
+    add_precision_options(parser)
     parser.set_defaults(run=run)
 
 

@@ -103,6 +103,12 @@ class KVCache:
                 tensors[layer] = each[:len(rows)]
         self.seen, self.positions = self.seen[rows], self.positions[rows]
 
+    def to_float32(self) -> None:
+        """In float32 from now on, as NumPy knows it."""
+        for tensors in (self.keys, self.values):
+            tensors[:] = [each.float() for each in tensors]
+        self.cos, self.sin = self.cos.float(), self.sin.float()
+
     def close_gaps(self) -> None:
         """Take the padding out of a cache of one row: what comes out of a batch lies as if it had always been alone."""
         chosen = self.seen[0, :self.used].nonzero()[:, 0]

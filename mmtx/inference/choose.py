@@ -28,6 +28,6 @@ def choose_engine(decoder: Decoder, weights: Weights | None, rows: int) -> Engin
             if rows <= MOST_ROWS and fits(weights) and works(weights.output.device):
                 return FusedEngine(decoder, weights, CAPTURE_ALL)
         return GraphEngine(decoder, weights, capture_all=CAPTURE_ALL)
-    if not RowEngine.fits(decoder):
+    if not RowEngine.fits(weights):
         return TorchEngine(decoder, weights)
     return RowEngine(decoder, weights) if rows == 1 else TorchEngine(decoder, weights, single_row=RowEngine.of)

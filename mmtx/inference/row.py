@@ -7,7 +7,6 @@ Shapes: D width, H heads, G key-value heads, K head width, C capacity of the cac
 """
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,12 +19,12 @@ from torch import Tensor, nn
 from mmtx.ambient import run_single_threaded
 from mmtx.config import DecoderConfig
 from mmtx.inference.int8 import Int8Matrix
+from mmtx.inference.packed import PackedMatrix, PackedSwiGLU
 from mmtx.inference.torch_engine import ROOM, TorchEngine
-from mmtx.inference.weights import Layer, Norm, multiply
-from mmtx.model import Decoder
+from mmtx.inference.weights import Layer, Matrix, Norm, Weights, multiply
 from mmtx.sequence import Prompt
 
-SHORT = 9216      # numbers of a head's keys up to here are read by NumPy's products, which then stay on one thread
+SHORT = 9216      # numbers of a head's keys up to here are read on one thread also where threads share a step
 
 
 def prepack_weights(decoder: nn.Module) -> None:
@@ -40,7 +39,8 @@ def prepack_weights(decoder: nn.Module) -> None:
 
 
 def _array(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().numpy()
+    """Its numbers in float32: the same memory where they are that."""
+    return tensor.detach().float().numpy()
 
 
 class _Norm(NamedTuple):
@@ -57,18 +57,36 @@ class _Norm(NamedTuple):
         return out
 
 
-def _product(shared: bool, matrix: Tensor | Int8Matrix, x: np.ndarray, out: np.ndarray) -> Callable[[], object]:
+def _product(shared: bool, matrix: Tensor | Int8Matrix | PackedMatrix, x: np.ndarray, out: np.ndarray) -> Callable[[], object]:
     """What puts the product of `x` (I,) and a matrix (I, O), as it is then, into `out` (O,) when it is called.
 
     One thread of NumPy's (OpenBLAS) reads memory at up to 1.3 times the rate of torch's (MKL), on an AMD EPYC; on an Intel
     Xeon they are equal. Threads of both would wait for more to do on cores that the other needs, so products that threads
     share are torch's: on two cores of that Xeon, 384 x 6, 91 ids a second with NumPy's and 294 so.
     """
-    if isinstance(matrix, Int8Matrix):
+    if not isinstance(matrix, Tensor):
         return partial(multiply, torch.from_numpy(x)[None], matrix, torch.from_numpy(out)[None])
     if shared:
         return partial(torch.mv, matrix.detach().T, torch.from_numpy(x), out=torch.from_numpy(out))
     return partial(np.dot, _array(matrix.T), x, out)
+
+
+def _swiglu(shared: bool, gate_up: Matrix | PackedSwiGLU, b: "_Buffers") -> Callable[[], object]:
+    """What puts up * silu(gate) of the normed token into `b.inner` when it is called."""
+    if isinstance(gate_up, PackedSwiGLU):
+        x, out = torch.from_numpy(b.normed)[None], torch.from_numpy(b.inner)[None]
+        return lambda: out.copy_(gate_up(x))
+    product = _product(shared, gate_up, b.normed, b.gate_up)
+
+    def run() -> None:
+        product()
+        np.negative(b.gate, out=b.inner)
+        np.exp(b.inner, out=b.inner)  # where it overflows, silu is 0
+        b.inner += 1
+        np.divide(b.gate, b.inner, out=b.inner)
+        b.inner *= b.up
+
+    return run
 
 
 class _Buffers:
@@ -85,9 +103,9 @@ class _Buffers:
         self.flat, self.back = self.turned.reshape(turning, c.head_dim), self.turned[:, ::-1]
         self.square, self.length = empty(turning, c.head_dim), empty(turning, 1)
         self.ones = np.ones((c.head_dim, 1), np.float32)
-        # The queries of a group share keys and values: they take the place of tokens, as in the engine of torch.
-        grouped = c.kv_heads, c.heads // c.kv_heads, c.head_dim
-        self.query, self.key = self.flat[:c.heads].reshape(grouped), self.flat[c.heads:]
+        # The queries of a group share keys and values, and are multiplied one by one: OpenBLAS is slow for a few together.
+        grouped = c.kv_heads, c.heads // c.kv_heads, 1, c.head_dim
+        self.query, self.key = self.flat[:c.heads].reshape(grouped), self.flat[c.heads:]           # (G, H / G, 1, K), (G, K)
         self.given = self.found.reshape(grouped)
         self.gate_up, self.inner = empty(2 * c.mlp_dim), empty(c.mlp_dim)
         self.gate, self.up = self.gate_up[:c.mlp_dim], self.gate_up[c.mlp_dim:]
@@ -105,12 +123,12 @@ class _Layer(NamedTuple):
     head_scale: np.ndarray  # (H + G, 1): what queries are divided by where there is no norm
     out: Callable[[], object]
     feed_forward_norm: _Norm
-    gate_up: Callable[[], object]
+    swiglu: Callable[[], object]
     down: Callable[[], object]
 
     @classmethod
     def of(cls, layer: Layer, config: DecoderConfig, b: _Buffers, shared: bool) -> "_Layer":
-        product: Any = partial(_product, shared)  # of matrices as they lie or in 8 bits: none is packed for one row
+        product: Any = partial(_product, shared)
         scale = np.ones((len(b.raw), 1), np.float32)
         scale[:config.heads] = config.head_dim ** -0.5
         norm = None if layer.head_norm is None else _Norm.of(layer.head_norm)
@@ -118,7 +136,7 @@ class _Layer(NamedTuple):
             _Norm.of(layer.attention_norm), product(layer.qkv, b.normed, b.qkv),
             None if layer.qkv_bias is None else _array(layer.qkv_bias),
             None if norm is None else norm._replace(weight=norm.weight * scale), scale, product(layer.out, b.found, b.added),
-            _Norm.of(layer.feed_forward_norm), product(layer.gate_up, b.normed, b.gate_up),
+            _Norm.of(layer.feed_forward_norm), _swiglu(shared, layer.gate_up, b),
             product(layer.down, b.inner, b.added))
 
     def project(self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray, b: _Buffers) -> None:
@@ -145,13 +163,7 @@ class _Layer(NamedTuple):
         self.out()
         x += b.added
         self.feed_forward_norm(x, b.normed)
-        self.gate_up()
-        # up * silu(gate); where exp overflows, silu is 0.
-        np.negative(b.gate, out=b.inner)
-        np.exp(b.inner, out=b.inner)
-        b.inner += 1
-        np.divide(b.gate, b.inner, out=b.inner)
-        b.inner *= b.up
+        self.swiglu()
         self.down()
         x += b.added
 
@@ -164,28 +176,36 @@ class _Slots(NamedTuple):
     key_array: np.ndarray   # (G, C, K), the same memory: NumPy writes a slot in a fifth of the time
     value_array: np.ndarray
 
-    def attend(self, slot: int, b: _Buffers) -> None:
-        """Write key and value of the buffers to a slot, and look at all up to it: query -> what the heads found."""
+    def attend(self, slot: int, b: _Buffers, shared: bool) -> None:
+        """Write key and value of the buffers to a slot, and look at all up to it: query -> what the heads found.
+
+        NumPy's products read 16 to 28 GB/s on one core of an AMD EPYC, torch's attention 11 to 16, but on threads that share it.
+        """
         self.key_array[:, slot], self.value_array[:, slot] = b.key, b.value
-        if (slot + 1) * b.key.shape[1] <= SHORT:
-            scores = np.matmul(b.query, self.key_array[:, :slot + 1].transpose(0, 2, 1))           # (G, H / G, T)
-            scores -= scores.max(2, keepdims=True)
+        if not shared or (slot + 1) * b.key.shape[1] <= SHORT:
+            keys, values = self.key_array[:, None, :slot + 1], self.value_array[:, None, :slot + 1]  # (G, 1, T, K)
+            scores = np.matmul(b.query, keys.transpose(0, 1, 3, 2))                                # (G, H / G, 1, T)
+            scores -= np.maximum.reduce(scores, 3, keepdims=True)
             np.exp(scores, out=scores)
-            scores /= scores.sum(2, keepdims=True)
-            np.matmul(scores, self.value_array[:, :slot + 1], out=b.given)
+            scores /= np.add.reduce(scores, 3, keepdims=True)
+            np.matmul(scores, values, out=b.given)
         else:
-            keys, values = self.keys.narrow(2, 0, slot + 1), self.values.narrow(2, 0, slot + 1)
-            b.given[:] = F.scaled_dot_product_attention(torch.from_numpy(b.query)[None], keys, values, scale=1.0)[0]
+            query, keys, values = torch.from_numpy(b.query[None, :, :, 0]), *(
+                each.narrow(2, 0, slot + 1) for each in (self.keys, self.values))
+            b.given[:, :, 0] = F.scaled_dot_product_attention(query, keys, values, scale=1.0)[0]
 
 
 class RowEngine(TorchEngine):
-    """One row in float32 on a CPU. Prompts are read by the engine of torch."""
+    """One row on a CPU, in float32 but for the matrices, which may be in bfloat16 or in 8 bits. Prompts are read by the engine
+    of torch.
+    """
 
     @staticmethod
-    def fits(decoder: Decoder) -> bool:
-        """Whether it can go on with a row of this decoder."""
-        weight = decoder.embedding.weight
-        return weight.device.type == "cpu" and weight.dtype == torch.float32
+    def fits(weights: Weights) -> bool:
+        """Whether it can go on with a row of a decoder with these weights."""
+        dtype = weights.output.dtype
+        packed = dtype == torch.bfloat16 and (weights.packed is not None or weights.in_8_bits)
+        return weights.output.device.type == "cpu" and (packed or dtype == torch.float32)
 
     @classmethod
     def of(cls, engine: TorchEngine) -> "RowEngine":
@@ -196,17 +216,25 @@ class RowEngine(TorchEngine):
         return row
 
     def prefill(self, prompts: Sequence[Prompt], room: int = ROOM) -> None:
-        super().prefill(prompts, room)
+        def read(shared: bool) -> None:
+            super(RowEngine, self).prefill(prompts, room)
+
+        if torch.get_num_threads() > 1:
+            self.weights.prompt_tuner.run(read, len(prompts[0].ids))
+        else:
+            read(False)
         self._begin()
 
     def _begin(self) -> None:
         weights = self.weights
         self.buffers = _Buffers(weights.config)
         self.several = torch.get_num_threads() > 1
-        self.layers = {shared: [_Layer.of(layer, weights.config, self.buffers, shared) for layer in weights.step_layers]
+        self.layers = {shared: [_Layer.of(layer, weights.config, self.buffers, shared) for layer in weights.row_layers(shared)]
                        for shared in ((True, False) if self.several else (False,))}
         self.norm, self.table = _Norm.of(weights.norm), weights.output.detach()                    # (R, D)
         self.cache.close_gaps()
+        self.cache.to_float32()
+        self.hidden = self.hidden.float()
         self._bind()
 
     def _bind(self) -> None:
@@ -217,31 +245,26 @@ class RowEngine(TorchEngine):
                       for keys, values in zip(cache.keys, cache.values, strict=True)]
 
     def step(self, ids: Tensor) -> None:
-        shared, start = self._shared(), time.perf_counter()
-        self._on_threads(shared, lambda: self._step(ids, self.layers[shared]))
         if self.several:
-            self.weights.tuner.record(shared, time.perf_counter() - start)
+            self.weights.step_tuner.run(lambda shared: self._step(ids, shared))
+        else:
+            self._step(ids, False)
 
     def best(self, allowed: Tensor) -> Tensor:
-        return self._on_threads(self._shared(), lambda: self._best(allowed))
+        if self.several and not self.weights.step_tuner.shared:
+            return run_single_threaded(lambda: self._best(allowed))
+        return self._best(allowed)
 
-    def _shared(self) -> bool:
-        """Whether threads share what comes next."""
-        return self.several and self.weights.tuner.shared
-
-    def _on_threads(self, shared: bool, run: Callable[[], Any]) -> Any:
-        return run_single_threaded(run) if self.several and not shared else run()
-
-    def _step(self, ids: Tensor, layers: list[_Layer]) -> None:
+    def _step(self, ids: Tensor, shared: bool) -> None:
         if self.cache.used == self.cache.capacity:
             self.cache.grow()
             self._bind()
-        x, b, slot = self.decoder.embedding(ids).numpy()[0].copy(), self.buffers, self.cache.used
+        x, b, slot = self.decoder.embedding(ids).float().numpy()[0].copy(), self.buffers, self.cache.used
         cos, sin = self.cos[slot], self.sin[slot]      # without gaps in the cache the slot is the position
         with np.errstate(over="ignore"):
-            for layer, slots in zip(layers, self.slots, strict=True):
+            for layer, slots in zip(self.layers[shared], self.slots, strict=True):
                 layer.project(x, cos, sin, b)
-                slots.attend(slot, b)
+                slots.attend(slot, b, shared)
                 layer.finish(x, b)
         self.cache.used += 1
         self.hidden = torch.from_numpy(self.norm(x, b.hidden))[None]
@@ -252,6 +275,6 @@ class RowEngine(TorchEngine):
             return super().best(allowed)
         forbidden, screen = self._forbidden(allowed)[0], self.weights.screen(len(table))
         if screen is None:
-            return torch.tensor([(torch.mv(table, hidden).numpy() + forbidden).argmax()])
+            return torch.tensor([(self.scores(len(table))[0].float().numpy() + forbidden).argmax()])
         few = torch.from_numpy(screen.candidates(hidden.numpy(), forbidden))
-        return few[torch.mv(table[few], hidden).argmax(keepdim=True)]
+        return few[torch.mv(table[few].float(), hidden).argmax(keepdim=True)]

@@ -5,7 +5,7 @@ Shapes: B batch, D width, R rows of the output, n pairs of a hidden state and a 
 
 import math
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,12 +24,12 @@ class Screen(NamedTuple):
     zero: Tensor          # (R,) of zeros
     length: np.ndarray    # (R,) of what a row is about
     error: np.ndarray     # (R,) length of what it lacks, and SLACK of its own length
+    most: tuple[float, float]  # the largest of `error` and of `length`
 
     @staticmethod
     def pays() -> bool:
         """Whether the processor has instructions for products of 8 bits (VNNI): with others, reading all is as fast."""
-        has = torch.cpu.get_capabilities()
-        return any(has.get(name) for name in ("avx512_vnni", "avx_vnni")) and has_operators()
+        return has_instructions("avx512_vnni", "avx_vnni") and has_operators()
 
     @classmethod
     def of(cls, rows: Tensor) -> "Screen":
@@ -40,10 +40,11 @@ class Screen(NamedTuple):
         length = torch.linalg.vector_norm(near, dim=1)
         error = torch.linalg.vector_norm(near.sub_(rows), dim=1) + SLACK * length
         packed = torch.ops.onednn.qlinear_prepack(codes.to(torch.int8), [1, rows.shape[1]])
-        return cls(packed, scale[:, 0], torch.zeros(len(rows), dtype=torch.long), length.numpy(), error.numpy())
+        return cls(packed, scale[:, 0], torch.zeros(len(rows), dtype=torch.long), length.numpy(), error.numpy(),
+                   (float(error.max()), float(length.max())))
 
-    def scores(self, hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """About what each row scores (R,) for a hidden state (D,), and how far from the truth that may be (R,).
+    def scores(self, hidden: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
+        """About what each row scores (R,) for a hidden state (D,), and the lengths of that and of what 7 bits lack of it.
 
         With w a row, v what is here of it, h the hidden state and g what 7 bits keep of that, the score w h differs from
         v g by no more than |w - v| |h| + |v| |h - g|.
@@ -55,24 +56,28 @@ class Screen(NamedTuple):
         given = torch.from_numpy((codes + 64).astype(np.uint8))[None]
         scores = torch.ops.onednn.qlinear_pointwise(
             given, scale, 64, self.packed, self.scale, self.zero, None, 1.0, 0, torch.float32, "none", [], "")[0].numpy()
-        bound = self.error * math.sqrt(hidden.dot(hidden))
-        bound += self.length * math.sqrt(lack.dot(lack))
-        return scores, bound
+        return scores, (math.sqrt(hidden.dot(hidden)), math.sqrt(lack.dot(lack)))
+
+    def bound(self, rows: Any, lengths: tuple[float, float]) -> Any:
+        """How far from the truth what `scores` gives of some rows may be."""
+        return self.error[rows] * lengths[0] + self.length[rows] * lengths[1]
 
     def candidates(self, hidden: np.ndarray, forbidden: np.ndarray) -> np.ndarray:
         """Which rows can score best among those whose `forbidden` (R,) is 0 and not -inf."""
-        scores, bound = self.scores(hidden)
+        scores, lengths = self.scores(hidden)
         scores += forbidden
         best = scores.argmax()
-        least = scores[best] - bound[best]
-        scores += bound
-        return np.flatnonzero(scores >= least)
+        least = scores[best] - self.bound(best, lengths)
+        # First with a bound that is that of no row, but takes no pass over them.
+        few = np.flatnonzero(scores >= least - self.most[0] * lengths[0] - self.most[1] * lengths[1])
+        return few[scores[few] + self.bound(few, lengths) >= least]
 
     def best(self, rows: Tensor, hidden: Tensor, forbidden: np.ndarray) -> Tensor | None:
         """The best of the rows (R, D) for each hidden state (B, D) among those whose `forbidden` (B, R) is 0 and not -inf, (B,).
 
         None where hidden states are not finite, or leave so many rows that all may as well be read.
         """
+        hidden = hidden.float()
         # All is in units of what a code of a hidden state stands for, so that no pass over the scores is needed for that.
         scale = hidden.abs().amax(1, keepdim=True).clamp_min_(1e-30).div_(63)
         codes = (hidden / scale).round_()
@@ -99,13 +104,20 @@ class Screen(NamedTuple):
 
 
 @cache
+def has_instructions(*names: str) -> bool:
+    """Whether the processor has any of these, as torch calls them."""
+    return any(map(torch.cpu.get_capabilities().get, names))
+
+
+@cache
 def has_operators() -> bool:
     """Whether torch has the operators of oneDNN that a screen needs, which it does not promise to keep: without them all is read."""
     if not torch.backends.mkldnn.is_available():
         return False
     rows, hidden = torch.tensor([[1.0, -2.0, 3.0], [-4.0, 0.5, 6.0]]), np.array([1.0, 2.0, -1.0], np.float32)
     try:
-        scores, bound = Screen.of(rows).scores(hidden)
+        screen = Screen.of(rows)
+        scores, lengths = screen.scores(hidden)
     except (AttributeError, RuntimeError, TypeError):
         return False
-    return bool((np.abs(scores - rows.numpy() @ hidden) <= bound).all())
+    return bool((np.abs(scores - rows.numpy() @ hidden) <= screen.bound(slice(None), lengths)).all())

@@ -1,4 +1,4 @@
-"""Whether steps are faster on one thread or on several, told from the steps themselves.
+"""Whether steps, or prompts, are faster on one thread or on several, told from the steps themselves.
 
 Threads that share a step wait for one another some twenty times in it. Where another process holds a core, each of these
 waits can last until that process has had its turn, a few milliseconds: several threads then cost many times what one does.
@@ -7,6 +7,9 @@ Nothing tells beforehand, so now and then a few steps are taken the other way, a
 
 import time
 from collections.abc import Callable
+from typing import Any
+
+from mmtx.ambient import run_single_threaded
 
 TRIAL = 3         # steps that compare one way with the other
 AGAIN = 0.5       # seconds between two trials, at least
@@ -27,6 +30,13 @@ class ThreadTuner:
         self._seconds: dict[bool, float | None] = {True: None, False: None}  # of a step, each way
         self._trial: list[float] | None = []                                 # seconds of its steps, while one runs
         self._next = 0.0                                                     # when the next trial begins
+
+    def run(self, step: Callable[[bool], Any], size: int = 1) -> Any:
+        """What a step returns, which is told whether threads share it. Steps take longer the larger their `size` is."""
+        shared, start = self.shared, self._clock()
+        found = step(True) if shared else run_single_threaded(lambda: step(False))
+        self.record(shared, (self._clock() - start) / size)
+        return found
 
     def record(self, shared: bool, seconds: float) -> None:
         """A step that was taken this way has taken so long."""

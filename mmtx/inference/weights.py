@@ -7,7 +7,6 @@ Shapes: B batch, N tokens of all rows, D width, H heads, G key-value heads, K he
 vocabulary.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -24,6 +23,9 @@ from mmtx.model import Block, Decoder
 
 Matrix = Tensor | Int8Matrix | PackedMatrix
 MANY = 64   # tokens of prompts from which on packed matrices pay: a number of tokens that is new to oneDNN costs it 2 ms
+
+
+SMALL = 200_000  # numbers of a matrix that are read in float32 in the time that starting a product of oneDNN takes, 12 microseconds
 
 
 def precise(like: Tensor) -> torch.dtype:
@@ -125,6 +127,14 @@ class Layer(NamedTuple):
         made: dict[str, Any] = {name: PackedMatrix.of(getattr(self, name)) for name in ("qkv", "out", "down")}
         return self._replace(gate_up=PackedSwiGLU.of(cast(Tensor, self.gate_up)), **made)
 
+    def in_float32(self, packed: "Layer") -> "Layer":
+        """The same with small matrices in float32, and those of `packed` for the others: what one row of bfloat16 is fastest with."""
+        made: dict[str, Any] = {}
+        for name in ("qkv", "out", "gate_up", "down"):
+            matrix = cast(Tensor, getattr(self, name))
+            made[name] = matrix.T.float().T if matrix.numel() < SMALL else getattr(packed, name)
+        return self._replace(**made)
+
     def project(self, x: Tensor, cos: Tensor, sin: Tensor, s: Scratch) -> None:
         """Tokens (N, D) and their angles (N, 1, K) -> queries, keys and values in the scratch."""
         multiply(self.attention_norm(x, s.length, s.normed), self.qkv, s.qkv)
@@ -167,11 +177,8 @@ class Layer(NamedTuple):
 def _packs(layers: tuple[Layer, ...]) -> bool:
     """Whether their matrices are of a kind and size that are laid out a second time."""
     matrices = [each for layer in layers for each in layer if isinstance(each, Tensor) and each.dim() == 2]
-    return _in_float32(matrices) and 4 * sum(each.numel() for each in matrices) <= LARGEST and has_operators()
-
-
-def _in_float32(tensors: Sequence[Tensor]) -> bool:
-    return all(each.device.type == "cpu" and each.dtype == torch.float32 for each in tensors)
+    return (all(each.device.type == "cpu" and has_operators(each.dtype) for each in matrices)
+            and sum(each.nbytes for each in matrices) <= LARGEST)
 
 
 def multiply(x: Tensor, matrix: Matrix, out: Tensor) -> None:
@@ -203,7 +210,8 @@ class Weights(NamedTuple):
     output: Tensor                        # (R, D)
     groups: tuple[tuple[int, ...], ...]   # sizes of runs of rows: plain ids, then the digits of each composed range
     screens: dict[int, Screen] | None     # what `Screen` made of first rows; none where values may still change
-    tuner: ThreadTuner                    # of single rows on a CPU
+    step_tuner: ThreadTuner               # of single rows on a CPU
+    prompt_tuner: ThreadTuner             # of their prompts, by the token
     kept: Kept                            # caches with captured steps that read these weights, on a GPU
 
     @classmethod
@@ -217,9 +225,10 @@ class Weights(NamedTuple):
         layers = tuple(Layer.of(block, c) for block in decoder.blocks)
         small = tuple(layer.in_8_bits() for layer in layers) if load_in_8bit else layers
         packed = tuple(layer.packed() for layer in layers) if fixed and _packs(layers) else None
-        screens: dict | None = {} if fixed and _in_float32([table.weight]) else None
+        screened = fixed and table.weight.device.type == "cpu" and table.weight.dtype in (torch.float32, torch.bfloat16)
+        screens: dict | None = {} if screened else None
         norm = Norm.of(decoder.norm.weight, c.norm_eps)
-        return cls(c, layers, small, packed, norm, table.weight, table.groups, screens, ThreadTuner(), Kept())
+        return cls(c, layers, small, packed, norm, table.weight, table.groups, screens, ThreadTuner(), ThreadTuner(), Kept())
 
     @property
     def in_8_bits(self) -> bool:
@@ -234,6 +243,20 @@ class Weights(NamedTuple):
         """Those that write ids of several rows."""
         return self.step_layers if self.in_8_bits or self.packed is None else self.packed
 
+    def row_layers(self, shared: bool) -> tuple[Layer, ...]:
+        """Those that write ids of one row, on threads that share it or on one.
+
+        GB/s of one core of an AMD EPYC, 640 -> 1728 in float32: NumPy 33, packed 27, torch 16; of two cores packed 36, torch
+        16. In bfloat16 packed 29, torch 7.
+        """
+        if self.in_8_bits or self.packed is None:
+            return self.step_layers
+        if shared:
+            return self.packed
+        if self.output.dtype == torch.float32:
+            return self.layers
+        return tuple(layer.in_float32(packed) for layer, packed in zip(self.layers, self.packed, strict=True))
+
     @property
     def plain(self) -> int:
         """How many ids, from the first, have a row of their own."""
@@ -244,7 +267,7 @@ class Weights(NamedTuple):
         if self.screens is None or not FEW_ROWS < first <= self.plain or not Screen.pays():
             return None
         if first not in self.screens:
-            self.screens[first] = Screen.of(self.output.detach()[:first])
+            self.screens[first] = Screen.of(self.output.detach()[:first].float())
         return self.screens[first]
 
     def scores(self, hidden: Tensor, first: int | None = None) -> Tensor:
@@ -252,6 +275,7 @@ class Weights(NamedTuple):
 
         The score of a composed id is the sum of the scores of its digits: no matrix of its range is needed.
         """
+        hidden = hidden.to(self.output.dtype)
         plain, ranges = self.plain, self.groups[1:]
         if first is not None and first <= plain:
             return F.linear(hidden, self.output[:first])

@@ -41,6 +41,11 @@ def as_items(given: Any) -> Any:
     return [{"type": "text", "text": given}] if isinstance(given, str) else given
 
 
+def alone(given: Any) -> Any:
+    """A list of one prompt, as some clients send it, is that prompt."""
+    return given[0] if isinstance(given, list) and len(given) == 1 and isinstance(given[0], str) else given
+
+
 def as_inputs(given: Any) -> Any:
     """Text or a list of items is a list of one input."""
     several = isinstance(given, list) and (not given or isinstance(given[0], (str, list)))
@@ -117,7 +122,7 @@ class ChatBody(WriteBody):
 
 
 class CompletionBody(WriteBody):
-    prompt: Words
+    prompt: Annotated[Words, BeforeValidator(alone)]
 
 
 class EmbeddingsBody(Asking):
