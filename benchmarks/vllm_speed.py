@@ -38,7 +38,7 @@ os.dup2(2, 1)  # what vLLM prints is no answer
 if __name__ == "__main__":
     from vllm import LLM, SamplingParams
 
-    engine = LLM(folder, dtype=dtype, max_model_len=256, skip_tokenizer_init=True, max_num_seqs=16, gpu_memory_utilization=0.2)
+    engine = LLM(folder, dtype=dtype, max_model_len=128, skip_tokenizer_init=True, max_num_seqs=16, gpu_memory_utilization=0.2)
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         prompts, new = json.loads(line)

@@ -24,7 +24,7 @@ from mmtx.ambient import neutral
 from mmtx.errors import InputError
 from mmtx.modality.autoencoder import Codec, NetworkConfig, PatchAutoencoder, Reconstruction
 from mmtx.modality.base import Encoding
-from mmtx.modality.modality import Modality, register
+from mmtx.modality.registry import Modality, register
 from mmtx.schema import within
 
 

@@ -21,7 +21,7 @@ HOMES = {
     "Image": "mmtx.medium",
     "Audio": "mmtx.medium",
     "Medium": "mmtx.medium",
-    "load_plugin": "mmtx.modality.modality",
+    "load_plugin": "mmtx.modality.registry",
     "Sound": "mmtx.medium",
     "InputError": "mmtx.errors",
     "escape": "mmtx.errors",

@@ -31,15 +31,15 @@ from mmtx.model import Decoder, rotary_embedding
 from mmtx.sequence import Prompt, gather_features
 from mmtx.vocabulary import Vocabulary
 
-MOST = 2 ** 28    # numbers of all weights: 1 GB
-PLOTTED = 12      # words of a plot
+MOST_WEIGHTS = 2 ** 28  # of all layers and heads: 1 GB
+PLOTTED = 12            # words of a plot
 
 
 def attention_weights(decoder: Decoder, ids: Tensor, features: Mapping[str, Features] | None = None) -> Tensor:
     """Ids of a stream (T,) -> the share (L, H, T, T) of each place (the last axis) in what each place (the one before) reads."""
     c, length = decoder.config, len(ids)
-    if (count := c.depth * c.heads * length ** 2) > MOST:
-        raise InputError(f"attention: found {length} tokens, so {count} weights, expected up to {MOST}")
+    if (count := c.depth * c.heads * length ** 2) > MOST_WEIGHTS:
+        raise InputError(f"attention: found {length} tokens, so {count} weights, expected up to {MOST_WEIGHTS}")
     x, found = decoder.embed(ids[None], features), []
     angles = rotary_embedding(torch.arange(length, device=ids.device)[None], c.head_dim, c.rope_theta, c.rope_scaling)
     later = torch.ones(length, length, dtype=torch.bool, device=ids.device).triu(1)

@@ -11,7 +11,7 @@ from mmtx.data.storage import display
 from mmtx.data.trust import is_url
 from mmtx.errors import InputError
 from mmtx.inference.sampling import Sampling
-from mmtx.modality.modality import media_kinds
+from mmtx.modality.registry import media_kinds
 from mmtx.pipeline import Model, each
 
 TOGETHER = 64  # files that are asked for at once: each thread of a CPU gets a batch, and captions appear as they come

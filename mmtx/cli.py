@@ -13,7 +13,7 @@ from mmtx import __version__, limit_openmp_spin
 from mmtx.commands import caption, convert, evaluate, export, generate, inspect, plan, prepare, report, serve, tokens, transcribe
 from mmtx.commands.arguments import tell
 from mmtx.errors import InputError
-from mmtx.modality.modality import load_plugin
+from mmtx.modality.registry import load_plugin
 
 INTERRUPTED = 128 + signal.SIGINT  # what a shell reports for a command that Ctrl-C ended
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)

@@ -69,7 +69,10 @@ def words(text: str) -> list[str]:
 
 
 def word_errors(predicted: Sequence[str], true: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Per item: word errors (fewest insertions, deletions and substitutions) and number of true words."""
+    """Per item: word errors (fewest insertions, deletions and substitutions) and number of true words.
+
+    `confidence_interval` of both is the word error rate of the corpus: more than 1 where many words are inserted.
+    """
     return _errors(predicted, true, words)
 
 
@@ -84,17 +87,6 @@ def _errors(predicted: Sequence[str], true: Sequence[str], split: Callable[[str]
     _check_pairs(predicted, true)
     pairs = [(split(p), split(t)) for p, t in zip(predicted, true)]
     return [edit_distance(p, t) for p, t in pairs], [len(t) for _, t in pairs]
-
-
-def word_error_rate(predicted: Sequence[str], true: Sequence[str]) -> float:
-    """Word errors over true words of the whole corpus, at least 0; more than 1 where words are inserted.
-
-    For its interval: `confidence_interval(*word_errors(predicted, true))`.
-    """
-    errors, counts = word_errors(predicted, true)
-    if not sum(counts):
-        raise InputError(f"word error rate: found no word in {len(true)} true texts, expected at least one")
-    return sum(errors) / sum(counts)
 
 
 def field_scores(

@@ -77,17 +77,22 @@ def read_json(path: str | Path, most: int = MOST_JSON) -> Any:
 def parse_json(data: bytes, where: str | Path) -> Any:
     """The value of JSON in UTF-8, each name of an object once. Raises InputError that names `where`."""
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_once)
+        return STRICT_JSON.decode(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not readable as JSON ({str(error)[:100]})") from None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; of two values of one name, which json itself takes the last of, neither may be lost."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"found {next(name for name in names if names.count(name) > 1)[:40]!r} twice")
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the field {twice[:40]!r} is there {names.count(twice)} times")
     return found
+
+
+STRICT_JSON = json.JSONDecoder(object_pairs_hook=_once)
 
 
 def write_json(value: Any) -> bytes:
@@ -154,6 +159,14 @@ def write_whole(path: Path, content: Content) -> None:
         with suppress(OSError):
             part.unlink()
         raise
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """`write_whole` of what a user asked for. Raises InputError where there is no room or no right to."""
+    try:
+        write_whole(path, content)
+    except OSError as error:
+        raise InputError(f"{path}: {len(content)} bytes cannot be written ({error.strerror})") from None
 
 
 def replace_folder(folder: str | Path, files: Iterable[tuple[str, Content]]) -> None:

@@ -20,13 +20,13 @@ MARK = "<!-- written by mmtx: a later push writes it anew, unless this line is t
 
 
 def find_model(name: str | Path) -> Path:
-    """The folder of a model: the user's own, one that comes with mmtx, or else one of the hub ("user/model",
+    """The folder of a model, or its GGUF file: the user's own, one that comes with mmtx, or else one of the hub ("user/model",
     "user/model@revision"), which is fetched and kept in the library's cache.
     """
     try:
         return find_shipped(name)
     except InputError:
-        if not NAME.fullmatch(str(name)):
+        if not NAME.fullmatch(str(name)) or str(name).endswith(".gguf"):
             raise
     return fetch(str(name))
 

@@ -123,7 +123,7 @@ class _RMSNorm(torch.autograd.Function):
         normed, factor = _normed(x, ctx.eps)
         dy, precise = dy.to(normed.dtype), weight.to(normed.dtype)
         d = dy * normed
-        d_weight = d.flatten(0, -2).sum(0).to(weight.dtype)
+        d_weight = d.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         d_x = _normed_backward((d @ precise)[..., None], dy * precise, normed, factor)
         return d_x.to(x.dtype), d_weight, None, None
 
@@ -168,13 +168,14 @@ class _QKNormRoPE(torch.autograd.Function):
         dy = _apply_rotary_emb(torch.cat([d_query, d_key], dim=-2).to(normed.dtype), cos, -sin)
         weight = _rows(query_weight, key_weight, heads, kv_heads)
         d = dy * normed
-        d_weight = d.flatten(0, -3).sum(0)                                              # (H + G, K)
+        d_weights = [None, None]
+        if any(ctx.needs_input_grad[1:3]):
+            d_weights = [part.sum(0).to(query_weight.dtype) for part in d.flatten(0, -3).sum(0).split([heads, kv_heads])]
         along = d.mul_(weight).sum(-1, keepdim=True)
         d_qkv = torch.empty_like(x)
         d_qkv[..., :heads + kv_heads, :] = _normed_backward(along, dy.mul_(weight), normed, factor)
         d_qkv[..., heads + kv_heads:, :] = d_value
-        d_query_weight, d_key_weight = (part.sum(0).to(query_weight.dtype) for part in d_weight.split([heads, kv_heads]))
-        return d_qkv.flatten(-2), d_query_weight, d_key_weight, None, None, None, None, None
+        return d_qkv.flatten(-2), *d_weights, None, None, None, None, None
 
 
 class _Attend(torch.autograd.Function):

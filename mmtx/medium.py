@@ -24,7 +24,7 @@ from mmtx.document import MediaPart
 from mmtx.errors import InputError
 from mmtx.files import write_whole
 from mmtx.modality.base import Tokenizer
-from mmtx.modality.modality import MODALITIES, media_kinds
+from mmtx.modality.registry import MODALITIES, media_kinds
 
 THIN = 32         # times as long as wide: what is no picture
 WRITTEN = 2 ** 16  # samples that are given to libsndfile together: of some millions Vorbis ends the program
@@ -98,7 +98,8 @@ class Sound(NamedTuple):
     rate: int
 
     def save(self, path: str | Path) -> None:
-        """Write it as a file, which appears whole or not at all; the extension chooses the format (wav, flac, ogg).
+        """Write it as a file, which appears whole or not at all; the extension chooses the format: .wav, .flac, .ogg, .mp3, .aiff,
+        .au, .caf, .w64, and others that libsndfile writes.
 
         Raises InputError when there can be no such file, or these are no samples and their rate.
         """
@@ -107,8 +108,8 @@ class Sound(NamedTuple):
         if not isinstance(path, (str, os.PathLike)):
             raise InputError(f"path: found {type(path).__name__}, expected the name of a file")
         form, samples, file = suffix(os.fspath(path)), np.asarray(self.samples), io.BytesIO()
-        if form[1:].upper() not in soundfile.available_formats():
-            raise InputError(f"{path}: found the extension {form!r}, expected .wav, .flac or .ogg")
+        if form[1:].upper() not in soundfile.available_formats().keys() - {"SD2"}:  # it leaves "._" in the current folder
+            raise InputError(f"{path}: found the extension {form!r}, expected .wav, .flac, .ogg, .mp3, .aiff, .au, .caf or .w64")
         if not (isinstance(self.rate, Integral) and RATES[0] <= self.rate <= RATES[1]):
             raise InputError(f"rate: found {self.rate!r:.100}, expected a whole number of Hz from {RATES[0]} to {RATES[1]}")
         if samples.dtype.kind not in "fi" or samples.ndim not in (1, 2):

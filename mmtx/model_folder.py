@@ -9,7 +9,7 @@ from mmtx.errors import InputError
 from mmtx.files import CONFIG, Content, read_json, shipped, write_json
 from mmtx.hub import find_model
 from mmtx.modality.base import Tokenizer, load_tokenizer, media_tokenizer
-from mmtx.modality.modality import MODALITIES, unknown
+from mmtx.modality.registry import MODALITIES, unknown
 from mmtx.schema import build, shown
 from mmtx.vocabulary import Vocabulary
 from mmtx.weights import Runs, to_parts

@@ -44,7 +44,7 @@ from mmtx.inference.weights import Weights
 from mmtx.medium import Audio, Marked, Media, ReadMedium, Sound, as_medium, check_open, to_array, to_sound
 from mmtx.modality.base import Encoding, Tokenizer, load_tokenizer, media_tokenizer
 from mmtx.modality.encoder import build_encoder
-from mmtx.modality.modality import MODALITIES, media_kinds
+from mmtx.modality.registry import MODALITIES, media_kinds
 from mmtx.model import Decoder
 from mmtx.model_folder import WEIGHTS, model_files, read_model
 from mmtx.schema import within

@@ -56,6 +56,16 @@ def import_function(place: str, option: str) -> Callable[..., Any]:
     return found
 
 
+def call_function(function: Callable[[Any], Any], given: Any, at: str) -> Any:
+    """What a function of the user's gives. Raises InputError, which begins with `at`, whatever the function raises."""
+    try:
+        return function(given)
+    except InputError as error:
+        raise InputError(f"{at}: {error}") from None
+    except Exception as error:  # whatever the code of others raises
+        raise InputError(f"{at}: {type(error).__name__}: {' '.join(str(error).split())[:150]}") from error
+
+
 def _frames(error: Exception) -> list[TracebackType]:
     """The tracebacks of an error, the last call first."""
     found: list[TracebackType] = []

@@ -1,6 +1,6 @@
 """A model's captions of held-out samples beside the true ones: examples, figures, and a control that learned nothing."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,9 @@ from mmtx.evaluation import (
     table,
     word_errors,
 )
-from mmtx.modality.modality import MODALITIES
+from mmtx.modality.registry import MODALITIES
 from mmtx.pipeline import Model
-from mmtx.plugins import import_function
+from mmtx.plugins import call_function, import_function
 
 WIDEST = 60            # characters of a predicted caption that are shown
 WORD_ERRORS = "word error rate"
@@ -104,27 +104,17 @@ def _reader(source: DataSource, known: list[dict[str, Any]]) -> FieldReader:
     if source.reader is None:
         return WHOLE_CAPTION
     at = f"reader {source.reader}"
-    found = _call(import_function(source.reader, "reader"), known, at)
+    found = call_function(import_function(source.reader, "reader"), known, at)
     if not isinstance(found, FieldReader):
         raise InputError(f"{at}: gave {type(found).__name__}, expected an mmtx.evaluation.FieldReader")
 
     def read(caption: str) -> Mapping[str, Any]:
-        told = _call(found.read, caption, f"{at}: caption {caption!r}")
+        told = call_function(found.read, caption, f"{at}: caption {caption!r}")
         if not isinstance(told, Mapping):
             raise InputError(f"{at}: caption {caption!r}: gave {type(told).__name__}, expected a mapping of fields")
         return told
 
     return found if found is WHOLE_CAPTION else found._replace(read=read)
-
-
-def _call(function: Callable[[Any], Any], given: Any, at: str) -> Any:
-    """What a function of the user's gives. Raises InputError, which begins with `at`, whatever the function raises."""
-    try:
-        return function(given)
-    except InputError as error:
-        raise InputError(f"{at}: {error}") from None
-    except Exception as error:  # whatever the code of others raises
-        raise InputError(f"{at}: {type(error).__name__}: {' '.join(str(error).split())[:150]}") from error
 
 
 def _check_fields(samples: Sequence[Sample], reader: FieldReader, source: DataSource) -> None:

@@ -18,7 +18,7 @@ from mmtx.errors import InputError, escape
 from mmtx.files import CONFIG, read_bytes, read_json
 
 WIDE, TALL, POINTS = 420, 150, 400   # pixels of a chart; points of a curve, means of their neighbours
-MOST = 2 ** 28                       # bytes of a file
+MOST_BYTES = 2 ** 28                 # of a file
 COLOURS = {"train": "var(--soft)", "val": "var(--mark)"}
 EVALUATION = "evaluation.txt"        # what mmtx report --evaluate leaves in the folder of the run
 # Sections of curves, by what their names match without train/ or val/; the last takes the rest.
@@ -63,7 +63,7 @@ def run_page(folder: str | Path, evaluation: str | None = None) -> str:
 def read_curves(path: Path) -> dict[str, Curve]:
     """Columns of metrics.csv -> their values by step; blanks are no values, and neither is what is not finite."""
     curves: dict[str, Curve] = {}
-    rows = csv.DictReader(read_bytes(path, MOST).decode("utf-8", "replace").splitlines())
+    rows = csv.DictReader(read_bytes(path, MOST_BYTES).decode("utf-8", "replace").splitlines())
     for number, row in enumerate(rows, 2):
         for name, word in row.items():
             if name in ("epoch", "step", None) or not word:
@@ -146,7 +146,7 @@ def _evaluation(path: Path, text: str | None) -> str:
     """Figures with intervals, beside those of controls."""
     if text is None and not path.is_file():
         return ""
-    text = text or read_bytes(path, MOST).decode("utf-8", "replace")
+    text = text or read_bytes(path, MOST_BYTES).decode("utf-8", "replace")
     return f"<h2>Held-out figures beside controls</h2><div class=\"card\"><pre>{_text(text)}</pre></div>"
 
 
@@ -162,7 +162,7 @@ def _samples(folder: Path) -> list[str]:
     for path in (max(folder.glob(f"step-*.{kind}"), key=step_of, default=None) for kind in ("png", "txt")):
         if path is None:
             continue
-        data = read_bytes(path, MOST)
+        data = read_bytes(path, MOST_BYTES)
         if path.suffix == ".png":
             shown = f"<img alt=\"samples\" src=\"{_url(data, 'image/png')}\">"
         else:
@@ -179,7 +179,7 @@ def _sounds(folder: Path) -> list[str]:
     step = last.name.rpartition("-")[0]
     said, cards = _captions(folder / f"{step}.txt"), ""
     for path in sorted(folder.glob(f"{step}-*.ogg")):
-        data, row = read_bytes(path, MOST), path.stem.rpartition("-")[2]
+        data, row = read_bytes(path, MOST_BYTES), path.stem.rpartition("-")[2]
         number = int(row) if row.isdigit() else 0
         told = f"<b>{('original', 'reconstruction')[number % 2]}</b>"
         if number < len(said):
@@ -196,7 +196,7 @@ def _sounds(folder: Path) -> list[str]:
 
 def _captions(path: Path) -> list[list[str]]:
     """Rows of two texts, predicted and true, as ShowSamples writes them; empty for a row that is none."""
-    text = read_bytes(path, MOST).decode("utf-8", "replace") if path.is_file() else ""
+    text = read_bytes(path, MOST_BYTES).decode("utf-8", "replace") if path.is_file() else ""
     rows = [re.findall(LITERAL, line) for line in text.splitlines()[1:]]
     return [[ast.literal_eval(word) for word in row] if len(row) == 2 else ["", ""] for row in rows]
 
@@ -222,7 +222,7 @@ def _url(data: bytes, kind: str) -> str:
 def _config(path: Path) -> str:
     if not path.is_file():
         return ""
-    text = read_bytes(path, MOST).decode("utf-8", "replace")
+    text = read_bytes(path, MOST_BYTES).decode("utf-8", "replace")
     return f"<h2>Configuration</h2><details class=\"card\"><summary>{path.name}</summary><pre>{_text(text)}</pre></details>"
 
 

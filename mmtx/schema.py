@@ -22,6 +22,8 @@ MOST_ITEMS = 2**16  # of a list
 
 def shown(value: Any, most: int = 60) -> str:
     """What was found, on one line of bounded length."""
+    if isinstance(value, int) and abs(value) > 10**30:  # of thousands of digits Python makes no text
+        return "a number beyond all bounds"
     text = ascii(value) if isinstance(value, int | float | str | None) else type(value).__name__
     return text if len(text) <= most else text[:most - 3] + "..."
 

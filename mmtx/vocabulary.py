@@ -20,9 +20,9 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from mmtx.errors import InputError
-from mmtx.files import read_json, write_json, write_whole
-from mmtx.modality.base import ChatFormat, Tokenizer
-from mmtx.modality.modality import MODALITIES, unknown
+from mmtx.files import read_json, write_file, write_json
+from mmtx.modality.base import ChatFormat, Tokenizer, check_codes
+from mmtx.modality.registry import MODALITIES, unknown
 from mmtx.schema import build, shown, within
 
 FORMAT = 1
@@ -183,14 +183,14 @@ class Vocabulary:
         """Codes of one tokenizer (any shape) to ids, int64. Raises InputError on a code outside [0, size)."""
         entry = self._entry(kind)
         codes = np.asarray(codes, np.int64)
-        _check_bounds(codes, 0, entry.size, f"{kind} codes")
+        check_codes(codes, range(entry.size), f"{kind} codes")
         return codes + entry.start
 
     def to_local(self, kind: str, ids: Any) -> np.ndarray:
         """Ids (any shape) to codes of one tokenizer, int64. Raises InputError on an id of another kind."""
         entry = self._entry(kind)
         ids = np.asarray(ids, np.int64)
-        _check_bounds(ids, entry.start, entry.start + entry.size, f"{kind} ids")
+        check_codes(ids, self.range(kind), f"{kind} ids")
         return ids - entry.start
 
     @cached_property
@@ -205,7 +205,7 @@ class Vocabulary:
     def modality_of(self, ids: Any) -> np.ndarray:
         """Ids (any shape) to uint8: 0 special, 1 text, 2 image, 3 audio, 4.. others. Raises InputError outside [0, V)."""
         ids = np.asarray(ids, np.int64)
-        _check_bounds(ids, 0, self.size, "ids")
+        check_codes(ids, range(self.size), "ids")
         return self.modalities[ids]
 
     def kind(self, id: int) -> str:
@@ -249,10 +249,7 @@ class Vocabulary:
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file."""
-        try:
-            write_whole(Path(path), self.to_json())
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+        write_file(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> "Vocabulary":
@@ -328,9 +325,3 @@ def _check_entry(entry: Entry, path: str | Path) -> None:
             len(entry.tags) == 2 and len(NAMES) <= entry.tags[0] < entry.tags[1] < SLOTS):
         expected = "none" if entry.kind in NUMBERED else f"two slots from {len(NAMES)} to {SLOTS - 1}"
         raise InputError(f"{at} field 'tags' is {shown(str(entry.tags))}, expected {expected}")
-
-
-def _check_bounds(values: np.ndarray, low: int, high: int, what: str) -> None:
-    if values.size and not low <= values.min() <= values.max() < high:
-        found = f"{values.min()} to {values.max()}"
-        raise InputError(f"{what}: found values from {found}, expected [{low}, {high})")

@@ -271,7 +271,7 @@ def test_gradient_checkpointing_changes_no_gradient(starts):
 def test_mistakes_are_told_in_one_line(monkeypatch):
     with pytest.raises(InputError, match="found none with lora, expected the model that is to be adapted"):
         DecoderModule(DecoderConfig(**DECODER), lora=LoRA())
-    with pytest.raises(InputError, match="lora.rank: found 0, expected 1 to 4096"):
+    with pytest.raises(InputError, match="lora.rank: found 0, expected 1 or more, and 4096 at most"):
         LoRA(rank=0)
     with pytest.raises(InputError, match="lora.parts: found mlp, expected some of attention, feed_forward"):
         LoRA(parts=("mlp",))

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -127,6 +128,19 @@ def test_options_of_fit_out_of_range_are_one_line(option, value, tmp_path, capsy
         main(["fit", "--config", str(config), "--output", str(tmp_path / "run"), f"--{option}={value}"])
     lines = [line for line in capsys.readouterr().err.splitlines() if "Seed set" not in line]
     assert stop.value.code == 2 and len(lines) == 1 and option.split(".")[-1] in lines[0], lines
+
+
+@pytest.mark.parametrize("option, value", [("train", "x.csv"), ("train", "rows.csv"), ("train", "[x.csv]"), ("train", "[[x.csv]]"),
+                                           ("validation", "x.csv"), ("validation", "{paths: [x.csv]}")])
+def test_what_is_no_list_of_sources_is_told_as_it_was_given(option, value, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.csv").write_text("image,text\na.png,a\n")  # a file of this name would be read as the value
+    config = Path(__file__).parents[1] / "configs" / "starter" / "image.yaml"
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", str(config), "--output", "run", f"--data.{option}", value])
+    (line,) = capsys.readouterr().err.splitlines()
+    found = re.match(rf"mmtx: error: data\.{option}: found (.*), expected a list of sources, as in \[{{paths: \[FILE\]}}\]$", line)[1]
+    assert stop.value.code == 2 and yaml.safe_load(found) == yaml.safe_load(value)
 
 
 @pytest.mark.parametrize("data, option, value", [

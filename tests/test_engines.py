@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mmtx.config import CodeRange, DecoderConfig, RopeScaling
+from mmtx.inference.cached_attention import THREADS
 from mmtx.inference.choose import choose_engine
 from mmtx.inference.graph_engine import GraphEngine
 from mmtx.inference.int8 import Int8Matrix
@@ -94,8 +95,10 @@ each_engine = pytest.mark.parametrize("make", ENGINES.values(), ids=ENGINES)
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("together", [0.3, 1, 3, 4], ids="{} rows together".format)  # of a long prompt a part at a time
-def test_scores_are_those_of_full_passes(rows, shape, together, monkeypatch):
+@pytest.mark.parametrize("most", [0, THREADS], ids=["torch", "NumPy"])
+def test_scores_are_those_of_full_passes(rows, shape, together, most, monkeypatch):
     monkeypatch.setattr("mmtx.inference.torch_engine.TOKENS", int(together * max(LENGTHS)))
+    monkeypatch.setattr("mmtx.inference.cached_attention.THREADS", most)
     decoder = random_decoder(**shape)
     engine = begin(decoder, rows)
     for new in range(NEW):

@@ -31,7 +31,6 @@ from mmtx.evaluation import (
     mel_features,
     pixel_features,
     table,
-    word_error_rate,
     word_errors,
     words,
 )
@@ -75,10 +74,10 @@ def test_word_errors_by_hand():
 def test_word_error_rate_is_over_the_corpus():
     # 1 error of 1 word and 0 errors of 9: 0.1, where the mean over items would be 0.5.
     true = ["yes", "a b c d e f g h i"]
-    assert word_error_rate(["no", true[1]], true) == pytest.approx(0.1)
-    assert word_error_rate(["a b c"], ["a"]) == 2.0
-    with pytest.raises(InputError, match="no word in 2 true texts"):
-        word_error_rate(["a", "b"], ["...", ""])
+    assert confidence_interval(*word_errors(["no", true[1]], true)).value == pytest.approx(0.1)
+    assert confidence_interval(*word_errors(["a b c"], ["a"])).value == 2.0
+    with pytest.raises(InputError, match="weights that sum to 0"):
+        confidence_interval(*word_errors(["a", "b"], ["...", ""]))
 
 
 def test_character_errors_by_hand():

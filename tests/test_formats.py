@@ -20,7 +20,7 @@ from mmtx.data.mpeg import frame_at
 from mmtx.data.sample import kind_of, sniff
 from mmtx.data.sound_files import read_sound
 from mmtx.errors import InputError
-from mmtx.modality.modality import MODALITIES
+from mmtx.modality.registry import MODALITIES
 
 RATE = 16_000
 SOUNDS, PICTURES = sound_seeds(), picture_seeds()
@@ -378,7 +378,8 @@ def test_reading_prints_nothing(tmp_path):
     code = """
 import sys
 from pathlib import Path
-from mmtx.data.media import load_audio, load_image, sniff
+from mmtx.data.media import load_audio, load_image
+from mmtx.data.sample import sniff
 for path in sorted(Path(sys.argv[1]).iterdir()):
     load_image(path) if sniff(path.read_bytes()) == "image" else load_audio(path, 16_000)
 """

@@ -14,7 +14,7 @@ import mmtx
 from mmtx.cli import main
 from mmtx.config import DecoderConfig
 from mmtx.data.sample import Media
-from mmtx.data.sources import open_source
+from mmtx.data.sources import scan
 from mmtx.data.tokens import load_media
 from mmtx.grammar import Grammar
 from mmtx.inference.choose import choose_engine, has_triton
@@ -110,7 +110,7 @@ def test_a_change_of_one_packed_document_changes_no_other(dtype):
 def test_captions_are_those_of_the_cpu():
     media = []
     for name, count in (("images-train-004", 12), ("sounds-train-001", 6)):
-        for _, sample in zip(range(count), open_source(str(STARTER / f"{name}.tar.gz"))):
+        for _, sample in zip(range(count), scan(str(STARTER / f"{name}.tar.gz"))):
             media += [part for turn in sample.turns for part in turn.parts if isinstance(part, Media)]
     here, there = mmtx.load(device="cpu"), mmtx.load(device=DEVICE)
     loaded = [load_media(medium, here.tokenizers) for medium in media]

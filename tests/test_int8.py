@@ -13,7 +13,7 @@ import mmtx
 from mmtx.cli import main
 from mmtx.config import DecoderConfig
 from mmtx.data.sample import Media
-from mmtx.data.sources import open_source
+from mmtx.data.sources import scan
 from mmtx.data.tokens import load_media
 from mmtx.document import Document, Turn
 from mmtx.errors import InputError
@@ -122,7 +122,7 @@ def asked(starter):
     """Prompts of 16 pictures and 16 notes that the model that ships has not seen."""
     media = []
     for name in ("images-test-unseen-style", "sounds-test-unseen-notes"):
-        for _, sample in zip(range(16), open_source(str(STARTER / f"{name}.tar.gz")), strict=False):
+        for _, sample in zip(range(16), scan(str(STARTER / f"{name}.tar.gz")), strict=False):
             media += [part for turn in sample.turns for part in turn.parts if isinstance(part, Media)][:1]
     return [Document((Turn("user", (part,)),)) for part in starter.encode_parts(
         [as_medium(load_media(medium, starter.tokenizers)) for medium in media])]

@@ -132,8 +132,6 @@ def test_scores_greedy_ids_and_conversations_are_those_of_transformers(name, med
         assert found == [ident for ident in expected if ident != ours.vocabulary.end][:len(found)] and len(found) > 9
 
 
-
-
 def test_a_grown_vocabulary_leaves_text_rows_and_scores_as_they_were(media, tmp_path):
     save_model(tmp_path, "qwen2")
     alone, grown = convert(tmp_path), convert(tmp_path, media)

@@ -64,6 +64,18 @@ def test_turned_heads():
     same(qk_norm_rope(*arguments, HEADS, KV_HEADS, EPS), plain_heads(*arguments), arguments[:3])
 
 
+def test_frozen_norms_leave_the_other_gradients_as_they_are():
+    x, weight, query_weight, key_weight = numbers(2, 5, 8 * WIDTH), *(numbers(size, seed=1) for size in (8 * WIDTH, WIDTH, WIDTH))
+    norm = lambda weight: rms_norm(x, weight, EPS)
+    heads = lambda *weights: torch.cat(qk_norm_rope(x, *weights, *angles(2, 5), HEADS, KV_HEADS, EPS), -2)
+    for run, weights in ((norm, [weight]), (heads, [query_weight, key_weight])):
+        expected = torch.autograd.grad(run(*weights).square().sum(), (x, *weights))
+        for trained in range(len(weights) + 1):  # the first weights; the others are frozen
+            given = [weight if i < trained else weight.detach() for i, weight in enumerate(weights)]
+            found = torch.autograd.grad(run(*given).square().sum(), (x, *given[:trained]))
+            assert all(map(torch.equal, found, expected))
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("length, groups", [(1, 1), (3, 1), (4, 2), (11, 2), (12, 1)])
 def test_attention_in_blocks(causal, length, groups, monkeypatch):

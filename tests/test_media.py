@@ -12,7 +12,8 @@ import torch
 from PIL import Image, ImageCms
 
 from mmtx.data import media, sound_files
-from mmtx.data.media import kind_of, load_audio, load_image, sniff
+from mmtx.data.media import load_audio, load_image
+from mmtx.data.sample import kind_of, sniff
 from mmtx.data.sound_files import MAX_SECONDS
 from mmtx.data.sources import read
 from mmtx.errors import InputError

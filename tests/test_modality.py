@@ -9,7 +9,7 @@ import torch
 from mmtx.files import shipped
 from mmtx.grammar import Grammar
 from mmtx.modality.base import MediaTokenizer, load_tokenizer
-from mmtx.modality.modality import MODALITIES
+from mmtx.modality.registry import MODALITIES
 from mmtx.vocabulary import Vocabulary
 
 # Recorded before modalities were described in one place: (fingerprint, all files) of the shipped tokenizers.

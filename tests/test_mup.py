@@ -106,8 +106,6 @@ def test_widths_that_are_none_are_refused(base):
         DecoderModule(DecoderConfig(), mup_base_width=base)
 
 
-
-
 def test_mmtx_fit_trains_by_it_and_leaves_a_model_as_any_other(tmp_path):
     config = tiny.prepare(tmp_path)  # a decoder of width 32
     config.update(output=str(tmp_path / "run"), samples=0, ema=None)

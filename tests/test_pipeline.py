@@ -650,8 +650,8 @@ def test_a_sound_is_saved_as_it_is(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("name, told", [
     ("no/a.wav", r"no/a\.wav: cannot be written \(No such file or directory\)"), ("a.wav", r"a\.wav: cannot be written \(Is a directory\)"),
-    ("a.nothing", r"a\.nothing: found the extension '.nothing', expected .wav, .flac or .ogg"), ("a", "found the extension ''"),
-    ("a.png", "found the extension '.png'"), ("", "found the extension ''"), ("\0.wav", "cannot be written"),
+    ("a.nothing", r"a\.nothing: found the extension '.nothing', expected .wav, .flac, .ogg, .*.w64"), ("a", "found the extension ''"),
+    ("a.png", "found the extension '.png'"), ("a.sd2", "found the extension '.sd2'"), ("", "found the extension ''"), ("\0.wav", "cannot be written"),
     ("x" * 300 + ".wav", "cannot be written .*name too long"), ("\ud800.wav", "cannot be written"), (None, "found NoneType, expected the name of a file"),
     (5, "found int"), (b"a.wav", "found bytes"), ("b.raw", r"b\.raw: cannot be written"),
 ])

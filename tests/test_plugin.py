@@ -178,7 +178,7 @@ def test_a_model_with_codes_alone_names_the_missing_plugin_too(work, tmp_path):
 
 STUB = """
 from mmtx.modality.base import MediaTokenizer
-from mmtx.modality.modality import Modality, register
+from mmtx.modality.registry import Modality, register
 class Stub(MediaTokenizer):
     kind = {kind!r}
     size = 4
@@ -197,7 +197,7 @@ BAD = [
     ("broken.py", "x = 1\ny = 1 / 0\n", "broken.py: cannot be imported (ZeroDivisionError in line 2: division by zero)"),
     ("syntax.py", "def :\n", "syntax.py: cannot be imported (SyntaxError"),
     ("lost.py", "import no_such_package\n", "cannot be imported (ModuleNotFoundError in line 1: No module named 'no_such_package')"),
-    ("nothing.py", "x = 1\n", "nothing.py: registered no modality, expected a call of mmtx.modality.modality.register"),
+    ("nothing.py", "x = 1\n", "nothing.py: registered no modality, expected a call of mmtx.modality.registry.register"),
     ("taken.py", stub(kind="image"), "taken.py: modality 'image': there already, expected another kind than text, image, audio"),
     ("suffix.py", stub(extension=".png"), "modality 'smell': found '.png' in extensions, which 'image' has"),
     ("worded.py", stub(word="audio"), "modality 'smell': found 'audio' in tokenizers, which 'audio' has"),

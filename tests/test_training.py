@@ -21,11 +21,12 @@ from mmtx.config import DecoderConfig
 from mmtx.data.collection import DataSource, read_source
 from mmtx.data.output import lock_folder
 from mmtx.data.packing import PackedBatches
-from mmtx.data.sources import open_source
+from mmtx.data.sources import scan
 from mmtx.data.tokens import to_documents
 from mmtx.errors import InputError
 from mmtx.modality.base import load_tokenizer
 from mmtx.modality.text import TextTokenizer
+from mmtx.training import checkpoint
 from mmtx.training.callbacks import ShowSamples
 from mmtx.training.checkpoint import AtomicCheckpointIO
 from mmtx.training.decoder import DecoderModule
@@ -122,7 +123,7 @@ def test_fit_changes_the_codec(folders):
 
 def test_fit_writes_a_model_that_captions(run):
     model = mmtx.load(run / "model", device="cpu")
-    sample = next(open_source(IMAGES))
+    sample = next(scan(IMAGES))
     picture = next(part for turn in sample.turns for part in turn.parts)
     path = run.parent / "picture.webp"
     path.write_bytes(picture.source.read())
@@ -206,7 +207,10 @@ def test_a_resumed_run_is_the_run_that_was_interrupted(root, decoder_data, monke
         with pytest.raises(RuntimeError, match="power cut"):
             fit(root / "broken", DECODER_MODULE, decoder_data, steps)
     assert not (root / "broken" / "model").exists()
+    look, read = checkpoint.damage, []
+    monkeypatch.setattr(checkpoint, "damage", lambda path: read.append(path.name) or look(path))
     resumed = fit(root / "broken", DECODER_MODULE, decoder_data, steps, ("--ckpt_path", "last"))
+    assert read == ["step-000000002.ckpt"]  # its checksum is compared, once
     expected, found = (mmtx.load(folder, device="cpu").decoder.state_dict() for folder in (whole, resumed))
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 

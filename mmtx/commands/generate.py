@@ -14,19 +14,20 @@ from mmtx.commands.arguments import (
 from mmtx.commands.media import parts_of, write_media
 from mmtx.errors import InputError, escape
 from mmtx.files import user_path
-from mmtx.modality.modality import MODALITIES
+from mmtx.modality.registry import MODALITIES
 
 
 def add(commands) -> None:
     parser = commands.add_parser("generate", help="answer a prompt with text, a picture or a sound")
     parser.add_argument("parts", nargs="*", help="text, and paths of pictures and sounds, in order")
     parser.add_argument("--out", choices=tuple(MODALITIES), default="text", help="default: text")
-    parser.add_argument("--file", type=user_path, help="where a picture or a sound goes, e.g. out.png, out.wav")
+    parser.add_argument("--file", type=user_path, help="where a picture or a sound goes; the extension chooses the format: "
+                        ".png, .jpg, .webp or another that Pillow writes, .wav, .flac, .ogg, .mp3, .aiff, .au, .caf or .w64")
     parser.add_argument("--begin", metavar="FILE", help="a picture to be completed, or a sound that shall go on")
     parser.add_argument("--rows", type=count(0), help="pixel rows that are kept of that picture, default: the upper half")
     parser.add_argument("--seconds", type=float, help="the most that is added to that sound, default: 1")
     add_server_option(parser)
-    add_model_options(parser)
+    add_model_options(parser, default="demos/starter for text, demos/generate for pictures and sounds, which come with mmtx")
     add_precision_options(parser)
     add_sampling_options(parser)
     parser.add_argument("--guidance_scale", type=float, default=1.0,

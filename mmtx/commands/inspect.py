@@ -6,7 +6,7 @@ import sys
 
 from mmtx.commands.arguments import add_model_options, add_source_options, count, data_source, load_model
 from mmtx.errors import InputError
-from mmtx.modality.modality import MODALITIES
+from mmtx.modality.registry import MODALITIES
 
 
 def add(commands) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from mmtx.commands.arguments import count
 from mmtx.errors import InputError
@@ -37,7 +36,7 @@ def _amount(word: str) -> float:
 
 def run(options: argparse.Namespace) -> None:
     from mmtx.files import find_shipped, shipped
-    from mmtx.model_folder import read_model_config
+    from mmtx.model_folder import DEFAULT_MODEL, read_model_config
     from mmtx.scaling import EPOCHS, RESAMPLES, fit, held_out, isoflop_plot, plans, read_runs, worth_of
 
     if (options.flops is None) == (options.hours is None) or (options.hours is None) != (options.rate is None):
@@ -46,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
     if options.file and not options.runs:
         raise InputError("--file: found no --runs, expected the folder of runs to plot")
     budget = options.flops or options.hours * 3600 * options.rate
-    config = read_model_config(Path(find_shipped(options.model) if options.model else shipped("demos/starter")))
+    config = read_model_config(find_shipped(options.model) if options.model else shipped(DEFAULT_MODEL))
     runs = read_runs(options.runs) if options.runs else []
     unique = options.unique_tokens
     if repeated := [run for run in runs if unique is not None and run.tokens > unique]:

@@ -7,7 +7,7 @@ import shlex
 
 from mmtx.commands.arguments import MAX_BAD_HELP, add_source_options, check_source_options, count, data_source
 from mmtx.errors import InputError
-from mmtx.modality.modality import MODALITIES, PLUGINS
+from mmtx.modality.registry import MODALITIES, PLUGINS
 
 
 def add(commands) -> None:

@@ -4,8 +4,7 @@ import argparse
 
 from mmtx.commands.arguments import add_model_options
 from mmtx.commands.evaluate import evaluation
-from mmtx.errors import InputError
-from mmtx.files import user_path
+from mmtx.files import user_path, write_file
 
 
 def add(commands) -> None:
@@ -19,7 +18,6 @@ def add(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from mmtx.files import write_whole
     from mmtx.run_page import EVALUATION, run_page
 
     folder = user_path(options.folder)
@@ -30,8 +28,5 @@ def run(options: argparse.Namespace) -> None:
         files[folder / EVALUATION] = "\n".join(evaluation(asked)).strip("\n") + "\n"
     files[options.file or folder / "report.html"] = run_page(folder, files.get(folder / EVALUATION))
     for file, text in files.items():
-        try:
-            write_whole(file, text.encode())
-        except OSError as error:
-            raise InputError(f"{file}: cannot be written ({error.strerror})") from None
+        write_file(file, text.encode())
         print(file)

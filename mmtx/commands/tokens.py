@@ -8,7 +8,7 @@ from mmtx.commands.arguments import add_model_options, load_model
 from mmtx.commands.media import parts_of, write_media
 from mmtx.errors import InputError, escape
 from mmtx.files import user_path
-from mmtx.modality.modality import MODALITIES
+from mmtx.modality.registry import MODALITIES
 
 
 def add(commands) -> None:

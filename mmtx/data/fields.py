@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from mmtx.data.sample import Sample
 from mmtx.errors import InputError
+from mmtx.files import STRICT_JSON
 
 MAX_ROW = 32 * 2**20  # bytes of a row of a manifest: a picture of 24 MB may lie in it
 MAX_CAPTION = 2**20   # bytes of a caption or of the JSON beside a medium
@@ -145,7 +146,7 @@ def _texts(file: BinaryIO, where: str) -> Iterator[str]:
 def json_object(data: bytes, where: str) -> dict[str, Any]:
     """A JSON object, in which no field is there twice."""
     try:
-        row = _JSON.decode(decode(data, where))
+        row = STRICT_JSON.decode(decode(data, where))
     except (ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
@@ -155,19 +156,6 @@ def json_object(data: bytes, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise InputError(f"{where}: found {shown(row)}, expected a JSON object")
     return row
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; of two values of one name, which json itself takes the last of, neither may be lost."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the field {shown(twice)} is there {names.count(twice)} times")
-    return found
-
-
-_JSON = json.JSONDecoder(object_pairs_hook=_distinct)
 
 
 def _depth(value: Any) -> int:

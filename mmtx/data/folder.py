@@ -11,7 +11,7 @@ from mmtx.data.forms import CHATS, TEXTS, turns_of
 from mmtx.data.sample import Media, Sample, kind_of, known_kind, suffix
 from mmtx.data.storage import FileSource, MediaSource
 from mmtx.errors import InputError
-from mmtx.modality.modality import MODALITIES
+from mmtx.modality.registry import MODALITIES
 
 METADATA = ("metadata.jsonl", "metadata.csv")  # a manifest inside a folder of media, as `datasets` has it
 SPECIAL = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFBLK: "a device", stat.S_IFCHR: "a device"}

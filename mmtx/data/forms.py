@@ -26,7 +26,7 @@ from mmtx.data.fields import pop_number, pop_text, shown, text_of
 from mmtx.data.sample import Media, Part, SampleTurn, Text, known_kind, suffix
 from mmtx.data.storage import DatasetSource, MemorySource
 from mmtx.errors import InputError
-from mmtx.modality.modality import MODALITIES, media_kinds
+from mmtx.modality.registry import MODALITIES, media_kinds
 
 FILE_NAME = "file_name"  # a field with a medium of the kind that its extension says
 TEXTS = ("caption", "text", "transcription", "transcript", "sentence")  # the first that a row has

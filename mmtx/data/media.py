@@ -20,12 +20,9 @@ from torchaudio.transforms import Resample
 
 from mmtx.data.formats import IMAGE_FORMATS, format_of
 from mmtx.data.picture_files import ORIENTATION, PictureFile, check_size, orientation, picture_file
-from mmtx.data.sample import kind_of, sniff
 from mmtx.data.sound_files import MAX_CHANNELS, MAX_START, check_sound, cut, read_sound
 from mmtx.data.storage import FileSource, display
 from mmtx.errors import InputError
-
-__all__ = ["kind_of", "load_audio", "load_image", "read_audio", "read_image", "sniff"]
 
 PEAK = 0.7
 SILENCE = 1e-4  # peak (-80 dB, three steps of 16 bit) up to which a sound is left alone: raised, it is noise

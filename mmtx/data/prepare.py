@@ -36,8 +36,9 @@ from mmtx.data.variants import load_variants
 from mmtx.data.workers import Ended, Workers
 from mmtx.document import Document, MediaPart
 from mmtx.errors import InputError
-from mmtx.files import read_json, write_json, write_whole
+from mmtx.files import read_json, write_file, write_json
 from mmtx.modality.base import Tokenizer
+from mmtx.schema import within
 from mmtx.sequence import render
 from mmtx.vocabulary import Vocabulary
 
@@ -79,14 +80,11 @@ def prepare(
         InputError: the folder holds something else, sources or tokenizers changed since it was begun, it cannot be
             written, or too many rows cannot be used; what is finished then stays.
     """
-    for name, value in (("rows", rows), ("num_workers", num_workers)):
-        if value < 1:
-            raise InputError(f"{name}: found {value}, expected 1 or more")
-    if num_workers > MOST_WORKERS:
-        raise InputError(f"num_workers: found {num_workers}, expected {MOST_WORKERS} or less")
+    within("rows", rows, 1, 2**32)
+    within("num_workers", num_workers, 1, MOST_WORKERS)
     skipped, vocabulary = SkipCounter(max_bad), Vocabulary.build(tokenizers)
     reading = {name: value for name in ("fields", "follow_links", "variants") if (value := getattr(source, name))}
-    plan = {"format": FORMAT, "sources": [shown(recorded(path)) for path in source.paths], "select": source.select,
+    plan = {"format": FORMAT, "sources": [as_utf8(recorded(path)) for path in source.paths], "select": source.select,
             "shard_rows": rows, "features": features, "vocabulary": json.loads(vocabulary.to_json()), **reading}
     folder = check_output(os.fspath(output))
     if part is not None:
@@ -179,7 +177,7 @@ def _flat(row: Sample | InputError, use: Callable[[Any], Any]) -> Sample | Input
         return replace(row, metadata={})
 
 
-def shown(text: str) -> str:
+def as_utf8(text: str) -> str:
     """Text as JSON can hold it: names of files need not be UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode()
 
@@ -192,7 +190,7 @@ def _begin(folder: Path, plan: dict) -> None:
     if any(path.name not in (PLAN, LOCK) and not UNFINISHED.fullmatch(path.name) and not PART.fullmatch(path.name)
            for path in folder.iterdir()):
         raise InputError(f"{folder}: holds other files, expected a new folder or one that `mmtx prepare` began")
-    write(folder / PLAN, write_json(plan))
+    write_file(folder / PLAN, write_json(plan))
 
 
 def _compare(folder: Path, plan: dict) -> None:
@@ -270,8 +268,8 @@ def _finish(folder: Path, plan: dict, shards: Sequence[dict], samples: int,
         "exchanges": all(shard["exchanges"] for shard in shards), "shards": len(shards),
         "sha256": hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest(),
     }
-    write(folder / INDEX, safetensors.numpy.save(index))
-    write(folder / DONE, write_json(facts))
+    write_file(folder / INDEX, safetensors.numpy.save(index))
+    write_file(folder / DONE, write_json(facts))
     return facts
 
 
@@ -290,7 +288,7 @@ def _make(setting: tuple, number: int, first: int, rows: list[Sample | InputErro
     made, facts = make_shard(rows, first, tokenizers, vocabulary, features)
     facts |= {"stamp": stamp, "sha256": _digest(made)}
     # One entry: the library writes several in no fixed order.
-    write(path, safetensors.numpy.save(made, {"mmtx": json.dumps(facts, sort_keys=True)}))
+    write_file(path, safetensors.numpy.save(made, {"mmtx": json.dumps(facts, sort_keys=True)}))
     return number, facts
 
 
@@ -339,7 +337,7 @@ def make_shard(rows: Sequence[Sample | InputError], first: int, tokenizers: Mapp
                 made[f"features.{kind}"] = torch.cat([value.flatten(0, 1) for value in values]).numpy()
                 made[f"ends.{kind}"] = _ends(sum(part.codes.size for part in some) for some in parts)
     facts = {
-        "rows": len(rows), "skipped": skipped.count, "errors": list(map(shown, skipped.first)), "media": counts,
+        "rows": len(rows), "skipped": skipped.count, "errors": list(map(as_utf8, skipped.first)), "media": counts,
         "exchanges": all([turn.role for turn in document.turns] == ["user", "assistant"] for document in documents),
     }
     return made, facts
@@ -383,11 +381,3 @@ def _facts(path: Path) -> dict | None:
         return facts if _digest(made) == facts["sha256"] else None
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError):
         return None
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write beside the target, sync and rename. Raises InputError when there is no room or no right to."""
-    try:
-        write_whole(path, content)
-    except OSError as error:
-        raise InputError(f"{path}: {len(content)} bytes cannot be written ({error.strerror})") from None

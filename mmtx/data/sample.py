@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from mmtx.data.storage import MediaSource, bare
-from mmtx.modality.modality import MODALITIES
+from mmtx.modality.registry import MODALITIES
 
 # What is known by its name, but of no modality: such a file is counted as one that cannot be used, and never left out
 # without a word.

@@ -150,18 +150,9 @@ def _facts(sample: Sample) -> dict[str, Any]:
     return {"key": sample.key, "caption": sample.caption, **sample.metadata}
 
 
-def open_source(source: str, trusted: bool = False, fields: Fields = None, follow_links: bool = False) -> Iterator[Sample]:
-    """Yield the samples of one source, in a fixed order; the first bad row raises InputError."""
-    for row in scan(source, trusted, fields, follow_links):
-        if isinstance(row, InputError):
-            raise row
-        yield row
-
-
 def scan(source: str, trusted: bool = False, fields: Fields = None, follow_links: bool = False,
          report: Callable[[str], None] | None = None) -> Iterator[Sample | InputError]:
-    """Like `open_source`, but a bad row is yielded as its InputError, so that the caller may go on.
-
+    """The samples of one source, in a fixed order; a bad row is yielded as its InputError, so that the caller may go on.
     What is left out of a source and is no row is told to `report`, in one line.
     Raises InputError when the source as a whole is missing, empty, damaged or of no known kind.
     """

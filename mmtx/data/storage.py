@@ -198,7 +198,7 @@ def _bounded(path: str, run: Any, *arguments: Any) -> Any:
     from mmtx.data import web
 
     try:
-        return web.within(web.TOTAL, run, *arguments)
+        return web.in_time(web.TOTAL, run, *arguments)
     except TimeoutError:
         pass
     raise InputError(f"{display(path)}: no whole answer within {web.TOTAL:g} s")

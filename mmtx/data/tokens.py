@@ -13,7 +13,7 @@ from mmtx.data.sources import SkipCounter
 from mmtx.document import Document, MediaPart, Part, TextPart, Turn
 from mmtx.errors import InputError
 from mmtx.modality.base import Encoding, Tokenizer
-from mmtx.modality.modality import MODALITIES
+from mmtx.modality.registry import MODALITIES
 
 ENCODE_AT_ONCE = 256  # samples whose media are in memory together
 UNTOUCHED = 0.125     # share of views that augmentation leaves alone, for that is how media come in use

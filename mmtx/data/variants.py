@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 from mmtx.data.sample import Media, Sample
 from mmtx.errors import InputError
-from mmtx.modality.modality import MODALITIES
-from mmtx.plugins import import_function
+from mmtx.modality.registry import MODALITIES
+from mmtx.plugins import call_function, import_function
 
 Variants = Callable[[Sample], list[Sample]]
 
@@ -24,12 +24,7 @@ def load_variants(place: str | None) -> Variants:
     function, at = import_function(place, "variants"), f"variants {place}"
 
     def variants(sample: Sample) -> list[Sample]:
-        try:
-            found = list(function(sample))
-        except InputError as error:
-            raise InputError(f"{at}: {sample.where}: {error}") from None
-        except Exception as error:  # whatever the code of others raises
-            raise InputError(f"{at}: {sample.where}: {type(error).__name__}: {' '.join(str(error).split())[:150]}") from error
+        found = call_function(lambda sample: list(function(sample)), sample, f"{at}: {sample.where}")
         for made in found:
             if not isinstance(made, Sample):
                 raise InputError(f"{at}: {sample.where}: gave {type(made).__name__}, expected an mmtx.data.sample.Sample")

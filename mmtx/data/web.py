@@ -520,7 +520,7 @@ def connect(url: str, scheme: str, host: str, port: int, base: Base | None, dead
 def addresses(host: str, port: int, seconds: float) -> list[tuple[int, tuple]]:
     """What a host's name stands for: families and addresses."""
     try:
-        found = within(seconds, socket.getaddrinfo, ascii_host(host), port, 0, socket.SOCK_STREAM)
+        found = in_time(seconds, socket.getaddrinfo, ascii_host(host), port, 0, socket.SOCK_STREAM)
     except TimeoutError:
         raise Failure(f"its host was not found within {CONNECT:g} s", passing=True) from None
     except (OSError, ValueError) as error:
@@ -528,7 +528,7 @@ def addresses(host: str, port: int, seconds: float) -> list[tuple[int, tuple]]:
     return [(family, place) for family, _, _, _, place in found]
 
 
-def within(seconds: float, run: Callable[..., Any], *arguments: Any) -> Any:
+def in_time(seconds: float, run: Callable[..., Any], *arguments: Any) -> Any:
     """What `run` gives. Raises TimeoutError where that takes too long, and leaves it to itself: for calls without a limit."""
     found: list[Callable[[], Any]] = []
 

@@ -6,9 +6,9 @@ import yaml
 
 from mmtx.errors import InputError
 
-DEEPEST = 64       # lists and mappings within one another
-MOST = 200_000     # values, those that an alias stands for counted each time
-LONGEST = 2 << 20  # bytes
+DEEPEST = 64           # lists and mappings within one another
+MOST_VALUES = 200_000  # values, those that an alias stands for counted each time
+LONGEST = 2 << 20      # bytes
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -59,8 +59,8 @@ def check_yaml(text: str, where: str) -> Exception | None:
                 sizes[anchor] = size - before
             if len(open_) > DEEPEST:
                 raise InputError(f"{where}: found more than {DEEPEST} lists and mappings within one another")
-            if size > MOST:
-                raise InputError(f"{where}: found more than {MOST:,} values, aliases included")
+            if size > MOST_VALUES:
+                raise InputError(f"{where}: found more than {MOST_VALUES:,} values, aliases included")
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         if isinstance(error, InputError):
             raise

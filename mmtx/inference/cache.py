@@ -44,11 +44,15 @@ class KVCache:
     sin: Tensor                    # (C, K), negative in the lower half
 
     @classmethod
-    def of(cls, config: DecoderConfig, lengths: Tensor, used: int, capacity: int, like: Tensor) -> "KVCache":
-        """A cache of prompts of `lengths` (B,), whose keys and values are still to be written, up to slot `used`."""
+    def of(cls, config: DecoderConfig, lengths: Tensor, used: int, capacity: int, like: Tensor,
+           dtype: torch.dtype | None = None) -> "KVCache":
+        """A cache of prompts of `lengths` (B,), whose keys and values are still to be written, up to slot `used`.
+
+        What they are computed in is `like`, and they are kept in `dtype`, by default the same.
+        """
         c, batch, device = config, len(lengths), like.device
         shape = batch, c.kv_heads, capacity, c.head_dim
-        keys, values = ([_empty(like, shape) for _ in range(c.depth)] for _ in range(2))
+        keys, values = ([_empty(like[:0].to(dtype or like.dtype), shape) for _ in range(c.depth)] for _ in range(2))
         seen = torch.arange(capacity, device=device) < lengths[:, None]
         cos, sin = _angles(c, capacity, like)
         return cls(c, keys, values, seen, used, torch.tensor([used], device=device), lengths.clone(), cos, sin)
@@ -92,7 +96,7 @@ class KVCache:
                 tensors[layer] = _empty(each, (*each.shape[:2], 2 * more, each.shape[3]))
                 tensors[layer][:, :, :self.used] = each[:, :, :self.used]
         self.seen = F.pad(self.seen, (0, more))
-        self.cos, self.sin = _angles(self.config, 2 * more, self.keys[0])
+        self.cos, self.sin = _angles(self.config, 2 * more, self.cos)
 
     def keep(self, rows: Tensor) -> None:
         """Only some rows, in ascending order, from now on."""
@@ -102,12 +106,6 @@ class KVCache:
                 each[:len(rows), :, :used] = each[rows, :, :used]
                 tensors[layer] = each[:len(rows)]
         self.seen, self.positions = self.seen[rows], self.positions[rows]
-
-    def to_float32(self) -> None:
-        """In float32 from now on, as NumPy knows it."""
-        for tensors in (self.keys, self.values):
-            tensors[:] = [each.float() for each in tensors]
-        self.cos, self.sin = self.cos.float(), self.sin.float()
 
     def close_gaps(self) -> None:
         """Take the padding out of a cache of one row: what comes out of a batch lies as if it had always been alone."""

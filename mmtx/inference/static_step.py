@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmtx.config import DecoderConfig
 from mmtx.inference.cache import CacheTensors, KVCache
-from mmtx.inference.torch_engine import attend
+from mmtx.inference.cached_attention import attend
 from mmtx.inference.weights import Layer, Norm, Weights
 from mmtx.model import Decoder
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmtx.inference.cache import KVCache
+from mmtx.inference.cached_attention import attend, kept
 from mmtx.inference.engine import Engine, pad
 from mmtx.inference.weights import Scratch, Weights
 from mmtx.model import Decoder
@@ -51,7 +52,7 @@ class TorchEngine(Engine):
 
     def _make_cache(self, lengths: Tensor, used: int, capacity: int, like: Tensor) -> None:
         """An empty cache for prompts of `lengths` (B,), of which the longest takes `used` slots."""
-        self.cache = KVCache.of(self.weights.config, lengths, used, capacity, like)
+        self.cache = KVCache.of(self.weights.config, lengths, used, capacity, like, kept(like))
 
     def _prefill(self, x: Tensor, lengths: Tensor, first: int, scratch: Scratch) -> Tensor:
         """Feed inputs of the cache's rows from the `first` on -> the last hidden state of each."""
@@ -70,7 +71,7 @@ class TorchEngine(Engine):
             if layer is layers[-1]:
                 # Nobody reads the other tokens any more.
                 x, scratch = x[last], self.scratch.keep(batch)
-                y = attend(query[rows, :, lengths - 1], key, value, cache.seen[chosen, None, None, :length])
+                y = attend(query[rows, :, lengths - 1], key, value, self._mask(cache.seen[chosen, :length]))
             else:
                 grouped = query.shape[1] != key.shape[1]
                 y = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
@@ -86,7 +87,7 @@ class TorchEngine(Engine):
         """
         weights, (cos, sin) = self.weights, (each[:, None] for each in (self.cache.cos, self.cache.sin))   # (C, 1, K)
         x, pieces = x[:length], [slice(first, min(first + TOKENS, length)) for first in range(0, length, TOKENS)]
-        query = x.new_empty(weights.config.heads, length, weights.config.head_dim)                         # (H, T, K)
+        query = x.new_empty(weights.config.heads, length, weights.config.head_dim, dtype=kept(x))      # (H, T, K)
         layers = weights.layers_for(length)
         for layer, keys, values in zip(layers, self.cache.keys, self.cache.values, strict=True):
             key, value = keys[row, :, :length], values[row, :, :length]                                    # (G, T, K)
@@ -98,10 +99,10 @@ class TorchEngine(Engine):
                     whole[:, piece] = part.transpose(0, 1)
             if layer is layers[-1]:
                 x, s = x[-1:], scratch.keep(1)
-                layer.finish(x, attend(query[None, :, -1], key[None], value[None], None), s)
+                layer.finish(x, attend(query[None, :, -1], key[None], value[None], None).to(x.dtype), s)
             else:
                 y = F.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=True,
-                                                   enable_gqa=len(query) != len(key))[0]
+                                                   enable_gqa=len(query) != len(key))[0].to(x.dtype)
                 for piece in pieces:
                     layer.finish(x[piece], y[:, piece].transpose(0, 1).flatten(1), scratch.keep(piece.stop - piece.start))
         return weights.norm(x, scratch.keep(1).length, torch.empty_like(x))
@@ -112,20 +113,23 @@ class TorchEngine(Engine):
             cache.grow()
         s, x = self.scratch, self.decoder.embedding(ids)
         cos, sin = (each.index_select(0, cache.positions)[:, None] for each in (cache.cos, cache.sin))
-        key, value = s.key[:, :, None], s.value[:, :, None]
         cache.seen.index_fill_(1, cache.slot, True)
         # Where shapes stay as they are, masked slots are read. One row, too, has padding where it comes out of a batch.
         span = cache.capacity if self.static else cache.used + 1
-        mask = x.new_zeros(len(x), 1, 1, span).masked_fill_(~cache.seen[:, None, None, :span], -torch.inf)  # else made in each layer
+        slot = cache.used
+        mask = self._mask(cache.seen[:, :span])  # else made in each layer
         for layer, keys, values in zip(weights.batch_layers, cache.keys, cache.values, strict=True):
             layer.project(x, cos, sin, s)
-            keys.index_copy_(2, cache.slot, key)
-            values.index_copy_(2, cache.slot, value)
+            keys[:, :, slot], values[:, :, slot] = s.key, s.value
             layer.finish(x, attend(s.query, keys.narrow(2, 0, span), values.narrow(2, 0, span), mask), s)
         cache.used += 1
         cache.slot.add_(1)
         cache.positions.add_(1)
         self.hidden = weights.norm(x, s.length, torch.empty_like(x))
+
+    def _mask(self, seen: Tensor) -> Tensor:
+        """What is added to scores (B, 1, 1, T), of slots that hold a token of the row (B, T)."""
+        return torch.zeros_like(seen, dtype=self.cache.keys[0].dtype).masked_fill_(~seen, -torch.inf)[:, None, None]
 
     def scores(self, first: int | None = None) -> Tensor:
         return self.weights.scores(self.hidden, first)
@@ -147,10 +151,3 @@ class TorchEngine(Engine):
         self.cache.keep(rows)
         self.hidden, self.scratch = self.hidden[rows], self.scratch.keep(len(rows))
         return self if self.single_row is None or len(rows) > 1 else self.single_row(self)
-
-
-def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """One query a row (B, H, K) over keys and values (B, G, T, K), mask (B, 1, 1, T) or none -> what it found (B, H * K)."""
-    # The queries of a group share keys and values: they take the place of tokens.
-    query = query.unflatten(1, (keys.shape[1], -1))                                            # (B, G, H / G, K)
-    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask).flatten(1)

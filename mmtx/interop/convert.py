@@ -12,7 +12,7 @@ from torch import Tensor
 from mmtx.config import CodeRange, DecoderConfig
 from mmtx.errors import InputError
 from mmtx.files import CONFIG, find_shipped, read_bytes, read_json
-from mmtx.hub import NAME, fetch
+from mmtx.hub import find_model
 from mmtx.interop.chat import chat_format_of
 from mmtx.interop.families import read_settings, read_weights
 from mmtx.interop.gguf_files import read_gguf
@@ -52,16 +52,6 @@ def convert(source: str | Path, media: Mapping[str, str | Path] | None = None, s
             raise InputError(f"--{kind}: {folder} holds a tokenizer for {tokenizers[kind].kind}")
     vocabulary = Vocabulary.build(tokenizers)
     return Model(grow(config, state, vocabulary, text, seed), vocabulary, tokenizers).to("cpu")
-
-
-def find_model(source: str | Path) -> Path:
-    """The folder or file of a model; one on the hub is fetched."""
-    path = Path(source)
-    if path.exists():
-        return path
-    if path.suffix == ".gguf" or not NAME.fullmatch(str(source)):
-        raise InputError(f"{source}: no such file or folder")
-    return fetch(str(source))
 
 
 def read_folder(folder: Path) -> tuple[DecoderConfig, dict[str, Tensor], PretrainedText]:

@@ -11,7 +11,7 @@ import safetensors.torch
 from mmtx.errors import InputError
 from mmtx.files import CONFIG, replace_folder, user_path, write_json
 from mmtx.interop.families import write_settings, write_weights
-from mmtx.interop.gguf_files import CONTROL, NORMAL, UNUSED, write_gguf
+from mmtx.interop.gguf_files import CONTROL, NORMAL, UNUSED, USER_DEFINED, write_gguf
 from mmtx.modality.pretrained_text import TEMPLATE, TOKENIZER, PretrainedText
 from mmtx.modality.text import BYTE, SPACE, UNKNOWN, TextTokenizer
 from mmtx.pipeline import Model
@@ -119,7 +119,7 @@ def pieces_of(model: Model, content: dict[str, Any]) -> list[tuple[str, int]]:
             kind = BYTE if text._model.is_byte(ident) else UNKNOWN if text._model.is_unknown(ident) else NORMAL
         pieces[ident] = piece, kind
     for token in content["added_tokens"]:
-        pieces[token["id"]] = token["content"], CONTROL if token["special"] else 4
+        pieces[token["id"]] = token["content"], CONTROL if token["special"] else USER_DEFINED
     return pieces
 
 

@@ -108,7 +108,7 @@ class AudioTokenizer(Codec):
             return files
         return {
             **files,
-            "config.json": write_json({**self.values(), "vocoder": asdict(self.vocoder.config)}),
+            CONFIG: write_json({**self.values(), "vocoder": asdict(self.vocoder.config)}),
             "vocoder.safetensors": to_bytes(self.vocoder.state_dict()),
         }
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mmtx.config import EncoderConfig
 from mmtx.errors import InputError
 from mmtx.files import CONFIG, write_json
-from mmtx.modality.base import Encoding, MediaTokenizer, read_config
+from mmtx.modality.base import Encoding, MediaTokenizer, check_codes, read_config
 from mmtx.modality.encoder import NORM_EPS, PatchEncoder
 from mmtx.modality.fsq import FSQ
 from mmtx.model import Block, RMSNorm, initialise
@@ -161,8 +161,7 @@ class Codec(MediaTokenizer, nn.Module):
     def codes_to_grids(self, codes: Sequence[np.ndarray]) -> list[Tensor]:
         """Codes (h, w) of any sizes, at most a chunk -> grids (h, w, P) of each."""
         for item in codes:
-            if item.size and (item.min() < 0 or item.max() >= self.size):
-                raise InputError(f"{self.kind} codes: found {item.min()}..{item.max()}, expected 0..{self.size - 1}")
+            check_codes(item, range(self.size), f"{self.kind} codes")
         run = lambda batch: (self.network.decode(self.network.quantizer.to_latents(batch)),)
         return [grid for (grid,) in self._in_batches([torch.tensor(item) for item in codes], run)]
 
@@ -194,7 +193,7 @@ class Codec(MediaTokenizer, nn.Module):
         weights = {name: tensor.contiguous().cpu() for name, tensor in self.network.state_dict(prefix="network.").items()
                    if name.split(".")[1] in parts}
         return {
-            "config.json": write_json(self.values()),
+            CONFIG: write_json(self.values()),
             "model.safetensors": to_bytes(weights),
         }
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from mmtx.ambient import neutral
 from mmtx.errors import InputError
 from mmtx.files import CONFIG, put_back, read_json, replace_folder
-from mmtx.modality.modality import MODALITIES
+from mmtx.modality.registry import MODALITIES
 from mmtx.schema import shown
 
 
@@ -144,6 +144,13 @@ class MediaTokenizer(Tokenizer):
     def encode(self, medium: Tensor) -> np.ndarray:
         """A medium of any size -> codes (h, w), int64."""
         return self.encode_batch([medium])[0]
+
+
+def check_codes(codes: Any, allowed: range, what: str) -> None:
+    """Raise InputError unless all codes, of any shape, lie in a range."""
+    found = np.asarray(codes)
+    if found.size and not allowed.start <= found.min() <= found.max() < allowed.stop:
+        raise InputError(f"{what}: found {found.min()}..{found.max()}, expected {allowed.start}..{allowed.stop - 1}")
 
 
 def media_tokenizer(tokenizers: Mapping[str, Tokenizer], kind: str) -> MediaTokenizer:

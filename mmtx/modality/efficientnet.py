@@ -8,6 +8,7 @@ Shapes: B batch, C channels, H height and W width in pixels, h rows and w column
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,16 +30,25 @@ KIND = "efficientnet"
 AT_ONCE, AT_ONCE_ON_GPU = 2 ** 10, 2 ** 16
 
 
+def starts_by_size(grids: Sequence[tuple[int, int]]) -> dict[tuple[int, int], list[int]]:
+    """Rows and columns -> the numbers of the first patches of all grids of that size, which lie one behind another."""
+    starts: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for (rows, columns), first in zip(grids, accumulate((rows * columns for rows, columns in grids), initial=0)):
+        starts[rows, columns].append(first)
+    return starts
+
+
 class SameConv2d(nn.Conv2d):
     """A convolution padded as in TensorFlow: ceil(side / stride) come out of a side, and what is odd is padded behind."""
 
     def forward(self, x: Tensor) -> Tensor:
         (kernel, _), (stride, _) = self.kernel_size, self.stride
         missing = [max(0, (-(-side // stride) - 1) * stride + kernel - side) for side in x.shape[-2:]]
-        if any(missing):
+        if any(pad % 2 for pad in missing):
             (top, bottom), (left, right) = ((pad // 2, pad - pad // 2) for pad in missing)
-            x = F.pad(x, (left, right, top, bottom))
-        return super().forward(x)
+            x, missing = F.pad(x, (left, right, top, bottom)), [0, 0]
+        padding = [pad // 2 for pad in missing]  # by the convolution itself: no copy of its input
+        return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
 
 class InvertedBottleneck(nn.Module):
@@ -78,13 +88,8 @@ class EfficientNetEncoder(nn.Module):
 
     def forward(self, patches: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
         """Patches (n, P) of grids, row by row -> features (n, D); pictures of equal size share a pass."""
-        alike = defaultdict(list)
-        first = 0
-        for rows, columns in grids:
-            alike[rows, columns].append(first)
-            first += rows * columns
         order, parts = [], []
-        for (rows, columns), firsts in alike.items():
+        for (rows, columns), firsts in starts_by_size(grids).items():
             places = torch.tensor(firsts)[:, None] + torch.arange(rows * columns)
             chosen = patches[places.to(patches.device, non_blocking=True)]
             pictures = rearrange(chosen, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=self.patch, q=self.patch)

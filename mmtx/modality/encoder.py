@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmtx.config import EfficientNetConfig, EncoderConfig
-from mmtx.modality.efficientnet import EfficientNetEncoder
+from mmtx.modality.efficientnet import EfficientNetEncoder, starts_by_size
 from mmtx.model import Block, BlockConfig, RMSNorm, rotary_embedding
 
 NORM_EPS = torch.finfo(torch.float32).eps
@@ -96,12 +96,7 @@ class GridEncoder(PatchEncoder):
     def forward(self, patches: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
         """Patches (n, P) of grids, row by row -> features (n, D); windows of equal size share a pass."""
         seen, kept = defaultdict(list), defaultdict(list)
-        starts: dict[tuple[int, int], list[int]] = defaultdict(list)
-        first = 0
-        for rows, columns in grids:
-            starts[rows, columns].append(first)
-            first += rows * columns
-        for (rows, columns), firsts in starts.items():
+        for (rows, columns), firsts in starts_by_size(grids).items():
             for part, inside in _places(rows, columns, self.chunk):
                 seen[part.shape].append(torch.tensor(firsts)[:, None, None] + part)
                 kept[part.shape].append(inside.expand(len(firsts), *inside.shape))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mmtx.errors import InputError
 from mmtx.files import CONFIG, read_json, require, write_json
-from mmtx.modality.base import Encoding, MediaTokenizer, read_config
+from mmtx.modality.base import Encoding, MediaTokenizer, check_codes, read_config
 from mmtx.modality.image import ImageConfig, ImageTokenizer
 from mmtx.schema import build as check_settings
 from mmtx.schema import shown
@@ -80,14 +80,14 @@ class Pretrained(MediaTokenizer, nn.Module):
     def load(cls, folder: Path) -> Any:
         """The codec in a folder that transformers wrote: alone, or as the part `vq_config` of a larger model."""
         transformers = require_transformers()
-        values = read_json(folder / "config.json")
+        values = read_json(folder / CONFIG)
         values = values.get("vq_config", values) if isinstance(values, dict) else None
         kind = values.get("model_type") if isinstance(values, dict) else None
         if not isinstance(kind, str) or kind not in cls.models:
             raise InputError(f"{folder / CONFIG}: field 'model_type' is {shown(kind)}, expected one of {', '.join(cls.models)}")
         name = cls.models[kind]
         try:
-            if (folder / "model.safetensors.index.json").exists() or "vq_config" in read_json(folder / "config.json"):
+            if (folder / "model.safetensors.index.json").exists() or "vq_config" in read_json(folder / CONFIG):
                 network = build(transformers, name, values)
                 network.load_state_dict(part(folder, "vqmodel."))
                 return network
@@ -123,7 +123,7 @@ class Pretrained(MediaTokenizer, nn.Module):
 
     def files(self) -> dict[str, bytes]:
         weights = {name: tensor.cpu().contiguous() for name, tensor in self.network.state_dict().items()}
-        return {"config.json": write_json(self.settings), "model.safetensors": safetensors.torch.save(weights)}
+        return {CONFIG: write_json(self.settings), "model.safetensors": safetensors.torch.save(weights)}
 
     @property
     def device(self) -> torch.device:
@@ -140,11 +140,9 @@ class Pretrained(MediaTokenizer, nn.Module):
         """As `encode_batch`; there are no features."""
         return [Encoding(found, None) for found in self.encode_batch(media)]
 
-    def check(self, codes: np.ndarray) -> Tensor:
-        codes = np.asarray(codes)
-        if codes.size and (codes.min() < 0 or codes.max() >= self.size):
-            raise InputError(f"{self.kind} codes: found {codes.min()}..{codes.max()}, expected 0..{self.size - 1}")
-        return torch.from_numpy(codes.astype(np.int64)).to(self.device)
+    def _checked(self, codes: np.ndarray) -> Tensor:
+        check_codes(codes, range(self.size), f"{self.kind} codes")
+        return torch.from_numpy(np.asarray(codes).astype(np.int64)).to(self.device)
 
 
 class PretrainedAudio(Pretrained):
@@ -216,7 +214,7 @@ class PretrainedAudio(Pretrained):
     @torch.no_grad()
     def decode(self, codes: np.ndarray) -> Tensor:
         """Codes (T, bands) -> waveform (T * hop,). A code in a band that it does not belong to counts as its entry."""
-        codes = self.check(codes)
+        codes = self._checked(codes)
         entries = (codes % self.entries).T[None]                                          # (1, bands, T)
         if self.network.config.model_type == "encodec":
             sound = self.network.decode(entries[None], [None]).audio_values
@@ -280,7 +278,7 @@ class PretrainedImage(Pretrained):
     @torch.no_grad()
     def decode(self, codes: np.ndarray) -> Tensor:
         """Codes (h, w) -> a picture, uint8 (3, patch*h, patch*w). Raises InputError for Chameleon."""
-        codes = self.check(codes)
+        codes = self._checked(codes)
         if not self.decodes:
             raise InputError("image codes of Chameleon: found no decoder in transformers; its pictures are input only")
         pixels = (self.network.decode(codes[None])[0] * self.std + self.mean) / self.settings["scale"]

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from mmtx.errors import InputError
 from mmtx.files import CONFIG, read_bytes, read_json, require, write_json
-from mmtx.modality.base import ChatFormat, Tokenizer, read_config
+from mmtx.modality.base import ChatFormat, Tokenizer, check_codes, read_config
 from mmtx.modality.text import MOST_BYTES, check_unicode
 from mmtx.schema import build, shown, within
 
@@ -113,8 +113,7 @@ class PretrainedText(Tokenizer):
     def decode(self, codes: Sequence[int]) -> str:
         """Pieces to text; special tokens are no text. Raises InputError on a code outside [0, size)."""
         codes = [int(code) for code in codes]
-        if codes and not 0 <= min(codes) <= max(codes) < self.size:
-            raise InputError(f"text codes: found values from {min(codes)} to {max(codes)}, expected [0, {self.size})")
+        check_codes(codes, range(self.size), "text codes")
         return b"".join(self._bytes[code] for code in codes).decode("utf-8", errors="replace")
 
     def marked(self, text: str) -> list[int]:

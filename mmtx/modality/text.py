@@ -16,8 +16,8 @@ from typing import Any, ClassVar, NamedTuple
 import sentencepiece
 
 from mmtx.errors import InputError
-from mmtx.files import read_bytes, write_json
-from mmtx.modality.base import Tokenizer, read_config
+from mmtx.files import CONFIG, read_bytes, write_json
+from mmtx.modality.base import Tokenizer, check_codes, read_config
 
 SPACE = "\u2581"  # SentencePiece writes a space as this character
 RESERVED = {SPACE, "\u2585"}  # the trainer takes the first for a space and drops texts with the second
@@ -32,7 +32,6 @@ FIXED = 257  # pieces that every model has: unknown and 256 bytes
 MOST_BYTES, MOST_PIECES = 64 * 2**20, 2**20  # of a model
 
 MODEL_FILE = "tokenizer.model"
-CONFIG_FILE = "config.json"
 
 
 class TextTokenizer(Tokenizer):
@@ -124,11 +123,11 @@ class TextTokenizer(Tokenizer):
         config = read_config(folder, cls.kind)
         tokenizer = cls.from_file(folder / MODEL_FILE)
         if write_json(config) != write_json(tokenizer._config):  # to Python 1.0 and true are 1
-            raise InputError(f"{folder / CONFIG_FILE}: found {str(config)[:80]}, expected {tokenizer._config}")
+            raise InputError(f"{folder / CONFIG}: found {str(config)[:80]}, expected {tokenizer._config}")
         return tokenizer
 
     def files(self) -> dict[str, bytes]:
-        return {MODEL_FILE: self.model_proto, CONFIG_FILE: write_json(self._config)}
+        return {MODEL_FILE: self.model_proto, CONFIG: write_json(self._config)}
 
     @property
     def size(self) -> int:
@@ -157,9 +156,7 @@ class TextTokenizer(Tokenizer):
         Raises InputError on a code outside [0, size).
         """
         codes = [int(code) for code in codes]
-        if codes and not 0 <= min(codes) <= max(codes) < self.size:
-            found = f"{min(codes)} to {max(codes)}"
-            raise InputError(f"text codes: found values from {found}, expected [0, {self.size})")
+        check_codes(codes, range(self.size), "text codes")
         return b"".join(self._bytes[code] for code in codes).decode("utf-8", errors="replace")
 
     def __reduce__(self):

@@ -16,6 +16,7 @@ from mmtx.files import require, write_whole
 from mmtx.interop.families import BLOCK, sizes_of
 from mmtx.modality.encoder import build_encoder
 from mmtx.model import Decoder
+from mmtx.schema import within
 from mmtx.training.quantize import quantize, size_of, weight_of
 from mmtx.weights import Runs, file_parts
 
@@ -44,8 +45,7 @@ class LoRA:
 
     def __post_init__(self):
         object.__setattr__(self, "parts", tuple(self.parts))
-        if not 1 <= self.rank <= 2**12:
-            raise InputError(f"lora.rank: found {self.rank}, expected 1 to {2**12}")
+        within("lora.rank", self.rank, 1, 2**12)
         if not 0 <= self.dropout < 1:
             raise InputError(f"lora.dropout: found {self.dropout}, expected 0 or more, and less than 1")
         if not {*self.parts} <= TARGETS.keys():

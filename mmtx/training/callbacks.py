@@ -19,13 +19,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image, ImageDraw
 
 from mmtx import __version__
-from mmtx.data.prepare import write
 from mmtx.data.storage import redacted
 from mmtx.data.tokens import to_documents
-from mmtx.files import PACKAGE, check_target, write_json
+from mmtx.files import PACKAGE, check_target, write_file, write_json
 from mmtx.inference.sampling import Sampling
 from mmtx.medium import Sound, to_sound
-from mmtx.modality.modality import MODALITIES
+from mmtx.modality.registry import MODALITIES
 from mmtx.run_page import EVALUATION, step_of
 from mmtx.training.checkpoint import check_finite
 from mmtx.training.codec import CodecModule
@@ -100,8 +99,8 @@ class SaveConfig(SaveConfigCallback):
         path = Path(metrics.log_dir) / self.config_filename
         with writing(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, self.parser.dump(self.config, skip_none=False).encode())
-        write(path.with_name("environment.json"), write_json(environment(trainer)))
+        write_file(path, self.parser.dump(self.config, skip_none=False).encode())
+        write_file(path.with_name("environment.json"), write_json(environment(trainer)))
 
 
 def environment(trainer: Trainer) -> dict[str, Any]:
@@ -201,7 +200,7 @@ class ShowSamples(Callback):
         captions = model.caption_documents(documents, Sampling(max_new_tokens=48))
         lines = [f"{caption!r:40} {sample.caption!r}" for caption, sample in zip(captions, samples, strict=True)]
         lines = [f"{'predicted':40} true", *lines]
-        write(path.with_suffix(".txt"), ("\n".join(lines) + "\n").encode())
+        write_file(path.with_suffix(".txt"), ("\n".join(lines) + "\n").encode())
         for board in boards(trainer):
             board.add_text("samples", "\n".join(f"    {line}" for line in lines), trainer.global_step)  # four blanks: as it is
         tiles = []
@@ -232,7 +231,7 @@ class ShowSamples(Callback):
         for row, sound in sounds.items():
             file = io.BytesIO()
             soundfile.write(file, sound.samples, sound.rate, format="OGG")
-            write(path.with_name(f"{path.name}-{row:02d}.ogg"), file.getvalue())
+            write_file(path.with_name(f"{path.name}-{row:02d}.ogg"), file.getvalue())
 
     @staticmethod
     def _sheet(trainer: Trainer, tiles: list[tuple[torch.Tensor, str]], path: Path) -> None:
@@ -261,5 +260,5 @@ def contact_sheet(tiles: list[tuple[torch.Tensor, str]], path: Path, columns: in
         draw.multiline_text((x, y + TILE + 2), short, fill="black", font_size=10, spacing=1)
     encoded = io.BytesIO()
     sheet.save(encoded, "png")
-    write(path, encoded.getvalue())
+    write_file(path, encoded.getvalue())
     return sheet

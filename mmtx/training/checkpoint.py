@@ -27,9 +27,9 @@ from mmtx.data.corpus import Content
 from mmtx.errors import InputError
 from mmtx.files import sync_folder
 from mmtx.training import private
+from mmtx.training.checkpoint_check import check_checkpoint, check_fits, shown
 from mmtx.training.loader import ResumableLoader
 from mmtx.training.loggers import Metrics, TensorBoard
-from mmtx.training.schema import check_checkpoint, check_fits, shown
 from mmtx.training.sharding import Sharded
 from mmtx.training.signals import Termination
 
@@ -49,6 +49,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def __init__(self, compared: Callable[[str], bool] = lambda name: not may_change(name)):
         self.record: dict[str, Any] = {}
         self.compared = compared
+        self.sound: Path | None = None  # a file that `newest` has found so
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Raises InputError if there is no room, or if a weight or a state of the optimizer is not finite."""
@@ -77,7 +78,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None,
                         ) -> dict[str, Any]:
         """Raises InputError for a damaged file, or one of a run with another record. Never unpickles objects."""
-        if (why := damage(Path(path))) is not None:
+        if Path(path) != self.sound and (why := damage(Path(path))) is not None:
             raise InputError(f"{path}: {why}")
         checkpoint = _read(Path(path), map_location or "cpu")
         check_checkpoint(checkpoint, str(path))

@@ -142,13 +142,14 @@ class CodecData(SourceData):
         steps = c.chunk
         if torch.rand((), generator=generator) < self.multi_size_prob:
             steps = int(torch.randint(1, c.chunk + 1, (), generator=generator))
-        cuts = []
-        for cut in self._cuts(waveforms, steps, generator):
-            if self.audio_augmentation and torch.rand((), generator=generator) < 0.5:
-                cut = self.audio_augmentation(cut, self._audio.rate, generator)
-            cuts.append(cut)
-        return self._audio.spectrogram(torch.stack(cuts))
+        return self._audio.spectrogram(self._augmented_cuts(waveforms, steps, generator))
 
+    def _augmented_cuts(self, waveforms: list[Tensor], steps: int, generator: Generator) -> Tensor:
+        """Cuts of sound (B, S), every second one augmented."""
+        return torch.stack([
+            self.audio_augmentation(cut, self._audio.rate, generator)
+            if self.audio_augmentation and torch.rand((), generator=generator) < 0.5 else cut
+            for cut in self._cuts(waveforms, steps, generator)])
     def _cuts(self, waveforms: list[Tensor], steps: int, generator: Generator) -> Iterator[Tensor]:
         samples = steps * self.tokenizer.config.patch_frames * self.tokenizer.config.hop
         for waveform in waveforms:

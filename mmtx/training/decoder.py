@@ -36,7 +36,7 @@ from mmtx.training.ctc import CTCConfig, ctc_loss, states_behind
 from mmtx.training.decoder_data import TokenizerFolders, with_media
 from mmtx.training.memory import releasing_memory
 from mmtx.training.module import Means, TrainingModule, sum_over_ranks
-from mmtx.training.mup import check_base, rescale, scaled
+from mmtx.training.mup import rescale, scaled
 from mmtx.training.optimizer import OptimizerConfig, configure
 from mmtx.training.private import data_of
 from mmtx.training.quantize import quantize_layer
@@ -115,7 +115,8 @@ class DecoderModule(TrainingModule):
         super().__init__()
         if lora is not None and init_from is None:
             raise InputError("model.init_args.init_from: found none with lora, expected the model that is to be adapted")
-        check_base(mup_base_width)
+        if mup_base_width is not None:
+            within("mup_base_width", mup_base_width, 1, 2**16)
         if lora is not None and mup_base_width is not None:
             raise InputError("mup_base_width: found one with lora, expected none: adapters have rates of their own")
         self.lora, self.gradient_checkpointing, self.mup_base_width = lora, gradient_checkpointing, mup_base_width

@@ -15,7 +15,7 @@ from mmtx.data.tokens import Augmentation
 from mmtx.errors import InputError
 from mmtx.files import find_shipped
 from mmtx.modality.base import Tokenizer, load_tokenizer
-from mmtx.modality.modality import media_kinds
+from mmtx.modality.registry import media_kinds
 from mmtx.training.loader import ResumableLoader, loader
 from mmtx.training.source_data import SourceData
 from mmtx.vocabulary import Vocabulary

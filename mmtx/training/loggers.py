@@ -19,8 +19,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 from tensorboardX.writer import FileWriter
 
-from mmtx.data.prepare import write
 from mmtx.errors import InputError
+from mmtx.files import write_file
 
 
 @contextmanager
@@ -88,7 +88,7 @@ class MetricsWriter:
     def _rewrite(self, rows: int | None = None) -> None:
         with open(self.path, newline="") as file:
             kept = list(csv.DictReader(file))[:rows]
-        write(self.path, self._table(kept, header=True))
+        write_file(self.path, self._table(kept, header=True))
 
     def _table(self, rows: list[dict[str, Any]], header: bool) -> bytes:
         text = io.StringIO(newline="")

@@ -9,16 +9,7 @@ much smaller. So nothing changes in a finished model and in engines.
 import torch
 from torch import nn
 
-from mmtx.errors import InputError
 from mmtx.model import Decoder
-
-MOST = 2**16
-
-
-def check_base(base: int | None) -> None:
-    """Raise InputError for what is no width."""
-    if base is not None and not 1 <= base <= MOST:
-        raise InputError(f"mup_base_width: found {base}, expected a width from 1 to {MOST}")
 
 
 @torch.no_grad()

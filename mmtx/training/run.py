@@ -22,23 +22,22 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mmtx.data.output import check_output, lock_folder
-from mmtx.data.prepare import write
 from mmtx.data.storage import recorded, scrub
 from mmtx.data.yaml_check import check_yaml, read_text
 from mmtx.errors import InputError
-from mmtx.files import find_shipped, user_path
+from mmtx.files import find_shipped, user_path, write_file
 from mmtx.hub import find_model
-from mmtx.modality.modality import PLUGINS
+from mmtx.modality.registry import PLUGINS
 from mmtx.schema import within
 from mmtx.training import private
 from mmtx.training.callbacks import ProgressBar, SaveConfig, SaveModel, ShowSamples
 from mmtx.training.checkpoint import AtomicCheckpointIO, Checkpoints, by_age, flatten, may_change, newest
+from mmtx.training.checkpoint_check import check_weights
 from mmtx.training.codec import CodecModule
 from mmtx.training.decoder import DecoderModule
 from mmtx.training.guard import SkipNonFinite
 from mmtx.training.loggers import Metrics, TensorBoard
 from mmtx.training.memory import keep_memory
-from mmtx.training.schema import check_weights
 from mmtx.training.sharding import Sharded
 from mmtx.training.signals import follow_launcher, launch_uninterrupted, status
 from mmtx.training.vocoder import VocoderModule
@@ -61,8 +60,9 @@ TRAINER = {
     "enable_model_summary": False,
 }
 STEPS = {"validate": "validation_step", "test": "test_step", "predict": "predict_step"}
+SOURCES = ("train", "validation", "test")  # lists of `DataSource` in the options of data
 PREDICTIONS = "predictions.jsonl"
-MOST = 10**9        # of steps and of numbers in options
+LARGEST_OPTION = 10**9  # steps, and what else is counted or weighted
 MOST_WORKERS = 2**12
 MOST_SEED = 2**32 - 1  # of NumPy's own generator, which a run seeds too
 TRUSTED = ["mmtx", "lightning"]  # packages whose classes a configuration from others may name
@@ -89,14 +89,18 @@ class FitCLI(private.PlainCLI):
         super().__init__(*args, **kwargs)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # static there, and called on the instance
-        """The one that is asked for: parsers of the others would take as long to make."""
-        return {self.word: super().subcommands()[self.word]}
+        """The one that is asked for, whose `--ckpt_path` is ours: parsers of the others would take as long to make."""
+        return {self.word: {*super().subcommands()[self.word], "ckpt_path"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER.items()})
         parser.add_argument("--output", type=str, required=True,
                             help="folder of the run: model, checkpoints, samples; metrics and tensorboard, whatever else "
                                  "trainer.logger says (false: no tensorboard)")
+        parser.add_argument("--ckpt_path", type=str | None, default=None,
+                            help='a checkpoint of this run: a file, or "last" for the newest in --output; mmtx fit goes on with it '
+                                 "(and with last begins anew where there is none), the others take its weights, by default those "
+                                 "of the finished model")
         parser.add_argument("--save_every", type=int, default=500, help="steps between two resume checkpoints")
         parser.add_argument("--samples", type=int, default=16, help="held-out samples shown after each validation, or 0")
         parser.add_argument("--ema", type=float | None, default=None,
@@ -112,7 +116,7 @@ class FitCLI(private.PlainCLI):
         super().parse_arguments(parser, args)
         seed = self.config.get(str(self.config.get("subcommand")), self.config)["seed_everything"]
         if not isinstance(seed, bool):
-            check_range("seed_everything", seed, 0, MOST_SEED)
+            within("seed_everything", seed, 0, MOST_SEED)
 
     def said(self, name: str) -> Any:
         """What the command line and its files say of an option, with the classes that they name instantiated."""
@@ -166,7 +170,7 @@ class FitCLI(private.PlainCLI):
         """What `--output`, `--save_every`, `--samples`, `--ema` and `--max_skipped` stand for."""
         samples, save_every, max_skipped, ema = map(self.said, ("samples", "save_every", "max_skipped", "ema"))
         for name, value, least in (("samples", samples, 0), ("save_every", save_every, 1), ("max_skipped", max_skipped, 1)):
-            check_range(name, value, least, MOST)
+            within(name, value, least, LARGEST_OPTION)
         if ema is not None and not 0 < ema < 1:
             raise InputError(f"ema: found {ema}, expected a number between 0 and 1")
         average = [] if ema is None else [EMAWeightAveraging(decay=ema, use_buffers=False)]
@@ -185,8 +189,8 @@ class FitCLI(private.PlainCLI):
         """`Trainer.fit`, for which "last" is the newest checkpoint that is sound."""
         self._check_fit()
         self.checkpoint_io.record = self.record()
-        given, path = kwargs["ckpt_path"], self._checkpoint(kwargs["ckpt_path"])
-        output = self.output
+        given, output = self.said("ckpt_path"), self.output
+        path = self._checkpoint(given)
         if path is None and self.trainer.is_global_zero and not self.said("trainer").fast_dev_run:
             if given is not None:
                 print(f"mmtx: {output / 'checkpoints'}: no checkpoint to go on with, so this run begins anew", file=sys.stderr)
@@ -195,7 +199,7 @@ class FitCLI(private.PlainCLI):
                       "--ckpt_path last would go on with it", file=sys.stderr)
             elif (output / "model").exists():
                 print(f"mmtx: {output}: this run begins anew and replaces the model that is there", file=sys.stderr)
-        self.trainer.fit(**{**kwargs, "ckpt_path": path})
+        self.trainer.fit(**kwargs, ckpt_path=path)
 
     def validate(self, **kwargs: Any) -> None:
         """Print the figures of the finished model in `--output`, or of a checkpoint, and write nothing."""
@@ -212,7 +216,7 @@ class FitCLI(private.PlainCLI):
         batches = self.trainer.predict(**{**self._held_out(kwargs), "return_predictions": True})
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for batch in batches for row in batch]
         path = self.output / PREDICTIONS
-        write(path, "".join(lines).encode(errors="backslashreplace"))  # a name that is no UTF-8: JSON's own escape
+        write_file(path, "".join(lines).encode(errors="backslashreplace"))  # a name that is no UTF-8: JSON's own escape
         print(f"{path}: {len(lines)} captions")
 
     def _held_out(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -224,7 +228,7 @@ class FitCLI(private.PlainCLI):
         self._check_precision()
         if isinstance(self.trainer.strategy, Sharded):
             raise InputError(f'trainer.strategy: found "sharded", expected "auto" or "ddp" for mmtx {self.word}')
-        path = self._checkpoint(kwargs["ckpt_path"])
+        path = self._checkpoint(self.said("ckpt_path"))
         weights = path or self._finished()
         if path is None:
             if not hasattr(self.model, "restore"):
@@ -254,6 +258,7 @@ class FitCLI(private.PlainCLI):
             folder = self.output / "checkpoints"
             if (found := newest(folder)) is None and self.word != "fit":
                 raise InputError(f"ckpt_path: {folder}: no checkpoint")
+            self.checkpoint_io.sound = found
             return found
         if not (file := user_path(path)).is_file():
             raise InputError(f'ckpt_path: {path}: no such file, expected a checkpoint or "last"')
@@ -266,21 +271,21 @@ class FitCLI(private.PlainCLI):
                              "tokenizers, whose spectrograms and codes are computed in float32")
 
     def _check_workers(self) -> None:
-        check_range("data.num_workers", getattr(self.datamodule, "num_workers", 0), 0, MOST_WORKERS)
+        within("data.num_workers", getattr(self.datamodule, "num_workers", 0), 0, MOST_WORKERS)
 
     def _check_fit(self) -> None:
         # The text tokenizer is no optimizer's work and counts no steps.
         if self.model.automatic_optimization:
-            check_range("trainer.max_steps", self.trainer.max_steps, 1, MOST)
-        check_range("trainer.accumulate_grad_batches", self.trainer.accumulate_grad_batches, 1, MOST)
-        check_range("trainer.log_every_n_steps", self.trainer.log_every_n_steps, 0, MOST)  # type: ignore[attr-defined]
+            within("trainer.max_steps", self.trainer.max_steps, 1, LARGEST_OPTION)
+        within("trainer.accumulate_grad_batches", self.trainer.accumulate_grad_batches, 1, LARGEST_OPTION)
+        within("trainer.log_every_n_steps", self.trainer.log_every_n_steps, 0, LARGEST_OPTION)  # type: ignore[attr-defined]
         every, clip = self.said("trainer").val_check_interval, self.trainer.gradient_clip_val
         if isinstance(every, int | float) and every <= 0:
             raise InputError(f"trainer.val_check_interval: found {every}, expected more than 0 (limit_val_batches 0: no validation)")
         if clip is not None and not clip >= 0:  # neither is what is no number
             raise InputError(f"trainer.gradient_clip_val: found {clip}, expected 0 or more")
-        within("model.z_loss", getattr(self.model, "z_loss", 0), 0, MOST)
-        check_range("data.seed", getattr(self.datamodule, "seed", 0), 0, 2**64 - 1)
+        within("model.z_loss", getattr(self.model, "z_loss", 0), 0, LARGEST_OPTION)
+        within("data.seed", getattr(self.datamodule, "seed", 0), 0, 2**64 - 1)
         self._check_workers()
         self._check_precision()
         strategy = self.trainer.strategy
@@ -323,14 +328,6 @@ def is_first_rank() -> bool:
     return all(os.environ.get(name, "0") in ("", "0") for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
-def check_range(name: str, value: int, least: int, most: int) -> None:
-    """Raise InputError unless `least` <= `value` <= `most`."""
-    if value < least:
-        raise InputError(f"{name}: found {value}, expected {least} or more")
-    if value > most:
-        raise InputError(f"{name}: found {value if value < 10**30 else 'a number beyond all bounds'}, expected {most} or less")
-
-
 def as_list(value: Any) -> list:
     """None, one value or several as a list."""
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
@@ -339,6 +336,9 @@ def as_list(value: Any) -> list:
 def one_line(message: str) -> str:
     """The key, what was expected and what was found, out of a message of jsonargparse."""
     keys = re.findall(r'Parser key "([^"]+)"', message)
+    if keys[-1:] and keys[-1] in SOURCES and "DataSource'" not in message:  # or it is one of them that is wrong
+        given = scrub(re.findall(r"(?:Got value: |\bval=|class_path (?='))(.*)", message)[-1].rstrip(":)"))
+        return f"{'.'.join(keys)}: found {given:.80}, expected a list of sources, as in [{{paths: [FILE]}}]"
     found = re.findall(r"(?:Got|Given) value: (?!NestedArg|Namespace)(.*)", message)
     facts = re.sub(r"Parser key \"[^\"]+\":|\. Got value: .*|Expected a <class 'NoneType'>", "", message)
     facts = re.sub(r"Expected a (?:typing\.)?", "expected ", re.sub(r"<class '([^']+)'>", r"\1", facts))

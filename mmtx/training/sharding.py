@@ -22,8 +22,8 @@ from torch.optim import Optimizer
 
 from mmtx.modality.encoder import build_encoder
 from mmtx.model import Decoder
+from mmtx.training.checkpoint_check import check_weights
 from mmtx.training.private import share_among_all
-from mmtx.training.schema import check_weights
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # rank 0 gets all, the others get nothing
 

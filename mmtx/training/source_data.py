@@ -4,6 +4,7 @@ from lightning import LightningDataModule
 
 from mmtx.data.augment import AudioAugmentation, ImageAugmentation
 from mmtx.data.collection import DataSource
+from mmtx.data.sources import MAX_BAD
 
 
 class SourceData(LightningDataModule):
@@ -16,7 +17,7 @@ class SourceData(LightningDataModule):
         image_augmentation: ImageAugmentation | None = None,
         audio_augmentation: AudioAugmentation | None = None,
         num_workers: int = 0,
-        max_bad: float = 0.01,
+        max_bad: float = MAX_BAD,
         seed: int = 0,
         test: list[DataSource] | None = None,
     ):

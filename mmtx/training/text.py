@@ -11,13 +11,14 @@ from torch.utils.data import DataLoader
 
 from mmtx.data.collection import DataSource, read_sources
 from mmtx.data.sample import Text
+from mmtx.data.sources import MAX_BAD
 from mmtx.modality.text import TextTokenizer
 
 
 class TextData(LightningDataModule):
     """All texts of the samples, captions and prompts alike, as one batch."""
 
-    def __init__(self, train: list[DataSource], max_bad: float = 0.01):
+    def __init__(self, train: list[DataSource], max_bad: float = MAX_BAD):
         """
         Args:
             train: whose texts to learn from.

@@ -40,10 +40,7 @@ class VocoderData(CodecData):
         self.steps = steps
 
     def _sounds(self, waveforms: list[Tensor], generator: Generator) -> Tensor:
-        return torch.stack([
-            self.audio_augmentation(cut, self._audio.rate, generator)
-            if self.audio_augmentation and torch.rand((), generator=generator) < 0.5 else cut
-            for cut in self._cuts(waveforms, self.steps, generator)])
+        return self._augmented_cuts(waveforms, self.steps, generator)
 
     def held_out_steps(self) -> int:
         return self.steps

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from mmtx.errors import InputError
 
-MOST = 2**62  # of a count
+MOST_COUNT = 2**62
 PARTS = {"epoch": int, "global_step": int, "pytorch-lightning_version": str, "state_dict": Mapping, "loops": Mapping,
          "callbacks": Mapping, "optimizer_states": list, "lr_schedulers": list}
 AVERAGED = ("current_model_state", "averaging_state")  # there if weights are averaged
@@ -137,7 +137,7 @@ class _Check:
             if type(found) is not type(expected):
                 self.fail(name, found, shown(expected) if expected is None else type(expected).__name__)
         elif isinstance(expected, int):
-            if type(found) is not int or not 0 <= found < MOST:
+            if type(found) is not int or not 0 <= found < MOST_COUNT:
                 self.fail(name, found, "a count")
         elif isinstance(expected, float):
             if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):

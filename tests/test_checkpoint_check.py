@@ -13,7 +13,7 @@ import torch
 
 from mmtx.errors import InputError
 from mmtx.training.checkpoint import MAGIC, AtomicCheckpointIO
-from mmtx.training.schema import check_checkpoint, check_fits
+from mmtx.training.checkpoint_check import check_checkpoint, check_fits
 
 MODULE = torch.nn.Linear(3, 2)
 OPTIMIZER = torch.optim.AdamW(MODULE.parameters(), lr=0.5)

@@ -156,7 +156,7 @@ def load_plugin(path: str | Path) -> None:
     if known:
         return
     if len(MODALITIES) == before:
-        raise InputError(f"{at}: registered no modality, expected a call of mmtx.modality.modality.register")
+        raise InputError(f"{at}: registered no modality, expected a call of mmtx.modality.registry.register")
     PLUGINS[Path(path).stem] = str(path)
 
 
