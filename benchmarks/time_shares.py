@@ -133,7 +133,7 @@ def decoding(shape: str, times: int) -> dict:
 
     def reading() -> None:
         for layer in layers:
-            layer.qkv(), layer.out(), layer.gate_up(), layer.down()
+            layer.qkv(), layer.out(), layer.swiglu(), layer.down()
         screen.scores(hidden)
 
     # The parts in turn, as in use: each alone would find its weights in the cache.
