@@ -17,15 +17,21 @@ THREADS = 2  # of torch's, from which on its attention is as fast
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
     """Queries (B, H, K) over keys and values (B, G, T, K), mask (B, 1, 1, T) to be added, or none -> what they found (B, H * K)."""
-    grouped = query.unflatten(1, (keys.shape[1], -1))                                          # (B, G, H / G, K)
-    grouped, keys, values = (each.to(kept(query)) for each in (grouped, keys, values))
-    if query.device.type == "cpu" and torch.get_num_threads() <= THREADS:
-        found = np.empty((*grouped.shape[:3], 1, grouped.shape[3]), grouped.numpy().dtype)
-        attend_arrays((grouped * query.shape[2] ** -0.5).numpy()[:, :, :, None], keys.numpy()[:, :, None],
-                      values.numpy()[:, :, None], found, None if mask is None else mask.numpy()[:, :, None])
-        return torch.from_numpy(found).flatten(1).to(query.dtype)
+    exact, keys, values = (each.to(kept(query)) for each in (query, keys, values))
+    if query.device.type != "cpu" or torch.get_num_threads() > THREADS:
+        return attend_in_torch(exact, keys, values, mask).to(query.dtype)
+    grouped = (exact * query.shape[2] ** -0.5).unflatten(1, (keys.shape[1], -1)).numpy()[:, :, :, None]
+    found = np.empty_like(grouped)
+    added = None if mask is None else mask.numpy()[:, :, None]
+    attend_arrays(grouped, keys.numpy()[:, :, None], values.numpy()[:, :, None], found, added)
+    return torch.from_numpy(found).flatten(1).to(query.dtype)
+
+
+def attend_in_torch(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """The same in one operation, for a GPU or a compiler."""
     # The queries of a group share keys and values: they take the place of tokens.
-    return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).flatten(1).to(query.dtype)
+    grouped = query.unflatten(1, (keys.shape[1], -1))                                          # (B, G, H / G, K)
+    return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).flatten(1)
 
 
 def attend_arrays(query: np.ndarray, keys: np.ndarray, values: np.ndarray, out: np.ndarray, mask: np.ndarray | None = None) -> None:
