@@ -206,6 +206,7 @@ class Weights(NamedTuple):
     layers: tuple[Layer, ...]             # that read prompts
     step_layers: tuple[Layer, ...]        # that write ids: the same, or in 8 bits a weight
     packed: tuple[Layer, ...] | None      # the first, laid out for many tokens; none where that does not pay, or values may change
+    mixed: tuple[Layer, ...] | None       # that write ids of one row in bfloat16, where there are packed ones
     norm: Norm
     output: Tensor                        # (R, D)
     groups: tuple[tuple[int, ...], ...]   # sizes of runs of rows: plain ids, then the digits of each composed range
@@ -225,10 +226,13 @@ class Weights(NamedTuple):
         layers = tuple(Layer.of(block, c) for block in decoder.blocks)
         small = tuple(layer.in_8_bits() for layer in layers) if load_in_8bit else layers
         packed = tuple(layer.packed() for layer in layers) if fixed and _packs(layers) else None
+        mixed = None
+        if packed is not None and table.weight.dtype != torch.float32:
+            mixed = tuple(layer.in_float32(other) for layer, other in zip(layers, packed, strict=True))
         screened = fixed and table.weight.device.type == "cpu" and table.weight.dtype in (torch.float32, torch.bfloat16)
         screens: dict | None = {} if screened else None
         norm = Norm.of(decoder.norm.weight, c.norm_eps)
-        return cls(c, layers, small, packed, norm, table.weight, table.groups, screens, ThreadTuner(), ThreadTuner(), Kept())
+        return cls(c, layers, small, packed, mixed, norm, table.weight, table.groups, screens, ThreadTuner(), ThreadTuner(), Kept())
 
     @property
     def in_8_bits(self) -> bool:
@@ -251,11 +255,7 @@ class Weights(NamedTuple):
         """
         if self.in_8_bits or self.packed is None:
             return self.step_layers
-        if shared:
-            return self.packed
-        if self.output.dtype == torch.float32:
-            return self.layers
-        return tuple(layer.in_float32(packed) for layer, packed in zip(self.layers, self.packed, strict=True))
+        return self.packed if shared else self.mixed or self.layers
 
     @property
     def plain(self) -> int:
