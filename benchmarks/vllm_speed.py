@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -98,11 +99,12 @@ def measure(name: str, rows: int, options: argparse.Namespace) -> None:
         finally:
             for engine in engines.values():
                 engine.close()
-    for dtype in decoders:
-        report(f"vllm_speed_{name}_batch_{rows}_threads_{threads}{'' if dtype == 'float32' else f'_{dtype}'}",
-               f"ids/s, batch {rows}, {BEFORE} tokens before", results, f"mmtx {dtype}", {f"vLLM {dtype}": BARS[rows]},
-               {"shape": name, "threads": threads, "rows": rows, "before": BEFORE, "new": new,
-                "same first ids in float32": round(float(same), 4), "load average": os.getloadavg()[0]}, options.short)
+    report(f"vllm_speed_{name}_batch_{rows}_threads_{threads}", f"ids/s, batch {rows}, {BEFORE} tokens before", results,
+           "mmtx float32", {"vLLM float32": BARS[rows]},
+           {"shape": name, "threads": threads, "rows": rows, "before": BEFORE, "new": new,
+            "same first ids in float32": round(float(same), 4), "load average": os.getloadavg()[0]}, options.short)
+    ratios = [a / b for a, b in zip(results["mmtx bfloat16"], results["vLLM bfloat16"], strict=True)]
+    print(f"  bfloat16: ours/vLLM {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
 
 
 def main() -> None:

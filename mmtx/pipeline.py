@@ -83,13 +83,13 @@ def load(folder: str | Path | None = None, device: str | torch.device | None = N
         InputError: the folder is not a whole model, or does not fit its tokenizers; 8 bits on another device than a CPU;
             another dtype.
     """
-    if str(dtype).removeprefix("torch.") not in DTYPES:
+    if (name := str(dtype).removeprefix("torch.")) not in DTYPES:
         raise InputError(f"dtype: found {str(dtype)!r:.40}, expected one of {', '.join(DTYPES)}")
     config, vocabulary, tokenizers, folder = read_model(folder)
     decoder = load_module(lambda: Decoder(config, build_encoder), folder / WEIGHTS)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    decoder.to(getattr(torch, str(dtype).removeprefix("torch.")))
+    decoder.to(getattr(torch, name))
     return Model(decoder, vocabulary, tokenizers).to(device).prepare_for_inference(load_in_8bit)
 
 

@@ -67,3 +67,6 @@ def test_the_commands_take_it(capsys):
     with pytest.raises(SystemExit):
         main(["transcribe", "--dtype", "float8", str(EXAMPLES / "speech.ogg")])
     assert capsys.readouterr().err == "mmtx: error: dtype: found 'float8', expected one of float32, bfloat16, float16\n"
+    with pytest.raises(SystemExit):  # what would do nothing is no option: the decoder's own blocks write transcripts
+        main(["transcribe", "--load_in_8bit", str(EXAMPLES / "speech.ogg")])
+    assert "--load_in_8bit" in capsys.readouterr().err

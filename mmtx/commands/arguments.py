@@ -76,11 +76,13 @@ def add_model_options(parser: argparse.ArgumentParser, model: bool = True, defau
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; default: the GPU if there is one")
 
 
-def add_precision_options(parser: argparse.ArgumentParser) -> None:
+def add_precision_options(parser: argparse.ArgumentParser, load_in_8bit: bool = True) -> None:
+    """Of what numbers a model is held in; `load_in_8bit` where ids are written by an engine."""
     parser.add_argument("--dtype", default=None, help="of the decoder's weights: float32, the default, bfloat16 or float16, which "
                         "take half of the memory")
-    parser.add_argument("--load_in_8bit", action="store_true", help="write ids with 8 bits a weight, on a CPU: faster, and now and "
-                        "then another id is the best")
+    if load_in_8bit:
+        parser.add_argument("--load_in_8bit", action="store_true", help="write ids with 8 bits a weight, on a CPU: faster, and now "
+                            "and then another id is the best")
 
 
 def add_server_option(parser: argparse.ArgumentParser) -> None:

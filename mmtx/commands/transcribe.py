@@ -13,7 +13,7 @@ def add(commands) -> None:
     parser.add_argument("--chunk_length_s", type=float, default=None, help="seconds of most sounds that the model was trained with: "
                         "longer ones are cut at pauses; default: 3.5")
     add_model_options(parser, default=f"{MODEL}, which comes with mmtx")
-    add_precision_options(parser)
+    add_precision_options(parser, load_in_8bit=False)
     parser.set_defaults(run=run)
 
 

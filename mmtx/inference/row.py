@@ -61,9 +61,9 @@ class _Norm(NamedTuple):
 def _product(shared: bool, matrix: Tensor | Int8Matrix | PackedMatrix, x: np.ndarray, out: np.ndarray) -> Callable[[], object]:
     """What puts the product of `x` (I,) and a matrix (I, O), as it is then, into `out` (O,) when it is called.
 
-    One thread of NumPy's (OpenBLAS) reads memory at up to 1.3 times the rate of torch's (MKL), on an AMD EPYC; on an Intel
-    Xeon they are equal. Threads of both would wait for more to do on cores that the other needs, so products that threads
-    share are torch's: on two cores of that Xeon, 384 x 6, 91 ids a second with NumPy's and 294 so.
+    One thread of NumPy's (OpenBLAS) reads memory at up to twice the rate of torch's (MKL), on an AMD EPYC; on an Intel Xeon
+    they are equal. Threads of both would wait for more to do on cores that the other needs, so products that threads share
+    are torch's or, of packed matrices, oneDNN's: on two cores of that Xeon, 384 x 6, 91 ids a second with NumPy's, 294 with torch's.
     """
     if not isinstance(matrix, Tensor):
         return partial(multiply, torch.from_numpy(x)[None], matrix, torch.from_numpy(out)[None])

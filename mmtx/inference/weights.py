@@ -127,7 +127,7 @@ class Layer(NamedTuple):
         made: dict[str, Any] = {name: PackedMatrix.of(getattr(self, name)) for name in ("qkv", "out", "down")}
         return self._replace(gate_up=PackedSwiGLU.of(cast(Tensor, self.gate_up)), **made)
 
-    def in_float32(self, packed: "Layer") -> "Layer":
+    def mixed(self, packed: "Layer") -> "Layer":
         """The same with small matrices in float32, and those of `packed` for the others: what one row of bfloat16 is fastest with."""
         made: dict[str, Any] = {}
         for name in ("qkv", "out", "gate_up", "down"):
@@ -228,7 +228,7 @@ class Weights(NamedTuple):
         packed = tuple(layer.packed() for layer in layers) if fixed and _packs(layers) else None
         mixed = None
         if packed is not None and table.weight.dtype != torch.float32:
-            mixed = tuple(layer.in_float32(other) for layer, other in zip(layers, packed, strict=True))
+            mixed = tuple(layer.mixed(other) for layer, other in zip(layers, packed, strict=True))
         screened = fixed and table.weight.device.type == "cpu" and table.weight.dtype in (torch.float32, torch.bfloat16)
         screens: dict | None = {} if screened else None
         norm = Norm.of(decoder.norm.weight, c.norm_eps)

@@ -29,14 +29,13 @@ from mmtx.pipeline import Model
 from mmtx.sequence import prompt
 from mmtx.serving import messages as api
 from mmtx.serving.batches import Batches, Job
-from mmtx.serving.limits import Door, Limits, Refused, as_refused, in_time
+from mmtx.serving.limits import LOOPBACK, Door, Limits, Refused, as_refused, in_time
 from mmtx.serving.sounds import KINDS, encoded, in_thread
 
 if TYPE_CHECKING:
     from mmtx.modality.pretrained_text import PretrainedText
     from mmtx.modality.text import TextTokenizer
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 READERS = 2  # threads that read media and make them
 SAMPLED = {"temperature", "top_p", "top_k", "seed"}  # what a body says of Sampling
 

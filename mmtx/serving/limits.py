@@ -24,7 +24,8 @@ from mmtx.errors import InputError, one_line
 
 MB = 2 ** 20
 OPEN = ("/", "/health")  # paths that need no key
-LOOPBACK = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d*)?", re.IGNORECASE)  # as a Host
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+OWN_HOST = re.compile(rf"({'|'.join(re.escape(f'[{name}]' if ':' in name else name) for name in LOOPBACK)})(:\d*)?", re.IGNORECASE)
 GONE = 499  # what is counted where a caller went before the answer began, as nginx has it
 EXPECTED = {"model_type": "a JSON object", "model_attributes_type": "a JSON object", "value_error": "a file",
             "union_tag_not_found": "a JSON object with its type"}  # where pydantic and FastAPI speak of Python
@@ -131,7 +132,7 @@ class Door:
     async def _let_in(self, request: Request, send) -> None:
         scope, headers = request.scope, request.headers
         host, given = headers.get("host", ""), headers.get("authorization", "").encode()
-        if self.loopback and not LOOPBACK.fullmatch(host):  # or a page elsewhere could speak to it through a name that leads here
+        if self.loopback and not OWN_HOST.fullmatch(host):  # or a page elsewhere could speak to it through a name that leads here
             raise Refused(400, f"Host: found {host[:100]!r}, expected localhost or 127.0.0.1: this server answers its own machine "
                           "alone, where --host does not say otherwise", "invalid_host")
         if self.expected and scope["path"] not in OPEN and not hmac.compare_digest(given, self.expected):
