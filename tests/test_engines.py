@@ -271,6 +271,29 @@ def test_a_row_in_bfloat16_follows_full_passes_in_float32(rows, shape, small, lo
         engine.step(row[length + new:length + new + 1])
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_prompts_and_steps_of_a_row_go_the_way_that_is_faster(rows, shared, monkeypatch):
+    """Told by one tuner for each, which hears of every prompt and step."""
+    before, seen = torch.get_num_threads(), []
+    prefill, step = TorchEngine.prefill, RowEngine._step
+    monkeypatch.setattr(TorchEngine, "prefill", lambda *given: seen.append(torch.get_num_threads()) or prefill(*given))
+    monkeypatch.setattr(RowEngine, "_step", lambda *given: seen.append(torch.get_num_threads()) or step(*given))
+    decoder = random_decoder()
+    weights, heard = Weights.of(decoder), []
+    for name, tuner in (("prompt", weights.prompt_tuner), ("step", weights.step_tuner)):
+        tuner.shared = shared
+        monkeypatch.setattr(tuner, "record", lambda way, seconds, name=name: heard.append((name, way)))
+    torch.set_num_threads(2)
+    try:
+        engine = RowEngine(decoder, weights)
+        engine.prefill(asked(rows[:1]))
+        engine.step(next_ids(rows[:1], 0))
+        assert seen == ([2, 2] if shared else [1, 1]) and torch.get_num_threads() == 2
+        assert heard == [("prompt", shared), ("step", shared)]
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_laying_out_changes_how_matrices_lie_and_no_value():
     decoder, other = random_decoder(), random_decoder()
     prepack_weights(decoder)
