@@ -23,6 +23,7 @@ STARTER = ROOT / "demos" / "data" / "starter"
 RATE = 16_000
 KINDS = "demos/data/starter_captions.py:with_kinds"
 TRANSPOSED = "demos/data/starter_captions.py:transposed"
+NEIGHBOURS = "demos/data/starter_captions.py:neighbours"
 FIFTH = """
 from dataclasses import replace
 from mmtx.data.sample import Media
@@ -31,6 +32,11 @@ def fifth(sample):
     turns = [replace(turn, parts=tuple(part.perturb_speed(1.5) if isinstance(part, Media) else part for part in turn.parts))
              for turn in sample.turns]
     return [replace(sample, key=sample.key + " a fifth up", turns=tuple(turns))]
+
+def third(sample):
+    turns = [replace(turn, parts=tuple(part.shift_pitch(4) if isinstance(part, Media) else part for part in turn.parts))
+             for turn in sample.turns]
+    return [replace(sample, turns=tuple(turns))]
 
 def none(sample): return []
 def text(sample): return ["a note"]
@@ -107,6 +113,63 @@ def test_a_medium_played_faster_tells_so_by_its_name(folder):
     assert medium.name in twice.name and "1.5" in twice.name
 
 
+# -- Sounds made higher --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("semitones", [-24, -3, -0.5, 0, 1, 7, 24])
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+def test_a_sound_made_higher_is_as_long_as_before(semitones, rate):
+    data = io.BytesIO()
+    soundfile.write(data, 0.5 * np.sin(2 * np.pi * 440 * np.arange(rate) / rate), rate, format="WAV")
+    higher = load_audio(data.getvalue(), RATE, semitones=semitones)
+    assert 1200 * abs(np.log2(pitch(higher) / (440 * 2 ** (semitones / 12)))) < 4 and len(higher) == RATE
+
+
+@pytest.mark.parametrize("semitones", [-3, 3])
+def test_a_sound_made_higher_rises_and_falls_as_before(semitones):
+    decaying = np.exp(-np.arange(2 * RATE) / (RATE / 3)).astype(np.float32) * tone(440, 2.0)
+
+    def loudness(samples) -> np.ndarray:
+        """Of tenths of a second in dB, beside that of one of them: the loudest moment is always as loud."""
+        levels = 20 * np.log10(np.asarray(samples).reshape(20, -1).std(1)[:12])
+        return levels - levels[6]
+
+    before = loudness(load_audio(decaying, RATE))
+    assert np.abs(loudness(load_audio(decaying, RATE, semitones=semitones)) - before).max() < 1
+    faster = load_audio(decaying, RATE, speed=2 ** (semitones / 12))
+    assert np.abs(loudness(np.resize(faster, 2 * RATE)) - before).max() > 2  # played slower or faster, it does not
+
+
+@pytest.mark.parametrize("samples", [1, 7, 255, 1023, 4097])
+def test_a_short_sound_can_be_made_higher(samples):
+    higher = load_audio(tone(440)[:samples], RATE, semitones=5)
+    assert len(higher) == samples and bool(higher.isfinite().all())
+
+
+def test_silence_made_higher_is_silence():
+    assert not load_audio(np.zeros(RATE, np.float32), RATE, semitones=3).any()
+
+
+def test_what_is_cut_out_and_played_faster_is_made_higher():
+    both = np.concatenate([tone(300), tone(500)])
+    higher = load_audio(both, RATE, start=1.0, seconds=0.5, speed=1.5, semitones=12)
+    assert pitch(higher) == pytest.approx(1500, rel=2e-3) and len(higher) == pytest.approx(RATE / 3, rel=2e-3)
+
+
+@pytest.mark.parametrize("semitones", [-24.1, 25, float("nan"), float("inf"), "high"])
+def test_semitones_that_are_none_are_refused(semitones):
+    with pytest.raises(InputError, match="^sound: .*semitones.*, expected"):
+        load_audio(tone(440), RATE, semitones=semitones)
+
+
+def test_a_medium_made_higher_tells_so_by_its_name(folder):
+    medium = sound(read_source(DataSource(["notes.jsonl"]))[0])
+    twice = medium.shift_pitch(2).shift_pitch(-5)
+    assert (twice.semitones, twice.options) == (-3, {"semitones": -3}) and "-3 semitones" in twice.name
+    assert twice.perturb_speed(2).options == {"speed": 2, "semitones": -3}
+    assert medium.shift_pitch(2).shift_pitch(-2).options == {}
+
+
 # -- Notes transposed ----------------------------------------------------------------------------------------
 
 
@@ -138,6 +201,25 @@ def test_the_notes_that_are_shipped_are_called_as_they_are_transposed():
     for sample in read_source(DataSource([str(STARTER / "sounds-train-*.tar.gz")], variants=TRANSPOSED)):
         by_midi = names.setdefault(sample.metadata["midi_note"], sample.metadata["note"])
         assert by_midi == sample.metadata["note"] and sample.caption == f"{sample.metadata['instrument']}, {by_midi}"
+
+
+def test_neighbours_of_notes_are_those_that_no_other_note_is_nearer_to(tokenizers):
+    source = DataSource([str(STARTER / "sounds-train-*.tar.gz")], variants=NEIGHBOURS)
+    plain, samples = read_source(replace(source, variants=None)), read_source(source)
+    known: dict[str, set[int]] = {}
+    for sample in plain:
+        known.setdefault(sample.metadata["instrument"], set()).add(sample.metadata["midi_note"])
+    wanted = {(name, note + by) for name, notes in known.items() for note in notes for by in range(-3, 4)}
+    assert {(sample.metadata["instrument"], sample.metadata["midi_note"]) for sample in samples} == wanted
+    assert len(samples) == len(wanted) == len({sample.key for sample in samples})
+    assert [sample for sample in samples if not sound(sample).semitones] == plain
+    for sample in samples:
+        note, by = sample.metadata["midi_note"], round(sound(sample).semitones)
+        notes = known[sample.metadata["instrument"]]
+        assert note - by in notes and abs(by) == min(abs(note - other) for other in notes)
+        assert sample.caption == f"{sample.metadata['instrument']}, {sample.metadata['note']}"
+    lengths = {len(load_media(sound(sample), tokenizers)) for sample in samples[::500]}
+    assert len(lengths) == 1
 
 
 # -- Pictures whose kind is asked for ------------------------------------------------------------------------
@@ -183,20 +265,20 @@ def test_a_source_selects_before_and_counts_after(folder):
 
 
 def test_variants_are_documents_of_their_own(folder, tokenizers, vocabulary):
-    plain, higher, changed = (
+    plain, faster, higher, changed = (
         read_corpus([DataSource(["notes.jsonl"], variants=variants)], tokenizers, vocabulary, max_seq_len=600)
-        for variants in (None, "strangers_variants.py:fifth", TRANSPOSED))
-    assert (len(plain), len(higher), len(changed)) == (3, 3, 21)
+        for variants in (None, "strangers_variants.py:fifth", "strangers_variants.py:third", TRANSPOSED))
+    assert (len(plain), len(faster), len(higher), len(changed)) == (3, 3, 3, 21)
     # A resumed run knows them by their digests, also where texts are the same.
-    assert not set(plain.contents()[0].digests.tolist()) & set(higher.contents()[0].digests.tolist())
+    assert len({digest for corpus in (plain, faster, higher) for digest in corpus.contents()[0].digests.tolist()}) == 9
     # The lengths that batches are packed by are those of the sounds as they are played.
     documents = changed.render([(number, 0) for number in range(21)])
     assert [len(document.ids) for document in documents] == changed.lengths.tolist() and len(set(changed.lengths)) > 3
 
 
-@pytest.mark.parametrize("limit", [None, 5])
-def test_prepared_shards_hold_variants_as_raw_media_do(folder, tokenizers, vocabulary, tmp_path, limit):
-    source = DataSource(["notes.jsonl"], variants=TRANSPOSED, limit=limit)
+@pytest.mark.parametrize("variants, limit", [(TRANSPOSED, None), (TRANSPOSED, 5), ("strangers_variants.py:third", 3)])
+def test_prepared_shards_hold_variants_as_raw_media_do(folder, tokenizers, vocabulary, tmp_path, variants, limit):
+    source = DataSource(["notes.jsonl"], variants=variants, limit=limit)
     shards = str(tmp_path / "shards")
     prepare(source, tokenizers, shards, rows=4)
     raw = read_corpus([source], tokenizers, vocabulary, max_seq_len=600)
@@ -204,7 +286,7 @@ def test_prepared_shards_hold_variants_as_raw_media_do(folder, tokenizers, vocab
     chosen = [(number, 0) for number in range(limit or 21)]
     assert [document.ids.tolist() for document in prepared.render(chosen)] == [document.ids.tolist() for document in raw.render(chosen)]
     with pytest.raises(InputError, match="variants: .* is prepared"):
-        read_corpus([DataSource([shards], variants=TRANSPOSED)], tokenizers, vocabulary, max_seq_len=600)
+        read_corpus([DataSource([shards], variants=variants)], tokenizers, vocabulary, max_seq_len=600)
     with pytest.raises(InputError, match="begun with variants"):
         prepare(replace(source, variants="strangers_variants.py:fifth"), tokenizers, shards, rows=4)
 

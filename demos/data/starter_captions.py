@@ -7,10 +7,14 @@ in several pitches: `variants` of its sources.
         --reader demos/data/starter_captions.py:kind_reader --train demos/data/starter/images-train-*.tar.gz
 """
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
 
 from mmtx import InputError
+from mmtx.data.collection import DataSource, read_source
 from mmtx.data.sample import Media, Sample, SampleTurn, Text
 from mmtx.evaluation import FieldReader
 
@@ -64,10 +68,33 @@ def notes(train: Sequence[Mapping]) -> FieldReader:
 def transposed(sample: Sample) -> list[Sample]:
     """A sound as it is, and up to three semitones lower and higher, played slower and faster: that is how a soundfont plays more
     notes than were recorded. The caption of a note tells the new one; other captions stay."""
-    return [_transposed(sample, semitones) if semitones else sample for semitones in SEMITONES]
+    return [_moved(sample, semitones, lambda sound, semitones: sound.perturb_speed(2 ** (semitones / 12))) for semitones in SEMITONES]
 
 
-def _transposed(sample: Sample, semitones: int) -> Sample:
+def neighbours(sample: Sample) -> list[Sample]:
+    """A note of `sounds-train`, and up to three semitones lower and higher where its instrument has no note that is nearer.
+
+    It is as long as before, and as loud at each moment: played slower or faster, a note is heard as another instrument's.
+    """
+    instrument, note = sample.metadata["instrument"], sample.metadata["midi_note"]
+    near = [semitones for semitones in SEMITONES
+            if min(_notes()[instrument], key=lambda known: (abs(known - note - semitones), known)) == note]
+    return [_moved(sample, semitones, Media.shift_pitch) for semitones in near]
+
+
+@lru_cache
+def _notes() -> Mapping[str, list[int]]:
+    """The notes that each instrument has in `sounds-train`, as MIDI counts them."""
+    found = defaultdict(list)
+    for sample in read_source(DataSource([str(Path(__file__).with_name("starter") / "sounds-train-*.tar.gz")])):
+        found[sample.metadata["instrument"]].append(sample.metadata["midi_note"])
+    return found
+
+
+def _moved(sample: Sample, semitones: int, move: Callable[[Media, float], Media]) -> Sample:
+    """A sound that `move` makes higher by `semitones`; 0 leaves it alone."""
+    if semitones == 0:
+        return sample
     facts, caption = dict(sample.metadata), sample.caption
     if "note" in facts:
         facts["midi_note"] += semitones
@@ -76,7 +103,7 @@ def _transposed(sample: Sample, semitones: int) -> Sample:
 
     def changed(part: Text | Media) -> Text | Media:
         if isinstance(part, Media):
-            return part.perturb_speed(2 ** (semitones / 12))
+            return move(part, semitones)
         return Text(caption) if part.text == sample.caption else part
 
     turns = tuple(SampleTurn(turn.role, tuple(map(changed, turn.parts))) for turn in sample.turns)

@@ -15,7 +15,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageCms, UnidentifiedImageError
+from torchaudio.functional import phase_vocoder
 from torchaudio.transforms import Resample
 
 from mmtx.data.formats import IMAGE_FORMATS, format_of
@@ -29,6 +31,8 @@ SILENCE = 1e-4  # peak (-80 dB, three steps of 16 bit) up to which a sound is le
 BAND = 2**20  # pixels
 OPENED = threading.Lock()  # of pictures that callers opened: one given to several threads reads its file once
 MOST_SPEED = 4  # as fast as a sound may be played, or as slow
+MOST_SEMITONES = 24  # by which a sound may be made higher, or lower
+VOCODER_WINDOW = 0.064  # seconds
 FILTERS = 16    # of resampling that are kept, up to 5 MB each: to make one takes as long as to use it
 TURN = Image.Transpose
 UPRIGHT = {  # how a picture is stored, as EXIF counts -> what turns it upright
@@ -209,23 +213,28 @@ def load_audio(
     start: float = 0.0,
     seconds: float | None = None,
     speed: float = 1.0,
+    semitones: float = 0.0,
 ) -> torch.Tensor:
     """Return a sound as float32 (S,) at `rate` Hz, peak 0.7: the louder channel, resampled; silence stays.
 
     `data` is one of: encoded bytes; a path or URL; a numpy array (S,) or (S, C), as soundfile reads; a tensor
     (S,) or (C, S), as torchaudio reads. Arrays hold int16, int32 or floats at `source_rate` (default `rate`).
     `start` and `seconds` cut a piece out, of which the rest of the sound need not fit the limits; it is played
-    `speed` times as fast, a quarter to four times, and so higher: 2 ** (1 / 12) is a semitone up.
+    `speed` times as fast, a quarter to four times, and so higher: 2 ** (1 / 12) is a semitone up. `semitones`, up to 24, make it
+    higher, or lower, and leave its length and how its loudness rises and falls as they are.
     Raises InputError for anything that is not a finite sound of at most 600 s.
     """
     name = _name(data, name, "sound")
-    for option, value in (("source_rate", source_rate), ("start", start), ("seconds", seconds), ("speed", speed)):
+    for option, value in (("source_rate", source_rate), ("start", start), ("seconds", seconds), ("speed", speed),
+                          ("semitones", semitones)):
         if value is not None and not isinstance(value, Real):
             raise InputError(f"{name}: {option} {_line(repr(value))}, expected a number")
     if not (0 <= start <= MAX_START and (seconds is None or 0 < seconds < math.inf)):  # also true for NaN
         raise InputError(f"{name}: a cut of {seconds} s from {start} s on, expected a start up to {MAX_START} and a length")
     if not 1 / MOST_SPEED <= speed <= MOST_SPEED:
         raise InputError(f"{name}: speed {speed:g}, expected {1 / MOST_SPEED} to {MOST_SPEED}")
+    if not -MOST_SEMITONES <= semitones <= MOST_SEMITONES:
+        raise InputError(f"{name}: {semitones:g} semitones, expected {-MOST_SEMITONES} to {MOST_SEMITONES}")
     if isinstance(data, (np.ndarray, torch.Tensor)):
         samples, source_rate = _waveform(data, name), rate if source_rate is None else source_rate
         check_sound(1 if start or seconds else len(samples), source_rate, samples.shape[1], name)
@@ -243,8 +252,26 @@ def load_audio(
     # The filter grows as rate / gcd: 44101 to 16000 Hz would take 3 GB. Usual rates are multiples of 25.
     if source_rate * speed != rate:
         mono = _resample(round(source_rate * speed / 25) * 25, rate)(mono)
+    if semitones:
+        mono = _shift_pitch(mono, rate, 2 ** (semitones / 12))
     peak = mono.abs().max()
     return mono * (PEAK / peak) if peak > SILENCE else mono
+
+
+def _shift_pitch(sound: torch.Tensor, rate: int, factor: float) -> torch.Tensor:
+    """A sound (S,) `factor` times as high and as long as before (S,): drawn out by a phase vocoder, then played faster.
+
+    Flanagan and Golden 1966, https://doi.org/10.1002/j.1538-7305.1966.tb01706.x
+    """
+    played = round(rate * factor / 25) * 25
+    window = torch.hann_window(max(4, round(VOCODER_WINDOW * rate) // 4 * 4))
+    size, hop = len(window), len(window) // 4
+    padded = F.pad(sound, (0, max(0, size - len(sound))))
+    frames = torch.stft(padded, size, hop, window=window, pad_mode="constant", return_complex=True)
+    advance = torch.linspace(0, math.pi * hop, size // 2 + 1)[:, None]
+    drawn_out = phase_vocoder(frames, rate / played, advance)
+    higher = _resample(played, rate)(torch.istft(drawn_out, size, hop, window=window, length=round(len(padded) * played / rate)))
+    return F.pad(higher, (0, max(0, len(sound) - len(higher))))[:len(sound)]
 
 
 def _waveform(data: np.ndarray | torch.Tensor, name: str) -> np.ndarray:

@@ -37,7 +37,8 @@ class Media:
     """A medium, which `read` of its `Modality` makes of `source.read()`.
 
     `name` is what error messages call it: it names the file, the row or member, and what is cut out of a sound: the
-    `seconds` (None: all that follow) from `start`. A sound is then played `speed` times as fast, and so higher.
+    `seconds` (None: all that follow) from `start`. A sound is then played `speed` times as fast, and so higher, and made higher by
+    `semitones`.
     """
 
     kind: str
@@ -47,12 +48,14 @@ class Media:
     start: float = field(default=0.0, repr=False)
     seconds: float | None = field(default=None, repr=False)
     speed: float = field(default=1.0, repr=False)
+    semitones: float = field(default=0.0, repr=False)
 
     @property
     def options(self) -> dict[str, Any]:
         """What is cut out and how it is played, as options of `Modality.read`; nothing where it is whole and as it was."""
         cut = {} if self.start == 0 and self.seconds is None else {"start": self.start, "seconds": self.seconds}
-        return cut if self.speed == 1 else {**cut, "speed": self.speed}
+        played = {} if self.speed == 1 else {"speed": self.speed}
+        return {**cut, **played} if self.semitones == 0 else {**cut, **played, "semitones": self.semitones}
 
     def perturb_speed(self, factor: float) -> "Media":
         """The sound played `factor` times as fast as it is now, and so higher: 2 ** (1 / 12) is a semitone up.
@@ -61,6 +64,11 @@ class Media:
         """
         speed = self.speed * factor
         return replace(self, speed=speed, name=f"{self.name} at {speed:.4g} of its speed")
+
+    def shift_pitch(self, semitones: float) -> "Media":
+        """The sound higher by `semitones` than it is now, or lower, and as long as before, by a phase vocoder."""
+        semitones += self.semitones
+        return replace(self, semitones=semitones, name=f"{self.name} {semitones:+.4g} semitones")
 
 
 Part = Text | Media

@@ -51,8 +51,8 @@ def load_media(media: Media, tokenizers: Mapping[str, Tokenizer], digest: Digest
         raise InputError(f"{media.name}: found {media.kind}, but there is no {media.kind} tokenizer")
     data = media.source.read()
     if digest is not None:
-        # Of a sound as it was, digests are those of versions that knew no speed.
-        played = "" if media.speed == 1 else f"{media.speed} "
+        # Of a sound as it was, digests are those of versions that knew neither speed nor semitones.
+        played = ("" if media.speed == 1 else f"{media.speed} ") + ("" if media.semitones == 0 else f"{media.semitones} semitones ")
         digest.update(f"{len(data)} {media.start} {media.seconds} {played}".encode())
         digest.update(data)
     return MODALITIES[media.kind].get("read")(tokenizers[media.kind], data, media.name, **media.options)
