@@ -2,6 +2,7 @@
 
     python benchmarks/specialists.py --minutes 4
     python benchmarks/specialists.py --config configs/starter/decoder.yaml --minutes 10 --tasks pictures
+    python benchmarks/specialists.py --tasks pictures --image_encoder runs/efficientnet-lite0 --only pretrained
 
 Pictures: a small ResNet over the names, and the architecture of transformers' VisionEncoderDecoder (ViT and GPT-2). Notes: a
 convolutional net on log-mel spectrograms with one head for instruments and one for notes, and Whisper's architecture.
@@ -9,7 +10,7 @@ Sentences: convolutions and an LSTM with CTC, and Whisper's architecture. Beside
 with its encoders trained along, on one kind of data alone. All start from nothing but ours, whose encoders start as those of the
 shipped tokenizers, which have seen the same data. Ours is also shown with the features that the frozen encoder makes, with
 discrete codes alone, which is what engines for text can serve, and with either at random, so that one model takes both; learning
-rates fall to zero at the end of the minutes.
+rates fall to zero at the end of the minutes. With `--image_encoder` ours and a classifier also begin with one pretrained encoder.
 
 Shapes: B batch, C channels, H height, W width, F frames, M mels, T time steps.
 """
@@ -42,10 +43,12 @@ from mmtx.document import Document, MediaPart
 from mmtx.files import find_shipped
 from mmtx.loss import next_token_loss
 from mmtx.modality.base import load_tokenizer
+from mmtx.modality.efficientnet import PretrainedEncoder
 from mmtx.modality.encoder import build_encoder
 from mmtx.model import Decoder
 from mmtx.pipeline import Model
 from mmtx.sequence import Rendered
+from mmtx.training.decoder import image_encoder_in
 from mmtx.training.optimizer import OptimizerConfig, configure
 from mmtx.vocabulary import Vocabulary
 
@@ -85,8 +88,13 @@ class Views:
 
 def train(module: nn.Module, minutes: float, batches: Iterator, loss: Callable[..., Tensor], rate: float = 2e-3) -> int:
     """AdamW with warm-up and linear decay over the minutes, in bfloat16 -> steps taken."""
-    optimizer = torch.optim.AdamW(module.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    return _run(optimizer, [rate] * len(optimizer.param_groups), module, minutes, batches, loss)
+    return train_groups([{"params": [*module.parameters()], "lr": rate}], module, minutes, batches, loss)
+
+
+def train_groups(groups: Sequence[dict], module: nn.Module, minutes: float, batches: Iterator, loss: Callable[..., Tensor]) -> int:
+    """`train` where groups of parameters have learning rates of their own."""
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    return _run(optimizer, [group["lr"] for group in groups], module, minutes, batches, loss)
 
 
 def _run(optimizer, rates: Sequence[float], module: nn.Module, minutes: float, batches: Iterator, loss: Callable) -> int:
@@ -172,6 +180,31 @@ def mel_net(views: Views, held_out: Sequence[Tensor], minutes: float):
     for part in chunks(held_out):
         said += [f"{labels[0][a]}, {labels[1][b]}" for a, b in zip(*(score.argmax(-1) for score in scores(mel(part))), strict=True)]
     return said, steps, size_of(network)
+
+
+class Classifier(nn.Module):
+    """Pictures (B, 3, H, W) in [-1, 1] -> scores (B, classes), by a pretrained encoder and the mean over places."""
+
+    def __init__(self, pretrained: PretrainedEncoder, classes: int):
+        super().__init__()
+        self.encoder = build_encoder(pretrained.config)
+        self.encoder.load_state_dict(pretrained.weights)
+        self.out = nn.Linear(pretrained.config.width, classes)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.out(self.encoder.features(pictures).mean((2, 3)))
+
+
+def classifier(pretrained: PretrainedEncoder, rates: tuple[float, float], views: Views, held_out: Sequence[Tensor], minutes: float):
+    """A picture -> one of the names of the training data; the rates are those of the encoder and of what is new."""
+    names = sorted(set(views.captions))
+    number = {name: i for i, name in enumerate(names)}
+    network = Classifier(pretrained, len(names))
+    batches = ((to_pixels(media), torch.tensor([number[caption] for caption in captions]))
+               for media, captions in views.batches(BATCH["pictures"]))
+    groups = [{"params": [*part.parameters()], "lr": rate} for part, rate in zip((network.encoder, network.out), rates, strict=True)]
+    steps = train_groups(groups, network, minutes, batches, lambda pixels, targets: F.cross_entropy(network(pixels), targets))
+    return [names[i] for part in chunks(held_out) for i in network(to_pixels(part)).argmax(-1)], steps, size_of(network)
 
 
 class ConvCTC(nn.Module):
@@ -287,34 +320,39 @@ def options_of(path: str) -> tuple[dict, dict]:
     return whole["model"]["init_args"], whole["data"]["init_args"]
 
 
-def new_decoder(options: dict, vocabulary: Vocabulary, tokenizers: dict, way: str) -> Decoder:
-    """A decoder that knows nothing, of the shape that a configuration gives; its encoders begin as those of the tokenizers."""
+def new_decoder(options: dict, vocabulary: Vocabulary, tokenizers: dict, way: str,
+                pretrained: PretrainedEncoder | None = None) -> Decoder:
+    """A decoder that knows nothing, of the shape that a configuration gives; its encoders begin as those of the tokenizers, or
+    that of pictures as a pretrained one."""
     codecs = {kind: tokenizer for kind, tokenizer in tokenizers.items() if kind != "text"}
     composed = tuple(CodeRange(vocabulary.range(kind).start, codec.levels) for kind, codec in codecs.items())
     features = {} if way == "codes" else {kind: codec.feature_width for kind, codec in codecs.items()}
     encoders = {kind: codec.encoder_config for kind, codec in codecs.items()} if way == "encoder" else {}
+    if pretrained is not None:
+        features["image"], encoders["image"] = pretrained.config.width, pretrained.config
     decoder = Decoder(DecoderConfig(vocabulary.size, composed=composed, features=features, encoders=encoders,
                                     **options["decoder"]), build_encoder)
     for kind, encoder in decoder.encoders.items():
-        weights = codecs[kind].network.state_dict()
+        weights = codecs[kind].network.state_dict() if pretrained is None else pretrained.weights
         encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()})
     return decoder
 
 
-def learn(decoder: Decoder, options: dict, batches: PackedBatches, minutes: float) -> int:
-    """Train a decoder with the optimizer of a configuration -> steps taken."""
+def learn(decoder: Decoder, options: dict, batches: PackedBatches, minutes: float, encoder_rate: float | None = None) -> int:
+    """Train a decoder with the optimizer of a configuration -> steps taken; an `encoder_rate` is that of its encoder of pictures."""
     def loss(*fields) -> Tensor:
         batch = Batch(*fields)
         hidden = decoder(batch.ids, batch.positions, batch.packing, batch.features).flatten(0, 1)[batch.supervised]
         return next_token_loss(decoder.embedding, hidden, batch.targets, batch.plain, None, 1e-5).total / len(batch.targets)
 
-    optimizer = configure(decoder, OptimizerConfig(**options["optimizer"]), 1)["optimizer"]
+    more = [] if encoder_rate is None else [{"params": [*decoder.encoders["image"].parameters()], "lr": encoder_rate}]
+    optimizer = configure(decoder, OptimizerConfig(**options["optimizer"]), 1, more)["optimizer"]
     return _run(optimizer, [group["initial_lr"] for group in optimizer.param_groups], decoder, minutes,
                 (batches[k] for k in range(len(batches))), loss)
 
 
 def ours(path: str, samples: Sequence[Sample], repeats: Sequence[int], tokenizers: dict, augmentation: Augmentation,
-         held_out: Sequence[Sample], minutes: float, way: str = "encoder"):
+         held_out: Sequence[Sample], minutes: float, way: str = "encoder", pretrained: PretrainedEncoder | None = None):
     """The decoder of a configuration on these samples alone, given codes, features of the codec's encoder, either, or patches.
 
     What it says is told by what it is given, where it learnt to take either.
@@ -323,12 +361,12 @@ def ours(path: str, samples: Sequence[Sample], repeats: Sequence[int], tokenizer
     kind = medium(samples[0]).kind
     tokenizers = {name: tokenizers[name] for name in ("text", kind)}
     vocabulary = Vocabulary.build(tokenizers)
-    decoder = new_decoder(options, vocabulary, tokenizers, way)
+    decoder = new_decoder(options, vocabulary, tokenizers, way, pretrained)
     patches = tuple(decoder.encoders)
     make = EitherDocuments if way == "either" else Documents
     documents = make(samples, tokenizers, vocabulary, max_seq_len=data["max_seq_len"], augmentation=augmentation, patches=patches)
     batches = PackedBatches(documents, vocabulary, data["tokens_per_batch"], repeats=repeats, steps=10**6)
-    steps = learn(decoder, options, batches, minutes)
+    steps = learn(decoder, options, batches, minutes, None if pretrained is None else options["image_encoder_lr"])
     model = Model(decoder, vocabulary, tokenizers)
     asked = to_documents(held_out, tokenizers, patches=patches)
     said: Any = model.caption_documents(asked)
@@ -363,6 +401,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=4.0)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), help="default: those that the data of --config have")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--image_encoder", help="folder of a pretrained encoder of pictures to begin with, too")
     parser.add_argument("--only", help="the networks whose names begin so")
     parser.add_argument("--short", action="store_true", help="see that all run, on a few samples")
     parser.add_argument("--out", type=Path, help="where the figures go as JSON")
@@ -381,6 +420,11 @@ def main():
         "notes": {"net on log-mel": mel_net, "Whisper's": lambda *rest: whisper(text, 1.5, BATCH["notes"], *rest)},
         "sentences": {"CTC": ctc, "Whisper's": lambda *rest: whisper(text, 6, BATCH["sentences"], *rest)},
     }
+    pretrained = None if options.image_encoder is None else image_encoder_in(options.image_encoder, tokenizers["image"])
+    if pretrained is not None:
+        known_options = options_of(options.config)[0]
+        rates = known_options["image_encoder_lr"], known_options["optimizer"]["learning_rate"]
+        candidates["pictures"]["pretrained, classifier"] = lambda *rest: classifier(pretrained, rates, *rest)
     minutes, few = (0.02, 8) if options.short else (options.minutes, None)
     results = []
     for task in options.tasks or [task for task in TASKS if any(task_of(s) == task for s in held_out.samples)]:
@@ -394,6 +438,9 @@ def main():
         for way in WAYS:
             runs[f"ours, {way}"] = lambda way=way: ours(options.config, samples, repeats, tokenizers,
                                                         Augmentation(image=image, audio=audio), tests, minutes, way)
+        if task == "pictures" and pretrained is not None:
+            runs["pretrained, ours"] = lambda: ours(options.config, samples, repeats, tokenizers, Augmentation(image, audio), tests,
+                                                    minutes, "encoder", pretrained)
         for name, run in runs.items():
             if options.only and not name.startswith(options.only):
                 continue
