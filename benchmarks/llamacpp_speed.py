@@ -187,9 +187,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
                            "mmtx float32", {"llama.cpp f32": bar, "llama.cpp bf16": bar},
                            {"shape": name, "threads": threads, "rows": rows, "before": length, "new": new, "clock": options.clock,
                             "same first ids as llama.cpp f32": round(float(same), 4),
-                            "load average": os.getloadavg()[0]}, options.short)
-            ratios = [a / b for a, b in zip(results["mmtx bfloat16"], results["llama.cpp bf16"], strict=True)]
-            print(f"  bfloat16: ours/llama.cpp bf16 {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+                            "load average": os.getloadavg()[0]}, options.short, equals={"llama.cpp bf16": "mmtx bfloat16"})
             ratios = [a / b for a, b in zip(results["mmtx load_in_8bit"], results["llama.cpp q8_0"], strict=True)]
             print(f"  8 bits: ours/llama.cpp {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}); 8 bits/float32 of ours "
                   f"{found['median']['mmtx load_in_8bit'] / found['median']['mmtx float32']:.2f}", flush=True)

@@ -3,11 +3,12 @@
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import date
 from importlib import metadata
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 
 import mmtx
 
@@ -28,22 +29,24 @@ def interleave(candidates: dict[str, Callable[[], float]], rounds: int) -> dict[
 
 
 def report(name: str, unit: str, results: dict[str, list[float]], ours: str, bars: dict[str, float],
-           settings: dict, short: bool, less_is_better: bool = False) -> dict:
+           settings: dict, short: bool, less_is_better: bool = False, equals: Mapping[str, str] = MappingProxyType({})) -> dict:
     """Print medians, and the ratio ours/peer beside its bar -> the same as written to results/NAME.json.
 
     The ratio is the median of the ratios of the single rounds. A bar is what the ratio must reach; with
-    `less_is_better`, what it must not exceed. With `short`, nothing is written.
+    `less_is_better`, what it must not exceed. `equals` names our candidate for a peer that is compared with another
+    one than `ours`, of its own precision. With `short`, nothing is written.
     """
     print(f"\n{name}, {unit}: median of {len(results[ours])}" + (" (short: says nothing about speed)" if short else ""))
     ratios = {}
     for peer, figures in results.items():
         line = f"  {peer:44} {median(figures):12.4g}"
         if peer in bars:
-            ratio, bar = median(a / b for a, b in zip(results[ours], figures, strict=True)), bars[peer]
+            one = equals.get(peer, ours)
+            ratio, bar = median(a / b for a, b in zip(results[one], figures, strict=True)), bars[peer]
             reached = ratio <= bar if less_is_better else ratio >= bar
-            ratios[peer] = {"ratio": round(ratio, 4), "bar": bar, "reached": reached}
+            ratios[peer] = {"ratio": round(ratio, 4), "bar": bar, "reached": reached} | ({"of": one} if one != ours else {})
             sign, verdict = "<=" if less_is_better else ">=", "" if reached else "   MISSED"
-            line += f"   ours/this {ratio:.3g}, bar {sign} {bar:g}{verdict}"
+            line += f"   {'ours' if one == ours else one}/this {ratio:.3g}, bar {sign} {bar:g}{verdict}"
         print(line, flush=True)
     result = {
         "name": name, "unit": unit, "date": date.today().isoformat(), "ours": ours,
