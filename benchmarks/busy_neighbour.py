@@ -1,10 +1,10 @@
-"""What does decoding cost where threads wait for one another, and another process holds a core?
+"""How much slower is decoding if its threads wait for one another while another process occupies a core?
 
     python benchmarks/busy_neighbour.py
 
-ids/s of 384 x 6 at batch 1 in a process of its own for each way to set up threads: mmtx or torch imported first, one or two
-threads of torch's, NumPy's pool as it comes. All are measured in turn, alone and beside a process that keeps core 0 busy. The
-bar is that no way is slower than half of one thread in all pools, in the same company. Writes results/busy_neighbour.json.
+Tokens/s of 384 x 6 at batch 1, in a process of its own for each thread setup: mmtx or torch imported first, one or two torch
+threads, NumPy's default pool. All are measured in turn, alone and next to a process that keeps core 0 busy. The bar: no setup is
+slower than half the speed of one thread in all pools under the same load. Writes results/busy_neighbour.json.
 """
 
 import argparse

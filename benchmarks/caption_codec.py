@@ -1,12 +1,12 @@
-"""Do codes mean more where the codec also learns captions? What that does to reconstruction, naming and drawing.
+"""Are codes more informative if the codec also learns captions? Effects on reconstruction, naming and drawing.
 
     python benchmarks/caption_codec.py --minutes 4 --decoder_minutes 2 --out caption_codec.json
 
-Trains the image tokenizer that comes with mmtx further on its pictures, for so many minutes of a core with each weight of a
-second loss: the cross-entropy of the picture's name, among all names, which a small Transformer reads off the quantized latents
-(B, h, w, d). The encoder learns from it through the quantizer. Weight 0 is reconstruction alone, which is what the tokenizer was
-made with. Then, on the names of the quickstart, decoders as in benchmarks/specialists.py learn to name pictures from codes alone
-and from features, and one as in benchmarks/one_model.py to draw, with each of the tokenizers.
+Trains the shipped image tokenizer further on its pictures, for --minutes on one core with each weight of an auxiliary loss: the
+cross-entropy of the picture's name, among all names, which a small Transformer predicts from the quantized latents (B, h, w, d).
+Its gradient reaches the encoder through the quantizer. Weight 0 is reconstruction alone, as in the tokenizer's own training. Then,
+with each of the tokenizers and on the names of the quickstart, decoders as in benchmarks/specialists.py learn to name pictures from
+codes alone and from features, and one as in benchmarks/one_model.py learns to draw.
 """
 
 import argparse

@@ -1,19 +1,19 @@
-"""How many files a second does the shipped model caption, a folder at once against one file at a time?
+"""How many files per second does the shipped model caption, a folder at once and one file at a time?
 
     python benchmarks/captions_speed.py
 
-End to end: `caption` of 1,000 pictures or sounds of the starter data, from files to strings; the same calls one file
-each; and the command `mmtx caption` once a file, as a loop of the shell makes it, over the first --commands files.
-Captions must be the same. Beside them, for pictures, two peers in transformers (the pipeline image-to-text is gone in its version 5),
-greedy, with a cache, in batches of 32 and on as many threads as ours:
+End to end: `caption` of 1,000 pictures or sounds of the starter data, from files to strings; one call per file; and the
+command `mmtx caption` once per file, as in a shell loop, over the first --commands files. Captions must be the same. For
+pictures there are two peers in transformers (whose version 5 has no image-to-text pipeline), greedy, with a KV cache, in
+batches of 32 and on the same number of threads:
 
-- VisionEncoderDecoder (ViT and GPT-2) with random weights, the decoder of the same width and depth, the encoder of the same patches
-  and about as many parameters, from files by its image processor. As with ours, a batch goes on until its longest caption ends. It
-  does less: its decoder sees a picture through cross-attention, ours reads the 64 patches in every layer.
-- Qwen3, the same decoder with the same weights behind our reading of files and our encoder, as models that read patches are
-  written there: the same work and the same captions.
+- VisionEncoderDecoder (ViT and GPT-2) with random weights, the decoder of the same width and depth, the encoder with the same patches
+  and about as many parameters, from files by its image processor. As in mmtx, a batch runs until its longest caption ends. It does
+  less work: its decoder sees a picture through cross-attention, while ours processes the 64 patches in every layer.
+- Qwen3, the same decoder with the same weights after our reading of files and our encoder, as vision-language models are written in
+  transformers: the same work and the same captions.
 
---model names another model folder, --dtype the numbers of all decoders. OMP_NUM_THREADS chooses the threads.
+--model is another model folder, --dtype the dtype of all decoders. OMP_NUM_THREADS sets the number of threads.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""How many bytes do WebP, AVIF, JPEG and JPEG XL need for a picture as good as the image tokenizer makes it?
+"""How many bytes do WebP, AVIF, JPEG and JPEG XL need to match the quality of the image tokenizer?
 
     python benchmarks/classic_codecs.py
     python benchmarks/classic_codecs.py --limit 24 --no_write
 
-Pictures of the unseen style at the tokenizer's own size. Ours costs codes times the logarithm of the codebook; a classic's file
-is the smallest of all qualities whose PSNR (or SSIM) is no less than ours for the same picture. Files hold headers, which weigh
-much at 64 pixels: the file of a grey picture of that size is subtracted in the second figure. JPEG XL needs pillow-jxl-plugin.
+Pictures of the unseen style at the tokenizer's own size. Ours costs the number of codes times the logarithm of the codebook size; a
+classic codec's file is the smallest over all qualities with at least our PSNR (or SSIM) for the same picture. Headers are a large
+part of files at 64 pixels: the second figure subtracts the file of a grey picture of that size. JPEG XL needs pillow-jxl-plugin.
 Writes results/classic_codecs.json.
 """
 

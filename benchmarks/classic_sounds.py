@@ -1,13 +1,13 @@
-"""How do sounds come out of the audio tokenizer beside Codec2 and Opus, and at how many bits?
+"""How good is the sound of the audio tokenizer compared with Codec2 and Opus, and at which bit rates?
 
     python benchmarks/classic_sounds.py
     python benchmarks/classic_sounds.py --limit 6 --no_write
 
-Speech: intelligibility (STOI, Taal et al. 2011), PESQ (ITU-T P.862, narrow band, for the voice is one of a telephone), DNSMOS (P.835,
-Reddy et al. 2022; the only one that does not look at the original) and characters that Whisper-base gets wrong. Notes: the pitch
-that pYIN hears, within 50 cents of the original's, and decibels between mel spectrograms. Codec2 is made for speech at 8 kHz;
-Opus is asked for 6 kbit/s, its least. Its bits are those of the file without its two headers, which weigh as much as a sound
-of a second and a half.
+Speech: intelligibility (STOI, Taal et al. 2011), PESQ (ITU-T P.862, narrow band, since the voice is from a telephone), DNSMOS (P.835,
+Reddy et al. 2022; the only metric without the original as reference) and Whisper-base's character errors. Notes: whether pYIN's pitch
+is within 50 cents of the original's, and the distance of mel spectrograms in dB. Codec2 is made for speech at 8 kHz; Opus runs at
+6 kbit/s, its minimum. Its bits are those of the file without its two headers, which are as large as a second and a half of
+sound.
 Needs what audio_quality.py needs, `pip install pystoi pesq speechmos`, and the programs c2enc and c2dec (Debian's package codec2).
 Writes results/classic_sounds.json.
 """

@@ -1,10 +1,10 @@
-"""How should codes enter the decoder? One row a code, rows composed from digits, or continuous patch features.
+"""How should codes enter the decoder? One embedding row per code, rows composed from digits, or continuous patch features.
 
     python benchmarks/code_embedding.py --minutes 2
 
 Trains the quickstart's decoder for the same minutes on the same views of the same pictures and notes, once for each
-way, and prints the accuracy on its held-out samples. "full softmax" is the composed rows with the codes left in the
-softmax where the grammar allows none.
+method, and prints the accuracy on its held-out samples. "full softmax" has composed rows, but keeps codes in the softmax
+where the grammar allows none.
 """
 
 import argparse

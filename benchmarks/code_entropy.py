@@ -3,11 +3,11 @@
     python benchmarks/code_entropy.py
     python benchmarks/code_entropy.py --limit 32 --no_write
 
-An arithmetic coder that asks the decoder for the shares of the next code needs -log2 of the share of each code that comes, and
-a few bits more (Deletang et al. 2024, https://arxiv.org/abs/2309.10668). Codes alone cost the logarithm of the codebook each.
-Between them stand two controls that count what the model has learnt from, and so what of it is coded here, too: how often each
-digit of a code occurs, and how often behind that digit of the code before. With the caption as a prompt, which must then be
-sent too, and without. Writes results/code_entropy.json.
+An arithmetic coder with the decoder's probabilities needs -log2 of the probability of each code, and a few bits more (Deletang
+et al. 2024, https://arxiv.org/abs/2309.10668). Without a model, each code costs the logarithm of the codebook size. In between
+are two controls, fitted to the model's training data, part of which is coded here: the frequency of each digit of a code, and
+that given the same digit of the previous code. Each is measured with the caption as a prompt, which must then be sent too, and
+without. Writes results/code_entropy.json.
 """
 
 import argparse

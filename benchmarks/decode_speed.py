@@ -1,11 +1,11 @@
-"""How many ids a second does the decoder write at batch 1, against transformers with the same weights?
+"""How many tokens per second does the decoder generate at batch 1, compared with transformers with the same weights?
 
     python benchmarks/decode_speed.py
     python benchmarks/decode_speed.py --shape 600m --device cuda --dtype bfloat16
 
 Greedy, fp32 unless --dtype says otherwise, random weights; the peer is Qwen3ForCausalLM.generate with its dynamic and
-its static cache. All write the same ids, which is checked. The limit is what the machine's rate of copying allows if
-all weights that a step needs are read once. OMP_NUM_THREADS chooses the threads of a CPU.
+its static cache. All generate the same ids, which is checked. The limit is the speed at the machine's copy bandwidth if
+each step reads all weights that it needs once. OMP_NUM_THREADS sets the number of CPU threads.
 """
 
 import argparse

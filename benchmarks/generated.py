@@ -1,17 +1,16 @@
-"""Is what a model draws and plays what was asked for, and is it its own? Judged on the starter data.
+"""Do generated pictures and notes match their prompts, and are they original? Judged on the starter data.
 
     python benchmarks/generated.py runs/starter/decoder/model --guidance_scale 2 --output generated.json
     python benchmarks/generated.py runs/starter/decoder/model --short
 
-A picture for a name known from training is right at rank 10 when, of the pictures of a style never trained on, that of
-the name is among the ten nearest: by histograms of oriented gradients (https://doi.org/10.1109/CVPR.2005.177) beside
-coarse pixels, less the mean of the training pictures, compared by angle. A note is right when its pitch is within 50
-cents (pYIN of librosa, extra `bench`), and when a classifier that was trained on real notes hears the family of its
-instrument. Each judge first tells how often it is right about real pictures and notes that it does not know, and
-about what the model's tokenizer makes of these.
+A picture for a name known from training is right at rank 10 if, of the pictures of a style never trained on, that of
+the name is among the ten nearest: by cosine of histograms of oriented gradients (https://doi.org/10.1109/CVPR.2005.177)
+and coarse pixels, minus the mean of the training pictures. A note is right if its pitch is within 50 cents (pYIN of
+librosa, extra `bench`), and if a classifier trained on real notes recognises the family of its instrument. Each judge's
+own accuracy is reported first, on unseen real pictures and notes, and on their reconstructions by the model's tokenizer.
 
-Copying: how far what was made is from the nearest training sample, beside how far training samples are from each other,
-and how far training samples that went through the tokenizer are from the nearest, which is what a copy would be.
+Copying: the distance of generated samples to the nearest training sample, compared with the distances among training
+samples, and with the distance of reconstructed training samples to the nearest, which is what a copy would have.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""All that waits for a GPU, in one command and ten minutes of one card: tests, training, decoding, captions, codes, memory.
+"""Everything that needs a GPU, in one command and ten minutes on one card: tests, training, decoding, captions, codes, memory.
 
     python benchmarks/gpu.py
-    python benchmarks/gpu.py --short --device cpu         # see that it runs: tiny shapes, figures that say nothing
+    python benchmarks/gpu.py --short --device cpu         # a smoke test: tiny shapes, meaningless figures
 
-Each step is a process of its own with a budget of seconds: one that fails, or takes longer, is told in its row and the others go
-on. Shares are those of what the same card does in the same run: bf16 training of the rate of a large dense product, decoding of
-the bytes that a copy reads and writes in a second. Writes results/gpu.json and results/gpu.md after every step. Status 1 where a
-step failed; a bar that is missed is told, and is no failure.
+Each step is a process of its own with a time limit: if it fails, or takes longer, its row says so and the others continue.
+Utilisation is relative to the same card in the same run: training to the bf16 rate of a large matrix product, decoding to the
+bandwidth of a copy. Writes results/gpu.json and results/gpu.md after every step. Exits with 1 if a step failed; a missed bar is
+reported, but is not a failure.
 """
 
 import argparse

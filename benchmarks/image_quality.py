@@ -1,13 +1,13 @@
-"""How good is an image tokenizer? PSNR, SSIM and use of codes on the starter's pictures, at 32 to 512 pixels a side.
+"""How good is an image tokenizer? PSNR, SSIM and use of codes on the starter's pictures, at 32 to 512 pixels per side.
 
     python benchmarks/image_quality.py tokenizers/image --output image_quality.json
     python benchmarks/image_quality.py tokenizers/image --short
 
-Sizes other than the tokenizer's own: `ImageTokenizer.at(None)`, on single pictures of the unseen style brought to the
-size (the larger, the smoother), and on sheets of such pictures side by side at 64 pixels each, all of whose detail is
-real. Pictures above a chunk are coded in windows. Whether that harms them: error within two pixels of where windows
-meet against that at all other edges of patches, on sheets that are shifted at random, so that no edge meets a
-picture's. One thread.
+Sizes other than the tokenizer's own: `ImageTokenizer.at(None)`, on single pictures of the unseen style resized to that
+size (the larger, the smoother), and on sheets of such pictures side by side at 64 pixels each, whose detail is all
+real. Pictures larger than a chunk are coded in windows. The cost of that is measured as the error within two pixels of
+window boundaries, compared with that at all other patch edges, on randomly shifted sheets, so that edges do not coincide
+with those of pictures. One thread.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Which share of a training step is spent waiting for data, with the workers of a shipped config?
+"""What share of a training step is spent waiting for data, with the workers of a shipped config?
 
     python benchmarks/input_wait.py
     python benchmarks/input_wait.py --config configs/quickstart/decoder.yaml --steps 400
 
-Runs `mmtx fit` of the config as it stands, without validation, and reads from Lightning's profiler how long each step
-waited for its batch. The steps before --after, in which workers start and nothing is in the page cache yet, are left out.
-A round is a run. OMP_NUM_THREADS chooses the threads.
+Runs `mmtx fit` with the config as it is, without validation, and reads from Lightning's profiler how long each step
+waited for its batch. The steps before --after, in which workers start and the page cache is cold, are excluded. A round is
+a run. OMP_NUM_THREADS sets the number of threads.
 """
 
 import argparse

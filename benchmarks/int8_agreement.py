@@ -1,10 +1,10 @@
-"""How often does a model with 8 bits a weight write another id than with its own weights, and do its captions score less?
+"""How often does a model with 8-bit weights generate another id than with its own weights, and do its captions score lower?
 
     python benchmarks/int8_agreement.py
 
-The shipped models over held-out starter data: along the ids that the weights in float32 choose greedily, the share of steps in
-which 8 bits choose the same (not the first of an answer, which both read from the prompt in float32). Captions of the first
---count media of each source are then written both ways and scored. --model names another model folder, for captions alone.
+The shipped models on held-out starter data: along the ids that float32 weights choose greedily, the share of steps in which 8-bit
+weights choose the same (without the first id of an answer, for which both prefill in float32). Captions of the first --count media
+of each source are then generated both ways and scored. --model is another model folder, for captions alone.
 """
 
 import argparse

@@ -5,10 +5,10 @@
     python benchmarks/learning_rate.py --jobs 8 --cpu_jobs 8 --seconds 120    # side by side on a GPU and on cores beside it
 
 Trains decoders of several widths on the shards of benchmarks/scaling_grid.py and with the shape of configs/scaling/decoder.yaml, at
-learning rates that are factors of two apart until the best one is between two others, and then at those by a factor of sqrt(2) beside
-it; then again with other seeds. Says at which rate the held-out loss is least: where the parabola through the best rate and those
-within a factor of two (over the logarithm of the rate, mean of the seeds) is lowest. The bar: it moves by less than a factor of 1.5.
-What is measured is added to the results at once, and what is there is not measured again.
+learning rates a factor of two apart until the best one is between two others, and then at the two a factor of sqrt(2) from it; then
+again with other seeds. The optimal rate is the minimum of a parabola fitted to the held-out loss at the best rate and those within a
+factor of two of it (over the logarithm of the rate, mean over seeds). The bar: it moves by less than a factor of 1.5. Measurements
+are added to the results at once, and existing ones are not repeated.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""How many ids a second does the decoder write, against llama.cpp and transformers with the same weights?
+"""How many tokens per second does the decoder generate, compared with llama.cpp and transformers with the same weights?
 
     OMP_NUM_THREADS=1 python benchmarks/llamacpp_speed.py
     OMP_NUM_THREADS=2 python benchmarks/llamacpp_speed.py --clock wall
 
-Greedy decoding behind a prompt that was read before. llama.cpp (package xllamacpp) runs the same random weights as GGUF in f32,
-bf16 and q8_0, in a server of its own process for each; ours are in float32, in bfloat16 and with `load_in_8bit`. All take turns.
-Ids are counted per second of the processor time of the process that computes, which other jobs on the machine change least;
-with more than one thread threads that wait burn processor time too, so --clock wall counts seconds. Writes
-results/llamacpp_speed_SHAPE_THREADS.json.
+Greedy decoding after a prompt whose prefill is not timed. llama.cpp (package xllamacpp) runs the same random weights as GGUF in f32,
+bf16 and q8_0, each in a server process of its own; ours run in float32, in bfloat16 and with `load_in_8bit`. All take turns.
+Speed is per second of CPU time of the computing process, which other jobs on the machine affect least; with more than one
+thread, waiting threads use CPU time too, so --clock wall counts wall time. Writes
+results/llamacpp_speed_SHAPE_batch_ROWS_BEFORE_threads_THREADS.json.
 """
 
 import argparse

@@ -1,12 +1,11 @@
-"""How much memory do the loss and its gradient take at a vocabulary of 150,000 ids, against the scores of all tokens?
+"""How much memory do the loss and its gradient take at a vocabulary of 150,000 ids, compared with materialising all logits?
 
     python benchmarks/loss_memory.py
     python benchmarks/loss_memory.py --device cuda --dtype bfloat16 --tokens 8192
 
-Each in a process of its own: hidden states and the output matrix are there, then loss and both gradients are computed once;
-the figure is the highest mark of memory above what was there before. Losses must agree within 1e-5 of their value and the
-lengths of the gradients within 1e-4. `F.linear_cross_entropy` is torch's own fused loss (torch >= 2.13), as it comes and in
-chunks.
+Each in a process of its own, which allocates hidden states and the output matrix, then computes loss and both gradients once;
+the figure is peak memory minus that before the loss. Losses must agree to a relative 1e-5, and gradient norms to 1e-4.
+`F.linear_cross_entropy` is torch's own fused loss (torch >= 2.13), by default and in chunks.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What the benchmarks of speed share: ours and its peers measured in turn, medians and ratios, a result as JSON."""
+"""Shared code of the speed benchmarks: interleaved measurements of mmtx and its peers, medians and ratios, results as JSON."""
 
 import json
 import os

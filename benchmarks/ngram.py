@@ -1,10 +1,10 @@
-"""Interpolated Kneser-Ney (Kneser and Ney 1995; Chen and Goodman 1999): the control for text, which only counts.
+"""Interpolated Kneser-Ney (Kneser and Ney 1995; Chen and Goodman 1999): an n-gram model as the baseline for text.
 
     P(w | h) = max(c(h w) - D, 0) / c(h) + b(h) P(w | h'),   b(h) = what the discount D leaves over
 
-h' is h without its first id. The longest n-grams count how often they occur, shorter ones how many ids stand before them; below
-the unigrams all ids are equally likely. D = n1 / (n1 + 2 n2) for each order, of n-grams that are seen once and twice. What is
-left out to make a model smaller goes to b(h), so that probabilities still sum to 1.
+h' is h without its first id. Counts are occurrences for the longest n-grams, and the number of distinct preceding ids for shorter
+ones; below the unigrams all ids are equally likely. D = n1 / (n1 + 2 n2) for each order, from the numbers of n-grams that occur once
+and twice. The probability of n-grams that are pruned goes to b(h), so that probabilities still sum to 1.
 
 Shapes: N positions, n order.
 """

@@ -1,16 +1,16 @@
-"""Does a model of several tasks lose to models of one task each? The same compute, data and shape for both.
+"""Is a multi-task model worse than single-task models? The same compute, data and shape for both.
 
     python benchmarks/one_model.py --minutes 3 --seed 0 --out one_model.json
 
-Four tasks on the data of the quickstart: naming pictures of a style that is not trained on, naming notes that are not trained
-on, and drawing and playing what is trained on. Each has a decoder of its own, trained for so many minutes of a core, and one
-decoder of the same shape is trained on all of them for as many minutes as the four have together, about a quarter of its tokens
-for each task. All begin from nothing, but encoders as those of the tokenizers; learning rates fall to zero at the end of the
-minutes. Two more decoders do half of the tasks each, in twice the minutes: naming, and making.
+Four tasks on the data of the quickstart: naming pictures of an unseen style, naming unseen notes, and drawing and playing names
+seen in training. Each has a decoder of its own, trained for --minutes on one core, and one decoder of the same shape is trained on
+all of them for the sum of their minutes, with about a quarter of its tokens for each task. Decoders start from scratch, encoders
+from those of the tokenizers; learning rates decay to zero at the end of the minutes. Two more decoders do half of the tasks each,
+in twice the minutes: naming, and generating.
 
-A drawn picture is right where the nearest of the training pictures, in 12 x 12 pixels, is that of its name. A played note is in
-tune within 50 cents (pYIN of librosa, extra `bench`, without which it is left out), and of the right instrument where the
-nearest training note, in mel bands, is.
+A drawn picture is right if the nearest training picture, at 12 x 12 pixels, has its name. A played note is in tune within
+50 cents (pYIN of librosa, extra `bench`, without which this is skipped), and of the right instrument if the nearest training
+note, in mel bands, is.
 """
 
 import argparse

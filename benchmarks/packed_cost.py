@@ -1,10 +1,10 @@
-"""What does a token cost in a packed batch when the context grows and its documents stay as long as they were?
+"""What does a token in a packed batch cost as the context grows and the length of documents stays the same?
 
     python benchmarks/packed_cost.py
 
-Rows of documents of one length, one to eight of them and more in a row; forward, loss and backward. Attention runs on each
-document alone, so a token should cost the same. --batch tokens are in each batch, in fewer rows as the context grows.
-OMP_NUM_THREADS chooses the threads.
+Rows of one, two and more documents of equal length; forward, loss and backward. Each document attends only to itself, so the cost
+per token should be constant. Each batch has --batch tokens, in fewer rows as the context grows. OMP_NUM_THREADS sets the number of
+threads.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""What does it cost to plan the batches of many documents, and how full are they?
+"""How long does planning the batches of many documents take, and how full are the batches?
 
     python benchmarks/planning.py                # 1 and 20 million documents, and length mixes
     python benchmarks/planning.py --starter      # also the starter data: reads all of it
 
-The lengths of the documents lie in a file that is mapped, as those of `mmtx prepare` do; documents have no content, since
-a plan looks at none. Each size is planned in a process of its own, that starts with nothing but the package: seconds to
-the first batch, for a window, and to a batch in the middle of the epoch, as for a run that is resumed there, and the peak
-of its memory above what the process had before, mapped pages of the file included. Writes results/planning.json.
+The lengths of documents are in a memory-mapped file, as after `mmtx prepare`; documents have no content, since planning
+does not read it. Each size is planned in a process of its own with only the package imported: seconds to the first batch,
+for a window, and to a batch in the middle of the epoch, as for a run resumed there, and peak memory minus that before
+planning, mapped pages of the file included. Writes results/planning.json.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Does `mmtx prepare` lose or double a sample when it is killed? SIGKILL at random moments, the same command again, compare.
+"""Does `mmtx prepare` lose or duplicate samples when it is killed? SIGKILL at random moments, the same command again, compare.
 
     python benchmarks/prepare_kills.py --kills 30
 
-Pictures, notes and speech of the starter data with the shipped tokenizers, in shards of 32 rows, by 2 processes; kills come
-when a number of shards is finished that is uniform from those that a process finds to all. Each folder must end up the same
-byte for byte, and no process may outlive the one that started it. Writes results/prepare_kills.json; status 1 if a folder
+Pictures, notes and speech of the starter data with the shipped tokenizers, in shards of 32 rows, by 2 processes. Each kill
+comes after a number of finished shards that is uniform between the number that the process finds and all. All folders must be
+the same byte for byte, and no process may outlive its parent. Writes results/prepare_kills.json; exits with 1 if a folder
 differs.
 """
 

@@ -1,19 +1,19 @@
-"""Why attention: what do decoders recall that was shown thousands of tokens ago, at the same cost of training?
+"""Why attention? What decoders recall from thousands of tokens ago, at equal training cost.
 
     python benchmarks/recurrent.py --minutes 0.5 --plot docs/results/recurrent.png
     python benchmarks/recurrent.py --minutes 10 --shown 6
     python benchmarks/recurrent.py --steps 1000 --jobs 6           # equal steps as well, side by side on a GPU
     python benchmarks/recurrent.py --short
 
-A row shows a real picture (four codes from its middle) with the name of another one, so that nothing but the row tells it; then codes
-of other pictures and notes, 0 to 4,000 tokens of them; then the picture again, which is to be named (the first piece of its name).
-With `--shown` there are several, asked in another order, and which name is whose has to be recalled, too. Trained is the decoder of
-mmtx with its attention, and with another layer in its place: torch's LSTM, and the gated delta rule of transformers' Qwen3-Next, a
-linear attention, which on a GPU runs the Triton kernels of flash-linear-attention where that is installed. Embedding, feed-forward
-halves, norms, loss and optimizer are the same, and so are the minutes of one core or of a GPU that each trains; with `--steps` they
-are also compared after as many steps. Distances in training are those that are asked, every other batch the least; pictures and names
-are not. Also told: tokens a second in training, and, where one layer runs at a time on a CPU, time and memory of a step of decoding.
-Shards are those of benchmarks/scaling_grid.py. Writes results/recurrent.json.
+A row shows a real picture (four codes from its middle) with the name of another one, which only the row reveals; then 0 to 4,000
+tokens of codes of other pictures and notes; then the picture again, whose name (its first piece) is to be recalled. With `--shown`
+there are several pictures, asked for in another order, so that names must be matched to pictures as well. The decoder of mmtx is
+trained with its attention, and with two layers in its place: torch's LSTM, and the gated delta rule of transformers' Qwen3-Next, a
+linear attention, which on a GPU runs the Triton kernels of flash-linear-attention if that is installed. Embedding, feed-forward
+layers, norms, loss and optimizer are the same, and so are the minutes on one core or a GPU; with `--steps` they are also compared
+after equal numbers of steps. Training uses the test's distances, in every other batch the shortest, but other pictures and names.
+Also reported: tokens per second in training and, if one layer runs at a time on a CPU, time and memory of a decoding step. Shards are
+those of benchmarks/scaling_grid.py. Writes results/recurrent.json.
 """
 
 import argparse

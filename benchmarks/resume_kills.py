@@ -1,12 +1,12 @@
-"""Is a resumed run the run that was interrupted? SIGKILL at random moments, resume, compare every row and weight.
+"""Is a resumed run the same as an uninterrupted one? SIGKILL at random moments, resume, compare every row and weight.
 
     python benchmarks/resume_kills.py --kills 50
     python benchmarks/resume_kills.py --kills 20 --ranks 2
 
-A tiny decoder on starter samples, with augmentation, validation, averaged weights and 2 workers a process; two ranks
-are gloo processes that accumulate two batches. Every second kill comes at a moment uniform over the time of an
-uninterrupted run, the others soon after a checkpoint, of a step drawn from those to come, has been written. Prints the
-mismatches, and writes results/resume_kills-RANKS.json; status 1 if there are any.
+A tiny decoder on starter samples, with augmentation, validation, averaged weights and 2 workers per process; two ranks
+are gloo processes that accumulate two batches. Every second kill comes at a time uniform over the duration of an
+uninterrupted run, the others soon after a randomly chosen future checkpoint has been written. Prints mismatches, and
+writes results/resume_kills-RANKS.json; exits with 1 if there are any.
 """
 
 import argparse

@@ -1,14 +1,14 @@
-"""How does the loss fall with parameters and tokens? Runs in many sizes for many numbers of tokens, for `mmtx plan --runs`.
+"""How does the loss fall with parameters and tokens? Runs of many sizes and numbers of tokens, for `mmtx plan --runs`.
 
     python benchmarks/scaling_grid.py                # prepares the stream and trains what is missing
-    python benchmarks/scaling_grid.py --jobs 8 --cpu_jobs 8 --seconds 240   # side by side on a GPU and on cores beside it
+    python benchmarks/scaling_grid.py --jobs 8 --cpu_jobs 8 --seconds 240   # in parallel on a GPU and on CPU cores
     mmtx plan --runs runs/scaling --flops 1e15 --tokens_per_batch 2048 --max_seq_len 640 --model runs/scaling/64-1000/model \
         --file docs/results/scaling.png
 
 Each run is `mmtx fit --config configs/scaling/decoder.yaml` with another width (of `mmtx.scaling.sizes`) and another number of steps,
-after whose last its learning rate is 0, as the law wants it: the state of a longer run in passing would not be at its best. Runs
-that are finished are left alone, so the command may be given again at any time. With --seconds, runs that are not finished by then
-are left out. Writes results/scaling_grid.json: all runs, and what the others foretell of the one of the most compute.
+at whose end its learning rate is 0, as the law requires: an intermediate state of a longer run would have a higher loss. Finished
+runs are not repeated, so the command can be run again at any time. With --seconds, runs that are not finished by then are left out.
+Writes results/scaling_grid.json: all runs, and the loss of the run with the most compute, predicted from the others.
 """
 
 import argparse

@@ -1,18 +1,18 @@
-"""`mmtx serve` under load: many users, some of them hostile. Every answer is compared; errors, memory, latency, throughput.
+"""`mmtx serve` under load: many users, some of them hostile. Checks every answer; reports errors, memory, latency, throughput.
 
     python benchmarks/serving.py                       # 20 users for 10 minutes, then 16 users against one
     python benchmarks/serving.py soak --seconds 60
     python benchmarks/serving.py rate
     python benchmarks/serving.py --short
 
-soak: users ask for captions of pictures, notes and speech of the starter data, half of them as a stream, and every answer is
-compared with the one that its medium gets alone, made before. One request in twenty is hostile: a bomb, a file cut short, a
-file that is none, a caller who goes. Counted are answers that are right (200 with the text that is due) and wrong (200 with any
-other, or to a request that must be refused), refusals (4xx) of what must be refused and of what must not, 429, 5xx with what
-the server's log says, connections that broke, and, as the server counts them, callers who went (499). Resident memory is read
-ten times from when a fifth of the time is over to the end.
+soak: users request captions of pictures, notes and speech of the starter data, half of them streamed, and every answer is
+compared with the one that its medium gets alone, computed before. One request in twenty is hostile: a decompression bomb, a
+truncated file, an invalid file, a caller who disconnects. Counted are right answers (200 with the expected text) and wrong ones
+(200 with another text, or to a request that must be refused), expected and unexpected refusals (4xx), 429, 5xx with the server's
+log, broken connections and, as the server counts them, callers who disconnected (499). Resident memory is read ten times between
+a fifth of the time and the end.
 
-rate: the same number of captions is asked for by one user at a time and by 16, and so are texts of 64 tokens.
+rate: the same number of captions is requested by one user at a time and by 16, and so are texts of 64 tokens.
 """
 
 import argparse

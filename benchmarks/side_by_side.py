@@ -1,6 +1,6 @@
-"""Many small runs at once: processes that are started fresh, each on one device, take one run after another until a deadline.
+"""Many small runs in parallel: freshly started processes, each on one device, take one run after another until a deadline.
 
-Small decoders are bound by how fast one core can launch their kernels, so several of them share a GPU well, and cores that are left
+Small decoders are limited by how fast one core launches their kernels, so several of them share a GPU well, and remaining cores
 train the smallest.
 """
 

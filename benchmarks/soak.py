@@ -1,11 +1,11 @@
-"""A soak: captions and abandoned streams from many threads on one model. Same answers, memory flat.
+"""A soak test: captions and abandoned streams from many threads on one model. Are answers the same, and memory flat?
 
     python benchmarks/soak.py                      # 10,000 captions and 1,000 streams from 8 threads
     python benchmarks/soak.py --short              # 200 and 20
 
 Media are pictures, notes and speech of the starter data. Every caption is compared with the one that its medium got alone,
-before. Streams of text, pictures and sounds are left at a random place. Resident memory is read when an eighth of the work is
-done, and after that is to grow by no more than 5 %.
+before. Streams of text, pictures and sounds are abandoned at a random point. Resident memory is read when an eighth of the work
+is done, and may grow by no more than 5 % after that.
 """
 
 import argparse

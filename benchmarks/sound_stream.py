@@ -1,12 +1,12 @@
-"""Sound as it is written: time to the first samples, and seconds of computing for a second of sound.
+"""Streaming of generated sound: time to the first samples, and the real-time factor.
 
     python benchmarks/sound_stream.py
     python benchmarks/sound_stream.py --short
 
-`demos/generate` plays notes, with one thread. Of `model.stream(out="audio")`: seconds until the first samples are there, and until
-the last are, over the seconds that the sound lasts (the real-time factor: below 1 it can be heard while it is made). Beside it
-`model.generate`, in turns, which gives nothing before the end. The samples of both are compared. Seconds are those of a processor,
-which are those of the clock where no other program takes some, and in a second table those of the clock.
+`demos/generate` plays notes, with one thread. For `model.stream(out="audio")`: seconds until the first samples, and seconds until
+the last divided by the duration of the sound (the real-time factor: below 1 it can be played while it is generated). It takes turns
+with `model.generate`, which returns nothing before the end; the samples of both are compared. Seconds are CPU time, which equals
+wall time if no other program runs; a second table has wall time.
 """
 
 import argparse

@@ -1,16 +1,16 @@
-"""Does one decoder do as well as a network made for the task? The same data, views and minutes of one core for each.
+"""Is one decoder as good as specialised networks? The same data, views and minutes on one core for each.
 
     python benchmarks/specialists.py --minutes 4
     python benchmarks/specialists.py --config configs/starter/decoder.yaml --minutes 10 --tasks pictures
     python benchmarks/specialists.py --tasks pictures --image_encoder runs/efficientnet-lite0 --only pretrained
 
-Pictures: a small ResNet over the names, and the architecture of transformers' VisionEncoderDecoder (ViT and GPT-2). Notes: a
-convolutional net on log-mel spectrograms with one head for instruments and one for notes, and Whisper's architecture.
-Sentences: convolutions and an LSTM with CTC, and Whisper's architecture. Beside them ours: the decoder of the configuration
-with its encoders trained along, on one kind of data alone. All start from nothing but ours, whose encoders start as those of the
-shipped tokenizers, which have seen the same data. Ours is also shown with the features that the frozen encoder makes, with
-discrete codes alone, which is what engines for text can serve, and with either at random, so that one model takes both; learning
-rates fall to zero at the end of the minutes. With `--image_encoder` ours and a classifier also begin with one pretrained encoder.
+Pictures: a small ResNet classifier over the names, and the architecture of transformers' VisionEncoderDecoder (ViT and GPT-2). Notes:
+a convolutional net on log-mel spectrograms with one head for instruments and one for notes, and Whisper's architecture. Sentences:
+convolutions and an LSTM with CTC, and Whisper's architecture. Ours is the decoder of the configuration with jointly trained encoders,
+on one kind of data alone. All start from scratch, except that our encoders start from those of the shipped tokenizers, which were
+trained on the same data. Ours also runs with features of the frozen encoder, with discrete codes alone, which text engines can serve,
+and with either at random, so that one model takes both; learning rates decay to zero at the end of the minutes. With
+`--image_encoder`, ours and a classifier also start from the same pretrained encoder.
 
 Shapes: B batch, C channels, H height, W width, F frames, M mels, T time steps.
 """

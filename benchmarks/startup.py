@@ -1,10 +1,10 @@
-"""How long until mmtx is imported, tells its help, and has captioned a first picture, each in a new process?
+"""How long does it take to import mmtx, to print its help, and to caption a first picture, each in a new process?
 
     python benchmarks/startup.py
 
-The peer of the first caption is what no program on torch can do without: `import torch` and reading the model's weights.
-`import litgpt` stands beside, where it is installed. The package's files are in the page cache. A process of Python that
-does nothing is taken off where the figure is that of an import.
+The first caption is compared with the minimum of any program on torch: `import torch` and reading the model's weights.
+`import litgpt` is measured too, if it is installed. The package's files are in the page cache. From times of imports, that
+of a Python process that does nothing is subtracted.
 """
 
 import argparse

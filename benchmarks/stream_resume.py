@@ -1,13 +1,13 @@
-"""Does a stream of shards go on where it was interrupted? Ours, litdata's and WebDataset's, each with 2 workers.
+"""Does a stream of shards resume where it was interrupted? Ours, litdata's and WebDataset's, each with 2 workers.
 
     pip install litdata webdataset
     python benchmarks/stream_resume.py
 
 1,000 numbered samples, shuffled, in shards of 50 and batches of 4, two epochs. Each stream is interrupted at 20 points:
-its state is taken behind a batch while workers have read further, as a checkpoint does, and a new process goes on from
-it. Compared with the uninterrupted stream: whether every batch that follows is the same, with as many workers and with 3,
-and how many samples of the epoch that was interrupted come twice or never. WebDataset has no state: the stream is built anew,
-and batches up to there are skipped. Writes results/stream_resume.json.
+its state is saved after a batch while workers have read ahead, as in a checkpoint, and a new process resumes from it.
+Compared with the uninterrupted stream: whether all following batches are the same, with as many workers and with 3, and how
+many samples of the interrupted epoch are repeated or lost. WebDataset has no state: the stream is rebuilt, and batches up to
+that point are skipped. Writes results/stream_resume.json.
 """
 
 import json

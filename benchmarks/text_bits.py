@@ -1,10 +1,10 @@
-"""Bits per byte of plain text: an n-gram control of as many numbers as a decoder has parameters, and the decoder.
+"""Bits per byte of plain text: the decoder, and an n-gram baseline with as many numbers as the decoder has parameters.
 
     python benchmarks/text_bits.py
     python benchmarks/text_bits.py --model runs/starter/speech/model
 
-The control (benchmarks/ngram.py, interpolated Kneser-Ney) counts the pieces of the same tokenizer in the same training text. Both
-are charged for each piece and for the end of each row.
+The baseline (benchmarks/ngram.py, interpolated Kneser-Ney) counts the pieces of the same tokenizer in the same training text. Both
+pay for each piece and for the end of each row.
 """
 
 import argparse

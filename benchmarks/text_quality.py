@@ -1,9 +1,9 @@
-"""What became of the text of a pretrained language model that learnt to see and hear: held-out prose, and answers to 20 prompts.
+"""How well does a pretrained language model still handle text after multimodal training? Held-out prose, and answers to 20 prompts.
 
     python benchmarks/text_quality.py runs/smollm2/start runs/smollm2/adapters/model --output answers.json
 
 Bits per byte of the first --rows of each file of --test (see benchmarks/text_bits.py). Then each model answers 20 prompts greedily:
-how many answers are the same as the first model's, and after how many tokens they part; all answers go into the JSON, to be read.
+how many answers are the same as the first model's, and after how many tokens they diverge; the JSON has all answers, to be read.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""Where does the time go in training, decoding and captions? What stays under its bar is explained by this.
+"""Where does the time go in training, decoding and captions? Explains figures that miss their bar.
 
     python benchmarks/time_shares.py training --shape issue
     python benchmarks/time_shares.py decoding --shape 384x6
     python benchmarks/time_shares.py captions
 
-One thread. Training: shares of a step in bf16 by kind of operation, and the rate of its matrix products beside that of
-one large product in the same run. Decoding: a step beside its products alone, which read all weights. Captions: each
-stage for files one at a time and in batches.
+One thread. Training: shares of a bf16 step by kind of operation, and the rate of its matrix products relative to that of
+one large product in the same run. Decoding: a step compared with its matrix products alone, which read all weights. Captions:
+each stage for files one at a time and in batches.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""Training tokens a second: mmtx, transformers' Qwen3ForCausalLM and litgpt's GPT, the same network and the same work.
+"""Training tokens per second: mmtx, transformers' Qwen3ForCausalLM and litgpt's GPT, the same network and the same work.
 
     python benchmarks/train_speed.py --threads 1
     python benchmarks/train_speed.py --device cuda --precision bf16 --shapes 0.6b
 
-Each is trained as its own users would: in a process of its own, with weights of the same values, fused AdamW, and the
-loss over all tokens that it comes with. A step is forward, loss, backward, optimizer. They take turns of a few steps,
-and their first losses must agree. litgpt pins old versions of what mmtx uses: `pip install --no-deps litgpt` (to
-a folder of its own, and that in PYTHONPATH); without it, its row is left out.
+Each is trained as its own users would: in a process of its own, with the same initial weights, fused AdamW, and its own
+loss over all tokens. A step is forward, loss, backward, optimizer. They take turns of a few steps, and their first losses
+must agree. litgpt pins old versions of mmtx's dependencies: `pip install --no-deps litgpt` (into a folder of its own, which
+goes into PYTHONPATH); without it, its row is left out.
 """
 
 import argparse

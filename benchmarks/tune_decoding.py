@@ -1,8 +1,8 @@
-"""Which sizes of blocks are fastest on this GPU, for one row of the shape of decode_speed's 600m.
+"""Which block sizes of the decoding kernels are fastest on this GPU, for one row of decode_speed's shape 600m?
 
-    python benchmarks/tune_decoding.py --write        # puts what it finds into mmtx/inference/fused_engine.py
+    python benchmarks/tune_decoding.py --write        # writes the result to mmtx/inference/fused_engine.py
 
-One size after another is changed, and kept where the step is faster by half a percent. Prints JSON lines.
+One size after another is changed, and kept if the step is faster by half a percent. Prints JSON lines.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Is this checkout as fast as another one, and does it take no more memory?
+"""Is this checkout as fast as another one, and does it use no more memory?
 
     git worktree add /tmp/before 2743cef
     python benchmarks/two_trees.py --before /tmp/before
 
 A process of each takes turns with the other, on one thread: greedy ids of one prompt, captions of pictures and of sounds, batches of
-training data for the shipped captioner, and steps of its training (forward and back). Counted is the time of the processor, which
-other jobs change less than that of the clock; of memory the highest that each process had.
+training data for the shipped captioner, and steps of its training (forward and backward). Time is CPU time, which other jobs affect
+less than wall time; memory is the peak of each process.
 """
 
 import argparse

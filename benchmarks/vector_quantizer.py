@@ -2,11 +2,11 @@
 
     python benchmarks/vector_quantizer.py --minutes 3
 
-Trains the starter's image codec (configs/starter/image.yaml) with the quantizer that it has, and the same network with
-the vector quantizer of vector-quantize-pytorch (extra `bench`), each with as many codes. "vq" is a codebook of the
-network's width with moving averages; "vq tuned" adds what keeps such a codebook alive: 8 numbers a code, cosine
-similarity, a start by k-means, new entries for dead codes. Same batches, optimizer and schedule. The steps of all are
-interleaved in one process on one thread, each time one of the way that has used the least processor time.
+Trains the starter's image codec (configs/starter/image.yaml) with its own quantizer, and the same network with the
+vector quantizer of vector-quantize-pytorch (extra `bench`), with the same number of codes. "vq" is a codebook of the
+network's width with moving averages; "vq tuned" adds what keeps such a codebook in use: 8 dimensions per code, cosine
+similarity, k-means initialisation, replacement of dead codes. Same batches, optimizer and schedule. Steps of all are
+interleaved in one process on one thread; the next step is of the quantizer that has used the least CPU time.
 """
 
 import argparse

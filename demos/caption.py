@@ -1,9 +1,9 @@
-"""Caption pictures and sounds: on the terminal, and as a page to look at.
+"""Caption pictures and sounds: on the terminal, and on an HTML page.
 
     python demos/caption.py cat.png trumpet.wav folder/ https://example.org/dog.jpg --page captions.html
 
-The page is one file: pictures, sounds and spectrograms are inside it. A file that cannot be captioned is one line on
-stderr, the others go on; the status is then 1.
+The page is one self-contained file with pictures, sounds and spectrograms. A file that cannot be captioned is reported in
+one line on stderr, and the others continue; the exit status is then 1.
 """
 
 import argparse
@@ -20,14 +20,14 @@ from PIL import Image, ImageOps
 
 import mmtx
 
-INLINE = 1_000_000      # bytes; larger files are put on the page smaller, or cut
-SIDE = 640              # pixels: longest side of a picture that was made smaller
+INLINE = 1_000_000      # bytes; larger files are downscaled or cut for the page
+SIDE = 640              # pixels: longest side of a downscaled picture
 EXCERPT = 20            # seconds of a long sound that the page plays
 COLUMNS, ROWS = 480, 112  # pixels of a spectrogram
 TONES = (60, 8000)      # Hz: its lowest and highest row
 DEPTH = 70              # dB between its brightest and darkest colour
 COLOURS = np.array([(12, 10, 35), (74, 28, 110), (168, 50, 108), (240, 110, 70), (252, 220, 150)])  # quiet to loud
-# What browsers show or play as it is; anything else is converted.
+# Formats that browsers show or play; anything else is converted.
 PICTURES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif", "BMP": "image/bmp"}
 SOUNDS = {"OGG": "audio/ogg", "WAV": "audio/wav", "WAVEX": "audio/wav", "FLAC": "audio/flac", "MP3": "audio/mpeg",
           "MPEG": "audio/mpeg"}
@@ -104,7 +104,7 @@ def main() -> None:
             page.add(name, caption)
     except KeyboardInterrupt:
         page.report("interrupted: the files that follow have no captions")
-    finally:  # what is captioned is shown, whatever ends this
+    finally:  # write the captions so far, whatever ends the run
         page.write(options.page)
     sys.exit(1 if page.errors else 0)
 
@@ -113,7 +113,7 @@ def main() -> None:
 
 
 class Page:
-    """Cards of captioned files, and what is wrong with the others."""
+    """Cards of captioned files, and the errors of the others."""
 
     def __init__(self, by: str):
         self.by = by
@@ -121,7 +121,7 @@ class Page:
         self.errors: list[str] = []
 
     def report(self, line: str) -> None:
-        """Tell what is wrong, here and on stderr."""
+        """Report an error, on the page and on stderr."""
         self.errors.append(line)
         print(f"error: {line}", file=sys.stderr)
 
@@ -129,7 +129,7 @@ class Page:
         """Add the card of a captioned file, which is read again for it."""
         try:
             kind, media = media_html(mmtx.read(name))
-        except (mmtx.InputError, OSError, soundfile.SoundFileError) as error:  # it went, or changed, between the readings
+        except (mmtx.InputError, OSError, soundfile.SoundFileError) as error:  # it was removed or changed between the two reads
             self.report(f"{mmtx.display(name)}: not on the page ({type(error).__name__})")
             return
         caption, path = html.escape(mmtx.escape(caption)) or "(empty)", html.escape(mmtx.display(name))
@@ -137,7 +137,7 @@ class Page:
                                 f'<small title="{path}">{path.rsplit("/", 1)[-1]}</small></figcaption></figure>')
 
     def write(self, path: Path) -> None:
-        """Write the page, which replaces the one before when it is whole."""
+        """Write the page, replacing an earlier one atomically."""
         part = path.with_name(f".{path.name[:64]}.{os.getpid()}")
         try:
             part.write_text(self.html(), encoding="utf-8")
@@ -160,7 +160,7 @@ class Page:
 
 
 def media_html(data: bytes) -> tuple[str, str]:
-    """"pictures" or "sounds", and what shows one of them."""
+    """"pictures" or "sounds", and the HTML that shows the medium."""
     try:
         picture = Image.open(io.BytesIO(data))
     except Image.UnidentifiedImageError:
@@ -173,11 +173,11 @@ def uri(data: bytes, media_type: str) -> str:
 
 
 def picture_uri(picture: Image.Image, data: bytes) -> str:
-    """The picture as it is, or a smaller copy where it is large or of a format that browsers do not show."""
+    """The picture unchanged, or a downscaled copy if it is large or in a format that browsers do not show."""
     if picture.format in PICTURES and len(data) <= INLINE:
         return uri(data, PICTURES[picture.format])
     picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):  # 16 bit, which Pillow would clip
+    if picture.mode.startswith("I"):  # 16 bits, which Pillow would clip
         picture = Image.fromarray((np.asarray(picture).astype(int) // 257).astype(np.uint8))
     picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
     picture.thumbnail((SIDE, SIDE))
@@ -187,7 +187,7 @@ def picture_uri(picture: Image.Image, data: bytes) -> str:
 
 
 def sound_html(data: bytes) -> str:
-    """A spectrogram over a player; of a large file the player has the beginning only."""
+    """A spectrogram above a player, which has only the beginning of a large file."""
     with soundfile.SoundFile(io.BytesIO(data)) as file:
         rate, form = file.samplerate, file.format
         samples = file.read(dtype="float32", always_2d=True)  # (S, C)
@@ -204,7 +204,7 @@ def sound_html(data: bytes) -> str:
 
 
 def spectrogram(samples: np.ndarray, rate: int) -> np.ndarray:
-    """Samples (S,) -> picture, uint8 (ROWS, COLUMNS, 3): time to the right, tones upwards by octaves, loud is bright."""
+    """Samples (S,) -> picture, uint8 (ROWS, COLUMNS, 3): time to the right, log frequency upwards, loud is bright."""
     window = rate // 16
     starts = np.linspace(0, max(0, len(samples) - 1), COLUMNS).astype(int)
     padded = np.pad(samples, (window // 2, window))

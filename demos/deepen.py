@@ -1,5 +1,6 @@
-"""A deeper model that answers as the one that it is made of: new blocks between the old ones add nothing until they are trained
-(Net2Net, Chen et al. 2016, https://arxiv.org/abs/1511.05641). The model that comes with mmtx began as one.
+"""Deepens a model without changing its answers: new blocks between the old ones add nothing until they are trained.
+
+See Net2Net (Chen et al. 2016, https://arxiv.org/abs/1511.05641). The model that comes with mmtx began as such a model.
 
     python demos/deepen.py demos/starter --depth 6 --output runs/starter/deeper
 """
@@ -18,14 +19,14 @@ from mmtx.model import Decoder
 
 
 def deepen(folder: str | Path, depth: int) -> mmtx.Model:
-    """The model in a folder with `depth` blocks, of which the further ones are spread evenly behind old ones."""
+    """The model in a folder, extended to `depth` blocks by new ones that are spread evenly among the old ones."""
     model = mmtx.load(folder, "cpu")
     old = model.decoder.config
     if depth <= old.depth:
         raise mmtx.InputError(f"--depth: found {depth}, expected more than the {old.depth} blocks of {folder}")
-    # Block i takes the place that leaves as many new ones before it as come on it.
+    # Old block i comes after its proportional share of the new blocks.
     places = [i + i * (depth - old.depth) // old.depth for i in range(old.depth)]
-    heard = places[old.ctc_blocks - 1] + 1 if old.ctc_blocks else old.ctc_blocks  # CTC is asked behind the same block
+    heard = places[old.ctc_blocks - 1] + 1 if old.ctc_blocks else old.ctc_blocks  # CTC reads the output of the same old block
     decoder = Decoder(replace(old, depth=depth, ctc_blocks=heard), build_encoder)
     weights = {name: weight for name, weight in model.decoder.state_dict().items() if not name.startswith("blocks.")}
     for i, place in enumerate(places):

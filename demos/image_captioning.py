@@ -1,8 +1,8 @@
-"""Say what pictures show: on the terminal, or on a page to try it with.
+"""Caption pictures: on the terminal, or on a web page.
 
     python demos/image_captioning.py                                   # a page: files, camera, examples (needs mmtx[serve])
-    python demos/image_captioning.py cat.png photos/                   # a line for each picture
-    python demos/image_captioning.py cat.png --attention read.png      # and what each word read of it (needs mmtx[plot])
+    python demos/image_captioning.py cat.png photos/                   # one line per picture
+    python demos/image_captioning.py cat.png --attention read.png      # and what each word attends to (needs mmtx[plot])
 
 `demos/caption.py` writes pictures and sounds with their captions as one HTML page.
 """

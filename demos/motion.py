@@ -1,4 +1,4 @@
-"""A modality of your own in one file: series of several sensors, (channels, time), with what they record as captions.
+"""A custom modality in one file: time series of several sensors, (channels, time), with what they record as captions.
 
     python demos/motion.py data runs/motion/data                # 40 + 40 series of BasicMotions, which come in the package aeon
     mmtx fit --plugin demos/motion.py --config configs/motion/tokenizer.yaml --output runs/motion/tokenizer
@@ -30,9 +30,9 @@ from mmtx.schema import within
 
 @dataclass(frozen=True)
 class MotionConfig:
-    """`channels` of a series, of which a code stands for `sensors` neighbours over `step` samples; the network sees `chunk` steps.
+    """A code stands for `sensors` adjacent ones of the `channels`, over `step` samples; the network sees `chunk` steps.
 
-    `scale` brings values to about [-1, 1]; what is beyond is pressed together as asinh does.
+    `scale` brings values to about [-1, 1]; asinh compresses those beyond.
     """
 
     channels: int = 6
@@ -62,12 +62,12 @@ class MotionTokenizer(Codec):
         self.network = PatchAutoencoder(config.sensors * config.step, config.network)
 
     def forward(self, batch: Tensor) -> Reconstruction:
-        """(B, C, T), as `batch` gives it -> its reconstruction."""
+        """A batch (B, C, T), as `batch` returns it -> its reconstruction."""
         latents = self.network.encode(self._to_grid(batch))
         return Reconstruction(self._to_series(self.network.decode(latents)), self.network.quantizer.to_codes(latents))
 
     def piece(self, series: Tensor, generator: Generator) -> Tensor:
-        """A cut of one chunk, filled up with zeros."""
+        """A random crop of one chunk, padded with zeros."""
         length = self.config.chunk * self.config.step
         first = int(torch.randint(max(1, series.shape[1] - length + 1), (), generator=generator))
         cut = series[:, first:first + length]
@@ -100,7 +100,7 @@ class MotionTokenizer(Codec):
         return rearrange(series, "... (b s) (t p) -> ... t b (s p)", s=self.config.sensors, p=self.config.step)
 
     def _to_series(self, grid: Tensor) -> Tensor:
-        """The way back."""
+        """The inverse of `_to_grid`."""
         return rearrange(grid, "... t b (s p) -> ... (b s) (t p)", s=self.config.sensors)
 
 
@@ -119,7 +119,7 @@ def read(tokenizer: MotionTokenizer | None, data: bytes | np.ndarray, name: str 
 
 
 def controls(data: bytes, name: str) -> dict[str, np.ndarray]:
-    """Two ways to compare the first 100 samples: one by one, and by the strength of each frequency, whenever it comes."""
+    """Two sets of features of the first 100 samples: their values, and the strength of each frequency, whenever it occurs."""
     series = torch.nn.functional.pad(read(None, data, name)[:, :100], (0, 100))[:, :100].double().numpy()
     return {"series": series.ravel(), "spectrum": np.log1p(np.abs(np.fft.rfft(series))).ravel()}
 
@@ -129,7 +129,7 @@ register(Modality("motion", "steps", {"motion": MotionTokenizer}, read=read, con
 
 
 def write_data(folder: Path) -> None:
-    """The series of BasicMotions as FOLDER/{train,test}/NUMBER.npy with captions beside them. aeon itself is not imported."""
+    """Write the series of BasicMotions as FOLDER/{train,test}/NUMBER.npy with captions beside them, without importing aeon."""
     if (package := importlib.util.find_spec("aeon")) is None:
         raise SystemExit("aeon is not installed, expected pip install --no-deps aeon")
     for part in ("train", "test"):

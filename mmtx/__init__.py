@@ -36,12 +36,12 @@ __all__ = sorted(HOMES)
 
 @contextmanager
 def limit_openmp_spin() -> Iterator[None]:
-    """Where torch is first imported in this block, its threads spin only briefly when they wait for one another.
+    """If torch is first imported in this block, its threads spin only briefly while they wait for one another.
 
-    Spinning keeps a core that other jobs share from the thread they wait for. Steps a second of the quickstart's decoder, two
-    cores of an AMD EPYC, alone and beside two busy processes: 6.9 and 1.7 as it comes, 5.2 to 7.0 and 2.7 so, 4.0 and 3.3
-    without any spinning. GNU OpenMP reads the variable once, when it is loaded, so the program's environment is left as it
-    was. A program that imports torch before, or parts of mmtx by their own names, sets it itself where it wants it.
+    On cores shared with other jobs, a spinning thread keeps the core from the thread that it waits for. Steps per second of the
+    quickstart's decoder on two cores of an AMD EPYC, alone and next to two busy processes: 6.9 and 1.7 by default, 5.2 to 7.0
+    and 2.7 with this limit, 4.0 and 3.3 without any spinning. GNU OpenMP reads the variable once, when it is loaded, so the
+    program's environment is restored. A program that imports torch earlier, or submodules of mmtx, must set it itself.
     """
     if "torch" in sys.modules or {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         yield

@@ -9,7 +9,7 @@ import mmtx
 if not sys.flags.safe_path and sys.path and sys.path[0] in ("", os.getcwd()):
     here = sys.path.pop(0)
     if os.path.dirname(os.path.dirname(os.path.abspath(mmtx.__file__))) == os.path.abspath(here):
-        sys.path.append(here)  # a clone that is not installed, which other processes of ours have to find
+        sys.path.append(here)  # a clone that is not installed, which our child processes must find
 
 from mmtx.cli import main
 

@@ -1,15 +1,15 @@
-"""The ambient state of torch and NumPy: what the surrounding program set must not change an answer, nor be changed by one.
+"""Isolation from the ambient state of torch and NumPy: it must not change results, and calls must not change it.
 
-| the program's | here |
+| state of the program | here |
 | --- | --- |
-| default dtype and device, autocast, inference mode, NumPy's error handling | pinned while a call runs: `neutral` |
-| random state | not drawn from: `weights.load_module` builds networks without their initial values |
-| number of torch's threads | left alone: `in_threads` has threads of its own, `run_single_threaded` gives back what it took |
-| number of NumPy's threads (OpenBLAS) | one while a call runs: `neutral`; what is worth several is torch's |
-| a fork, which torch's threads do not survive | the thread that comes out of it uses one: `neutral` |
+| default dtype and device, autocast, inference mode, NumPy's error handling | pinned during a call: `neutral` |
+| random state | not drawn from: `weights.load_module` builds networks without drawing initial values |
+| torch's thread count | left alone: `in_threads` has threads of its own, `run_single_threaded` restores the count |
+| NumPy's thread count (OpenBLAS) | one during a call: `neutral`; work that is worth several threads is torch's |
+| a fork, which torch's threads do not survive | the forked thread uses one thread: `neutral` |
 
-The default dtype and NumPy's threads belong to the process: other threads see float32, and have one thread of NumPy's,
-while a call runs.
+The default dtype and NumPy's thread count belong to the process: during a call other threads, too, see float32 and one
+NumPy thread.
 """
 
 import ctypes
@@ -26,18 +26,18 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_info
 
-MOST_THREADS = 4  # of ours in a process
-AUTOCAST = ("cpu", "cuda", "mps", "xpu")  # kinds of devices whose autocast may be on
+MOST_THREADS = 4  # of our own pool
+AUTOCAST = ("cpu", "cuda", "mps", "xpu")  # device types whose autocast may be on
 
 
 class _State:
-    """What all threads of a process share; a fork starts anew, since a lock may be held and no thread is there."""
+    """State shared by all threads of a process; a fork gets a new one, since the lock may be held and threads are gone."""
 
     def __init__(self):
         self.lock = threading.Lock()
-        self.calls, self.dtype = 0, torch.float32  # that pin the default dtype, and the program's own
+        self.calls, self.dtype = 0, torch.float32  # calls that pin the default dtype, and the program's own dtype
         self.pool: ThreadPoolExecutor | None = None
-        self.products, self.counts = 0, []  # calls that keep NumPy to one thread, and the program's own number of each pool
+        self.products, self.counts = 0, []  # calls that pin NumPy to one thread, and the program's own counts
 
 
 _state, _thread = _State(), threading.local()
@@ -58,7 +58,7 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def neutral() -> Iterator[None]:
-    """Compute as in a program that has set nothing; also a decorator, for functions that are no generators."""
+    """Compute as if the program had set nothing; also a decorator, for functions that are not generators."""
     if getattr(_thread, "forked", False):
         one_thread()
         _thread.forked = False
@@ -77,10 +77,10 @@ def neutral() -> Iterator[None]:
 
 
 def neutral_steps(generator: Callable[..., Iterator]) -> Callable[..., Iterator]:
-    """`neutral` for a generator function: around each step, so that the caller's code between two of them is as it was."""
+    """`neutral` around each step of a generator function, so that the caller's code between steps is not affected."""
     @functools.wraps(generator)
     def stepped(*args: Any, **options: Any) -> Iterator:
-        # No context is open at a `yield`: what is left at exit is closed when torch may be gone.
+        # No context may be open at a `yield`: an unfinished generator is closed at exit, when torch may be gone.
         steps, over = generator(*args, **options), object()
         while True:
             with neutral():
@@ -93,7 +93,7 @@ def neutral_steps(generator: Callable[..., Iterator]) -> Callable[..., Iterator]
 
 @contextmanager
 def _float32() -> Iterator[None]:
-    """The default dtype float32, until the last of all calls that overlap has ended."""
+    """Pin the default dtype to float32 until the last of all overlapping calls has ended."""
     state = _state
     with state.lock:
         pinned = state.calls > 0 or torch.get_default_dtype() != torch.float32
@@ -113,7 +113,7 @@ def _float32() -> Iterator[None]:
 
 
 class Pool(NamedTuple):
-    """A pool of threads of a library."""
+    """The thread pool of a library."""
 
     get_num_threads: Callable[[], int]
     set_num_threads: Callable[[int], object]
@@ -121,9 +121,10 @@ class Pool(NamedTuple):
 
 @functools.cache
 def numpy_pools() -> tuple[Pool, ...]:
-    """OpenBLAS with threads of its own, of NumPy and whatever else is loaded; what shares torch's (MKL, OpenMP) goes by its number.
+    """Pools of every loaded OpenBLAS with threads of its own, NumPy's or not.
 
-    threadpoolctl finds it, but sets it for one thread of a program only, the first that tries.
+    A BLAS that shares torch's pool (MKL, OpenMP) follows torch's thread count. threadpoolctl finds the pools, but can set
+    their size only from one thread of a program, the first that tries.
     """
     pools = []
     for found in threadpool_info():
@@ -138,14 +139,14 @@ def numpy_pools() -> tuple[Pool, ...]:
 
 @functools.cache
 def torch_pools() -> tuple[Pool, ...]:
-    """OpenMP, and MKL, which has a number of its own, of torch or loaded beside it: the numbers are those of the thread that asks."""
+    """Pools of every loaded OpenMP and MKL, torch's or not; both keep a thread count of their own for each calling thread."""
     found = threadpool_info()
     openmp = [ctypes.CDLL(each["filepath"]) for each in found if each["user_api"] == "openmp"]
     pools = [Pool(library.omp_get_max_threads, library.omp_set_num_threads) for library in openmp]
     built_in = sorted((Path(torch.__file__).parent / "lib").glob("*torch_cpu.*"))
     for path in [*built_in, *(each["filepath"] for each in found if each["internal_api"] == "mkl")]:
         with suppress(OSError, AttributeError):
-            swap = ctypes.CDLL(str(path)).MKL_Set_Num_Threads_Local  # returns the number that was there
+            swap = ctypes.CDLL(str(path)).MKL_Set_Num_Threads_Local  # returns the previous count
             pools.append(Pool(functools.partial(swap, 0), swap))
     return tuple(pools)
 
@@ -157,10 +158,10 @@ def _give_counts(counts: Sequence[int]) -> None:
 
 @contextmanager
 def _one_thread_of_numpy() -> Iterator[None]:
-    """One thread in NumPy's pools, until the last of all calls that overlap has ended.
+    """Pin NumPy's pools to one thread until the last of all overlapping calls has ended.
 
-    Products of one token are too small for more; and threads of both pools wait for work on cores that the other needs. 384
-    x 6, two cores, torch on one thread: 15 to 18 ids a second with NumPy's pool on two, 77 to 118 on one.
+    Products for one token are too small for more, and idle threads of either pool spin on cores that the other needs. Width
+    384, 6 blocks, two cores, torch on one thread: 15 to 18 ids a second with two NumPy threads, 77 to 118 with one.
     """
     state = _state
     with state.lock:
@@ -182,16 +183,16 @@ def _one_thread_of_numpy() -> Iterator[None]:
 
 
 def one_thread() -> None:
-    """Give this thread one thread of torch's, and those to come what they would have got.
+    """Set torch's thread count to one in this thread, without changing it for threads to come.
 
-    torch remembers the number that was set last, in whatever thread, for all that have not used it yet.
+    torch gives a thread that has not used it yet the count that any thread set last.
     """
     with _state.lock:
         _give_one_thread()
 
 
 def _give_one_thread() -> None:
-    torch.get_num_threads()  # a thread that has not asked yet takes the common number with its first work
+    torch.get_num_threads()  # otherwise this thread would take the common count with its first operation
     with ThreadPoolExecutor(1) as fresh:
         count = fresh.submit(torch.get_num_threads).result()
         torch.set_num_threads(1)
@@ -199,7 +200,7 @@ def _give_one_thread() -> None:
 
 
 def _pool() -> ThreadPoolExecutor:
-    """Threads of our own, all of which have their one thread before any of them works: it takes a moment to give it."""
+    """Our own thread pool, made so that each of its threads is limited to one torch thread before any of them works."""
     with _state.lock:
         if _state.pool is None:
             pool, ready = ThreadPoolExecutor(MOST_THREADS, "mmtx"), threading.Barrier(MOST_THREADS)
@@ -208,7 +209,7 @@ def _pool() -> ThreadPoolExecutor:
             def begin() -> None:
                 with given:
                     _give_one_thread()
-                ready.wait()  # or one of them could take the turn of two
+                ready.wait()  # otherwise one of them could run two of these tasks
 
             for future in [pool.submit(begin) for _ in range(MOST_THREADS)]:
                 future.result()
@@ -217,10 +218,10 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def run_single_threaded(run: Callable[[], Any]) -> Any:
-    """What `run` returns while torch uses one thread only in this thread of the program.
+    """The result of `run`, with torch limited to one thread in the calling thread only.
 
-    OpenMP and MKL have a number for each thread of a program. To ask one of ours instead, as is done where torch has no OpenMP,
-    takes 50 microseconds, and what it reads lies in the caches of the other core.
+    OpenMP and MKL keep a count per thread of a program. Where torch has neither, a thread of our pool calls `run` instead,
+    which takes 50 microseconds, and its data is in the caches of the other core.
     """
     if not (pools := torch_pools()):
         inference = torch.is_inference_mode_enabled()
@@ -236,9 +237,9 @@ def run_single_threaded(run: Callable[[], Any]) -> Any:
 
 
 def in_threads(run: Callable[[Any], Any], items: Sequence[Any], threads: int) -> list[Any]:
-    """`run` each item, `threads` of them at a time, each of which lets torch use one thread only.
+    """The results of `run` for each item, `threads` items at a time, each limited to one torch thread.
 
-    Of several errors, that of the first item is raised. The threads serve all callers in turn and stay for later calls.
+    Of several errors, the one of the first item is raised. The threads are shared by all callers and kept for later calls.
     """
     pool = _pool()
     numbers = iter(range(len(items)))
@@ -258,7 +259,7 @@ def in_threads(run: Callable[[Any], Any], items: Sequence[Any], threads: int) ->
                 else:
                     results[number] = future.result()
     finally:
-        for future in running:  # only where the caller is interrupted
+        for future in running:  # only if the caller is interrupted
             future.cancel()
         wait(running)
     if failed:

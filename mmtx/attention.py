@@ -1,12 +1,12 @@
-"""What each place of a stream attends to: weights by layer and head, over pieces of text, patches of pictures and cells of sounds.
+"""Attention maps: weights by layer and head over text pieces, patches of pictures and cells of sounds.
 
-    found = model.attention("cat.png")                   # of the answer that the model gives; or attention("cat.png", "a cat")
+    found = model.attention("cat.png")                   # for the model's own answer; or attention("cat.png", "a cat")
     found.weights                                        # (L, H, T, T)
-    found.heat(found.words[0], found.media[0])           # what the first word saw of the picture, (h, w)
+    found.heat(found.words[0], found.media[0])           # how much the first word attends to each patch, (h, w)
     found.plot("attention.png")
 
-The weights say which places are read, not why: what is read may not matter, and what was read in lower layers is passed on.
-`rollout` follows that (https://arxiv.org/abs/2005.00928).
+The weights say which positions are attended to, not whether they matter, and a position also carries what it attended to in
+lower layers. `rollout` accounts for the latter (https://arxiv.org/abs/2005.00928).
 
 Shapes: L layers, H heads, G key-value heads, K head width, T tokens of the stream, D width; h rows and w columns of a picture's
 codes, t time steps and b bands of a sound's.
@@ -31,12 +31,15 @@ from mmtx.model import Decoder, rotary_embedding
 from mmtx.sequence import Prompt, gather_features
 from mmtx.vocabulary import Vocabulary
 
-MOST_WEIGHTS = 2 ** 28  # of all layers and heads: 1 GB
-PLOTTED = 12            # words of a plot
+MOST_WEIGHTS = 2 ** 28  # of all layers and heads: 1 GiB
+PLOTTED = 12            # words in a plot
 
 
 def attention_weights(decoder: Decoder, ids: Tensor, features: Mapping[str, Features] | None = None) -> Tensor:
-    """Ids of a stream (T,) -> the share (L, H, T, T) of each place (the last axis) in what each place (the one before) reads."""
+    """Ids of a stream (T,) -> attention weights (L, H, T, T) of queries (third axis) over keys (last axis).
+
+    Raises InputError if they would be more than `MOST_WEIGHTS`.
+    """
     c, length = decoder.config, len(ids)
     if (count := c.depth * c.heads * length ** 2) > MOST_WEIGHTS:
         raise InputError(f"attention: found {length} tokens, so {count} weights, expected up to {MOST_WEIGHTS}")
@@ -53,7 +56,7 @@ def attention_weights(decoder: Decoder, ids: Tensor, features: Mapping[str, Feat
 
 
 class Stretch(NamedTuple):
-    """A picture or sound of the stream: where its codes lie, their grid, and a picture to lay a heat map on, if there is one."""
+    """A picture or sound in the stream: positions of its codes, their grid, and an image to draw heat maps on, if any."""
 
     kind: str
     places: range
@@ -61,12 +64,12 @@ class Stretch(NamedTuple):
     shown: np.ndarray | None
 
     def upright(self, cells: np.ndarray) -> np.ndarray:
-        """Something for each code, in its grid -> rows from the top: time of a sound runs to the right, high pitches lie above."""
+        """Values in the grid of the codes -> rows from the top; for sounds, time runs to the right and high pitches are on top."""
         return cells.T[::-1] if self.kind == "audio" else cells
 
 
 class Word(NamedTuple):
-    """A word of the answer: what it says, the places of its pieces, and those that it was chosen at, one before each."""
+    """A word of the answer: its text, the positions of its pieces, and those that predicted them, each one earlier."""
 
     text: str
     places: tuple[int, ...]
@@ -78,16 +81,18 @@ class Word(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    """What the places of a stream attend to, with their names."""
+    """The attention weights of a stream, with labels of its positions, the words of the answer and the media."""
 
     weights: Tensor                # (L, H, T, T) on the CPU
-    labels: tuple[str, ...]        # of each place
+    labels: tuple[str, ...]        # of each position
     words: tuple[Word, ...]        # of the answer
     media: tuple[Stretch, ...]     # pictures and sounds
 
     def rollout(self) -> Tensor:
-        """How much of each input lies in the last layer's state of each place, (T, T): heads are averaged, half of each state is
-        the one below it, and layers are multiplied."""
+        """Attention rollout (T, T): the share of each input (last axis) in each final hidden state.
+
+        Heads are averaged, half of each layer's weight goes to the residual connection, and layers are multiplied.
+        """
         total = same = torch.eye(self.weights.shape[-1])
         for layer in self.weights:
             total = (0.5 * layer.mean(0) + 0.5 * same) @ total
@@ -104,7 +109,10 @@ class AttentionMaps:
 
     def heat(self, word: Word, medium: Stretch, layer: int | None = None, head: int | None = None,
              rollout: bool = False) -> np.ndarray:
-        """What a word of the answer, where its pieces were chosen, read of a picture (h, w) or a sound (t, b)."""
+        """Attention to a picture (h, w) or sound (t, b), averaged over the positions that predicted a word of the answer.
+
+        Without `layer` or `head` it averages over all; `rollout` replaces the weights. Raises InputError.
+        """
         for name, given, kind in (("word", word, Word), ("medium", medium, Stretch)):
             if not isinstance(given, kind):
                 found = type(given).__name__ if isinstance(given, tuple) else f"{given!r:.40}"
@@ -113,7 +121,7 @@ class AttentionMaps:
         return rows[self._places("word", word.chosen_at)][:, read].mean(0).reshape(medium.grid).numpy()
 
     def _places(self, name: str, places: Iterable[int]) -> list[int]:
-        """Some places of the stream. Raises InputError where they are none."""
+        """Positions of the stream as a list. Raises InputError unless all are in range and there is at least one."""
         try:
             found = [*map(index, places)]
         except TypeError:
@@ -126,8 +134,11 @@ class AttentionMaps:
 
     def plot(self, path: str | Path, layer: int | None = None, head: int | None = None, rollout: bool = False,
              places: Iterable[int] | None = None) -> None:
-        """Write a picture: a column for each word of the answer, a row for each picture and sound; for text alone, a table of the
-        weights between its pieces, by default all, or those at some `places`. Needs matplotlib."""
+        """Write heat maps as an image file, with a column per word of the answer and a row per picture or sound.
+
+        Without media it draws the matrix of weights between all pieces, or those at some `places`. Needs matplotlib. Raises
+        InputError.
+        """
         try:
             from matplotlib.figure import Figure
         except ImportError:
@@ -158,12 +169,12 @@ class AttentionMaps:
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib does not take for a formula."""
+    """Text escaped so that matplotlib does not read it as a formula."""
     return text.strip().replace("$", r"\$") or "_"
 
 
 def _draw(axis: Any, heat: np.ndarray, medium: Stretch) -> None:
-    """A heat map on what it is of; time runs to the right, pitch upwards."""
+    """Draw a heat map over its medium; time runs to the right, pitch upwards."""
     heat = medium.upright(heat)
     options = {"extent": (0, heat.shape[1], 0, heat.shape[0]), "aspect": "auto" if medium.kind == "audio" else "equal"}
     if medium.shown is not None:
@@ -176,7 +187,7 @@ def _draw(axis: Any, heat: np.ndarray, medium: Stretch) -> None:
 @torch.inference_mode()
 def attention_maps(decoder: Decoder, vocabulary: Vocabulary, tokenizers: Mapping[str, Tokenizer], prompt: Prompt,
                    answer: Sequence[int]) -> AttentionMaps:
-    """The maps of a prompt and its answer, which is ids of text."""
+    """The attention maps of a prompt followed by an answer of text ids."""
     device = decoder.embedding.weight.device
     features = {kind: given.to(device) for kind, given in gather_features([(0, prompt.spans)]).items()}
     ids = [*map(int, prompt.ids), *map(int, answer)]
@@ -189,7 +200,7 @@ def attention_maps(decoder: Decoder, vocabulary: Vocabulary, tokenizers: Mapping
 
 
 def _words(labels: Sequence[str], first: int) -> list[list[int]]:
-    """The places of each word of an answer from place `first` on: a space begins one."""
+    """The positions of each word of an answer that starts at position `first`; words start with a space."""
     words: list[list[int]] = []
     for place in range(first, len(labels)):
         before = "".join(labels[each] for each in words[-1]) if words else ""
@@ -201,7 +212,7 @@ def _words(labels: Sequence[str], first: int) -> list[list[int]]:
 
 
 def _media(ids: Sequence[int], vocabulary: Vocabulary, tokenizers: Mapping[str, Tokenizer]) -> tuple[Stretch, ...]:
-    """Pictures and sounds of a stream: runs of codes of one kind, between their tags."""
+    """The media of a stream: runs of codes of one kind, between their tags."""
     media, place = [], 0
     for kind in vocabulary.media:
         codes = vocabulary.range(kind)
@@ -220,7 +231,7 @@ def _media(ids: Sequence[int], vocabulary: Vocabulary, tokenizers: Mapping[str, 
 
 
 def _shown(tokenizer: Tokenizer, codes: np.ndarray) -> np.ndarray | None:
-    """What a medium looks like, as its codes tell it: pixels (H, W, 3), or a spectrogram (mels, frames) where there is one."""
+    """An image of a medium decoded from its codes: pixels (H, W, 3) or a spectrogram (mels, frames); None if there is none."""
     made = tokenizer.decode(codes)
     if tokenizer.kind == "image":
         return made.permute(1, 2, 0).cpu().numpy()

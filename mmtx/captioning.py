@@ -1,4 +1,4 @@
-"""Captions and transcripts of many files: whatever is wrong with one of them, the others get theirs."""
+"""Captions and transcripts of many files, in which a bad file does not affect the others."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,10 +14,10 @@ from mmtx.inference.sampling import Sampling
 from mmtx.modality.registry import media_kinds
 from mmtx.pipeline import Model, each
 
-TOGETHER = 64  # files that are asked for at once: each thread of a CPU gets a batch, and captions appear as they come
+TOGETHER = 64  # files per call of the model: each thread of a CPU gets a batch, and captions appear as they come
 
 
-Answer = Callable[[list[str], int], list[str]]  # of files, the first of which has a place among all -> what is said of each
+Answer = Callable[[list[str], int], list[str]]  # files, and the index of the first among all -> an answer for each
 
 
 class Captioned(NamedTuple):
@@ -29,7 +29,7 @@ class Captioned(NamedTuple):
 
 
 def find_media(names: str | Path | Sequence[str | Path], kind: str | None = None) -> Iterator[str | InputError]:
-    """Files, URLs, and all media in folders, in order; what is missing, empty or not of the `kind` that is wanted as its error."""
+    """Files, URLs, and all media in folders, in order, with errors for those that are missing, empty or not of `kind`."""
     kinds = media_kinds() if kind is None else (kind,)
     if kind is not None and kind not in media_kinds():
         raise InputError(f"kind: found {kind!r:.40}, expected one of {', '.join(media_kinds())}")
@@ -51,7 +51,7 @@ def find_media(names: str | Path | Sequence[str | Path], kind: str | None = None
                 yield InputError(f"{name}: found neither a file nor a folder")
             else:
                 yield InputError(f"{name}: no such file or folder")
-        except (OSError, ValueError) as error:  # a folder that may not be listed, a name that is none
+        except (OSError, ValueError) as error:  # a folder that may not be listed, or an invalid name
             yield InputError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})")
 
 
@@ -59,11 +59,11 @@ def caption_files(model: Model, files: Iterable[str | InputError], **sampling: A
     """Caption files and URLs, many at a time -> each in order, with its caption or its error.
 
     Args:
-        model: what `mmtx.load` gives.
-        files: what `find_media` finds.
+        model: as returned by `mmtx.load`.
+        files: as found by `find_media`.
         **sampling: fields of `Sampling`; greedy by default.
     """
-    Sampling.of(**sampling)  # a wrong option is no mistake of each file
+    Sampling.of(**sampling)  # a wrong option is reported once, not for each file
     return _answer_files(files, lambda names, first: cast(list[str], model.caption(names, start_index=first, **sampling)))
 
 
@@ -71,17 +71,17 @@ def transcribe_files(model: Model, files: Iterable[str | InputError], **options:
     """Transcribe files and URLs of sounds, many at a time -> each in order, with its transcript or its error.
 
     Args:
-        model: what `mmtx.load("demos/speech")` gives, or another that was trained with CTC.
-        files: what `find_media(names, "audio")` finds.
+        model: as returned by `mmtx.load("demos/speech")`, or another that was trained with CTC.
+        files: as found by `find_media(names, "audio")`.
         **options: of `Model.transcribe`.
     """
-    model.transcribe([], **options)  # what cannot be is no mistake of each file
+    model.transcribe([], **options)  # a wrong option or model is reported once, not for each file
     return _answer_files(files, lambda names, first: cast(list[str], model.transcribe(names, **options)))
 
 
 def _answer_files(files: Iterable[str | InputError], answer: Answer) -> Iterator[Captioned]:
     waiting: list[str] = []
-    first = 0  # the place of the first that waits
+    first = 0  # index of the first waiting file
     for place, found in enumerate(each(files, "file")):
         if not isinstance(found, InputError):
             waiting.append(found)
@@ -95,7 +95,7 @@ def _answer_files(files: Iterable[str | InputError], answer: Answer) -> Iterator
 
 
 def _answers(answer: Answer, names: list[str], first: int) -> Iterator[Captioned]:
-    """The answers of files together; where one cannot be read, halves are tried apart, down to that one."""
+    """Answer files together; if one cannot be read, try the halves separately, down to that file."""
     if not names:
         return
     try:

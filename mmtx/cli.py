@@ -24,7 +24,7 @@ TRAINING = {  # by mmtx.training.run
     "test": "the same on data.test",
     "predict": "captions of data.validation, to predictions.jsonl in the output folder",
 }
-# As --help lists them.
+# In the order of --help.
 COMMANDS = (caption, transcribe, generate, tokens, inspect, prepare, convert, export, evaluate, report, plan, serve)
 
 
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # Names that are no UTF-8, and letters that the encoding of the terminal lacks, are shown escaped.
+            # Names that are not UTF-8, and characters that the terminal's encoding lacks, are shown escaped.
             stream.reconfigure(errors="backslashreplace")
     try:
         _run(arguments)
@@ -61,7 +61,7 @@ def _run(arguments: list[str]) -> None:
     except OSError as error:
         if not isinstance(error, BrokenPipeError) and (error.errno not in NO_ROOM or error.filename is not None):
             raise
-        # What Python still holds for a reader that has gone (head, less), or a full disk, must not become an error at exit.
+        # Output that is still buffered for a closed pipe (head, less) or a full disk must not raise an error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             sys.exit(1)
@@ -69,7 +69,7 @@ def _run(arguments: list[str]) -> None:
 
 
 def _with_plugins(arguments: list[str]) -> list[str]:
-    """Import each `--plugin FILE`, before anything that depends on which modalities there are -> the other arguments."""
+    """Import each `--plugin FILE`, before anything that depends on the registered modalities -> the other arguments."""
     rest: list[str] = []
     words = iter(arguments)
     for word in words:
@@ -87,7 +87,7 @@ def _with_plugins(arguments: list[str]) -> list[str]:
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells mistakes in the arguments as any other mistake of the user."""
+    """Reports mistakes in the arguments like any other mistake of the user."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see {self.prog} --help)")
@@ -103,6 +103,6 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser(word, help=help, add_help=False)
     for command in COMMANDS:
         command.add(commands)
-    for each in commands.choices.values():  # taken away before anything is parsed, see `_with_plugins`
+    for each in commands.choices.values():  # for --help only: `_with_plugins` removes it before parsing
         each.add_argument("--plugin", metavar="FILE", help="import a Python file that registers a modality")
     return parser

@@ -1,4 +1,4 @@
-"""What a decoder is made of: the sizes that config.json of a model holds, and what of them goes together."""
+"""The configuration of a decoder: the sizes stored in a model's config.json, and checks that they fit together."""
 
 import math
 from collections.abc import Mapping
@@ -10,16 +10,17 @@ from torch import Tensor
 from mmtx.errors import InputError
 from mmtx.schema import within
 
-# What files say only where it is not as in the plain Qwen3 family.
+# Fields that files contain only where they differ from the plain Qwen3 family.
 OPTIONAL = ("ctc_blocks", "encoders", "qk_norm", "qkv_bias", "rope_scaling")
-MOST_COMPOSED = 2**26  # entries of the table that composes them
+MOST_COMPOSED = 2**26  # elements of the matrix that composes embedding rows
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How Llama 3 stretches rotary positions: pairs that turn slowly are slowed by `factor`, fast ones are left alone.
+    """Llama 3's scaling of rotary positions: pairs that rotate slowly are slowed by `factor`, fast ones are left alone.
 
-    Slow is less than `low_frequency` turns in `original_context` tokens, fast more than `high_frequency`.
+    Slow means fewer than `low_frequency` turns in `original_context` tokens, fast more than `high_frequency`; pairs between
+    the two are interpolated.
     """
 
     factor: float
@@ -28,7 +29,7 @@ class RopeScaling:
     original_context: int = 8192
 
     def divisors(self, frequency: Tensor) -> Tensor:
-        """What to divide each pair's angle a token (K/2,) by."""
+        """Divisors (K/2,) of the rotary frequencies (K/2,), which are in radians per token."""
         turns = self.original_context * frequency / (2 * math.pi)
         share = ((turns - self.low_frequency) / (self.high_frequency - self.low_frequency)).clamp(0, 1)
         return 1 / ((1 - share) / self.factor + share)
@@ -36,7 +37,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class CodeRange:
-    """Ids [start, start + product of levels) whose code is the mixed-radix number of digits with these levels."""
+    """Ids [start, start + product of levels), whose codes are mixed-radix numbers of digits with these levels."""
 
     start: int
     levels: tuple[int, ...]
@@ -53,7 +54,7 @@ class CodeRange:
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Sizes of an encoder that a decoder trains along: `patch` numbers in, `width` out, `chunk` patches a side at once."""
+    """Sizes of an encoder trained along with a decoder: `patch` numbers in, `width` out, windows of `chunk` patches a side."""
 
     patch: int
     width: int
@@ -71,7 +72,7 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class Stage:
-    """Blocks of an EfficientNet with the same `channels` out; the first of them has the `stride`, and they are wider inside."""
+    """A stage of an EfficientNet: blocks with `channels` outputs, widened inside by `expansion`; the first has the `stride`."""
 
     channels: int
     blocks: int
@@ -86,7 +87,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class EfficientNetShape:
-    """Channels of an EfficientNet behind its first convolution, the stem, and its stages."""
+    """An EfficientNet: output channels of its first convolution, the stem, and its stages."""
 
     stem: int
     stages: tuple[Stage, ...]
@@ -100,9 +101,9 @@ class EfficientNetShape:
 
 @dataclass(frozen=True)
 class EfficientNetConfig(EfficientNetShape):
-    """Sizes of an EfficientNet that a decoder trains along: pictures in patches of `patch` numbers in, `width` numbers of each out.
+    """Sizes of an EfficientNet trained along with a decoder: patches of `patch` numbers in, `width` features of each out.
 
-    Pictures enter so much larger (`scale`) that a stage of the network has one place for each patch.
+    Pictures are enlarged by `scale`, so that a stage of the network has one position per patch.
     """
 
     patch: int
@@ -117,22 +118,22 @@ class EfficientNetConfig(EfficientNetShape):
 
     @property
     def side(self) -> int:
-        """Pixels of a patch."""
+        """Side of a patch in pixels."""
         return math.isqrt(self.patch // 3)
 
     @property
     def strides(self) -> list[int]:
-        """Pixels, as they enter, from one place to the next behind each stage."""
+        """Stride of the network after each stage, in pixels of the enlarged picture."""
         return [2 * math.prod(stage.stride for stage in self.stages[:end]) for end in range(1, len(self.stages) + 1)]
 
     @property
     def scale(self) -> int:
-        """How much larger pictures enter: patches of 16 pixels, as a stage of all EfficientNets sees them, or more."""
+        """Factor that enlarges patches to 16 pixels a side, a stride that all EfficientNets have; 1 for larger patches."""
         return max(1, min(16, *self.strides[-1:]) // self.side)
 
     @property
     def fine_stage(self) -> int:
-        """How many stages there are to the last one with a place for each patch."""
+        """Number of stages up to and including the last one with one position per patch."""
         return len(self.strides) - self.strides[::-1].index(self.scale * self.side)
 
     @property
@@ -142,7 +143,7 @@ class EfficientNetConfig(EfficientNetShape):
 
 
 def encoder_config(given: "EncoderConfig | EfficientNetConfig | Mapping[str, Any]") -> EncoderConfig | EfficientNetConfig:
-    """What a configuration says of an encoder."""
+    """The configuration of an encoder, built from a mapping if it is one; EfficientNets have `stages`."""
     if isinstance(given, Mapping):
         return EfficientNetConfig(**given) if "stages" in given else EncoderConfig(**given)
     return given
@@ -150,12 +151,26 @@ def encoder_config(given: "EncoderConfig | EfficientNetConfig | Mapping[str, Any
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of the decoder; training fills in `vocabulary_size` and `composed` from the tokenizers, and `ctc_blocks`.
+    """Sizes of the decoder; training fills in `vocabulary_size`, `composed`, `features`, `encoders` and `ctc_blocks`.
 
-    `composed` lists the id ranges whose rows are composed from digits; they end the vocabulary. `features` gives the
-    width of the continuous features of each kind of media that may stand in for their codes as inputs. Of the kinds in
-    `encoders` it is given patches instead, and has an encoder of its own that makes features of them. Behind `ctc_blocks` blocks
-    it was trained to write down sounds by CTC (`mmtx/ctc.py`).
+    Args:
+        vocabulary_size: number of ids, from the tokenizers.
+        width: of the hidden states.
+        depth: number of blocks.
+        heads: query heads of each block.
+        kv_heads: key and value heads, each shared by heads / kv_heads query heads (grouped-query attention).
+        head_dim: width of a head.
+        mlp_dim: inner width of the feed-forward half (SwiGLU).
+        rope_theta: base of the rotary position embedding: the slowest pair of dimensions turns by about 1 / rope_theta per token.
+        norm_eps: what RMSNorm adds to the mean square.
+        tied: use the embedding as the output matrix, too.
+        composed: id ranges whose embedding rows are composed from the rows of their digits; they end the vocabulary.
+        features: for each kind of media, the width of the continuous features that may replace its codes as inputs.
+        encoders: kinds that enter as patches instead; the decoder's own encoder makes their features.
+        qk_norm: RMSNorm on every query and key head.
+        qkv_bias: biases on queries, keys and values, as in Qwen2.
+        rope_scaling: how rotary frequencies are stretched for long contexts, as in Llama 3.
+        ctc_blocks: hidden states after so many blocks were trained to transcribe sounds with CTC (mmtx/ctc.py); None: without CTC.
     """
 
     vocabulary_size: int = 0
@@ -213,11 +228,11 @@ class DecoderConfig:
             end = r.stop
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as a file has them."""
+        """The fields as config.json stores them."""
         return {f.name: value for f, value in zip(fields(self), asdict(self).values(), strict=True)
                 if f.name not in OPTIONAL or value not in (f.default, {})}
 
     @property
     def plain_rows(self) -> int:
-        """Number of ids that have a row of their own: [0, plain_rows)."""
+        """Number of ids with an embedding row of their own: [0, plain_rows)."""
         return self.vocabulary_size - sum(r.stop - r.start for r in self.composed)

@@ -1,6 +1,6 @@
-"""What a document is: turns of text and media, as the codes of their tokenizers.
+"""Documents: turns of text and media, as the codes of their tokenizers.
 
-Shapes: T pieces of a text, h rows and w columns of codes (of a picture, or time steps and bands of a sound), D width of features.
+Shapes: T pieces of a text, h rows and w columns of codes (for a sound, time steps and bands), D width of features.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ ROLES = ("user", "assistant", None)
 
 
 class Part:
-    """Local codes of one medium in an int64 array; equal when kind, shape and codes are."""
+    """Local codes of one medium as an int64 array; parts are equal if kind, shape and codes are."""
 
     kind: str
     ndim: ClassVar[int]
@@ -45,14 +45,14 @@ class TextPart(Part):
     """Text pieces, (T,)."""
 
     ids: np.ndarray
-    kind: ClassVar[str] = "text"  # type: ignore[misc]  # of all, where each medium has its own
+    kind: ClassVar[str] = "text"  # type: ignore[misc]  # one for all texts, where media have their own
     ndim: ClassVar[int] = 1
     field: ClassVar[str] = "ids"
 
 
 @dataclass(frozen=True, eq=False)
 class MediaPart(Part):
-    """Codes of a medium, (h, w), and if known the encoder's features of each, (h, w, D)."""
+    """Codes of a medium, (h, w), and if known the encoder features of each, (h, w, D)."""
 
     kind: str
     codes: np.ndarray
@@ -64,11 +64,11 @@ class MediaPart(Part):
 class Turn:
     """Parts by one speaker; role None is plain content outside a conversation.
 
-    Adjacent text parts become one and empty ones vanish, because a stream cannot show them apart.
+    Adjacent text parts are merged and empty ones dropped, because a stream cannot distinguish them.
     """
 
     role: str | None
-    parts: tuple[Any, ...]  # of Part; in the server also media that are still to be encoded
+    parts: tuple[Any, ...]  # of Part; in the server also media not encoded yet
 
     def __post_init__(self):
         if self.role not in ROLES:
@@ -84,7 +84,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Document:
-    """Turns in order. Adjacent plain turns become one and empty ones vanish, as with text parts."""
+    """Turns in order. Adjacent plain turns are merged and empty ones dropped, as with text parts."""
 
     turns: tuple[Turn, ...]
 

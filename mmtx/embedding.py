@@ -1,9 +1,9 @@
-"""What enters the decoder: the table of embeddings, whose rows codes of a scalar quantizer share, and features of media.
+"""Inputs of the decoder: the embedding table, in which codes of a scalar quantizer can share rows, and features of media.
 
 Shapes: B batch, T tokens, D width, V vocabulary.
 
-Most ids have a row of the embedding of their own. The codes of a scalar quantizer can be composed from the rows of
-their digits instead, so that a code never seen in training has a meaning.
+Most ids have an embedding row of their own. The embedding of a scalar quantizer's code can instead be the sum of the rows
+of its digits, so that a code never seen in training has a meaning.
 """
 
 from typing import Any, NamedTuple, cast
@@ -17,18 +17,18 @@ from mmtx.config import DecoderConfig
 
 
 class Features(NamedTuple):
-    """Features that stand in for the codes of one kind in a batch."""
+    """Features that replace the codes of one kind of media in a batch."""
 
-    places: Tensor  # (n,) indices into the B*T flat tokens
+    places: Tensor  # (n,) indices into the B*T flattened tokens
     values: Tensor  # (n, D), or patches (n, P) for a decoder with encoders
-    grids: tuple[tuple[int, int], ...] = ()  # rows and columns of each picture or sound, one behind another
+    grids: tuple[tuple[int, int], ...] = ()  # rows and columns of each picture or sound, in order
 
     def to(self, device: torch.device) -> "Features":
         return self._replace(places=self.places.to(device), values=self.values.to(device))
 
 
 class NewRows(nn.Module):
-    """Takes the place of a table's rows from `first` on: these train, the others stay."""
+    """A parametrization that trains a table's rows from `first` on; the others stay frozen."""
 
     def __init__(self, table: Tensor, first: int):
         super().__init__()
@@ -41,7 +41,7 @@ class NewRows(nn.Module):
 class TokenEmbedding(nn.Module):
     """One table: a row for each plain id, then a row for each digit value of each composed range."""
 
-    parts: Tensor  # (V, digits) rows of each id
+    parts: Tensor  # (V, digits) table rows whose sum is the embedding of each id
     basis: Tensor  # (composed ids, digit rows)
 
     def __init__(self, config: DecoderConfig):
@@ -50,7 +50,7 @@ class TokenEmbedding(nn.Module):
         rows = self.plain + sum(sum(r.levels) for r in config.composed)
         self.weight = nn.Parameter(torch.empty(rows, config.width))
         longest = max((len(r.levels) for r in config.composed), default=1)
-        # parts[id] are the rows whose sum is the embedding of `id`; `rows` stands for none.
+        # In `parts` the index `rows` stands for no row.
         parts = torch.full((config.vocabulary_size, longest), rows)
         parts[:self.plain, 0] = torch.arange(self.plain)
         first = self.plain
@@ -59,30 +59,30 @@ class TokenEmbedding(nn.Module):
             for place, level in enumerate(r.levels):
                 parts[r.start:r.stop, place] = first + codes // step % level
                 step, first = step * level, first + level
-        # How the rows lie: those of the plain ids, then those of each digit of each range.
+        # Layout of the rows: those of the plain ids, then those of each digit of each range.
         self.groups = ((self.plain,), *(r.levels for r in config.composed))
         self.register_buffer("parts", parts, persistent=False)
         self.register_buffer("basis", self._basis(rows), persistent=False)
 
     def _basis(self, rows: int) -> Tensor:
-        """0/1 matrix (composed ids, digit rows): a product is much faster than gathering every row of the vocabulary."""
+        """0/1 matrix (composed ids, digit rows): a product with it is much faster than gathering the rows of all ids."""
         parts = self.parts[self.plain:] - self.plain
         basis = torch.zeros(len(parts), rows - self.plain + 1)
         return basis.scatter_(1, parts, 1.0)[:, :-1].contiguous()
 
     def train_rows(self, first: int) -> None:
-        """Let the rows from `first` on train and the others stay."""
+        """Train the rows from `first` on and freeze the others."""
         parametrize.register_parametrization(self, "weight", NewRows(self.weight, first))
         cast(Any, self.parametrizations).weight.original.requires_grad_(False)
 
     def new_rows(self) -> NewRows | None:
-        """Where only some rows train, these."""
+        """The trained rows if only some rows train, else None."""
         return cast(Any, self.parametrizations).weight[0] if parametrize.is_parametrized(self) else None
 
     def tables(self) -> tuple[Tensor, ...]:
-        """The table in runs of rows, one behind another, of which each trains or stays as a whole.
+        """The table as consecutive runs of rows, each trained or frozen as a whole.
 
-        To put them together takes as much memory again, and gradients of rows that stay would take more.
+        Concatenating them would take as much memory again, and gradients of frozen rows more still.
         """
         if (new := self.new_rows()) is None:
             return (self.weight,)
@@ -93,23 +93,23 @@ class TokenEmbedding(nn.Module):
         new = self.new_rows()
         if new is None and not len(self.basis):
             return F.embedding(ids, self.weight)
-        # Of rows that are looked up alone the table is not copied: it may be large. Those of digits, and of new ids, are few.
+        # The rows of plain ids are looked up without a copy, since they may be many; digit rows and new rows are few.
         first = self.plain if new is None else new.first
         table, rows = (self.weight, self.weight[first:]) if new is None else self.tables()
         summed = F.embedding((self.parts[ids] - first).clamp_min(0), F.pad(rows, (0, 0, 0, 1))).sum(-2)
         return torch.where((ids < first)[..., None], F.embedding(ids.clamp_max(first - 1), table), summed)
 
     def matrix(self, plain: bool = False) -> Tensor:
-        """The embedding of every id (V, D), or of those before the composed ranges only."""
+        """The embedding of every id (V, D), or with `plain` only of those before the composed ranges."""
         return self.weight[:self.plain] if plain and len(self.basis) else self._composed(self.weight, self.plain)
 
     def new_matrix(self) -> Tensor:
-        """The embedding of every id from the first row that trains on, where only some do (V - first, D)."""
+        """If only some rows train: the embedding of every id from the first trained row on, (V - first, D)."""
         new = cast(NewRows, self.new_rows())
         return self._composed(new.rows, self.plain - new.first)
 
     def _composed(self, rows: Tensor, plain: int) -> Tensor:
-        """Rows of `plain` ids and of all digits (plain + digit rows, D) -> a row for each id."""
+        """Rows of `plain` ids and of all digits (plain + digit rows, D) -> one row per id."""
         if not len(self.basis):
             return rows
         return torch.cat([rows[:plain], self.basis.to(rows.dtype) @ rows[plain:]])

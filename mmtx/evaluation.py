@@ -1,4 +1,4 @@
-"""Figures for captions and transcripts: how often right, how sure, and what an untrained control reaches.
+"""Metrics for captions and transcripts, with confidence intervals and an untrained control.
 
 A metric returns one number per item, so that `confidence_interval` can resample items; a figure is a `Score`.
 Shapes: N items, D feature width, C channels, H height, W width, S samples, F frames, M mels.
@@ -20,7 +20,7 @@ CHUNK = 512  # queries at once: bounds the distance matrix of the control
 # Presets of `pixel_features` and `mel_features`, to be chosen before a model is scored.
 # "plain" is the usual definition and a weak control. The others had the best accuracy of the grids tried on
 # the training part of the starter set alone (pictures: a style left out, sounds: a quarter of the pitches).
-# "timbre" is little more than loudness over time, which gives away an instrument of one SoundFont.
+# "timbre" is little more than loudness over time, which suffices to identify an instrument of one SoundFont.
 PIXELS: dict[str, dict[str, Any]] = {"plain": {"size": 32}, "shape": {"size": 12, "centred": True}}
 MELS: dict[str, dict[str, Any]] = {
     "plain": {"window": 1024, "mels": 80, "power": 2, "floor": 1e-5},
@@ -30,15 +30,15 @@ MELS: dict[str, dict[str, Any]] = {
 
 
 class FieldReader(NamedTuple):
-    """What captions say field by field, so that each field is scored for itself.
+    """Reads captions as fields, so that each field is scored separately.
 
-    A source names a function that makes one as its `reader`, "FILE.py:FUNCTION"; it is called with the fields of all training
-    samples: their metadata and "caption", a mapping each.
+    The `reader` of a source, "FILE.py:FUNCTION", names a function that makes one. It is called with a mapping for each training
+    sample, of its metadata and "caption".
     """
 
     fields: tuple[str, ...]                  # those that are compared with a sample's metadata; "caption" is the whole caption
-    read: Callable[[str], Mapping[str, Any]]  # a caption -> its fields, without those that it does not tell
-    unknown: tuple[str, ...] = ()            # fields left out, since these training samples do not tell them of a caption
+    read: Callable[[str], Mapping[str, Any]]  # a caption -> the fields that it states
+    unknown: tuple[str, ...] = ()            # fields left out, since these training samples do not determine them
 
 
 WHOLE_CAPTION = FieldReader(("caption",), lambda caption: {"caption": caption})
@@ -57,13 +57,13 @@ class Score(NamedTuple):
 
 
 def exact(predicted: Sequence[str], true: Sequence[str]) -> list[float]:
-    """1.0 where the prediction equals the truth, character by character, else 0.0."""
+    """Per item: 1.0 if the prediction equals the truth, character by character, else 0.0."""
     _check_pairs(predicted, true)
     return [float(p == t) for p, t in zip(predicted, true)]
 
 
 def words(text: str) -> list[str]:
-    """Lower-cased words without punctuation: apostrophes vanish ("don't": "dont"), other marks part words."""
+    """Lower-cased words without punctuation: apostrophes are dropped ("don't": "dont"), other marks separate words."""
     text = re.sub("['\u2019\u02bc]", "", unicodedata.normalize("NFKC", text).lower())
     return "".join(" " if unicodedata.category(c)[0] == "P" else c for c in text).split()
 
@@ -71,13 +71,13 @@ def words(text: str) -> list[str]:
 def word_errors(predicted: Sequence[str], true: Sequence[str]) -> tuple[list[int], list[int]]:
     """Per item: word errors (fewest insertions, deletions and substitutions) and number of true words.
 
-    `confidence_interval` of both is the word error rate of the corpus: more than 1 where many words are inserted.
+    `confidence_interval` of both is the word error rate of the corpus, above 1 if many words are inserted.
     """
     return _errors(predicted, true, words)
 
 
 def character_errors(predicted: Sequence[str], true: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Per item: character errors, and number of true characters, of these words with one space between them."""
+    """Per item: character errors and number of true characters, of `words` joined by single spaces."""
     return _errors(predicted, true, lambda text: " ".join(words(text)))
 
 
@@ -92,11 +92,11 @@ def _errors(predicted: Sequence[str], true: Sequence[str], split: Callable[[str]
 def field_scores(
     predicted: Sequence[str], true: Sequence[Mapping], read: Callable[[str], Mapping], fields: Sequence[str]
 ) -> dict[str, list[float]]:
-    """Per field: 1.0 where the prediction, as `read` understands it, has the true value, else 0.0.
+    """Per field and item: 1.0 if the prediction, parsed by `read`, has the true value, else 0.0.
 
-    `true` holds the fields of each item, the caption and the metadata of a sample; `read` turns a
+    `true` holds the fields of each item, the caption and the metadata of a sample; `read` parses a
     caption into fields, as that of a `FieldReader`. A field that `read` leaves out counts as wrong. Raises
-    InputError when a true item lacks a field.
+    InputError if a true item lacks a field.
     """
     _check_pairs(predicted, true)
     for number, item in enumerate(true):
@@ -116,9 +116,9 @@ def confidence_interval(
     """Mean with its percentile bootstrap interval: items resampled with replacement, seed fixed.
 
     With `weights` the value is sum(per_item) / sum(weights): a word error rate from errors and true words.
-    Without, when all items are 0 or all are 1, resampling would claim certainty: the exact binomial bound
-    (Clopper and Pearson 1934) stands in. The interval is about the choice of test items, not of training
-    seeds, and takes the items for independent.
+    Without, if all items are 0 or all are 1, resampling would claim certainty: the exact binomial bound
+    (Clopper and Pearson 1934) is used instead. The interval covers the choice of test items, not of training
+    seeds, and assumes that items are independent.
     """
     values = np.asarray(per_item, dtype=np.float64)
     counts = np.ones_like(values) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -138,7 +138,7 @@ def confidence_interval(
     for _ in range(RESAMPLES):
         chosen = random.integers(n, size=n)
         total = counts[chosen].sum()
-        if total > 0:  # a resample of nothing but empty references has no rate
+        if total > 0:  # a resample of empty references only has no rate
             ratios.append(values[chosen].sum() / total)
     low, high = np.quantile(ratios, [tail, 1 - tail])
     return Score(value, float(low), float(high), n)
@@ -148,7 +148,7 @@ def confidence_interval(
 
 
 class NearestNeighbour:
-    """Predicts the label of the training item at the smallest Euclidean distance (the first of equals)."""
+    """Predicts the label of the training item at the smallest Euclidean distance (the first one on ties)."""
 
     def __init__(self, features: np.ndarray, labels: Sequence) -> None:
         self.features, self.labels = features, labels
@@ -156,7 +156,7 @@ class NearestNeighbour:
 
     @classmethod
     def fit(cls, features: Iterable[np.ndarray], labels: Sequence) -> "NearestNeighbour":
-        """Remember features, N times (D,), and a label for each."""
+        """Store the features, N times (D,), and a label for each."""
         stacked = _stack(features)
         if len(stacked) != len(labels):
             raise InputError(
@@ -171,7 +171,7 @@ class NearestNeighbour:
             raise InputError(
                 f"control: found features of width {queries.shape[1]}, expected {self.features.shape[1]}"
             )
-        # |q - f|^2 without |q|^2, which is the same for every f. Double precision, as near ties decide.
+        # |q - f|^2 without |q|^2, which is the same for every f. Double precision, since near ties occur.
         chunks = [queries[i : i + CHUNK] for i in range(0, len(queries), CHUNK)]
         return np.concatenate([(self._norms - 2 * (q @ self.features.T)).argmin(1) for q in chunks])
 
@@ -181,9 +181,9 @@ class NearestNeighbour:
 
 
 def pixel_features(image: Any, size: int = 32, centred: bool = False) -> np.ndarray:
-    """uint8 (C, H, W), array or tensor -> float64 (C * size * size,) in [0, 1]: the picture averaged down.
+    """uint8 (C, H, W), array or tensor -> float64 (C * size * size,) in [0, 1]: the picture, area-averaged.
 
-    `centred` takes the mean off and scales to length 1, so that distance ignores brightness and contrast.
+    `centred` subtracts the mean and scales to length 1, so that distance ignores brightness and contrast.
     Starter set, exact name in an unseen style: `PIXELS["plain"]` 0.358, `PIXELS["shape"]` 0.445.
     """
     pixels = np.asarray(image)
@@ -210,8 +210,8 @@ def mel_features(
 ) -> np.ndarray:
     """Waveform (S,), array or tensor -> float64 (F * mels,): natural-log mel; with `mean` over time (mels,).
 
-    The sound is cut or filled with silence to `samples`. torchaudio's MelSpectrogram: Hann window, centred
-    frames, HTK mels, no norm; values under `floor` count as `floor`. Fine bands find the pitch, coarse ones
+    The sound is cut or padded with silence to `samples`. torchaudio's MelSpectrogram: Hann window, centred
+    frames, HTK mels, no norm; values are clamped to at least `floor`. Fine bands find the pitch, coarse ones
     the instrument. Starter set, pitches never trained on: instrument `MELS["plain"]` 0.275, `MELS["timbre"]`
     0.881; note `MELS["plain"]` 0.623, `MELS["pitch"]` 0.788.
     """
@@ -232,8 +232,8 @@ def mel_features(
 def table(rows: Iterable[tuple[str, Score | None, Score | None, str]]) -> str:
     """Rows (metric, score of the model, score of the control, which control) -> aligned columns; None prints as "-".
 
-    The last column is n, the number of items. Raises InputError when model and control have seen different
-    numbers of items, for then they cannot be compared.
+    The last column is n, the number of items. Raises InputError if model and control were scored on different
+    numbers of items, which makes them incomparable.
     """
     lines = [("metric", "model", "strongest control", "n")]
     for metric, model, control, by in rows:
@@ -267,7 +267,7 @@ def _stack(features: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def _averages(length: int, size: int) -> np.ndarray:
-    """Weights (size, length): row i averages the pixels that its share of the length touches."""
+    """Weights (size, length): row i averages the pixels that overlap its share of the length."""
     edges = np.arange(size + 1) * length
     first, last = edges[:-1] // size, -(-edges[1:] // size)
     at = np.arange(length)

@@ -1,9 +1,9 @@
-"""Files and folders that appear whole or not at all, and never take away what is not ours; JSON; what ships with mmtx.
+"""Atomic writes of files and folders, which never delete what mmtx did not write; JSON; files shipped with mmtx.
 
-A save writes everything beside its target, waits until it lies on the disk, and then lets the two change places in one
-step of the file system (`renameat2`), or in two renames where it has no such step. Whenever a save is killed, the old or
-the new folder is at the target, or, between those two renames, beside it: then the next load or save puts it back. What
-a killed save leaves behind is removed by the next save to the same target.
+A save writes everything next to its target, flushes it to disk, and swaps the two in one step of the file system
+(`renameat2`), or in two renames where the file system has no such step. If a save is killed, the old or the new folder is
+at the target; or, between the two renames, the old one is next to it, and the next load or save puts it back. Leftovers of
+a killed save are removed by the next save to the same target.
 """
 
 import ctypes
@@ -30,24 +30,24 @@ except ImportError:  # not on Windows
 PACKAGE = Path(__file__).parent
 MOST_JSON = 2**20  # bytes of a JSON file, unless the reader expects more
 CONFIG = "config.json"
-# All that saving a model or a tokenizer writes. A folder that holds anything else is not only ours.
+# All file names that saving a model or a tokenizer writes. A folder with any other is not ours alone.
 WRITTEN = {CONFIG, "vocabulary.json", "model.safetensors", "vocoder.safetensors", "tokenizer.model", "tokenizer.json",
            "chat_template.jinja"}
 PARTS = {"text", "image", "audio"}  # subfolders of a model
-Content = bytes | Iterable[Any]  # of a file: its bytes, or its parts one behind another
-NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.ENOTSUP}  # file systems and kernels that lack it
+Content = bytes | Iterable[Any]  # of a file: its bytes, or consecutive parts of them
+NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.ENOTSUP}  # from file systems and kernels without an exchange
 
 
 # -- Reading -------------------------------------------------------------------------------------------------
 
 
 def open_regular(path: str | Path) -> int:
-    """A descriptor of a regular file: no folder, and no pipe or device, which could be read for ever.
+    """Open a regular file for reading -> its descriptor.
 
-    Raises InputError that says what it is instead.
+    Raises InputError for anything else, such as a folder, or a pipe or device, which could be read forever.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # opening a pipe would wait for a writer
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # else opening a pipe waits for a writer
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
@@ -59,7 +59,7 @@ def open_regular(path: str | Path) -> int:
 
 
 def read_bytes(path: str | Path, most: int) -> bytes:
-    """The content of a regular file. Raises InputError when it cannot be read, or has more than `most` bytes."""
+    """The content of a regular file. Raises InputError if it cannot be read or has more than `most` bytes."""
     try:
         with open(open_regular(path), "rb") as file:
             if (size := os.fstat(file.fileno()).st_size) <= most and len(data := file.read(most + 1)) <= most:
@@ -69,13 +69,21 @@ def read_bytes(path: str | Path, most: int) -> bytes:
     raise InputError(f"{path}: found {max(size, most + 1)} bytes, expected at most {most}")
 
 
+def read_text(path: str | Path, most: int) -> str:
+    """The content of a regular file in UTF-8. Raises InputError as `read_bytes` does, and for other bytes."""
+    try:
+        return read_bytes(path, most).decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: found {error.object[error.start:][:1]!r} at byte {error.start}, expected UTF-8") from None
+
+
 def read_json(path: str | Path, most: int = MOST_JSON) -> Any:
-    """Read a JSON file; a missing or broken one is an InputError."""
+    """The value of a JSON file of at most `most` bytes. Raises InputError if it is missing, too large or malformed."""
     return parse_json(read_bytes(path, most), path)
 
 
 def parse_json(data: bytes, where: str | Path) -> Any:
-    """The value of JSON in UTF-8, each name of an object once. Raises InputError that names `where`."""
+    """The value of JSON in UTF-8, without duplicate names in an object. Raises InputError that names `where`."""
     try:
         return STRICT_JSON.decode(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -83,7 +91,7 @@ def parse_json(data: bytes, where: str | Path) -> Any:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; of two values of one name, which json itself takes the last of, neither may be lost."""
+    """A JSON object as a dict. Raises ValueError for a duplicate name, of which json itself would keep only the last."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -96,14 +104,14 @@ STRICT_JSON = json.JSONDecoder(object_pairs_hook=_once)
 
 
 def write_json(value: Any) -> bytes:
-    """The one way that mmtx writes JSON, so that equal values give equal bytes."""
+    """JSON as mmtx always writes it, so that equal values give equal bytes."""
     return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def user_path(name: str | os.PathLike) -> Path:
-    """The path that a user means, in which ~ is his home, as a shell has it; it leaves one behind "=" or in quotes.
+    """A user's path with a leading ~ expanded, which a shell does not do after "=" or in quotes.
 
-    Raises InputError for the home of nobody.
+    Raises InputError if it names the home of an unknown user.
     """
     try:
         return Path(name).expanduser()
@@ -112,8 +120,10 @@ def user_path(name: str | os.PathLike) -> Path:
 
 
 def find_shipped(name: str | Path) -> Path:
-    """A folder or file that a user named, also in a configuration: his own by its path or, if there is none, among those
-    that come with the package. What nobody named is `shipped`, whatever lies in the current directory.
+    """Find a folder or file that a user named: at that path or, if there is none, among those shipped with mmtx.
+
+    Names that do not come from a user or a configuration go to `shipped`, which ignores the current directory. Raises
+    InputError if there is none, or it cannot be read.
     """
     if not isinstance(name, (str, os.PathLike)):
         raise InputError(f"found {type(name).__name__}, expected the path of a folder or file")
@@ -130,7 +140,7 @@ def find_shipped(name: str | Path) -> Path:
 
 
 def shipped(name: str | Path) -> Path:
-    """A folder or file that comes with the package: an installed one carries it inside itself, an editable one beside."""
+    """A folder or file shipped with mmtx: inside an installed package, next to it in a checkout. Raises InputError."""
     for base in (PACKAGE / "shipped", PACKAGE.parent):
         if (base / name).exists():
             return base / name
@@ -138,7 +148,7 @@ def shipped(name: str | Path) -> Path:
 
 
 def require(package: str, extra: str, what: str) -> Any:
-    """A package that only an extra of mmtx brings. Raises InputError that names what needs it, and how to get it."""
+    """Import a package that only an extra installs. Raises InputError that names `what` needs it and how to install it."""
     try:
         return importlib.import_module(package)
     except ImportError:
@@ -149,7 +159,7 @@ def require(package: str, extra: str, what: str) -> Any:
 
 
 def write_whole(path: Path, content: Content) -> None:
-    """Write a file beside its target, wait until it is on the disk, and rename. Raises OSError; the old file then stays."""
+    """Write a file next to its target, flush it to disk, and rename it. Raises OSError; the old file then stays."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         _write(part, content)
@@ -162,7 +172,7 @@ def write_whole(path: Path, content: Content) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """`write_whole` of what a user asked for. Raises InputError where there is no room or no right to."""
+    """`write_whole` for a file that a user named. Raises InputError if it cannot be written."""
     try:
         write_whole(path, content)
     except OSError as error:
@@ -170,10 +180,10 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def replace_folder(folder: str | Path, files: Iterable[tuple[str, Content]]) -> None:
-    """Put a folder with `files` (paths below it, and contents) in the place of `folder`; a link to it stays.
+    """Replace `folder` with one that holds `files` (relative paths and contents); a link to the folder stays a link.
 
-    Raises InputError, and leaves everything as it was, when `folder` is anything but new, empty or what an earlier save
-    wrote, or when there is no room. An error while `files` are made leaves the old folder, too.
+    Raises InputError, and changes nothing, unless `folder` is new, empty or written by an earlier save, or if there is no
+    room. An exception from the iterable `files` leaves the old folder as well.
     """
     target = check_target(folder)
     put_back(target)
@@ -193,7 +203,7 @@ def replace_folder(folder: str | Path, files: Iterable[tuple[str, Content]]) -> 
         except OSError as error:
             raise _unwritten(folder, error) from None
     finally:
-        if os.path.lexists(target) or not os.path.lexists(_old(staging)):  # or both are needed yet
+        if os.path.lexists(target) or not os.path.lexists(_old(staging)):  # otherwise both are still needed
             for left in (staging, _old(staging)):
                 with suppress(OSError):
                     if foreign(left) is None:
@@ -203,9 +213,9 @@ def replace_folder(folder: str | Path, files: Iterable[tuple[str, Content]]) -> 
 
 
 def check_target(folder: str | Path) -> Path:
-    """The place of a folder that may be written, with links resolved. Raises InputError for one that may not.
+    """Check that a save may write to a folder -> its path with links resolved. Raises InputError otherwise.
 
-    It may be new, empty, or hold what an earlier save wrote and nothing else.
+    The folder may be new, empty, or hold only what an earlier save wrote.
     """
     if not isinstance(folder, (str, os.PathLike)):
         raise InputError(f"found {type(folder).__name__}, expected the path of a folder")
@@ -235,9 +245,9 @@ def check_target(folder: str | Path) -> Path:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether the configuration of a folder is one that saving a model or a tokenizer writes.
+    """Whether a folder's configuration is one that saving a model or a tokenizer writes.
 
-    Raises InputError when it cannot be read.
+    Raises InputError if it cannot be read.
     """
     data = read_bytes(folder / CONFIG, MOST_JSON)
     try:
@@ -249,7 +259,7 @@ def is_ours(folder: Path) -> bool:
 
 
 def foreign(folder: Path, top: bool = True) -> str | None:
-    """The path below `folder` of something that no save writes, None if there is none. Links are never ours."""
+    """The relative path of an entry of `folder` that no save writes, None if there is none. Links are never ours."""
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.is_dir(follow_symlinks=False) and top and entry.name in PARTS:
             if (found := foreign(Path(entry.path), top=False)) is not None:
@@ -260,20 +270,20 @@ def foreign(folder: Path, top: bool = True) -> str | None:
 
 
 def put_back(folder: Path) -> None:
-    """Undo the first of two renames if a save was killed between them: nothing is at `folder`, the old one beside it."""
+    """Put back the old folder if a save was killed between its two renames: it is then next to `folder`, not there."""
     with suppress(OSError, ValueError):
         if os.path.exists(folder):
             return
         target = Path(os.path.realpath(folder))
         for old in _beside(target, r"\.old"):
             if is_ours(old) and foreign(old) is None and not os.path.lexists(target):
-                with _Lock(old) as free:  # or another process is between the two
+                with _Lock(old) as free:  # otherwise another process is between its renames
                     if free and not os.path.lexists(target):
                         os.rename(old, target)
 
 
 def _beside(target: Path, tail: str) -> list[Path]:
-    """Folders that saves to `target` have made beside it."""
+    """Folders that saves to `target` made next to it; `tail` is a regular expression for the end of their names."""
     name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}{tail}")
     if not target.parent.is_dir():
         return []
@@ -282,7 +292,7 @@ def _beside(target: Path, tail: str) -> list[Path]:
 
 
 def _clear(target: Path) -> None:
-    """Remove what saves that were killed have left beside `target`, if it is certainly theirs."""
+    """Remove what killed saves to `target` left next to it, if it is certainly theirs."""
     with suppress(OSError):
         for left in _beside(target, r"(\.old)?"):
             with _Lock(left) as free:
@@ -291,7 +301,7 @@ def _clear(target: Path) -> None:
 
 
 class _Lock:
-    """Whether no living process holds a folder: the system gives up the lock of one that ends, whatever ends it."""
+    """A lock on a folder, entered with whether it was free; the system releases it however its process ends."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -313,7 +323,7 @@ class _Lock:
 
 
 def _begin(target: Path, staging: Path) -> int | None:
-    """Make `staging` and hold its lock, with the rights of the folder whose place it takes."""
+    """Make `staging` and missing parents, and lock it -> the descriptor that holds the lock, None where there are no locks."""
     try:
         missing = [parent for parent in (target.parent, *target.parent.parents) if not parent.exists()]
         for parent in reversed(missing):
@@ -325,13 +335,13 @@ def _begin(target: Path, staging: Path) -> int | None:
         lock = os.open(staging, os.O_RDONLY)
     except OSError as error:
         raise _unwritten(target, error) from None
-    with suppress(OSError):  # some network file systems have no locks; then nothing is ever cleared there
+    with suppress(OSError):  # some network file systems have no locks; nothing is ever cleared there
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return lock
 
 
 def _put_in_place(staging: Path, target: Path, shown: str | Path) -> None:
-    """Let `staging`, which is whole, take the place of `target`. Raises OSError, and `target` then is as it was."""
+    """Replace `target` with the complete folder `staging`. Raises OSError or InputError; `target` then is as it was."""
     for path in (*(path for path in staging.iterdir() if path.is_dir()), staging):
         sync_folder(path)
     if not os.path.lexists(target):
@@ -344,14 +354,14 @@ def _put_in_place(staging: Path, target: Path, shown: str | Path) -> None:
         os.chown(staging, kept.st_uid, kept.st_gid)
     old = _swap(staging, target)
     sync_folder(target.parent)
-    if (found := foreign(old)) is not None:  # put there since it was looked at
+    if (found := foreign(old)) is not None:  # added since the check
         _remove(_swap(old, target))
         raise InputError(f"{shown}: holds {found[:80]!r}, which mmtx did not write, and is left as it is")
     _remove(old)
 
 
 def _swap(new: Path, target: Path) -> Path:
-    """Let two folders change places -> where the one that was at `target` is now."""
+    """Swap two folders -> the path of the one that was at `target`."""
     try:
         exchange(new, target)
         return new
@@ -359,7 +369,7 @@ def _swap(new: Path, target: Path) -> Path:
         if error.errno not in NO_EXCHANGE:
             raise
     old = _old(new)
-    with _Lock(target):  # or a load would put it back before the second rename
+    with _Lock(target):  # otherwise a load would put it back before the second rename
         os.rename(target, old)
         try:
             os.rename(new, target)
@@ -370,7 +380,7 @@ def _swap(new: Path, target: Path) -> Path:
 
 
 def exchange(one: Path, other: Path) -> None:
-    """Two names of a file system change places in one step. Raises OSError, ENOSYS where there is no such step."""
+    """Swap two paths of a file system in one step. Raises OSError, with ENOSYS where there is no such step."""
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
     if call is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
@@ -399,7 +409,7 @@ def _write(path: Path, content: Content) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on the disk, too."""
+    """Flush the entries of a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

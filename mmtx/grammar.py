@@ -1,4 +1,4 @@
-"""Which ids may come next: an automaton that keeps what is generated legal, so that it always parses.
+"""Constrained decoding: an automaton of which ids may come next, so that generated streams always parse.
 
 Shapes: B batch, V vocabulary, P phases, N classes.
 """
@@ -12,13 +12,13 @@ from torch import Tensor
 from mmtx.errors import InputError
 from mmtx.vocabulary import MAX_SIDE, Vocabulary
 
-# Classes: what the grammar sees of an id. Each kind of media has three more: "open KIND", "code KIND" and "close KIND".
+# Classes of ids that the grammar distinguishes. Each kind of media adds three: "open KIND", "code KIND" and "close KIND".
 CLASSES = ("other", "text", "pad", "eos", "end", "height", "width")  # other: never generated
-# Phases: where a row stands. Each kind has more, see `Rules`.
+# Phases: the states of a row. Each kind adds more, see `Rules`.
 PHASES = (
-    "illegal",  # an id came that was not allowed
+    "illegal",  # after an id that was not allowed
     "done",
-    "resume",  # in `after` only: go where the row was before its medium
+    "resume",  # in `after` only: back to the phase before the medium
     "text",  # pieces, then <end>
     "any",  # parts, then <end>
     "document",  # parts, then <eos>
@@ -29,12 +29,12 @@ HEIGHT, WIDTH = CLASSES.index("height"), CLASSES.index("width")
 
 
 class Rules:
-    """The automaton of a vocabulary by names.
+    """The automaton of a vocabulary, by names.
 
-    classes, phases: all names; the place of a name is its number.
-    after: phase -> {class that may come: phase after it}. Anything else is illegal.
-    back: phase -> where a row goes on after a medium that it opened there.
-    counted: phase -> where a row goes on when no code is left to come.
+    classes, phases: all names; a name's index is its number.
+    after: phase -> {allowed class: next phase}. Anything else is illegal.
+    back: phase -> phase in which a row continues after a medium that it opened there.
+    counted: phase -> phase in which a row continues when no codes remain.
     """
 
     def __init__(self, vocabulary: Vocabulary):
@@ -46,7 +46,7 @@ class Rules:
         self.after = {"illegal": {"pad": "illegal"}, "done": {"pad": "done"}, "closing": {"end": "done"},
                       "text": {"text": "text", "end": "done"}}
         for kind in kinds:
-            inside, behind = f"in {kind}", f"after {kind}"  # a picture or a time step: codes to come, and none
+            inside, behind = f"in {kind}", f"after {kind}"  # a picture or time step with codes to come, and with none
             self.after[inside] = {f"code {kind}": inside}
             self.after[behind] = {f"close {kind}": "resume"}
             if vocabulary.layout(kind) == "grid":
@@ -61,20 +61,20 @@ class Rules:
         self.after["any"] = {"text": "any", **opens, "end": "done"}
         self.after["document"] = {"text": "document", **opens, "eos": "done"}
         self.phases = [*PHASES, *(phase for phase in self.after if phase not in PHASES)]
-        # What an answer may be -> the phase that it starts in.
+        # Kind of answer -> the phase that it starts in.
         self.starts = {"text": "text", **{kind: f"one {kind}" for kind in kinds}, "any": "any", "document": "document"}
 
 
 class GrammarState(NamedTuple):
-    """Where each row of a batch stands; int64 tensors (B,) on the device of the batch.
+    """The state of each row of a batch: int64 tensors (B,) on the device of the batch.
 
-    Where all rows write text alone there is nothing to resume or to count, and only the phase.
+    If all rows write only text, there is nothing to resume or count, and only the phase is kept.
     """
 
     phase: Tensor
     resume: Tensor | None = None  # phase after the open medium
     height: Tensor | None = None  # rows of the open picture, or other grid
-    remaining: Tensor | None = None  # codes to come in the open grid or time step
+    remaining: Tensor | None = None  # codes left in the open grid or time step
 
     def keep(self, rows: Tensor) -> "GrammarState":
         """The state of some rows."""
@@ -89,18 +89,18 @@ class _Tables(NamedTuple):
     allowed: Tensor  # (P, V) bool
     back: Tensor  # (P,) int64
     counted: Tensor  # (P,) int64: phase when `remaining` is 0
-    closers: Tensor  # (V,) bool: ids that close something
+    closers: Tensor  # (V,) bool: ids that close a medium, turn or stream
     opens: Tensor  # (N,) bool: classes that open a medium
-    counts: Tensor  # (N,) int64: 1 for codes, which are counted
-    bands: Tensor  # (N,) int64: codes of the first time step that a class opens, 0 for others
-    step: Tensor  # (P,) int64: codes of the time step that may follow, 0 elsewhere
+    counts: Tensor  # (N,) int64: 1 for codes, which are counted, 0 for others
+    bands: Tensor  # (N,) int64: codes in a time step, for classes that open a medium of steps, 0 for others
+    step: Tensor  # (P,) int64: codes in the time step that may follow, 0 elsewhere
 
 
 class Grammar:
-    """The automaton that keeps generated ids legal, so that what was generated always parses.
+    """The automaton that constrains generation, so that generated ids always parse.
 
-    `allowed` and `advance` are lookups in small tables and never wait for the device. Each row has its own
-    state: one may write text while another writes a picture.
+    `allowed` and `advance` are lookups in small tables and never synchronise with the device. Each row has its own state:
+    one may write text while another writes a picture.
     """
 
     def __init__(self, vocabulary: Vocabulary):
@@ -116,11 +116,11 @@ class Grammar:
     ) -> GrammarState:
         """The state before the first id that a model generates.
 
-        `out`, one for all or one a row: "text" pieces then <end>; a kind of media ("image", "audio") exactly one, then <end>;
-        "any" of them mixed, then <end>; "document" the same, then <eos> (for plain prompts). Then only <pad>.
-        `prefix`, ids (P,) or (B, P), counts as generated already: <image> <h:8> <w:8> asks for that size,
-        codes behind it for the rest of a picture.
-        Raises InputError on a modality without ids or an illegal prefix.
+        `out`, one for all rows or one per row: "text" is text pieces, then <end>; a kind of media ("image", "audio") is exactly
+        one of it, then <end>; "any" is a mixture, then <end>; "document" the same, then <eos> (for plain prompts). After that
+        only <pad> is allowed. `prefix`, ids (P,) or (B, P), counts as generated already: <image> <h:8> <w:8> fixes the size of
+        a picture, and codes after it leave only the rest to generate.
+        Raises InputError for a modality without ids, a wrong number of `out`, or an illegal prefix.
         """
         outs = [out] * batch if isinstance(out, str) else list(out)
         starts = {name: self.rules.phases.index(phase) for name, phase in self.rules.starts.items()}
@@ -130,7 +130,7 @@ class Grammar:
         if len(outs) != batch:
             raise InputError(f"out: found {len(outs)} kinds, expected {batch}, one a row")
         phase = torch.tensor([starts[name] for name in outs], dtype=torch.int64, device=device)
-        self._on(phase.device)  # copy the tables now, not within the first step
+        self._on(phase.device)  # copy the tables now, not in the first decode step
         text = set(outs) <= {"text"}
         state = GrammarState(phase, *(() if text else (phase, torch.zeros_like(phase), torch.zeros_like(phase))))
         if prefix is None:
@@ -138,26 +138,26 @@ class Grammar:
         prefix = torch.as_tensor(prefix, dtype=torch.int64, device=device)
         for ids in prefix.expand(batch, prefix.shape[-1]).unbind(1):
             state = self.advance(state, ids)
-        # The only look at the device, once and before generation starts.
+        # The only synchronisation with the device, once and before generation starts.
         if bool((state.phase == ILLEGAL).any()):
             raise InputError("prefix: found ids that the grammar forbids, expected the start of an answer")
         return state
 
     def reach(self, out: str) -> int:
-        """How many ids, from the first, an answer may be made of: text needs no codes."""
+        """Number of leading ids that contains all an answer can consist of: text needs no media codes."""
         return self.vocabulary.range("special").stop if out == "text" else self.vocabulary.size
 
     def allowed(self, state: GrammarState, reach: int | None = None) -> Tensor:
-        """Which ids, of all or the first `reach`, may come next, (B, V) bool; at least one in every row."""
+        """Which ids may come next, (B, V) or (B, reach) bool; at least one in every row."""
         return self._on(state.phase.device).allowed[:, :reach][state.phase]
 
     def closing(self, allowed: Tensor) -> Tensor:
-        """Keep of `allowed` (B, V) only what closes something, in the rows where anything does."""
+        """Restrict `allowed` (B, V) to ids that close a medium, turn or stream, in rows that allow any."""
         closes = allowed & self._on(allowed.device).closers[:allowed.shape[1]]
         return torch.where(closes.any(1, keepdim=True), closes, allowed)
 
     def advance(self, state: GrammarState, ids: Tensor) -> GrammarState:
-        """The state after each row wrote one id, (B,). After a forbidden id a row gets only <pad>."""
+        """The state after each row wrote one id, (B,). After a forbidden id a row may only write <pad>."""
         tables = self._on(state.phase.device)
         kind = tables.classes[ids].long()
         if state.resume is None:
@@ -175,8 +175,8 @@ class Grammar:
         return GrammarState(phase, resume, height, torch.where(step > 0, step, remaining))
 
     def finished(self, state: GrammarState) -> Tensor:
-        """Which rows have written their last id, (B,) bool."""
-        return state.phase <= DONE  # or ILLEGAL
+        """Which rows are complete, or illegal, (B,) bool."""
+        return state.phase <= DONE  # includes ILLEGAL
 
     def _on(self, device: torch.device) -> _Tables:
         if device not in self._tables:
@@ -192,7 +192,7 @@ def _build_tables(v: Vocabulary, rules: Rules) -> _Tables:
     classes[v.width(1) : v.width(MAX_SIDE) + 1] = WIDTH
     classes[v.range("text").start : v.range("text").stop] = number("text")
     if v.chat_format is not None:
-        classes[list(v.chat_format.control)] = 0  # other: they are no text
+        classes[list(v.chat_format.control)] = 0  # other: they are not text
     for name, id in (("pad", v.pad), ("eos", v.eos), ("end", v.end)):  # <end> may be one of these
         classes[id] = number(name)
     closers = torch.zeros(v.size, dtype=torch.bool)

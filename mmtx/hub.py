@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub: fetched by name, sent with a card (extra `hub`)."""
+"""Models on the Hugging Face hub: downloaded by name, uploaded with a card (extra `hub`)."""
 
 import re
 import tempfile
@@ -13,15 +13,16 @@ from mmtx.files import find_shipped, require
 from mmtx.vocabulary import Vocabulary
 
 NAME = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+(@[\w./-]+)?", re.ASCII)  # of a model, and of a branch, tag or commit
-# What a folder of mmtx or of transformers holds that is read here: no pickles, no copies for other engines.
+# The files of a folder of mmtx or of transformers that are read here: no pickles, no copies for other engines.
 READ = [f"{folder}*.{ending}" for folder in ("", "*/") for ending in ("json", "safetensors", "jinja", "model")]
 CARD = "README.md"
 MARK = "<!-- written by mmtx: a later push writes it anew, unless this line is taken away -->"
 
 
 def find_model(name: str | Path) -> Path:
-    """The folder of a model, or its GGUF file: the user's own, one that comes with mmtx, or else one of the hub ("user/model",
-    "user/model@revision"), which is fetched and kept in the library's cache.
+    """The folder of a model, or its GGUF file: a local one, one that comes with mmtx, or else one of the hub.
+
+    A model of the hub ("user/model", "user/model@revision") is downloaded, and kept in the library's cache.
     """
     try:
         return find_shipped(name)
@@ -32,19 +33,19 @@ def find_model(name: str | Path) -> Path:
 
 
 def fetch(name: str) -> Path:
-    """A folder with the files of a model of the hub. Raises InputError that says why there is none."""
+    """Download a model of the hub -> its folder. Raises InputError with the reason if that fails."""
     repository, _, revision = name.partition("@")
     failed = f"{name}: no such folder here, and not fetched from the hub"
     return Path(_asked(failed, "snapshot_download", repository, revision=revision or None, allow_patterns=READ))
 
 
 def push(name: str, save: Callable[[Path], None], card: str, private: bool | None = None) -> str:
-    """Send a model to the hub, as one commit -> its address. A card that is there and is not ours stays.
+    """Upload a model to the hub, in one commit -> its URL. An existing card that mmtx did not write is kept.
 
     Args:
-        name: "user/model"; made where there is none.
+        name: "user/model"; created if there is none.
         save: writes the folder.
-        private: who may see a new one; None: what the user's settings say.
+        private: whether a new one is private; None: as in the user's settings.
     """
     if not NAME.fullmatch(name) or "@" in name:
         raise InputError(f"push_to_hub: found the name {name[:80]!r}, expected one like user/model")
@@ -61,7 +62,7 @@ def push(name: str, save: Callable[[Path], None], card: str, private: bool | Non
 
 
 def _asked(failed: str, function: str, *arguments: Any, **options: Any) -> Any:
-    """What a function of the library returns. Raises InputError that begins with `failed`."""
+    """Call a function of the library. Its errors become an InputError that begins with `failed`."""
     library = require("huggingface_hub", "hub", failed)
     from huggingface_hub.errors import HFValidationError, HTTPError
     try:
@@ -72,7 +73,7 @@ def _asked(failed: str, function: str, *arguments: Any, **options: Any) -> Any:
 
 
 def model_card(name: str, config: DecoderConfig, vocabulary: Vocabulary, parameters: int, pretrained: bool) -> str:
-    """What a model is and how it is used, in the form of the hub. It has no figures: those are of data that it does not know."""
+    """A model card of the hub: what a model is, and how to use it. It has no figures, since these depend on unknown data."""
     kinds = vocabulary.media
     ids = "\n".join(f"| {kind} | {len(vocabulary.range(kind)):,} |" for kind in ("text", "special", *kinds))
     inputs = [f"{kind}: {'continuous features, and codes' if kind in config.features else 'codes'}" for kind in kinds]

@@ -1,11 +1,11 @@
-"""What lies between the matrix products of a block, with its gradient written out for a CPU.
+"""The operations between a block's matrix products, with hand-written gradients for the CPU.
 
-The time of these parts is that of going over memory. Left to autograd, an RMSNorm goes over its tokens some fifteen times in
-forward and backward, and the parts of a split are put together again by a copy; written out, each pass is there because the
-formula needs it. On other devices the plain formulas run, which fused operations or a compiler do better. Tests compare
-the two.
+These operations are bound by memory bandwidth. Left to autograd, an RMSNorm makes some fifteen passes over its tokens in
+forward and backward, and the parts of a split are concatenated again by a copy; written by hand, only the passes that the
+formula needs remain. Other devices run the plain formulas, which fused operations or a compiler make faster still. Tests
+compare the two.
 
-Under autocast what comes out has the type in which the next matrix product computes.
+Under autocast, outputs have the dtype in which the next matrix product computes.
 
 Shapes: B batch, T tokens, N tokens of a batch, D width, H heads, G key-value heads, K head width.
 """
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK = 128  # queries that attention takes at a time
+BLOCK = 128  # queries that attention computes at a time
 
 
 class Heads(NamedTuple):
@@ -46,9 +46,9 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 def qk_norm_rope(qkv: Tensor, query_weight: Tensor | None, key_weight: Tensor | None, cos: Tensor, sin: Tensor, heads: int,
                kv_heads: int, eps: float) -> Heads:
-    """Projections (..., (H + 2G) * K) -> heads, queries and keys with RMSNorm (if it has weights) and turned by their positions.
+    """Projections (..., (H + 2G) * K) -> heads; queries and keys get RMSNorm (if it has weights) and rotary positions.
 
-    `cos` and `sin` (..., K) are of the rotary angles: the halves of a head are the pairs.
+    `cos` and `sin` (..., K) are those of the rotary angles; the two halves of a head form the pairs.
     """
     if qkv.device.type == "cpu" and query_weight is not None:
         return Heads(*_QKNormRoPE.apply(qkv, query_weight, key_weight, cos, sin, heads, kv_heads, eps))
@@ -61,10 +61,10 @@ def qk_norm_rope(qkv: Tensor, query_weight: Tensor | None, key_weight: Tensor | 
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
-    """Queries (B, T, H, K) over keys and values (B, T, G, K) -> (B, T, H, K).
+    """Attention of queries (B, T, H, K) over keys and values (B, T, G, K) -> (B, T, H, K).
 
-    On a CPU torch's kernel is the fastest for short rows in float32 only. Forward and backward in ms, 4 rows of 512 tokens, 6
-    heads of 64, one core of an AMD EPYC with AVX512-BF16: 75 in float32 and 76 in bfloat16, in blocks 55 and 31.
+    On a CPU torch's kernel is the fastest only for short rows in float32. Forward and backward of 4 rows of 512 tokens with 6
+    heads of 64 on one core of an AMD EPYC with AVX512-BF16: 75 ms in float32 and 76 in bfloat16; in blocks, 55 and 31.
     """
     query, key, value = (part.transpose(1, 2) for part in (query, key, value))           # (B, H | G, T, K)
     groups = query.shape[1] // key.shape[1]
@@ -76,19 +76,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
 
 
 def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn heads x (..., H, K) by the angles (..., K)."""
+    """Rotate heads x (..., H, K) by the angles with these cosines and sines (..., K)."""
     low, high = x.chunk(2, dim=-1)
     turned = torch.cat([-high, low], dim=-1)
     return (x * cos[..., None, :] + turned * sin[..., None, :]).to(x.dtype)
 
 
 def pad_input(x: Tensor, gather: Tensor, scatter: Tensor) -> Tensor:
-    """Rows x[gather] (slots, ...) of x (N, ...), whose slot `scatter` (N,) gets the gradient of each row."""
+    """x[gather] (slots, ...) for x (N, ...); the gradient of row i is the one of slot scatter[i], `scatter` (N,)."""
     return _PadInput.apply(x, gather, scatter)
 
 
 def unpad_input(x: Tensor, scatter: Tensor) -> Tensor:
-    """Rows x[scatter] (N, ...) of x (slots, ...), each at most once."""
+    """x[scatter] (N, ...) for x (slots, ...); `scatter` has no duplicates."""
     return _UnpadInput.apply(x, scatter)
 
 
@@ -97,14 +97,14 @@ def _next_type(x: Tensor) -> torch.dtype:
 
 
 def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x / sqrt(mean(x^2) + eps), in float32 at least, and the factor (..., 1) by which that is."""
+    """x / sqrt(mean(x^2) + eps), in float32 or wider, and the factor (..., 1) by which x was multiplied."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     factor = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     return x * factor, factor
 
 
 def _normed_backward(along: Tensor, d_normed: Tensor, normed: Tensor, factor: Tensor) -> Tensor:
-    """The gradient of x from that of `normed`, which is changed; `along` (..., 1) is the sum of their products."""
+    """The gradient of x from `d_normed`, which is overwritten; `along` (..., 1) is the sum of d_normed * normed."""
     return d_normed.addcmul_(normed, along, value=-1 / normed.shape[-1]).mul_(factor)
 
 
@@ -179,7 +179,7 @@ class _QKNormRoPE(torch.autograd.Function):
 
 
 class _Attend(torch.autograd.Function):
-    """Attention over blocks of queries; scores are computed again on the way back, so that memory grows with T alone."""
+    """Attention in blocks of queries; scores are recomputed in the backward pass, so that memory is linear in T."""
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
@@ -210,14 +210,14 @@ class _Attend(torch.autograd.Function):
 
 
 def _blocks(length: int, causal: bool) -> Iterator[tuple[slice, int]]:
-    """Blocks of queries, and how many keys each can see."""
+    """Blocks of queries, and how many keys each attends to."""
     for start in range(0, length, BLOCK):
         stop = min(start + BLOCK, length)
         yield slice(start, stop), stop if causal else length
 
 
 def _shares(q: Tensor, k: Tensor, rows: slice, seen: int, causal: bool) -> Tensor:
-    """What each query of a block takes of each key, (B*H, block, seen)."""
+    """Attention weights of a block of queries, (B*H, block, seen)."""
     scores = torch.bmm(q[:, rows] * q.shape[-1] ** -0.5, k[:, :seen].transpose(1, 2))
     if causal:
         own = scores[..., rows.start:]

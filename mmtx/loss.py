@@ -1,12 +1,12 @@
-"""Next-token cross entropy that never holds the scores of all tokens.
+"""Next-token cross entropy that never holds the logits of all tokens at once.
 
 Shapes: M targets, m of them in a chunk, D width, R rows of the output table, V vocabulary, P parts of an id.
 
-Two things keep it small. Tokens go in chunks whose scores stay in the cache, and each chunk's gradient is computed on
-the spot, as in Liger Kernel (https://arxiv.org/abs/2410.10989) and cut cross entropy (https://arxiv.org/abs/2411.09009).
-And codes whose rows are composed from digits need no score of their own: the score of a code is the sum of the scores of
-its digits, so the sum of exp(score) over all codes of a range is the product of the sums over each digit. That is exact:
-a range of 8 * 8 * 8 * 6 * 5 = 15 360 codes costs 35 scores.
+Two things keep memory small. Tokens are processed in chunks whose logits stay in the cache, and each chunk's gradient is
+computed right away, as in Liger Kernel (https://arxiv.org/abs/2410.10989) and cut cross entropy
+(https://arxiv.org/abs/2411.09009). And codes composed from digits need no logit of their own: the logit of a code is the
+sum of the logits of its digits, so the sum of exp(logit) over all codes of a range is the product of the sums over each
+digit. That is exact: a range of 8 * 8 * 8 * 6 * 5 = 15 360 codes costs 35 logits.
 """
 
 from typing import NamedTuple, cast
@@ -17,35 +17,35 @@ from torch.autograd.function import once_differentiable
 
 from mmtx.embedding import TokenEmbedding
 
-CHUNK = 2 ** 24  # scores that are held at a time
-NEAR = 2 ** 19   # scores that a core of a CPU keeps in its caches
+CHUNK = 2 ** 24  # logits held at a time
+NEAR = 2 ** 19   # logits that fit in the caches of a CPU core
 
 
 class TokenLoss(NamedTuple):
-    """The loss to minimise, with a gradient, and its terms for each target, without."""
+    """The loss to minimise, which has a gradient, and its terms for each target, which have none."""
 
     total: Tensor    # () sum over targets of weight * (loss + z_loss * log_sum ** 2)
     loss: Tensor     # (M,) cross entropy in nats
-    log_sum: Tensor  # (M,) log of the sum of exp(score) of what competes
+    log_sum: Tensor  # (M,) log of the sum of exp(logit) over the competing ids
 
 
 def next_token_loss(output: TokenEmbedding, hidden: Tensor, targets: Tensor, plain: int = 0,
                     weights: Tensor | None = None, z_loss: float = 0.0) -> TokenLoss:
-    """Hidden states (M, D) and the ids that should come next (M,) -> their loss.
+    """Hidden states (M, D) and target ids (M,) -> their loss.
 
     Args:
-        output: the table whose rows, composed or not, give the scores.
-        hidden: last hidden states.
-        targets: one id for each of them.
-        plain: in how many of them, which come first, only ids with a row of their own compete.
-        weights: what each target counts for, (M,); 1 by default.
-        z_loss: weight of the squared log-sum-exp, which keeps scores from drifting (https://arxiv.org/abs/2204.02311).
+        output: the output table, whose rows, composed or not, give the logits.
+        hidden: final hidden states (M, D).
+        targets: the id that should come next, for each of them.
+        plain: number of leading targets for which only ids with a row of their own compete.
+        weights: weight of each target, (M,); 1 by default.
+        z_loss: weight of the squared log-sum-exp, which keeps logits from drifting (https://arxiv.org/abs/2204.02311).
     """
     precise = torch.promote_types(hidden.dtype, torch.float32)
     weights = hidden.new_ones(len(targets), dtype=precise) if weights is None else weights.to(precise)
     parts = []
     first, *last = output.tables()
-    # Ids of text have rows of their own, and only the last run has others.
+    # All rows of the first run belong to plain ids; only the last run has rows of digits.
     own = (first, last[0][:output.plain - len(first)]) if last else (first[:output.plain],)
     for chosen, tables, groups in (
         (slice(None, plain), own, output.groups[:1]),
@@ -55,7 +55,7 @@ def next_token_loss(output: TokenEmbedding, hidden: Tensor, targets: Tensor, pla
             places = output.parts[targets[chosen]][:, :max(map(len, groups))]
             parts.append(_FusedLoss.apply(hidden[chosen], places, weights[chosen], groups, z_loss,
                                           torch.is_grad_enabled(), *tables))
-    if not parts:  # of no targets: 0, whose gradient is 0
+    if not parts:  # no targets: a loss of 0 with a gradient of 0
         empty = hidden.new_empty(0, dtype=precise)
         return TokenLoss(hidden.sum().to(precise) * 0.0, empty, empty)
     total, loss, log_sum = zip(*parts)
@@ -63,9 +63,10 @@ def next_token_loss(output: TokenEmbedding, hidden: Tensor, targets: Tensor, pla
 
 
 class _FusedLoss(torch.autograd.Function):
-    """Loss and gradient, chunk by chunk. `places` (M, P) are the rows that make up a target, R where there is none;
-    `groups` the sizes of runs of rows: those of a group are the digits of one range of ids. `tables` are the R rows in runs,
-    of which those that do not train get no gradient.
+    """Loss and gradient, chunk by chunk.
+
+    `places` (M, P) are the rows whose sum makes each target, padded with R. `groups` are numbers of rows: one for each digit
+    of each range of ids. `tables` are the R rows in consecutive runs, of which frozen ones get no gradient.
     """
 
     @staticmethod
@@ -84,7 +85,7 @@ class _FusedLoss(torch.autograd.Function):
             loss, log_sum = torch.empty(2, len(hidden), dtype=precise, device=hidden.device)
             size = min(len(hidden), max(1, CHUNK // total))
             near = max(1, NEAR // total) if hidden.device.type == "cpu" else size
-            # Made once: the system takes as long to clear a large block as a product takes to fill it.
+            # Allocated once: the system takes as long to zero a large block as a product takes to fill it.
             made = states.new_empty(size, total)
             exact = made.new_empty(min(near, size), total, dtype=precise) if dtype != precise else None
             products = [torch.empty_like(run) if train and dtype != precise else None for run, train in zip(rows, trains)]
@@ -108,7 +109,7 @@ class _FusedLoss(torch.autograd.Function):
                         if given is not some:
                             some.copy_(given)
                 if differentiate:
-                    # All that a target counts for goes to the narrow side of the products.
+                    # The weights of targets are applied to the narrow side of the products.
                     chunk = slice(start, start + size)
                     slope = (weights[chunk] * (1 + 2 * z_loss * log_sum[chunk]))[:, None]
                     for number, (run, some) in enumerate(zip(rows, of_runs)):
@@ -140,7 +141,7 @@ class _FusedLoss(torch.autograd.Function):
 
 
 def _softmax_(scores: Tensor, groups: tuple[tuple[int, ...], ...]) -> Tensor:
-    """Log-sum-exp over all ids (m,) of the scores of rows (m, R), which become its derivatives by them, in place."""
+    """Log-sum-exp over all ids (m,) from the logits of rows (m, R), which are overwritten with its gradient."""
     if len(groups) == 1 and len(groups[0]) == 1:
         return _shares_(scores)
     digits = iter(scores.split([size for group in groups for size in group], dim=-1))
@@ -149,13 +150,13 @@ def _softmax_(scores: Tensor, groups: tuple[tuple[int, ...], ...]) -> Tensor:
     log_sum = totals.logsumexp(0)
     for group, total in zip(runs, totals, strict=True):
         for run in group:
-            # The share of the range among all ids, times the share of the value among those of its digit.
+            # The probability of the range, times that of the value among those of its digit.
             run.mul_((total - log_sum).exp_()[:, None])
     return log_sum
 
 
 def _shares_(scores: Tensor) -> Tensor:
-    """Log-sum-exp (m,) of scores (m, n), which become their softmax: the highest tells by what all were divided."""
+    """Log-sum-exp (m,) of logits (m, n), which are overwritten with their softmax; it follows from the two maxima."""
     highest = scores.amax(1)
     torch.softmax(scores, 1, out=scores)
     return highest - scores.amax(1).log_()

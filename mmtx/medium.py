@@ -1,4 +1,4 @@
-"""Media as they come in and go out: pictures, sounds, and what is marked as one or the other.
+"""Media as inputs and outputs of the API: pictures, sounds, and objects marked as one or the other.
 
 Shapes: C channels, H height, W width, S samples.
 """
@@ -26,24 +26,24 @@ from mmtx.files import write_whole
 from mmtx.modality.base import Tokenizer
 from mmtx.modality.registry import MODALITIES, media_kinds
 
-THIN = 32         # times as long as wide: what is no picture
-WRITTEN = 2 ** 16  # samples that are given to libsndfile together: of some millions Vorbis ends the program
+THIN = 32         # times as long as wide: not a picture
+WRITTEN = 2 ** 16  # samples passed to libsndfile at a time: its Vorbis encoder crashes on some millions
 
 
 class Marked:
-    """Something that is said to be a medium of some kind."""
+    """An object marked as a medium of some kind."""
 
     kind: str
     data: Any
 
     def options(self) -> dict[str, Any]:
-        """For `Modality.read`."""
+        """Keyword arguments for `Modality.read`."""
         return {}
 
 
 @dataclass(frozen=True)
 class Medium(Marked):
-    """Marks something as a medium of any kind: a path, URL, or what the modality reads."""
+    """Marks a path, a URL, or any object that the modality reads, as a medium of the given kind."""
 
     kind: str
     data: Any
@@ -55,19 +55,19 @@ class Medium(Marked):
 
 @dataclass(frozen=True)
 class Image(Marked):
-    """Marks something as a picture: a path, URL, PIL image, uint8 or float array (H, W, C) or tensor (C, H, W)."""
+    """Marks an object as a picture: a path, URL, PIL image, uint8 or float array (H, W, C) or tensor (C, H, W)."""
 
     data: Any
-    kind: ClassVar[str] = "image"  # type: ignore[misc]  # of all, where a `Medium` has its own
+    kind: ClassVar[str] = "image"  # type: ignore[misc]  # one for all, where a `Medium` has its own
 
 
 @dataclass(frozen=True)
 class Audio(Marked):
-    """Marks something as a sound: a path, URL, or samples (S,) or (S, C) at `rate` Hz (None: the model's rate)."""
+    """Marks an object as a sound: a path, URL, or samples (S,) or (S, C) at `rate` Hz (None: the model's rate)."""
 
     data: Any
     rate: int | None = None
-    kind: ClassVar[str] = "audio"  # type: ignore[misc]  # of all, where a `Medium` has its own
+    kind: ClassVar[str] = "audio"  # type: ignore[misc]  # one for all, where a `Medium` has its own
 
     def options(self) -> dict[str, Any]:
         return {"source_rate": self.rate}
@@ -79,7 +79,7 @@ class Audio(Marked):
 
 @dataclass(frozen=True, eq=False)
 class ReadMedium(Marked):
-    """A medium as its tokenizer takes it, which `Model.read_medium` gives: decoded, in its size, still to be encoded."""
+    """A medium decoded and resized for its tokenizer, but not encoded yet; `Model.read_medium` returns it."""
 
     kind: str
     data: torch.Tensor
@@ -87,7 +87,7 @@ class ReadMedium(Marked):
 
     @property
     def blank(self) -> MediaPart:
-        """As many codes as it has, all 0: a stream with them is as long as that of the medium."""
+        """As many codes as it has, all 0, for the length of its stream without encoding it."""
         return MediaPart(self.kind, np.zeros(self.grid, np.int64))
 
 
@@ -98,10 +98,10 @@ class Sound(NamedTuple):
     rate: int
 
     def save(self, path: str | Path) -> None:
-        """Write it as a file, which appears whole or not at all; the extension chooses the format: .wav, .flac, .ogg, .mp3, .aiff,
-        .au, .caf, .w64, and others that libsndfile writes.
+        """Write it atomically to a file, whose extension chooses the format.
 
-        Raises InputError when there can be no such file, or these are no samples and their rate.
+        Formats are .wav, .flac, .ogg, .mp3, .aiff, .au, .caf, .w64, and others that libsndfile writes. Raises InputError if the
+        file cannot be written, or samples or rate are invalid.
         """
         import soundfile
 
@@ -121,17 +121,17 @@ class Sound(NamedTuple):
             with soundfile.SoundFile(file, "w", int(self.rate), channels, format=form[1:]) as sink:
                 for first in range(0, len(samples), WRITTEN):
                     sink.write(samples[first:first + WRITTEN])
-            write_whole(Path(os.path.realpath(path)), file.getvalue())  # a link stays
-        except (OSError, RuntimeError, TypeError, ValueError) as error:  # of which some are of soundfile, each with its own words
+            write_whole(Path(os.path.realpath(path)), file.getvalue())  # a link stays a link
+        except (OSError, RuntimeError, TypeError, ValueError) as error:  # soundfile's errors differ in where they keep the reason
             reason = getattr(error, "strerror", None) or getattr(error, "error_string", None) or error
             raise InputError(f"{path}: cannot be written ({reason})") from None
 
 
-Media = str | PILImage.Image | Sound | Any  # of further modalities, what they show
+Media = str | PILImage.Image | Sound | Any  # Any: what further modalities show
 
 
 def as_medium(item: Any) -> Marked:
-    """What something is when it is not marked as `Image`, `Audio` or `Medium`."""
+    """Mark an object by its type, shape or content, unless it is marked already. Raises InputError if that is unclear."""
     if isinstance(item, Marked):
         return item
     if isinstance(item, Sound):
@@ -155,8 +155,9 @@ def as_medium(item: Any) -> Marked:
 
 
 def could_be_sound(item: np.ndarray | torch.Tensor) -> bool:
-    """Whether an array that is no plain sound (S,) is too thin for a picture, and few enough channels for a sound, as
-    torchaudio (C, S) and soundfile (S, C) read it.
+    """Whether an array of 2 or 3 dimensions is too thin for a picture, but may be a sound with channels.
+
+    torchaudio reads sounds as (C, S), soundfile as (S, C).
     """
     if item.ndim not in (2, 3) or getattr(item, "is_nested", False):
         return False
@@ -168,9 +169,9 @@ def could_be_sound(item: np.ndarray | torch.Tensor) -> bool:
 
 
 def check_open(picture: PILImage.Image) -> None:
-    """Raise InputError where the file of a PIL image was closed before its pixels were read."""
+    """Raise InputError if a PIL image's file was closed before its pixels were read."""
     with OPENED:
-        if getattr(picture, "fp", None) is None:  # all are read, or no more can be
+        if getattr(picture, "fp", None) is None:  # all pixels are read, or no more can be
             try:
                 picture.load()
             except (ValueError, AttributeError, AssertionError):  # which of them depends on the format
@@ -188,5 +189,5 @@ def to_sound(tokenizer: Tokenizer, codes: np.ndarray) -> Sound:
 
 
 def to_array(tokenizer: Tokenizer, codes: np.ndarray) -> np.ndarray:
-    """Codes as what they stand for."""
+    """Codes of any kind as the array that they decode to."""
     return np.asarray(tokenizer.decode(codes))

@@ -1,12 +1,12 @@
-"""The decoder: token ids in, scores of the next id out.
+"""The decoder: token ids in, logits of the next id out.
 
 Shapes: B batch, T tokens, D width, H heads, G key-value heads, K head width, V vocabulary, A position axes.
 
-It is Qwen3's dense architecture (https://arxiv.org/abs/2505.09388) over a longer vocabulary: RMSNorm before each half of a
-block, grouped-query attention with RMSNorm on every query and key head (QK-norm), rotary positions, SwiGLU, no biases.
-Without QK-norm it is that of Llama, with biases on queries, keys and values too that of Qwen2. Projections that read the
-same input are one matrix. The codecs have the same block, not causal. And where a picture or sound is given, not generated,
-what its encoder saw before the quantizer, or an encoder of the decoder's own, can enter in place of its codes.
+It is Qwen3's dense architecture (https://arxiv.org/abs/2505.09388) over a longer vocabulary: pre-norm blocks with RMSNorm,
+grouped-query attention with RMSNorm on every query and key head (QK-norm), rotary positions, SwiGLU, no biases. Without
+QK-norm it is Llama's, and with biases on queries, keys and values as well, Qwen2's. Projections of the same input are fused
+into one matrix. The codecs use the same block without the causal mask. A picture or sound that is an input, not generated,
+can enter as features instead of codes: those of its codec before the quantizer, or of an encoder of the decoder's own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ from mmtx.varlen import Packing, attend_documents
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """Sizes of a block; `mlp_dim` is the inner width of the feed-forward half."""
+    """Sizes of a block; `mlp_dim` is the hidden width of the feed-forward layer."""
 
     width: int
     heads: int
@@ -39,14 +39,14 @@ class BlockConfig:
 
 
 def rotary_frequencies(pairs: int, theta: float, device: torch.device | None = None) -> Tensor:
-    """The angle of each pair a token, (pairs,), from 1 down to almost 1 / theta."""
+    """The angle of each pair in radians per token, (pairs,), from 1 down to almost 1 / theta."""
     return theta ** (-torch.arange(pairs, dtype=torch.float32, device=device) / pairs)
 
 
 def rotary_embedding(positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:
     """Cosine and sine (..., T, K) of the rotary angles (RoPE, https://arxiv.org/abs/2104.09864).
 
-    `positions` is (..., T) for a sequence or (..., T, A) for a grid; each axis turns its own share of the pairs.
+    `positions` is (..., T) for a sequence or (..., T, A) for a grid, where each axis rotates its own share of the pairs.
     """
     if positions.dim() < 3:
         positions = positions[..., None]
@@ -68,7 +68,7 @@ class FusedLinear(nn.Linear):
 
 
 class RMSNorm(nn.RMSNorm):
-    """`rms_norm` with its weight."""
+    """`rms_norm` as a module with its weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
@@ -93,7 +93,7 @@ class Attention(nn.Module):
         packing: Packing | None = None,
         look: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:                                    # (B, T, D)
-        """`look` replaces causal attention, for another mask or a key-value cache: queries, keys and values -> (B, T, H, K)."""
+        """`look` replaces causal attention, for another mask or a KV cache: queries, keys and values -> (B, T, H, K)."""
         query, key, value = self.heads(x, angles)
         if look is not None:
             y = look(query, key, value)
@@ -105,7 +105,7 @@ class Attention(nn.Module):
         return self.out(y.reshape(*x.shape[:2], self.config.heads * self.config.head_dim))
 
     def heads(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> Heads:
-        """Inputs (B, T, D) -> queries (B, T, H, K), keys and values (B, T, G, K), turned by their positions."""
+        """Inputs (B, T, D) -> queries (B, T, H, K), keys and values (B, T, G, K), with rotary positions applied."""
         c = self.config
         norms = (self.query_norm.weight, self.key_norm.weight) if c.qk_norm else (None, None)
         return qk_norm_rope(self.qkv(x), *norms, *angles, c.heads, c.kv_heads, c.norm_eps)
@@ -124,7 +124,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each on a normalised input and added to the stream (B, T, D)."""
+    """Attention and feed-forward, each with pre-norm and added to the residual stream (B, T, D)."""
 
     def __init__(self, config: BlockConfig):
         super().__init__()
@@ -140,10 +140,10 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A stack of causal blocks between an embedding and, by default, the same matrix as output."""
+    """A stack of causal blocks between an embedding and an output matrix, which are tied by default."""
 
     def __init__(self, config: DecoderConfig, encoder: Callable[[EncoderConfig | EfficientNetConfig], nn.Module] | None = None):
-        """`encoder` makes the encoders that a configuration may have, `build_encoder` of mmtx/modality/encoder.py."""
+        """`encoder` builds the encoders that a configuration may have: `build_encoder` of mmtx/modality/encoder.py."""
         super().__init__()
         if config.encoders and encoder is None:
             raise TypeError("Decoder: found a configuration with encoders, expected build_encoder as the second argument")
@@ -161,7 +161,7 @@ class Decoder(nn.Module):
 
     def forward(self, ids: Tensor, positions: Tensor, packing: Packing | None = None,
                 features: Mapping[str, Features] | None = None) -> Tensor:
-        """Ids and their positions (B, T) -> hidden states (B, T, D); documents of a packed batch do not see each other."""
+        """Ids and their positions (B, T) -> hidden states (B, T, D); with `packing`, each document attends only to itself."""
         x = self.embed(ids, features)
         angles = rotary_embedding(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
@@ -170,7 +170,7 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def embed(self, ids: Tensor, features: Mapping[str, Features] | None = None) -> Tensor:
-        """Inputs (B, T, D) of the first block: the embedding of each id, or its features where the model takes them."""
+        """Inputs (B, T, D) of the first block: embeddings of the ids, or features of media whose kind the model takes."""
         x = self.embedding(ids)
         for kind, given in (features or {}).items():
             if kind in self.projections:
@@ -182,7 +182,7 @@ class Decoder(nn.Module):
         return x
 
     def logits(self, hidden: Tensor, matrix: Tensor | None = None) -> Tensor:
-        """Hidden states (..., D) -> scores of every id (..., V); `matrix` saves composing it again."""
+        """Hidden states (..., D) -> logits of every id (..., V); passing `matrix` saves composing it again."""
         return hidden @ (self.output_matrix() if matrix is None else matrix).to(hidden.dtype).T
 
     def output_matrix(self, plain: bool = False) -> Tensor:
@@ -191,7 +191,7 @@ class Decoder(nn.Module):
 
 
 def initialise(module: nn.Module, depth: int) -> None:
-    """Normal(0, 0.02) weights; matrices that write into the stream are scaled by 1/sqrt(2 * depth) (GPT-2)."""
+    """Normal(0, 0.02) weights; matrices that write to the residual stream are scaled by 1/sqrt(2 * depth) (GPT-2)."""
     for name, parameter in module.named_parameters():
         if parameter.dim() < 2:
             continue

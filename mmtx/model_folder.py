@@ -20,7 +20,7 @@ DEFAULT_MODEL = "demos/starter"
 
 
 class ModelParts(NamedTuple):
-    """What a model folder holds beside the weights of the decoder."""
+    """The contents of a model folder except the decoder's weights."""
 
     config: DecoderConfig
     vocabulary: Vocabulary
@@ -29,7 +29,10 @@ class ModelParts(NamedTuple):
 
 
 def read_model(folder: str | Path | None) -> ModelParts:
-    """What `load` reads beside the weights of the decoder, all of which fits together, and where it lies."""
+    """Read everything in a model folder except the decoder's weights, and check that it fits together.
+
+    None is the model that comes with mmtx. Raises InputError.
+    """
     folder = shipped(DEFAULT_MODEL) if folder is None else find_model(folder)
     config = read_model_config(folder)
     vocabulary = Vocabulary.load(folder / "vocabulary.json")
@@ -55,11 +58,11 @@ def read_model(folder: str | Path | None) -> ModelParts:
 
 
 def read_model_config(folder: Path) -> DecoderConfig:
-    """What config.json of a model says. Raises InputError that tells what the folder is instead, and where a model is."""
+    """Read a model's config.json. Raises InputError that says what the folder is instead, or where a model is."""
     path = folder / CONFIG
     if not folder.is_dir():
         raise InputError(f"{folder}: found a file, expected the folder of a model")
-    for inner in ("model", "../model"):  # of a run, or of its checkpoints
+    for inner in ("model", "../model"):  # in a run, or next to its checkpoints
         if not path.exists() and (folder / inner / CONFIG).exists():
             raise InputError(f"{path}: no such file; did you mean {(folder / inner).resolve() if '..' in inner else folder / inner}?")
     values = read_json(path)
@@ -74,7 +77,7 @@ def read_model_config(folder: Path) -> DecoderConfig:
 
 def model_files(config: DecoderConfig, weights: Mapping[str, Runs], vocabulary: Vocabulary,
                 tokenizers: Mapping[str, Tokenizer]) -> Iterator[tuple[str, Content]]:
-    """What a model folder holds, one file after another."""
+    """The files of a model folder, as names and contents."""
     yield WEIGHTS, to_parts(weights)
     yield CONFIG, write_json({"format": FORMAT, "decoder": config.to_dict()})
     yield "vocabulary.json", vocabulary.to_json()

@@ -57,12 +57,12 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 AUDIO_TOKENIZER = "tokenizers/audio"
-BATCH = 32  # media that are encoded, and prompts that are answered, together
-# A batch never holds more than this, but for one medium or prompt that is larger alone: memory follows the longest of
-# many, not their number. On a CPU up to MOST_THREADS batches are under way.
+BATCH = 32  # most media encoded together, and most prompts answered together
+# A batch never holds more than this, except for a single medium or prompt that is larger: memory depends on the longest of
+# many, not on their number. On a CPU up to MOST_THREADS batches run at a time.
 BATCH_TOKENS = 16_384   # of prompts, padding included
-BATCH_VALUES = 2 ** 21  # numbers of media as their tokenizer reads them: 131 s of sound, or 170 pictures of 64 pixels a side
-SHORT = 64              # tokens of a prompt up to which padding costs less than one more batch
+BATCH_VALUES = 2 ** 21  # values of media as their tokenizer reads them: 131 s of sound, or 170 pictures of 64 pixels a side
+SHORT = 64              # length of a prompt in tokens up to which padding costs less than another batch
 
 
 @neutral()
@@ -71,16 +71,16 @@ def load(folder: str | Path | None = None, device: str | torch.device | None = N
     """Load a model folder.
 
     Args:
-        folder: what training wrote, or the name of a model on the Hugging Face hub ("user/model", "user/model@revision"); by
-            default the small model that comes with the package, whatever lies in the current directory.
+        folder: a folder written by training, or the name of a model on the Hugging Face hub ("user/model", "user/model@revision");
+            by default the small model that comes with the package, regardless of the current directory.
         device: by default the GPU if there is one.
-        load_in_8bit: decode with 8-bit weights, on a CPU: long answers come faster, and now and then another token is the best.
-            Everything but decoding keeps the full precision.
-        dtype: of the decoder's weights, one of DTYPES: "bfloat16" halves their memory and the time of reading them, on a GPU and on a
+        load_in_8bit: decode with 8-bit weights, on a CPU: long answers are faster, and occasionally another token is the best.
+            Everything but decoding keeps full precision.
+        dtype: of the decoder's weights, one of DTYPES: "bfloat16" halves their memory and the time to read them, on a GPU and on a
             CPU with instructions for it (AVX512-BF16), and keeps 8 bits of precision of each.
 
     Raises:
-        InputError: the folder is not a whole model, or does not fit its tokenizers; 8 bits on another device than a CPU;
+        InputError: the folder is not a complete model, or does not fit its tokenizers; 8 bits on a device other than a CPU;
             another dtype.
     """
     if (name := str(dtype).removeprefix("torch.")) not in DTYPES:
@@ -93,16 +93,16 @@ def load(folder: str | Path | None = None, device: str | torch.device | None = N
     return Model(decoder, vocabulary, tokenizers).to(device).prepare_for_inference(load_in_8bit)
 
 
-_LAYING_OUT = threading.Lock()  # one for all models: with one of its own none could be pickled
+_LAYING_OUT = threading.Lock()  # shared by all models: a model with a lock of its own could not be pickled
 
 
 class Model:
-    """A decoder with its tokenizers. Make one with `mmtx.load`.
+    """A decoder with its tokenizers, as `mmtx.load` returns it.
 
-    Many threads may ask one model at the same time, and each gets the answers that it would get alone; only `to`,
-    `prepare_for_inference` and changes of the weights must wait until nobody asks. A model can be copied (`copy.deepcopy`),
-    pickled, and given to other processes: spawned, or forked. The threads of torch do not survive a fork, so the first call in the
-    child sets torch to one thread. What the program set in torch (`mmtx.ambient`) changes no answer.
+    Many threads may use one model concurrently, and each gets the answers that it would get alone; only `to`,
+    `prepare_for_inference` and changes of the weights must not overlap with other calls. A model can be copied (`copy.deepcopy`),
+    pickled, and used in other processes, spawned or forked. Torch's threads do not survive a fork, so the first call in the child
+    sets torch to one thread. Global settings of torch in the program do not change answers (`mmtx.ambient`).
     """
 
     def __init__(self, decoder: Decoder, vocabulary: Vocabulary, tokenizers: Mapping[str, Tokenizer]):
@@ -112,7 +112,7 @@ class Model:
         self._laid_out: tuple = ()  # `_versions` when `_weights` were made
 
     def __getstate__(self) -> dict[str, Any]:
-        # They are views of parameters, which can be made again but not copied.
+        # The laid-out weights are views of parameters, which can be remade but not copied.
         return {**self.__dict__, "_weights": None if self._weights is None else self._weights.in_8_bits}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -122,10 +122,10 @@ class Model:
 
     @neutral()
     def prepare_for_inference(self, load_in_8bit: bool = False) -> "Model":
-        """Lay out the decoder's weights for decoding, which makes long answers of one prompt on a CPU up to twice as fast.
+        """Lay out the decoder's weights for decoding, which makes long answers to one prompt on a CPU up to twice as fast.
 
-        `mmtx.load` does it, and tells what `load_in_8bit` is. After `to` call it again. Where the weights have changed since, by
-        training or `load_state_dict`, the next answer does it; changes made through `Parameter.data` are not detected.
+        `mmtx.load` calls it, and explains `load_in_8bit`. Call it again after `to`. If weights have changed since, by training or
+        `load_state_dict`, the next answer lays them out again; changes through `Parameter.data` are not detected.
         """
         device = self.decoder.embedding.weight.device
         if load_in_8bit and device.type != "cpu":
@@ -137,11 +137,11 @@ class Model:
         return self
 
     def _versions(self) -> tuple[tuple[int, int], ...]:
-        """Where each weight of the decoder lies, and how often it was written to."""
+        """The address of each weight of the decoder, and how often it was written to."""
         return tuple((weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in self.decoder.parameters())
 
     def _ready(self) -> Weights | None:
-        """The weights as they were laid out, anew if they have changed since."""
+        """The weights as laid out for decoding, laid out again if they have changed."""
         if self._weights is not None and self._laid_out != self._versions():
             with _LAYING_OUT:
                 if self._laid_out != self._versions():
@@ -159,22 +159,22 @@ class Model:
             for module in (self.decoder, *self.tokenizers.values()):
                 if isinstance(module, torch.nn.Module):
                     module.to(place).eval()
-        except (RuntimeError, TypeError, ValueError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        except (RuntimeError, TypeError, ValueError, AssertionError) as error:  # AssertionError: torch was built without CUDA
             raise InputError(f"device: {device} cannot be used ({str(error).splitlines()[0]})") from None
         return self
 
     def save(self, folder: str | Path) -> None:
-        """Write a self-contained model folder, which appears whole or not at all.
+        """Write a self-contained model folder, atomically.
 
-        Raises InputError when there is something that mmtx did not write, or no room.
+        Raises InputError if the folder holds something that mmtx did not write, or if there is no room.
         """
         replace_folder(folder, self._files())
 
     def push_to_hub(self, name: str, private: bool | None = None) -> str:
-        """Send the model folder to the Hugging Face hub as "user/model", with a card -> its address.
+        """Upload the model folder to the Hugging Face hub as "user/model", with a model card -> its URL.
 
-        A card that is there and was not written by mmtx stays. Who sends it is said by `hf auth login` or HF_TOKEN. `private`: who
-        may see a new one, None as the user's settings say. Raises InputError when the hub refuses, or cannot be reached.
+        An existing card that mmtx did not write is kept. Credentials are those of `hf auth login` or HF_TOKEN. `private` is the
+        visibility of a new repository; None: as in the user's settings. Raises InputError if the hub refuses, or is unreachable.
         """
         count = sum(parameter.numel() for parameter in self.decoder.parameters())
         card = model_card(name, self.decoder.config, self.vocabulary, count, self.vocabulary.chat_format is not None)
@@ -187,19 +187,19 @@ class Model:
 
     @neutral()
     def caption(self, media: Any, *, start_index: int = 0, **sampling: Any) -> str | list[str]:
-        """Say what a picture or a sound is.
+        """Caption pictures or sounds.
 
         Args:
             media: a path or URL, PIL image, array, tensor, `Image` or `Audio`, or a list of these. A 1-D array is a
-                sound at the model's rate (use `Audio` to give another), any other array a picture; one that could be
-                a sound of some channels must be marked.
-            start_index: the place of the first medium where a longer list is captioned part by part: with a `seed`, the random
-                choices of an answer are those of its place.
+                sound at the model's sample rate (use `Audio` for another), any other array a picture; an array that could
+                be a multi-channel sound must be marked as `Image` or `Audio`.
+            start_index: index of the first medium if a longer list is captioned in parts: with a `seed`, the random
+                choices of an answer depend on its index.
             **sampling: fields of `Sampling`; greedy by default.
 
         Returns:
             A caption, or a list of captions for a list. Many at once are much faster than one by one: up to 32 of
-            about the same length share a batch, within a bound of memory (`BATCH_TOKENS`, `BATCH_VALUES`).
+            about the same length share a batch, within limits on memory (`BATCH_TOKENS`, `BATCH_VALUES`).
         """
         if not (isinstance(start_index, Integral) and start_index >= 0):
             raise InputError(f"start_index: found {start_index!r:.100}, expected a whole number, 0 or more")
@@ -211,19 +211,19 @@ class Model:
 
     @neutral()
     def caption_documents(self, documents: Iterable[Document], sampling: Sampling = Sampling()) -> list[str]:
-        """Answer documents of codes (everything up to the last user turn) in text."""
+        """Answer documents of codes (everything up to the last user turn) with text."""
         if not isinstance(sampling, Sampling):
             raise InputError(f"sampling: found {type(sampling).__name__}, expected a Sampling")
         return self._answer_texts([_up_to_last_user(document) for document in _documents(documents)], sampling)
 
     @neutral()
     def transcribe(self, sounds: Any, *, chunk_length_s: float = 3.5) -> str | list[str]:
-        """Write down what is said in a sound: words, where `caption` says what a sound is.
+        """Transcribe speech; `caption`, in contrast, describes a sound.
 
         Args:
-            sounds: as `caption` takes them, a sound or a list of them.
-            chunk_length_s: seconds; longer ones are cut at pauses, and what is said in the pieces is joined. Best is the
-                length of most sounds that the model was trained with, by default that of `demos/speech`.
+            sounds: a sound in any form that `caption` takes, or a list of them.
+            chunk_length_s: seconds; longer sounds are cut at pauses, and the transcripts of the pieces are joined. Best is
+                the length of most training sounds; the default is that of `demos/speech`.
 
         Returns:
             A transcript, or a list for a list.
@@ -238,14 +238,14 @@ class Model:
         media = self._as_list(sounds, as_medium)
         tokenizer: Any = self.tokenizers.get("audio")
         said: list[list[str]] = [[] for _ in media]
-        held: list[tuple[int, torch.Tensor]] = []  # pieces, each with the number of its sound
+        held: list[tuple[int, torch.Tensor]] = []  # pieces, each with the index of its sound
         for number, medium in enumerate(media):
             with numbered("item", number, len(media)):
                 if medium.kind != "audio":
                     raise InputError(f"found {medium.kind}, expected audio")
                 held += [(number, piece) for piece in cut_at_pauses(self.read_medium(medium).data, tokenizer.rate, chunk_length_s)]
             if sum(len(piece) for _, piece in held) >= BATCH_VALUES or number == len(media) - 1:
-                # Each anew as a sound of its own, as loud as those that were trained with.
+                # Each piece is a new sound, so it gets the loudness of those in training.
                 parts = self.encode_parts([Audio(piece, tokenizer.rate) for _, piece in held], codes=False)
                 for (owner, _), text in zip(held, self.transcribe_documents([Document((Turn("user", (part,)),)) for part in parts])):
                     said[owner].append(text.strip())
@@ -254,7 +254,7 @@ class Model:
 
     @neutral()
     def transcribe_documents(self, documents: Iterable[Document]) -> list[str]:
-        """Answer documents, of whose last user turn the last part is a sound, with what is said in it."""
+        """Transcribe the sound with which the last user turn of each document ends."""
         self._check_transcribes()
         text, asked = self.tokenizers["text"], [_up_to_last_user(document) for document in _documents(documents)]
         for number, document in enumerate(asked):
@@ -269,7 +269,7 @@ class Model:
 
     @property
     def transcribes(self) -> bool:
-        """Whether it was trained to write down what is said (`model.ctc` of a training configuration)."""
+        """Whether the model was trained to transcribe (`model.ctc` of a training configuration)."""
         return self.decoder.config.ctc_blocks is not None
 
     def _check_transcribes(self) -> None:
@@ -283,7 +283,7 @@ class Model:
 
     def _answer(self, prompts: Sequence[Prompt], out: str, sampling: Sampling,
                 prefix: Sequence[int] = (), first: int = 0) -> list[list[int]]:
-        """The ids of each answer, `prefix` first, without <end>; the first prompt has the place `first` of all."""
+        """The ids of each answer, with `prefix` but without <end>; `first` is the index of the first prompt in a longer list."""
         answers: list[list[int]] = [[]] * len(prompts)
         write = lambda chosen: generate(self.decoder, self.grammar, [prompts[i] for i in chosen], out, sampling,
                                         prefix, weights=self._ready(), places=[first + i for i in chosen])
@@ -293,10 +293,10 @@ class Model:
 
     def _in_batches(self, run: Callable[[Sequence[int]], Sequence[Any]],
                     batches: Sequence[Sequence[int]]) -> Iterator[tuple[int, Any]]:
-        """Run batches of numbers -> each number with its result.
+        """Run batches of indices -> each index with its result.
 
-        On a CPU several batches run at a time in a thread each, where torch would share the work of single operations
-        among as many threads: these are too small for that, and reading media would wait for none of it.
+        On a CPU several batches run at a time, in one thread each. Torch would instead split each operation among as many
+        threads: operations are too small for that, and reading media would not run in parallel at all.
         """
         on_cpu = self.decoder.embedding.weight.device.type == "cpu"
         threads = min(torch.get_num_threads(), MOST_THREADS, len(batches)) if on_cpu else 1
@@ -312,8 +312,8 @@ class Model:
 
         Args:
             parts: text (str), pictures and sounds (`Path`, PIL image, array, tensor, `Image`, `Audio`), or a list of them.
-            out: "text", "image" or "audio"; or "any", and the model chooses.
-            size: height and width in pixels of a picture, by default the tokenizer's own; multiples of its patch.
+            out: "text", "image" or "audio"; with "any" the model chooses.
+            size: height and width of a picture in pixels, multiples of the tokenizer's patch; by default the tokenizer's size.
             **sampling: fields of `Sampling`; greedy by default.
 
         Returns:
@@ -324,7 +324,7 @@ class Model:
     @neutral()
     def generate_batch(self, prompts: Iterable[Any], out: str = "text", size: tuple[int, int] | None = None,
                        **sampling: Any) -> list[Any]:
-        """`generate` for each prompt: many at once are much faster than one by one."""
+        """`generate` for each prompt; many at once are much faster than one by one."""
         asked, prefix = self._as_list([*each(prompts, "prompt")], self._prompt, "prompt"), self._size_prefix(out, size)
         answers = [self._to_media(ids) for ids in self._answer(asked, out, Sampling.of(**sampling), prefix)]
         return answers if out == "any" else [answer[0] if answer else "" for answer in answers]
@@ -335,9 +335,9 @@ class Model:
 
         Args:
             picture: in any form that `caption` takes.
-            rows: pixel rows that are kept, of the picture in the tokenizer's size; a multiple of its patch, by default
-                the upper half. Kept are their codes, which the encoder gave them in sight of the rest.
-            parts: what the picture shall show, as in `generate`; by default nothing is said.
+            rows: number of pixel rows to keep, of the picture in the tokenizer's size; a multiple of its patch, by default
+                the upper half. Their codes are kept, which the encoder computed from the whole picture.
+            parts: what the picture is to show, as in `generate`; by default no prompt.
             **sampling: fields of `Sampling`; greedy by default.
         """
         if rows is not None and not isinstance(rows, Integral):
@@ -353,13 +353,13 @@ class Model:
 
     @neutral()
     def continue_audio(self, sound: Any, seconds: float = 1.0, parts: Any = (), **sampling: Any) -> Sound:
-        """Let a sound go on: its reconstruction, and what the model hears behind it.
+        """Continue a sound -> its reconstruction, followed by the continuation.
 
         Args:
             sound: in any form that `caption` takes.
-            seconds: how much may be added; the model may end the sound before.
-            parts: what the sound shall be, as in `generate`; by default nothing is said.
-            **sampling: fields of `Sampling` but `max_new_tokens`; greedy by default.
+            seconds: most seconds to add; the model may end the sound earlier.
+            parts: what the sound is to be, as in `generate`; by default no prompt.
+            **sampling: fields of `Sampling` except `max_new_tokens`; greedy by default.
         """
         if not (isinstance(seconds, Real) and 0 < seconds <= MAX_SECONDS):
             raise InputError(f"seconds: found {seconds!r:.100}, expected more than 0, up to {MAX_SECONDS}")
@@ -372,7 +372,7 @@ class Model:
         return self._to_media(self._answer([self._prompt(parts)], "audio", limited, prefix)[0])[0]
 
     def _given(self, medium: Any, kind: str) -> Part:
-        """The codes of a medium. Raises InputError when it is of another kind."""
+        """The encoded part of a medium. Raises InputError if it is of another kind."""
         part = self.encode_parts([as_medium(medium)])[0]
         if part.kind != kind:
             raise InputError(f"found {part.kind}, expected {kind}")
@@ -380,11 +380,11 @@ class Model:
 
     @neutral_steps
     def stream(self, parts: Any, out: str = "text", size: tuple[int, int] | None = None, **sampling: Any) -> Iterator[Media]:
-        """Like `generate`, but yields text and sounds in pieces as they are written, and pictures when they are whole.
+        """As `generate`, but yields text and sounds in pieces as they are generated, and pictures when they are complete.
 
-        The samples of all pieces of a sound are those that `generate` gives, up to rounding. A code changes samples of its own
-        chunk and `vocoder.context` frames around it (with the shipped codec chunks of 0.8 s and 0.28 s), so a piece comes when
-        the codes up to there have been written. Without a vocoder a sound, too, comes when it is whole: Griffin-Lim needs all of it.
+        The samples of all pieces of a sound are those of `generate`, up to rounding. A code affects samples of its own chunk and of
+        `vocoder.context` frames around it (with the shipped codec, chunks of 0.8 s, and 0.28 s), so a piece comes once all codes
+        that affect it are generated. Without a vocoder a sound comes only when complete, since Griffin-Lim needs all of it.
         """
         v, decode = self.vocabulary, self.tokenizers["text"].decode
         prefix = self._size_prefix(out, size)
@@ -394,8 +394,8 @@ class Model:
         ids = (int(step[0]) for step in asked)
         for ident in ids:
             writing = bool(pending) and v.kind(pending[0]) == "text"
-            if writing and (v.kind(ident) != "text" or ident == v.end):  # in a chat format the end is text, too
-                # Bytes that did not become a character were held back.
+            if writing and (v.kind(ident) != "text" or ident == v.end):  # in a chat format <end> is text, too
+                # Bytes of an incomplete character were held back.
                 if rest := decode(pending)[shown:]:
                     yield rest
                 pending, shown = [], 0
@@ -407,7 +407,7 @@ class Model:
             pending.append(ident)
             if v.kind(pending[0]) == "text":
                 text = decode(pending)
-                # A character may need several byte pieces: wait until it is whole.
+                # A character may need several byte pieces: wait until it is complete.
                 if not text.endswith("\ufffd") and len(text) > shown:
                     yield text[shown:]
                     shown = len(text)
@@ -417,7 +417,8 @@ class Model:
 
     @neutral_steps
     def stream_sound(self, ids: Iterator[int]) -> Iterator[Sound]:
-        """Ids of a sound, which are taken up to its end -> the sound in pieces as they come, or whole: as `stream` tells."""
+        """Consume ids up to the end of a sound -> the sound in pieces, or whole without a vocoder, as `stream` explains."""
+        self._check_kind("audio")
         if getattr(self._voice, "vocoder", None) is None:
             yield to_sound(self._voice, np.concatenate([*self._time_steps(ids)]))
             return
@@ -425,7 +426,7 @@ class Model:
             yield Sound(samples.numpy(), self._voice.rate)
 
     def _time_steps(self, ids: Iterator[int]) -> Iterator[np.ndarray]:
-        """Ids of a sound, which are taken up to its end -> its codes, a time step (1, bands) at a time."""
+        """Consume ids up to the end of a sound -> its codes, one time step (1, bands) at a time."""
         v, step = self.vocabulary, []
         for ident in ids:
             if ident == v.closing("audio"):
@@ -440,8 +441,9 @@ class Model:
     def stream_ids(self, prompts: Sequence[Prompt], out: str = "text", size: tuple[int, int] | None = None,
                    sampling: Sampling = Sampling(), places: Sequence[int] | None = None, wanted: torch.Tensor | None = None,
                    choose: Choose = choose_engine) -> Iterator[torch.Tensor]:
-        """Ids of the answers to prompts, one for each (B,) at a time, as `inference.generation.steps` tells; those that
-        `size` gives are among them, so that each column is a whole answer.
+        """Ids of the answers to prompts, one per prompt (B,) at a time, as in `inference.generation.steps`.
+
+        The ids that `size` determines are included, so that each row of the batch gets a complete answer.
         """
         prefix = self._size_prefix(out, size)
         for ident in prefix:
@@ -449,17 +451,17 @@ class Model:
         yield from steps(self.decoder, self.grammar, prompts, out, sampling, prefix, self._ready(), places, choose, wanted)
 
     def _prompt(self, parts: Any, codes: bool = False) -> Prompt:
-        """What `generate` takes as a user turn to be answered; `codes` as in `encode_parts`."""
+        """The parts of `generate` as a user turn to be answered; `codes` as in `encode_parts`."""
         return prompt(Document((Turn("user", self._parts(parts, codes)),)), self.vocabulary)
 
     def _parts(self, parts: Any, codes: bool = True) -> tuple[Part, ...]:
-        """What `generate` takes, in which a str is text, whatever it says."""
+        """The parts of `generate`, encoded; a str is always text, never a path."""
         as_media = lambda item: item if isinstance(item, str) else as_medium(item)
         return tuple(self.encode_parts(self._as_list(parts if _is_list(parts) else [parts], as_media), codes))
 
     @staticmethod
     def _as_list(items: Sequence[Any], make: Callable[[Any], Any], name: str = "item") -> list[Any]:
-        """`make` of each, errors with its number."""
+        """Apply `make` to each item; errors state its number."""
         made = []
         for number, item in enumerate(items):
             with numbered(name, number, len(items)):
@@ -494,12 +496,12 @@ class Model:
     # -- Vectors ---------------------------------------------------------------------------------------------
 
     def embed(self, parts: Any) -> np.ndarray:
-        """Text, pictures and sounds (as in `generate`) -> a vector of length 1 (D,): the mean of the last hidden states."""
+        """Text, pictures and sounds (as in `generate`) -> a unit vector (D,): the normalised mean of the final hidden states."""
         return self.embed_prompt(self._prompt(parts))
 
     @neutral()
     def embed_prompt(self, asked: Prompt) -> np.ndarray:
-        """`embed` of a stream."""
+        """As `embed`, for a prompt."""
         device = self.decoder.embedding.weight.device
         with torch.inference_mode():
             ids, _, features = pad([asked], device)
@@ -512,9 +514,9 @@ class Model:
 
         Args:
             parts: as in `generate`.
-            answer: what is said of them; by default what the model says, greedily.
+            answer: the answer to explain; by default the model's own, greedy.
         """
-        asked = self._prompt(parts, codes=True)  # which the maps show
+        asked = self._prompt(parts, codes=True)  # the maps show codes
         ids = self._answer([asked], "text", Sampling())[0] if answer is None else self.tokenizers["text"].encode(answer)
         return attention_maps(self.decoder, self.vocabulary, self.tokenizers, asked, ids)
 
@@ -524,11 +526,13 @@ class Model:
     def tokenize(self, parts: Any, format: Literal["document", "chat"] = "document", out: str = "text") -> list[int]:
         """Text, pictures and sounds (as in `generate`) -> their ids.
 
-        Those of a plain document, <bos> and <eos> included; or, with "chat", the prompt that `generate` would answer with `out`,
-        for engines that take ids.
+        By default those of a plain document, with <bos> and <eos>; with "chat", those of the prompt that `generate` would answer
+        with `out`, for engines that take ids.
         """
         if format not in ("document", "chat"):
             raise InputError(f"format: found {format!r:.40}, expected document or chat")
+        if format == "document" and out != "text":
+            raise InputError(f"out: found {out!r:.40} with format='document', expected it with format='chat' alone")
         if format == "chat":
             return [*self._prompt(parts, codes=True).ids.tolist(), *self._size_prefix(out, None)]
         return render(Document((Turn(None, self._parts(parts)),)), self.vocabulary).ids.tolist()
@@ -548,7 +552,7 @@ class Model:
 
     @neutral()
     def read_medium(self, item: Marked) -> ReadMedium:
-        """Decode a medium, so that `encode_parts` can encode it beside others. Raises InputError where it is none."""
+        """Decode a medium, so that `encode_parts` can encode it together with others. Raises InputError if it is not valid."""
         item = as_medium(item)
         self._check_kind(item.kind)
         medium = self._read(item)
@@ -556,9 +560,9 @@ class Model:
 
     @neutral()
     def encode_documents(self, documents: Iterable[Document], codes: bool = True) -> list[Document]:
-        """Documents with a `ReadMedium` in place of some parts -> with codes, each as it would be encoded alone.
+        """Encode each `ReadMedium` in documents, with the same result as if it were encoded alone.
 
-        Without `codes` these are 0 where that changes no answer: in prompts of users of whom the decoder reads patches.
+        Without `codes`, codes are 0 where that changes no answer: in user turns, if the decoder reads patches.
         """
         documents = _documents(documents)
         codes = codes or any(isinstance(part, ReadMedium) and turn.role != "user" for document in documents
@@ -568,7 +572,7 @@ class Model:
                 for document in documents]
 
     def prompt_length(self, document: Document) -> int:
-        """Tokens of the prompt that a document makes, whose media need not be encoded yet."""
+        """Number of tokens of a document's prompt; its media need not be encoded yet."""
         (document,) = _documents([document])
         blank = lambda part: part.blank if isinstance(part, ReadMedium) else part
         turns = tuple(replace(turn, parts=tuple(map(blank, turn.parts))) for turn in document.turns)
@@ -580,9 +584,9 @@ class Model:
 
     @neutral()
     def encode_parts(self, media: Iterable[str | Marked | Part], codes: bool = True) -> list[Part]:
-        """Text and media -> parts of codes and features; media of a kind go through their tokenizer together.
+        """Text and media -> parts of codes and features; media of a kind are encoded in batches.
 
-        Without `codes` they are 0 where the model has its own encoder, and so does not read them in a user turn.
+        Without `codes`, codes are 0 if the model has its own encoder, and so does not read them in a user turn.
         """
         media = listed(media, "item", (str, Marked, Part), "text, Image, Audio, Medium or a part of a document")
         parts: list[Part | None] = [item if isinstance(item, Part) else None for item in media]
@@ -600,7 +604,7 @@ class Model:
         return parts
 
     def _embed(self, kind: str, media: Sequence[Any], chosen: Sequence[int], codes: bool) -> list[Encoding]:
-        """The encodings of some media of a kind, of which no more than BATCH_VALUES are held at a time."""
+        """The encodings of some media of a kind, in batches of about BATCH_VALUES values, to bound memory."""
         encodings: list[Encoding] = []
         held: list[torch.Tensor] = []
         for i in chosen:
@@ -633,7 +637,7 @@ class Model:
 
     @cached_property
     def _voice(self) -> Any:
-        """What makes sounds: the audio tokenizer or, where it lacks a vocoder and the codes are the same, the shipped one."""
+        """The tokenizer that decodes sounds: the model's own or, if it lacks a vocoder and has the same codes, the shipped one."""
         own = self.tokenizers["audio"]
         if getattr(own, "vocoder", own) is None:
             other = load_tokenizer(shipped(AUDIO_TOKENIZER))
@@ -648,8 +652,9 @@ def _up_to_last_user(document: Document) -> Document:
 
 
 def by_length(lengths: Sequence[int]) -> list[list[int]]:
-    """Numbers of prompts in batches: neighbours in length, so that little more than half of a batch is padding at most, and
-    within BATCH and BATCH_TOKENS.
+    """Indices of prompts, batched by similar length, within BATCH and BATCH_TOKENS.
+
+    At most half of a batch is padding, unless its shortest prompt has fewer than SHORT tokens.
     """
     batches: list[list[int]] = []
     for number in sorted(range(len(lengths)), key=lengths.__getitem__):
@@ -663,7 +668,7 @@ def by_length(lengths: Sequence[int]) -> list[list[int]]:
 
 @contextmanager
 def numbered(name: str, number: int, count: int) -> Iterator[None]:
-    """Errors say which of several things is meant."""
+    """Errors in this context state which of several items they concern."""
     try:
         yield
     except InputError as error:
@@ -673,7 +678,7 @@ def numbered(name: str, number: int, count: int) -> Iterator[None]:
 
 
 def each(items: Any, name: str) -> Iterator[Any]:
-    """Several things, which may come one by one. Raises InputError where they are one thing, as a str is, which has letters."""
+    """Iterate over several items. Raises InputError for a single one, even if it is iterable, as a str is."""
     try:
         if isinstance(items, (str, bytes, Sound)):
             raise TypeError
@@ -683,7 +688,7 @@ def each(items: Any, name: str) -> Iterator[Any]:
 
 
 def listed(items: Any, name: str, kinds: type | tuple[type, ...], expected: str) -> list[Any]:
-    """Several things of some kinds. Raises InputError that names the one that is of another."""
+    """A list of items of some types. Raises InputError that names the first item of another type."""
     found = [*each(items, name)]
     for number, item in enumerate(found):
         if not isinstance(item, kinds):

@@ -1,4 +1,4 @@
-"""A Python file of the user's as a module: a modality from outside of the package, or a function that a source of data names."""
+"""A user's Python file as a module: a modality from outside the package, or a function that a data source names."""
 
 import importlib
 import importlib.util
@@ -15,8 +15,8 @@ from mmtx.files import find_shipped
 def import_file(path: str | Path, at: str) -> ModuleType:
     """Import a Python file under its own name, once.
 
-    Worker processes find it by its folder, which is put at the end of `sys.path`. Raises InputError, which begins with `at`, for a
-    file that cannot be imported or has the name of another module.
+    Worker processes find it through its folder, which is appended to `sys.path`. Raises InputError, starting with `at`, if the
+    file cannot be imported or has the name of another module.
     """
     path = Path(path)
     name, place = path.stem, str(path.absolute())
@@ -36,14 +36,14 @@ def import_file(path: str | Path, at: str) -> ModuleType:
         return importlib.import_module(name)
     except InputError as error:
         raise InputError(f"{at}: {error}") from None
-    except Exception as error:  # whatever the code of others raises
+    except Exception as error:  # users' code may raise anything
         line = next((f" in line {frame.tb_lineno}" for frame in _frames(error) if frame.tb_frame.f_code.co_filename == place), "")
         raise InputError(f"{at}: cannot be imported ({type(error).__name__}{line}: "
                          f"{' '.join(str(error).split())[:150]})") from error
 
 
 def import_function(place: str, option: str) -> Callable[..., Any]:
-    """The function that an option names, "FILE.py:FUNCTION". Raises InputError, which begins with both, where there is none."""
+    """The function that an option names as "FILE.py:FUNCTION". Raises InputError, starting with option and name, if none."""
     at = f"{option} {place}"
     file, _, name = place.rpartition(":")
     try:
@@ -57,17 +57,17 @@ def import_function(place: str, option: str) -> Callable[..., Any]:
 
 
 def call_function(function: Callable[[Any], Any], given: Any, at: str) -> Any:
-    """What a function of the user's gives. Raises InputError, which begins with `at`, whatever the function raises."""
+    """The result of a user's function. Raises InputError, starting with `at`, for any exception in the function."""
     try:
         return function(given)
     except InputError as error:
         raise InputError(f"{at}: {error}") from None
-    except Exception as error:  # whatever the code of others raises
+    except Exception as error:  # users' code may raise anything
         raise InputError(f"{at}: {type(error).__name__}: {' '.join(str(error).split())[:150]}") from error
 
 
 def _frames(error: Exception) -> list[TracebackType]:
-    """The tracebacks of an error, the last call first."""
+    """The traceback entries of an error, innermost call first."""
     found: list[TracebackType] = []
     at = error.__traceback__
     while at is not None:

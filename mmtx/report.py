@@ -1,4 +1,4 @@
-"""A model's captions of held-out samples beside the true ones: examples, figures, and a control that learned nothing."""
+"""Evaluation of captions of held-out samples: examples, figures, and nearest-neighbour controls that learned nothing."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,20 +34,21 @@ from mmtx.plugins import call_function, import_function
 
 WIDEST = 60            # characters of a predicted caption that are shown
 WORD_ERRORS = "word error rate"
-ERRORS = {WORD_ERRORS: word_errors, "character error rate": character_errors}  # figures of which less is better
-CONTROL_RATE = 16_000  # Hz; the control hears at one rate, whatever the model's is
+ERRORS = {WORD_ERRORS: word_errors, "character error rate": character_errors}  # lower is better
+CONTROL_RATE = 16_000  # Hz of sounds for the control, whatever the model's rate is
 
 
 def report(model: Model, held_out: Sequence[DataSource], train: Sequence[DataSource], show: int = 8,
            max_bad: float = MAX_BAD, transcribe: bool = False) -> Iterator[str]:
     """Yield a section for each held-out source: examples, then a table of figures.
 
-    Figures are the exact caption, the fields that the `reader` of the source tells of a caption, and the word error rate; without a
-    reader, where captions may be transcripts, also the character error rate. With `train` nearest-neighbour controls answer the same
-    samples with the caption of the training sample that looks or sounds most alike, in each of several ways to compare; of each
-    figure the strongest is shown, and where the model is behind it, that is said. Fields that only training samples can tell of a
-    caption are left out without them. So are samples whose last turn is no answer in text, which is told.
-    Up to `max_bad` of the rows of a source may be unusable. With `transcribe` sounds are answered by `Model.transcribe`.
+    The figures are exact matches of each field that the source's `reader` reads from captions, and the word error rate; without a
+    reader, exact matches of the whole caption and, since captions may be transcripts, also the character error rate. With `train`,
+    nearest-neighbour controls answer each sample with the caption of the most similar training sample, by each of several sets of
+    features; the strongest control is shown for each figure, and figures in which the model is behind it are listed. Without
+    `train`, fields that only training samples can determine are left out. Samples whose last turn is not an answer in text are
+    left out with a note. Up to `max_bad` of the rows of a source may be unusable. With `transcribe`, `Model.transcribe` answers
+    sounds.
     """
     training = read_sources(train, max_bad)
     known = _facts(training.samples)
@@ -58,7 +59,7 @@ def report(model: Model, held_out: Sequence[DataSource], train: Sequence[DataSou
         raise InputError(f"{', '.join(map(_names, held_out))}: the last turn of no sample is an answer in text, expected captions to "
                          "compare with")
     for source, reader, asked in zip(held_out, readers, answered, strict=True):
-        _check_fields(asked, reader, source)  # of all sources before the first is captioned, which may take hours
+        _check_fields(asked, reader, source)  # for all sources before captioning the first, which may take hours
     controls: dict[str, dict[str, NearestNeighbour]] = {}
     for source, reader, found, asked in zip(held_out, readers, collected, answered, strict=True):
         others = f"left out: {len(found.samples) - len(asked)} of {len(found.samples)} samples, whose last turn is no answer in text"
@@ -100,7 +101,7 @@ def _facts(samples: Sequence[Sample]) -> list[dict[str, Any]]:
 
 
 def _reader(source: DataSource, known: list[dict[str, Any]]) -> FieldReader:
-    """What reads captions of a source; `known` are the fields of the training samples. Raises InputError where there is none."""
+    """The reader of a source's captions; `known` are the fields of the training samples. Raises InputError if there is none."""
     if source.reader is None:
         return WHOLE_CAPTION
     at = f"reader {source.reader}"
@@ -118,7 +119,7 @@ def _reader(source: DataSource, known: list[dict[str, Any]]) -> FieldReader:
 
 
 def _check_fields(samples: Sequence[Sample], reader: FieldReader, source: DataSource) -> None:
-    """Raise InputError for the first sample that lacks a field which the reader of its source tells of captions."""
+    """Raise InputError for the first sample whose metadata lack a field of its source's reader."""
     for sample in samples:
         for field in reader.fields:
             if field != "caption" and field not in sample.metadata:
@@ -127,7 +128,7 @@ def _check_fields(samples: Sequence[Sample], reader: FieldReader, source: DataSo
 
 
 def _controls(training: Collected, kind: str) -> dict[str, NearestNeighbour]:
-    """What remembers the training samples of a kind that can be used, by each way to compare them; none without samples."""
+    """Controls fitted to the usable training samples of a kind, one for each set of features; none without samples."""
     features: dict[str, list[np.ndarray]] = {}
     captions = []
     alike = [(sample, skipped) for sample, skipped in zip(training.samples, training.counters, strict=True)
@@ -147,7 +148,7 @@ def _controls(training: Collected, kind: str) -> dict[str, NearestNeighbour]:
 
 def _strongest(samples: Sequence[Sample], reader: FieldReader, controls: Mapping[str, NearestNeighbour],
                kind: str | None) -> dict[str, tuple[Score, str]]:
-    """Name of each figure -> the best score that any of the controls reaches, and which it is."""
+    """Name of each figure -> the best score of any control, and the name of that control."""
     best: dict[str, tuple[Score, str]] = {}
     features = [_features(sample, kind) for sample in samples] if controls else []
     for by, control in controls.items():
@@ -180,31 +181,31 @@ def _figures(samples: Sequence[Sample], reader: FieldReader, predicted: list[str
               for name, values in field_scores(predicted, facts, reader.read, reader.fields).items()}
     for name in ERRORS if reader is WHOLE_CAPTION else [WORD_ERRORS]:
         errors, counts = ERRORS[name](predicted, [fact["caption"] for fact in facts])
-        if sum(counts):  # or there is no rate
+        if sum(counts):  # else there is no rate
             scores[name] = confidence_interval(errors, counts)
     return scores
 
 
 def _kind(samples: Sequence[Sample]) -> str | None:
-    """The kind of media that all samples begin with, if they do."""
+    """The kind of the first medium of every sample, if it is the same in all of them."""
     kinds = {next((part.kind for turn in s.turns for part in turn.parts if isinstance(part, Media)), None)
              for s in samples}
     return kinds.pop() if len(kinds) == 1 else None
 
 
 def _features(sample: Sample, kind: str) -> dict[str, np.ndarray]:
-    """The medium of a sample by each way to compare it."""
+    """Sets of features of the first medium of a sample, by name."""
     media = next(part for turn in sample.turns for part in turn.parts if isinstance(part, Media))
     return MODALITIES[kind].get("controls")(media.source.read(), media.name, **media.options)
 
 
 def picture_controls(data: bytes, name: str) -> dict[str, np.ndarray]:
-    """An encoded picture by each way to compare pictures."""
+    """Sets of features of an encoded picture, by preset."""
     picture = load_image(data, name)
     return {preset: pixel_features(picture, **options) for preset, options in PIXELS.items()}
 
 
 def sound_controls(data: bytes, name: str, **played: Any) -> dict[str, np.ndarray]:
-    """An encoded sound, cut and played as `load_audio` is told, by each way to compare sounds."""
+    """Sets of features of an encoded sound, by preset; `played` are options of `load_audio`."""
     sound = load_audio(data, CONTROL_RATE, name, **played)
     return {preset: mel_features(sound, **options) for preset, options in MELS.items()}

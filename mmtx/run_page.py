@@ -1,4 +1,4 @@
-"""`mmtx report`: a finished run on one HTML page, which needs nothing beside it: curves, figures, samples, sounds, configuration."""
+"""`mmtx report`: a finished run on one self-contained HTML page: curves, figures, samples, sounds, configuration."""
 
 import ast
 import base64
@@ -17,11 +17,11 @@ from PIL import Image
 from mmtx.errors import InputError, escape
 from mmtx.files import CONFIG, read_bytes, read_json
 
-WIDE, TALL, POINTS = 420, 150, 400   # pixels of a chart; points of a curve, means of their neighbours
+WIDE, TALL, POINTS = 420, 150, 400   # pixels of a chart; most points of a curve
 MOST_BYTES = 2 ** 28                 # of a file
 COLOURS = {"train": "var(--soft)", "val": "var(--mark)"}
-EVALUATION = "evaluation.txt"        # what mmtx report --evaluate leaves in the folder of the run
-# Sections of curves, by what their names match without train/ or val/; the last takes the rest.
+EVALUATION = "evaluation.txt"        # written to the folder of the run by mmtx report --evaluate
+# Section -> pattern of the names of its curves without train/ or val/; the last takes the rest.
 SECTIONS = {"Loss": "loss$", "Loss by modality": "loss_", "Codebook": "perplexity|dead_codes",
             "Gradients and stability": "gradient_norm|skipped|last_norm|log_sum_exp|adversarial_scale",
             "Schedule and batches": "lr-|share_|weight_decay", "Other figures": ""}
@@ -44,8 +44,9 @@ Curve = list[tuple[float, float]]    # (step, value) in order
 
 
 def run_page(folder: str | Path, evaluation: str | None = None) -> str:
-    """The page of a run, with what `mmtx evaluate` told of it: by default what the folder has of that, if anything. Raises
-    InputError for a folder that is none, and for files that are damaged.
+    """The page of a run, with the output of `mmtx evaluate`, by default the one stored in the folder, if any.
+
+    Raises InputError if the folder is not that of a run, or if files are damaged.
     """
     folder = Path(folder)
     metrics = folder / "metrics" / "metrics.csv"
@@ -61,7 +62,7 @@ def run_page(folder: str | Path, evaluation: str | None = None) -> str:
 
 
 def read_curves(path: Path) -> dict[str, Curve]:
-    """Columns of metrics.csv -> their values by step; blanks are no values, and neither is what is not finite."""
+    """Columns of metrics.csv -> their values by step, without blanks and values that are not finite."""
     curves: dict[str, Curve] = {}
     rows = csv.DictReader(read_bytes(path, MOST_BYTES).decode("utf-8", "replace").splitlines())
     for number, row in enumerate(rows, 2):
@@ -79,7 +80,7 @@ def read_curves(path: Path) -> dict[str, Curve]:
 
 
 def thinned(curve: Curve) -> Curve:
-    """At most POINTS points, each the mean of as many neighbours; the last stays as it is."""
+    """At most POINTS points, each the mean of equally many neighbours; the last point is kept."""
     size = -(-len(curve) // POINTS)
     groups = [curve[first:first + size] for first in range(0, len(curve), size)]
     means = [tuple(sum(each) / len(group) for each in zip(*group)) for group in groups]
@@ -87,7 +88,7 @@ def thinned(curve: Curve) -> Curve:
 
 
 def _charts(curves: Mapping[str, Curve]) -> list[str]:
-    """A chart for each name without its split, in the sections that they belong to."""
+    """A chart for each figure, with the curves of all splits, grouped in sections."""
     names: dict[str, list[str]] = {}
     for name in sorted(curves):
         names.setdefault(re.sub(r"^(train|val|test)/", "", name), []).append(name)
@@ -136,14 +137,14 @@ def _model(folder: Path) -> str:
 
 
 def _environment(path: Path) -> str:
-    """The commit and what else the run was made with, where it says so."""
+    """The commit and the rest of the environment of the run, if recorded."""
     facts = read_json(path) if path.is_file() else {}
     told = [f"{name} {value}" for name, value in facts.items() if value is not None] if isinstance(facts, dict) else []
     return f"<p>Made with {_text(', '.join(told))}.</p>" if told else ""
 
 
 def _evaluation(path: Path, text: str | None) -> str:
-    """Figures with intervals, beside those of controls."""
+    """Figures with confidence intervals, next to those of controls."""
     if text is None and not path.is_file():
         return ""
     text = text or read_bytes(path, MOST_BYTES).decode("utf-8", "replace")
@@ -151,13 +152,13 @@ def _evaluation(path: Path, text: str | None) -> str:
 
 
 def step_of(path: Path) -> int:
-    """The step that a file of samples is of, such as step-000200.png and step-000200-07.ogg; -1 for other names."""
+    """The training step of a file of samples, such as step-000200.png or step-000200-07.ogg; -1 for other names."""
     found = re.fullmatch(r"step-(\d+)(-\d+)?\.(png|txt|ogg)", path.name)
     return int(found[1]) if found else -1
 
 
 def _samples(folder: Path) -> list[str]:
-    """The last of what was looked at and listened to while it trained."""
+    """The last pictures and the last texts that were sampled during training."""
     sections = []
     for path in (max(folder.glob(f"step-*.{kind}"), key=step_of, default=None) for kind in ("png", "txt")):
         if path is None:
@@ -172,7 +173,7 @@ def _samples(folder: Path) -> list[str]:
 
 
 def _sounds(folder: Path) -> list[str]:
-    """Players under spectrograms of the last validation that has sounds, with what was said of them."""
+    """Spectrograms and players for the sounds of the last validation that has any, with their captions."""
     last = max(folder.glob("step-*-*.ogg"), key=step_of, default=None)
     if last is None:
         return []
@@ -195,14 +196,14 @@ def _sounds(folder: Path) -> list[str]:
 
 
 def _captions(path: Path) -> list[list[str]]:
-    """Rows of two texts, predicted and true, as ShowSamples writes them; empty for a row that is none."""
+    """Rows of two texts, predicted and true, as written by ShowSamples; both are empty for any other row."""
     text = read_bytes(path, MOST_BYTES).decode("utf-8", "replace") if path.is_file() else ""
     rows = [re.findall(LITERAL, line) for line in text.splitlines()[1:]]
     return [[ast.literal_eval(word) for word in row] if len(row) == 2 else ["", ""] for row in rows]
 
 
 def spectrogram(data: bytes) -> bytes:
-    """An encoded sound -> a PNG: time to the right, pitch upwards up to 8 kHz, loud is bright."""
+    """An encoded sound -> a PNG: time to the right, frequency upwards to 8 kHz, loud is bright."""
     samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
     padded = np.pad(samples[:, 0], WINDOW // 2)
     starts = np.linspace(0, max(0, len(padded) - WINDOW), COLUMNS).astype(int)

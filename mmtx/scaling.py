@@ -1,8 +1,8 @@
-"""`mmtx plan`: which size to train for how long with a budget of compute, from laws in the literature and a fit of one's own runs.
+"""`mmtx plan`: model size and number of tokens for a compute budget, from published scaling laws and a fit of your own runs.
 
     loss(N, D) = E + A / N^alpha + B / D^beta      (https://arxiv.org/abs/2203.15556, approach 3)
 
-N parameters, D tokens, C floating-point operations (FLOPs) of a training.
+N parameters, D tokens, C floating-point operations (FLOPs) of a training run.
 """
 
 import json
@@ -26,30 +26,31 @@ from mmtx.model_folder import read_model_config
 from mmtx.run_page import read_curves
 from mmtx.vocabulary import Vocabulary
 
-TOKENS_A_PARAMETER = 20.0         # Hoffmann et al. 2022, of all parameters
+TOKENS_A_PARAMETER = 20.0         # Hoffmann et al. 2022, counting all parameters
 KAPLAN = (5e3, 0.74)              # Kaplan et al. 2020: D >= 5e3 N^0.74 keeps overfitting small, N without embeddings
-REUSE = 15.39                     # Muennighoff et al. 2023: how fast epochs lose their worth
-EPOCHS = 4                        # of the same data count nearly as new ones
-HUBER = 1e-3                      # of logarithms of losses
+REUSE = 15.39                     # Muennighoff et al. 2023: decay constant of the value of repeated epochs
+EPOCHS = 4                        # on the same data that are worth almost as much as new data
+HUBER = 1e-3                      # threshold of the Huber loss, for logarithms of losses
 RESAMPLES = 400
-STEEPEST = 10                     # exponent of a term: losses that hardly differ would have it grow out of all bounds
-ROUNDS = 300                      # of a descent, which needs a few dozen
-STATE = 16                        # bytes a parameter in float32: weight, gradient and AdamW's two means
+STEEPEST = 10                     # bound of exponents, which diverge if losses hardly differ
+ROUNDS = 300                      # iterations of a fit, which needs a few dozen
+STATE = 16                        # bytes per parameter in float32: weight, gradient and AdamW's two moments
 
 
 class Cost(NamedTuple):
-    """What a decoder has and does, exactly."""
+    """Exact numbers of a decoder's parameters and FLOPs."""
 
     parameters: int
-    blocks: int         # parameters without embeddings, output and what makes features
-    forward: int        # FLOPs of a batch, scores of every token included
-    training: int       # forward and back
+    blocks: int         # parameters without embeddings, output, encoders and their projections
+    forward: int        # FLOPs of a batch, including the logits of every token
+    training: int       # FLOPs of the forward and backward pass
 
 
 def cost(config: DecoderConfig, tokens: int, length: int) -> Cost:
-    """Of a batch of `tokens` in documents of `length`, none of which takes features or is checkpointed.
+    """The cost of a batch of `tokens` in documents of `length`, without features and gradient checkpointing.
 
-    Matrix products only, a product of (n, k) and (k, m) as 2 n k m; attention over whole documents, as profilers count it.
+    FLOPs are those of matrix products only, 2 n k m for (n, k) times (k, m), with attention over whole documents, as profilers
+    count it.
     """
     c = config
     with torch.device("meta"):
@@ -59,7 +60,7 @@ def cost(config: DecoderConfig, tokens: int, length: int) -> Cost:
     attention = 4 * c.depth * c.heads * c.head_dim * length
     coded = c.vocabulary_size - c.plain_rows
     digits = sum(level for r in c.composed for level in r.levels)
-    # The rows of composed ids are made once a batch; on the way back only their digits have a gradient.
+    # Composed rows are made once per batch; in the backward pass only their digits get a gradient.
     composed = 2 * coded * digits * c.width
     products = tokens * (2 * matrices + attention + 2 * c.vocabulary_size * c.width)
     return Cost(sum(p.numel() for p in decoder.parameters()) + (c.depth - 1) * block, c.depth * block,
@@ -67,7 +68,7 @@ def cost(config: DecoderConfig, tokens: int, length: int) -> Cost:
 
 
 def sizes(config: DecoderConfig) -> list[DecoderConfig]:
-    """Decoders of all sizes with the vocabulary and head width of one: about 64 of width a block, and MLPs of 8/3 the width."""
+    """Decoders of all sizes with the vocabulary and head width of `config`: depth about width / 64, MLPs of 8/3 the width."""
     found = []
     for heads in (*range(1, 17), *range(18, 33, 2), *range(36, 65, 4), *range(72, 257, 8)):
         width = heads * config.head_dim
@@ -82,15 +83,15 @@ class Plan(NamedTuple):
     cost: Cost
     tokens: float
     steps: int
-    gigabytes: float    # of weights, gradients and the optimizer; activations come on top
-    loss: float | None  # where a fit of runs foretells it
+    gigabytes: float    # of weights, gradients and optimizer state; activations are not included
+    loss: float | None  # predicted by a fit of runs, if there is one
     epochs: float | None
-    worth: float        # tokens of new data that those tokens are worth
+    worth: float        # tokens of new data with the same effect
 
 
 def plan(source: str, config: DecoderConfig, budget: float, batch: int, length: int, tokens_of: Callable[[Cost], float] | None,
          law: "Law | None" = None, unique: float | None = None) -> Plan:
-    """The decoder for a budget of FLOPs: the one whose tokens by `tokens_of` cost it, or that a law says has the least loss."""
+    """The decoder for a budget of FLOPs: the one whose `tokens_of` tokens use it up, or with the least loss by a law."""
     def tokens(c: Cost) -> float:
         return budget * batch / c.training
 
@@ -108,7 +109,7 @@ def plan(source: str, config: DecoderConfig, budget: float, batch: int, length: 
 
 def plans(config: DecoderConfig, budget: float, batch: int, length: int, law: "Law | None" = None,
           unique: float | None = None) -> list[Plan]:
-    """From all sources side by side; `unique` is how many tokens there are before they repeat."""
+    """The plans of all sources; `unique` is the number of tokens before the data repeats."""
     factor, power = KAPLAN
     found = [plan("Hoffmann et al. 2022", config, budget, batch, length, lambda c: TOKENS_A_PARAMETER * c.parameters, law, unique),
              plan("Kaplan et al. 2020", config, budget, batch, length, lambda c: factor * c.blocks ** power, law, unique)]
@@ -116,7 +117,7 @@ def plans(config: DecoderConfig, budget: float, batch: int, length: int, law: "L
 
 
 def worth_of(tokens: float, unique: float | None) -> float:
-    """Tokens of new data that `tokens` are worth when only `unique` are new (https://arxiv.org/abs/2305.16264)."""
+    """Tokens of new data that `tokens` are worth if only `unique` are new (https://arxiv.org/abs/2305.16264)."""
     if unique is None or tokens <= unique:
         return tokens
     return unique * (1 + REUSE * (1 - math.exp(-(tokens / unique - 1) / REUSE)))
@@ -129,11 +130,11 @@ class Run(NamedTuple):
     name: str
     parameters: int
     tokens: float
-    losses: Mapping[str, float]  # the last of the validation: "loss", and of kinds as "loss_text"
+    losses: Mapping[str, float]  # of the last validation: "loss", and by kind, such as "loss_text"
 
 
 class Law(NamedTuple):
-    """loss = E + A / N^alpha + B / D^beta, with intervals of 90 % by resampling the runs."""
+    """loss = E + A / N^alpha + B / D^beta, with 90 % bootstrap intervals over the runs."""
 
     e: float
     a: float
@@ -141,20 +142,21 @@ class Law(NamedTuple):
     b: float
     beta: float
     intervals: Mapping[str, tuple[float, float]]
-    resampled: Sequence["Law"] = ()  # those of the resampled runs
+    resampled: Sequence["Law"] = ()  # the laws of the resampled runs
 
     def loss(self, parameters: float, tokens: float) -> float:
         return self.e + self.a / parameters ** self.alpha + self.b / tokens ** self.beta
 
     def interval(self, parameters: float, tokens: float) -> tuple[float, float]:
-        """90 % of what the resampled runs foretell."""
+        """90 % interval of the loss that the resampled laws predict."""
         low, high = np.percentile([law.loss(parameters, tokens) for law in self.resampled], (5, 95)).tolist()
         return low, high
 
 
 def read_runs(folder: str | Path) -> list[Run]:
-    """All finished runs of decoders in a folder of runs. Raises InputError where there is none, one is damaged, or their
-    tokenizers differ, since a loss is that of the codes of a tokenizer.
+    """All finished decoder runs in a folder of runs.
+
+    Raises InputError if there is none, one is damaged, or their tokenizers differ, since losses then cannot be compared.
     """
     runs, first = [], None
     for config in sorted(Path(folder).glob(f"*/model/{CONFIG}")):
@@ -173,7 +175,7 @@ def read_runs(folder: str | Path) -> list[Run]:
         if "loss" not in losses:
             raise InputError(f"{metrics}: found no val/loss, expected a run that was validated")
         parameters = cost(read_model_config(run / "model"), 1, 1).parameters
-        steps = curves["val/loss"][-1][0] + 1  # the first has number 0
+        steps = curves["val/loss"][-1][0] + 1  # steps are numbered from 0
         runs.append(Run(run.name, parameters, steps * _tokens_of_a_step(run), losses))
     if not runs:
         raise InputError(f"{folder}: found no finished run of a decoder, expected folders that mmtx fit made")
@@ -185,7 +187,7 @@ def _tokens_of_a_step(run: Path) -> int:
     try:
         config: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
         trainer, devices = config["trainer"], config["trainer"]["devices"]
-        if told.is_file():  # "auto" and -1 devices say nothing of their number
+        if told.is_file():  # the configuration may say "auto" or -1 devices
             processes = int(json.loads(told.read_text(encoding="utf-8"))["processes"])
         else:
             count = len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) and devices > 0 else 1
@@ -196,7 +198,7 @@ def _tokens_of_a_step(run: Path) -> int:
 
 
 def fit(runs: Sequence[Run], what: str = "loss", resamples: int = RESAMPLES) -> Law:
-    """The law of a loss. Raises InputError unless there are at least 6 runs of 3 sizes and 3 numbers of tokens."""
+    """Fit a law to a loss. Raises InputError unless there are at least 6 runs of 3 sizes and 3 numbers of tokens."""
     chosen = [run for run in runs if what in run.losses and run.losses[what] > 0 and run.tokens > 0]
     n, d = (len({getattr(run, name) for run in chosen}) for name in ("parameters", "tokens"))
     if len(chosen) < 6 or n < 3 or d < 3:
@@ -223,7 +225,7 @@ def fit(runs: Sequence[Run], what: str = "loss", resamples: int = RESAMPLES) -> 
 
 
 def _start(points: Tensor, e: float, alpha: float, beta: float) -> Tensor:
-    """Constants at which each of the two terms is half of what the mean loss has above E."""
+    """Initial constants, at which each of the two terms is half of the mean loss above E."""
     n, d, loss = points.mean(0).tolist()
     half = math.log(max(math.exp(loss) - math.exp(e), 1e-3) / 2)
     return torch.tensor([e, half + alpha * n, alpha, half + beta * d, beta], dtype=torch.float64)
@@ -235,8 +237,10 @@ def _law(x: Tensor) -> Law:
 
 
 def _descend(points: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Huber loss of the logarithm, by Levenberg and Marquardt, of many sets of runs at once: logarithms of N, D and loss
-    (sets, runs, 3), log E, log A, alpha, log B, beta (sets, 5) to begin with -> the same where it is least, and what is left (sets,).
+    """Levenberg-Marquardt on the Huber loss of log losses, for many sets of runs at once.
+
+    `points` (sets, runs, 3) are logarithms of N, D and loss; `start` (sets, 5) log E, log A, alpha, log B, beta -> those constants
+    at the minimum, and the Huber loss there (sets,).
     """
     n, d, wanted = points.unbind(-1)
 
@@ -255,7 +259,7 @@ def _descend(points: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
         weighted = slopes / wrong.abs().clamp_min(HUBER)[..., None]
         square = weighted.mT @ slopes
         ridge = torch.diag_embed(damping * square.diagonal(dim1=1, dim2=2) + 1e-9)
-        # A step that cannot be solved for is not finite, and makes nothing better.
+        # A singular system gives a step that is not finite, which is never an improvement.
         there = x - torch.linalg.solve_ex(square + ridge, weighted.mT @ wrong[..., None])[0].squeeze(-1)
         there[:, 2::2].clamp_(-STEEPEST, STEEPEST)
         wrong_there, slopes_there, left_there = at(there)
@@ -267,14 +271,15 @@ def _descend(points: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def held_out(runs: Sequence[Run], what: str = "loss", resamples: int = 0) -> tuple[Run, Law]:
-    """The run of the most compute, and the law of the others."""
+    """The run with the most compute, and the law fitted to the others."""
     largest = max(runs, key=lambda run: run.parameters * run.tokens)
     return largest, fit([run for run in runs if run is not largest], what, resamples)
 
 
 def isoflop_plot(law: Law, runs: Sequence[Run], config: DecoderConfig, batch: int, length: int, budget: float, file: Path) -> None:
-    """Losses of decoders of all sizes at equal compute, up to the budget, with the least of each; and measured losses beside those
-    that the law tells. The compute is exact, and so counts scores too: 6 N D would leave out most of it where decoders are small.
+    """Plot IsoFLOP curves up to the budget with their minima, and measured losses against those of the law.
+
+    FLOPs are exact and include the logits; 6 N D would omit most of the compute of small decoders. Raises InputError.
     """
     try:
         from matplotlib.figure import Figure

@@ -1,7 +1,7 @@
-"""Values of JSON files against what they should be, before anything is made of them.
+"""Checks values of JSON files against dataclasses before anything is built from them.
 
-What a dataclass says about its fields is the schema: each value has the type of its annotation, each field is there,
-and no other is. What values mean together is checked by the dataclass itself.
+The annotated fields of a dataclass are the schema: every field is present, with a value of its type, and no other field
+is. The dataclass itself checks ranges and how values fit together.
 """
 
 import dataclasses
@@ -16,27 +16,27 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from mmtx.errors import InputError
 
 T = TypeVar("T")
-WHOLE = 2**63  # bound of whole numbers
+WHOLE = 2**63  # bound of the absolute value of integers
 MOST_ITEMS = 2**16  # of a list
 
 
 def shown(value: Any, most: int = 60) -> str:
-    """What was found, on one line of bounded length."""
-    if isinstance(value, int) and abs(value) > 10**30:  # of thousands of digits Python makes no text
+    """A value as text of at most `most` characters on one line, for error messages."""
+    if isinstance(value, int) and abs(value) > 10**30:  # Python refuses to print thousands of digits
         return "a number beyond all bounds"
     text = ascii(value) if isinstance(value, int | float | str | None) else type(value).__name__
     return text if len(text) <= most else text[:most - 3] + "..."
 
 
 def build(cls: type[T], value: Any, where: str | Path, name: str = "", optional: Collection[str] = ()) -> T:
-    """An instance of a dataclass made of a JSON object. Raises InputError that names `where` and the field.
+    """An instance of a dataclass from a JSON object. Raises InputError that names `where` and the field.
 
-    `name` is the field of the file that the object was found in; fields that are `optional` may be left out, and those that
-    a class itself names so in its `OPTIONAL`.
+    `name` is the field of the file that holds the object. Fields in `optional`, and in the class's own `OPTIONAL`, may be
+    missing.
     """
     if not isinstance(value, dict):
         raise InputError(f"{where}: {f'field {name!r} is' if name else 'found'} {shown(value)}, expected an object")
-    kinds = _kinds(cls)  # type: ignore[arg-type]  # a class has a hash
+    kinds = _kinds(cls)  # type: ignore[arg-type]  # classes are hashable
     at = f"{name}." if name else ""
     for key in value:
         if key not in kinds:
@@ -52,7 +52,7 @@ def build(cls: type[T], value: Any, where: str | Path, name: str = "", optional:
 
 
 def check(kind: Any, value: Any, where: str | Path, name: str) -> Any:
-    """The value, lists as tuples and objects as dataclasses where `kind` says so. Raises InputError."""
+    """The value if it is of type `kind`, with lists as tuples and objects as dataclasses. Raises InputError otherwise."""
     if kind is Any:
         return value
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
@@ -62,7 +62,7 @@ def check(kind: Any, value: Any, where: str | Path, name: str) -> Any:
         if value is None and type(None) in inner:
             return None
         kinds = [item for item in inner if item is not type(None)]
-        if all(map(dataclasses.is_dataclass, kinds)) and isinstance(value, dict):  # the one with most of the fields that are there
+        if all(map(dataclasses.is_dataclass, kinds)) and isinstance(value, dict):  # the one that shares most fields with it
             kinds = [max(kinds, key=lambda item: len({*_kinds(item)} & {*value}))]
         return check(kinds[0], value, where, name)
     if origin is Literal and isinstance(value, str) and value in inner:
@@ -71,7 +71,7 @@ def check(kind: Any, value: Any, where: str | Path, name: str) -> Any:
         return tuple(check(inner[0], item, where, f"{name}[{i}]") for i, item in enumerate(value))
     if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, dict):
         return {key: check(inner[1], item, where, f"{name}.{key[:40]}") for key, item in value.items()}
-    # A bool is an int to Python; a whole number may stand for a float, and stays one, since fingerprints are of the text.
+    # To Python a bool is an int. An integer may stand for a float, and stays an integer, since fingerprints hash the text.
     if kind is bool and isinstance(value, bool) or kind is str and isinstance(value, str):
         return value
     if not isinstance(value, bool) and isinstance(value, int) and kind in (int, float) and abs(value) < WHOLE:

@@ -4,7 +4,7 @@
     turn   := <user> part* <end> | <assistant> part* <end> | part*
     part   := text pieces | <image> <h:H> <w:W> H*W codes </image> | <audio> codes </audio>
 
-Media of further modalities stand between tags of their own, in one of these two layouts ("grid" and "steps").
+Media of further modalities are enclosed in their own tags, in one of these two layouts ("grid" and "steps").
 
 Shapes: T tokens of a stream, D width of features.
 """
@@ -25,12 +25,12 @@ from mmtx.vocabulary import MAX_SIDE, NUMBERED, Vocabulary
 
 
 class Span(NamedTuple):
-    """Features of a medium of a user turn: they may stand in for its codes at the input of a model."""
+    """Features of a medium in a user turn, which may replace its codes as inputs of a model."""
 
     kind: str
-    start: int  # place of its first code in the stream
+    start: int  # position of its first code in the stream
     values: Tensor  # (codes, D), or patches (codes, P) for a decoder with encoders
-    grid: tuple[int, int] | None = None  # rows and columns of the codes, which encoders need
+    grid: tuple[int, int] | None = None  # rows and columns of the codes; encoders need it
 
 
 class Rendered(NamedTuple):
@@ -60,7 +60,7 @@ def render(document: Document, vocabulary: Vocabulary) -> Rendered:
             place += 1
         for part, ids in zip(turn.parts, parts, strict=True):
             if turn.role == "user" and (features := getattr(part, "features", None)) is not None:
-                first = place + (3 if v.layout(part.kind) == "grid" else 1)  # behind <kind> <h> <w>, or <kind>
+                first = place + (3 if v.layout(part.kind) == "grid" else 1)  # after <kind> <h> <w>, or <kind>
                 spans.append(Span(part.kind, first, features.flatten(0, 1), tuple(features.shape[:2])))
             pieces.append(ids)
             place += len(ids)
@@ -89,7 +89,7 @@ def prompt(document: Document, vocabulary: Vocabulary) -> Prompt:
 
 
 def gather_features(streams: Iterable[tuple[int, Sequence[Span]]]) -> dict[str, Features]:
-    """(place of its first token in the batch, spans) of each stream -> the features of each kind."""
+    """(index of its first token in the flattened batch, spans) of each stream -> the features of each kind."""
     found: dict[str, tuple[list, list, list]] = {}
     for start, spans in streams:
         for span in spans:
@@ -102,17 +102,17 @@ def gather_features(streams: Iterable[tuple[int, Sequence[Span]]]) -> dict[str, 
 
 
 def loss_mask(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-    """Which ids (T,) of a legal stream are targets that count, (T,) bool. The one place that decides it.
+    """Which ids (T,) of a legal stream are trained as targets, (T,) bool; decided here alone.
 
-    Of an assistant turn: everything after <assistant>, <end> included. Of a plain turn: everything, and the
-    <eos> that follows it. Nothing of user turns, and never <bos>, <user>, <assistant>, <pad>, or an <eos>
-    after a role turn. Streams may stand one behind another and be padded.
+    In an assistant turn: everything after <assistant>, including <end>. In a plain turn: everything, and the <eos> that
+    follows it. Nothing in user turns, and never <bos>, <user>, <assistant>, <pad>, or an <eos> after a role turn. Several
+    streams may be concatenated and padded.
     """
     return _of_tags(ids, vocabulary, _trained)
 
 
 def _of_tags(ids: np.ndarray, v: Vocabulary, chosen: Callable[[np.ndarray, Vocabulary], np.ndarray]) -> np.ndarray:
-    """What `chosen` says of a stream (T,) with tags, of one that may be in a chat format; of the rest of a tag False."""
+    """`chosen` of a stream (T,) that may be in a chat format, as if it had tags; False for all but the first id of a tag."""
     if v.chat_format is None:
         return chosen(np.asarray(ids), v)
     tags, kept = read_chat_format(ids, v)
@@ -136,7 +136,7 @@ def in_user_turns(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
 
 
 def apply_chat_format(ids: np.ndarray, v: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
-    """A stream (T,) in the chat format of a pretrained model, in place of tags -> its ids, and where each id now is (T,)."""
+    """Replace the tags of a stream (T,) by a pretrained model's chat format -> its ids, and the new position of each id (T,)."""
     if (m := v.chat_format) is None:
         return ids, np.arange(len(ids))
     of = {v.user: m.user, v.assistant: m.assistant, v.end: m.end}
@@ -148,9 +148,9 @@ def apply_chat_format(ids: np.ndarray, v: Vocabulary) -> tuple[np.ndarray, np.nd
 
 
 def read_chat_format(ids: Any, v: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
-    """A stream (T,) in a chat format -> the same with a tag where one begins, and which ids are not the rest of a tag (T,).
+    """A stream (T,) in a chat format -> the stream with a tag where each marker begins, and a mask (T,) without their rest.
 
-    Texts hold no special tokens, and all of the format begins with one, so it cannot be taken for text.
+    Every marker begins with a special token, and texts contain none, so text is never taken for a marker.
     """
     ids = np.array(ids)
     kept, m = np.ones(len(ids), bool), v.chat_format
@@ -169,7 +169,7 @@ def _tags(v: Vocabulary) -> tuple[int, ...]:
 
 
 def _owners(ids: np.ndarray, v: Vocabulary) -> np.ndarray:
-    """The tag that each id (T,) stands behind: <bos> and <end> are followed by plain content."""
+    """The last tag before each id (T,); plain content follows <bos> and <end>."""
     last = np.maximum.accumulate(np.where(_one_of(ids, *_tags(v)), np.arange(len(ids)), 0))
     return np.concatenate([[v.eos], ids[last][:-1]])
 
@@ -180,7 +180,7 @@ def _one_of(ids: np.ndarray, *values: int) -> np.ndarray:
 
 
 def code_follows(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-    """Where in a stream of ids (T,) the next id must be a code of a medium or its closing tag, (T,) bool."""
+    """After which ids (T,) of a stream the next id must be a code of a medium or its closing tag, (T,) bool."""
     v = vocabulary
     ids = np.asarray(ids)
     width = (ids >= v.width(1)) & (ids <= v.width(MAX_SIDE))
@@ -211,24 +211,28 @@ def parse(ids: Any, vocabulary: Vocabulary) -> Document:
     For generated ids: parse the prompt, what was generated, and the <eos> together.
     """
     ids = np.asarray(ids, np.int64)
+    places = np.arange(len(ids) + 1)
     if vocabulary.chat_format is not None:
         tags, kept = read_chat_format(ids, vocabulary)
-        ids = tags[kept]
+        ids, places = tags[kept], places[np.append(kept, True)]
         if not vocabulary.chat_format.begin and len(ids) and ids[0] in (vocabulary.user, vocabulary.assistant):
-            ids = np.append(np.int64(vocabulary.bos), ids)
-    return _Reader(ids, vocabulary).document()
+            ids, places = np.append(np.int64(vocabulary.bos), ids), np.append(0, places)
+    return _Reader(ids, vocabulary, places).document()
 
 
 class _Reader:
-    """A cursor over ids that steps through the grammar of this file, one method a rule."""
+    """A recursive-descent parser of this file's grammar, with one method per rule.
 
-    def __init__(self, ids: np.ndarray, vocabulary: Vocabulary):
-        self.ids, self.v, self.at = ids, vocabulary, 0
+    Errors report `places`: the positions of each id, and of the end, in the caller's input, which may be in a chat format.
+    """
+
+    def __init__(self, ids: np.ndarray, vocabulary: Vocabulary, places: np.ndarray):
+        self.ids, self.v, self.places, self.at = ids, vocabulary, places, 0
         self.kinds = {vocabulary.opening(kind): kind for kind in vocabulary.media}
         outside = (ids < 0) | (ids >= vocabulary.size)
         if outside.any():
             at = int(outside.argmax())
-            raise InputError(f"stream position {at}: found id {ids[at]}, expected [0, {vocabulary.size})")
+            raise InputError(f"stream position {places[at]}: found id {ids[at]}, expected [0, {vocabulary.size})")
 
     def document(self) -> Document:
         v, turns = self.v, []
@@ -249,7 +253,7 @@ class _Reader:
         return Document(tuple(turns))
 
     def parts(self) -> tuple[Part, ...]:
-        """All parts from here."""
+        """The parts from here up to the next tag of a turn or the end."""
         v = self.v
         parts: list[Part] = []
         while (id := self.peek()) not in (v.user, v.assistant, v.eos, v.end, None):
@@ -279,7 +283,7 @@ class _Reader:
         stop = None if maximum is None else self.at + maximum
         first = self.v.range(kind)
         inside = (self.ids[self.at : stop] >= first.start) & (self.ids[self.at : stop] < first.stop)
-        inside &= self.ids[self.at : stop] != self.v.end  # which in a chat format is an id of the text tokenizer
+        inside &= self.ids[self.at : stop] != self.v.end  # in a chat format an id of the text tokenizer
         length = len(inside) if inside.all() else int(inside.argmin())
         start, self.at = self.at, self.at + length
         if length < minimum:
@@ -303,4 +307,4 @@ class _Reader:
 
     def error(self, expected: str) -> InputError:
         found = "the end" if self.peek() is None else self.v.name(self.peek())
-        return InputError(f"stream position {self.at}: found {found}, expected {expected}")
+        return InputError(f"stream position {self.places[self.at]}: found {found}, expected {expected}")

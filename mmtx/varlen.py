@@ -1,4 +1,4 @@
-"""Attention over documents of many lengths that share the rows of a batch.
+"""Attention over documents of varying length that share the rows of a batch.
 
 Shapes: B batch, T tokens, H heads, G key-value heads, K head width.
 """
@@ -14,18 +14,18 @@ from mmtx.kernels import attend, pad_input, unpad_input
 class Packing(NamedTuple):
     """Where the documents of a packed batch lie, so that attention runs on each document alone.
 
-    Attention then needs no mask of T x T: its cost grows with the documents, and a leak is impossible. Documents go
-    in groups of similar length (a factor of two), so that one long document does not make the short ones dear.
+    Attention then needs no T x T mask: its cost grows with the documents, and nothing can leak between them. Documents are
+    grouped by similar length (within a factor of two), so that one long document does not make the short ones expensive.
     """
 
-    gather: Tensor                       # (slots,) indices into the B*T flat tokens: documents of one length after another,
-                                         # the shorter ones of a group padded with 0
+    gather: Tensor                       # (slots,) indices into the B*T flattened tokens: document after document, group
+                                         # after group, each padded with index 0 to the longest of its group
     scatter: Tensor                      # (B*T,) the slot of each token
-    groups: tuple[tuple[int, int], ...]  # documents and slots of each, for each group
+    groups: tuple[tuple[int, int], ...]  # (documents, slots per document) of each group
 
     @classmethod
     def of(cls, documents: Tensor) -> "Packing":
-        """Build it from document numbers (B, T): equal neighbours in a row belong together."""
+        """Build it from document numbers (B, T): equal neighbours in a row belong to one document."""
         starts = torch.ones_like(documents, dtype=torch.bool)
         starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
         first = starts.flatten().nonzero().squeeze(1)                      # (documents,)
@@ -48,7 +48,7 @@ class Packing(NamedTuple):
 
 def attend_documents(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
     """Causal attention within each document: queries (B, T, H, K) over keys and values (B, T, G, K) -> (B*T, H, K)."""
-    # Causal attention never looks right, so the padding behind a short document is never seen.
+    # The padding follows the tokens of a short document, so a causal mask hides it.
     sizes = [documents * longest for documents, longest in packing.groups]
     query, key, value = (pad_input(part.flatten(0, 1), packing.gather, packing.scatter).split(sizes)
                          for part in (query, key, value))                            # (slots, H | G, K), by group

@@ -4,7 +4,7 @@
     + SLOTS ids          special tokens, each in a fixed slot
     + one range a kind   codes of the media, in the order in which they were added
 
-What a model needs to know of a modality to read and write streams is in its entry, so that no code is asked for it.
+A modality's entry has all that is needed to read and write its streams, so that its code is not.
 
 Shape letters: V vocabulary.
 """
@@ -26,10 +26,10 @@ from mmtx.modality.registry import MODALITIES, unknown
 from mmtx.schema import build, shown, within
 
 FORMAT = 1
-MOST_IDS = 2**30  # of a kind; ids are 32 bits
-SLOTS = 256  # reserved for special tokens; unused ones are for later, so that a new special moves no id
+MOST_IDS = 2**30  # of a kind; ids have 32 bits
+SLOTS = 256  # reserved for special tokens; the unused ones let later versions add some without moving an id
 MAX_SIDE = 64  # patch rows or columns of a picture
-NUMBERED = ("special", "text", "image", "audio")  # the numbers that `modality_of` gives these never change
+NUMBERED = ("special", "text", "image", "audio")  # indices that `modality_of` returns; they never change
 
 # The order is the file format: append only.
 NAMES = (
@@ -42,26 +42,26 @@ NAMES = (
 
 @dataclass(frozen=True)
 class Entry:
-    """The ids [start, start + size) of one tokenizer, and the facts about it that other modules need."""
+    """The ids [start, start + size) of one tokenizer, and what other modules need to know about it."""
 
-    OPTIONAL: ClassVar = ("tags",)  # left out of the file where a kind has its tags among NAMES
+    OPTIONAL: ClassVar = ("tags",)  # omitted from the file if the kind has its tags in NAMES
 
     kind: str
     start: int
     size: int
     fingerprint: str
-    levels: tuple[int, ...] | None = None  # FSQ levels of a codec, None where there are none
-    bands: int | None = None  # codes a time step of the layout "steps", None for the others
-    tags: tuple[int, ...] | None = None  # slots of <kind> and </kind> where NAMES has none
+    levels: tuple[int, ...] | None = None  # FSQ levels of a codec, None if it has none
+    bands: int | None = None  # codes per time step in the layout "steps", None in others
+    tags: tuple[int, ...] | None = None  # slots of <kind> and </kind> if NAMES has none
 
     @property
     def layout(self) -> Literal["pieces", "grid", "steps"]:
-        """How the stream writes its codes, as `Modality.layout` says."""
+        """How the stream arranges its codes, see `Modality.layout`."""
         return "pieces" if self.kind == "text" else "grid" if self.bands is None else "steps"
 
     @property
     def slots(self) -> tuple[int, int]:
-        """Slots of the tags that open and close a medium."""
+        """Slots of the opening and closing tag of a medium."""
         if self.tags:
             return self.tags[0], self.tags[1]
         return NAMES.index(f"<{self.kind}>"), NAMES.index(f"</{self.kind}>")
@@ -69,7 +69,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class _Told:
-    """A vocabulary as its file has it."""
+    """A vocabulary as stored in its file."""
 
     format: int
     slots: int
@@ -87,7 +87,7 @@ class Vocabulary:
     """Frozen id ranges; make one with `build`, `add` or `load`."""
 
     entries: tuple[Entry, ...]  # text first
-    chat_format: ChatFormat | None = None  # how the pretrained model that the text is of writes turns; None: by tags
+    chat_format: ChatFormat | None = None  # how the pretrained model of the text tokenizer writes turns; None: with tags
 
     pad = _special("<pad>")
     bos = _special("<bos>")
@@ -101,12 +101,12 @@ class Vocabulary:
 
     @property
     def end(self) -> int:
-        """Id of <end>, or of what ends an answer in the chat format of a pretrained model."""
+        """Id of <end>, or the id that ends an answer in the chat format of a pretrained model."""
         return self.entries[0].size + NAMES.index("<end>") if self.chat_format is None else self.chat_format.end[0]
 
     @classmethod
     def build(cls, tokenizers: Mapping[str, Tokenizer]) -> "Vocabulary":
-        """Give ids to `tokenizers`, by kind: text (required), then the others in the order given."""
+        """Assign ids to `tokenizers`, by kind: text (required), then the others in the order given."""
         if "text" not in tokenizers:
             raise InputError(f"vocabulary: found tokenizers for {sorted(tokenizers)}, expected one for text")
         vocabulary = cls((_entry("text", tokenizers["text"], 0),), tokenizers["text"].chat_format)
@@ -116,22 +116,22 @@ class Vocabulary:
         return vocabulary
 
     def add(self, kind: str, tokenizer: Tokenizer) -> "Vocabulary":
-        """Return a vocabulary with one modality more, behind all ids that exist."""
+        """Return a vocabulary with one more modality, whose ids follow all existing ones."""
         if kind in self.kinds:
             raise InputError(f"vocabulary: {kind} is there already, expected a new kind")
-        # Further modalities take slots from the end down, for NAMES grows from the beginning up.
+        # Further modalities take slots from the end, since NAMES grows from the beginning.
         free = SLOTS - 2 * sum(entry.tags is not None for entry in self.entries)
         tags = None if kind in NUMBERED else (free - 2, free - 1)
         return Vocabulary((*self.entries, _entry(kind, tokenizer, self.size, tags)), self.chat_format)
 
     @property
     def size(self) -> int:
-        """V: number of ids, unused special slots included."""
+        """V: number of ids, including unused special slots."""
         return SLOTS + sum(entry.size for entry in self.entries)
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Kinds of media that have ids, in the order of their ranges."""
+        """Kinds of media that have ids, text included, in the order of their ranges."""
         return tuple(entry.kind for entry in self.entries)
 
     @property
@@ -141,15 +141,15 @@ class Vocabulary:
 
     @cached_property
     def modality_names(self) -> tuple[str, ...]:
-        """What the numbers of `modality_of` stand for: those in NUMBERED, whether they have ids or not, then further kinds."""
+        """Names for the numbers of `modality_of`: those in NUMBERED, whether they have ids or not, then further kinds."""
         return (*NUMBERED, *(kind for kind in self.kinds if kind not in NUMBERED))
 
     def layout(self, kind: str) -> Literal["pieces", "grid", "steps"]:
-        """How the stream writes codes of `kind`: as they are, with rows and columns before them, or in steps of `bands`."""
+        """How the stream arranges codes of `kind`: as they are, after their rows and columns, or in steps of `bands`."""
         return self._entry(kind).layout
 
     def bands(self, kind: str) -> int | None:
-        """Codes in a time step of `kind`; None where its layout is not "steps"."""
+        """Codes per time step of `kind`; None if its layout is not "steps"."""
         return self._entry(kind).bands
 
     def opening(self, kind: str) -> int:
@@ -161,7 +161,7 @@ class Vocabulary:
         return self.entries[0].size + self._entry(kind).slots[1]
 
     def levels(self, kind: str) -> tuple[int, ...] | None:
-        """FSQ levels of the codec of `kind`; None where its codes have none (text)."""
+        """FSQ levels of the codec of `kind`; None if it has none, such as text."""
         return self._entry(kind).levels
 
     def height(self, rows: int) -> int:
@@ -195,7 +195,7 @@ class Vocabulary:
 
     @cached_property
     def modalities(self) -> np.ndarray:
-        """(V,) uint8: for every id the index into `modality_names`."""
+        """(V,) uint8: for every id, its index in `modality_names`."""
         table = np.zeros(self.size, np.uint8)
         for entry in self.entries:
             table[entry.start : entry.start + entry.size] = self.modality_names.index(entry.kind)
@@ -224,7 +224,7 @@ class Vocabulary:
         return NAMES[code] if code < len(NAMES) else f"<reserved:{code}>"
 
     def check(self, tokenizers: Mapping[str, Tokenizer]) -> None:
-        """Raise InputError unless `tokenizers` are exactly those that this vocabulary was built with."""
+        """Raise InputError unless `tokenizers` are exactly those that this vocabulary was built from."""
         for kind in (*self.kinds, *tokenizers):
             if kind not in tokenizers or kind not in self.kinds:
                 found, expected = sorted(tokenizers), sorted(self.kinds)
@@ -241,24 +241,24 @@ class Vocabulary:
                                  f"expects {entry.levels} and {entry.bands}")
 
     def to_json(self) -> bytes:
-        """What `save` writes."""
+        """The content of the file that `save` writes."""
         modalities = [{name: value for name, value in asdict(entry).items() if name not in Entry.OPTIONAL or value is not None}
                       for entry in self.entries]
         told = {} if self.chat_format is None else {"markup": asdict(self.chat_format)}
         return write_json({"format": FORMAT, "slots": SLOTS, "modalities": modalities, **told})
 
     def save(self, path: str | Path) -> None:
-        """Write a JSON file."""
+        """Write it as a JSON file. Raises InputError if it cannot be written."""
         write_file(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> "Vocabulary":
-        """Read what `save` wrote. Raises InputError when it is missing, damaged or of another format."""
+        """Read what `save` wrote. Raises InputError if it is missing, damaged or of another format."""
         return cls.of(read_json(path), path)
 
     @classmethod
     def of(cls, value: Any, path: str | Path) -> "Vocabulary":
-        """What `to_json` told, as a value read from `path`. Raises InputError for anything that no vocabulary says."""
+        """The vocabulary from its JSON value, read from `path`. Raises InputError unless it is one that `to_json` can write."""
         found = build(_Told, value, path, optional=("markup",))
         if (found.format, found.slots) != (FORMAT, SLOTS):
             raise InputError(f"{path}: expected a vocabulary of format {FORMAT} with {SLOTS} special slots")
@@ -276,7 +276,7 @@ class Vocabulary:
         tags = [tag for entry in entries for tag in entry.tags or ()]
         if len(set(tags)) < len(tags):
             raise InputError(f"{path}: field 'tags' reads {shown(str(tags))}, expected different ones")
-        ends[0] += SLOTS  # the special tokens sit between text and the rest
+        ends[0] += SLOTS  # the special tokens are between text and the rest
         if starts != [0, *ends[:-1]]:
             raise InputError(f"{path}: field 'start' reads {starts}, expected {[0, *ends[:-1]]}, ranges without gaps")
         if found.markup is not None:
@@ -311,7 +311,7 @@ def _entry(kind: str, tokenizer: Tokenizer, start: int, tags: tuple[int, int] | 
 
 
 def _check_entry(entry: Entry, path: str | Path) -> None:
-    """Raise InputError for a range that `_entry` would not make."""
+    """Raise InputError for an entry that `_entry` would not make."""
     at, levels, stepped = f"{path}: {entry.kind}:", entry.levels, MODALITIES[entry.kind].layout == "steps"
     within(f"{at} size", entry.size, 1, MOST_IDS)
     if not re.fullmatch("[0-9a-f]{64}", entry.fingerprint):

@@ -1,5 +1,6 @@
-"""Weights in safetensors files: compared with the network that they are for, before anything of either is allocated; read and
-written a piece at a time, so that neither takes more memory than the network has.
+"""Weights in safetensors files, checked against their network before anything is allocated.
+
+They are read and written in pieces, so that neither takes more memory than the network itself.
 """
 
 import hashlib
@@ -18,27 +19,27 @@ from mmtx.files import CONFIG, open_regular, parse_json
 from mmtx.schema import shown
 
 M = TypeVar("M", bound=nn.Module)
-Runs = Tensor | tuple[Tensor, ...]  # a tensor, or runs of its rows one behind another
+Runs = Tensor | tuple[Tensor, ...]  # a tensor, or consecutive runs of its rows
 
 MOST_HEADER = 16 * 2**20  # bytes
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
          "U8": 1, "BOOL": 1}
-TABLES = {torch.zeros, torch.full, torch.arange}  # what networks make tables of, beside weights
+TABLES = {torch.zeros, torch.full, torch.arange}  # with which networks make tables, as opposed to weights
 FACTORIES = TABLES | {torch.empty, torch.ones, torch.rand, torch.randn}
-MOST_TABLE = 2**26  # numbers
+MOST_TABLE = 2**26  # elements
 DRAWS = {Tensor.normal_, Tensor.uniform_}
 FLOATS = ("F64", "F32", "F16", "BF16")
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
           torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
 TYPES = {name: dtype for dtype, name in DTYPES.items()}
-ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "U8", "BOOL")  # in which safetensors writes them
-PIECE = 2**24  # bytes that are read at a time
-DIGEST = "sha256"  # name of its entry in the header's metadata; files of other programs and of earlier versions have none
+ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "U8", "BOOL")  # of dtypes, in which safetensors writes tensors
+PIECE = 2**24  # bytes read at a time
+DIGEST = "sha256"  # its key in the header's metadata; files of other programs and of earlier versions have none
 PICKLES = ("pytorch_model.bin", "model.bin", "model.pt", "model.pth", "model.ckpt")
 
 
 class Place(NamedTuple):
-    """A tensor of a file: its type, its shape, and the bytes that it takes, counted from the end of the header."""
+    """A tensor in a file: its dtype, shape, and byte range, counted from the end of the header."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -47,7 +48,7 @@ class Place(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What a safetensors file says about itself; `data` is where its tensors begin."""
+    """The header of a safetensors file; `data` is the offset at which its tensors begin."""
 
     tensors: dict[str, Place]
     metadata: dict[str, str]
@@ -55,7 +56,7 @@ class Header(NamedTuple):
 
 
 def read_header(file: Any, size: int, where: str | Path) -> Header:
-    """The header of an open safetensors file of `size` bytes. Raises InputError unless its tensors fill the file."""
+    """The header of an open safetensors file of `size` bytes. Raises InputError unless its tensors fill the file exactly."""
     length = int.from_bytes(file.read(8), "little")
     if size < 10 or not 2 <= length <= min(MOST_HEADER, size - 8):
         raise InputError(f"{where}: not a safetensors file (found {size} bytes, and a header of {length}); weights of "
@@ -88,10 +89,10 @@ def _place(name: str, value: Any, where: str | Path) -> Place:
 
 
 def load_module(build: Callable[[], M], path: Path, loaded: Callable[[M, str], None] | None = None) -> M:
-    """What `build` makes, with the weights of a file. Raises InputError that names the file and the tensor.
+    """The module that `build` makes, with the weights of a file. Raises InputError that names the file and the tensor.
 
-    No weight is allocated before its values are read, in the type that `build` gave it. `loaded` is called after each with its
-    name, in the order of the names, and may put something else in its place.
+    Each weight is allocated only when its values are read, with the dtype that `build` gave it. `loaded(module, name)` is called
+    after each weight, in the order of their names, and may replace it.
     """
     for name in PICKLES:
         if not path.exists() and (path.parent / name).exists():
@@ -114,7 +115,7 @@ def load_module(build: Callable[[], M], path: Path, loaded: Callable[[M, str], N
 def _fill(module: M, expected: dict[str, Tensor], file: Any, header: Header, path: Path,
           loaded: Callable[[M, str], None] | None) -> M:
     digest, odd = hashlib.sha256(), None
-    names: dict[int, list[str]] = {}  # of each weight: networks of others may have one in several places
+    names: dict[int, list[str]] = {}  # of each weight: third-party networks may share one under several names
     for name, tensor in expected.items():
         names.setdefault(id(tensor), []).append(name)
     for name, place in sorted(header.tensors.items()):
@@ -128,7 +129,7 @@ def _fill(module: M, expected: dict[str, Tensor], file: Any, header: Header, pat
             values = torch.frombuffer(data, dtype=TYPES[place.dtype])
             some = flat[first:first + len(values)].copy_(values)
             first += len(values)
-            # Of finite values the sum may still overflow.
+            # The sum is the cheap test, but it may overflow for finite values.
             if odd is None and some.is_floating_point() and not (math.isfinite(some.sum()) or bool(some.isfinite().all())):
                 odd = name
         if tensor.is_meta:
@@ -146,7 +147,7 @@ def _fill(module: M, expected: dict[str, Tensor], file: Any, header: Header, pat
 
 
 def _pieces(file: Any, size: int, path: Path) -> Iterator[memoryview]:
-    """The next `size` bytes of a file; each piece takes the place of the one before."""
+    """The next `size` bytes of a file in pieces, each in the same buffer as the one before."""
     room = memoryview(bytearray(min(size, PIECE)))
     while size:
         piece = room[:size]
@@ -170,12 +171,12 @@ def _compare(found: Mapping[str, Place], expected: Mapping[str, Tensor], path: P
 
 
 def to_bytes(weights: Mapping[str, Tensor]) -> bytes:
-    """A safetensors file with a digest of its tensors, by which damage of their values is known."""
+    """A safetensors file with a digest of its tensors, which reveals damaged values."""
     return b"".join(to_parts(weights))
 
 
 def to_parts(weights: Mapping[str, Runs]) -> Iterator[Any]:
-    """The same piece by piece. `weights` are asked for each tensor twice, and may make it when they are."""
+    """`to_bytes` in pieces. Looks up each tensor in `weights` twice, so that a mapping may make it on access."""
     digest, places = hashlib.sha256(), {}
     for name in sorted(weights):
         runs = _runs(weights[name])
@@ -188,7 +189,7 @@ def to_parts(weights: Mapping[str, Runs]) -> Iterator[Any]:
 
 
 def file_parts(weights: Mapping[str, Runs], metadata: Mapping[str, str], places: Mapping[str, Place] | None = None) -> Iterator[Any]:
-    """A safetensors file in pieces, to the byte what the library writes; `places` are types and shapes, where these are known."""
+    """A safetensors file in pieces, byte for byte what the library writes; `places` has dtypes and shapes, if known."""
     places = {name: _place_of(_runs(weights[name])) for name in weights} if places is None else places
     header: dict[str, Any] = {"__metadata__": metadata}
     order, start = sorted(places, key=lambda name: (ORDER.index(places[name].dtype), name)), 0
@@ -216,20 +217,19 @@ def _place_of(runs: tuple[Tensor, ...]) -> Place:
 
 
 def _data(tensor: Tensor) -> Any:
-    """The bytes of a tensor, as an array of NumPy."""
+    """The bytes of a tensor as a NumPy array."""
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
 
 
 def _description(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
-    """What the digest of a file holds of a tensor, before its bytes: SHA-256 over all in the order of their names."""
+    """What precedes a tensor's bytes in the digest of a file, a SHA-256 over all tensors in the order of their names."""
     return f"{name} {dtype} {shape}".encode()
 
 
 class _Reading(TorchFunctionMode):
-    """Makes a network whose values are read: none are drawn, nothing is allocated but small tables, and no more is asked for than
-    a file has.
+    """Builds a network for weights that will be read: draws no values, and allocates only small tables.
 
-    A configuration of absurd sizes is refused before its first tensor that is too many, or too large, is there.
+    Raises InputError for a configuration far larger than the file, before it makes too many tensors or too large a one.
     """
 
     def __init__(self, header: Header, path: Path):
@@ -242,7 +242,7 @@ class _Reading(TorchFunctionMode):
         if getattr(function, "__module__", None) == nn.init.__name__:
             return arguments[0] if arguments else options["tensor"]
         if function in DRAWS:
-            # Not left as it is: torch's truncated normal draws until all values are within its bounds.
+            # Not left uninitialised: torch's truncated normal redraws until all values are within its bounds.
             return arguments[0].zero_()
         if function in FACTORIES:
             self._count(function, options.get("size", arguments))

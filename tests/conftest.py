@@ -1,4 +1,4 @@
-"""Small real parts that many tests share: trained text pieces, random codecs and a random decoder."""
+"""Small real components that many tests share: a trained text tokenizer, random codecs and a random decoder."""
 
 import signal
 
@@ -16,10 +16,10 @@ from mmtx.model import Decoder
 from mmtx.pipeline import Model
 from mmtx.vocabulary import Vocabulary
 
-# Two cores are shared: more threads than one can be fifty times slower while another process runs.
+# Two cores are shared: more than one thread can be fifty times slower while another process runs.
 torch.set_num_threads(1)
 
-# A shell that puts the tests in the background has them ignore Ctrl-C, and so would the programs that they interrupt.
+# A shell that runs the tests in the background makes them ignore Ctrl-C, and so would the programs that they interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -32,12 +32,12 @@ def pytest_collection_modifyitems(items):
         slow = item.get_closest_marker("slow") is not None
         if slow and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW))
-        # Where several processes run them (`-n 2 --dist loadgroup`), those of a file, which share what they make, stay together.
+        # With several processes (`-n 2 --dist loadgroup`), tests of a file, which share fixtures, stay in one process.
         item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}{'-slow' if slow else ''}"))
 
 
 def pytest_make_parametrize_id(val):
-    """A name that every process finds: bytes of a file that a test makes may hold the time, and then two processes find other tests."""
+    """A test id that all processes agree on: bytes of a generated file may contain the time, and so differ between processes."""
     return f"{len(val)} bytes" if isinstance(val, bytes) else None
 
 
@@ -71,7 +71,7 @@ def tiny_model(tokenizers, vocabulary):
 
 
 class Codes(Tokenizer):
-    """Stands for a tokenizer in tests that start from codes: it has a size and nothing else."""
+    """A tokenizer stub for tests that start from codes: it has sizes and nothing else."""
 
     size = 0
     bands = 3

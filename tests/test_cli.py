@@ -218,6 +218,7 @@ MISTAKES = [
     ("generate --begin media/c.wav --seconds 0 --out audio --file out.wav", ["seconds: found 0"]),
     ("generate a --guidance_scale -1", ["guidance_scale: found -1"]),
     ("generate a --out image --file nowhere/out.png", ["nowhere/out.png", "cannot be written"]),
+    (f"generate a --out image --file {'n' * 300}.png", ["cannot be written", "File name too long"]),
     ("generate a --out image --file out.abc", ["out.abc", "cannot be written"]),
     ("generate a --out audio --file out.abc --max_new_tokens 2", ["out.abc", "cannot be written"]),
     ("generate a nothing.png", ["nothing.png", "no such file"]),

@@ -12,6 +12,8 @@ from mmtx.data.augment import AudioAugmentation, ImageAugmentation
 from mmtx.data.collection import DataSource, read_source
 from mmtx.data.documents import Documents
 from mmtx.data.packing import PackedBatches
+from mmtx.data.sample import Media, SampleTurn, Text
+from mmtx.data.storage import MemorySource
 from mmtx.data.tokens import Augmentation, to_documents
 from mmtx.errors import InputError
 from mmtx.sequence import parse
@@ -136,3 +138,23 @@ def test_only_one_question_with_one_answer_can_be_turned_round(row, found, tmp_p
 def test_a_source_names_a_wrong_value(field, value, told):
     with pytest.raises(InputError, match=told):
         DataSource(["a.jsonl"], **{field: value})
+
+
+@pytest.mark.parametrize("turns, told", [
+    (["a cat"], "gave the turn 'a cat', expected an mmtx.data.sample.SampleTurn"),
+    (None, "gave the turns None, expected a tuple of mmtx.data.sample.SampleTurn"),
+    ([SampleTurn("bot", (Text("a cat"),))], "gave a turn of role 'bot', expected 'user', 'assistant' or None"),
+    ([SampleTurn("assistant", "a cat")], "gave the parts 'a cat', expected a tuple of mmtx.data.sample.Text and Media"),
+    ([SampleTurn("assistant", None)], "gave the parts None, expected a tuple of mmtx.data.sample.Text and Media"),
+    ([SampleTurn("assistant", ("a cat",))], "gave the part 'a cat', expected an mmtx.data.sample.Text or Media"),
+    ([SampleTurn("assistant", (Text(" "),))], "gave the text ' ', expected text that is not blank"),
+    ([SampleTurn("assistant", (Text(7),))], "gave the text 7, expected text that is not blank"),
+    ([SampleTurn("user", (Media("smell", "x", MemorySource(b""), speed=2),))], "gave a medium of kind 'smell', expected one of image, audio"),
+])
+def test_what_variants_make_is_looked_at(turns, told, tmp_path, monkeypatch):
+    """A mistake of the function's is told by its name and by the row, whatever of the sample it is in."""
+    function = f"made_{tmp_path.name.rstrip('_')}"
+    monkeypatch.setattr("mmtx.data.variants.import_function", lambda *_: lambda sample: [replace(sample, turns=turns)])
+    with pytest.raises(InputError) as error:
+        read_source(source("image", variants=f"{function}.py:made"))
+    assert str(error.value).startswith(f"variants {function}.py:made: ") and told in str(error.value), error.value

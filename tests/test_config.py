@@ -151,6 +151,66 @@ def test_numbers_of_codec_data_out_of_range_are_named(data, option, value):
         data([], [], **{option: value})
 
 
+CALLBACKS = "lightning.pytorch.callbacks"
+MISTAKES = {
+    "a wrong value of a callback": ("callbacks", {"class_path": f"{CALLBACKS}.EarlyStopping", "init_args": {
+        "monitor": "val/loss", "mode": "least"}}, r"trainer.callbacks: `mode` can be min, max, got least"),
+    "a wrong value of one of several": ("callbacks", [{"class_path": f"{CALLBACKS}.StochasticWeightAveraging", "init_args": {
+        "swa_lrs": -1}}], r"trainer.callbacks: .*swa_lrs. should a positive float"),
+    "no such callback": ("callbacks", [{"class_path": "EarlyStoping"}], r"trainer.callbacks: .*EarlyStoping"),
+    "no such metric": ("callbacks", [{"class_path": f"{CALLBACKS}.EarlyStopping", "init_args": {"monitor": "val/los"}}],
+                       r"trainer: Early stopping conditioned on metric `val/los` which is not available.*val/loss"),
+    "a schedule of accumulation": ("callbacks", [{"class_path": f"{CALLBACKS}.GradientAccumulationScheduler", "init_args": {
+        "scheduling": {0: 2}}}], r"trainer.callbacks: found GradientAccumulationScheduler, expected trainer.accumulate_grad_batches"),
+    "a search for a rate": ("callbacks", [{"class_path": f"{CALLBACKS}.LearningRateFinder"}],
+                            r"trainer.callbacks: found LearningRateFinder, expected model.optimizer.learning_rate"),
+    "a logger without its package": ("logger", {"class_path": "lightning.pytorch.loggers.WandbLogger"},
+                                     r"trainer.logger: .*Requirement 'wandb"),
+    "one of several": ("logger", [{"class_path": "lightning.pytorch.loggers.WandbLogger"}], r"trainer.logger: .*Requirement 'wandb"),
+    "another strategy": ("strategy", {"class_path": "lightning.pytorch.strategies.DeepSpeedStrategy"},
+                         r"trainer.strategy: .*DeepSpeed installed"),
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tiny")
+    config = runs.prepare(root, 2, val_check_interval=1)
+    config["data"]["init_args"]["num_workers"] = 0
+    return config
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_in_classes_of_lightning_are_one_line(name, tiny, tmp_path, capsys, monkeypatch):
+    """Whoever finds them: the parser, a constructor, or the run."""
+    for package in ("wandb", "deepspeed"):
+        monkeypatch.setitem(sys.modules, package, None)
+    option, value, told = MISTAKES[name]
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**tiny, "trainer": {**tiny["trainer"], option: value}}))
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", str(path), "--output", str(tmp_path / "run")])
+    lines = [line for line in capsys.readouterr().err.splitlines() if "Seed set" not in line and "parameters train" not in line]
+    assert stop.value.code == 2 and len(lines) == 1 and re.match(f"mmtx: error: {told}", lines[0]), lines
+    assert len(lines[0]) < 900 and "class path" not in lines[0] and "Union" not in lines[0], lines
+
+
+@pytest.mark.parametrize("command, kind, option", [
+    ("fit", "decoder", "train"), ("fit", "decoder", "validation"), ("prepare", "decoder", "train"),
+    ("fit", "image", "train"), ("fit", "image", "validation"), ("fit", "text", "train")])
+def test_no_source_is_told_by_the_option(command, kind, option, tiny, tmp_path, capsys):
+    config = tiny
+    if kind != "decoder":
+        config = yaml.safe_load((Path(__file__).parents[1] / "configs" / "starter" / f"{kind}.yaml").read_text())
+    data = {**config["data"], "init_args": {**config["data"]["init_args"], "train": runs.FEW[:1], option: []}}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**config, "data": data}))
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--config", str(path), "--output", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    assert f"mmtx: error: data.{option}: found none, expected at least one source" in capsys.readouterr().err
+
+
 # -- Code from strangers -------------------------------------------------------------------------------------
 
 

@@ -173,3 +173,19 @@ def test_commands(models, media, tmp_path, capsys):  # noqa: F811
         main(["convert", "--from", str(folder), "--output", str(tmp_path / "none"), "--image", str(media["audio"])])
     assert "holds a tokenizer for audio" in capsys.readouterr().err
     assert len(render(conversation(models["qwen3"], "a", "b"), models["qwen3"].vocabulary).ids) > 10
+
+
+@pytest.mark.parametrize("to", ["transformers", "gguf"])
+@pytest.mark.parametrize("name, told", [("n" * 300, "File name too long"), ("file/x", "Not a directory")])
+def test_an_output_that_cannot_be_is_one_line(models, to, name, told, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match=f"cannot be written .{told}"):
+        export(models["ours"], to, tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_output_that_is_not_ours_is_told_before_anything_is_read(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit):
+        main(["convert", "--from", "user/model", "--output", str(tmp_path)])
+    assert "holds 'notes.txt', which mmtx did not write" in capsys.readouterr().err

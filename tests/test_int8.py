@@ -166,10 +166,11 @@ def test_the_command_takes_8_bits(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == plain and loaded == [False, True]
 
 
-@pytest.mark.parametrize("option", [["--load_in_8bit"], ["--dtype", "bfloat16"]], ids=str)
-def test_a_server_chooses_its_weights_itself(option, capsys):
+@pytest.mark.parametrize("option, what", [(["--load_in_8bit"], "weights"), (["--dtype", "bfloat16"], "weights"), (["--device", "cuda"], "device")],
+                         ids=str)
+def test_a_server_chooses_its_weights_itself(option, what, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["caption", "--server", "http://127.0.0.1:9", *option, str(ROOT / "README.md")])
     assert stop.value.code == 2
     told = capsys.readouterr().err.strip()
-    assert told.endswith(f"{option[0]}: found with --server, which chooses its weights itself") and "\n" not in told
+    assert told.endswith(f"{option[0]}: found with --server, which chooses its {what} itself") and "\n" not in told

@@ -3,11 +3,15 @@
 import importlib.util
 import json
 import math
+import os
+import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from test_ctc import batch_of
 
@@ -17,6 +21,7 @@ from mmtx.errors import InputError
 from mmtx.grammar import Grammar
 from mmtx.inference.sampling import Sampling
 from mmtx.interop.convert import convert
+from mmtx.interop.export import export
 from mmtx.modality.base import load_tokenizer
 from mmtx.modality.pretrained_text import PretrainedText
 from mmtx.pipeline import load
@@ -304,3 +309,126 @@ def test_bad_models_are_told_in_one_line(tmp_path):
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(40))
     with fails("bad.gguf: not a GGUF file"):
         convert(tmp_path / "bad.gguf")
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrained")
+    save_model(folder, "qwen3")
+    return folder
+
+
+@pytest.fixture
+def broken(pretrained, tmp_path):
+    return Path(shutil.copytree(pretrained, tmp_path / "in"))
+
+
+@pytest.mark.parametrize("values, told", [
+    ({"rope_parameters": "default"}, "field 'rope_parameters' is 'default', expected an object"),
+    ({"rope_parameters": [1]}, "field 'rope_parameters' is list, expected an object"),
+    ({"rope_parameters": {"rope_theta": "x"}}, "field 'rope_theta' is 'x', expected float"),
+    ({"rope_parameters": {"rope_theta": [1]}}, "field 'rope_theta' is list, expected float"),
+    ({"rope_parameters": {**LLAMA_ROPE, "original_max_position_embeddings": math.inf}}, "found RoPE scaling 'llama3', expected none or"),
+    ({"rope_parameters": {**LLAMA_ROPE, "factor": 10**400}}, "found RoPE scaling 'llama3', expected none or"),
+    ({"rms_norm_eps": 10**400}, "field 'rms_norm_eps' is a number beyond all bounds, expected float"),
+])
+def test_settings_of_another_type_are_named(broken, values, told):
+    change(broken / "config.json", **values)
+    with fails(f"config.json: {told}"):
+        convert(broken)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja"])
+def test_texts_that_are_not_in_utf_8_are_named(broken, name, tmp_path):
+    convert(broken).save(tmp_path / "model")
+    for file, read in ((broken / name, convert), (tmp_path / "model" / "text" / name, lambda _: load(tmp_path / "model", "cpu"))):
+        file.write_bytes(b'{"a": "\xe9"}')
+        with fails(rf"{name}: found b'\\xe9' at byte 7, expected UTF-8"):
+            read(broken)
+
+
+@pytest.mark.parametrize("name, told", [("..", "found a folder, expected a file"), ("pipe", "found a pipe or device, expected a file"),
+                                        ("none", "no such file"), ("n" * 300, "cannot be read .File name too long")])
+def test_weights_that_are_no_file_are_named(broken, name, told):
+    os.mkfifo(broken / "pipe")
+    (broken / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with fails(told):
+        convert(broken)
+
+
+@pytest.mark.parametrize("change, told", [(lambda t: t.fill_(math.nan), "holds values that are not finite"),
+                                          (lambda t: t.double().fill_(1e300), "holds values that are not finite"),
+                                          (lambda t: t.to(torch.int8), "is torch.int8, expected floats")])
+def test_weights_that_are_no_numbers_are_refused_before_a_model_is_written(broken, change, told):
+    """As `mmtx.load` refuses them, which is too late to tell whose they are; whole numbers are shares of a scale that is elsewhere."""
+    name, file = "model.layers.1.mlp.up_proj.weight", broken / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    safetensors.torch.save_file({**tensors, name: change(tensors[name])}, file)
+    with fails(f"in: tensor {name} {told}"):
+        convert(broken)
+
+
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ range(10 ** 9) }}"])
+def test_a_chat_template_that_fails_in_any_way_is_one_line(broken, template):
+    (broken / "chat_template.jinja").write_text(template)
+    with fails("its chat template fails"):
+        convert(broken)
+
+
+def test_a_file_that_is_none_of_gguf_is_told(pretrained):
+    with fails("model.safetensors: found a file, expected a folder of transformers, or a file whose name ends in .gguf"):
+        convert(pretrained / "model.safetensors")
+
+
+def test_texts_are_neither_cut_nor_filled_up(broken):
+    """A tokenizer that was saved behind a call with `truncation` and `padding` has both in its file; transformers does not go by it."""
+    change(broken / "tokenizer.json", truncation={"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0},
+           padding={"strategy": {"Fixed": 40}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+                    "pad_token": "<|endoftext|>"})
+    said = TEXTS[1]
+    expected = transformers.AutoTokenizer.from_pretrained(broken)(said).input_ids
+    model = convert(broken)
+    assert list(model.tokenizers["text"].encode(said)) == expected and len(expected) > 3
+    assert model.tokenizers["text"].content == (broken / "tokenizer.json").read_text()
+
+
+def test_the_place_of_a_mistake_is_that_of_the_ids_that_were_given(pretrained):
+    """In a chat format several ids stand for a tag."""
+    model = convert(pretrained)
+    ids = model.tokenize(["hello", " there"], format="chat")
+    with fails(f"stream position {len(ids)}: found the end"):
+        model.detokenize(ids)
+    with fails(f"stream position {len(ids)}: found id 99999"):
+        model.detokenize([*ids, 99999])
+
+
+@pytest.mark.parametrize("field, value, told", [
+    ("qwen3.embedding_length", "x", "is 'x', expected int"), ("qwen3.block_count", 1.5, "is 1.5, expected int"),
+    ("qwen3.attention.head_count", 0, ": found 0, expected 1 or more"), ("qwen3.attention.head_count_kv", [2, 2], "is list, expected int"),
+    ("qwen3.attention.head_count", 10**12, ": found 1000000000000, expected 1 or more"),
+    ("qwen3.rope.freq_base", "x", "is 'x', expected float"), ("qwen3.attention.layer_norm_rms_epsilon", [], "is list, expected float"),
+    ("qwen3.rope.dimension_count", 8, "is 8, expected 16, all of a head"),  # the others are not turned: other scores
+    ("qwen3.feed_forward_length", -1, "mlp_dim: found -1, expected 1 or more"),
+    ("tokenizer.ggml.pre", [1], "found a text tokenizer 'gpt2' with list"),
+    ("tokenizer.ggml.tokens", None, "is None, expected a list of str"), ("tokenizer.ggml.tokens", [1, 2], "is list, expected a list of str"),
+    ("tokenizer.ggml.token_type", None, "is None, expected a list of int"), ("tokenizer.ggml.token_type", [1], "has 1 values, expected"),
+    ("tokenizer.ggml.merges", None, "is None, expected a list of str"), ("tokenizer.ggml.merges", [1], "is list, expected a list of str"),
+    ("tokenizer.ggml.eos_token_id", 10**6, "is 1000000, expected 0 to "), ("tokenizer.ggml.bos_token_id", -1, "is -1, expected 0 to "),
+    ("tokenizer.ggml.bos_token_id", "x", "is 'x', expected 0 to "), ("tokenizer.chat_template", [1], "is list, expected text"),
+])
+def test_fields_of_gguf_that_cannot_be_are_named(pretrained, tmp_path, monkeypatch, field, value, told):
+    import gguf
+
+    export(convert(pretrained), "gguf", file := tmp_path / "a.gguf")
+    convert(file)
+
+    class Reader(gguf.GGUFReader):
+        def __init__(self, path):
+            super().__init__(path)
+            assert field in self.fields
+            self.fields[field] = SimpleNamespace(contents=lambda: value)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Reader)
+    with fails(re.escape(told)) as caught:
+        convert(file)
+    assert str(caught.value).startswith(f"{file}: ") and "\n" not in str(caught.value)

@@ -431,6 +431,8 @@ def test_a_str_of_a_prompt_is_text_whatever_it_says(tiny_model, text):
     (lambda model, tone: model.generate_batch(mmtx.Sound(tone, RATE)), "prompts: found Sound"),
     (lambda model, _: model.generate_batch([], out="video"), "out: found 'video', expected one of text, image, audio, any"),
     (lambda model, _: model.tokenize("a", "chat", out="video"), "out: found 'video'"),
+    (lambda model, _: model.tokenize("a", out="video"), "out: found 'video'"),
+    (lambda model, _: model.tokenize("a", out="image"), "out: found 'image' with format='document', expected it with format='chat' alone"),
     (lambda model, _: model.caption([], start_index=-1), "start_index: found -1, expected a whole number, 0 or more"),
     (lambda model, _: model.caption([], start_index=1.0), "start_index: found 1.0"),
     (lambda model, _: model.caption([], start_index="0"), "start_index: found '0'"),

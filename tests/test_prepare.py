@@ -278,6 +278,42 @@ def test_parts_of_something_else_are_refused(tokenizers, tmp_path):
         prepare(source, tokenizers, tmp_path / "b", rows=2, part=(2, 2))
 
 
+@pytest.mark.parametrize("part", [(2, 2), (6, 6)], ids=["2 of 2", "6 of 6"])
+def test_a_part_of_more_rows_than_there_are_is_refused(part, tokenizers, tmp_path):
+    """Whichever of the shards of the rows that are gone are there: here not the first of them."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"text": f"line {n}"}) for n in range(12)))
+    prepare(DataSource([str(rows)]), tokenizers, tmp_path / "a", rows=2, part=part)
+    rows.write_text("\n".join(rows.read_text().split("\n")[:4]))
+    with pytest.raises(InputError, match=r"shard-0000[35].safetensors: the sources have no rows for it"):
+        prepare(DataSource([str(rows)]), tokenizers, tmp_path / "a", rows=2)
+    assert not (tmp_path / "a" / "prepared.json").exists()
+
+
+def test_a_join_that_is_killed_forgets_no_plan(tokenizers, tmp_path, monkeypatch):
+    """What a part was made with is known until its shards are where the plan of all is."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"text": f"line {n}"}) for n in range(4)))
+    source, output = DataSource([str(rows)]), tmp_path / "a"
+    prepare(source, tokenizers, output, rows=2, part=(1, 1))
+
+    class Killed(BaseException):
+        pass
+
+    replace = os.replace
+
+    def kill(path, target):
+        if Path(path).name.startswith("shard-"):
+            raise Killed
+        replace(path, target)
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(os, "replace", kill)
+        prepare(source, tokenizers, output, rows=2)
+    with pytest.raises(InputError, match="was begun with tokenizers text"):
+        prepare(source, {"text": TextTokenizer.train(["other texts altogether"], 280)}, output, rows=2)
+
+
 @pytest.mark.parametrize("word", ["0/8", "9/8", "3", "3/", "a/b", "-1/2", "1/2/3", "1 /2", "٣/٨"])
 def test_a_part_that_is_none_is_refused(word):
     with pytest.raises(SystemExit) as stop:

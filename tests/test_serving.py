@@ -30,12 +30,15 @@ from starlette.testclient import TestClient
 
 import mmtx
 from mmtx.cli import main
+from mmtx.config import DecoderConfig
 from mmtx.document import Document, Turn
 from mmtx.errors import InputError
 from mmtx.inference.choose import choose_engine
 from mmtx.inference.output_scores import OutputScores
 from mmtx.inference.sampling import Sampling
+from mmtx.model import Decoder
 from mmtx.sequence import prompt
+from mmtx.vocabulary import Vocabulary
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
@@ -418,6 +421,16 @@ def test_speech_that_cannot_be_made_is_refused_with_a_status(speaker):
                           ({"response_format": "aac"}, "response_format")):
         with pytest.raises(openai.BadRequestError, match=told):
             speaker.client.audio.speech.create(model="speaker", input="a", voice="any", extra_body=options)
+
+
+def test_a_model_without_sounds_says_so(tokenizers):
+    v = Vocabulary.build({"text": tokenizers["text"]})
+    model = mmtx.Model(Decoder(DecoderConfig(v.size, width=32, depth=1, heads=2, kv_heads=2, head_dim=16, mlp_dim=32)), v,
+                       {"text": tokenizers["text"]}).to("cpu")
+    with TestClient(make_app(model, NAME, loopback=False)) as client:
+        answer = client.post("/v1/audio/speech", json={"model": NAME, "input": "a", "voice": "any"})
+        assert answer.status_code == 400, answer.text
+        assert "found audio, but this model has tokenizers for text only" in answer.json()["error"]["message"]
 
 
 def test_models_and_health(server):

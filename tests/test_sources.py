@@ -120,6 +120,7 @@ def chat(content, role="user"):
         ({"image": "a.wav", "text": "x"}, ["'image'", "a.wav", "no image"]),
         ({"audio": "a.png", "text": "x"}, ["'audio'", "a.png", "no audio"]),
         ({"text": "x", "id": [1]}, ["key", "[1]"]),
+        ({"text": "x", "id": 1.5}, ["key", "1.5", "a whole number"]),
         ({"messages": []}, ["'messages'", "[]"]),
         ({"messages": "hi"}, ["'messages'", "hi"]),
         ({"messages": ["hi"]}, ["messages[0]", "hi"]),

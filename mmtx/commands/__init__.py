@@ -1,1 +1,1 @@
-"""The commands of `mmtx`, but those that train, a file each: `add` says what arguments there are, and `run` imports what it needs."""
+"""The commands of `mmtx` except those that train, one file each: `add` declares the arguments, `run` imports what it needs."""

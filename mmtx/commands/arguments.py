@@ -1,4 +1,4 @@
-"""What several commands share: arguments, what they name, and how a mistake is told."""
+"""Shared by several commands: their options, loading what these name, and reporting errors."""
 
 import argparse
 import os
@@ -13,7 +13,7 @@ MAX_BAD_HELP = ("share of all rows of a source, selected or not, that may be unu
 
 
 def tell(error: InputError) -> None:
-    """One line on stderr; with MMTX_DEBUG=1, before it, where the error comes from and what is behind it."""
+    """Print an error in one line on stderr; with MMTX_DEBUG=1, after its traceback and those of its causes."""
     if os.environ.get("MMTX_DEBUG", "0") not in ("", "0"):
         behind: BaseException | None = error
         while behind is not None:
@@ -37,7 +37,7 @@ def count(least: int, most: int | None = None) -> Callable[[str], int]:
 
 
 def add_source_options(parser: argparse.ArgumentParser) -> None:
-    """How sources of the command line are read, as the fields of a `DataSource` say it in a configuration."""
+    """Options for reading sources on the command line, like the fields of a `DataSource` in a configuration."""
     parser.add_argument("--trusted", action="store_true", help="let rows of a source at a URL name local files and private "
                         "addresses; default: what lies below its own address, and public https")
     parser.add_argument("--fields", nargs="+", type=_field, default=None, metavar="FIELD=NAME", help="names under which rows "
@@ -53,7 +53,7 @@ def _field(word: str) -> tuple[str, str | None]:
 
 
 def check_source_options(options: argparse.Namespace) -> None:
-    """Raise InputError for sources beside --config, and for what --config says itself."""
+    """Raise InputError for sources together with --config, and for options that belong in the configuration."""
     if not options.config:
         return
     if getattr(options, "sources", None):
@@ -77,7 +77,7 @@ def add_model_options(parser: argparse.ArgumentParser, model: bool = True, defau
 
 
 def add_precision_options(parser: argparse.ArgumentParser, load_in_8bit: bool = True) -> None:
-    """Of what numbers a model is held in; `load_in_8bit` where ids are written by an engine."""
+    """Options for the number formats of a model; `load_in_8bit` for commands that generate with an engine."""
     parser.add_argument("--dtype", default=None, help="of the decoder's weights: float32, the default, bfloat16 or float16, which "
                         "take half of the memory")
     if load_in_8bit:
@@ -93,9 +93,10 @@ def add_server_option(parser: argparse.ArgumentParser) -> None:
 def load_model(options: argparse.Namespace):
     load_in_8bit, dtype = getattr(options, "load_in_8bit", False), getattr(options, "dtype", None)
     if getattr(options, "server", None) is not None:
-        for name, given in (("load_in_8bit", load_in_8bit), ("dtype", dtype)):
+        for name, given, what in (("load_in_8bit", load_in_8bit, "weights"), ("dtype", dtype, "weights"),
+                                  ("device", options.device, "device")):
             if given:
-                raise InputError(f"--{name}: found with --server, which chooses its weights itself")
+                raise InputError(f"--{name}: found with --server, which chooses its {what} itself")
         from mmtx.interop.remote import connect
 
         return connect(options.server, options.model)
@@ -118,9 +119,9 @@ def sampling_of(options: argparse.Namespace) -> dict:
 
 
 def print_answers(asked: Sequence[str], files: Sequence, answers: Iterable) -> None:
-    """Print what is said of files (`Captioned`) as it comes, behind their names, or alone of a single one.
+    """Print captions or transcripts (`Captioned`) as they come, after the names of the files, or alone for a single file.
 
-    Leave with 1 where some failed, with 2 where all did.
+    Exits with status 1 if some failed, 2 if all did.
     """
     from mmtx.data.storage import display
 

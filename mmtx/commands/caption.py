@@ -1,4 +1,4 @@
-"""`mmtx caption`: say what pictures and sounds are."""
+"""`mmtx caption`: caption pictures and sounds."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""`mmtx convert`: a model of a pretrained language model."""
+"""`mmtx convert`: make a model from a pretrained language model."""
 
 import argparse
 
@@ -14,8 +14,10 @@ def add(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from mmtx.files import check_target
     from mmtx.interop.convert import convert
 
+    check_target(options.output)  # before anything is fetched
     media = {kind: folder for kind in ("image", "audio") if (folder := getattr(options, kind)) is not None}
     model = convert(options.source, media)
     model.save(options.output)

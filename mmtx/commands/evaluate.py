@@ -1,4 +1,4 @@
-"""`mmtx evaluate`: captions of what was held out, beside the true ones."""
+"""`mmtx evaluate`: caption held-out samples and compare with the true captions."""
 
 import argparse
 from collections.abc import Iterator

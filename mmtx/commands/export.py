@@ -1,4 +1,4 @@
-"""`mmtx export`: a model for transformers, vLLM or llama.cpp."""
+"""`mmtx export`: write a model for transformers, vLLM or llama.cpp."""
 
 import argparse
 import sys

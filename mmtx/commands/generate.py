@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> None:
     if options.model is None and options.server is None and options.out in ("image", "audio"):
         from mmtx.files import shipped
 
-        options.model = shipped("demos/generate")  # the model for captions neither draws nor plays
+        options.model = shipped("demos/generate")  # the captioning model generates neither pictures nor sounds
     model, parts = load_model(options), parts_of(options.parts)
     sampling = {**sampling_of(options), "guidance_scale": options.guidance_scale}
     if options.out == "text":
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
     elif options.out != "audio":
         raise InputError(f"--begin: found --out {options.out}, expected --out image or --out audio")
     else:
-        del sampling["max_new_tokens"]  # --seconds say it
+        del sampling["max_new_tokens"]  # set by --seconds
         result = model.continue_audio(options.begin, 1.0 if options.seconds is None else options.seconds, parts, **sampling)
     write_media(result, options.file)
     print(options.file)

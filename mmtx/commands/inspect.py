@@ -1,4 +1,4 @@
-"""`mmtx inspect`: documents as coloured ids, and which of them train."""
+"""`mmtx inspect`: show documents as coloured ids, and which ids are trained."""
 
 import argparse
 import os
@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> None:
     legend += f"; trained ids are {'underlined' if coloured else 'marked *'}\n"
     reading = data_source(options, options.sources)
     for source in reading.paths:
-        skipped, left = SkipCounter(1.0), options.rows  # a few rows tell no share, so each bad one is told
+        skipped, left = SkipCounter(1.0), options.rows  # a share of a few rows means nothing, so bad rows are only reported
         for row in scan(source, options.trusted, reading.fields, options.follow_links):
             if not left:
                 break

@@ -1,8 +1,9 @@
-"""Media of the command line: what its words name, and files of what was generated."""
+"""Media on the command line: arguments that name media, and files for generated ones."""
 
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from mmtx.errors import InputError
@@ -11,7 +12,7 @@ URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+|data:\S+,\S*")  # "see https://
 
 
 def parts_of(names: Sequence[str]) -> list:
-    """Words of the command line: files and URLs are media, the rest is text."""
+    """Arguments of the command line as parts of a prompt: files and URLs are media, the rest is text."""
     from mmtx.data.sample import kind_of
     from mmtx.medium import Medium
 
@@ -31,12 +32,12 @@ def parts_of(names: Sequence[str]) -> list:
 
 
 def write_media(result, path: Path, option: str = "--file") -> None:
-    """Save what was generated, which appears whole or not at all: what has a method `save`, or an array."""
+    """Save a generated medium, atomically: an object with a method `save`, or an array."""
     import numpy as np
 
     if not path.suffix and hasattr(result, "save"):
         raise InputError(f"{option} {path}: found no extension, expected one such as .png or .wav")
-    special = path.exists() and not path.is_file()  # a pipe or a device gets it straight
+    special = os.path.exists(path) and not path.is_file()  # a pipe or a device is written directly
     part = path if special else path.with_name(f".{path.stem[:64]}.{os.getpid()}{path.suffix}")
     try:
         if hasattr(result, "save"):
@@ -46,8 +47,9 @@ def write_media(result, path: Path, option: str = "--file") -> None:
                 np.save(file, result)
         if not special:
             os.replace(part, path)
-    except (OSError, ValueError, RuntimeError, TypeError) as error:  # of what the extension chose
+    except (OSError, ValueError, RuntimeError, TypeError) as error:  # of the writer that the extension chose
         raise InputError(f"{option} {path}: cannot be written ({str(error).replace(str(part), str(path))})") from None
     finally:
         if not special:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink()

@@ -1,4 +1,4 @@
-"""`mmtx plan`: which size to train for how long with a budget of compute."""
+"""`mmtx plan`: which model size to train, and for how long, with a compute budget."""
 
 import argparse
 import sys
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
     for what in kinds:
         try:
             run, others = held_out(runs, what, RESAMPLES)
-        except InputError as error:  # enough for a fit, and too few without the largest
+        except InputError as error:  # enough runs for a fit, but too few without the largest
             print(f"mmtx: note: nothing held out: {error}", file=sys.stderr)
             break
         point, measured = (run.parameters, run.tokens), run.losses[what]

@@ -1,4 +1,4 @@
-"""`mmtx prepare`: media to tokenized shards."""
+"""`mmtx prepare`: turn media into tokenized shards."""
 
 import argparse
 import os
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
 
     import yaml
 
-    from mmtx.data.collection import DataSource, read_config
+    from mmtx.data.collection import DataSource, given, read_config
     from mmtx.data.output import check_output
     from mmtx.data.prepare import prepare
     from mmtx.data.sources import MAX_BAD
@@ -61,8 +61,9 @@ def run(options: argparse.Namespace) -> None:
     outputs = [options.output]
     if options.config:
         config = read_config(find_shipped(options.config))
-        sources, folders, features, max_bad = config.train, config.tokenizers, config.continuous_inputs, config.max_bad
-        # Shards hold what encoders made, and not what an encoder that is trained along would read.
+        sources, folders = given(config.train, "train"), config.tokenizers
+        features, max_bad = config.continuous_inputs, config.max_bad
+        # Shards hold the outputs of encoders, not the inputs of an encoder that is trained along.
         frozen = "".join(f" --model.{name} {'false' if name == 'train_encoder' else 'null'}" for name in config.encoders)
         # The same samples are prepared once, however often they are used.
         read = [repr((source.paths, source.select, source.fields, source.follow_links, source.variants)) for source in sources]
@@ -87,7 +88,7 @@ def run(options: argparse.Namespace) -> None:
     if options.part:
         return
     default = asdict(DataSource([]))
-    # The command line goes on from each source of the configuration: a `select` that has done its work must be undone.
+    # The printed command is merged into the sources of the configuration: fields already applied, such as `select`, are reset.
     done_with = ("select", "fields", "follow_links", "variants")
     train = [{"paths": [str(output)], **{name: default[name] if name in done_with else value
                                          for name, value in asdict(source).items()

@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _key() -> str | None:
-    """The key that callers need, if any. Raises InputError, which does not show it, where they could not send it."""
+    """The key that callers need, if any. Raises InputError, without showing the key, if no header can hold it."""
     key = os.environ.get("MMTX_API_KEY") or None
     if key and not (key.isascii() and key.isprintable() and key == key.strip()):
         raise InputError("MMTX_API_KEY: found a key that no header can hold, expected printable ASCII without blanks around it")
@@ -66,7 +66,7 @@ def _key() -> str | None:
 
 
 def _page(options: argparse.Namespace, model):
-    """What puts the page of `mmtx demo` on a server."""
+    """A function that adds the page of `mmtx demo` to a server."""
     from functools import partial
 
     from mmtx.captioning import find_media

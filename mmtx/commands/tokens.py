@@ -1,4 +1,4 @@
-"""`mmtx tokenize` and `mmtx detokenize`: media to ids and back."""
+"""`mmtx tokenize` and `mmtx detokenize`: text and media to ids and back."""
 
 import argparse
 import re

@@ -1,4 +1,4 @@
-"""`mmtx transcribe`: write down what is said in sounds."""
+"""`mmtx transcribe`: transcribe the speech in sounds."""
 
 import argparse
 

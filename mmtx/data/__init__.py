@@ -1,1 +1,1 @@
-"""From files to samples: manifests, folders and shards are read here, pictures and sounds are loaded here."""
+"""From files to samples to packed batches: reads manifests, folders and shards, and loads pictures and sounds."""

@@ -1,4 +1,4 @@
-"""Small random changes to pictures and sounds that leave their captions true.
+"""Augmentation: small random changes to pictures and sounds that keep their captions true.
 
 Shapes: C=3 channels, H, W pixels, S samples. All randomness comes from the generator that is passed in.
 """
@@ -12,20 +12,20 @@ from torch import Generator, Tensor
 
 from mmtx.schema import within
 
-EQUALISED = 8  # bands
-LOWEST = 60    # Hz, of the lowest of them
+EQUALISED = 8  # bands of the equalizer
+LOWEST = 60    # Hz, of its lowest band
 
 
 @dataclass(frozen=True)
 class ImageAugmentation:
     """Ranges of the changes to a picture; 0 turns one off.
 
-    scale: size factor in [1/(1+scale), 1+scale]; stretch: the same for the ratio of the sides; translate: share of a side;
-    degrees: of a turn; color_jitter: saturation factor in [1-color_jitter, 1+color_jitter], and gamma of each channel by half as
-    much; hue: degrees; shear: share of a side; blur: blocks of up to that many pixels more than one a side; erase: a side of a
-    rectangle that is painted over, as a share of the picture's, in half of the pictures; tint: share by which paper may be
-    darker than white. `grayscale`, `outline` (edges as dark lines) and `invert` are shares of pictures: icons of one colour
-    have the shapes of coloured ones. Colours that a caption names are then gone, so the shares are to be small.
+    scale: size factor in [1/(1+scale), 1+scale]; stretch: the same for the aspect ratio; translate: share of a side; degrees: of
+    rotation; color_jitter: saturation factor in [1-color_jitter, 1+color_jitter], and log gamma of each channel up to half as
+    much; hue: degrees; shear: share of a side; blur: averages blocks of up to 1 + blur pixels a side; erase: in half of the
+    pictures, paints over a rectangle with sides up to this share of the picture's; tint: share by which white may become
+    darker. `grayscale`, `outline` (edges as dark lines) and `invert` are shares of pictures: icons of one colour have the
+    shapes of coloured ones. These remove colours that a caption may name, so keep the shares small.
     """
 
     scale: float = 0.25
@@ -49,7 +49,7 @@ class ImageAugmentation:
             within(f"image_augmentation.{name}", getattr(self, name), 0, most)
 
     def __call__(self, picture: Tensor, generator: Generator) -> Tensor:
-        """uint8 (3, H, W) -> uint8 (3, H, W); what comes in from outside is white."""
+        """uint8 (3, H, W) -> uint8 (3, H, W); areas from outside the picture are white."""
         zoom, stretch, right, down, turn, saturation, red, green, blue = (
             2 * torch.rand(9, generator=generator) - 1).tolist()
         size = (1 + self.scale) ** zoom
@@ -57,10 +57,10 @@ class ImageAugmentation:
         angle = math.radians(self.degrees) * turn
         cos, sin = math.cos(angle), math.sin(angle)
         slant = self.shear * (2 * float(torch.rand((), generator=generator)) - 1) if self.shear else 0.0
-        aspect = picture.shape[2] / picture.shape[1]  # each axis of the grid goes from -1 to 1, whatever its pixels are
+        aspect = picture.shape[2] / picture.shape[1]  # grid coordinates run from -1 to 1 on each axis, whatever its length
         matrix = torch.tensor([[[size * ratio * cos, size / ratio * (slant * cos - sin) / aspect, 2 * self.translate * right],
                                 [size * ratio * sin * aspect, size / ratio * (slant * sin + cos), 2 * self.translate * down]]])
-        # Ink on white: outside of the picture grid_sample gives 0, which is white here.
+        # Inverted, since grid_sample pads with 0, which is to be white.
         ink = 1 - picture[None].float() / 255
         grid = F.affine_grid(matrix, list(ink.shape), align_corners=False)
         light = 1 - F.grid_sample(ink, grid, mode="bilinear", align_corners=False)[0]
@@ -73,7 +73,7 @@ class ImageAugmentation:
         return (light * 255).round().to(torch.uint8)
 
     def _repaint(self, light: Tensor, generator: Generator) -> Tensor:
-        """Light (3, H, W) in [0, 1] -> the same shapes in other colours, or partly hidden; draws nothing where all is off."""
+        """Light (3, H, W) in [0, 1] -> the same shapes recoloured or partly hidden; draws no random numbers if all is off."""
         rand = lambda *size: torch.rand(size, generator=generator)
         if self.hue:
             light = turn_hue(light, math.radians(self.hue) * float(2 * rand() - 1)).clamp(0, 1)
@@ -99,7 +99,7 @@ class ImageAugmentation:
 
 
 def turn_hue(light: Tensor, angle: float) -> Tensor:
-    """Light (3, H, W) with its colours turned around the grey axis by an angle in radians."""
+    """Light (3, H, W) with its colours rotated about the grey axis by an angle in radians."""
     cos, sin = math.cos(angle), math.sin(angle) / math.sqrt(3)
     share = (1 - cos) / 3
     matrix = torch.tensor([[cos + share, share - sin, share + sin],
@@ -109,14 +109,14 @@ def turn_hue(light: Tensor, angle: float) -> Tensor:
 
 
 def soften(light: Tensor, pixels: float) -> Tensor:
-    """Light (3, H, W) as if one pixel of it had been `pixels` a side."""
+    """Light (3, H, W) blurred: averaged over blocks of `pixels` a side and interpolated back to size."""
     height, width = light.shape[1:]
     small = F.interpolate(light[None], (max(1, round(height / pixels)), max(1, round(width / pixels))), mode="area")
     return F.interpolate(small, (height, width), mode="bilinear", align_corners=False)[0]
 
 
 def outline(light: Tensor, strength: float) -> Tensor:
-    """Light (3, H, W) -> (1, H, W): dark lines on white where neighbours differ."""
+    """Light (3, H, W) -> (1, H, W): edges as dark lines on white."""
     padded = F.pad(light[None], (1, 1, 1, 1), mode="replicate")[0]
     across = padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2]
     down = padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1]
@@ -127,12 +127,12 @@ def outline(light: Tensor, strength: float) -> Tensor:
 class AudioAugmentation:
     """Ranges of the changes to a sound; 0 turns one off.
 
-    shift: seconds forward or back (silence fills the gap); tilt: highs against lows, in [0, 1]; noise: amplitude;
-    gain: loudness factor in [1 - gain, 1]; speed: semitones up or down by which it plays faster or slower. Below half a
-    semitone a note keeps its name; more is for codecs and vocoders alone, since a caption that names it would become false.
-    equalizer: decibels by which each of EQUALISED bands is louder or softer; band_stop: octaves that are taken out, in half of
-    the sounds; time_mask: seconds of silence within, in half of the sounds; fade: decibels by which the end is softer or louder;
-    reverb: seconds in which an echo of up to the sound's own loudness decays by 60 dB, at most.
+    shift: seconds forward or back (silence fills the gap); tilt: of the spectrum, in [0, 1]; noise: amplitude; gain: amplitude
+    factor in [1 - gain, 1]; speed: semitones up or down by faster or slower playback. Below half a semitone a note keeps its
+    name; more is for codecs and vocoders only, since it would make a caption that names the note false. equalizer: decibels by
+    which each of EQUALISED bands is louder or softer; band_stop: width in octaves of a band that is removed, in half of the
+    sounds; time_mask: seconds that are silenced, in half of the sounds; fade: decibels by which the end is softer or louder;
+    reverb: seconds in which an echo, at most as loud as the sound, decays by 60 dB.
     """
 
     shift: float = 0.1
@@ -168,7 +168,7 @@ class AudioAugmentation:
         return moved + noise * self.noise * torch.randn(len(moved), generator=generator)
 
     def _colour(self, waveform: Tensor, rate: int, generator: Generator) -> Tensor:
-        """Waveform (S,) as another room, instrument or microphone might have it; draws nothing where all is off."""
+        """Waveform (S,) as another room, instrument or microphone might shape it; draws no random numbers if all is off."""
         rand = lambda *size: torch.rand(size, generator=generator)
         length = len(waveform)
         if self.fade:
@@ -179,7 +179,7 @@ class AudioAugmentation:
             spectrum = torch.fft.rfft(waveform, size)
             octave = (torch.linspace(0, rate / 2, len(spectrum)) / LOWEST).clamp_min(1).log2()  # above LOWEST Hz
             if self.equalizer:
-                place = octave / octave[-1].clamp_min(1e-6) * (EQUALISED - 1)  # 0 of a single sample
+                place = octave / octave[-1].clamp_min(1e-6) * (EQUALISED - 1)  # a single sample has 0 octaves
                 low = place.long().clamp_max(EQUALISED - 2)
                 level = self.equalizer * (2 * rand(EQUALISED) - 1)
                 spectrum = spectrum * 10 ** (torch.lerp(level[low], level[low + 1], place - low) / 20)

@@ -1,4 +1,4 @@
-"""Which samples a run trains on and is judged by: the `train` and `validation` lists of every config."""
+"""The samples that a run trains on and is evaluated on: the `train` and `validation` lists of every config."""
 
 import os
 import sys
@@ -26,15 +26,16 @@ class DataSource:
     """Manifests, folders or shards that belong together.
 
     paths: files, folders, glob patterns or URLs. select: keep samples whose metadata field is one of the values.
-    repeat: how often an epoch shows each sample. limit: keep this many samples, evenly spread.
-    task: "caption" reads samples as they are, the medium asked and the text answered; "generate" turns them round. List
-    a source twice to train both. cond_drop_prob: share of the views of a sample that leave its user turn empty, by which a model
-    learns to do without it, as classifier-free guidance needs. trusted: rows of a source at a URL may name local files,
-    private addresses and other schemes than https; by default what lies below its own address, and public https. fields:
-    names under which rows have what is read, as in {"image": "img_path", "text": "label"}; null for a field that shall not be
-    read though it looks like a medium. follow_links: read also what links in a folder lead to outside of it. variants: a function
-    "FILE.py:FUNCTION", which makes of each `Sample` those that stand in its place, such as a note in several pitches with the name of
-    each. reader: likewise a function, which `mmtx evaluate` runs to score captions field by field (`mmtx.evaluation.FieldReader`).
+    repeat: how often an epoch shows each sample. limit: keep this many samples, evenly spaced.
+    task: "caption" reads samples as they are, with the medium as question and the text as answer; "generate" swaps the two.
+    List a source twice to train both. cond_drop_prob: share of the views of a sample whose user turns are emptied, so that the
+    model learns to do without them, as classifier-free guidance needs. trusted: rows of a source at a URL may name local files,
+    private addresses and schemes other than https; by default only what lies below its own address, and public https. fields:
+    maps the fields that are read to their names in the rows, as in {"image": "img_path", "text": "label"}; null for a field
+    that looks like a medium but is not to be read. follow_links: also follow links in a folder that lead outside it.
+    variants: a function "FILE.py:FUNCTION" that replaces each `Sample` with several, such as a note in several pitches, each with
+    its own name. reader: likewise a function, with which `mmtx evaluate` scores captions field by field
+    (`mmtx.evaluation.FieldReader`).
     """
 
     paths: list[str]
@@ -64,18 +65,18 @@ class DataSource:
                 raise InputError(f"{name}: found {value}, expected 1 or more")
 
 
-# Options of the decoder's training that shards, which hold what encoders made, leave no use for.
+# Options of decoder training that do not go with prepared shards, which hold the outputs of frozen encoders.
 ENCODERS = ("train_encoder", "encoders_from", "image_encoder", "image_encoder_lr")
 
 
 class TrainingData(NamedTuple):
-    """What the configuration of a decoder says of its data."""
+    """The data of a decoder's configuration."""
 
     train: list[DataSource]
     validation: list[DataSource]
     tokenizers: list[str]    # folders
     continuous_inputs: bool  # whether the decoder takes features
-    encoders: list[str]      # those of ENCODERS that are set: none where the encoders that make them stay as they are
+    encoders: list[str]      # those of ENCODERS that are set: none if all encoders are frozen
     max_bad: float           # share of the rows of a source that may be unusable
 
 
@@ -117,7 +118,7 @@ def _read(source: DataSource, skipped: SkipCounter) -> list[Sample]:
 
 
 def turned_round(sample: Sample) -> Sample:
-    """The sample with question and answer exchanged. Raises InputError where it is not one of each."""
+    """The sample with question and answer swapped. Raises InputError unless it has exactly one of each."""
     roles = [turn.role for turn in sample.turns]
     if roles != ["user", "assistant"]:
         found = ", ".join(role or "plain" for role in roles)
@@ -131,10 +132,10 @@ class Collected(NamedTuple):
 
     samples: list[Sample]
     repeats: list[int]            # how often an epoch shows each
-    counters: list[SkipCounter]   # of the source of each, for those that turn out to be unusable; `finish` tells of them
+    counters: list[SkipCounter]   # of the source of each sample, for those found unusable later; `finish` reports them
 
     def finish(self) -> None:
-        """Raise InputError if in one of the sources too many rows were bad, else tell of them on stderr."""
+        """Raise InputError if too many rows of any source were bad, else report the bad ones on stderr."""
         for skipped in dict.fromkeys(self.counters):
             skipped.tell(to_stderr)
 
@@ -151,8 +152,15 @@ def read_sources(sources: Sequence[DataSource], max_bad: float) -> Collected:
     return whole
 
 
+def given(sources: list[DataSource], name: str) -> list[DataSource]:
+    """The sources of an option. Raises InputError if there are none."""
+    if not sources:
+        raise InputError(f"data.{name}: found none, expected at least one source, as in [{{paths: [FILE]}}]")
+    return sources
+
+
 def test_sources(sources: list[DataSource] | None) -> list[DataSource]:
-    """The sources of `mmtx test`. Raises InputError where there are none."""
+    """The sources of `mmtx test`. Raises InputError if there are none."""
     if not sources:
         raise InputError("data.test: found none, expected sources for mmtx test (mmtx validate takes those of data.validation)")
     return sources
@@ -163,6 +171,6 @@ def to_stderr(line: str) -> None:
 
 
 def progress(name: str) -> Callable[[Iterable], Iterable]:
-    """A progress bar for long work: `progress("encode")(items)`; none where it would fill a log."""
-    quiet = {} if "TQDM_DISABLE" in os.environ else {"disable": None}  # None: where stderr is no terminal
+    """A progress bar for long work: `progress("encode")(items)`; not shown if stderr is a log file."""
+    quiet = {} if "TQDM_DISABLE" in os.environ else {"disable": None}  # None: if stderr is no terminal
     return lambda items: tqdm(items, desc=name, leave=False, **quiet)

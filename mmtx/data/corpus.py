@@ -1,4 +1,4 @@
-"""The sources of a run as one list of documents: media that are encoded when a batch asks for them, and prepared shards."""
+"""All sources of a run as one list of documents: media, which are encoded when a batch needs them, and prepared shards."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -21,20 +21,20 @@ from mmtx.vocabulary import Vocabulary
 
 
 class Content(NamedTuple):
-    """What a source of samples holds: equal digests are equal samples, wherever they lie and whenever they were written."""
+    """The contents of a source: equal digests mean equal samples, wherever they lie and whenever they were written."""
 
-    digests: np.ndarray             # (samples,) int64; (1,) for all of a prepared folder
-    where: Callable[[int], str]     # what a digest is of: file and row, or the folder
+    digests: np.ndarray             # int64 (samples,), or (1,) for a whole prepared folder
+    where: Callable[[int], str]     # index of a digest -> file and row, or the folder
 
 
 class Corpus:
-    """Documents of several parts, one behind another."""
+    """The documents of several parts, concatenated."""
 
     def __init__(self, parts: Sequence[Documents | Prepared], repeats: Sequence[np.ndarray | int]):
-        """`repeats` of a part: how often an epoch shows its documents, one number for all or one for each."""
+        """`repeats`: how often an epoch shows the documents of each part, one number for all or one for each."""
         self.parts = parts
         self.starts = np.cumsum([0, *map(len, parts)])
-        # The lengths of a single prepared folder stay where they are, on the disk.
+        # The lengths of a single prepared folder stay memory-mapped.
         self.lengths = parts[0].lengths if len(parts) == 1 else np.concatenate([part.lengths for part in parts])
         self.repeats = None if all(np.all(np.equal(count, 1)) for count in repeats) else np.concatenate(
             [np.broadcast_to(count, len(part)) for part, count in zip(parts, repeats, strict=True)])
@@ -44,7 +44,7 @@ class Corpus:
 
     @property
     def samples(self) -> list[Sample]:
-        """The samples whose media are at hand, those of prepared shards left out."""
+        """The samples whose media are available, that is, without those of prepared shards."""
         return [sample for part in self.parts if isinstance(part, Documents) for sample in part.samples]
 
     def where(self, number: int) -> str:
@@ -53,12 +53,12 @@ class Corpus:
         return self.parts[part].where(number - int(self.starts[part]))
 
     def contents(self) -> list[Content]:
-        """What the parts hold, to be compared with what they held."""
+        """The contents of the parts, for comparison with those of an earlier run."""
         return [Content(part.digests, _always(part.path) if isinstance(part, Prepared) else part.where)
                 for part in self.parts]
 
     def render(self, chosen: Sequence[tuple[int, int]]) -> list[Rendered]:
-        """Documents of (document, view) pairs; those of a part together, since they share passes of an encoder."""
+        """Documents of (document, view) pairs; those of a part are rendered together, to share passes of the encoder."""
         owners = [self._part(number) for number, _ in chosen]
         found: list[Rendered | None] = [None] * len(chosen)
         for part in sorted(set(owners)):
@@ -93,7 +93,7 @@ def read_corpus(
 ) -> Corpus:
     """Open all sources. Raises InputError as `Documents` and `Prepared` do.
 
-    `features`: whether the decoder takes them; `patches`: the kinds of which it takes patches instead.
+    `features`: whether the decoder takes features; `patches`: the kinds of media of which it takes patches instead.
     """
     parts: list[Documents | Prepared] = []
     repeats: list[np.ndarray | int] = []
@@ -121,7 +121,7 @@ def read_corpus(
 
 
 def _is_prepared(source: DataSource) -> bool:
-    """Raises InputError where only some of the paths are prepared, or where `limit` would count for each alone."""
+    """Raises InputError if only some of the paths are prepared, or if `limit` would apply to each of several folders."""
     prepared = [path for path in source.paths if is_prepared(path)]
     if prepared and len(prepared) < len(source.paths):
         raise InputError(f"paths: found {display(prepared[0])}, which is prepared, beside media; expected a source for each")

@@ -1,4 +1,4 @@
-"""Samples to learn from, as documents of tokens: measured once, and encoded anew each time a batch asks for them."""
+"""Training samples as documents of tokens: their lengths are measured once, and each batch encodes them anew."""
 
 import hashlib
 import pickle
@@ -22,13 +22,13 @@ from mmtx.sequence import Rendered, render
 from mmtx.vocabulary import Vocabulary
 
 BLOCK = 128          # samples that a process measures at a time
-ENOUGH = 32 * BLOCK  # samples from which on processes, whose start takes seconds, are worth it
+ENOUGH = 32 * BLOCK  # samples from which on processes are worth the seconds that they take to start
 
 
 class Documents:
-    """Samples as documents. All are read and measured once; their media are read and encoded again for each batch.
+    """Samples as documents. All are read and measured once; each batch reads and encodes its media again.
 
-    So every view of a sample can differ, and a corpus of any size needs no more memory than its paths and texts.
+    So each view of a sample can differ, and a corpus of any size needs memory for its paths and texts only.
     """
 
     def __init__(
@@ -48,17 +48,18 @@ class Documents:
     ):
         """Samples that cannot be read, or that need more than `max_seq_len` tokens, are skipped.
 
-        Of the kinds in `patches` media come with their patches, for a decoder with encoders, and not with features.
+        Media of the kinds in `patches` come with patches instead of features, for a decoder with encoders of its own.
 
-        `counters` are those of the source of each sample, and say how many may be; without them all are of one source.
-        `first` is the number of the first sample, by which its views are seeded. `num_workers` processes measure, if more than one.
+        `counters` holds the counter of each sample's source, which limits how many may be skipped; by default all samples are of
+        one source. `first` is the number of the first sample; numbers seed the views. If `num_workers` is more than one, so many
+        processes measure.
         """
         if counters is None:
             counters = [SkipCounter(MAX_BAD, len(samples))] * len(samples)
         self.tokenizers, self.vocabulary, self.augmentation, self.seed = tokenizers, vocabulary, augmentation, seed
         self.patches = patches
         self.samples: list[Sample] = []  # those that can be used
-        self.numbers: list[int] = []     # which of the given samples they are, from `first`
+        self.numbers: list[int] = []     # their numbers among all samples, counted from `first`
         lengths, digests = [], []
         with closing(_measured(samples, first, Measure(tokenizers, vocabulary, max_seq_len), num_workers)) as measured:
             for number, (sample, found) in enumerate(zip(progress(samples), measured, strict=True), first):
@@ -74,7 +75,7 @@ class Documents:
         if not self.samples:
             raise InputError(f"no sample can be used: {counters[0].summary()}")
         self.lengths = np.array(lengths)  # (samples,) tokens of each document
-        self.digests = np.frombuffer(b"".join(digests), "<i8")  # (samples,) of all that each says and shows
+        self.digests = np.frombuffer(b"".join(digests), "<i8")  # (samples,) of the text and media of each
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -84,7 +85,7 @@ class Documents:
         return self.samples[number].where
 
     def render(self, chosen: Sequence[tuple[int, int]]) -> list[Rendered]:
-        """Documents of (sample, view) pairs. All views of a sample have the same length and text, or are shorter."""
+        """Documents of (sample, view) pairs. All views of a sample have the same length and text, unless its prompt is dropped."""
         seeds = [seed_of(self.seed, self.numbers[sample], view) for sample, view in chosen]
         samples = [_drop(self.samples[sample], seed) for (sample, _), seed in zip(chosen, seeds, strict=True)]
         media = [load_sample(sample, self.tokenizers) for sample in samples]
@@ -93,7 +94,7 @@ class Documents:
 
 
 class Measure(NamedTuple):
-    """What the length of a document depends on, beside the sample."""
+    """What the length of a document depends on, besides the sample."""
 
     tokenizers: Mapping[str, Tokenizer]
     vocabulary: Vocabulary
@@ -104,7 +105,7 @@ Measured = tuple[int, bytes] | InputError  # tokens of a document and the digest
 
 
 def _measured(samples: Sequence[Sample], first: int, measure: Measure, num_workers: int) -> Generator[Measured, None, None]:
-    """All samples in order, measured here or by processes that read some blocks ahead."""
+    """Measure all samples in order, here or in processes that work some blocks ahead."""
     if num_workers < 2 or len(samples) < ENOUGH:
         for number, sample in enumerate(samples, first):
             yield _measure(sample, number, measure)
@@ -113,7 +114,7 @@ def _measured(samples: Sequence[Sample], first: int, measure: Measure, num_worke
     try:
         running: deque[Future] = deque()
         for start in range(0, len(samples), BLOCK):
-            # Metadata stay here: no length depends on them, and they may be large.
+            # Metadata are not sent: lengths do not depend on them, and they may be large.
             block = [replace(sample, metadata={}) for sample in samples[start:start + BLOCK]]
             running.append(pool.submit(pickle.dumps((first + start, block))))
             if len(running) > 4 * num_workers:
@@ -133,8 +134,8 @@ def _measure_block(measure: Measure, first: int, samples: Sequence[Sample]) -> l
 
 
 def _measure(sample: Sample, number: int, measure: Measure) -> Measured:
-    """The document with all codes 0, of which the length is taken, and a digest of what it is made of."""
-    digest = hashlib.blake2b(b"%d" % number, digest_size=8)  # the number decides about augmentation
+    """The length of the sample's document, rendered with all codes 0, and a digest of its contents."""
+    digest = hashlib.blake2b(b"%d" % number, digest_size=8)  # the number seeds augmentation
     for turn in sample.turns:
         texts = [part.text if isinstance(part, Text) else None for part in turn.parts]
         digest.update(f"{turn.role} {texts}".encode("utf-8", "backslashreplace"))
@@ -155,7 +156,7 @@ def _measure(sample: Sample, number: int, measure: Measure) -> Measured:
 
 
 def _drop(sample: Sample, seed: int) -> Sample:
-    """The sample or, for its share `cond_drop_prob` of seeds, the sample with its user turns emptied."""
+    """The sample, with its user turns emptied for a share `cond_drop_prob` of the seeds."""
     if np.random.default_rng(seed).random() >= sample.cond_drop_prob:
         return sample
     turns = (replace(turn, parts=()) if turn.role == "user" else turn for turn in sample.turns)

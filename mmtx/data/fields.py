@@ -1,6 +1,6 @@
-"""Fields of a row: text and JSON that are what they should be, or an error that names the row and the field.
+"""The fields of a row: validated text and JSON, or an error that names the row and the field.
 
-Whatever a row says is bounded before it is kept: its bytes, how deep its values lie in one another, and captions.
+Limits apply before anything is kept: the bytes of a row, the nesting depth of its values, and the length of captions.
 """
 
 import codecs
@@ -14,13 +14,13 @@ from mmtx.data.sample import Sample
 from mmtx.errors import InputError
 from mmtx.files import STRICT_JSON
 
-MAX_ROW = 32 * 2**20  # bytes of a row of a manifest: a picture of 24 MB may lie in it
+MAX_ROW = 32 * 2**20  # bytes of a row of a manifest: room for a picture of 24 MB in base64
 MAX_CAPTION = 2**20   # bytes of a caption or of the JSON beside a medium
-MAX_DEPTH = 32        # lists and objects in one another: pickle and repr end in an error at a few hundred
-CHUNK = 2**20         # bytes that are read together
+MAX_DEPTH = 32        # nested lists and objects: pickle and repr fail at a few hundred
+CHUNK = 2**20         # bytes per read
 SPACE = re.compile(r"[ \t\n\r]*")
 
-# How files begin that are often taken for text or for a tar.
+# First bytes of files that are often taken for text or a tar.
 BEGINNINGS = {
     b"\xff\xfe\0\0": "UTF-32 text", b"\0\0\xfe\xff": "UTF-32 text", b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text",
     b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "Zstandard", b"\xfd7zXZ\0": "xz", b"BZh": "bzip2", b"\x04\x22\x4d\x18": "LZ4",
@@ -37,13 +37,13 @@ def attempt(parse: Callable[[], Sample]) -> Sample | InputError:
 
 
 def begins_as(head: bytes) -> str | None:
-    """What a file is by its first bytes, if it is one of BEGINNINGS."""
+    """The kind of a file by its first bytes, if it is one of BEGINNINGS."""
     return next((name for beginning, name in BEGINNINGS.items() if head.startswith(beginning)), None)
 
 
 def _check_text(head: bytes, where: str) -> None:
-    """Raise InputError for what is no UTF-8 by its first bytes."""
-    # Text in a wide encoding without a mark: every other byte is zero, or three of four.
+    """Raise InputError for a file whose first bytes show that it is not UTF-8."""
+    # UTF-16 or UTF-32 without a byte-order mark: every other byte is zero, or three of four.
     zeros = tuple(place for place in range(min(len(head), 4)) if head[place] == 0)
     wide = {(1, 3): "UTF-16 text", (0, 2): "UTF-16 text", (1, 2, 3): "UTF-32 text", (0, 1, 2): "UTF-32 text"}
     if found := begins_as(head) or wide.get(zeros):
@@ -51,9 +51,9 @@ def _check_text(head: bytes, where: str) -> None:
 
 
 def lines(file: BinaryIO, where: str) -> Iterator[bytes | None]:
-    """The lines of a file of UTF-8 text without their ends; None stands for one of more than MAX_ROW bytes.
+    """The lines of a file of UTF-8 text without line breaks; None stands for one of more than MAX_ROW bytes.
 
-    Raises InputError when the file is something else as a whole.
+    Raises InputError if the file as a whole is something else.
     """
     rest, skipping, first = b"", False, True
     while chunk := file.read(CHUNK):
@@ -79,12 +79,11 @@ def lines(file: BinaryIO, where: str) -> Iterator[bytes | None]:
 
 
 def objects(file: BinaryIO, where: str) -> Iterator[bytes | None]:
-    """The objects of a JSON list, or those that stand one behind another, as they are written; None for one of more than
-    MAX_ROW bytes. One is in memory at a time.
+    """The objects of a JSON list, or of concatenated JSON, as bytes; None for one of more than MAX_ROW bytes.
 
-    Raises InputError where what follows is no object, or has no end within MAX_ROW bytes.
+    One is in memory at a time. Raises InputError where what follows is no object, or has no end within MAX_ROW bytes.
     """
-    decoder = json.JSONDecoder(parse_int=str, parse_float=str)  # only ends are looked for here
+    decoder = json.JSONDecoder(parse_int=str, parse_float=str)  # only the ends of objects matter here
     text, place, number, ended = "", 0, 0, False
     chunks = _texts(file, where)
     listed = closed = False
@@ -114,7 +113,7 @@ def objects(file: BinaryIO, where: str) -> Iterator[bytes | None]:
                     _, end = decoder.raw_decode(text, place)
                     break
                 except (ValueError, RecursionError) as error:
-                    # An object that is not whole yet looks like one that is none.
+                    # An incomplete object cannot be told from an invalid one.
                     if ended or len(text) - place > MAX_ROW or isinstance(error, RecursionError):
                         found = shown(text[place:place + 60])
                         raise InputError(f"{at}: not JSON ({reason(error)}), found {found}") from None
@@ -130,7 +129,7 @@ def objects(file: BinaryIO, where: str) -> Iterator[bytes | None]:
 
 
 def _texts(file: BinaryIO, where: str) -> Iterator[str]:
-    """A file of UTF-8 in pieces of text."""
+    """The text of a UTF-8 file, piece by piece."""
     decoder, place = codecs.getincrementaldecoder("utf-8-sig")(), 0
     try:
         while chunk := file.read(CHUNK):
@@ -144,7 +143,7 @@ def _texts(file: BinaryIO, where: str) -> Iterator[str]:
 
 
 def json_object(data: bytes, where: str) -> dict[str, Any]:
-    """A JSON object, in which no field is there twice."""
+    """Parse a JSON object, in which no field occurs twice."""
     try:
         row = STRICT_JSON.decode(decode(data, where))
     except (ValueError, RecursionError) as error:
@@ -159,7 +158,7 @@ def json_object(data: bytes, where: str) -> dict[str, Any]:
 
 
 def _depth(value: Any) -> int:
-    """How many lists and objects lie in one another."""
+    """The nesting depth of lists and objects, counted up to MAX_DEPTH + 1."""
     depth, level = 0, [value]
     while level and depth <= MAX_DEPTH:
         inside = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list))]
@@ -168,7 +167,7 @@ def _depth(value: Any) -> int:
 
 
 def reason(error: Exception) -> str:
-    """What a parser says, short and on one line."""
+    """The message of a parser's error, short and on one line."""
     return "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:120]
 
 
@@ -181,10 +180,10 @@ def decode(data: bytes, where: str) -> str:
 
 
 def renamed(row: dict[str, Any], fields: Mapping[str, str | None] | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The row with its fields under the names by which they are read, and those that shall not be read.
+    """The row with its fields renamed to those that are read, and the fields that are not to be read.
 
-    Null fields, which stand for absent ones, are left out. `fields` is that of a `DataSource`: name by which a field is read ->
-    its name in the row, None for none.
+    Null fields count as absent and are left out. `fields` is that of a `DataSource`: the name by which a field is read -> its
+    name in the row, or None for a field that is not to be read.
     """
     fields = fields or {}
     row = {name: value for name, value in row.items() if value is not None}
@@ -201,7 +200,7 @@ def pop_text(row: dict[str, Any], names: tuple[str, ...], where: str) -> str:
 
 
 def pop_number(row: dict[str, Any], name: str, least: float, where: str) -> float | None:
-    """A number of at least `least`, also one that is written as text, as all values of a table are; None if there is none."""
+    """A number of at least `least`, or text of one, as all values of a table are; None if the field is absent."""
     if name not in row:
         return None
     found = row.pop(name)
@@ -225,7 +224,7 @@ def text_of(value: Any, where: str, at: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """What was found, on one line of bounded length."""
+    """A value for an error message, on one line of bounded length."""
     if isinstance(value, (str, bytes)):
         value = value[:200]
     text = repr(value)

@@ -1,4 +1,4 @@
-"""Folders of media with captions beside them: x.png + x.txt or x.json, in all subfolders."""
+"""Folders of media with captions beside them: x.png with x.txt or x.json, in all subfolders."""
 
 import os
 import stat
@@ -13,17 +13,17 @@ from mmtx.data.storage import FileSource, MediaSource
 from mmtx.errors import InputError
 from mmtx.modality.registry import MODALITIES
 
-METADATA = ("metadata.jsonl", "metadata.csv")  # a manifest inside a folder of media, as `datasets` has it
+METADATA = ("metadata.jsonl", "metadata.csv")  # a manifest inside a folder of media, as in `datasets`
 SPECIAL = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFBLK: "a device", stat.S_IFCHR: "a device"}
 
-Found = MediaSource | InputError  # where a file or member lies, or why it cannot be used
+Found = MediaSource | InputError  # the location of a file or member, or why it cannot be used
 
 
 def read_folder(path: str, fields: Mapping[str, str | None] | None = None, follow_links: bool = False,
                 report: Callable[[str], None] | None = None) -> Iterator[Sample | InputError]:
     groups: dict[str, list[tuple[str, Found]]] = {}
     for name, found in sorted(files_in(path, follow_links), key=lambda file: file[0]):
-        # Folders that cannot be read end in a separator: a key of their own.
+        # Names of unreadable folders end in a separator, which makes each a key of its own.
         groups.setdefault(os.path.splitext(name)[0], []).append((name, found))
     tables = [name for name in METADATA if os.path.isfile(os.path.join(path, name))]
     if tables and not any(known_kind(name) is None for group in groups.values() if len(group) > 1 for name, _ in group):
@@ -31,7 +31,7 @@ def read_folder(path: str, fields: Mapping[str, str | None] | None = None, follo
                          "as the source")
     alone = []
     for key, group in groups.items():
-        # A text without a medium is a README or a licence here, no sample.
+        # A text file without a medium, such as a README or a licence, is not a sample.
         if any(known_kind(name) or isinstance(found, InputError) for name, found in group):
             where = os.path.join(path, key)
             yield attempt(partial(captioned, key, group, where, os.path.join(path, ""), fields))
@@ -43,10 +43,10 @@ def read_folder(path: str, fields: Mapping[str, str | None] | None = None, follo
 
 
 def files_in(path: str, follow_links: bool) -> Iterator[tuple[str, Found]]:
-    """Media and captions in a folder and those below it, by their names in `path`, and what cannot be used of them.
+    """Media and captions in a folder and its subfolders, by their names relative to `path`, with errors for unusable ones.
 
-    A link may lead to where the folder itself leads; what lies elsewhere is read with `follow_links` only: data of
-    strangers must not say which files of the reader are looked at.
+    Links may point to files within the folder. Links that lead outside are followed only with `follow_links`: data from
+    strangers must not decide which files of the user are read.
     """
     root = os.path.realpath(path)
     folders, seen = [""], {root}
@@ -69,7 +69,7 @@ def files_in(path: str, follow_links: bool) -> Iterator[tuple[str, Found]]:
             if os.path.isdir(entry.path) if linked else entry.is_dir(follow_symlinks=False):
                 if outside and not follow_links:
                     yield name + os.sep, _link(entry.path, target)
-                # A linked folder of the source is read where it is, and a hidden one never.
+                # A folder that is linked within the source is read once, at its own place; hidden ones never.
                 elif (outside or not linked) and target not in seen and not entry.name.startswith("."):
                     folders.append(name)
                     seen.add(target)
@@ -102,18 +102,18 @@ def too_long(where: str, size: int) -> InputError:
 
 
 def is_wanted(name: str) -> bool:
-    """Media and captions, but nothing hidden."""
+    """Whether a file is a medium or a caption, and not hidden."""
     return (known_kind(name) is not None or suffix(name) in (".json", ".txt")) and not is_hidden(name)
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or a folder above it is: macOS puts a "._x.png" beside each "x.png" of a tar, Jupyter copies in folders."""
+    """Whether a file or any folder above it is hidden: macOS tars hold a "._x.png" for each "x.png", Jupyter makes hidden copies."""
     return any(part.startswith(".") and part != ".." for part in Path(name).parts)
 
 
 def captioned(key: str, files: list[tuple[str, Found]], where: str, name_prefix: str,
               fields: Mapping[str, str | None] | None = None) -> Sample:
-    """One medium with KEY.json, KEY.txt or both (JSON fields win)."""
+    """The sample of one medium with KEY.json, KEY.txt or both (JSON fields take precedence)."""
     sources: list[tuple[str, MediaSource]] = []
     for name, found in files:
         if isinstance(found, InputError):
@@ -134,7 +134,7 @@ def captioned(key: str, files: list[tuple[str, Found]], where: str, name_prefix:
     row, aside = renamed(row, fields)
     if ".txt" in beside and not {"caption", "text"} & row.keys():
         row["caption"] = decode(beside[".txt"].read(), f"{where}.txt").strip()
-    if {"caption", "text"} & row.keys():  # a chat is read where there is no caption
+    if {"caption", "text"} & row.keys():  # a caption takes precedence over a chat
         aside |= {name: row.pop(name) for name in CHATS if name in row}
     turns = turns_of(row, where, None, (Media(kind_of(name), name_prefix + name, source),), TEXTS)
     return Sample(key, turns, row | aside, where)

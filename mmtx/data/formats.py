@@ -1,4 +1,4 @@
-"""Which format a file of a medium has, by how it begins: which decoder opens it is decided here alone."""
+"""The format of a media file by its first bytes: the only place that decides which decoder opens it."""
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIC")
 AUDIO_FORMATS = ("WAV", "FLAC", "OGG", "MP3", "AIFF", "AU", "CAF", "W64", "NIST", "MP4", "AAC", "WEBM")
@@ -19,7 +19,7 @@ STARTS = {
     b"NIST_1A": "NIST",
     b"\x1a\x45\xdf\xa3": "WEBM",  # of Matroska
 }
-CHUNKED = {  # the four bytes at the start and those at byte 8
+CHUNKED = {  # the first four bytes, and the four from byte 8
     (b"RIFF", b"WEBP"): "WEBP",
     (b"RIFF", b"WAVE"): "WAV",
     (b"RIFX", b"WAVE"): "WAV",
@@ -44,24 +44,24 @@ def format_of(data: bytes) -> str | None:
         return format_of(data[id3_size(data):]) or "MP3"
     if len(data) > 2 and data[0] == 0xFF and data[1] & 0xF6 == 0xF0:
         return "AAC"
-    # 0xFFFE and 0xFFFF are not taken for MPEG (layer I): the first is how text in UTF-16 begins.
+    # 0xFFFE and 0xFFFF are not taken for MPEG (layer I): the former is also the byte-order mark of UTF-16.
     if len(data) > 2 and data[0] == 0xFF and data[1] >= 0xE2 and data[1] & 0x06 in (2, 4) and data[1] & 0x18 != 0x08:
         return "MP3" if data[2] & 0xF0 != 0xF0 and data[2] & 0x0C != 0x0C else None
     return None
 
 
 def is_image(data: bytes) -> bool:
-    """Whether a file that begins so is a picture."""
+    """Whether a file that begins with these bytes is a picture."""
     return format_of(data) in IMAGE_FORMATS
 
 
 def is_audio(data: bytes) -> bool:
-    """Whether a file that begins so is a sound."""
+    """Whether a file that begins with these bytes is a sound."""
     return format_of(data) in AUDIO_FORMATS
 
 
 def _iso_format(data: bytes) -> str:
-    """AVIF, HEIC or MP4 by the brands that the file claims."""
+    """AVIF, HEIC or MP4, by the brands that the file declares."""
     box = bytes(data[8 : min(int.from_bytes(data[:4], "big"), 256)])
     brands = {box[:4], *(box[i : i + 4] for i in range(8, len(box), 4))}
     if brands & {b"avif", b"avis"}:
@@ -70,7 +70,7 @@ def _iso_format(data: bytes) -> str:
 
 
 def id3_size(data: bytes, place: int = 0) -> int:
-    """How many bytes the ID3 tag at `place` has; 0 where there is none."""
+    """The size in bytes of the ID3 tag at `place`; 0 if there is none."""
     head = data[place : place + 10]
     if len(head) < 10 or head[:3] != b"ID3":
         return 0

@@ -1,16 +1,16 @@
-"""The field's forms of a row: which of its fields are media, texts and turns. All that is read leaves the row.
+"""The common forms of a row: which of its fields are media, texts and turns. Fields that are read leave the row.
 
 | form | fields |
 | --- | --- |
 | caption | media, and "text", "caption", "transcription", "transcript" or "sentence" |
-| plain document | "text" alone; with <image> and <audio> in it, media stand there |
+| plain document | "text" alone; with <image> and <audio> where media go |
 | chat | "messages" or "conversations" (LLaMA-Factory, ms-swift, TRL, LLaVA, ShareGPT, OpenAI, Qwen), media beside or inside |
 | question and answer | "instruction" + "input" + "output" or another of PAIRS, after "history" |
 
 Media are "image", "images", "audio", "audios", "file_name" (image folders), or "audio_filepath" with "offset" and "duration"
-(NeMo). Where <image> or <audio> in the texts of a row say where media go, they must be as many as the media; where none does,
-media come first in the first user turn. A field that looks like a medium and is not read is an error; so is one of a medium that
-is empty in a row without another, but beside a chat, of which data sets tell so that it has none.
+(NeMo). Placeholders <image> or <audio> in the texts say where media go, and must be as many as the media; without any, media
+come first in the first user turn. A field that looks like a medium and is not read is an error. So is an empty media field in a
+row without other media, except beside a chat, where data sets mark chats without media in this way.
 """
 
 import base64
@@ -28,38 +28,38 @@ from mmtx.data.storage import DatasetSource, MemorySource
 from mmtx.errors import InputError
 from mmtx.modality.registry import MODALITIES, media_kinds
 
-FILE_NAME = "file_name"  # a field with a medium of the kind that its extension says
-TEXTS = ("caption", "text", "transcription", "transcript", "sentence")  # the first that a row has
+FILE_NAME = "file_name"  # a field with a medium, whose extension says its kind
+TEXTS = ("caption", "text", "transcription", "transcript", "sentence")  # the first of these in a row is its caption
 CHATS = ("messages", "conversations")
 PAIRS = (("instruction", "output"), ("query", "response"), ("prompt", "completion"), ("prompt", "response"),
          ("question", "answer"))
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
-LOOKED_AT = 64  # items of a list or object in an unread field
+LOOKED_AT = 64  # items that are examined of a list or object in an unread field
 
-# Names of fields that hold a medium, or say where it lies: words, and words that mean other things too without an ending.
+# Names of fields that hold a medium or its location: sure words, and words that need an ending since they are ambiguous.
 VIDEO = ("video", "movie|clip|film")
 _NUMBER = r"[_-]?(?:\d+|[a-d])"
 _ENDING = r"[_-]?(?:path|file|file_?name|file_?path|url|uri|link|src|bytes|data|content|b64|base64|list|array)s?"
 
 
 class Names(NamedTuple):
-    """By which names rows say that they have media."""
+    """The names by which rows refer to media."""
 
-    fields: dict[str, str | None]      # field -> kind of the media in it; None: what its extension says
+    fields: dict[str, str | None]      # field -> kind of the media in it; None: by its extension
     types: dict[str, str]              # type of a part of a message -> kind of the medium
-    placeholder: re.Pattern[str]       # where a medium stands in a text
-    embedded: re.Pattern[str]          # a path in a text, as the first Qwen-VL had it
-    alike: dict[str, re.Pattern[str]]  # kind -> names of fields that hold one by their look
+    placeholder: re.Pattern[str]       # a placeholder of a medium in a text
+    embedded: re.Pattern[str]          # a path inside a text, as in the first Qwen-VL
+    alike: dict[str, re.Pattern[str]]  # kind -> names of fields that look like media of it
 
     @property
     def read(self) -> tuple[str, ...]:
-        """All names that a row is read by."""
+        """All names of fields that are read."""
         return (*self.fields, *TEXTS, *CHATS, *dict.fromkeys(name for pair in PAIRS for name in pair), "input", "history",
                 "system", "offset", "duration", "key", "id")
 
 
 def names() -> Names:
-    """Those of all modalities that are registered."""
+    """The names of all registered modalities."""
     return _names(media_kinds())
 
 
@@ -78,17 +78,17 @@ def _names(kinds: tuple[str, ...]) -> Names:
     )
 
 
-Reader = Callable[[Any, str, str], Media]  # what a row says of a medium, its kind and its field -> the medium
+Reader = Callable[[Any, str, str], Media]  # the value of a media field, its kind and its name -> the medium
 
 
 class Slot(NamedTuple):
-    """Where a text says that a medium of this kind stands."""
+    """A placeholder of a medium of this kind."""
 
     kind: str
 
 
 class Message(NamedTuple):
-    """A turn whose media may still be slots."""
+    """A turn whose media may still be placeholders."""
 
     role: str | None
     parts: list[Part | Slot]
@@ -96,11 +96,11 @@ class Message(NamedTuple):
 
 def turns_of(row: dict[str, Any], where: str, read: Reader | None, given: Sequence[Media] = (),
              texts: Sequence[str] = TEXTS, empty: Sequence[str] = ()) -> tuple[SampleTurn, ...]:
-    """Take the turns out of a row, and leave its metadata there.
+    """Remove the turns from a row, leaving its metadata.
 
-    `read` makes media of what a row says of them; None: all are `given`, for they lie beside the row. A caption is the first
-    of `texts`. `empty` are the fields of media that have no value. Raises InputError for a row of none of the forms, and where
-    a medium would be lost, or is not there.
+    `read` turns the value of a field into a medium; None: all media are `given`, as files beside the row. The caption is the
+    first of `texts` that the row has. `empty` names the media fields without a value. Raises InputError for a row of no known
+    form, and if a medium is missing or would be dropped.
     """
     beside = list(given) or _beside(row, where, read)
     chats = [name for name in CHATS if name in row]
@@ -125,13 +125,13 @@ def turns_of(row: dict[str, Any], where: str, read: Reader | None, given: Sequen
 
 
 def empty_media(row: Mapping[str, Any], fields: Mapping[str, str | None] | None) -> list[str]:
-    """Those fields of media that a row has without a value, by its own names; `fields` is that of a `DataSource`."""
+    """The media fields of a row that are null, by their names in the row; `fields` is that of a `DataSource`."""
     given = [(fields or {}).get(name, name) for name in names().fields]
     return [name for name in given if name in row and row[name] is None]
 
 
 def _beside(row: dict[str, Any], where: str, read: Reader) -> list[Media]:
-    """The media that the fields of a row name, pictures first."""
+    """The media that the fields of a row name, pictures before sounds."""
     media: list[Media] = []
     fields = names().fields
     if fields.keys().isdisjoint(row):
@@ -163,7 +163,7 @@ def _media_of(value: Any, kind: str, at: str, where: str, read: Reader) -> list[
 
 
 def _medium(value: Any, kind: str, at: str, where: str, read: Reader | None) -> Media:
-    """A path or URL, or an object that holds one, or the bytes themselves in base64."""
+    """The medium of a path or URL, or of an object that holds one, or the bytes in base64."""
     if isinstance(value, dict):
         if isinstance(data := value.get("data"), str) and data:
             return Media(kind, f"{where}: field {at!r}", MemorySource(_base64(data, at, where)))
@@ -181,7 +181,7 @@ def _base64(data: str, at: str, where: str) -> bytes:
 
 
 def _cut(row: dict[str, Any], medium: Media, where: str) -> Media:
-    """The part of a sound that a row of a NeMo manifest means."""
+    """The part of a sound that "offset" and "duration" of a NeMo manifest select."""
     start, seconds = pop_number(row, "offset", 0, where) or 0.0, pop_number(row, "duration", 0, where)
     if seconds == 0:
         raise InputError(f"{where}: field 'duration' is 0, expected more")
@@ -201,14 +201,14 @@ def _captioned(text: str, media: Sequence[Media]) -> list[Message]:
 
 
 def _system(row: dict[str, Any], where: str) -> list[Message]:
-    """An instruction beside a chat; blank ones are as good as none."""
+    """The instruction of the field "system"; a blank one counts as none."""
     text = row.pop("system", "")
     return [] if isinstance(text, str) and not text.strip() else [Message("system", [Text(text_of(text, where, "system"))])]
 
 
 def _pair(row: dict[str, Any], pair: tuple[str, str], where: str, read: Reader | None, marked: bool) -> list[Message]:
     question, answer = (row.pop(name) for name in pair)
-    if isinstance(question, list) and isinstance(answer, list):  # messages, as TRL has them
+    if isinstance(question, list) and isinstance(answer, list):  # messages, as in TRL
         return [message for name, some in zip(pair, (question, answer))
                 for message in _chat(some, name, where, read, marked)]
     messages = []
@@ -270,7 +270,7 @@ def _part(item: Any, where: str, at: str, read: Reader | None, marked: bool) -> 
 
 
 def _words(text: Any, role: str, where: str, at: str, marked: bool) -> list[Part | Slot]:
-    """A text that is all of a turn. What the user says has placeholders also where no media are, for then they are lost."""
+    """The parts of a turn of text alone; user turns are split at placeholders even without media, to report missing ones."""
     text = text_of(text, where, at)
     if role == "user" and (found := names().embedded.search(text)):
         raise InputError(f"{where}: field {at!r} has {shown(found[0])} in its text, expected <image> or <audio> there and the "
@@ -279,7 +279,7 @@ def _words(text: Any, role: str, where: str, at: str, marked: bool) -> list[Part
 
 
 def _pieces(text: str) -> list[Part | Slot]:
-    """A text cut at its placeholders; a line break between the two belongs to neither."""
+    """A text split at its placeholders; a line break next to a placeholder is dropped."""
     parts: list[Part | Slot] = []
     for place, piece in enumerate(names().placeholder.split(text)):
         if place % 2:
@@ -294,12 +294,12 @@ def _pieces(text: str) -> list[Part | Slot]:
 
 
 def _side(role: str | None) -> Literal["user", "assistant"] | None:
-    """Who says it: the stream has no system role, an instruction is a user turn of its own."""
+    """The role in the stream, which has no system role: an instruction is a user turn of its own."""
     return "user" if role in ("user", "system") else "assistant" if role == "assistant" else None
 
 
 def _filled(messages: Sequence[Message], beside: Sequence[Media], where: str) -> tuple[SampleTurn, ...]:
-    """Messages as turns, with the media beside them where the slots are, or first in the first user turn."""
+    """Messages as turns: media beside them fill the placeholders, or come first in the first user turn."""
     slots = [part.kind for message in messages for part in message.parts if isinstance(part, Slot)]
     if not slots and not beside:
         return tuple(SampleTurn(_side(role), tuple(part for part in parts if not isinstance(part, Slot))) for role, parts in messages)
@@ -320,13 +320,13 @@ def _filled(messages: Sequence[Message], beside: Sequence[Media], where: str) ->
     return (SampleTurn("user", tuple(first)), *turns) if first else tuple(turns)
 
 
-# -- What must not be left out -------------------------------------------------------------------------------
+# -- Media that must not be dropped --------------------------------------------------------------------------
 
 
 def refuse_unread(row: dict[str, Any], where: str, kinds: set[str], prefix: str = "") -> None:
-    """Raise InputError when a field that was not read looks like a medium; `kinds` are those of the media that were read.
+    """Raise InputError if a field that was not read looks like a medium; `kinds` are those of the media that were read.
 
-    Beside a medium that was read stand its name and address in other fields, and stay metadata.
+    Other fields may hold the name or URL of a medium that was read; these stay metadata.
     """
     for name, value in row.items():
         if isinstance(value, (str, list, dict, bytes, DatasetSource)) and value and (found := _unread(name, value, kinds)):
@@ -337,7 +337,7 @@ def refuse_unread(row: dict[str, Any], where: str, kinds: set[str], prefix: str 
 
 
 def _unread(name: str, value: Any, kinds: set[str]) -> tuple[str | None, str, Any] | None:
-    """Kind, name and value of a medium in a field, if there is one."""
+    """Kind, name and value of an unread medium in a field, if there is one."""
     kind, numbered = _kind_by_name(name, media_kinds())
     if kind and (kind not in kinds or numbered or isinstance(value, list) and len(value) > 1):
         return kind, name, value
@@ -346,7 +346,7 @@ def _unread(name: str, value: Any, kinds: set[str]) -> tuple[str | None, str, An
 
 @lru_cache(4096)
 def _kind_by_name(name: str, kinds: tuple[str, ...]) -> tuple[str | None, bool]:
-    """The kind of medium that a field holds by its name, and whether it is one of several."""
+    """The kind of medium that the name of a field suggests, and whether the name is numbered."""
     name = name.lower()
     if kind := known_kind("x." + name):  # columns of WebDataset shards: "jpg", "wav"
         return kind, False
@@ -374,7 +374,7 @@ def _by_value(name: str, value: Any, kinds: set[str], depth: int = 0) -> tuple[s
 
 
 def _kind_by_value(text: str) -> str | None:
-    """The kind of medium that a text names, if it is a path or URL of one, or a medium itself."""
+    """The kind of medium that a text refers to, if it is a path, URL or data URL of one."""
     if text.startswith("data:"):
         kind = text[5:].partition("/")[0]
         return kind if kind in names().alike else None

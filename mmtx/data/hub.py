@@ -1,7 +1,7 @@
 """Hugging Face datasets as rows of a manifest. Needs the package `datasets`: pip install "mmtx[hf]".
 
 A source is `hf://NAME`, `hf://NAME:SPLIT` (NAME as `datasets.load_dataset` takes it: of the hub, or a folder), or a folder
-that `save_to_disk` wrote. Pictures and sounds are read and decoded by mmtx, when they are asked for.
+that `save_to_disk` wrote. mmtx reads and decodes pictures and sounds itself, on demand.
 """
 
 import os
@@ -15,7 +15,7 @@ from mmtx.data.trust import Base, is_url
 from mmtx.errors import InputError
 
 PREFIX = "hf://"
-BATCH = 1000  # rows that are looked at together
+BATCH = 1000  # rows that are read at once
 
 
 def is_dataset(path: str) -> bool:
@@ -25,9 +25,9 @@ def is_dataset(path: str) -> bool:
 
 
 def base_of(path: str, trusted: bool = False) -> Base:
-    """What the rows of a dataset may name: as those of a manifest, at a URL where it comes from the hub.
+    """What the rows of a dataset may name: as for a manifest, which counts as one at a URL if the dataset is from the hub.
 
-    Of local files, a dataset of the hub has those that the library keeps for it.
+    The only local files that a dataset of the hub may name are those that the library caches for it.
     """
     name = path.removeprefix(PREFIX).partition(":")[0]
     if not path.startswith(PREFIX) or os.path.isdir(name):
@@ -42,7 +42,7 @@ def base_of(path: str, trusted: bool = False) -> Base:
 
 
 class _Refused(Exception):
-    """A file of a data set that it may not name."""
+    """Raised for a file that a data set may not name."""
 
 
 _patching = threading.Lock()
@@ -50,15 +50,15 @@ _patching = threading.Lock()
 
 @contextmanager
 def _judged(base: Base) -> Iterator[None]:
-    """Within it, the library opens no file that the card of a data set names and its rows might not.
+    """A context in which the library refuses files that the card of a data set names and its rows may not.
 
-    There is one place where it finds the files behind such names, and it has no option for what they may be.
+    The library resolves such names in one function, which has no option to restrict them, so that function is patched.
     """
     from datasets import data_files
 
     def judged(pattern: str, base_path: str, *arguments: Any, **options: Any) -> list[str]:
         path = pattern if is_url(pattern) else os.path.join(base_path, pattern)
-        own = path.startswith(PREFIX) and not is_url(pattern)  # by the name that the hub has for it, which may be another
+        own = path.startswith(PREFIX) and not is_url(pattern)  # under the hub's own name for it, which may differ
         if "::" in path and (own or not is_url(path)):
             refusal = "found several URLs in a row, expected one"
         else:
@@ -76,9 +76,9 @@ def _judged(base: Base) -> Iterator[None]:
 
 
 def rows(path: str, base: Base | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a dataset, in order; pictures and sounds as `DatasetSource`, a cell without a value as None.
+    """The rows of a dataset, in order; pictures and sounds as `DatasetSource`, or None for an empty cell.
 
-    `base`: what they may name. Raises InputError when it cannot be opened, or has several splits and none is named.
+    `base`: what the rows may name. Raises InputError if the dataset cannot be opened, or has several splits and none is named.
     """
     try:
         import datasets
@@ -112,7 +112,7 @@ def rows(path: str, base: Base | None = None) -> Iterator[dict[str, Any]]:
     texts = found.remove_columns(given)
     for start in range(0, len(found), BATCH):
         batch = range(start, min(start + BATCH, len(found)))
-        # As tables of Arrow: nothing is decoded, and bytes stay on the disk.
+        # As Arrow tables: nothing is decoded, and bytes stay on disk.
         there = found.select_columns(given).with_format("arrow")[batch] if given else None
         rows = texts.select(batch) if texts.column_names else ({} for _ in batch)
         for place, (number, row) in enumerate(zip(batch, rows)):
@@ -134,5 +134,5 @@ def _is_media(kind: Any) -> bool:
 
 
 def _encoded(kind: Any) -> Any:
-    """The same kind of column, of which nothing is decoded."""
+    """The same type of column, with decoding turned off."""
     return type(kind)(_encoded(kind.feature)) if hasattr(kind, "feature") else type(kind)(decode=False)

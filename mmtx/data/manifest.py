@@ -1,4 +1,4 @@
-"""Manifests: rows of JSON, or of a table with a header, in the forms of `mmtx.data.forms`; their paths start beside them."""
+"""Manifests: rows of JSON or of a table with a header, in the forms of `mmtx.data.forms`; paths are relative to the manifest."""
 
 import csv
 import os
@@ -15,9 +15,9 @@ from mmtx.data.trust import Base
 from mmtx.errors import InputError
 
 Fields = Mapping[str, str | None] | None  # that of a `DataSource`
-QUOTED = re.compile('"(?:[^"]|"")*"')  # a cell as programs for tables write it
-STRAY = re.compile("[\udc80-\udcff]")   # a byte that is no UTF-8
-MOST_LINES = 100  # of a cell between tabs: each new one is read with all before it
+QUOTED = re.compile('"(?:[^"]|"")*"')  # a quoted cell, as spreadsheet programs write it
+STRAY = re.compile("[\udc80-\udcff]")   # a byte that is not UTF-8
+MOST_LINES = 100  # of a cell of a TSV file: each new line is parsed with all before it
 
 
 def read_manifest(path: str, trusted: bool = False, fields: Fields = None) -> Iterator[Sample | InputError]:
@@ -48,7 +48,7 @@ def _json_list(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes | None]]:
 
 def _table(rows: Callable[[Iterator[str]], Iterator[list[str] | str]], file: BinaryIO,
            name: str) -> Iterator[tuple[int, dict[str, str | None] | InputError]]:
-    """Rows behind the header, of which empty cells are null; `rows` makes cells of lines, or says why it cannot."""
+    """The rows after the header, with empty cells as null; `rows` splits lines into cells, or yields why it cannot."""
     def texts() -> Iterator[str]:
         for number, line in enumerate(lines(file, name), 1):
             if line is None:
@@ -58,7 +58,7 @@ def _table(rows: Callable[[Iterator[str]], Iterator[list[str] | str]], file: Bin
     csv.field_size_limit(max(MAX_ROW, csv.field_size_limit()))  # of the whole process, by default 128 kB
     header, number = None, 0
     for cells in rows(texts()):
-        if not isinstance(cells, str) and not any(map(str.strip, cells)):  # no row, or one of commas alone, as spreadsheets have
+        if not isinstance(cells, str) and not any(map(str.strip, cells)):  # an empty line, or commas alone, as spreadsheets write
             continue
         if header is None:
             if isinstance(cells, str):
@@ -91,20 +91,23 @@ def _between_commas(texts: Iterator[str]) -> Iterator[list[str] | str]:
             return
         except csv.Error as error:
             yield reason(error)
-            for _ in range(first, reader.line_num):  # lines that a quote took along are rows that are missing
+            for _ in range(first, reader.line_num):  # each line swallowed by a quote is a missing row
                 yield f"a quote is open since line {first}"
 
 
 def _between_tabs(texts: Iterator[str]) -> Iterator[list[str] | str]:
-    """A line with as many cells as the header is a row, and a quote in it is one of the text if it is not around all of its cell,
-    for most programs that write tabs quote nothing. A line with fewer may be part of a cell of several lines, in quotes."""
-    width, held = 0, list[str]()  # lines of a row that is not closed
+    """The rows of a TSV file, or why a line is not one.
+
+    A line with as many cells as the header is a row; its quotes are literal unless they enclose a whole cell, since most
+    programs that write tabs quote nothing. A line with another number of cells may be part of a quoted cell of several lines.
+    """
+    width, held = 0, list[str]()  # lines of a row that is not complete
 
     def plain(text: str) -> list[str]:
         return [cell[1:-1].replace('""', '"') if QUOTED.fullmatch(cell) else cell for cell in text.rstrip("\r\n").split("\t")]
 
     def joined(some: list[str]) -> list[str] | None:
-        """The row that lines are together, if all of them are one."""
+        """The row that the lines form together, if they form exactly one."""
         reader = csv.reader(some, delimiter="\t", strict=True)
         try:
             cells = next(reader)
@@ -123,7 +126,7 @@ def _between_tabs(texts: Iterator[str]) -> Iterator[list[str] | str]:
             continue
         width = width or len(cells)
         if len(cells) == width:
-            # A cell of several lines may end in front of tabs; one that holds both tabs and ends of lines is none.
+            # Further cells may follow the end of a multi-line cell; a cell with both tabs and line breaks is not accepted.
             if held and (row := joined([*held, text])) is not None and len(row) == width and not any("\t" in cell for cell in row):
                 held.clear()
                 yield row
@@ -143,7 +146,7 @@ def _between_tabs(texts: Iterator[str]) -> Iterator[list[str] | str]:
     yield from lost()
 
 
-# Extension -> how its rows are read.
+# Extension -> reader of its rows.
 MANIFESTS: dict[str, Callable[[BinaryIO, str], Iterator[tuple[int, Any]]]] = {
     ".jsonl": _json_lines, ".json": _json_list, ".csv": partial(_table, _between_commas), ".tsv": partial(_table, _between_tabs)}
 
@@ -152,7 +155,7 @@ def parse_row(row: dict[str, Any], base: Base, number: int, where: str, fields: 
     empty, (row, aside) = empty_media(row, fields), renamed(row, fields)
     key = next((row.pop(name) for name in ("key", "id") if name in row), number)
     if not isinstance(key, (str, int)):
-        raise InputError(f"{where}: the key is {shown(key)}, expected a string or a number")
+        raise InputError(f"{where}: the key is {shown(key)}, expected a string or a whole number")
     turns = turns_of(row, where, lambda value, kind, at: _media(value, kind, base, where, at), empty=empty)
     return Sample(str(key), turns, row | aside, where)
 

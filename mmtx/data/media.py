@@ -1,8 +1,8 @@
 """Bytes, files and arrays to the tensors that the tokenizers take.
 
 Pictures become uint8 (C=3, H, W), sounds float32 (S,) mono at a given rate, peak 0.7. Headers are checked
-against limits before anything is decoded: a PNG of 20 kB can unfold to 800 MB. Colours are taken as they are
-stored: a profile (ICC) or gamma is not applied.
+against limits before anything is decoded: a PNG of 20 kB can decompress to 800 MB. Colours are taken as
+stored: ICC profiles and gamma are not applied.
 """
 
 import io
@@ -27,15 +27,15 @@ from mmtx.data.storage import FileSource, display
 from mmtx.errors import InputError
 
 PEAK = 0.7
-SILENCE = 1e-4  # peak (-80 dB, three steps of 16 bit) up to which a sound is left alone: raised, it is noise
+SILENCE = 1e-4  # peak (-80 dB, three steps of 16 bit) up to which a sound is not normalised: that would amplify noise
 BAND = 2**20  # pixels
-OPENED = threading.Lock()  # of pictures that callers opened: one given to several threads reads its file once
-MOST_SPEED = 4  # as fast as a sound may be played, or as slow
-MOST_SEMITONES = 24  # by which a sound may be made higher, or lower
+OPENED = threading.Lock()  # for PIL images of callers: threads that share one must not decode it at the same time
+MOST_SPEED = 4  # largest factor by which a sound may be sped up or slowed down
+MOST_SEMITONES = 24  # largest pitch shift, up or down
 VOCODER_WINDOW = 0.064  # seconds
-FILTERS = 16    # of resampling that are kept, up to 5 MB each: to make one takes as long as to use it
+FILTERS = 16    # resampling filters kept, up to 5 MB each: making one takes as long as applying it
 TURN = Image.Transpose
-UPRIGHT = {  # how a picture is stored, as EXIF counts -> what turns it upright
+UPRIGHT = {  # EXIF orientation -> the transposition that makes a picture upright
     2: TURN.FLIP_LEFT_RIGHT,
     3: TURN.ROTATE_180,
     4: TURN.FLIP_TOP_BOTTOM,
@@ -62,21 +62,21 @@ class Sampled(Protocol):
 
 
 def read_image(tokenizer: _Fitting, data: Any, name: str | None = None) -> torch.Tensor:
-    """A picture, in any form that `load_image` takes, in the size that a tokenizer reads, uint8 (3, H, W)."""
+    """A picture, in any form that `load_image` takes, fitted to the size that a tokenizer reads, uint8 (3, H, W)."""
     return tokenizer.fit(load_image(data, name))
 
 
 def read_audio(tokenizer: Sampled, data: Any, name: str | None = None, **options: Any) -> torch.Tensor:
-    """A sound, in any form that `load_audio` takes, as the samples (S,) that a tokenizer reads; options are those of it."""
+    """A sound, in any form that `load_audio` takes, as samples (S,) at the tokenizer's rate; options are those of `load_audio`."""
     return load_audio(data, tokenizer.rate, name, **options)
 
 
 def load_image(data: Any, name: str | None = None) -> torch.Tensor:
-    """Return a picture as uint8 (C=3, H, W), upright, transparency laid on white; the first of several.
+    """Return a picture as uint8 (C=3, H, W), upright, transparency over white; the first frame of several.
 
     `data` is one of: encoded bytes; a path or URL; a PIL image; a numpy array (H, W) or (H, W, 1|3|4);
-    a tensor (H, W) or (1|3|4, H, W). Arrays are uint8, or floats in [0, 1]. `name` is what errors call it.
-    Raises InputError for anything that is not a whole picture of at most 64 megapixels.
+    a tensor (H, W) or (1|3|4, H, W). Arrays are uint8, or floats in [0, 1]. `name` is used in error messages.
+    Raises InputError for anything that is not a complete picture of at most 64 megapixels.
     """
     name = _name(data, name, "image")
     if isinstance(data, (np.ndarray, torch.Tensor)):
@@ -90,12 +90,12 @@ def load_image(data: Any, name: str | None = None) -> torch.Tensor:
 
 
 def image_size(data: bytes, name: str = "image") -> tuple[int, int]:
-    """Width and height in pixels that an encoded picture says it has; nothing is decoded. Raises InputError as `load_image`."""
+    """Width and height in pixels from the header of an encoded picture. Raises InputError as `load_image` does."""
     return _file(_bytes(data, name), name)[0].size
 
 
 def _file(encoded: bytes, name: str) -> tuple[Image.Image, PictureFile]:
-    """An encoded picture whose header is read, and what its decoder is given."""
+    """An encoded picture with its header read, and the bytes that its decoder gets."""
     format = format_of(encoded)
     if format not in IMAGE_FORMATS:
         raise InputError(f"{name}: not a whole picture that can be decoded, expected {', '.join(IMAGE_FORMATS)}")
@@ -104,7 +104,7 @@ def _file(encoded: bytes, name: str) -> tuple[Image.Image, PictureFile]:
 
 
 def _opened(data: bytes, format: str, name: str) -> Image.Image:
-    """The header alone is read."""
+    """Open a picture, which reads only its header."""
     if format == "HEIC":
         try:
             from pillow_heif import HeifImageFile
@@ -121,7 +121,7 @@ def _opened(data: bytes, format: str, name: str) -> Image.Image:
 
 
 def _decoded(picture: Image.Image, file: PictureFile | None, name: str) -> Image.Image:
-    """A picture with its pixels, upright."""
+    """Decode the pixels of a picture and turn it upright."""
     check_size(*picture.size, name)
     try:
         picture.load()
@@ -148,7 +148,7 @@ def _tensor(picture: Image.Image, name: str) -> torch.Tensor:
     picture = _rgb(picture, name)
     width, height = picture.size
     pixels = torch.empty(3, height, width, dtype=torch.uint8)
-    rows = max(1, BAND // width)  # at a time: all of a photograph would be there twice more
+    rows = max(1, BAND // width)  # at a time: converting a whole photograph would need two more copies
     for top in range(0, height, rows):
         band = picture if height <= rows else picture.crop((0, top, width, min(top + rows, height)))
         pixels[:, top:top + rows] = torch.from_numpy(np.array(band)).permute(2, 0, 1)  # (H, W, C) -> (C, H, W)
@@ -156,8 +156,8 @@ def _tensor(picture: Image.Image, name: str) -> torch.Tensor:
 
 
 def _rgb(picture: Image.Image, name: str) -> Image.Image:
-    """Any mode to 8-bit RGB. Pillow itself clips 16-bit grey to white and drops transparency to black."""
-    if picture.mode.startswith("I"):  # "I;16" and its byte orders; "I" is how some tools pass 16 bit
+    """Convert any mode to 8-bit RGB. Pillow itself clips 16-bit grey to white and turns transparency black."""
+    if picture.mode.startswith("I"):  # "I;16" and its byte orders; some tools pass 16 bits as "I"
         values, transparent = np.asarray(picture), picture.info.get("transparency")
         if picture.mode == "I" and (values.min() < 0 or values.max() > 65_535):
             raise InputError(f"{name}: pixels from {values.min()} to {values.max()}, expected 8 or 16 bit")
@@ -215,13 +215,13 @@ def load_audio(
     speed: float = 1.0,
     semitones: float = 0.0,
 ) -> torch.Tensor:
-    """Return a sound as float32 (S,) at `rate` Hz, peak 0.7: the louder channel, resampled; silence stays.
+    """Return a sound as float32 (S,) at `rate` Hz, peak 0.7: its loudest channel, resampled; silence is not scaled.
 
     `data` is one of: encoded bytes; a path or URL; a numpy array (S,) or (S, C), as soundfile reads; a tensor
     (S,) or (C, S), as torchaudio reads. Arrays hold int16, int32 or floats at `source_rate` (default `rate`).
-    `start` and `seconds` cut a piece out, of which the rest of the sound need not fit the limits; it is played
-    `speed` times as fast, a quarter to four times, and so higher: 2 ** (1 / 12) is a semitone up. `semitones`, up to 24, make it
-    higher, or lower, and leave its length and how its loudness rises and falls as they are.
+    `start` and `seconds` select a piece, to which alone the limits then apply. `speed`, from 1/4 to 4, plays it faster, which
+    raises its pitch: 2 ** (1 / 12) is a semitone up. `semitones`, from -24 to 24, shift its pitch and keep its length and
+    loudness envelope.
     Raises InputError for anything that is not a finite sound of at most 600 s.
     """
     name = _name(data, name, "sound")
@@ -249,7 +249,7 @@ def load_audio(
     loudest = np.argmax([np.square(samples[:, c], dtype=np.float64).mean() for c in range(samples.shape[1])])
     mono = torch.from_numpy(np.ascontiguousarray(samples[:, loudest]))
     del samples
-    # The filter grows as rate / gcd: 44101 to 16000 Hz would take 3 GB. Usual rates are multiples of 25.
+    # The filter grows with rate / gcd: 44101 to 16000 Hz would take 3 GB. Usual rates are multiples of 25.
     if source_rate * speed != rate:
         mono = _resample(round(source_rate * speed / 25) * 25, rate)(mono)
     if semitones:
@@ -259,7 +259,7 @@ def load_audio(
 
 
 def _shift_pitch(sound: torch.Tensor, rate: int, factor: float) -> torch.Tensor:
-    """A sound (S,) `factor` times as high and as long as before (S,): drawn out by a phase vocoder, then played faster.
+    """Shift the pitch of a sound (S,) by `factor`, keeping its length: a phase vocoder stretches it, then it is played faster.
 
     Flanagan and Golden 1966, https://doi.org/10.1002/j.1538-7305.1966.tb01706.x
     """
@@ -286,12 +286,12 @@ def _waveform(data: np.ndarray | torch.Tensor, name: str) -> np.ndarray:
         array = array / float(2 ** (array.dtype.itemsize * 8 - 1))
     elif array.dtype.kind != "f":
         raise InputError(f"{name}: {type(data).__name__} of {data.dtype}, expected int16, int32 or floats")
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
+    with np.errstate(over="ignore"):  # values too large for float32 become infinite, and are refused as such
         return (array[:, None] if array.ndim == 1 else array).astype(np.float32)
 
 
 def _array(data: np.ndarray | torch.Tensor, name: str) -> np.ndarray:
-    """A plain array in the byte order of the machine. Raises InputError for what has no values, or hides some."""
+    """A plain array in native byte order. Raises InputError for masked arrays, and tensors that are not dense or hold no values."""
     if isinstance(data, torch.Tensor):
         sort = ("nested" if data.is_nested else "sparse" if data.layout != torch.strided else
                 "quantized" if data.is_quantized else "meta" if data.is_meta else None)
@@ -317,12 +317,12 @@ def _bytes(data: Any, name: str) -> bytes:
 
 
 def _name(data: Any, name: str | None, default: str) -> str:
-    """What errors call it, in one line."""
+    """The name of the input in error messages, on one line."""
     return _line(name or (display(os.fspath(data)) if isinstance(data, (str, os.PathLike)) else default), 150)
 
 
 def _line(text: Any, most: int = 60) -> str:
-    """What others wrote, for a message: control characters escaped, the middle of a long one left out."""
+    """Foreign text for a message: control characters escaped, the middle of a long one left out."""
     text = str(text)
     if len(text) > most:
         text = f"{text[: most // 2]}...{text[-most // 2 :]}"

@@ -1,7 +1,7 @@
-"""MPEG audio (MP3 and its elder layers) as frames: how long a sound is, and whether all of it is there.
+"""MPEG audio (MP3 and the older layers) as frames: the length of a sound, and whether it is complete.
 
-The format has no header that knows its length. Decoders believe an index in the first frame, or guess by the size of
-the first frames, and stop there: of variable bit rate without an index, or of joined files, most would be lost.
+The format has no header with the length. Decoders trust an index in the first frame, or estimate from the size of the
+first frames, and stop there: most of a variable-bit-rate file without an index, or of joined files, would be lost.
 """
 
 import re
@@ -23,24 +23,24 @@ SYNC = re.compile(rb"ID3|\xff[\xe0-\xff]")
 
 
 class Frame(NamedTuple):
-    """What the four bytes at the start of a frame say."""
+    """The header of a frame, its first four bytes."""
 
     length: int  # bytes
     samples: int
     rate: int
     channels: int
     layer: int
-    index: int  # type: ignore[assignment]  # where in the frame an index would be; hides a method of tuples
+    index: int  # type: ignore[assignment]  # offset of an index in the frame; hides a method of tuples
 
     @property
     def kind(self) -> tuple[int, ...]:
-        """What does not change within one sound."""
+        """The properties that do not change within one sound."""
         return self.samples, self.rate, self.channels, self.layer
 
 
 @lru_cache(4096)
 def frame_at(header: bytes) -> Frame | None:
-    """The frame that begins with these four bytes; None if none does, or it has a free format."""
+    """The frame that begins with these four bytes; None if they are no header, or that of a free-format frame."""
     if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE0 != 0xE0:
         return None
     version, layer = header[1] >> 3 & 3, 4 - (header[1] >> 1 & 3)  # versions 2.5, none, 2, 1
@@ -58,20 +58,20 @@ def frame_at(header: bytes) -> Frame | None:
 
 
 class MpegSound(NamedTuple):
-    """Frames alone, behind an index that knows how many they are."""
+    """The frames of a sound, preceded by an index with their number."""
 
     data: bytes
-    samples: int  # the delay of the encoder included
+    samples: int  # encoder delay included
 
 
 def mpeg_sound(data: bytes, name: str) -> MpegSound:
-    """All frames of `data`, whatever lies between them. Raises InputError where it is cut short, or not one sound."""
+    """All frames of `data`, whatever lies between them. Raises InputError if it is truncated, or not one sound."""
     place = _next_frame(data, 0, None)
     if place is None:
         raise InputError(f"{name}: no sound that can be decoded: no frames of MPEG audio in it")
     first = frame_at(data[place : place + 4])
     kind, head, spans, count, declared = first.kind, b"", [], 0, 0
-    start = place  # of the frames that follow one another up to `place`
+    start = place  # of the adjacent frames that end at `place`
     while place < len(data):
         header = data[place : place + 4]
         frame = frame_at(header)
@@ -106,7 +106,7 @@ def mpeg_sound(data: bytes, name: str) -> MpegSound:
             start = end
         place = end
     spans.append(data[start:place])
-    if declared > count + 1:  # some count the frame of the index too
+    if declared > count + 1:  # some encoders also count the frame of the index
         raise InputError(f"{name}: cut short: {count} frames of {declared} are there")
     if not count:
         raise InputError(f"{name}: no samples in it, expected a sound")
@@ -115,7 +115,7 @@ def mpeg_sound(data: bytes, name: str) -> MpegSound:
 
 
 def _next_frame(data: bytes, place: int, kind: tuple[int, ...] | None) -> int | None:
-    """Where the next frame begins that two of its kind follow, or the end of the file does; tags are skipped."""
+    """The offset of the next frame that is followed by two of its kind or the end of the file; tags are skipped."""
     while match := SYNC.search(data, place):
         place = match.start()
         if size := id3_size(data, place):
@@ -136,7 +136,7 @@ def _next_frame(data: bytes, place: int, kind: tuple[int, ...] | None) -> int | 
 
 
 def _indexed(data: bytes, place: int, frame: Frame) -> int | None:
-    """How many frames the index in this frame counts, 0 if it does not; None if the frame is no index but sound."""
+    """The number of frames that the index in this frame declares, 0 if none; None if the frame holds sound instead."""
     if frame.layer != 3:
         return None
     at = place + frame.index
@@ -147,7 +147,7 @@ def _indexed(data: bytes, place: int, frame: Frame) -> int | None:
 
 
 def _index(head: bytes, first: Frame, body: bytes, count: int) -> bytes:
-    """The frame `head` with the right numbers, else a new one; layers I and II have none, and a constant bit rate."""
+    """The index frame `head` with correct numbers, or a new one; none for layers I and II, whose bit rate is constant."""
     if first.layer != 3:
         return b""
     at = first.index

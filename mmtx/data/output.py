@@ -1,4 +1,4 @@
-"""A folder of output: it has a name and can be written, and one process at a time writes to it."""
+"""Output folders: checked to be writable before any work, and locked so that one process at a time writes to them."""
 
 import os
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-LOCK = ".lock"  # the file in the folder, gone when nobody writes there
+LOCK = ".lock"  # in the folder while a process writes to it
 
 _held: set[int] = set()
 
 
 def _let_go() -> None:
-    """A forked process must not hold on to what its parent locked."""
+    """Release inherited locks in a forked process, which must not hold those of its parent."""
     while _held:
         os.close(_held.pop())
 
@@ -29,7 +29,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def check_output(folder: str) -> Path:
-    """Create the output folder, or say why it cannot be written, before any long work."""
+    """Create the output folder, before any long work. Raises InputError if it cannot be written."""
     if not folder.strip() or "\0" in folder:
         raise InputError(f"output: found {folder!r}, expected the name of a folder")
     path = user_path(folder)
@@ -46,9 +46,9 @@ def check_output(folder: str) -> Path:
 
 @contextmanager
 def lock_folder(folder: Path, name: str) -> Iterator[None]:
-    """Within, no other process that asks gets the folder. The system lets go when a process ends, however it does.
+    """Hold an exclusive lock on a folder, which the system releases when the process ends, however it ends.
 
-    Raises InputError that names the process that has it. Where there are no locks (some network filesystems) all get it.
+    Raises InputError that names the process holding it. Without file locks (some network filesystems) every process gets it.
     """
     path = folder / LOCK
     try:
@@ -64,26 +64,26 @@ def lock_folder(folder: Path, name: str) -> Iterator[None]:
         os.truncate(file, 0)
         os.pwrite(file, b"%d" % os.getpid(), 0)
     except OSError:
-        pass  # a full disk: the message then has no number
+        pass  # a full disk: messages then lack the process id
     try:
         yield
     finally:
-        if file in _held:  # else this is a child
+        if file in _held:  # else this is a forked child
             path.unlink(missing_ok=True)
             _held.remove(file)
             os.close(file)
 
 
 def _lock(path: Path) -> int | None:
-    """The locked file; None where there are no locks. Raises BlockingIOError where another has it."""
+    """The descriptor of the locked file; None without file locks. Raises BlockingIOError if another process holds it."""
     while fcntl is not None:
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError:
-            return None  # what cannot be written will be told by what is to be written
+            return None  # a folder that cannot be written is reported by the first write
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The one before us may have taken the file away between our opening and locking it.
+            # The previous holder may have removed the file after we opened it and before we locked it.
             if os.path.exists(path) and os.path.samestat(os.fstat(file), os.stat(path)):
                 return file
         except BlockingIOError:

@@ -1,4 +1,4 @@
-"""Documents to packed batches by index. The only place that shifts targets.
+"""Documents to packed batches, by index; the only place that shifts targets.
 
 Shapes: N tokens of a batch (one row), M supervised tokens.
 """
@@ -18,60 +18,60 @@ from mmtx.sequence import Rendered, code_follows, gather_features
 from mmtx.varlen import Packing
 from mmtx.vocabulary import Vocabulary
 
-LOOK = 64          # documents among which a batch chooses
-WINDOW = 16_384    # documents that are planned together, at least
+LOOK = 64          # documents beyond a full batch that `in_order` chooses from
+WINDOW = 16_384    # documents that are packed together, at least
 IN_WINDOW = 256    # batches of a window, at least: its last ones are not full
-ENOUGH = 0.995     # share of real tokens with which a plan is taken without a look at another
+ENOUGH = 0.995     # share of real tokens from which on best fit is taken without trying the other way
 
 
 class Batch(NamedTuple):
-    """A row of packed documents, and what is to be learned from it."""
+    """A row of packed documents with its targets."""
 
     ids: Tensor          # (1, N) int64, padded with <pad>
-    positions: Tensor    # (1, N) place of each token in its document, from 0
-    packing: Packing     # where the documents lie
-    supervised: Tensor   # (M,) places in the N whose next id is a target; the first `plain` of them see no code next
-    plain: int           # number of places behind which the grammar allows no code of a medium
+    positions: Tensor    # (1, N) position of each token in its document, from 0
+    packing: Packing     # boundaries of the documents
+    supervised: Tensor   # (M,) indices into N of the tokens whose next id is a target, the `plain` ones first
+    plain: int           # number of those after which the grammar allows no code of a medium
     targets: Tensor      # (M,) those next ids
     modality: Tensor     # (M,) modality of each target, an index into Vocabulary.modality_names
-    samples: Tensor      # (documents,) numbers of the samples; none in a batch that only keeps a rank in step
-    features: dict[str, Features]  # what may stand in for codes of pictures and sounds of user turns
+    samples: Tensor      # (documents,) numbers of the samples; empty in a batch that only keeps a rank in step
+    features: dict[str, Features]  # may replace the codes of pictures and sounds in user turns
 
 
 class Packable(Protocol):
-    """Documents by number."""
+    """Documents by index."""
 
-    lengths: np.ndarray  # (documents,) tokens of each; may lie on the disk
+    lengths: np.ndarray  # (documents,) tokens of each; may be memory-mapped
 
     def render(self, chosen: Sequence[tuple[int, int]]) -> list[Rendered]:
-        """Documents of (number, view) pairs."""
+        """Documents of (index, view) pairs."""
 
 
 class PackedBatches(torch.utils.data.Dataset):
-    """Batch k, as a pure function of (seed, k, rank): epochs, order, views and packing included.
+    """Batch k as a pure function of (seed, k, rank), including epochs, order, views and packing.
 
-    Each epoch is a new permutation of all samples, each `repeats[i]` times and each time as another view. It is cut into
-    windows, and `pack` lays each into batches when one of them is asked for. Ranks take turns: rank r of `world` gets
-    every world-th batch. Where the batches of one epoch do not divide, the last ranks get a batch without samples: ranks
-    must take as many steps, and nothing of it counts.
+    Each epoch is a new permutation of all samples, sample i `repeats[i]` times, each time as another view. It is split into
+    windows, and `pack` forms the batches of a window when one of them is requested. Batches are dealt to ranks in turn: rank r
+    of `world` gets every world-th. If they do not divide evenly in a run of one epoch, the last ranks get a batch without
+    samples, which does not count: all ranks must take the same number of steps.
     """
 
     def __init__(self, documents: Packable, vocabulary: Vocabulary, tokens: int, *,
                  repeats: Sequence[int] | np.ndarray | None = None, shuffle: bool = True, seed: int = 0, steps: int | None = None,
                  rank: int = 0, world: int = 1):
-        """`steps` is the length: the number of batches a rank can ask for, by default one epoch."""
+        """`steps` is the length, the number of batches of a rank; by default one epoch."""
         self.documents, self.vocabulary, self.tokens = documents, vocabulary, tokens
         self.shuffle, self.seed, self.rank, self.world = shuffle, seed, rank, world
         self.repeats = None if repeats is None else np.asarray(repeats)
-        self.ends = None if repeats is None else np.cumsum(self.repeats)  # where a document's members of an epoch end
+        self.ends = None if repeats is None else np.cumsum(self.repeats)  # end of each document's members of an epoch
         self.members = len(documents.lengths) if self.ends is None else int(self.ends[-1])
         longest = int(documents.lengths.max()) - 1
         if longest > tokens:
             raise InputError(f"tokens of a batch: found {tokens}, expected at least {longest}, the longest document")
         self.windows = max(1, self.members // max(WINDOW, int(IN_WINDOW * tokens / documents.lengths.mean())))
-        self.order: tuple[int, np.ndarray] | None = None  # the epoch that was asked for last, and its permutation
-        self.plans: dict[int, list[list[tuple[int, int]]]] = {}  # of the window that was asked for last
-        self.first = [0]  # number of the first batch of each window of all epochs, as far as they are known
+        self.order: tuple[int, np.ndarray] | None = None  # the epoch requested last, and its permutation
+        self.plans: dict[int, list[list[tuple[int, int]]]] = {}  # of the window requested last
+        self.first = [0]  # number of the first batch of each window, across epochs, as far as known
         self.once = None if steps is not None else self._known(self.windows)  # the number of batches of one epoch
         self.steps = steps if steps is not None else -(-self.once // world)
 
@@ -97,7 +97,7 @@ class PackedBatches(torch.utils.data.Dataset):
         return self.first[windows]
 
     def plan(self, window: int) -> list[list[tuple[int, int]]]:
-        """The batches of a window, counted through all epochs: (document, view) pairs of each."""
+        """The batches of a window, which is numbered across epochs: (document, view) pairs of each."""
         if window not in self.plans:
             self.plans = {window: self._plan(*divmod(window, self.windows))}
         return self.plans[window]
@@ -112,14 +112,14 @@ class PackedBatches(torch.utils.data.Dataset):
             counts = self.repeats[documents]
             views = epoch * counts + members - (self.ends[documents] - counts)
         groups = pack(np.asarray(self.documents.lengths[documents], np.int64) - 1, self.tokens)
-        if self.shuffle:  # packing may begin with the longest
+        if self.shuffle:  # packing may put the longest first
             random = np.random.default_rng([self.seed, epoch, window])
             groups = [groups[i] for i in random.permutation(len(groups))]
         pairs = list(zip(documents.tolist(), views.tolist()))
         return [[pairs[place] for place in group] for group in groups]
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        """The members of an epoch in its order, 4 bytes each where they are few enough."""
+        """The members of an epoch in shuffled order, in 4 bytes each if they are fewer than 2**32."""
         if self.order is None or self.order[0] != epoch:
             order = np.arange(self.members, dtype=np.min_scalar_type(max(self.members, 2**16)))
             np.random.default_rng([self.seed, epoch]).shuffle(order)
@@ -143,7 +143,7 @@ class PackedBatches(torch.utils.data.Dataset):
             supervised.append(place + chosen)
             targets.append(document[1:][chosen])
             place += length
-        # Padding is cut into documents no longer than the real ones, so that attention over it costs no more.
+        # Padding is split into documents no longer than the real ones, so that attention over it costs no more.
         longest = int(self.documents.lengths[[sample for sample, _ in members]].max()) - 1
         numbers[place:] += np.arange(self.tokens - place) // longest
         supervised, targets = np.concatenate(supervised), np.concatenate(targets).astype(np.int64)
@@ -166,8 +166,8 @@ class PackedBatches(torch.utils.data.Dataset):
 def pack(lengths: np.ndarray, room: int) -> list[list[int]]:
     """Indices of `lengths` in groups whose sums are at most `room` and close to it.
 
-    Best fit where that is good enough, else the better of two ways. Share of real tokens of 16,384 documents: lengths
-    uniform up to the room of 4,096: best fit 0.996, in order 0.946; captions of 74 to 83 tokens, each fifth of 100 to
+    Best fit if that is good enough, else the better of two ways. Share of real tokens for 16,384 documents: lengths
+    uniform up to the room of 4,096: best fit 0.996, in order 0.946; captions of 74 to 83 tokens, every fifth 100 to
     399, in a room of 1,536: best fit 0.983, in order 0.9996.
     """
     groups = best_fit(lengths, room)
@@ -177,7 +177,7 @@ def pack(lengths: np.ndarray, room: int) -> list[list[int]]:
 
 
 def best_fit(lengths: np.ndarray, room: int) -> list[list[int]]:
-    """Longest first, each to where the least room is left (best fit decreasing): good for lengths of all kinds."""
+    """Best-fit decreasing: longest first, each into the fullest group with room for it; good for mixed lengths."""
     groups: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (room left, group), sorted
     for index in np.argsort(-lengths, kind="stable").tolist():
@@ -192,7 +192,7 @@ def best_fit(lengths: np.ndarray, room: int) -> list[list[int]]:
 
 
 def in_order(lengths: np.ndarray, room: int) -> list[list[int]]:
-    """Each with those of the next few whose sum fits best: good for like lengths."""
+    """Each document with those of the next few that best fill the room; good for similar lengths."""
     sizes, groups = lengths.tolist(), []
     waiting, look = deque(range(len(sizes))), LOOK + int(room / lengths.mean())
     while waiting:
@@ -204,8 +204,8 @@ def in_order(lengths: np.ndarray, room: int) -> list[list[int]]:
 
 
 def fill(sizes: list[int], room: int) -> list[int]:
-    """Places of `sizes` whose sum is as near to `room` as any can be, and not more."""
-    mask, reached = (1 << room + 1) - 1, [1]  # bit n: some of the sizes so far sum up to n
+    """Indices of those `sizes` with the largest sum up to `room` (subset sum)."""
+    mask, reached = (1 << room + 1) - 1, [1]  # bit n: a subset of the sizes so far sums to n
     for size in sizes:
         reached.append((reached[-1] | reached[-1] << size) & mask)
         if reached[-1] >> room:

@@ -1,7 +1,7 @@
-"""Encoded pictures before they are decoded: what the pixels need is kept, what costs without a bound is refused.
+"""Encoded pictures before decoding: keeps what the pixels need, and refuses what would take unbounded time or memory.
 
-A decoder reads far more than pixels: comments, profiles, thumbnails, later frames. These are where damage refuses a
-whole picture and where a small file takes minutes or gigabytes, and none of it changes a pixel that is shown.
+Decoders read far more than pixels: comments, profiles, thumbnails, later frames. Damage there makes them reject a whole
+picture, and there a small file can take minutes or gigabytes, although none of it changes a pixel that is shown.
 """
 
 import re
@@ -19,11 +19,11 @@ MAX_PARTS = 2**18  # chunks of a PNG, segments of a JPEG, blocks of a GIF, strip
 MAX_TILE = 2**24  # pixels
 MAX_RUNS = 8 * 2**20  # bytes of a run-length encoded BMP, which is decoded run by run
 ORIENTATION = 0x0112
-MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])", re.DOTALL)  # neither stuffing nor a restart
+MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])", re.DOTALL)  # neither byte stuffing nor a restart marker
 
 
 class PictureFile(NamedTuple):
-    """Bytes to decode, and the metadata that say which side is up."""
+    """Bytes to decode, and the metadata that may hold the orientation."""
 
     data: bytes
     exif: bytes = b""
@@ -31,13 +31,13 @@ class PictureFile(NamedTuple):
 
 
 def picture_file(data: bytes, format: str, name: str) -> PictureFile:
-    """What decoding the first picture of `data` needs. Raises InputError where that has no bound."""
+    """The parts of `data` that its first picture needs. Raises InputError if decoding it could take unbounded time or memory."""
     prepare = {"JPEG": _jpeg, "PNG": _png, "GIF": _gif, "TIFF": _tiff, "BMP": _bmp, "AVIF": _iso, "HEIC": _iso}
     return prepare[format](data, name) if format in prepare else PictureFile(data)
 
 
 def check_size(width: int, height: int, name: str) -> None:
-    """Raise InputError for more pixels than are decoded."""
+    """Raise InputError for more pixels than the limits allow."""
     if not 0 < width * height <= MAX_PIXELS or max(width, height) > MAX_SIDE:
         raise InputError(
             f"{name}: {width} x {height} pixels, expected 1 to {MAX_PIXELS} in all, at most {MAX_SIDE} a side"
@@ -45,7 +45,7 @@ def check_size(width: int, height: int, name: str) -> None:
 
 
 def orientation(exif: bytes, xmp: bytes = b"") -> int:
-    """How a picture is stored, 1 to 8 as EXIF counts, 1 being upright; 1 for anything that is not understood."""
+    """The EXIF orientation, from 1 (upright) to 8; 1 if it is missing or invalid."""
     for entry in tiff_entries(exif.removeprefix(b"Exif\0\0")):
         if entry.tag == ORIENTATION:
             return entry.value if entry.type in (3, 4) and 1 <= entry.value <= 8 else 1
@@ -54,7 +54,7 @@ def orientation(exif: bytes, xmp: bytes = b"") -> int:
 
 
 class Entry(NamedTuple):
-    """A field of a TIFF's directory: where it lies, what it is, how many of which type, its value or their offset."""
+    """A field of a TIFF directory: its offset, tag, type and count, and its value or the offset of its values."""
 
     place: int
     tag: int
@@ -64,7 +64,7 @@ class Entry(NamedTuple):
 
 
 def tiff_entries(data: bytes) -> Iterator[Entry]:
-    """The fields of the first directory of a TIFF, which EXIF is too, as far as it is there."""
+    """The fields of the first directory of a TIFF, the format of EXIF too, as far as they are there."""
     orders: dict[bytes, Literal["little", "big"]] = {b"II": "little", b"MM": "big"}
     order = orders.get(bytes(data[:2]))
     if order is None:
@@ -82,14 +82,14 @@ def tiff_entries(data: bytes) -> Iterator[Entry]:
 
 
 def _jpeg(data: bytes, name: str) -> PictureFile:
-    """Without the segments of applications but Adobe's, which says what the colours are."""
+    """Drop comments and application segments, except JFIF's and Adobe's, which defines the colours."""
     kept, exif, xmp, scans, pixels, parts = [data[:2]], b"", b"", 0, 0, 0
     last = place = 2  # kept up to `last`, read up to `place`
     while match := MARKER.search(data, place):
         marker, place = match[1][0], match.end()
         if marker == 0xD9:  # end of image
             break
-        if marker in (0x01, 0xD8):  # the only others without a length
+        if marker in (0x01, 0xD8):  # the other markers without a length
             continue
         end = place + int.from_bytes(data[place : place + 2], "big")
         payload = data[place + 2 : end] if 0xC0 <= marker < 0xD0 or marker == 0xE1 else b""
@@ -107,7 +107,7 @@ def _jpeg(data: bytes, name: str) -> PictureFile:
         parts += 1
         if parts > MAX_PARTS:
             raise InputError(f"{name}: a JPEG of more than {MAX_PARTS} segments")
-        # An encoder writes some ten scans; a thousand of nothing are a small file, and minutes.
+        # Encoders write about ten scans; a thousand empty ones make a small file that takes minutes.
         if scans > MAX_SCANS or scans * pixels > 20 * MAX_PIXELS and pixels <= MAX_PIXELS:
             raise InputError(f"{name}: a JPEG of {scans} scans or more, too many to decode")
         place = max(end, place)
@@ -116,7 +116,7 @@ def _jpeg(data: bytes, name: str) -> PictureFile:
 
 
 def _png(data: bytes, name: str) -> PictureFile:
-    """Without its ancillary chunks but transparency, which is brought to the 8 bit that Pillow compares it at."""
+    """Drop ancillary chunks, except transparency, which is scaled to the 8 bits at which Pillow compares it."""
     kept, exif, xmp, place, parts = [data[:8]], b"", b"", 8, 0
     while place + 8 <= len(data):
         size, kind = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
@@ -142,7 +142,7 @@ def _png(data: bytes, name: str) -> PictureFile:
 
 
 def _png_text(kind: bytes, chunk: bytes) -> bytes:
-    """At most 1 MB of the text of a chunk; b"" where it cannot be unpacked."""
+    """At most 1 MB of the text of a chunk; b"" if it cannot be decompressed."""
     text = chunk.partition(b"\0")[2]
     packed = kind == b"zTXt" or text[:1] == b"\1"
     if kind == b"iTXt":
@@ -156,7 +156,7 @@ def _png_text(kind: bytes, chunk: bytes) -> bytes:
 
 
 def _scaled_transparency(chunk: bytes, depth: int, colour: int) -> bytes:
-    """The chunk as if grey of 2 and 4 bit, and colours of 16, were of 8 bit: Pillow scales the pixels, but not it."""
+    """The tRNS chunk with 2- and 4-bit grey and 16-bit colours scaled to 8 bits, as Pillow scales the pixels only."""
     if not (colour == 0 and depth in (2, 4) or colour == 2 and depth == 16) or len(chunk) % 2 or len(chunk) > 18:
         return chunk
     values = struct.unpack(f">{len(chunk) // 2 - 6}H", chunk[8:-4])
@@ -166,7 +166,7 @@ def _scaled_transparency(chunk: bytes, depth: int, colour: int) -> bytes:
 
 
 def _gif(data: bytes, name: str) -> PictureFile:
-    """The header, what says which colour is transparent, and the first frame."""
+    """Keep the header, the extensions that define the transparent colour, and the first frame."""
     table = lambda flags: 3 << (flags & 7) + 1 if flags & 0x80 else 0
     place = 13 + table(data[10] if len(data) > 10 else 0)
     kept = [data[:place]]
@@ -188,14 +188,14 @@ def _gif(data: bytes, name: str) -> PictureFile:
 
 
 def _after_blocks(data: bytes, place: int) -> int:
-    """Where the blocks that begin at `place` end: each says its length, the last is empty."""
+    """The end of the sub-blocks that begin at `place`: each starts with its length, and the last is empty."""
     while place < len(data) and data[place]:
         place += 1 + data[place]
     return min(place + 1, len(data))
 
 
 def _tiff(data: bytes, name: str) -> PictureFile:
-    """Without orientation and EXIF, whose damage refuses the picture; tiles and strips have a bound."""
+    """Hide orientation and EXIF, whose damage would make Pillow reject the picture, and limit tiles and strips."""
     hidden, tile = bytearray(data), {0x0142: 1, 0x0143: 1}  # width and length
     for parts, entry in enumerate(tiff_entries(data)):
         if entry.tag in tile:
@@ -203,7 +203,7 @@ def _tiff(data: bytes, name: str) -> PictureFile:
         if parts > MAX_PARTS or entry.tag in (0x0111, 0x0144) and entry.count > MAX_PARTS:
             raise InputError(f"{name}: a TIFF of more than {MAX_PARTS} strips, tiles or fields")
         if entry.tag in (ORIENTATION, 0x8769, 0x8825, 0xA005):  # and the directories of EXIF
-            hidden[entry.place + 2 : entry.place + 4] = bytes(2)  # a type that is none: all readers pass it by
+            hidden[entry.place + 2 : entry.place + 4] = bytes(2)  # an invalid type, which all readers skip
     width, height = tile.values()
     if width * height > MAX_TILE:
         raise InputError(f"{name}: a TIFF of tiles of {width} x {height} pixels, expected at most {MAX_TILE} in all")
@@ -217,5 +217,5 @@ def _bmp(data: bytes, name: str) -> PictureFile:
 
 
 def _iso(data: bytes, name: str) -> PictureFile:
-    """AVIF and HEIC say outside of EXIF which side is up, and their EXIF is not to be read for it."""
+    """Hide the EXIF of AVIF and HEIC, which must not be read for the orientation: they store it elsewhere."""
     return PictureFile(re.sub(rb"(infe.{8}(?:..)?)Exif", rb"\1none", data, count=16, flags=re.DOTALL))

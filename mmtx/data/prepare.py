@@ -1,10 +1,10 @@
-"""`mmtx prepare`: sources to a folder of tokenized shards (its form: mmtx/data/prepared.py), by several processes.
+"""`mmtx prepare`: tokenizes sources into a folder of shards (format: mmtx/data/prepared.py), in several processes.
 
-Rows are cut into shards in the order of the sources, and each shard is a pure function of its rows: whatever the number
-of processes and machines, and wherever a run was killed and started again, the folder ends up the same byte for byte.
+Rows are split into shards in source order, and each shard is a pure function of its rows: whatever the number of processes
+and machines, and wherever a run was killed and restarted, the resulting folder is the same byte for byte.
 
-Several machines take a part each: part k of n writes every n-th shard to a folder of its own in the output, and knows nothing
-of the others. The run without a part takes these over, makes what is missing, and writes the index.
+Several machines can take one part each: part k of n writes every n-th shard to a folder of its own in the output, independently
+of the others. A run without a part takes these shards over, makes the missing ones, and writes the index.
 """
 
 import contextlib
@@ -42,11 +42,12 @@ from mmtx.schema import within
 from mmtx.sequence import render
 from mmtx.vocabulary import Vocabulary
 
-ROWS = 2048  # of a shard: 34 MB with the features of as many pictures of 64 codes, 0.6 MB without
-AHEAD = 2    # shards a process that are read before they are needed
+ROWS = 2048  # per shard: 34 MB if each row is a picture of 64 codes with features, 0.6 MB without features
+AHEAD = 2    # shards per process that are read ahead
 UNFINISHED = re.compile(r"(plan\.json|shard-\d+\.safetensors|index\.safetensors|prepared\.json)\.\d+\.part|\.probe-\d+")
 MOST_WORKERS = 1024
 PART = re.compile(r"part-\d+-of-\d+")
+SHARD = re.compile(r"shard-\d+\.safetensors")
 
 
 def prepare(
@@ -60,25 +61,25 @@ def prepare(
     max_bad: float = MAX_BAD,
     part: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
-    """Write `output`, or finish what is there already of the same sources and tokenizers -> what its prepared.json says.
+    """Write `output`, or finish one that was begun with the same sources and tokenizers -> the content of its prepared.json.
 
-    Of a part, only the numbers of its "shards" and "rows"; `max_bad` is looked at where the parts are joined.
+    For a part, returns only the numbers of its "shards" and "rows"; `max_bad` is checked when the parts are joined.
 
     Args:
-        source: what is read: its `paths`, `select`, `fields` and `follow_links`. The rest is for the training, which finds
-            all samples.
+        source: its `paths`, `select`, `fields`, `follow_links`, `trusted` and `variants`. The rest applies in training, which
+            finds all samples.
         tokenizers: by kind; all that the sources need.
-        output: a new folder, or one that was begun with the same arguments (other `num_workers` and `max_bad` are fine).
+        output: a new folder, or one that was begun with the same arguments (`num_workers` and `max_bad` may differ).
         features: store the encoder's features of all pictures and sounds, for decoders with `continuous_inputs: true`.
-        rows: rows of a shard.
+        rows: rows per shard.
         num_workers: processes that read and encode.
         max_bad: share of the rows of the source that may be unusable.
         part: (k, n) with k from 1 to n: only every n-th shard from the k-th on, into a folder of its own in `output`. Without
-            it the folders of parts in `output` are taken over first, however many there are.
+            it, the shards of all parts in `output` are taken over first.
 
     Raises:
         InputError: the folder holds something else, sources or tokenizers changed since it was begun, it cannot be
-            written, or too many rows cannot be used; what is finished then stays.
+            written, or too many rows are unusable; finished shards are kept.
     """
     within("rows", rows, 1, 2**32)
     within("num_workers", num_workers, 1, MOST_WORKERS)
@@ -102,23 +103,24 @@ def prepare(
             return _finish(folder, plan, shards, samples, skipped)
         finally:
             for path in folder.iterdir():
-                if UNFINISHED.fullmatch(path.name):  # of processes that were killed, now or before
+                if UNFINISHED.fullmatch(path.name):  # of processes that were killed, now or earlier
                     path.unlink(missing_ok=True)
 
 
 def _take_over(folder: Path, plan: dict) -> None:
-    """Move the shards of finished and unfinished parts to where a run without parts has them."""
+    """Move the shards of all parts, finished or not, to where a run without parts keeps them."""
     for made in sorted(path for path in folder.iterdir() if PART.fullmatch(path.name) and path.is_dir()):
         with lock_folder(made, "output"):
             if (made / PLAN).is_file():
                 _compare(made, plan)
-            for path in sorted(made.iterdir()):
-                if re.fullmatch(r"shard-\d+\.safetensors", path.name):
+            # The plan goes last: after a kill, the next run must know what the shards were made from.
+            for path in sorted(made.iterdir(), key=lambda path: path.name == PLAN):
+                if SHARD.fullmatch(path.name):
                     os.replace(path, folder / path.name)
                 elif path.name == PLAN or UNFINISHED.fullmatch(path.name):
                     path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
-            made.rmdir()  # unless it holds what is not ours
+            made.rmdir()  # unless it holds files that are not ours
 
 
 def _shards(source: DataSource, setting: tuple, rows: int, num_workers: int, skipped: SkipCounter,
@@ -151,16 +153,15 @@ def _shards(source: DataSource, setting: tuple, rows: int, num_workers: int, ski
                          "the same command goes on") from None
     finally:
         pool.end()
-    for beyond in range(number, number + step):
-        if not (folder / shard_name(beyond)).exists():
-            continue
-        raise InputError(f"{folder / shard_name(beyond)}: the sources have no rows for it, they changed since it was "
+    wanted = set(map(shard_name, range(number)))
+    if beyond := sorted(path for path in folder.iterdir() if SHARD.fullmatch(path.name) and path.name not in wanted):
+        raise InputError(f"{beyond[0]}: the sources have no rows for it, they changed since it was "
                          "written; expected the same sources, or another --output")
     return [shards[i] for i in sorted(shards)], samples
 
 
 def _packed(number: int, first: int, rows: list[Sample | InputError]) -> bytes:
-    """What `_make` is given. Metadata that are nested too deep to travel stay behind; no shard holds them."""
+    """The pickled arguments of `_make`. Metadata nested too deeply to pickle are left out; shards do not store them."""
     try:
         return pickle.dumps((number, first, rows))
     except RecursionError:
@@ -168,7 +169,7 @@ def _packed(number: int, first: int, rows: list[Sample | InputError]) -> bytes:
 
 
 def _flat(row: Sample | InputError, use: Callable[[Any], Any]) -> Sample | InputError:
-    """The row, without its metadata if they are nested too deep for `use`."""
+    """The row, without its metadata if they are nested too deeply for `use`."""
     try:
         use(row)
         return row
@@ -178,12 +179,12 @@ def _flat(row: Sample | InputError, use: Callable[[Any], Any]) -> Sample | Input
 
 
 def as_utf8(text: str) -> str:
-    """Text as JSON can hold it: names of files need not be UTF-8."""
+    """Text for JSON, with what is not valid UTF-8 escaped, as in some file names."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _begin(folder: Path, plan: dict) -> None:
-    """Put the plan into the folder, or compare the plan there with this one."""
+    """Write the plan to the folder, or compare it with the plan there."""
     if (folder / PLAN).is_file() and any(folder.glob("shard-*.safetensors")):
         _compare(folder, plan)
         return
@@ -194,7 +195,7 @@ def _begin(folder: Path, plan: dict) -> None:
 
 
 def _compare(folder: Path, plan: dict) -> None:
-    """Raise InputError unless the plan in a folder is this one."""
+    """Raise InputError unless the plan in a folder equals this one."""
     begun = read_json(folder / PLAN)
     for name in plan:
         found, expected = plan[name], begun.get(name) if isinstance(begun, dict) else None
@@ -210,7 +211,7 @@ def _fingerprints(vocabulary: Any) -> str:
 
 
 def _blocks(source: DataSource, rows: int, skipped: SkipCounter) -> Iterator[list[Sample | InputError]]:
-    """The rows of a source in blocks, those that cannot be read as their errors; all rows are counted."""
+    """The rows of a source in blocks, with errors in place of unreadable ones; all rows are counted."""
     block: list[Sample | InputError] = []
     for row in _rows(source, skipped):
         block.append(row)
@@ -245,7 +246,7 @@ def _finish(folder: Path, plan: dict, shards: Sequence[dict], samples: int,
     numbers, lengths = [], []
     features: dict[str, int] = {}
     for number in range(len(shards)):
-        # One at a time: a process can hold some ten thousand maps, and a large corpus has more tensors than that.
+        # Not through the cache: a process can hold some ten thousand memory maps, and a large corpus has more tensors.
         maps = tensors.__wrapped__(folder / shard_name(number))
         numbers.append(np.array(maps["numbers"]))
         lengths.append(np.diff(maps["ends.ids"]).astype(np.uint32))
@@ -287,7 +288,7 @@ def _make(setting: tuple, number: int, first: int, rows: list[Sample | InputErro
         return number, facts
     made, facts = make_shard(rows, first, tokenizers, vocabulary, features)
     facts |= {"stamp": stamp, "sha256": _digest(made)}
-    # One entry: the library writes several in no fixed order.
+    # A single metadata entry: the library writes several in no fixed order.
     write_file(path, safetensors.numpy.save(made, {"mmtx": json.dumps(facts, sort_keys=True)}))
     return number, facts
 
@@ -344,14 +345,14 @@ def make_shard(rows: Sequence[Sample | InputError], first: int, tokenizers: Mapp
 
 
 def _numbered(rows: Iterable[Sample | InputError], number: int) -> Iterator[tuple[int, Sample | InputError]]:
-    """Rows with the numbers that their samples have in the source, as training on media counts them."""
+    """Rows with the numbers of their samples in the source, as training on media counts them."""
     for row in rows:
         yield number, row
         number += isinstance(row, Sample)
 
 
 def stamp_of(rows: Iterable[Sample | InputError]) -> str:
-    """A digest of all that rows say, and of what can be told of their media without reading them."""
+    """A digest of the contents of rows, and of what is known about their media without reading them."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(repr(_flat(row, repr)).encode("utf-8", "backslashreplace"))
@@ -368,12 +369,12 @@ def _joined(parts: list[np.ndarray], kind: type) -> np.ndarray:
 
 
 def _ends(sizes: Iterable[int]) -> np.ndarray:
-    """Where each of several things of these sizes ends when they lie end to end, 0 first."""
+    """The ends of concatenated parts of these sizes, after a leading 0."""
     return np.cumsum([0, *sizes], dtype=np.uint64)
 
 
 def _facts(path: Path) -> dict | None:
-    """What is known of a finished shard; None if it is not there, or damaged."""
+    """The facts stored in a finished shard; None if it is missing or damaged."""
     try:
         with safetensors.safe_open(path, "numpy") as file:
             facts = json.loads(file.metadata()["mmtx"])

@@ -1,13 +1,13 @@
-"""Folders of tokenized shards, as `mmtx prepare` writes them: read by memory map, so that a corpus need not fit in memory.
+"""Folders of tokenized shards, written by `mmtx prepare`: memory-mapped, so that a corpus need not fit in memory.
 
-    plan.json                 what is prepared: sources, vocabulary, rows a shard, features or not; written first
+    plan.json                 what is prepared: sources, vocabulary, rows per shard, with features or not; written first
     shard-00000.safetensors   documents of a fixed range of rows
-    index.safetensors         of all shards: length and number of each document, and where each shard begins and ends
-    prepared.json             totals, and the digest of all shards; written last, so that a folder with it is whole
+    index.safetensors         length and number of each document; first document and bytes of each shard
+    prepared.json             totals, and the digest of all shards; written last, so that a folder with it is complete
 
-A shard holds `ids` (uint16, or uint32 where the vocabulary is larger), `numbers` (of the samples in the source), `names`
-(file and row, UTF-8), and for each kind of media with features `features.KIND` (codes, D) float16. What varies in length
-lies end to end: `ends.ids`, `ends.names` and `ends.KIND` (documents + 1) say where each document's part begins and ends.
+A shard holds `ids` (uint16, or uint32 for a larger vocabulary), `numbers` (of the samples in the source), `names` (file and
+row, UTF-8), and for each kind of media with features `features.KIND` (codes, D) float16. Parts of varying length are
+concatenated: `ends.ids`, `ends.names` and `ends.KIND` (documents + 1) hold the boundaries of each document's part.
 
 Shapes: T tokens of a document, D width of features, S shards.
 """
@@ -36,7 +36,7 @@ from mmtx.weights import Header, read_header
 
 FORMAT = 1
 INDEX, DONE = "index.safetensors", "prepared.json"
-MOST_FACTS = 64 * 2**20  # bytes of prepared.json, which names all sources
+MOST_FACTS = 64 * 2**20  # bytes of prepared.json, which lists all sources
 OPEN = 256  # shards that a process keeps mapped
 TYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "U64": np.uint64, "F16": np.float16}
 
@@ -47,10 +47,10 @@ def shard_name(number: int) -> str:
 
 @lru_cache(maxsize=OPEN)
 def tensors(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file as memory maps. Raises InputError when it is missing or damaged."""
+    """The tensors of a safetensors file as memory maps. Raises InputError if it is missing or damaged."""
     header = header_of(path)
     try:
-        # A map of no bytes is refused by the system.
+        # The system cannot map zero bytes.
         return {name: np.memmap(path, TYPES[place.dtype], "r", header.data + place.start, place.shape)
                 if place.stop > place.start else np.empty(place.shape, TYPES[place.dtype])
                 for name, place in header.tensors.items()}
@@ -59,7 +59,7 @@ def tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def header_of(path: Path) -> Header:
-    """What a safetensors file says about itself. Raises InputError unless it is all there."""
+    """The header of a safetensors file. Raises InputError unless the file is complete."""
     try:
         with open(open_regular(path), "rb") as file:
             return read_header(file, os.fstat(file.fileno()).st_size, path)
@@ -68,17 +68,17 @@ def header_of(path: Path) -> Header:
 
 
 def digest(made: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 over the tensors of a shard."""
+    """SHA-256 of the tensors of a shard."""
     found = hashlib.sha256()
     for name, values in sorted(made.items()):
         found.update(f"{name} {values.dtype} {values.shape}".encode())
-        found.update(np.ascontiguousarray(values))  # type: ignore[arg-type]  # a buffer, which NumPy does not say before Python 3.12
+        found.update(np.ascontiguousarray(values))  # type: ignore[arg-type]  # arrays are typed as buffers only from Python 3.12 on
     return found.hexdigest()
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What training takes from prepared.json."""
+    """The fields of prepared.json that training uses."""
 
     format: int
     vocabulary: Any
@@ -96,7 +96,7 @@ class Facts:
 
     @classmethod
     def of(cls, data: bytes, where: str) -> "Facts":
-        """Raises InputError for anything that `mmtx prepare` does not write."""
+        """Parse prepared.json. Raises InputError for anything that `mmtx prepare` does not write."""
         values = parse_json(data, where)
         if not isinstance(values, dict) or type(values.get("format")) is not int or values["format"] != FORMAT:
             raise InputError(f"{where}: expected a prepared folder of format {FORMAT}")
@@ -107,9 +107,9 @@ class Facts:
 
 
 class Prepared:
-    """The documents of a prepared folder or URL, like `mmtx.data.documents.Documents` of the media they were made of.
+    """The documents of a prepared folder or URL, with the interface of `mmtx.data.documents.Documents`.
 
-    The files of a URL are downloaded when they are needed, and kept in ~/.cache/mmtx (or $MMTX_CACHE).
+    The files of a URL are downloaded when needed, and kept in ~/.cache/mmtx (or $MMTX_CACHE).
     """
 
     def __init__(
@@ -126,10 +126,10 @@ class Prepared:
         features: bool = False,
         patches: Collection[str] = (),
     ):
-        """`first` is the number of the first sample; `features` says whether the decoder takes them, `patches` of which
-        kinds it takes patches instead.
+        """`first` is the number of the first sample.
 
-        Raises InputError for a folder that is not whole, other tokenizers, or what can be done to media only.
+        `features` says whether the decoder takes features, `patches` for which kinds it takes patches instead. Raises InputError
+        for an incomplete folder, other tokenizers, or options that apply to media only.
         """
         self.path, self.vocabulary, self.seed = display(path).rstrip("/"), vocabulary, seed
         self.cond_drop_prob = source.cond_drop_prob
@@ -146,7 +146,7 @@ class Prepared:
         self.index = index = tensors(self.folder / INDEX)
         self._check_index(index)
         self.starts, self.sizes = np.array(index["starts"], np.int64), index["sizes"]  # (S + 1,), (S,)
-        # Which shards have been compared with their digests, by any of the processes that read them.
+        # Which shards were compared with their digests, by any of the processes that read them.
         self.compared = torch.zeros(facts.shards, dtype=torch.uint8).share_memory_()
         if self.remote is None:
             for shard in range(len(self.sizes)):
@@ -158,10 +158,10 @@ class Prepared:
         lengths, numbers = index["lengths"], index["numbers"]
         chosen = slice(None)
         if source.limit is not None and source.limit < facts.samples:
-            wanted = np.arange(source.limit) * facts.samples // source.limit  # as of the samples of media
+            wanted = np.arange(source.limit) * facts.samples // source.limit  # the same samples as with media
             chosen = np.flatnonzero(np.isin(numbers, wanted, assume_unique=True))
             numbers = np.searchsorted(wanted, numbers[chosen])
-        # The count goes on from that of `mmtx prepare`, so that a folder is taken where its media would be.
+        # The count continues that of `mmtx prepare`, so that a folder is accepted if its media would be.
         skipped, room = SkipCounter(max_bad, facts.rows), max_seq_len + 1
         skipped.count, skipped.first = facts.skipped, list(facts.errors[:3])
         total, fits = len(lengths[chosen]), lengths[chosen] <= room
@@ -189,7 +189,7 @@ class Prepared:
         return self._name(number if self.rows is None else int(self.rows[number]))
 
     def render(self, chosen: Sequence[tuple[int, int]]) -> list[Rendered]:
-        """Documents of (document, view) pairs. All views are the same, but those whose user turns are dropped."""
+        """Documents of (document, view) pairs. All views of a document are equal, except those without user turns."""
         return [self._render(number, view) for number, view in chosen]
 
     def _render(self, number: int, view: int) -> Rendered:
@@ -215,7 +215,7 @@ class Prepared:
         return bytes(shard["names"][_part(shard, "names", place)]).decode("utf-8", "replace")
 
     def _place(self, row: int) -> tuple[dict[str, np.ndarray], int]:
-        """The shard of a document of the folder, and its place there."""
+        """The shard that holds a document of the folder, and the document's index there."""
         number = int(np.searchsorted(self.starts, row, "right")) - 1
         path = self.folder / shard_name(number)
         if self.remote is not None and self._fetch(path.name):
@@ -233,7 +233,7 @@ class Prepared:
         return shard, row - int(self.starts[number])
 
     def _check_index(self, index: dict[str, np.ndarray]) -> None:
-        """Raise InputError unless the index says of all documents what can be."""
+        """Raise InputError unless the index is consistent with prepared.json."""
         facts, where = self.facts, f"{self.path}/{INDEX}"
         _expect(index, where, lengths=(facts.documents, "uint32"), numbers=(facts.documents, "uint32", "uint64"),
                 starts=(facts.shards + 1, "uint64"), sizes=(facts.shards, "uint64"))
@@ -247,7 +247,7 @@ class Prepared:
             raise InputError(f"{where}: 'numbers' of samples do not rise, or reach {facts.samples}, the number of all")
 
     def _check_shard(self, shard: dict[str, np.ndarray], number: int) -> None:
-        """Raise InputError unless a shard is what was written, and what the index says of it."""
+        """Raise InputError unless a shard is unchanged and consistent with the index."""
         where = f"{self.path}/{shard_name(number)}"
         chosen = slice(int(self.starts[number]), int(self.starts[number + 1]))
         count, vocabulary = chosen.stop - chosen.start, self.facts.vocabulary
@@ -276,7 +276,7 @@ class Prepared:
             raise InputError(f"{where}: its checksum does not fit: it has changed since it was written")
 
     def _digest(self, number: int) -> str:
-        """The digest of a shard that is written in it."""
+        """The digest that is stored in a shard."""
         path = self.folder / shard_name(number)
         facts = parse_json(header_of(path).metadata.get("mmtx", "{}").encode(), path)
         if not isinstance(facts, dict) or not isinstance(found := facts.get("sha256"), str):
@@ -319,7 +319,7 @@ class Prepared:
                                  "(continuous_inputs: true); expected `mmtx prepare --features`")
 
     def _fetch(self, name: str) -> bool:
-        """Download a file that is not there yet; whether it was."""
+        """Download a file unless it is there; returns whether it was downloaded."""
         if self.remote is None or (self.folder / name).is_file():
             return False
         download(join(self.remote, name), self.folder / name)
@@ -335,7 +335,7 @@ class Prepared:
 
 
 def turned_round(ids: np.ndarray, v: Vocabulary) -> np.ndarray:
-    """The order (T,) of the ids of one question and one answer in which their contents change places."""
+    """The permutation (T,) of the ids of one question and one answer that swaps their contents."""
     if v.chat_format is not None:
         raise InputError("task: found a tokenizer with the chat format of a pretrained model, expected the tags of the stream")
     places = np.arange(len(ids))
@@ -348,7 +348,7 @@ def turned_round(ids: np.ndarray, v: Vocabulary) -> np.ndarray:
 
 
 def _expect(found: dict[str, np.ndarray], where: str, **expected: tuple) -> None:
-    """Raise InputError unless these tensors are there, and no other, with a shape (None: any) and one of some types each."""
+    """Raise InputError unless exactly these tensors are found, each with its shape (None: any size) and one of its types."""
     if found.keys() != expected.keys():
         raise InputError(f"{where}: found the tensors {shown(', '.join(sorted(found)))}, expected {', '.join(sorted(expected))}")
     for name, (shape, *types) in expected.items():
@@ -360,7 +360,7 @@ def _expect(found: dict[str, np.ndarray], where: str, **expected: tuple) -> None
 
 
 def _ends_fit(ends: np.ndarray, length: int) -> bool:
-    """Whether `ends` cut `length` things into parts one behind another."""
+    """Whether `ends` are the boundaries of consecutive parts of `length` items."""
     return bool(len(ends) and ends[0] == 0 and ends[-1] == length and (ends[1:] >= ends[:-1]).all())
 
 
@@ -369,7 +369,7 @@ def _part(shard: dict[str, np.ndarray], name: str, place: int) -> slice:
 
 
 def _spans(kind: str, values: np.ndarray, whole: np.ndarray, order: np.ndarray, v: Vocabulary) -> list[Span]:
-    """Features (codes, D) of all media of a kind in the document `whole` -> spans of user turns of `whole[order]`."""
+    """Features (codes, D) of all media of a kind in the document `whole` -> spans in the user turns of `whole[order]`."""
     span = v.range(kind)
     coded = (whole >= span.start) & (whole < span.stop)
     ids, rows = whole[order], (np.cumsum(coded) - 1)[order]
@@ -380,6 +380,6 @@ def _spans(kind: str, values: np.ndarray, whole: np.ndarray, order: np.ndarray, 
 
 
 def _grid(kind: str, ids: np.ndarray, run: np.ndarray, v: Vocabulary) -> tuple[int, int]:
-    """Rows and columns of the codes of a medium at the places `run`: in the layout "grid" the columns stand just before."""
+    """Rows and columns of a medium with codes at the places `run`: in the layout "grid", the id before them gives the columns."""
     columns = v.bands(kind) or int(ids[run[0] - 1]) - v.width(1) + 1
     return len(run) // columns, columns

@@ -1,6 +1,6 @@
-"""What every data source yields: a `Sample`, turns of text and media whose bytes are read only on demand.
+"""The `Sample` that every data source yields: turns of text and media, whose bytes are read only on demand.
 
-Everything here is frozen and picklable, so that samples travel to the workers of a data loader.
+Everything here is frozen and picklable, so that samples can be sent to the workers of a data loader.
 """
 
 import os
@@ -12,14 +12,13 @@ from typing import Any, Literal
 from mmtx.data.storage import MediaSource, bare
 from mmtx.modality.registry import MODALITIES
 
-# What is known by its name, but of no modality: such a file is counted as one that cannot be used, and never left out
-# without a word.
+# Known extensions that belong to no modality: such files count as unusable, and are never skipped silently.
 VIDEO = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".3gp")
 
 
 @lru_cache
 def _by_extension(count: int) -> tuple[dict[str, str], dict[str, str]]:
-    """Extension -> kind of media, of those that are read and of all, where so many modalities are registered."""
+    """Extension -> kind of media, for readable files and for all known ones; `count` of modalities is the key of the cache."""
     read = {extension: kind for kind, modality in MODALITIES.items() for extension in modality.extensions}
     known = {extension: kind for kind, modality in MODALITIES.items() for extension in modality.known}
     return read, {**dict.fromkeys(VIDEO, "video"), **known, **read}
@@ -34,17 +33,17 @@ class Text:
 
 @dataclass(frozen=True)
 class Media:
-    """A medium, which `read` of its `Modality` makes of `source.read()`.
+    """A medium, which `read` of its `Modality` decodes from `source.read()`.
 
-    `name` is what error messages call it: it names the file, the row or member, and what is cut out of a sound: the
-    `seconds` (None: all that follow) from `start`. A sound is then played `speed` times as fast, and so higher, and made higher by
-    `semitones`.
+    `name` identifies it in error messages: the file, the row or member, and the piece that is cut out of a sound: `seconds`
+    (None: the rest) from `start`. The piece is played `speed` times as fast, which raises its pitch, and then shifted in pitch
+    by `semitones`.
     """
 
     kind: str
     name: str
     source: MediaSource
-    # Left out of the repr: the name tells them, where a row and not a function of variants did.
+    # Not in the repr: the name contains them if they come from a row rather than a function of variants.
     start: float = field(default=0.0, repr=False)
     seconds: float | None = field(default=None, repr=False)
     speed: float = field(default=1.0, repr=False)
@@ -52,13 +51,13 @@ class Media:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What is cut out and how it is played, as options of `Modality.read`; nothing where it is whole and as it was."""
+        """The options of `Modality.read` that cut, speed up and pitch-shift a sound; empty for one that is whole and unchanged."""
         cut = {} if self.start == 0 and self.seconds is None else {"start": self.start, "seconds": self.seconds}
         played = {} if self.speed == 1 else {"speed": self.speed}
         return {**cut, **played} if self.semitones == 0 else {**cut, **played, "semitones": self.semitones}
 
     def perturb_speed(self, factor: float) -> "Media":
-        """The sound played `factor` times as fast as it is now, and so higher: 2 ** (1 / 12) is a semitone up.
+        """The sound played `factor` times as fast as now, which raises its pitch: 2 ** (1 / 12) is a semitone up.
 
         Speed perturbation (Ko et al. 2015, https://doi.org/10.21437/Interspeech.2015-711).
         """
@@ -66,7 +65,7 @@ class Media:
         return replace(self, speed=speed, name=f"{self.name} at {speed:.4g} of its speed")
 
     def shift_pitch(self, semitones: float) -> "Media":
-        """The sound higher by `semitones` than it is now, or lower, and as long as before, by a phase vocoder."""
+        """The sound `semitones` higher than now, or lower if negative, at the same length, by a phase vocoder."""
         semitones += self.semitones
         return replace(self, semitones=semitones, name=f"{self.name} {semitones:+.4g} semitones")
 
@@ -76,7 +75,7 @@ Part = Text | Media
 
 @dataclass(frozen=True)
 class SampleTurn:
-    """What one side says; role None is a plain document."""
+    """A turn of one side; role None marks a plain document."""
 
     role: Literal["user", "assistant"] | None
     parts: tuple[Part, ...]
@@ -86,7 +85,7 @@ class SampleTurn:
 class Sample:
     """One row of a source. `where` names the source and the row in error messages.
 
-    `cond_drop_prob` is the share of its views in training that leave the user turns empty.
+    `cond_drop_prob` is the share of its views in training whose user turns are emptied.
     """
 
     key: str
@@ -97,7 +96,7 @@ class Sample:
 
     @property
     def caption(self) -> str:
-        """The text that the last assistant turn answers or, where a medium is, that asks for it; of a plain document, all text."""
+        """The text of the last answer or, if that is only a medium, of its prompt; all text of a plain document."""
         answers = [turn for turn in self.turns if turn.role == "assistant"]
         return _text(answers[-1:]) or _text(turn for turn in self.turns if turn.role != "assistant")
 
@@ -107,7 +106,7 @@ def _text(turns: Iterable[SampleTurn]) -> str:
 
 
 def with_captions(samples: Sequence[Sample]) -> list[Sample]:
-    """Those whose last turn is an answer in text: what a model says can be compared with their `caption`."""
+    """The samples whose last turn is an answer in text, so that a model's answer can be compared with their `caption`."""
     return [sample for sample in samples
             if sample.turns[-1].role == "assistant" and all(isinstance(part, Text) for part in sample.turns[-1].parts)]
 
@@ -118,7 +117,7 @@ def kind_of(name: str, data: bytes = b"") -> str | None:
 
 
 def known_kind(name: str) -> str | None:
-    """What a file must be by its extension, whether it is read or not ("video" is never); None if unknown."""
+    """The kind of a file by its extension, readable or not ("video" never is); None if unknown."""
     return _by_extension(len(MODALITIES))[1].get(suffix(name))
 
 
@@ -131,5 +130,5 @@ def sniff(data: bytes) -> str | None:
 
 
 def suffix(path: str) -> str:
-    """The last extension in lower case with its dot, '' if there is none."""
+    """The last extension in lower case, with its dot; '' if there is none."""
     return os.path.splitext(bare(path))[1].lower()

@@ -1,7 +1,7 @@
-"""Encoded sounds to samples: the whole sound, or the cut that is asked for, whatever a header says of its length.
+"""Encoded sounds to samples: a whole sound or a cut of it, whatever the header says about its length.
 
-A file that is cut short is refused where the format can tell: what a header promises must be there, a stream must say
-its end, a checksum must hold. A header that does not know (of a file that was written to a pipe) is no fault.
+A truncated file is refused if the format allows detecting it: the data that a header declares must be there, a stream must
+mark its end, checksums must match. A header without a length (of a file that was written to a pipe) is accepted.
 """
 
 import io
@@ -21,14 +21,14 @@ from mmtx.errors import InputError
 MAX_SECONDS = 600
 MAX_CHANNELS = 8
 MAX_VALUES = MAX_SECONDS * 48_000 * 2  # samples times channels: 230 MB as float32
-RATES = (1_000, 192_000)  # Hz, the source rates that are believed
+RATES = (1_000, 192_000)  # Hz, the lowest and highest source rate that is accepted
 BLOCK = 65_536  # frames
-LEAP = 30  # seconds up to which decoding what lies before a cut costs less than it is worth to leap
-INEXACT = ("VORBIS", "MPEG_LAYER_I", "MPEG_LAYER_II", "MPEG_LAYER_III")  # libsndfile lands some samples off
-MAX_START = 86_400  # seconds: a day that is decoded for nothing where one cannot leap
+LEAP = 30  # seconds before a cut up to which these are decoded rather than skipped by a seek
+INEXACT = ("VORBIS", "MPEG_LAYER_I", "MPEG_LAYER_II", "MPEG_LAYER_III")  # libsndfile seeks some samples off
+MAX_START = 86_400  # seconds: a day, which is decoded in vain if the format cannot seek
 SLACK = 0.05  # seconds that a cut may reach beyond the end: lengths in manifests are rounded
-UNKNOWN = 0x7F000000  # sizes from here on are what programs write that do not know it yet
-FFMPEG = {  # format: the reader of FFmpeg that may open it
+UNKNOWN = 0x7F000000  # sizes from here on are placeholders of programs that did not know the size yet
+FFMPEG = {  # format -> the demuxer of FFmpeg that may open it
     "MP4": "mov", "AAC": "aac", "WEBM": "matroska",
 }
 CODECS = ("aac", "alac", "mp3", "mp3float", "opus", "vorbis", "flac")
@@ -37,7 +37,7 @@ CAF_CHUNKS = {b"desc", b"data", b"pakt", b"kuki", b"chan", b"free", b"info", b"s
 MP4_BOXES = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"uuid", b"meta", b"udta", b"moof", b"mfra", b"sidx",
              b"styp", b"pdin", b"ssix", b"prft", b"emsg"}
 EBML = b"\x1a\x45\xdf\xa3"
-EBML_ELEMENT = re.compile(  # the file's head, and what lies in it and in its segment
+EBML_ELEMENT = re.compile(  # the file's header and segment, and the elements in them
     rb"\x1a\x45\xdf\xa3|\x18\x53\x80\x67|\x11\x4d\x9b\x74|\x15\x49\xa9\x66|\x16\x54\xae\x6b|\x1f\x43\xb6\x75"
     rb"|\x1c\x53\xbb\x6b|\x19\x41\xa4\x69|\x10\x43\xa7\x70|\x12\x54\xc3\x67|\xec|\xbf|[\xe7\xa3\xa0\xab\xa7]"
 )
@@ -64,7 +64,7 @@ def read_sound(data: bytes, name: str, start: float = 0.0, seconds: float | None
 
 
 def check_sound(frames: int, rate: int, channels: int, name: str) -> None:
-    """Raise InputError for a sound that is not taken: its rate, channels or length."""
+    """Raise InputError if the rate, channels or length of a sound exceed the limits."""
     if not RATES[0] <= rate <= RATES[1]:
         raise InputError(f"{name}: {rate} Hz, expected {RATES[0]} to {RATES[1]}")
     if not 1 <= channels <= MAX_CHANNELS:
@@ -79,7 +79,7 @@ def check_sound(frames: int, rate: int, channels: int, name: str) -> None:
 
 
 def cut(frames: int, rate: int, name: str, start: float, seconds: float | None) -> tuple[int, int]:
-    """First frame of a cut and the one behind its last, in a sound of so many frames."""
+    """The first frame of a cut and the one after its last, in a sound of `frames` frames."""
     first = round(start * rate)
     last = frames if seconds is None else round((start + seconds) * rate)
     if first and first >= frames or last > frames + SLACK * rate:
@@ -89,7 +89,7 @@ def cut(frames: int, rate: int, name: str, start: float, seconds: float | None) 
 
 
 class _Forward(soundfile.SoundFile):
-    """Read forward only: soundfile seeks behind each block, which fails where the header does not know the length."""
+    """Reads forward only: soundfile seeks after each block, which fails if the header has no length."""
 
     def seekable(self) -> bool:
         return False
@@ -99,7 +99,7 @@ Blocks = Iterator[tuple[int, int, np.ndarray]]  # rate, place in the sound, floa
 
 
 def _cut(blocks: Blocks, name: str, start: float, seconds: float | None) -> tuple[np.ndarray, int]:
-    """The blocks of a cut as one. Memory follows what is really there, whatever the header says."""
+    """Join the blocks of a cut. Memory grows with the actual data, whatever the header declares."""
     kept: list[np.ndarray] = []
     read, end, sort = 0, 0, None
     for rate, place, block in blocks:
@@ -128,7 +128,7 @@ def _cut(blocks: Blocks, name: str, start: float, seconds: float | None) -> tupl
 
 
 def _libsndfile(parts: list[bytes], name: str, start: float, samples: int | None = None) -> Blocks:
-    """Files that follow one another; `samples`: how many there are at least, but for the delay of an encoder."""
+    """The blocks of consecutive files; `samples`: how many must be decodable, less the encoder delay."""
     place = 0
     for part in parts:
         opened = False
@@ -144,7 +144,7 @@ def _libsndfile(parts: list[bytes], name: str, start: float, samples: int | None
                 if skipped > LEAP * rate and file.subtype not in INEXACT:
                     try:
                         place += file.seek(skipped)
-                    except soundfile.SoundFileError:  # some codecs do not leap
+                    except soundfile.SoundFileError:  # some codecs cannot seek
                         pass
                 while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):
                     yield rate, place, block
@@ -158,7 +158,7 @@ def _libsndfile(parts: list[bytes], name: str, start: float, samples: int | None
 
 
 def _ffmpeg(data: bytes, format: str, name: str, start: float) -> Blocks:
-    """The one sound of a file that libsndfile does not read."""
+    """The blocks of the only sound of a file that libsndfile cannot read."""
     try:
         import av
     except ImportError:
@@ -180,14 +180,14 @@ def _ffmpeg(data: bytes, format: str, name: str, start: float) -> Blocks:
                 rate = sound.rate or 0
                 check_sound(max(round(length * rate), 1), rate, sound.channels or 0, name)
             place, rate = 0, 0
-            if start > LEAP and format == "MP4":  # the others have no exact places
-                file.seek(round((begin + start - 1) * av.time_base))  # what comes first after a leap is wrong
+            if start > LEAP and format == "MP4":  # the others cannot seek exactly
+                file.seek(round((begin + start - 1) * av.time_base))  # the first samples after a seek are wrong
                 place = None
             planar = av.AudioResampler(format="fltp")
             for frame in file.decode(sound):
                 rate = frame.sample_rate
                 check_sound(frame.samples, rate, frame.layout.nb_channels, name)
-                if place is None:  # no time: at the end, where the cut is not
+                if place is None:  # a frame without a time is at the end, beyond the cut
                     place = round(((length if frame.time is None else frame.time) - begin) * rate)
                 for part in planar.resample(frame):
                     block = part.to_ndarray().T  # (S, C)
@@ -201,7 +201,7 @@ def _ffmpeg(data: bytes, format: str, name: str, start: float) -> Blocks:
 
 
 def _whole_file(data: bytes, format: str, name: str) -> bytes:
-    """`data`, all that its headers promise being there; a WAV that does not know its length gets it."""
+    """`data`, checked to hold all that its headers declare; the length of a WAV is filled in if unknown."""
     if format == "WAV":
         data, end = _wav_end(data)
     else:
@@ -212,12 +212,12 @@ def _whole_file(data: bytes, format: str, name: str) -> bytes:
     following = data[end : end + 64] if end else b""
     if format in (format_of(following), format_of(following.lstrip(b"\0"))):
         raise InputError(f"{name}: another {format} file follows at byte {end}, expected one sound")
-    return data[:end] if end and format not in ("WAV", "AIFF") else data  # whose other parts may follow the samples
+    return data[:end] if end and format not in ("WAV", "AIFF") else data  # in these two, other chunks may follow the samples
 
 
 def _wav_end(data: bytes) -> tuple[bytes, int]:
     order: Literal["big", "little"] = "big" if data[:4] == b"RIFX" else "little"
-    place, wide = 12, None  # where RF64 has the length that 32 bit do not hold
+    place, wide = 12, None  # offset of the 64-bit length in RF64
     while place + 8 <= len(data):
         kind, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], order)
         if kind == b"ds64":
@@ -226,7 +226,7 @@ def _wav_end(data: bytes) -> tuple[bytes, int]:
             start = place + 8
             if wide and size == 0xFFFFFFFF:
                 size = int.from_bytes(data[wide : wide + 8], order)
-            ends = int.from_bytes(data[4:8], order) + 8  # where the file says that it ends
+            ends = int.from_bytes(data[4:8], order) + 8  # the end that the file declares
             if size < UNKNOWN and (size or ends > start and not wide):
                 return data, start + size
             known = bytearray(data)
@@ -255,7 +255,7 @@ def _caf_end(data: bytes) -> int:
     place = 8
     while data[place : place + 4] in CAF_CHUNKS:
         size = int.from_bytes(data[place + 4 : place + 12], "big", signed=True)
-        if size < 0:  # that of the samples, where it is not known
+        if size < 0:  # of the samples, whose size is not known
             return 0
         place += 12 + size
     return place
@@ -296,7 +296,7 @@ def _webm_end(data: bytes) -> int:
         wide = 9 - data[place].bit_length() if place < len(data) else 0
         size = int.from_bytes(data[place : place + wide], "big") & (1 << 7 * wide) - 1
         place += wide
-        if size != (1 << 7 * wide) - 1:  # else it is not known, and its parts follow
+        if size != (1 << 7 * wide) - 1:  # else the size is unknown, and the children follow
             place += size
     return place
 
@@ -309,7 +309,7 @@ def _aac_end(data: bytes) -> int:
 
 
 def _ogg_links(data: bytes, name: str) -> list[bytes]:
-    """The sounds of an Ogg file, which may follow one another; each page is whole, and each sound has its end."""
+    """The chained sounds of an Ogg file, after checking that each page is intact and each sound has its end."""
     links, place, last, pages, start = [], 0, None, 0, 0
     while (place := data.find(b"OggS", place)) >= 0:
         head = data[place : place + 27]
@@ -320,7 +320,7 @@ def _ogg_links(data: bytes, name: str) -> list[bytes]:
         flags, serial, number = head[5], head[14:18], int.from_bytes(head[18:22], "little")
         if _ogg_checksum(data[place : place + 22] + bytes(4) + data[place + 26 : end]) != head[22:26]:
             raise InputError(f"{name}: damaged: the checksum of its page {pages + 1} differs")
-        if flags & 2:  # begin of a stream
+        if flags & 2:  # beginning of a stream
             if last is not None and not last[2]:
                 raise InputError(f"{name}: its page {pages + 1} begins another stream before the first ends")
             start = place
@@ -336,6 +336,6 @@ def _ogg_links(data: bytes, name: str) -> list[bytes]:
 
 
 def _ogg_checksum(page: bytes) -> bytes:
-    """The CRC of a page, whose bits run the other way round than those of zlib, without its inversions."""
+    """The CRC of a page: that of zlib in reversed bit order and without its inversions."""
     crc = zlib.crc32(page.translate(REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
     return crc.to_bytes(4, "big").translate(REVERSED)

@@ -1,14 +1,14 @@
-"""Manifests, folders and shards to samples (`Sample`).
+"""Reads manifests, folders and shards as samples (`Sample`).
 
 | source | rows |
 | --- | --- |
-| `.jsonl`, `.json` | JSON objects, a line each or in a list, in the forms of `mmtx.data.forms` |
+| `.jsonl`, `.json` | JSON objects, one per line or in a list, in the forms of `mmtx.data.forms` |
 | `.csv`, `.tsv` | the same as a table with a header |
-| folder | media with a caption beside: x.png + x.txt or x.json, in all subfolders |
+| folder | media with captions beside them: x.png + x.txt or x.json, in all subfolders |
 | `.tar`, `.tar.gz`, `.tgz` | WebDataset shard: KEY.webp + KEY.json with "caption" or "text", or KEY.txt |
-| `hf://NAME[:SPLIT]`, folder of `save_to_disk` | Hugging Face dataset, its columns named like the fields of a manifest |
+| `hf://NAME[:SPLIT]`, folder of `save_to_disk` | Hugging Face dataset with columns named like the fields of a manifest |
 
-Each but the last may also be a glob pattern or an fsspec URL (folders: local only). A medium with a caption becomes a user
+All but the last may also be a glob pattern or an fsspec URL (folders: local only). A medium with a caption becomes a user
 turn (the medium) and an assistant turn (the caption). Other fields become metadata. Tars are never extracted.
 """
 
@@ -28,20 +28,20 @@ from mmtx.data.trust import scheme_of
 from mmtx.data.webdataset import SHARDS, read_tar
 from mmtx.errors import InputError
 
-MAX_BAD = 0.01      # share of the rows of a source that may be unusable, where nothing else is said
-PLAN = "plan.json"  # in a folder of `mmtx prepare`, from the first moment on
+MAX_BAD = 0.01      # share of the rows of a source that may be unusable, by default
+PLAN = "plan.json"  # in a folder of `mmtx prepare` from the start
 
 
 class SkipCounter:
-    """Rows of a source that cannot be used, and when they are too many: more than a share (`max_bad`) of all its rows.
+    """Counts the unusable rows of a source, which are too many if they are more than a share (`max_bad`) of all its rows.
 
-    This is the one definition, for all commands. A row is bad, once, whether it cannot be read, one of its media turns
-    out to be damaged, or it needs too many tokens: one counter goes through all stages. All rows of a source count, those
-    too that `select` or `limit` leave out, since a row that cannot be read has no fields by which it could be selected.
+    All commands use this definition. A row is bad, once, whether it cannot be read, one of its media is damaged, or it needs
+    too many tokens: one counter goes through all stages. All rows of a source count, including those that `select` or `limit`
+    leave out, since a row that cannot be read has no fields to select it by.
     """
 
     def __init__(self, limit: float, rows: int = 0):
-        """`limit` is the share of rows that may be bad, 0 to 1; `rows` how many there are so far."""
+        """`limit` is the share of rows that may be bad, 0 to 1; `rows` is the number of rows so far."""
         if not 0 <= limit <= 1:
             raise InputError(f"max_bad is {limit}, expected a share from 0 to 1")
         self.limit, self.rows = limit, rows
@@ -59,12 +59,12 @@ class SkipCounter:
         return f"{self.count} of {self.rows} rows cannot be used; first: {'; '.join(self.first)}"
 
     def check(self) -> None:
-        """Raise InputError when more than the share `limit` of the rows were bad."""
+        """Raise InputError if more than the share `limit` of the rows were bad."""
         if self.count > self.limit * self.rows:
             raise InputError(f"{self.summary()} (at most {self.limit:.3%} may be bad)")
 
     def tell(self, report: Callable[[str], None] | None) -> None:
-        """`check`, at the end of the last stage, and one line to `report` if any were bad."""
+        """`check` after the last stage, and `report` the summary if any rows were bad."""
         self.check()
         if self.count and report is not None:
             report("skipped: " + self.summary())
@@ -81,10 +81,10 @@ def read(
 ) -> list[Sample]:
     """Read all samples of all sources into memory (media stay on disk, except those of compressed tars).
 
-    Bad rows are skipped up to the share `max_bad` of all rows, and told to `report` in one line. `select`
+    Bad rows, up to the share `max_bad` of all rows, are skipped and summarised to `report` in one line. `select`
     keeps the samples whose metadata field (or "key", or "caption") is one of the listed values. `trusted`, `fields` and
     `follow_links` are those of a `DataSource`.
-    Raises InputError for a missing or empty source, too many bad rows, or when nothing is left.
+    Raises InputError for a missing or empty source, too many bad rows, or if nothing is left.
     """
     skipped = SkipCounter(max_bad)
     samples = read_rows(sources, skipped, select, report, trusted=trusted, fields=fields, follow_links=follow_links)
@@ -95,7 +95,7 @@ def read(
 def read_rows(sources: str | Iterable[str], skipped: SkipCounter, select: dict[str, list] | None = None,
               report: Callable[[str], None] | None = None, *, trusted: bool = False, fields: Fields = None,
               follow_links: bool = False) -> list[Sample]:
-    """`read` with the counter of a source that has further stages to go through, whose last one tells of it."""
+    """`read` with the counter of a source that goes through further stages, the last of which reports it."""
     sources = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     if not sources:
         raise InputError("no data source is given, expected at least one manifest, folder or shard")
@@ -152,9 +152,10 @@ def _facts(sample: Sample) -> dict[str, Any]:
 
 def scan(source: str, trusted: bool = False, fields: Fields = None, follow_links: bool = False,
          report: Callable[[str], None] | None = None) -> Iterator[Sample | InputError]:
-    """The samples of one source, in a fixed order; a bad row is yielded as its InputError, so that the caller may go on.
-    What is left out of a source and is no row is told to `report`, in one line.
-    Raises InputError when the source as a whole is missing, empty, damaged or of no known kind.
+    """The samples of one source, in a fixed order; a bad row is yielded as its InputError, so that the caller can continue.
+
+    Files that are left out and count as no row are reported to `report`, in one line. Raises InputError if the source as a whole
+    is missing, empty, damaged or of an unknown kind.
     """
     for path in expand(os.fspath(source)):
         empty = True
@@ -166,14 +167,14 @@ def scan(source: str, trusted: bool = False, fields: Fields = None, follow_links
 
 
 def is_prepared(path: str) -> bool:
-    """Whether a path is what `mmtx prepare` wrote, also in part: a folder with its plan, or a URL of any folder."""
+    """Whether a path is an output of `mmtx prepare`, complete or not: a folder with a plan, or any URL that is a folder's."""
     if is_url(path):
         return scheme_of(path) not in ("hf", "data") and (bare(path).endswith("/") or not suffix(path)) and "*" not in path
     return os.path.isfile(os.path.join(path, PLAN))
 
 
 def expand(source: str) -> list[str]:
-    """Paths that a glob pattern stands for, sorted; anything else is itself."""
+    """The paths that match a glob pattern, sorted; anything else unchanged."""
     if is_url(source):
         if "*" not in source:
             return [source]

@@ -1,6 +1,6 @@
-"""Where bytes lie: local files and URLs, how they are opened and read to the end, and how a path is shown.
+"""Sources of bytes: opens local files and URLs, reads them to the end, and displays their paths without secrets.
 
-Everything here is frozen and picklable, so that samples travel to the workers of a data loader.
+The sources are frozen and picklable, so that samples can be sent to the workers of a data loader.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ CACHING = re.compile(r"(?:(?<=::)|^)(?:simple|file|block)cache::", re.IGNORECASE
 class FileSource:
     """A file or URL, or `size` bytes at `offset` of it (a member of a plain tar).
 
-    `base` is where the row comes from that names it, and so what it may reach; None for what the user wrote.
+    `base` is the origin of the row that names it, which limits what it may reach; None for what the user wrote.
     """
 
     path: str
@@ -36,11 +36,11 @@ class FileSource:
     base: Base | None = field(default=None, repr=False)
 
     def read(self) -> bytes:
-        """Return the bytes. Raises InputError when they are missing, cut short or more than MAX_BYTES."""
+        """Return the bytes. Raises InputError if they are missing, truncated or more than MAX_BYTES."""
         return read(self.path, MAX_BYTES, self.base, self.offset, self.size)
 
     def stamp(self) -> bytes:
-        """What changes when the file does, as far as one can tell without reading it: size and time of a local one."""
+        """A value that changes with the file, found without reading it: size and time of a local one, else empty."""
         try:
             found = None if is_url(self.path) else os.stat(self.path)
         except OSError:
@@ -74,7 +74,7 @@ class DatasetSource:
     place: int | None = field(default=None, repr=False)  # in a column of lists
 
     def read(self) -> bytes:
-        """Return the bytes, which lie in the dataset or in a file that it names."""
+        """Return the bytes, from the dataset or from a file that it names."""
         value = self.dataset.select_columns([self.column])[self.row][self.column]
         if self.place is not None:
             value = value[self.place]
@@ -87,7 +87,7 @@ class DatasetSource:
         return read(value["path"], MAX_BYTES, self.base)
 
     def stamp(self) -> bytes:
-        """The fingerprint that the library gives to a dataset."""
+        """The dataset's fingerprint of the library."""
         return self.dataset._fingerprint.encode()
 
 
@@ -95,25 +95,25 @@ MediaSource = FileSource | MemorySource | DatasetSource
 
 
 def bare(path: str) -> str:
-    """A path without what is no part of its name: query and fragment of a URL, the content of an inline one."""
+    """A path without the query and fragment of a URL, or the content of a data URL."""
     if path[:5].lower() == "data:":
         return path.partition(",")[0]
     return re.split("[?#]" if is_web(path) else "[?]", path)[0] if is_url(path) else path
 
 
 def uncached(path: str) -> str:
-    """A chained URL without the layers that copy a whole file before its first byte can be read, or its length be told."""
+    """A chained URL without caching layers, which copy a whole file before its first byte or its length is available."""
     return CACHING.sub("", path) if is_url(path) else path
 
 
 def folder_of(path: str) -> str:
-    """The folder of a file; of a URL without a path, itself."""
+    """The folder of a file; a URL without a path is its own."""
     folder = os.path.dirname(bare(path))
     return path if is_url(path) and not is_url(folder) else folder
 
 
 def join(folder: str, name: str) -> str:
-    """A file of a folder, which may be a URL: its query stays behind the name."""
+    """The path of a file in a folder, which may be a URL; its query is kept after the name."""
     path, mark, query = folder.partition("?") if is_url(folder) else (folder, "", "")
     return f"{path.rstrip('/')}/{name}{mark}{query}"
 
@@ -121,27 +121,27 @@ def join(folder: str, name: str) -> str:
 def display(path: str) -> str:
     """A path for messages, on one line: without password, query (which may hold a signature), fragment or inline data.
 
-    What a terminal would take for an order is escaped, the middle of a long one left out.
+    Control characters are escaped, and the middle of a long path is left out.
     """
     path = escape(redacted(path))
     return path if len(path) <= LONGEST else f"{path[:LONGEST // 2]}...{path[3 - LONGEST // 2:]}"
 
 
 def recorded(path: str) -> str:
-    """A path for files that outlive the run: as it is or, where that would give away a secret, shown with a digest of all."""
+    """A path for files that outlive the run: unchanged or, if it may hold a secret, redacted, with a digest of the whole."""
     shown = redacted(path)
     digest = hashlib.sha256(path.encode("utf-8", "surrogatepass")).hexdigest()
     return path if shown == path else f"{shown} (sha256 {digest[:16]})"
 
 
 def scrub(text: str) -> str:
-    """A text of others, with all URLs in it as `display` shows them."""
+    """A foreign text with all URLs in it replaced by what `display` returns."""
     return re.sub(r"(?:[a-zA-Z][a-zA-Z0-9+.-]+::)*[a-zA-Z][a-zA-Z0-9+.-]+://[^\s'\"<>]+|data:[^\s'\"<>]{40,}",
                   lambda found: display(found[0]), text)
 
 
 def redacted(path: str) -> str:
-    """A path as it is or, of a URL, without what may be secret."""
+    """A path unchanged, or a URL without the parts that may be secret."""
     if not is_url(path):
         return path
     if path[:5].lower() == "data:":
@@ -153,7 +153,7 @@ def redacted(path: str) -> str:
         if "@" in authority:
             authority = authority.rpartition("@")[2]
         elif re.search(r":(?!\d*$)|%", re.sub(r"^\[[^]]*\]", "", authority)) or "@" in tail.split("/")[0]:
-            authority, tail = "...", ""  # a password with a slash or a question mark in it, or a host that is none
+            authority, tail = "...", ""  # a password with a slash or a question mark in it, or an invalid host
         name = re.split("[?#]", tail)[0]
         shown.append(scheme + mark + authority + re.sub(r";[^/]*=[^/]*", "", name))
         if name != tail:  # what looks like another part may belong to the query
@@ -167,7 +167,7 @@ def redacted(path: str) -> str:
 def read(path: str, limit: int = MAX_BYTES, base: Base | None = None, offset: int = 0, size: int | None = None) -> bytes:
     """All bytes of a local file or URL, or `size` of them from `offset`.
 
-    Raises InputError when they are missing, cut short or more than `limit`.
+    Raises InputError if they are missing, truncated or more than `limit`.
     """
     wanted = limit + 1 if size is None else min(size, limit + 1)
     path = path if size is not None else uncached(path)
@@ -192,7 +192,7 @@ def _part(path: str, wanted: int, base: Base | None, offset: int, size: int | No
 
 
 def _bounded(path: str, run: Any, *arguments: Any) -> Any:
-    """`run`, within the time for one medium where a back end of fsspec reads it, which may know no such limit."""
+    """Call `run`, within the time for one medium if an fsspec backend reads it, which may have no timeout of its own."""
     if not is_url(path) or is_web(path) or scheme_of(path) == "data":
         return run(*arguments)
     from mmtx.data import web
@@ -207,12 +207,12 @@ def _bounded(path: str, run: Any, *arguments: Any) -> Any:
 @contextmanager
 def open_binary(path: str, base: Base | None = None, *, seek: bool = False, start: int = 0,
                 stop: int | None = None) -> Iterator["Opened"]:
-    """Open a local file or URL; what goes wrong in opening and reading it becomes an InputError that names it.
+    """Open a local file or URL; errors in opening and reading it become InputErrors that name it.
 
     Args:
-        path: for a URL of the user all that fsspec knows.
-        base: what rows may reach, None for what the user wrote.
-        seek: whether its reader goes back and forth. A URL whose server cannot do that is then copied to `cache()` first.
+        path: a URL from the user may have any scheme that fsspec knows.
+        base: what rows may reach; None for what the user wrote.
+        seek: whether the reader needs to seek. A URL whose server has no byte ranges is then copied to `cache()` first.
         start: the first byte that will be read, a hint for servers, as is `stop`.
     """
     path = path if seek else uncached(path)
@@ -237,14 +237,14 @@ def _opened(path: str, base: Base | None, seek: bool, start: int, stop: int | No
 
 
 def _check_regular(path: str) -> None:
-    """Raise InputError for what must not be opened: a pipe would be waited for, a device may act."""
+    """Raise InputError for what must not be opened: a pipe would block, and a device may act."""
     mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # of a folder `open` says what it is
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # for a folder, `open` raises a clear error
         raise InputError(f"{display(path)}: found a pipe, a socket or a device, expected a file")
 
 
 def listed(pattern: str) -> list[str]:
-    """The URLs that a pattern stands for, sorted. Raises InputError when its folder cannot be listed."""
+    """The URLs that match a pattern, sorted. Raises InputError if its folder cannot be listed."""
     return _told(pattern, _listed, pattern)
 
 
@@ -263,9 +263,9 @@ def _listed(pattern: str) -> list[str]:
 
 
 def _copied(url: str, stream: Any, anew: bool) -> BinaryIO:
-    """A copy of what a server gives only as a whole, made once for each state of it that the server tells apart.
+    """A local copy of a file whose server has no byte ranges, made once for each version that the server reports.
 
-    Where it tells none apart, it is made `anew` for each reading of the whole, and parts are read from the last one.
+    If it reports no version, each read of the whole (`anew`) makes a new copy, and reads of parts use the last one.
     """
     state = repr((url, stream.version))
     path = cache() / hashlib.sha256(state.encode("utf-8", "surrogatepass")).hexdigest()[:32]
@@ -276,13 +276,13 @@ def _copied(url: str, stream: Any, anew: bool) -> BinaryIO:
 
 
 def download(url: str, path: Path) -> None:
-    """Copy a remote file, which appears whole or not at all. Raises InputError that names it."""
+    """Copy a remote file, atomically. Raises InputError that names it."""
     with open_binary(url) as source:
         save(source, path)
 
 
 def save(source: BinaryIO, path: Path) -> None:
-    """Write all that `source` has to a file, which appears whole or not at all."""
+    """Write the rest of `source` to a file, atomically."""
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -298,18 +298,18 @@ def save(source: BinaryIO, path: Path) -> None:
 
 
 def cache() -> Path:
-    """Where copies of remote files are kept: $MMTX_CACHE or ~/.cache/mmtx."""
+    """The folder for copies of remote files: $MMTX_CACHE or ~/.cache/mmtx."""
     return Path(os.environ.get("MMTX_CACHE") or Path.home() / ".cache" / "mmtx")
 
 
 class Opened(io.BufferedReader):
-    """What `open_binary` gives."""
+    """A file that `open_binary` yields."""
 
-    private: bool  # whether it lies at a private address
+    private: bool  # whether it comes from a private address
 
 
 class _Reader(io.RawIOBase):
-    """A file of any back end, whose failures are InputErrors and whose end is its end."""
+    """A file of any backend, whose failures, including a premature end, become InputErrors."""
 
     def __init__(self, path: str, file: Any):
         super().__init__()
@@ -330,7 +330,7 @@ class _Reader(io.RawIOBase):
     def readinto(self, buffer) -> int:
         if (count := _told(self.path, self.file.readinto, buffer)) or not is_url(self.path):
             return count
-        size = getattr(self.file, "size", None)  # what the back end was told
+        size = getattr(self.file, "size", None)  # as reported to the backend
         if isinstance(size, int) and (found := self.file.tell()) < size and len(buffer):
             raise InputError(f"{display(self.path)}: cut short, found {found} of {size} bytes")
         return 0
@@ -342,15 +342,15 @@ class _Reader(io.RawIOBase):
 
 
 def _told(path: str, run: Any, *arguments: Any) -> Any:
-    """`run`, whose failure becomes an InputError that names `path`."""
-    # Every fsspec back end raises classes of its own; local files raise OSError alone.
+    """Call `run`; its failure becomes an InputError that names `path`."""
+    # Every fsspec backend raises classes of its own; local files raise few.
     try:
         return run(*arguments)
     except InputError:
         raise
     except (Exception if is_url(path) else (OSError, ValueError, OverflowError)) as error:  # noqa: B030
         reason = _reason(error, is_url(path))
-    # Out here, since the errors of back ends hold addresses and signatures, and this one would lead to them.
+    # Raised outside the handler: errors of backends hold URLs and signatures, and would be chained to this one.
     raise InputError(f"{display(path)}: {reason}")
 
 
@@ -371,6 +371,6 @@ def _reason(error: Exception, remote: bool) -> str:
             return "no right to read it"
         if isinstance(error, TimeoutError):
             return "no answer in time"
-        # The texts of other remote errors may hold addresses and signatures; a missing package is worth telling.
+        # Messages of other remote errors may hold URLs and signatures; that of a missing package is kept.
         text = text if isinstance(error, ImportError) else type(error).__name__
     return f"cannot be read ({getattr(error, 'strerror', None) or text})"

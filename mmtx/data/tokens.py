@@ -1,4 +1,4 @@
-"""Samples to documents of tokens: their media are read, changed and encoded."""
+"""Samples to documents of tokens: reads, augments and encodes their media."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol, cast
@@ -16,23 +16,23 @@ from mmtx.modality.base import Encoding, Tokenizer
 from mmtx.modality.registry import MODALITIES
 
 ENCODE_AT_ONCE = 256  # samples whose media are in memory together
-UNTOUCHED = 0.125     # share of views that augmentation leaves alone, for that is how media come in use
+UNTOUCHED = 0.125     # share of views without augmentation, which is how media come at inference
 
 
 class Digest(Protocol):
-    """As of hashlib."""
+    """A hash object of hashlib."""
 
     def update(self, data: bytes) -> None: ...
 
 
 class Augmentation(NamedTuple):
-    """What is done to media of a training sample, by kind; None leaves them alone."""
+    """The augmentation of training media, by kind; None leaves them unchanged."""
 
     image: ImageAugmentation | None = None
     audio: AudioAugmentation | None = None
 
     def of(self, kind: str, medium: torch.Tensor, tokenizer: Tokenizer, generator: torch.Generator) -> torch.Tensor:
-        """A medium changed."""
+        """The augmented medium."""
         if kind == "image" and self.image:
             return self.image(medium, generator)
         if kind == "audio" and self.audio:
@@ -51,7 +51,7 @@ def load_media(media: Media, tokenizers: Mapping[str, Tokenizer], digest: Digest
         raise InputError(f"{media.name}: found {media.kind}, but there is no {media.kind} tokenizer")
     data = media.source.read()
     if digest is not None:
-        # Of a sound as it was, digests are those of versions that knew neither speed nor semitones.
+        # The digest of an unchanged sound is the same as in versions before speed and semitones.
         played = ("" if media.speed == 1 else f"{media.speed} ") + ("" if media.semitones == 0 else f"{media.semitones} semitones ")
         digest.update(f"{len(data)} {media.start} {media.seconds} {played}".encode())
         digest.update(data)
@@ -60,7 +60,7 @@ def load_media(media: Media, tokenizers: Mapping[str, Tokenizer], digest: Digest
 
 def to_documents(samples: Sequence[Sample], tokenizers: Mapping[str, Tokenizer],
                  progress: Callable[[Iterable], Iterable] = iter, patches: Collection[str] = ()) -> list[Document]:
-    """Samples as documents of codes, as they are. Raises InputError on the first that cannot be read."""
+    """Samples as documents of codes, without augmentation. Raises InputError on the first that cannot be read."""
     return [document for _, document in usable(samples, tokenizers, None, progress, patches)]
 
 
@@ -85,7 +85,7 @@ def usable(samples: Sequence[Sample], tokenizers: Mapping[str, Tokenizer], skipp
 
 
 def load_sample(sample: Sample, tokenizers: Mapping[str, Tokenizer], digest: Digest | None = None) -> list:
-    """Media of a sample in order: tensors; text stays with the sample. Their bytes are added to `digest`."""
+    """The media of a sample as tensors, in order; their bytes are added to `digest`."""
     return [load_media(part, tokenizers, digest) for turn in sample.turns for part in turn.parts if isinstance(part, Media)]
 
 
@@ -93,7 +93,7 @@ def encode_samples(samples, loaded, tokenizers, augmentation: Augmentation, seed
                    patches: Collection[str] = (), codes: bool = True) -> list[Document]:
     """Samples and their media -> documents; all media of a kind go through the tokenizer together.
 
-    Without `codes` those of a user turn are 0 where a decoder gets patches in their place.
+    Without `codes`, user turns have codes 0 for the kinds in `patches`, of which the decoder gets patches instead.
     """
     queues: dict[tuple[str, bool], list] = {}  # by kind, and whether codes are wanted
     orders: dict[str, list[bool]] = {}
@@ -102,7 +102,7 @@ def encode_samples(samples, loaded, tokenizers, augmentation: Augmentation, seed
         change = bool(torch.rand((), generator=generator) >= UNTOUCHED)
         media = [(turn.role, part) for turn in sample.turns for part in turn.parts if isinstance(part, Media)]
         for (role, part), tensor in zip(media, tensors, strict=True):
-            if change and role != "assistant":  # what is to be made is learnt as it is
+            if change and role != "assistant":  # targets of generation stay unchanged
                 tensor = augmentation.of(part.kind, tensor, tokenizers[part.kind], generator)
             coded = codes or role != "user" or part.kind not in patches
             queues.setdefault((part.kind, coded), []).append(tensor)

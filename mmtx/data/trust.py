@@ -1,13 +1,13 @@
-"""What rows may name. Whoever wrote a manifest or a data set is not the one who reads it.
+"""Which files and URLs rows may name: the author of a manifest or data set is not the user who reads it.
 
 | rows of | may name |
 | --- | --- |
 | a local manifest or data set | any local path, and URLs of the schemes below, but no link-local address (cloud metadata) |
 | a manifest or data set at a URL | what lies below its own folder, and https at public addresses |
-| either, by the user's word (`trusted`) | local paths, and URLs of the schemes below at any address |
+| either, if the user says `trusted` | local paths, and URLs of the schemes below at any address |
 
-Chained and formatting URLs (`simplecache::`, `reference://`, ...) run code of fsspec over a stranger's text: only the user
-himself may write them, in a config or on the command line. Redirects lead nowhere else.
+Chained and formatting URLs (`simplecache::`, `reference://`, ...) make fsspec run code on a stranger's text: only the user may
+write them, in a config or on the command line. The same rules hold for redirects.
 """
 
 import ipaddress
@@ -19,13 +19,13 @@ from urllib.parse import unquote, urlsplit
 
 SCHEMES = ("https", "http", "s3", "gs", "gcs", "az", "abfs", "abfss", "hf")
 OPTION = " (`trusted: true` or --trusted allows it)"
-# Two letters at least: "C://data" is a path of Windows.
+# At least two letters: "C://data" is a Windows path.
 URL = re.compile(r"(?:[a-z][a-z0-9+.-]+::)*[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
-CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # some of these are left out where a URL is read
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # URL parsers drop some of these
 PORTS = {"http": 80, "https": 443}
 METADATA = {ipaddress.ip_address(address) for address in ("169.254.169.254", "fd00:ec2::254", "100.100.100.200")}
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
-DECODINGS = 8  # of percent signs within percent signs
+DECODINGS = 8  # most levels of nested percent-encoding
 
 
 def is_url(path: str) -> bool:
@@ -45,18 +45,18 @@ def scheme_of(path: str) -> str:
 
 
 def is_chained(path: str) -> bool:
-    """Whether fsspec would take `path` for several URLs in a row."""
+    """Whether fsspec would take `path` for a chain of URLs."""
     return "::" in path and is_url(path) and not is_web(path)
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address belongs to the public internet, whatever it is wrapped in."""
+    """Whether an IP address belongs to the public internet, also if embedded in an IPv6 address."""
     found = _unwrapped(address)
     return found.is_global and not found.is_multicast and found not in METADATA
 
 
 def is_link_local(address: str) -> bool:
-    """Whether an IP address is one where clouds tell a machine its secrets, or where no router leads."""
+    """Whether an IP address is link-local, or that of a cloud's metadata service, which gives out secrets."""
     found = _unwrapped(address)
     return found.is_link_local or found in METADATA
 
@@ -72,7 +72,7 @@ def _unwrapped(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
 
 
 def literal(host: str) -> str | None:
-    """The IP address that a host is written as, in any spelling (decimal, octal, hexadecimal, short); None for a name."""
+    """The IP address of a host written as one, in any notation (decimal, octal, hexadecimal, short); None for a name."""
     try:
         return str(ipaddress.ip_address(host.strip("[]").split("%")[0]))
     except ValueError:
@@ -83,7 +83,7 @@ def literal(host: str) -> str | None:
 
 
 def origin(url: str) -> tuple[str, str, int | None]:
-    """Scheme, host and port of a URL. Raises ValueError where there is none."""
+    """Scheme, host and port of a URL. Raises ValueError if it has no valid host or port."""
     parts = urlsplit(url)
     scheme, host = parts.scheme.lower(), (parts.hostname or "").rstrip(".")
     if not host or re.search(r"[\s\\]", parts.netloc):
@@ -92,7 +92,7 @@ def origin(url: str) -> tuple[str, str, int | None]:
 
 
 def is_below(url: str, folder: str) -> bool:
-    """Whether `url` lies in a folder, which is a URL: same scheme, host and port, and no way up."""
+    """Whether `url` lies in `folder`, also a URL: same scheme, host and port, and no ".." in the path."""
     folder = folder.rstrip("/") + "/"
     if CONTROL.search(url):
         return False
@@ -114,24 +114,24 @@ def is_below(url: str, folder: str) -> bool:
 
 
 def _decoded(path: str) -> str:
-    """A path without percent encoding, however often it was encoded."""
+    """A path with all levels of percent-encoding removed."""
     for _ in range(DECODINGS):
         path, before = unquote(path), path
         if path == before:
             return path
-    return ".."  # nobody does that in good faith
+    return ".."  # so many levels are not in good faith
 
 
 @dataclass(frozen=True)
 class Base:
-    """Where rows come from: the folder that their relative names begin at, and what else they may reach."""
+    """The origin of rows: the folder that their names are relative to, and what else they may reach."""
 
     folder: str = ""        # a path or a URL
-    private: bool = False   # a URL that answered from a private address, which is then the user's own choice
-    trusted: bool = False   # the user's word for it
+    private: bool = False   # the URL was served from a private address, which is then the user's own choice
+    trusted: bool = False   # the user trusts it
     caches: tuple[str, ...] = ()  # local folders where a library keeps the files of a remote data set
-    plain: bool = False     # public http will do as well as https
-    option: str = OPTION    # how a refusal says what allows more
+    plain: bool = False     # public http is allowed as well as https
+    option: str = OPTION    # the hint in a refusal to the option that would allow it
 
     def join(self, name: str) -> str:
         """The path or URL that a row means by `name`."""
@@ -146,9 +146,9 @@ class Base:
         return is_url(self.folder)
 
     def refusal(self, path: str) -> str | None:
-        """Why rows may not name `path`, as `join` gives it; None if they may.
+        """Why rows may not name `path`, as `join` returns it; None if they may.
 
-        What a host's name stands for is judged later, by `address_refusal`.
+        The addresses of a host name are checked later, by `address_refusal`.
         """
         if not is_url(path):
             return None if not self.remote or self.trusted or self._is_cached(path) else (
@@ -189,9 +189,9 @@ class Base:
 
 
 def after_redirect(base: Base | None, asked: str, private: bool) -> Base:
-    """What a redirect may lead to, when `asked` was asked for and answered from a private address or not.
+    """What a redirect of a request for `asked` may lead to; `private` if it was answered from a private address.
 
-    Rows of a URL stay within what they may name; everything else stays on the server, or goes to the public internet.
+    Rows of a source at a URL stay within what they may name; all else stays on the server, or goes to the public internet.
     """
     if base is not None and (base.trusted or base.remote):
         return base if base.remote else replace(base, folder=asked)
@@ -201,12 +201,12 @@ def after_redirect(base: Base | None, asked: str, private: bool) -> Base:
 
 
 def _unversioned(url: str) -> str:
-    """A URL of the Hugging Face hub without the version of its data set; any other as it is."""
+    """A URL of the Hugging Face hub without the version of its data set; any other unchanged."""
     return re.sub("@[^/]*", "", url, count=1) if scheme_of(url) == "hf" else url
 
 
 def is_whole(url: str) -> bool:
-    """Whether a URL names a host, and has nothing in it that another reader would leave out."""
+    """Whether a URL has a host, and no control characters, which other parsers might drop."""
     try:
         return bool(origin(url)) and not CONTROL.search(url)
     except ValueError:

@@ -1,7 +1,7 @@
-"""Reading over http and https: each answer is told as what it is, within bounds of time, from addresses that may be asked.
+"""Reading over http and https, with time limits, clear errors, and connections to allowed addresses only.
 
-The addresses that a name stands for are looked up once, checked, and connected to, so that a name whose meaning changes
-between the check and the connection is no way around the check.
+A host name is resolved once, and its addresses are checked and then connected to, so that DNS rebinding, a name that
+resolves differently after the check, cannot bypass the check.
 """
 
 import contextlib
@@ -23,15 +23,15 @@ from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from mmtx.data.trust import PORTS, Base, after_redirect, is_public, is_whole, origin, scheme_of
 
-CONNECT = 5.0        # seconds to find a host, and to connect to it
+CONNECT = 5.0        # seconds to resolve a host, and to connect to it
 IDLE = 10.0          # seconds without a byte
-TOTAL = 40.0         # seconds for a medium, with all retries
-SLOWEST = 2**14      # bytes a second that make up for time when a whole source is read: it may take longer than TOTAL
-RETRIES = 3          # of what may pass: a busy server, a lost connection
-PAUSE = 0.5          # seconds before the first retry, twice as long before each other
-LONGEST_PAUSE = 10.0  # what a server may ask for
+TOTAL = 40.0         # seconds for a medium, including all retries
+SLOWEST = 2**14      # bytes per second that earn back time, so that a large source may take longer than TOTAL
+RETRIES = 3          # of transient failures: a busy server, a lost connection
+PAUSE = 0.5          # seconds before the first retry, doubled before each further one
+LONGEST_PAUSE = 10.0  # seconds that a server may ask for
 REDIRECTS = 5
-SKIP = 2**20         # bytes that are read past rather than asked for anew
+SKIP = 2**20         # bytes up to which a seek forward reads on rather than sending a new request
 KEPT = 8             # connections that a thread keeps open
 QUICK = getattr(socket, "TCP_QUICKACK", None)
 
@@ -45,7 +45,7 @@ PASSING = {408, 425, 429, 500, 502, 503, 504}
 
 
 class Failure(Exception):
-    """What went wrong, in words without any address; `passing` where another attempt may help, `pause` seconds from now."""
+    """A failure, described without any URL; `passing` if a retry may help, after `pause` seconds."""
 
     def __init__(self, told: str, passing: bool = False, pause: float | None = None):
         super().__init__(told)
@@ -58,7 +58,7 @@ def told(status: int) -> str:
 
 
 def read(url: str, limit: int, base: Base | None = None) -> bytes:
-    """All bytes of a URL, but no more than `limit` + 1. `base`: what rows may reach, None for what the user wrote.
+    """All bytes of a URL, at most `limit` + 1. `base`: what rows may reach; None for what the user wrote.
 
     Raises Failure.
     """
@@ -77,11 +77,11 @@ def read(url: str, limit: int, base: Base | None = None) -> bytes:
 class Stream(io.RawIOBase):
     """The bytes `start` to `stop` of a URL.
 
-    Where the server has byte ranges it can seek, and goes on after a lost connection; where it has none (`ranged` is
-    false), all bytes come in order. Raises Failure. Time counts while the server is waited for, not while the reader is busy.
+    If the server has byte ranges, the stream can seek, and resumes after a lost connection; if not (`ranged` is false), all
+    bytes come in order. Time counts only while waiting for the server, not while the reader is busy. Raises Failure.
     """
 
-    answer: "Answer | None" = None  # what is read from now
+    answer: "Answer | None" = None  # the current one
     version: tuple[str | None, str | None, int | None] | None = None  # that of the first answer
 
     def __init__(self, url: str, base: Base | None = None, start: int = 0, stop: int | None = None):
@@ -142,7 +142,7 @@ class Stream(io.RawIOBase):
             return self._read(buffer)
         except Failure as failure:
             self._drop()
-            # What came so far cannot be gone on with where it may be another file by now.
+            # Resume only if the version can show that it is still the same file.
             failure.passing &= self.ranged and self.version[:2] != (None, None)
             raise
 
@@ -168,14 +168,14 @@ class Stream(io.RawIOBase):
 
 
 class Budget:
-    """Time that may be spent on a server, and how often it may fail."""
+    """The time that may be spent on a server, and how often it may fail."""
 
     def __init__(self):
         self.seconds, self.end, self.failed, self.since = TOTAL, 0.0, 0, 0
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """The clock runs, until `end` at the latest."""
+        """A context in which the clock runs, until `end` at the latest."""
         self.end = time.monotonic() + self.seconds
         try:
             yield
@@ -183,14 +183,14 @@ class Budget:
             self.seconds = max(0.0, self.end - time.monotonic())
 
     def earn(self, count: int) -> None:
-        """Bytes that came make up for time, so that a large source is read to its end, but not by drops."""
+        """Earn back time for received bytes, so that a large source can be read to its end, but not at a trickle."""
         self.seconds = min(TOTAL, self.seconds + count / SLOWEST)
         self.since += count
         if self.since > SKIP:
             self.failed = self.since = 0
 
     def wait(self, failure: Failure) -> None:
-        """Sleep before the next attempt, or raise the failure where none would help."""
+        """Sleep before the next attempt, or raise the failure if a retry would not help or is not allowed."""
         pause = PAUSE * 2**self.failed if failure.pause is None else failure.pause
         self.failed, self.since = self.failed + 1, 0
         if not failure.passing or self.failed > RETRIES or pause > min(LONGEST_PAUSE, self.end - time.monotonic()):
@@ -199,19 +199,19 @@ class Budget:
 
 
 class Answer:
-    """A good answer to one request, whose body is still to be read."""
+    """A successful response to a request, with its body still to be read."""
 
-    private = False  # whether the URL that was asked for, not one that it redirects to, lies at a private address
+    private = False  # whether the requested URL, before redirects, is at a private address
 
     def __init__(self, wire: "Wire", response: http.client.HTTPResponse, ranged: bool, total: int | None):
-        """`ranged`: it is the range that was asked for. `total`: length of the whole, where it is known."""
+        """`ranged`: whether it is the requested range. `total`: length of the whole file, if known."""
         self.wire, self.response, self.ranged, self.total = wire, response, ranged, total
         self.version = (response.getheader("ETag"), response.getheader("Last-Modified"), total)
         self.encoded = encoding_of(response)
         self.unpacked = zlib.decompressobj(47) if self.encoded else None  # gzip or zlib, by its header
 
     def readinto(self, buffer: memoryview) -> int:
-        """Fill the buffer, or what the body has; 0 at its end. Raises Failure where it was cut short."""
+        """Read some bytes of the body into the buffer; 0 at its end. Raises Failure if it was truncated."""
         if self.unpacked is None:
             return self._raw(buffer)
         while not self.unpacked.eof:
@@ -231,7 +231,7 @@ class Answer:
         return 0
 
     def read(self, most: int) -> bytes:
-        """The body, but no more than `most` bytes of it."""
+        """The body, at most `most` bytes of it."""
         pieces, left = [], most
         while left:
             piece = bytearray(min(left, 2**20 if self.total is None else max(1, min(2**20, self.total))))
@@ -243,7 +243,7 @@ class Answer:
         return b"".join(pieces)
 
     def close(self) -> None:
-        """Keep the connection for the next request, where the body has been read to its end."""
+        """Close, but keep the connection for the next request if the body was read to its end."""
         done = self.response.isclosed() and not self.response.will_close
         self.response.close()
         (keep if done else Wire.close)(self.wire)
@@ -261,7 +261,7 @@ class Answer:
 
 
 def encoding_of(response: http.client.HTTPResponse) -> bool:
-    """Whether a body is compressed for its transfer. Raises Failure for a compression that was not asked for."""
+    """Whether a body is compressed for transfer. Raises Failure for a compression that is not supported."""
     encoding = (response.getheader("Content-Encoding") or "identity").strip().lower()
     if encoding not in ("identity", "", "gzip", "x-gzip", "deflate"):
         raise Failure(f"its transfer is compressed with {encoding[:20]!r}, expected none or gzip")
@@ -269,7 +269,7 @@ def encoding_of(response: http.client.HTTPResponse) -> bool:
 
 
 def ask(url: str, base: Base | None, start: int | None, stop: int | None, deadline: float) -> Answer:
-    """Ask for bytes `start` to `stop` of a URL (None: for all of it), where redirects lead to. Raises Failure."""
+    """Request bytes `start` to `stop` of a URL (None: all of it), following redirects. Raises Failure."""
     asked, allowed, secret, private = url, base, None, None
     for _ in range(REDIRECTS + 1):
         if not is_whole(url):
@@ -300,7 +300,7 @@ def ask(url: str, base: Base | None, start: int | None, stop: int | None, deadli
             wire.close()
             raise
         wire.close()
-        # What was meant for one server is told to no other.
+        # Credentials for one server are sent to no other.
         secret = secret if origin(target) == (scheme, host, port) else None
         url = target
     raise Failure(f"redirected more than {REDIRECTS} times")
@@ -314,7 +314,7 @@ def joined(url: str, place: str) -> str:
 
 
 def credentials(url: str) -> dict[str, str] | None:
-    """The header for the name and the password in a URL."""
+    """The Authorization header for the user name and password in a URL; None without them."""
     parts = urlsplit(url)
     if parts.username is None:
         return None
@@ -323,7 +323,7 @@ def credentials(url: str) -> dict[str, str] | None:
 
 
 def checked(wire: "Wire", response: http.client.HTTPResponse, start: int | None) -> Answer | None:
-    """The answer; None where all of it must be asked for, since the server is at odds with ranges."""
+    """The answer; None if the whole must be requested, since the server does not handle ranges correctly."""
     total = response.length
     if response.status == 206 and start is not None:
         found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", (response.getheader("Content-Range") or "").strip())
@@ -340,7 +340,7 @@ def checked(wire: "Wire", response: http.client.HTTPResponse, start: int | None)
 
 
 def retry_after(value: str | None) -> float | None:
-    """Seconds that a server asks for, as a number or as a date."""
+    """Seconds that a Retry-After header asks for, as a number or a date."""
     if value is None:
         return None
     if re.fullmatch(r"\d{1,9}", value.strip()):
@@ -353,7 +353,7 @@ def retry_after(value: str | None) -> float | None:
 
 def exchange(url: str, scheme: str, host: str, port: int, headers: dict[str, str], base: Base | None,
              deadline: float) -> tuple["Wire", http.client.HTTPResponse]:
-    """Send one request, over a connection that is open still or a new one, and read the head of the answer."""
+    """Send one request, over a kept or a new connection, and read the head of the response."""
     parts = urlsplit(url)
     name = f"[{host}]" if ":" in host else ascii_host(host)
     target = quoted(without_dots(parts.path)) + (f"?{quoted(parts.query)}" if parts.query else "")
@@ -370,7 +370,7 @@ def exchange(url: str, scheme: str, host: str, port: int, headers: dict[str, str
         wire.deadline = deadline
         try:
             wire.send(request)
-            response = http.client.HTTPResponse(wire, method="GET")  # type: ignore[arg-type]  # it asks a socket for `makefile` alone
+            response = http.client.HTTPResponse(wire, method="GET")  # type: ignore[arg-type]  # it only uses `makefile` of a socket
             try:
                 response.begin()
             except http.client.RemoteDisconnected:
@@ -380,17 +380,17 @@ def exchange(url: str, scheme: str, host: str, port: int, headers: dict[str, str
             return wire, response
         except Failure:
             wire.close()
-            if not used:  # one that was kept may have been closed meanwhile, or left in disorder
+            if not used:  # a kept one may have been closed or broken in the meantime
                 raise
 
 
 def quoted(text: str) -> str:
-    """A path or query as it is sent: what is percent-encoded stays, what must be becomes so."""
+    """A path or query for the request: percent-encoded where needed, keeping what already is."""
     return re.sub(r"%(?![0-9A-Fa-f]{2})", "%25", quote(text, safe="%/:@!$&'()*+,;=~?[]"))
 
 
 def without_dots(path: str) -> str:
-    """A path whose "." and ".." are done, as servers expect it."""
+    """A path with "." and ".." resolved, as servers expect it."""
     kept: list[str] = []
     *folders, last = path.removeprefix("/").split("/")
     for name in folders:
@@ -414,7 +414,7 @@ def ascii_host(host: str) -> str:
 
 
 class Wire:
-    """A connection: what `http.client.HTTPResponse` reads from, each byte before the `deadline`."""
+    """A connection that `http.client.HTTPResponse` reads from, each byte before the `deadline`."""
 
     def __init__(self, connection: socket.socket, address: str, place: tuple[str, str, int]):
         self.socket, self.address, self.place, self.pid = connection, address, place, os.getpid()
@@ -428,7 +428,7 @@ class Wire:
         self._call(self.socket.sendall, data)
 
     def receive(self, buffer) -> int:
-        if QUICK is not None:  # or servers that send the head and the body apart wait 40 ms in between
+        if QUICK is not None:  # else servers that send head and body separately wait 40 ms in between
             with contextlib.suppress(OSError):
                 self.socket.setsockopt(socket.IPPROTO_TCP, QUICK, 1)
         return self._call(self.socket.recv_into, buffer)
@@ -450,7 +450,7 @@ class Wire:
     def close(self) -> None:
         self.socket.close()
 
-    __del__ = close  # of connections that are kept when their thread or the program ends
+    __del__ = close  # of connections still kept when their thread or the program ends
 
 
 class _Incoming(io.RawIOBase):
@@ -485,7 +485,7 @@ def kept(*place) -> Wire | None:
 
 
 def connect(url: str, scheme: str, host: str, port: int, base: Base | None, deadline: float) -> Wire:
-    """Connect to the first address of a host that may be asked and that answers."""
+    """Connect to the first address of a host that is allowed and answers."""
     failure = Failure("no such host")
     for family, place in addresses(host, port, min(CONNECT, deadline - time.monotonic())):
         refusal = base and base.address_refusal(url, place[0])
@@ -518,7 +518,7 @@ def connect(url: str, scheme: str, host: str, port: int, base: Base | None, dead
 
 
 def addresses(host: str, port: int, seconds: float) -> list[tuple[int, tuple]]:
-    """What a host's name stands for: families and addresses."""
+    """Resolve a host name to address families and addresses."""
     try:
         found = in_time(seconds, socket.getaddrinfo, ascii_host(host), port, 0, socket.SOCK_STREAM)
     except TimeoutError:
@@ -529,7 +529,7 @@ def addresses(host: str, port: int, seconds: float) -> list[tuple[int, tuple]]:
 
 
 def in_time(seconds: float, run: Callable[..., Any], *arguments: Any) -> Any:
-    """What `run` gives. Raises TimeoutError where that takes too long, and leaves it to itself: for calls without a limit."""
+    """Call `run`, which has no timeout of its own. Raises TimeoutError if it takes too long, leaving it to run on in its thread."""
     found: list[Callable[[], Any]] = []
 
     def work() -> None:

@@ -1,7 +1,7 @@
 """WebDataset shards: tars of KEY.webp + KEY.json with "caption" or "text", or KEY.txt. They are never extracted.
 
-Headers are read here and not by `tarfile`, which takes names and lists of any length into memory, follows links, stops at the
-first end, and takes a damaged header for one. What follows an end is read as well: `cat a.tar b.tar` is a shard of both.
+Headers are parsed here and not by `tarfile`, which reads names and lists of any length into memory, follows links, stops at the
+first end of archive, and takes a damaged header for one. Here, `cat a.tar b.tar` is a shard of both.
 """
 
 import gzip
@@ -21,24 +21,24 @@ from mmtx.errors import InputError
 SHARDS = (".tar", ".tar.gz", ".tgz")
 BLOCK = tarfile.BLOCKSIZE
 MAX_HEADER = 2**20      # bytes of a long name, or of the records of a PAX header
-MAX_ZEROS = 2**26       # bytes of zeros behind an archive: writers fill up to some 10 kB, at most 1 MB
-MAX_HELD = 2 * 2**30    # bytes of a shard that are held in memory: captions, and media where it is compressed
-MAX_RATIO = 100         # how much larger than itself a compressed shard may be, and
-MAX_RATIO_FREE = 2**28  # bytes that are free of that: a few flat pictures are no bomb
+MAX_ZEROS = 2**26       # zero bytes after an archive: writers pad to 10 kB or so, at most to 1 MB
+MAX_HELD = 2 * 2**30    # bytes of a shard that are held in memory: captions, and media if it is compressed
+MAX_RATIO = 100         # largest compression ratio of a shard, and
+MAX_RATIO_FREE = 2**28  # bytes up to which it may be larger: a few flat pictures are no zip bomb
 
 
 class Member(NamedTuple):
-    """A file of a tar, or a link, or another thing that a name stands for."""
+    """An entry of a tar: a file, a link or something else."""
 
     name: str
     size: int
     offset: int          # of its bytes
-    archive: int         # how many ends of archives are before it
-    trouble: str | None  # why its bytes are not those of a file
+    archive: int         # index of its archive among concatenated ones
+    trouble: str | None  # why it is not a plain file
 
 
 def read_tar(path: str, fields: Mapping[str, str | None] | None = None) -> Iterator[Sample | InputError]:
-    """The whole index is built first, because members of one sample need not be neighbours."""
+    """Read the samples of a shard; its whole index is built first, since the members of a sample need not be adjacent."""
     groups: dict[tuple[int, str], list[tuple[str, Found]]] = {}
     for archive, name, found in _members(path):
         # The key ends at the last dot (the webdataset package: at the first), for names like "v1.5-001.png".
@@ -49,7 +49,7 @@ def read_tar(path: str, fields: Mapping[str, str | None] | None = None) -> Itera
 
 
 def _members(path: str) -> Iterator[tuple[int, str, Found]]:
-    """Archive, name and bytes of each medium and caption in a tar. Media of a plain tar are not read, only located."""
+    """Archive, name and source of each medium and caption in a tar. Media of a plain tar are not read, only located."""
     name = display(path)
     with open_binary(path, seek=True) as file:
         packed = file.read(2) == b"\x1f\x8b"  # whatever its name says
@@ -78,7 +78,7 @@ def _members(path: str) -> Iterator[tuple[int, str, Found]]:
 
 
 def _trouble(member: Member, where: str) -> InputError | None:
-    """Why a member cannot be used, as far as its header tells."""
+    """Why a member cannot be used, judging by its header; None if it can."""
     if member.trouble:
         return InputError(f"{where}: found {member.trouble}, expected a file")
     if not known_kind(member.name) and member.size > MAX_CAPTION:
@@ -100,7 +100,7 @@ WITHOUT_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTY
 
 
 def _headers(reader: "_Reader", name: str) -> Iterator[Member]:
-    """The members of all archives of a stream, which the caller reads or skips before it asks for the next."""
+    """The members of all archives in a stream; the caller reads or skips the data of each before taking the next."""
     archives, zeros, ended = 0, 0, True
     everywhere: dict[str, bytes] = {}  # PAX records of all members that follow
     records: dict[str, bytes] = {}     # of the next member
@@ -142,7 +142,7 @@ def _headers(reader: "_Reader", name: str) -> Iterator[Member]:
         elif info.type not in (*tarfile.REGULAR_TYPES, tarfile.DIRTYPE) and not trouble:
             trouble = f"a member of the unknown type {info.type!r}"
         if info.type == tarfile.GNUTYPE_SPARSE and block[482]:
-            while reader.block()[504:505] not in (b"\0", b""):  # more of the list of its holes
+            while reader.block()[504:505] not in (b"\0", b""):  # continuation of the list of holes
                 pass
         size = _size(facts["size"], place, name) if "size" in facts else info.size
         if info.type in WITHOUT_DATA:
@@ -159,7 +159,7 @@ def _headers(reader: "_Reader", name: str) -> Iterator[Member]:
 
 
 def _pax(data: bytes, place: int, name: str) -> dict[str, bytes]:
-    """Records of "LENGTH KEY=VALUE\\n"; an empty value takes one of before back."""
+    """Parse PAX records of the form "LENGTH KEY=VALUE\\n"."""
     records, at = {}, 0
     while at < len(data) and data[at]:
         digits = data[at:at + 20].split(b" ")[0]
@@ -180,7 +180,7 @@ def _size(text: bytes, place: int, name: str) -> int:
 
 
 class _Reader:
-    """The bytes of a tar in order. What is skipped of a plain one is not read; a gzipped one must not grow without end."""
+    """The bytes of a tar in order: skipped bytes of a plain one are not read, and the growth of a gzipped one is limited."""
 
     def __init__(self, file: BinaryIO, name: str, packed: bool):
         self.file, self.name, self.place = file, name, 0
@@ -189,18 +189,18 @@ class _Reader:
         self.stream = gzip.GzipFile(fileobj=file) if packed else file
 
     def lacks(self, size: int) -> bool:
-        """Whether so many bytes cannot follow, as far as one can tell before they are read."""
+        """Whether fewer than `size` bytes follow, as far as is known before reading them."""
         return self.size is not None and size > self.size - self.place
 
     def block(self) -> bytes:
-        """The next block, nothing at the end. Raises InputError for a part of a block that is not zero."""
+        """The next block, empty at the end. Raises InputError for an incomplete block, unless it is all zeros."""
         block = self._read(BLOCK)
         if len(block) < BLOCK and any(block):
             raise self.cut()
         return block
 
     def read(self, size: int) -> bytes:
-        """So many bytes. Raises InputError when there are fewer."""
+        """Exactly `size` bytes. Raises InputError if there are fewer."""
         pieces = []
         while size and (piece := self._read(min(size, CHUNK))):
             pieces.append(piece)
@@ -210,7 +210,7 @@ class _Reader:
         return b"".join(pieces)
 
     def skip(self, size: int) -> None:
-        """Leave bytes out; that there are fewer is seen where the next header should be."""
+        """Skip bytes; if there are fewer, it is noticed at the next header."""
         if self.size is not None:
             self.place += size
             self.stream.seek(self.place)

@@ -1,4 +1,4 @@
-"""Processes that work for this one, of which any may be killed at any moment."""
+"""A pool of worker processes, any of which may be killed at any moment."""
 
 import multiprocessing
 import os
@@ -18,25 +18,25 @@ METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods()
 
 
 class Ended(Exception):
-    """A process ended before its work did."""
+    """A worker process ended before its work was done."""
 
 
 class Workers:
-    """Processes that are started fresh, each at the end of a pipe of its own.
+    """A pool of freshly started processes, each with a pipe of its own.
 
-    Those of the standard library's pool are forked with whatever locks other threads hold, and share locks and pipes: one
-    that is killed while it holds one stops all. Here the end of a process is the end of its pipe.
+    The standard library's pool forks processes with whatever locks other threads hold, and they share locks and pipes: one
+    that is killed while it holds a lock blocks all others. Here, the end of a process closes its pipe, and no other.
     """
 
     def __init__(self, count: int, work: Callable[..., Any], setting: Any):
-        """`work(setting, ...)` is what they do: a function of a module, which is imported before they are forked."""
+        """The processes run `work(setting, ...)`, a function of a module, which is imported before they are forked."""
         context = multiprocessing.get_context(METHOD)
         if METHOD == "forkserver":
             context.set_forkserver_preload([work.__module__])
         self.processes: list[tuple[Any, Connection]] = []
         self.free: queue.SimpleQueue[Connection] = queue.SimpleQueue()
         data = pickle.dumps((work, setting))
-        self.threads = ThreadPoolExecutor(count, "worker")  # each waits for an answer
+        self.threads = ThreadPoolExecutor(count, "worker")  # each waits for the answer of a process
         try:
             with uninterrupted():
                 for _ in range(count):
@@ -52,7 +52,7 @@ class Workers:
             raise
 
     def submit(self, arguments: bytes) -> Future:
-        """Have `work(setting, *arguments)` done, of pickled arguments. Its result may raise what that does, or Ended."""
+        """Run `work(setting, *arguments)` with pickled arguments. The future raises what `work` raises, or Ended."""
         return self.threads.submit(self._ask, arguments)
 
     def _ask(self, arguments: bytes) -> Any:
@@ -69,7 +69,7 @@ class Workers:
         return answer
 
     def end(self) -> None:
-        """End all at once, whatever they do."""
+        """Kill all processes at once, whatever they are doing."""
         for process, _ in self.processes:
             process.kill()
         self.threads.shutdown(cancel_futures=True)
@@ -79,7 +79,7 @@ class Workers:
 
 
 class uninterrupted:
-    """Within, Ctrl-C waits. Processes that are started never see it, not even while Python itself begins there."""
+    """A context that defers Ctrl-C. Processes started in it never receive it, not even while their Python starts up."""
 
     def __enter__(self) -> None:
         self.before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if hasattr(signal, "pthread_sigmask") else None
@@ -90,7 +90,7 @@ class uninterrupted:
 
 
 def _serve(pipe: Any, data: bytes) -> None:
-    """Answer what comes through the pipe, until it or the process that started this one ends."""
+    """Answer requests from the pipe until it closes or the parent process ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
     work, setting = pickle.loads(data)
@@ -103,13 +103,13 @@ def _serve(pipe: Any, data: bytes) -> None:
             answer = work(setting, *pickle.loads(arguments))
         except Exception as error:
             if not isinstance(error, InputError):
-                error.add_note(traceback.format_exc())  # pickled without its traceback
+                error.add_note(traceback.format_exc())  # pickling drops the traceback
             answer = error
         pipe.send_bytes(pickle.dumps(answer))
 
 
 def end_with_parent() -> None:
-    """End this process when the one that started it has ended, whatever ended that: a server of forks may live on."""
+    """End this process when its parent has ended, for whatever reason: the fork server may live on."""
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
 
 

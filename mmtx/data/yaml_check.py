@@ -1,4 +1,4 @@
-"""Configurations as YAML: how large and how deep one may be, which is asked before it is read."""
+"""Limits on the size and depth of YAML configurations, checked before they are loaded."""
 
 from pathlib import Path
 
@@ -6,15 +6,15 @@ import yaml
 
 from mmtx.errors import InputError
 
-DEEPEST = 64           # lists and mappings within one another
-MOST_VALUES = 200_000  # values, those that an alias stands for counted each time
+DEEPEST = 64           # nested lists and mappings
+MOST_VALUES = 200_000  # values, with aliases expanded
 LONGEST = 2 << 20      # bytes
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a configuration, as `check_yaml` lets it pass. Raises InputError, also where it cannot be read."""
+    """The text of a configuration, checked with `check_yaml`. Raises InputError for invalid YAML or an unreadable file, too."""
     try:
         if not Path(path).is_file():
             raise InputError(f"{path}: {'is no file' if Path(path).exists() else 'no such file'}")
@@ -34,17 +34,17 @@ def read_text(path: str | Path) -> str:
 def check_yaml(text: str, where: str) -> Exception | None:
     """Raise InputError for YAML that would take more memory, time or stack than a configuration can need.
 
-    Text that is no YAML passes, and what was found wrong with it comes back: who reads a value takes it for a string.
+    Invalid YAML passes, and its error is returned: a reader of single values takes it for a string.
     """
     if len(text) > LONGEST:
         raise InputError(f"{where}: found more than {LONGEST:,} bytes, the most of a configuration")
-    sizes: dict[str, int] = {}                    # of what each anchor stands for
-    open_: list[tuple[str | None, int]] = []      # anchor and size before it, of the lists and mappings around
+    sizes: dict[str, int] = {}                    # number of values of each anchor
+    open_: list[tuple[str | None, int]] = []      # anchor, and size before it, of each enclosing list or mapping
     size = 0
     try:
         for event in yaml.parse(text, LOADER):
             if isinstance(event, yaml.AliasEvent):
-                # An alias within what it names has no end.
+                # An alias inside its own anchor expands without end.
                 if any(anchor == event.anchor for anchor, _ in open_):
                     raise InputError(f"{where}: found *{event.anchor} within itself, expected none")
                 size += sizes.get(event.anchor, 1)

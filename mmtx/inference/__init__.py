@@ -1,1 +1,1 @@
-"""Answers: engines that score the next id of a batch, sampling among the scores, and the loop that writes ids."""
+"""Inference: engines that score the next id of a batch, sampling, and the generation loop."""

@@ -1,4 +1,4 @@
-"""Keys and values of what a batch has read and written.
+"""The KV cache: keys and values of a batch's prompts and generated ids.
 
 Shapes: B batch, G key-value heads, C capacity, K head width.
 """
@@ -15,7 +15,7 @@ from mmtx.model import rotary_embedding
 
 
 class CacheTensors(NamedTuple):
-    """What lies on the device of a `KVCache`, under the same names."""
+    """The device tensors of a `KVCache`, under the same names."""
 
     keys: list[Tensor]
     values: list[Tensor]
@@ -30,25 +30,25 @@ class CacheTensors(NamedTuple):
 class KVCache:
     """Keys and values of a batch. A step writes all rows at the same slot, though their positions may differ.
 
-    It doubles when it is full, so that its memory follows what is written and not what may be.
+    Its capacity doubles when it is full, so that memory follows the number of tokens, not the limit.
     """
 
     config: DecoderConfig
-    keys: list[Tensor]             # one a layer, (B, G, C, K)
+    keys: list[Tensor]             # one per layer, (B, G, C, K)
     values: list[Tensor]           # the same
     seen: Tensor                   # (B, C) bool: slots that hold a token of the row, not padding
-    used: int                      # slots that are taken, so where the next tokens go
+    used: int                      # number of used slots, so the one for the next tokens
     slot: Tensor                   # (1,) the same number on the device
     positions: Tensor              # (B,) of the next tokens
     cos: Tensor                    # (C, K) of the rotary angles at each position
-    sin: Tensor                    # (C, K), negative in the lower half
+    sin: Tensor                    # (C, K), negated in the lower half
 
     @classmethod
     def of(cls, config: DecoderConfig, lengths: Tensor, used: int, capacity: int, like: Tensor,
            dtype: torch.dtype | None = None) -> "KVCache":
-        """A cache of prompts of `lengths` (B,), whose keys and values are still to be written, up to slot `used`.
+        """A cache for prompts of `lengths` (B,), whose keys and values are still to be written, up to slot `used`.
 
-        What they are computed in is `like`, and they are kept in `dtype`, by default the same.
+        They are computed in the dtype of `like` and stored in `dtype`, by default the same.
         """
         c, batch, device = config, len(lengths), like.device
         shape = batch, c.kv_heads, capacity, c.head_dim
@@ -70,7 +70,7 @@ class KVCache:
         return CacheTensors(self.keys, self.values, self.seen, self.slot, self.positions, self.cos, self.sin)
 
     def restart(self, lengths: Tensor, used: int) -> None:
-        """As `of` made it, in place, for other prompts."""
+        """Reset it in place, as `of` makes it, for other prompts."""
         torch._foreach_zero_([*self.keys, *self.values])  # masked slots are read, and must not be NaN
         self.seen.copy_(torch.arange(self.capacity, device=self.seen.device) < lengths[:, None])
         self.used = used
@@ -78,7 +78,7 @@ class KVCache:
         self.positions.copy_(lengths)
 
     def copy_(self, other: "KVCache") -> None:
-        """Go on, in place, with the tokens of a smaller cache of as many rows."""
+        """Take over, in place, the tokens of a smaller cache with as many rows."""
         used = self.used = other.used
         for mine, given in ((self.keys, other.keys), (self.values, other.values)):
             for each, smaller in zip(mine, given, strict=True):
@@ -89,7 +89,7 @@ class KVCache:
         self.positions.copy_(other.positions)
 
     def grow(self) -> None:
-        """Twice the room."""
+        """Double the capacity."""
         more = self.capacity
         for tensors in (self.keys, self.values):
             for layer, each in enumerate(tensors):
@@ -99,7 +99,7 @@ class KVCache:
         self.cos, self.sin = _angles(self.config, 2 * more, self.cos)
 
     def keep(self, rows: Tensor) -> None:
-        """Only some rows, in ascending order, from now on."""
+        """Keep only some rows, in ascending order."""
         used = self.used
         for tensors in (self.keys, self.values):
             for layer, each in enumerate(tensors):
@@ -108,7 +108,7 @@ class KVCache:
         self.seen, self.positions = self.seen[rows], self.positions[rows]
 
     def close_gaps(self) -> None:
-        """Take the padding out of a cache of one row: what comes out of a batch lies as if it had always been alone."""
+        """Remove the padding from a cache of one row, so that a row left from a batch looks as if it had always been alone."""
         chosen = self.seen[0, :self.used].nonzero()[:, 0]
         if len(chosen) < self.used:
             for each in (*self.keys, *self.values):
@@ -120,12 +120,12 @@ class KVCache:
 
 
 def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Slots that no row has reached: they are read on a GPU, where the masked ones must not be NaN."""
+    """Unused slots: zeros on a GPU, where masked slots are read and must not be NaN."""
     return like.new_zeros(shape) if like.is_cuda else like.new_empty(shape)
 
 
 def _angles(config: DecoderConfig, capacity: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of `rotary_embedding`, the latter negative in the lower half, so that the halves can be swapped as they are."""
+    """Cosine and sine of `rotary_embedding`; sine is negated in the lower half, instead of half of a head when it is rotated."""
     cos, sin = rotary_embedding(torch.arange(capacity, device=like.device), config.head_dim, config.rope_theta,
                                 config.rope_scaling)
     sin[:, :config.head_dim // 2] *= -1

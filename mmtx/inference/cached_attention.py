@@ -1,8 +1,8 @@
-"""Attention of one query a row to the keys and values of a cache.
+"""Attention of one query per row over the keys and values of a cache.
 
-On one or two threads of a CPU it is NumPy's products, one query at a time. GB/s of keys and values on one core of an AMD EPYC,
-NumPy and torch's attention: 16 rows of 6 heads and 75 tokens 20 and 10, one row of 1,500 tokens 28 and 16. In bfloat16 torch
-reads 3.
+On one or two CPU threads it uses NumPy's products, one query at a time. GB/s of keys and values read on one core of an AMD
+EPYC by NumPy and by torch's attention: 20 and 10 for 16 rows of 6 heads and 75 tokens, 28 and 16 for one row of 1,500 tokens.
+In bfloat16 torch reads 3.
 
 Shapes: B batch, T tokens, H heads, G key-value heads, K head width.
 """
@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-THREADS = 2  # of torch's, up to which NumPy's products are faster than its attention
+THREADS = 2  # torch threads up to which NumPy's products are faster than torch's attention
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """Queries (B, H, K) over keys and values (B, G, T, K), mask (B, 1, 1, T) to be added, or none -> what they found (B, H * K)."""
+    """Attention of queries (B, H, K) over keys and values (B, G, T, K), with an additive mask (B, 1, 1, T) -> (B, H * K)."""
     exact, keys, values = (each.to(kept(query)) for each in (query, keys, values))
     if query.device.type != "cpu" or torch.get_num_threads() > THREADS:
         return attend_in_torch(exact, keys, values, mask).to(query.dtype)
@@ -28,15 +28,17 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> 
 
 
 def attend_in_torch(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """The same in one operation, for a GPU or a compiler."""
-    # The queries of a group share keys and values: they take the place of tokens.
+    """`attend` in one operation, for a GPU or a compiler."""
+    # The queries of a group share keys and values, so the group takes the place of the query tokens.
     grouped = query.unflatten(1, (keys.shape[1], -1))                                          # (B, G, H / G, K)
     return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).flatten(1)
 
 
 def attend_arrays(query: np.ndarray, keys: np.ndarray, values: np.ndarray, out: np.ndarray, mask: np.ndarray | None = None) -> None:
-    """Scaled queries (..., G, H / G, 1, K) over keys and values (..., G, 1, T, K), mask (..., 1, 1, 1, T) to be added, or none ->
-    what they found, in `out`, as the queries lie."""
+    """`attend` in NumPy, with results in `out`.
+
+    Scaled queries (..., G, H / G, 1, K), keys and values (..., G, 1, T, K), additive mask (..., 1, 1, 1, T), `out` like the queries.
+    """
     scores = np.matmul(query, keys.swapaxes(-1, -2))                                           # (..., G, H / G, 1, T)
     if mask is not None:
         scores += mask
@@ -47,5 +49,5 @@ def attend_arrays(query: np.ndarray, keys: np.ndarray, values: np.ndarray, out: 
 
 
 def kept(like: Tensor) -> torch.dtype:
-    """The type in which a cache keeps what is computed in another: on a CPU float32 at least."""
+    """The dtype in which a cache stores what is computed in that of `like`: on a CPU float32 or wider."""
     return torch.promote_types(like.dtype, torch.float32) if like.device.type == "cpu" else like.dtype

@@ -1,7 +1,7 @@
-"""Steps of unchanging shapes as CUDA graphs: what starts hundreds of operations is played back as one.
+"""Decode steps of fixed shapes as CUDA graphs, which replay hundreds of operations with one launch.
 
-To start an operation takes the host about 5 us, and a step of 28 layers has hundreds of them, so that one prompt would wait for
-the host. A graph starts as a whole.
+Launching an operation takes the host about 5 us, and a step of 28 layers has hundreds of them, so that with one prompt the GPU
+would wait for the host. A graph is launched as a whole.
 """
 
 from collections.abc import Callable
@@ -12,29 +12,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KEPT_BYTES = 2 ** 30  # of keys and values, with the graphs that write them, that wait for the next answer
+KEPT_BYTES = 2 ** 30  # of KV caches, with the graphs that write to them, that are kept for later answers
 
 
 class Captured:
-    """A function of tensors that is called again and again on the same memory: on a GPU as a graph.
+    """A function of tensors that is called repeatedly on the same memory: on a GPU as a CUDA graph.
 
-    The first call runs as it is, on a stream of its own, as what a library does for the first time may not be captured. The second
-    is captured and played, all others are played: all on the stream that is the current one.
+    The first call runs eagerly, on a side stream, since the first-time setup of libraries may not be captured. The second is
+    captured and replayed, all later ones are replayed, on the current stream.
     """
 
     def __init__(self, run: Callable[..., Tensor], *inputs: Tensor):
-        """`run` is called with `inputs`, which take the values of each call and which it may change."""
+        """`run` is called with `inputs`, into which the values of each call are copied, and which it may change."""
         self.run, self.inputs = run, inputs
-        self.output: Tensor | None = None   # what `run` has made, in the same memory from the second call on
+        self.output: Tensor | None = None   # of `run`, in the same memory from the second call on
         self.graph: torch.cuda.CUDAGraph | None = None
 
     @property
     def settled(self) -> bool:
-        """Whether what it makes lies where it will always lie."""
+        """Whether the output is in its final memory."""
         return self.graph is not None or (self.output is not None and not self.output.is_cuda)
 
     def __call__(self, *values: Tensor) -> Tensor:
-        """What the function makes, good until the next call."""
+        """The function's output, valid until the next call."""
         for mine, value in zip(self.inputs, values, strict=True):
             if value is not mine:
                 mine.copy_(value)
@@ -58,7 +58,7 @@ class Captured:
 
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on: only what this one does is captured.
+        # Other threads may continue: only the work of this one is captured.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.output = self.run(*self.inputs)
         self.graph = graph
@@ -73,14 +73,14 @@ class _Entry:
 
 
 class Kept:
-    """What has been captured for one answer and can serve another, by its shape; the oldest goes when there is too much."""
+    """A pool of caches and captured steps for later answers, by shape; the oldest are dropped when it exceeds its limit."""
 
     def __init__(self) -> None:
         self._entries: list[_Entry] = []
-        self._lock = RLock()  # a collection within `give` may give, too
+        self._lock = RLock()  # garbage collection within `give` may call `give`
 
     def take(self, shape: Any) -> Any:
-        """Something of a shape, which nobody else has from now on, or None."""
+        """Remove and return the latest entry of a shape, None if there is none."""
         with self._lock:
             for entry in reversed(self._entries):
                 if entry.shape == shape:
@@ -89,7 +89,7 @@ class Kept:
         return None
 
     def give(self, shape: Any, size: int, thing: Any) -> None:
-        """Keep something of so many bytes."""
+        """Add an entry of `size` bytes."""
         with self._lock:
             self._entries.append(_Entry(shape, size, thing))
             while sum(entry.size for entry in self._entries) > KEPT_BYTES:

@@ -1,4 +1,4 @@
-"""Which engine answers: the one place that knows them all."""
+"""The choice of the engine: the only module that knows all of them."""
 
 from importlib.util import find_spec
 
@@ -9,17 +9,17 @@ from mmtx.inference.torch_engine import TorchEngine
 from mmtx.inference.weights import Weights
 from mmtx.model import Decoder
 
-# What is chosen has run on a card. Captured prompts and choices, and our kernels for many rows, have not yet: `make gpu` tests them.
+# Everything chosen has run on a GPU. Captured prompts and choices, and our kernels for many rows, have not: `make gpu` tests them.
 CAPTURE_ALL = False
 
 
 def has_triton() -> bool:
-    """Whether kernels can be written in Triton, which comes with torch for the GPUs that it is for."""
+    """Whether Triton is installed, which comes with torch for the GPUs that it supports."""
     return find_spec("triton") is not None
 
 
 def choose_engine(decoder: Decoder, weights: Weights | None, rows: int) -> Engine:
-    """The fastest engine for a batch of so many rows; `weights` are those of the decoder where they were made before."""
+    """The fastest engine for a batch of so many rows; `weights` are those of the decoder, if they were made before."""
     weights = weights or Weights.of(decoder)
     if weights.output.is_cuda and not weights.in_8_bits:
         if has_triton():

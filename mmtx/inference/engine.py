@@ -1,6 +1,6 @@
-"""What all engines do: take the prompts of a batch, then one more id a row at a time, and score the next.
+"""The interface of all engines: prefill the prompts of a batch, feed one more id per row at a time, and score the next.
 
-Shapes: B batch, T tokens, D width, V vocabulary, N first ids.
+Shapes: B batch, T tokens, D width, V vocabulary, N leading ids.
 """
 
 from abc import ABC, abstractmethod
@@ -18,48 +18,48 @@ ChooseNext = Callable[["Engine", GrammarState, Tensor | None], tuple[Tensor, Gra
 
 
 class Engine(ABC):
-    """A batch on its way through a decoder.
+    """A batch that a decoder generates from.
 
-    Who owns what is the same for all engines. The state is the engine's own. What it is given it neither changes nor keeps,
-    but for the weights. What `scores` and `best` return is the caller's, who may change it.
+    Ownership is the same for all engines. An engine owns its state; its arguments, except for the weights, it neither changes
+    nor keeps. The caller owns what `scores` and `best` return, and may change it.
     """
 
-    hidden: Tensor         # (B, D) last hidden states, until the next call of `prefill`, `step` or `keep`
-    static: bool = False   # shapes stay as they are, as a GPU likes it, and a look at values waits for the device
+    hidden: Tensor         # (B, D) final hidden states, until the next call of `prefill`, `step` or `keep`
+    static: bool = False   # shapes do not change from step to step, and reading values synchronises with the device
 
     @abstractmethod
     def prefill(self, prompts: Sequence[Prompt]) -> None:
-        """Begin with prompts of any lengths."""
+        """Start with prompts of any lengths."""
 
     @abstractmethod
     def step(self, ids: Tensor) -> None:
-        """Feed one more id a row (B,)."""
+        """Feed one more id per row (B,)."""
 
     @abstractmethod
     def scores(self, first: int | None = None) -> Tensor:
-        """Scores of the next id, of all or the `first` of them (B, V | N)."""
+        """Logits of the next id (B, V), or of only the `first` N ids (B, N)."""
 
     def best(self, allowed: Tensor) -> Tensor:
-        """The best among the first ids that are allowed (B, N) -> (B,).
+        """The best id of each row (B,) among those of the first N ids that are `allowed` (B, N).
 
-        A tensor that is given again must hold the same values: what was made of it may be used again.
+        A tensor that is passed again must hold the same values: results derived from it may be cached.
         """
         return self.scores(allowed.shape[1]).masked_fill_(~allowed, -torch.inf).argmax(-1)
 
     def choose(self, choice: ChooseNext, state: GrammarState, draws: Tensor | None = None) -> tuple[Tensor, GrammarState]:
-        """The next id of each row (B,) and where the grammar then stands, both good until the next call.
+        """The next id of each row (B,) and the state of the grammar after it, both valid until the next call.
 
-        `choice` is a function of an engine, the state and random numbers, and equal to another where it does the same.
+        `choice` is a function of an engine, the state and random numbers, which compares equal to any that does the same.
         """
         return choice(self, state, draws)
 
     @abstractmethod
     def keep(self, rows: Tensor) -> "Engine":
-        """Only some rows, in ascending order, from now on -> the engine that goes on with them; this one has ended."""
+        """Keep only some rows, in ascending order -> the engine that continues with them and replaces this one."""
 
 
 def pad(prompts: Sequence[Prompt], device: torch.device, length: int | None = None) -> tuple[Tensor, Tensor, dict[str, Features]]:
-    """Prompts, padded on the right to the longest or to `length` -> their ids (B, T), lengths (B,) and features on a device."""
+    """Prompts, right-padded to the longest or to `length` -> their ids (B, T), lengths (B,) and features on a device."""
     lengths = [len(prompt.ids) for prompt in prompts]
     longest = length or max(lengths)
     ids = np.zeros((len(prompts), longest), np.int64)

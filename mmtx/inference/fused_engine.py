@@ -1,9 +1,9 @@
-"""The engine of a GPU with kernels written in Triton: five a layer in a step of few rows.
+"""The GPU engine with Triton kernels: five per layer in a decode step of few rows.
 
-With few rows the time of a step is that of reading the matrices. Norms, rotary positions, gates and sums are computed where a
-kernel has the numbers at hand, each kernel reads a matrix in one wave of blocks, and a block asks for its part of the matrix before
-the kernel ahead of it has ended (programmatic dependent launch): only what depends on that one waits. Of more rows,
-the matrix products are torch's, and eight operations a layer.
+With few rows a step is bound by reading the matrices. Norms, rotary positions, gates and residuals are fused into the kernels that
+have the values at hand, each kernel reads a matrix in one wave of blocks, and a block starts loading its part of the matrix before
+the preceding kernel has ended (programmatic dependent launch): only what depends on that kernel waits. With more rows, the matrix
+products are torch's, and a layer takes eight operations.
 
 Shapes: B batch, I inputs, O outputs, H heads, G key-value heads, C capacity, K head width.
 """
@@ -26,22 +26,22 @@ from mmtx.inference.graph_engine import GraphEngine
 from mmtx.inference.weights import Layer, Weights
 from mmtx.model import Decoder
 
-MOST_ROWS = 8       # from more on, matrix products are those of torch, with tensor cores
-SIZE = 1024         # numbers that a block makes of gates and values then
+MOST_ROWS = 8       # with more, matrix products are torch's, with tensor cores
+SIZE = 1024         # outputs per block of the separate SwiGLU kernel then
 TILES = {"qkv": (2 ** 13, 4), "out": (2 ** 13, 4), "gate_up": (2 ** 13, 4), "down": (2 ** 13, 4), "output": (2 ** 14, 8)}
-# For each matrix how many of its numbers a block reads, about, and with how many warps; as all here, found on an H100
-AHEAD = 0           # matrices that are on their way to L2 before their kernel begins: to be measured (benchmarks/tune_decoding.py)
-MOST_AHEAD = 2 ** 23  # bytes of the output matrix that are, too
-SLOTS, SLOT_WARPS = 32, 4  # of the cache that attention takes at a time, and warps for them
-WIDEST = 2 ** 15    # inputs of a matrix: a block reads a row at once
-PART = 64           # slots of the cache that a block of attention reads, about
-MOST_PARTS = 32     # of the cache
-LEAST = 16          # rows, and columns, of the smallest product of Triton
+# For each matrix: elements that a block reads, approximately, and its number of warps; tuned on an H100, as all constants here
+AHEAD = 0           # matrices prefetched into L2 before their kernel begins: to be measured (benchmarks/tune_decoding.py)
+MOST_AHEAD = 2 ** 23  # bytes of the output matrix that are prefetched, too
+SLOTS, SLOT_WARPS = 32, 4  # cache slots that attention processes at a time, and its warps
+WIDEST = 2 ** 15    # inputs of a matrix: a block reads a whole row at once
+PART = 64           # cache slots per block of attention, approximately
+MOST_PARTS = 32     # into which attention splits the cache
+LEAST = 16          # rows and columns of the smallest product in Triton
 
 
 @triton.jit
 def _wait(EARLY: tl.constexpr):
-    """Let the next kernel begin, and wait for the one before. What is read above this line nobody writes."""
+    """Let the next kernel start, and wait for the previous one. Before this call, only read what no kernel writes."""
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
@@ -49,7 +49,7 @@ def _wait(EARLY: tl.constexpr):
 
 @triton.jit
 def _fetch(ahead_ptr, ahead, LANES: tl.constexpr):
-    """Ask for a share of `ahead` bytes to be brought into L2, without waiting: all blocks together ask for all of them."""
+    """Prefetch this block's share of `ahead` bytes into L2, without waiting."""
     if LANES > 0:
         share = tl.maximum(tl.cdiv(tl.cdiv(ahead, tl.num_programs(0) * LANES), 128) * 128, 1024)
         first = (tl.program_id(0) * LANES + tl.arange(0, LANES)).to(tl.int64) * share
@@ -128,9 +128,9 @@ def _attend(qkv_ptr, gain_ptr, cos_ptr, sin_ptr, positions_ptr, slot_ptr, seen_p
             found_ptr, most_ptr, total_ptr, done_ptr, eps, scale, capacity,
             HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, SLOTS: tl.constexpr,
             PARTS: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr):
-    """Of one row, key-value head and part of the cache: norm and positions of queries and key, and what the queries find.
+    """For one row, key-value head and part of the cache: norm and rotary positions of queries and key, then attention.
 
-    The first part writes key and value into the cache. Whichever part ends last puts together what all have found.
+    The first part writes key and value to the cache. Whichever part ends last combines the results of all.
     """
     row, group, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -160,8 +160,8 @@ def _attend(qkv_ptr, gain_ptr, cos_ptr, sin_ptr, positions_ptr, slot_ptr, seen_p
     start = (row * KV_HEADS + group).to(tl.int64) * capacity * WIDTH
     keys_ptr += start
     values_ptr += start
-    # The token itself comes first, then those before it, with running maximum and sum (https://arxiv.org/abs/2205.14135).
-    # Each part begins with the token itself, so that it has seen something, and all but the first without its share.
+    # Online softmax with running maximum and sum (https://arxiv.org/abs/2205.14135), from the token itself to those before it.
+    # Each part starts with the token's own score, so that its maximum is finite, but only the first counts its share.
     most = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scale
     own = tl.where(part == 0, 1.0, 0.0)
     total = tl.zeros((QUERIES,), tl.float32) + own
@@ -223,7 +223,7 @@ def _swiglu(gate_up_ptr, y_ptr, outputs, SIZE: tl.constexpr):
 
 @triton.jit
 def _last_norm(x_ptr, gain_ptr, y_ptr, slot_ptr, positions_ptr, eps, inputs, IN: tl.constexpr, EARLY: tl.constexpr):
-    """Norm of the rows of x (B, I) -> y (B, I); slot and positions go on by one."""
+    """Norm of the rows of x (B, I) -> y (B, I); also advances slot and positions by one."""
     row, i = tl.program_id(0), tl.arange(0, IN)
     inside = i < inputs
     gain = tl.load(gain_ptr + i, mask=inside, other=0).to(tl.float32)
@@ -238,7 +238,7 @@ def _last_norm(x_ptr, gain_ptr, y_ptr, slot_ptr, positions_ptr, eps, inputs, IN:
 @triton.jit
 def _best_of_blocks(x_ptr, matrix_ptr, allowed_ptr, best_ptr, place_ptr, inputs, outputs,
                     ROWS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr):
-    """x (ROWS, I) times a matrix (O, I), rounded -> the best allowed one of each block of outputs, and its place (ROWS, blocks)."""
+    """x (ROWS, I) times a matrix (O, I), rounded -> the best allowed output of each block, and its index (ROWS, blocks)."""
     block, blocks, i = tl.program_id(0), tl.num_programs(0), tl.arange(0, IN)
     out, inside = block * OUT + tl.arange(0, OUT), i < inputs
     fits = out < outputs
@@ -246,7 +246,7 @@ def _best_of_blocks(x_ptr, matrix_ptr, allowed_ptr, best_ptr, place_ptr, inputs,
     for row in tl.static_range(ROWS):
         x = tl.load(x_ptr + row * inputs + i, mask=inside, other=0).to(tl.float32)
         scores = tl.sum(matrix.to(tl.float32) * x[None, :], 1).to(matrix.dtype).to(tl.float32)
-        # What is allowed is better than all else, whatever its score.
+        # Any allowed id beats all forbidden ones, whatever its score.
         scores = tl.where(scores == scores, tl.minimum(tl.maximum(scores, -3e38), 3e38), 3e38)
         allowed = tl.load(allowed_ptr + row * outputs + out, mask=fits, other=0) != 0
         scores = tl.where(allowed, scores, float("-inf"))
@@ -257,7 +257,7 @@ def _best_of_blocks(x_ptr, matrix_ptr, allowed_ptr, best_ptr, place_ptr, inputs,
 
 @triton.jit
 def _best_block(best_ptr, place_ptr, y_ptr, blocks, BLOCKS: tl.constexpr):
-    """The place of the best of all blocks (B, blocks) -> y (B,); of equal ones the first."""
+    """The index of the best output over all blocks (B, blocks) -> y (B,); the first of equal ones."""
     row, block = tl.program_id(0), tl.arange(0, BLOCKS)
     inside = block < blocks
     best = tl.load(best_ptr + row * blocks + block, mask=inside, other=float("-inf"))
@@ -267,7 +267,7 @@ def _best_block(best_ptr, place_ptr, y_ptr, blocks, BLOCKS: tl.constexpr):
 
 
 def fused_best(hidden: Tensor, matrix: Tensor, allowed: Tensor) -> Tensor:
-    """The best among the first rows of an output matrix (R, D) that are allowed (B, N), for hidden states (B, D) -> (B,)."""
+    """The best id (B,) for hidden states (B, D), among those of the first N rows of a matrix (R, D) that are `allowed` (B, N)."""
     (rows, width), outputs = hidden.shape, allowed.shape[1]
     whole = triton.next_power_of_2(width)
     tile, warps = TILES["output"]
@@ -284,7 +284,7 @@ def fused_best(hidden: Tensor, matrix: Tensor, allowed: Tensor) -> Tensor:
 
 @cache
 def works(device: torch.device) -> bool:
-    """Whether Triton can build and start a kernel here, for which it needs a C compiler."""
+    """Whether Triton can build and launch a kernel here, for which it needs a C compiler."""
     x, gain = torch.tensor([[3.0, 4.0]], device=device), torch.tensor([1.0, 2.0], device=device)
     slot, positions, y = *torch.zeros(2, 1, dtype=torch.long, device=device), torch.empty_like(x)
     try:
@@ -297,7 +297,7 @@ def works(device: torch.device) -> bool:
 
 
 def fits(weights: Weights) -> bool:
-    """Whether the kernels are for such a decoder."""
+    """Whether the kernels support a decoder with these weights."""
     c, width = weights.config, weights.config.head_dim
     matrices = [each for layer in weights.layers for each in (layer.qkv, layer.out, layer.gate_up, layer.down)]
     return (width >= LEAST and width == triton.next_power_of_2(width)
@@ -306,7 +306,7 @@ def fits(weights: Weights) -> bool:
 
 
 def fused_step(decoder: Decoder, weights: Weights, cache: KVCache) -> Callable[[Tensor], Tensor]:
-    """`static_step` of a cache as a function of ids (B,), where it `fits`."""
+    """`static_step` of a cache as a function of ids (B,), for weights that it `fits`."""
     c, rows, like = weights.config, len(cache.positions), cache.keys[0]
     on_gpu = like.is_cuda
     early = on_gpu and torch.version.hip is None and torch.cuda.get_device_capability(like.device) >= (9, 0)
@@ -318,12 +318,12 @@ def fused_step(decoder: Decoder, weights: Weights, cache: KVCache) -> Callable[[
     parts = min(triton.cdiv(cache.capacity, PART), MOST_PARTS)
     of_parts = [torch.zeros(rows, c.kv_heads, parts, queries, *more, device=like.device) for more in ((c.head_dim,), (), ())]
     done = torch.zeros(rows, c.kv_heads, dtype=torch.int32, device=like.device)
-    # In the order in which they are read, and behind them the output matrix.
+    # In the order in which they are read, followed by the output matrix.
     matrices = [getattr(layer, name) for layer in weights.layers for name in ("qkv", "out", "gate_up", "down")]
     matrices += [weights.output.detach()] * AHEAD
 
     def multiply(kernel: Any, place: int, name: str, outputs: int, *given: Any, matrices_read: int = 1, **options: Any) -> None:
-        """Start a kernel that reads the matrix of some place; `given` comes before it and behind it."""
+        """Launch a kernel that reads `matrices[place]`; `given` are its arguments before the sizes, the matrix included."""
         inputs, following = matrices[place].shape[0], matrices[place + AHEAD]
         tile, warps = TILES[name]
         whole = triton.next_power_of_2(inputs)

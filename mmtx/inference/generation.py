@@ -1,6 +1,6 @@
-"""Generation: an engine scores the next id, the grammar says which ids may come, and sampling chooses among them.
+"""Generation: an engine scores the next id, the grammar says which ids are allowed, and sampling chooses one of them.
 
-Shapes: B batch, N ids that an answer may be made of.
+Shapes: B batch, N ids that an answer can consist of.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,19 +22,19 @@ from mmtx.sequence import Prompt
 from mmtx.vocabulary import MAX_SIDE
 
 Choose = Callable[[Decoder, Weights | None, int], Engine]
-LOOK_EVERY = 4  # steps between two looks at whether rows are finished, on a GPU
-BEHIND = 2      # steps that have been started when such a look is read: until then the GPU has work, and none waits for it
+LOOK_EVERY = 4  # steps between two checks of which rows are finished, on a GPU
+BEHIND = 2      # steps launched before the result of such a check is read, so that the GPU has work meanwhile
 
 
 class AllowedIds:
-    """Which ids may come next. On a CPU it is the same tensor as before where it is equal, as `Engine.best` likes it."""
+    """Which ids may come next. On a CPU, equal masks in a row are the same tensor, so that `Engine.best` can cache."""
 
     def __init__(self, grammar: Grammar, out: str):
         self.grammar, self.reach = grammar, grammar.reach(out)
         self._place: tuple | None = None
 
     def of(self, state: GrammarState, closing: bool) -> Tensor:
-        """Of a state (B, N), or only those of them that close something, where there are any."""
+        """The mask of a state (B, N); with `closing`, only ids that close something, in rows that allow any."""
         place = (state.phase.tolist(), closing) if state.phase.device.type == "cpu" else None
         if place is None or place != self._place:
             allowed = self.grammar.allowed(state, self.reach)
@@ -44,11 +44,11 @@ class AllowedIds:
 
 @dataclass(frozen=True)
 class Choice:
-    """How the next id is chosen: among those that the grammar allows, by their scores and a random number (B,)."""
+    """How the next id is chosen: among those that the grammar allows, by their logits and a random number (B,)."""
 
     grammar: Grammar
     out: str
-    sampling: Sampling                       # but for its seed and its length
+    sampling: Sampling                       # except its seed and length
     allowed: AllowedIds = field(compare=False)
 
     def __call__(self, engine: Engine, state: GrammarState, draws: Tensor | None,
@@ -62,14 +62,14 @@ class Choice:
 
 
 class Look:
-    """A copy to the CPU, under way while the device goes on, of which rows were finished at some moment, (B,) bool."""
+    """An asynchronous copy to the CPU of which rows were finished at some step, (B,) bool."""
 
     def __init__(self, finished: Tensor):
         self._finished = finished.to("cpu", non_blocking=True)
         self._there = torch.cuda.current_stream(finished.device).record_event() if finished.is_cuda else None
 
     def finished(self) -> Tensor:
-        """On the CPU, as soon as it is there."""
+        """The copy, after waiting for it."""
         if self._there is not None:
             self._there.synchronize()
         return self._finished
@@ -87,17 +87,17 @@ def steps(
     choose: Choose = choose_engine,
     wanted: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """Yield one id for each prompt (B,) at a time until all rows are finished; finished rows yield <pad>.
+    """Yield one id per prompt (B,) at a time until all rows are finished; finished rows yield <pad>.
 
     `prefix` are ids that every answer starts with (not yielded): the size of a picture, or its first codes. `weights` are
-    those of the decoder where they were made before, for many answers. `places` are those of the prompts among all that
-    the caller asks, which the random choices go by. `choose` makes the engine. `wanted` (B,), bool on the CPU, are the rows
-    that the caller waits for, who may change it between two steps: the others end as if they were finished.
+    those of the decoder, if they were made before, for many answers. `places` are the indices of the prompts in the caller's
+    list, which determine the random choices. `choose` makes the engine. `wanted` (B,), bool on the CPU, marks the rows that
+    the caller waits for, and may be changed between steps: other rows end as if they were finished.
 
-    Each answer is the one that the prompt gets alone, up to what float32 rounds otherwise in a batch of another shape:
-    where two scores, or a random number and the edge between two ids, are closer than that (some 1e-6), the other may win.
+    Each answer is the one that its prompt gets alone, up to differences of float32 rounding between batch shapes: where two
+    logits, or a random number and the boundary between two ids, are closer than that (some 1e-6), the other id may win.
     """
-    # No context may be open where a caller can leave this generator: what is left at exit is closed without torch.
+    # No context may be open where a caller can leave this generator: unfinished, it is closed at exit, without torch.
     with torch.inference_mode():
         device, batch, prefix = decoder.embedding.weight.device, len(prompts), np.asarray(prefix, np.int64)
         state = grammar.start(batch, out, device, prefix if len(prefix) else None)
@@ -147,20 +147,20 @@ def steps(
 
 
 def _steps_to_close(grammar: Grammar, out: str, state: GrammarState, begun: bool) -> int:
-    """How many steps what is open at the last moment can need. Then only closing ids are allowed where there are any."""
+    """Upper bound on the steps that close what is open after the last one, if only closing ids are allowed where there are any."""
     v = grammar.vocabulary
     grids = {kind for kind in v.media if v.layout(kind) == "grid"}
     step = max((v.bands(kind) for kind in v.media if kind not in grids), default=0)
     if out in v.kinds and out not in grids:
         return step + 2
-    # Only an answer of one picture with its size given is known to open no larger one.
+    # Only an answer of one picture of a given size is known not to open a larger one.
     known = int(state.remaining.max()) if out in grids and begun else 0
     return (known or max(MAX_SIDE ** 2, step)) + 4
 
 
 def generate(decoder: Decoder, grammar: Grammar, prompts: Sequence[Prompt], out: str = "text",
              sampling: Sampling = Sampling(), prefix: Sequence[int] = (), **options: Any) -> list[np.ndarray]:
-    """Answer each prompt: the ids behind it, `prefix` first, up to and including <end>. `options` are further ones of `steps`."""
+    """Answer each prompt: the ids after it, `prefix` first, up to and including <end>. `options` are those of `steps`."""
     columns = list(steps(decoder, grammar, prompts, out, sampling, prefix, **options))
     rows = torch.stack(columns, dim=1).cpu().numpy()
     pad = grammar.vocabulary.pad

@@ -1,4 +1,4 @@
-"""The engine of a GPU: that of torch, with steps that are captured once and played back.
+"""The GPU engine: the torch engine with decode steps that are captured once as CUDA graphs and replayed.
 
 Shapes: B batch, C capacity.
 """
@@ -21,25 +21,26 @@ from mmtx.model import Decoder
 from mmtx.sequence import Prompt
 
 MakeStep = Callable[[Decoder, Weights, KVCache], Callable[[Tensor], Tensor]]
-MOST_CHOICES = 16  # ways to choose an id that are held captured for a cache
-FEW_TOKENS = 2048  # of prompts whose pass is captured, padded to a power of two; of more, the time is that of computing
-LEAST = 16  # tokens of such a pass
-SMALLEST = 256  # slots of a cache; larger ones have powers of two, so that prompts of other lengths find them captured
+MOST_CHOICES = 16  # captured choices held per cache
+FEW_TOKENS = 2048  # of prompts whose prefill is captured, padded to a power of two; larger ones are bound by computation
+LEAST = 16  # tokens of a captured prefill
+SMALLEST = 256  # slots of a cache; larger ones have a power of two, so that prompts of other lengths can reuse captured steps
 
 
 class GraphEngine(TorchEngine):
-    """Any number of rows on a GPU. Elsewhere it does the same without graphs, which tests make use of.
+    """Any number of rows on a GPU. On a CPU it does the same without graphs, for tests.
 
-    Its cache and the captured step go to the next engine of as many rows, through `Weights.kept`.
+    Its cache and captured step are passed on to the next engine with as many rows, through `Weights.kept`.
     """
 
     def __init__(self, decoder: Decoder, weights: Weights, make_step: MakeStep = torch_step, capture_all: bool = True):
-        """`make_step` gives the function of ids (B,) that feeds them, changes a cache in place and returns hidden states.
-        With `capture_all` prompts and the choice of the next id are captured too, and not the steps alone.
+        """`make_step` makes the function that feeds ids (B,), updates a cache in place and returns hidden states.
+
+        With `capture_all`, prefill and the choice of the next id are captured as well as the steps.
         """
         super().__init__(decoder, weights)
         self.make_step, self.static, self.capture_all = make_step, True, capture_all
-        self.source: Captured | None = None         # what has made the hidden states
+        self.source: Captured | None = None         # of the hidden states
         self._lease: weakref.finalize | None = None
         self._outgrown: weakref.finalize | None = None
 
@@ -66,7 +67,7 @@ class GraphEngine(TorchEngine):
         self._take(lengths, used, capacity, like)
 
     def _take(self, lengths: Tensor, used: int, capacity: int, like: Tensor) -> None:
-        """An empty cache with its step, choices and prompts: one that is kept, or a new one."""
+        """Take an empty cache with its captured step, choices and prefills: a kept one if possible, else a new one."""
         capacity = max(SMALLEST, 1 << (capacity - 1).bit_length())
         shape = len(lengths), capacity, self.make_step
         found = self.weights.kept.take(shape)
@@ -89,7 +90,7 @@ class GraphEngine(TorchEngine):
             self._outgrown()
             self._outgrown = None
         if self.cache.used == self.cache.capacity:
-            # It is given away at the next step: until then the state of the grammar may lie with its choices.
+            # The old one is given back at the next step: until then the grammar's state may be in memory of its choices.
             before, self._outgrown = self.cache, self._lease
             self._take(before.positions, before.used, 2 * before.capacity, before.keys[0])
             self.cache.copy_(before)
@@ -110,7 +111,7 @@ class GraphEngine(TorchEngine):
         return ids, GrammarState(*captured.inputs[:len(given) - (draws is not None)])
 
     def _capture_choice(self, choice: ChooseNext, given: list[Tensor], draws: bool) -> Captured:
-        """What is captured must not hold this engine, which gives it to the next, but one that is as it is now."""
+        """A captured choice: it outlives this engine, so it must not hold it, only a copy of its present state."""
         engine = copy(self)
 
         def run(*inputs: Tensor) -> Tensor:
@@ -124,7 +125,7 @@ class GraphEngine(TorchEngine):
         return Captured(run, *(each.clone() for each in given))
 
     def keep(self, rows: Tensor) -> Engine:
-        self._lease.detach()  # what is left of the cache fits no other batch
+        self._lease.detach()  # no other batch can use what is left of the cache
         self.cache.keep(rows)
         self.hidden, self.source = self.hidden[rows], None
         self.captured, self.choices = self._capture(self.cache), {}

@@ -13,9 +13,9 @@ from mmtx.vocabulary import Vocabulary
 
 
 class Guided(Engine):
-    """Scores of prompts, moved away from those of the same prompts without their user turns.
+    """Logits of prompts, moved away from those of the same prompts without their user turns.
 
-    It runs another engine on twice as many rows: the prompts, then the same with their user turns emptied.
+    It runs another engine on twice as many rows: the prompts, then the same prompts with empty user turns.
     """
 
     def __init__(self, engine: Engine, guidance_scale: float, vocabulary: Vocabulary):
@@ -23,8 +23,8 @@ class Guided(Engine):
         self.static = engine.static
 
     @property
-    def hidden(self) -> Tensor:  # type: ignore[override]  # those of an engine are read, never set from outside
-        """Those of the prompts, then of the same without user turns (2B, D)."""
+    def hidden(self) -> Tensor:  # type: ignore[override]  # set by the wrapped engine alone
+        """Hidden states of the prompts, then of the same without user turns (2B, D)."""
         return self.engine.hidden
 
     def prefill(self, prompts: Sequence[Prompt]) -> None:
@@ -46,7 +46,7 @@ class Guided(Engine):
 
 @dataclass(frozen=True)
 class GuidedChoice:
-    """A choice from what another engine scores, with guidance."""
+    """A choice from the logits of another engine, with guidance."""
 
     choice: ChooseNext
     guidance_scale: float
@@ -57,13 +57,13 @@ class GuidedChoice:
 
 
 def guide(logits: Tensor, guidance_scale: float) -> Tensor:
-    """Scores of B prompts, then of the same without their user turns (2B, V) -> guided scores (B, V).
+    """Logits of B prompts, then of the same without their user turns (2B, V) -> guided logits (B, V).
 
-    Classifier-free guidance (https://arxiv.org/abs/2207.12598), for pictures as codes in Parti
-    (https://arxiv.org/abs/2206.10789).
+    Classifier-free guidance (https://arxiv.org/abs/2207.12598), as Parti (https://arxiv.org/abs/2206.10789) uses it for
+    pictures as codes.
     """
     asked, unasked = logits.float().chunk(2)
-    return unasked + min(guidance_scale, 1e30) * (asked - unasked)   # beyond that there would be inf - inf
+    return unasked + min(guidance_scale, 1e30) * (asked - unasked)   # beyond it could be inf - inf
 
 
 def without_user_turns(prompt: Prompt, vocabulary: Vocabulary) -> Prompt:

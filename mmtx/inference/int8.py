@@ -1,7 +1,7 @@
-"""Matrices in 8 bits a weight, for products with few rows, whose time is that of reading the weights.
+"""Matrices in 8 bits, for products with few rows, which are bound by reading the weights.
 
-Each output has a scale of its own, and codes lie symmetrically around 0: weights only, as gpt-fast and torchao call it. What
-is multiplied with them is rounded to bfloat16, sums are float32.
+Each output has a scale of its own, and codes are symmetric around 0: what gpt-fast and torchao call weight-only. Inputs are
+rounded to bfloat16, sums are float32.
 
 Shapes: N rows, I inputs, O outputs.
 """
@@ -13,25 +13,25 @@ import torch
 from torch import Tensor
 
 LARGEST = 127
-WHOLE = 64     # the operator reads inputs by the vector, and past the end of what is no whole number of them
+WHOLE = 64     # inputs must be a multiple: the operator reads whole vectors, even past the end
 
 
 class Int8Matrix(NamedTuple):
-    """A matrix (I, O) in 8 bits, as `torch.mm` would take it on the right."""
+    """A matrix (I, O) in 8 bits, as the right operand of a product."""
 
     codes: Tensor     # (O, I) int8
-    scale: Tensor     # (O,) bfloat16: weights of an output are about its codes times this
+    scale: Tensor     # (O,) bfloat16: the weights of an output are about its codes times this
 
     @classmethod
     def of(cls, matrix: Tensor) -> "Int8Matrix":
-        """Of a matrix (I, O) of numbers."""
-        # The scale is rounded before the codes are made of it, so that they make up for it.
+        """Quantize a matrix (I, O)."""
+        # The scale is rounded before the codes are computed, so that they compensate for it.
         scale = (matrix.T.abs().amax(1).float().clamp_min(1e-30) / LARGEST).bfloat16()
         codes = (matrix.T.float() / scale.float()[:, None]).round_().clamp_(-LARGEST, LARGEST)
         return cls(codes.to(torch.int8).contiguous(), scale)
 
     def product(self, x: Tensor) -> Tensor:
-        """Numbers (N, I) of any type -> their product with the matrix (N, O) in bfloat16."""
+        """Inputs (N, I) of any dtype -> their product with the matrix (N, O) in bfloat16."""
         x = x.bfloat16()
         if self.codes.shape[1] % WHOLE == 0 and has_kernel():
             return torch.ops.aten._weight_int8pack_mm(x, self.codes, self.scale)
@@ -40,9 +40,9 @@ class Int8Matrix(NamedTuple):
 
 @cache
 def has_kernel() -> bool:
-    """Whether torch has the operator that reads the codes as they are, which it does not promise to keep.
+    """Whether torch has the operator that multiplies by the codes directly, which is not part of its public API.
 
-    Without it the codes are made numbers at each step, which is slow and as right.
+    Without it the codes are converted in each call, which is slow but equally correct.
     """
     codes = torch.zeros(2, WHOLE, dtype=torch.int8)
     codes[0, :3], codes[1, -2:] = torch.tensor([1, -2, 3]), torch.tensor([100, -LARGEST])

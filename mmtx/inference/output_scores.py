@@ -1,4 +1,4 @@
-"""An engine that remembers the scores of its last step, for those who ask how sure an answer is.
+"""An engine that records the logits of its last step, for callers that want the confidence of an answer.
 
 Shapes: B batch, V vocabulary.
 """
@@ -13,14 +13,14 @@ from mmtx.sequence import Prompt
 
 
 class OutputScores(Engine):
-    """Another engine, whose choices stay as they are, and the scores (B, V) that each came from."""
+    """Wraps another engine without changing its choices, and records the logits (B, V) of each."""
 
     def __init__(self, engine: Engine):
         self.engine, self.static = engine, engine.static
         self.rows: Tensor | None = None
 
     @property
-    def hidden(self) -> Tensor:  # type: ignore[override]  # those of an engine are read, never set from outside
+    def hidden(self) -> Tensor:  # type: ignore[override]  # set by the wrapped engine alone
         return self.engine.hidden
 
     def prefill(self, prompts: Sequence[Prompt]) -> None:
@@ -37,12 +37,12 @@ class OutputScores(Engine):
 
     def best(self, allowed: Tensor) -> Tensor:
         self.scores(allowed.shape[1])
-        return self.engine.best(allowed)  # and not of these scores: the choice is that of an answer without them
+        return self.engine.best(allowed)  # not from these scores, so that the choice is the same as without them
 
     def keep(self, rows: Tensor) -> Engine:
         self.engine, self.rows = self.engine.keep(rows), self.rows[rows.cpu()]
         return self
 
     def row(self, number: int) -> Tensor:
-        """The scores of the last step of one of the prompts (V,)."""
+        """The logits (V,) of the last step for one of the prompts."""
         return self.last[int((self.of == number).nonzero())]

@@ -1,8 +1,8 @@
-"""Matrices laid out for oneDNN beforehand, for products with many rows: those of prompts and of a batch.
+"""Matrices packed for oneDNN in advance, for products with many rows: those of prompts and batches.
 
-torch's own product (MKL) in float32 lays a matrix out anew in each call. GFLOP/s of one core of an AMD EPYC, 384 -> 2048, plain
-and packed: 31 and 58 with 16 rows, 78 and 102 with 1,024; with one row the plain one is faster. What a layer does with a product
-next is done to it while it is in the cache of the processor.
+torch's own product in float32 (MKL) packs the matrix in each call. GFLOP/s of one core of an AMD EPYC, 384 -> 2048, plain and
+packed: 31 and 58 with 16 rows, 78 and 102 with 1,024; with one row the plain product is faster. The elementwise operation that
+follows a product in a layer is fused with it, while the result is in the CPU's cache.
 
 Shapes: N rows, I inputs, O outputs.
 """
@@ -13,47 +13,47 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ROWS = 16          # that the layout is chosen for; it is as good for more
-TYPES = {torch.float32: (), torch.bfloat16: ("avx512_bf16",)}  # and what a processor must have for them to be fast
-LARGEST = 2 ** 30  # bytes of the matrices of a decoder that are held a second time, at most
+ROWS = 16          # for which the layout is chosen; it is as good for more
+TYPES = {torch.float32: (), torch.bfloat16: ("avx512_bf16",)}  # and the CPU features without which they are slow
+LARGEST = 2 ** 30  # most bytes of a decoder's matrices that are held a second time
 
 
 class PackedMatrix(NamedTuple):
-    """A matrix (I, O) of float32 or bfloat16 as oneDNN lays it out: a copy."""
+    """A copy of a matrix (I, O) in float32 or bfloat16, in oneDNN's layout."""
 
     blocks: Tensor
 
     @classmethod
     def of(cls, matrix: Tensor) -> "PackedMatrix":
-        """Of a matrix (I, O)."""
+        """Pack a matrix (I, O)."""
         return cls(torch.ops.mkldnn._reorder_linear_weight(matrix.detach().T.contiguous(), ROWS))
 
     def product(self, x: Tensor) -> Tensor:
-        """Numbers (N, I) of any type -> their product with the matrix (N, O), in the type of the matrix."""
+        """Inputs (N, I) of any dtype -> their product with the matrix (N, O), in the dtype of the matrix."""
         return torch.ops.mkldnn._linear_pointwise(x.to(self.blocks.dtype), self.blocks, None, "none", [], "")
 
     def silu(self, x: Tensor) -> Tensor:
-        """SiLU of the product."""
+        """SiLU of the product (N, O)."""
         return torch.ops.mkldnn._linear_pointwise(x, self.blocks, None, "swish", [], "")
 
     def product_times(self, x: Tensor, other: Tensor) -> Tensor:
-        """The product times other numbers (N, O)."""
+        """The product times `other` (N, O), elementwise."""
         return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.blocks, None, "mul")
 
     def product_plus(self, x: Tensor, other: Tensor) -> Tensor:
-        """The product plus other numbers (N, O)."""
+        """The product plus `other` (N, O)."""
         return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.blocks, None, "add")
 
 
 class PackedSwiGLU(NamedTuple):
-    """The matrices of gates and values."""
+    """The packed matrices of the gates and values of SwiGLU."""
 
     gate: PackedMatrix
     up: PackedMatrix
 
     @classmethod
     def of(cls, gate_up: Tensor) -> "PackedSwiGLU":
-        """Of a matrix (I, 2 * O), gates first."""
+        """Pack a matrix (I, 2 * O), gates first."""
         return cls(*map(PackedMatrix.of, gate_up.chunk(2, dim=1)))
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -64,8 +64,9 @@ class PackedSwiGLU(NamedTuple):
 
 @cache
 def has_operators(dtype: torch.dtype = torch.float32) -> bool:
-    """Whether torch has the operators of oneDNN that this needs, which it does not promise to keep, and the processor has
-    instructions for numbers of this type: without, nothing is packed.
+    """Whether torch has the oneDNN operators needed here, and the CPU the instructions for this dtype.
+
+    The operators are not part of torch's public API. Without them, nothing is packed.
     """
     if not torch.backends.mkldnn.is_available() or dtype not in TYPES or not all(map(torch.cpu.get_capabilities().get, TYPES[dtype])):
         return False

@@ -1,4 +1,4 @@
-"""The engine to compare others with: a full pass of the decoder for each row and step, and no state but the ids."""
+"""The reference engine: a full forward pass for each row and step, with no state but the ids."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from mmtx.sequence import Prompt
 
 
 class ReferenceEngine(Engine):
-    """Slow and plain: for tests, and to see whether an answer is the model's or an engine's fault."""
+    """Slow and simple: for tests, and to tell whether an answer is the model's or an engine's fault."""
 
     def __init__(self, decoder: Decoder):
         self.decoder = decoder

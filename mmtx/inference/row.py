@@ -1,6 +1,6 @@
-"""The engine of one row on a CPU: the step of the engine of torch in NumPy, and the best id from a `Screen`.
+"""The engine for one row on a CPU: the torch engine's decode step in NumPy, and the best id from a `Screen`.
 
-One token has so little to compute that a step costs what reading the weights and starting operations cost. Starting one
+One token needs so little computation that a step is bound by reading the weights and launching operations. Launching one
 in NumPy takes a third of the time. It works on the same memory as the torch tensors.
 
 Shapes: D width, H heads, G key-value heads, K head width, C capacity of the cache, T tokens in it, R rows of the output.
@@ -25,12 +25,11 @@ from mmtx.inference.torch_engine import ROOM, TorchEngine
 from mmtx.inference.weights import Layer, Matrix, Norm, Weights, multiply
 from mmtx.sequence import Prompt
 
-SHORT = 9216      # numbers of a head's keys up to here are read on one thread also where threads share a step
+SHORT = 9216      # elements of a head's keys up to which attention takes one thread even if threads share the step
 
 
 def prepack_weights(decoder: nn.Module) -> None:
-    """Store the matrices of the blocks so that their longer side is contiguous, which changes no value: it then is read in
-    long streams.
+    """Store the matrices of the blocks with their longer side contiguous, to be read in long streams; values do not change.
 
     Measured in fp32 for 384 -> 2048 (one core of an AMD EPYC): 26 GB/s, and 13 GB/s the other way.
     """
@@ -40,7 +39,7 @@ def prepack_weights(decoder: nn.Module) -> None:
 
 
 def _array(tensor: Tensor) -> np.ndarray:
-    """Its numbers in float32: the same memory where they are that."""
+    """A tensor as a float32 array, which shares its memory if the tensor is float32."""
     return tensor.detach().float().numpy()
 
 
@@ -59,11 +58,12 @@ class _Norm(NamedTuple):
 
 
 def _product(shared: bool, matrix: Tensor | Int8Matrix | PackedMatrix, x: np.ndarray, out: np.ndarray) -> Callable[[], object]:
-    """What puts the product of `x` (I,) and a matrix (I, O), as it is then, into `out` (O,) when it is called.
+    """A function that writes the product of `x` (I,), as it is then, and a matrix (I, O) to `out` (O,).
 
-    One thread of NumPy's (OpenBLAS) reads memory at up to twice the rate of torch's (MKL), on an AMD EPYC; on an Intel Xeon
-    they are equal. Threads of both would wait for more to do on cores that the other needs, so products that threads share
-    are torch's or, of packed matrices, oneDNN's: on two cores of that Xeon, 384 x 6, 91 ids a second with NumPy's, 294 with torch's.
+    One NumPy thread (OpenBLAS) reads memory at up to twice the rate of a torch thread (MKL) on an AMD EPYC; on an Intel Xeon
+    they are equal. Idle threads of either pool would spin on cores that the other needs, so products that threads share are
+    torch's or, for packed matrices, oneDNN's: on two cores of that Xeon, width 384 and 6 blocks, 91 ids a second with NumPy's,
+    294 with torch's.
     """
     if not isinstance(matrix, Tensor):
         return partial(multiply, torch.from_numpy(x)[None], matrix, torch.from_numpy(out)[None])
@@ -73,7 +73,7 @@ def _product(shared: bool, matrix: Tensor | Int8Matrix | PackedMatrix, x: np.nda
 
 
 def _swiglu(shared: bool, gate_up: Matrix | PackedSwiGLU, b: "_Buffers") -> Callable[[], object]:
-    """What puts up * silu(gate) of the normed token into `b.inner` when it is called."""
+    """A function that writes up * silu(gate) of the normed token to `b.inner`."""
     if isinstance(gate_up, PackedSwiGLU):
         x, out = torch.from_numpy(b.normed)[None], torch.from_numpy(b.inner)[None]
         return lambda: out.copy_(gate_up(x))
@@ -91,7 +91,7 @@ def _swiglu(shared: bool, gate_up: Matrix | PackedSwiGLU, b: "_Buffers") -> Call
 
 
 class _Buffers:
-    """Where the operations put what they make, and the views of it that they need."""
+    """Preallocated results of the operations, and views of them."""
 
     def __init__(self, config: DecoderConfig):
         c, half, turning = config, config.head_dim // 2, config.heads + config.kv_heads
@@ -113,15 +113,16 @@ class _Buffers:
 
 
 class _Layer(NamedTuple):
-    """One block: its weights, with matrices as their products, and what it does around attention. The one place here that
-    knows the kind of the block.
+    """One block: its weights, with matrices as functions that multiply by them, and its computation around attention.
+
+    The only place here that knows its architecture.
     """
 
     attention_norm: _Norm
     qkv: Callable[[], object]
     qkv_bias: np.ndarray | None
-    head_norm: _Norm | None # weight (H + G, K), that of queries over sqrt(K)
-    head_scale: np.ndarray  # (H + G, 1): what queries are divided by where there is no norm
+    head_norm: _Norm | None # weight (H + G, K), divided by sqrt(K) for queries
+    head_scale: np.ndarray  # (H + G, 1): factor without a norm, 1 / sqrt(K) for queries, 1 for keys
     out: Callable[[], object]
     feed_forward_norm: _Norm
     swiglu: Callable[[], object]
@@ -141,7 +142,7 @@ class _Layer(NamedTuple):
             product(layer.down, b.inner, b.added))
 
     def project(self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray, b: _Buffers) -> None:
-        """A token (D,) and its angles (2, K / 2) -> query, key and value in the buffers."""
+        """A token (D,), cosines and sines of its angles (2, K / 2) -> query, key and value in the buffers."""
         self.attention_norm(x, b.normed)
         self.qkv()
         if self.qkv_bias is not None:
@@ -160,7 +161,7 @@ class _Layer(NamedTuple):
         b.turned += b.swapped
 
     def finish(self, x: np.ndarray, b: _Buffers) -> None:
-        """A token (D,), and what its heads found in the buffers -> the token for the next layer, in place."""
+        """A token (D,), with its attention output in the buffers -> the token for the next layer, in place."""
         self.out()
         x += b.added
         self.feed_forward_norm(x, b.normed)
@@ -178,7 +179,7 @@ class _Slots(NamedTuple):
     value_array: np.ndarray
 
     def attend(self, slot: int, b: _Buffers, shared: bool) -> None:
-        """Write key and value of the buffers to a slot, and look at all up to it: query -> what the heads found."""
+        """Write key and value of the buffers to a slot, and the query's attention over all slots up to it to the buffers."""
         self.key_array[:, slot], self.value_array[:, slot] = b.key, b.value
         if not shared or (slot + 1) * b.key.shape[1] <= SHORT:
             keys, values = self.key_array[:, None, :slot + 1], self.value_array[:, None, :slot + 1]  # (G, 1, T, K)
@@ -190,20 +191,21 @@ class _Slots(NamedTuple):
 
 
 class RowEngine(TorchEngine):
-    """One row on a CPU, in float32 but for the matrices, which may be in bfloat16 or in 8 bits. Prompts are read by the engine
-    of torch.
+    """One row on a CPU, in float32 except for the matrices, which may be in bfloat16 or 8 bits.
+
+    Prefill is the torch engine's.
     """
 
     @staticmethod
     def fits(weights: Weights) -> bool:
-        """Whether it can go on with a row of a decoder with these weights."""
+        """Whether it supports a decoder with these weights."""
         dtype = weights.output.dtype
         packed = dtype == torch.bfloat16 and (weights.packed is not None or weights.in_8_bits)
         return weights.output.device.type == "cpu" and (packed or dtype == torch.float32)
 
     @classmethod
     def of(cls, engine: TorchEngine) -> "RowEngine":
-        """Go on where an engine is that has one row, and whose state this one takes over."""
+        """Continue for an engine that has one row, and take over its state."""
         row = cls(engine.decoder, engine.weights)
         row.cache, row.hidden = engine.cache, engine.hidden
         row._begin()
@@ -232,7 +234,7 @@ class RowEngine(TorchEngine):
         self._bind()
 
     def _bind(self) -> None:
-        """Look at the cache where it now lies."""
+        """Make views of the cache's present memory."""
         cache, half = self.cache, self.weights.config.head_dim // 2
         self.cos, self.sin = (each.numpy().reshape(-1, 2, half) for each in (cache.cos, cache.sin))
         self.slots = [_Slots(keys, values, keys[0].numpy(), values[0].numpy())

@@ -1,4 +1,4 @@
-"""Sampling: how the next id is chosen from scores, and the random numbers that choose.
+"""Sampling: how the next id is chosen from logits, and the random numbers for it.
 
 Shapes: B batch, V vocabulary.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from mmtx.errors import InputError
 
 LARGEST_SEED = 2 ** 64 - 1
-DRAWN = 64  # random numbers of a row that are drawn together
+DRAWN = 64  # random numbers of a row that are drawn at a time
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class Sampling:
     """How the next id is chosen; the names are those of the Hugging Face `generate`.
 
     Attributes:
-        temperature: 0 takes the best id (greedy), 1 samples the model's distribution.
-        top_k, top_p: keep the k best ids, or the fewest whose probabilities reach p.
-        max_new_tokens: text and sound end here; a picture that is being written is finished, so that all output parses.
-        seed: fixes the random choices of each prompt, by its place in the caller's list and whatever is answered beside it;
+        temperature: 0 takes the most likely id (greedy), 1 samples the model's distribution.
+        top_k, top_p: sample from only the k most likely ids, or from the fewest whose probabilities add up to p.
+        max_new_tokens: text and sound end after so many ids; a picture in progress is finished, so that all output parses.
+        seed: fixes the random choices of each prompt; they depend on its index in the caller's list, not on the other prompts.
             None draws new ones each time.
         guidance_scale: strength of classifier-free guidance, which makes an answer follow its prompt more closely. 1 turns it
             off, 2 to 4 are usual, 0 ignores user turns. It needs a model trained with `cond_drop_prob`, and doubles the cost.
@@ -65,7 +65,7 @@ class Sampling:
 
     @classmethod
     def of(cls, **options: Any) -> "Sampling":
-        """From options by name. Raises InputError, which names the option, on an unknown name and on a wrong value."""
+        """Make it from options by name. Raises InputError that names the option for an unknown name or a wrong value."""
         known = [field.name for field in fields(cls)]
         for name in options:
             if name not in known:
@@ -76,7 +76,7 @@ class Sampling:
 
 
 def _number(value: Any) -> float | None:
-    """A float, or None where something is no number."""
+    """The value as a float, or None if it is not a number."""
     if not isinstance(value, Real) or isinstance(value, bool):
         return None
     try:
@@ -86,15 +86,15 @@ def _number(value: Any) -> float | None:
 
 
 def _whole(value: Any) -> int | None:
-    """An int, or None where something is no whole number."""
+    """The value as an int, or None if it is not a whole number."""
     return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
 
 
 class Draws:
-    """Random numbers in (0, 1], one for each row and step: of the seed, the place of the row and the step alone.
+    """Random numbers in (0, 1], one per row and step, which depend only on the seed, the place of the row and the step.
 
-    So an answer is the same in any batch, in any order, and whichever rows beside it have ended, but where a number lies so near the
-    edge of an id's share that rounding decides.
+    So an answer is the same in any batch, in any order, and whichever other rows have ended, unless a number is so close to the
+    boundary between two ids that rounding decides.
     """
 
     def __init__(self, seed: int | None, places: Sequence[int], device: torch.device):
@@ -106,7 +106,7 @@ class Draws:
         self._numbers: Tensor | None = None
 
     def next(self) -> Tensor:
-        """The numbers of a step (B,)."""
+        """The numbers of the next step (B,)."""
         if self._next == DRAWN:
             bits = np.stack([row.random_raw(DRAWN) >> np.uint64(40) for row in self._rows], axis=1)     # of 24 bits
             self._numbers = torch.from_numpy((bits + 1).astype(np.float32) / 2 ** 24).to(self._device)
@@ -115,17 +115,17 @@ class Draws:
         return self._numbers[self._next - 1]
 
     def keep(self, rows: Tensor) -> None:
-        """Only some rows from now on."""
+        """Keep only some rows."""
         self._rows = [self._rows[row] for row in rows.tolist()]
         if self._numbers is not None:
             self._numbers = self._numbers[:, rows]
 
 
 def sample(logits: Tensor, sampling: Sampling, draws: Tensor | None = None) -> Tensor:
-    """Scores (B, V), -inf where forbidden, and a random number in (0, 1] for each row (B,) -> one id a row (B,)."""
+    """Logits (B, V), -inf where forbidden, and a random number in (0, 1] per row (B,) -> one id per row (B,)."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    # Where a network overflows, scores are not finite: then all that is allowed may be drawn, and nothing else.
+    # If a network overflows, logits are not finite: then any allowed id may be drawn, but no other.
     logits = logits.float().nan_to_num(torch.finfo(torch.float32).min, neginf=-torch.inf)
     # Relative to the best: a tiny temperature must not end in inf - inf, nor a huge one in inf / inf.
     logits = (logits - logits.amax(-1, keepdim=True)) / min(max(sampling.temperature, 1e-6), 1e30)

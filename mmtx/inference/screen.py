@@ -1,4 +1,4 @@
-"""The best row of an output matrix without reading all of it: scores in 8 bits, and a bound of their error.
+"""The best row of an output matrix without reading all of it: logits from 8-bit weights, and a bound on their error.
 
 Shapes: B batch, D width, R rows of the output, n pairs of a hidden state and a row.
 """
@@ -11,29 +11,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FEW_ROWS = 4096   # output matrices up to here are read as a whole
-FEW = 512         # rows that a hidden state of a batch may leave in the mean: where there are more, all are read
-SLACK = 1e-5      # what float32 rounds away in a score, as a share of the longest that it could be
+FEW_ROWS = 4096   # output matrices of up to so many rows are read in full
+FEW = 512         # candidates per hidden state of a batch, on average; if there are more, all rows are read
+SLACK = 1e-5      # rounding error of a float32 logit, as a share of the largest that it could be
 
 
 class Screen(NamedTuple):
-    """The first rows of an output matrix in 8 bits, and the error that this makes: says which few can score best."""
+    """The first rows of an output matrix in 8 bits, with error bounds, to find the few that can have the highest logit."""
 
-    packed: Tensor        # (R, D) of int8, as oneDNN lays it out
+    packed: Tensor        # (R, D) of int8, in oneDNN's layout
     scale: Tensor         # (R,) a row is about its codes times this
     zero: Tensor          # (R,) of zeros
-    length: np.ndarray    # (R,) of what a row is about
-    error: np.ndarray     # (R,) length of what it lacks, and SLACK of its own length
+    length: np.ndarray    # (R,) norm of each quantized row
+    error: np.ndarray     # (R,) norm of its quantization error, plus SLACK times its own norm
     most: tuple[float, float]  # the largest of `error` and of `length`
 
     @staticmethod
     def pays() -> bool:
-        """Whether the processor has instructions for products of 8 bits (VNNI): with others, reading all is as fast."""
+        """Whether the CPU has instructions for 8-bit products (VNNI); without them, reading all rows is as fast."""
         return has_instructions("avx512_vnni", "avx_vnni") and has_operators()
 
     @classmethod
     def of(cls, rows: Tensor) -> "Screen":
-        """Of a matrix (R, D)."""
+        """Quantize a matrix (R, D)."""
         scale = rows.abs().amax(1, keepdim=True).clamp_min(1e-30) / 127
         codes = (rows / scale).round_()
         near = codes * scale
@@ -44,12 +44,12 @@ class Screen(NamedTuple):
                    (float(error.max()), float(length.max())))
 
     def scores(self, hidden: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
-        """About what each row scores (R,) for a hidden state (D,), and the lengths of that and of what 7 bits lack of it.
+        """Approximate logits (R,) for a hidden state (D,), and the norms of that state and of its quantization error.
 
-        With w a row, v what is here of it, h the hidden state and g what 7 bits keep of that, the score w h differs from
-        v g by no more than |w - v| |h| + |v| |h - g|.
+        With w a row, v its quantized form, h the hidden state and g its quantized form in 7 bits, the logit w h differs from
+        v g by at most |w - v| |h| + |v| |h - g|.
         """
-        # 7 bits, from 0 on: where oneDNN keeps to AVX2, it adds two products in 16 bits, which two of 255 and 127 do not fit.
+        # 7 bits, unsigned: with AVX2 alone, oneDNN adds two products in 16 bits, which would overflow with 255 * 127.
         scale = float(max(hidden.max(), -hidden.min(), 1e-30)) / 63
         codes = np.rint(hidden / scale)
         lack = hidden - codes * scale
@@ -59,26 +59,26 @@ class Screen(NamedTuple):
         return scores, (math.sqrt(hidden.dot(hidden)), math.sqrt(lack.dot(lack)))
 
     def bound(self, rows: Any, lengths: tuple[float, float]) -> Any:
-        """How far from the truth what `scores` gives of some rows may be."""
+        """Bounds on the errors of `scores` for some rows."""
         return self.error[rows] * lengths[0] + self.length[rows] * lengths[1]
 
     def candidates(self, hidden: np.ndarray, forbidden: np.ndarray) -> np.ndarray:
-        """Which rows can score best among those whose `forbidden` (R,) is 0 and not -inf."""
+        """Indices of rows that can have the highest logit, among those whose `forbidden` (R,) is 0 and not -inf."""
         scores, lengths = self.scores(hidden)
         scores += forbidden
         best = scores.argmax()
         least = scores[best] - self.bound(best, lengths)
-        # First with a bound that is that of no row, but takes no pass over them.
+        # First with one looser bound for all rows, which takes no pass over them.
         few = np.flatnonzero(scores >= least - self.most[0] * lengths[0] - self.most[1] * lengths[1])
         return few[scores[few] + self.bound(few, lengths) >= least]
 
     def best(self, rows: Tensor, hidden: Tensor, forbidden: np.ndarray) -> Tensor | None:
-        """The best of the rows (R, D) for each hidden state (B, D) among those whose `forbidden` (B, R) is 0 and not -inf, (B,).
+        """The best of the rows (R, D) for each hidden state (B, D), among those whose `forbidden` (B, R) is 0 and not -inf, (B,).
 
-        None where hidden states are not finite, or leave so many rows that all may as well be read.
+        None if hidden states are not finite, or leave so many candidates that all rows may as well be read.
         """
         hidden = hidden.float()
-        # All is in units of what a code of a hidden state stands for, so that no pass over the scores is needed for that.
+        # Everything is in units of a hidden state's quantization step, which saves scaling the scores.
         scale = hidden.abs().amax(1, keepdim=True).clamp_min_(1e-30).div_(63)
         codes = (hidden / scale).round_()
         lengths = torch.stack([torch.linalg.vector_norm(each, dim=1) for each in (hidden, hidden - codes * scale)], 1).div_(scale)
@@ -86,7 +86,7 @@ class Screen(NamedTuple):
             return None
         scores = torch.ops.onednn.qlinear_pointwise(
             codes.add_(64).to(torch.uint8), 1.0, 64, self.packed, self.scale, self.zero, None, 1.0, 0, torch.float32, "none", [], "")
-        # NumPy goes over them up to twenty times as fast as torch, which looks for places one number at a time.
+        # NumPy is up to twenty times as fast here as torch, which searches one element at a time.
         numbers, bounds, states = scores.numpy(), np.stack([self.error, self.length]), np.arange(len(hidden))
         numbers += forbidden
         places = numbers.argmax(1)
@@ -105,13 +105,13 @@ class Screen(NamedTuple):
 
 @cache
 def has_instructions(*names: str) -> bool:
-    """Whether the processor has any of these, as torch calls them."""
+    """Whether the CPU has any of these instruction sets, by torch's names for them."""
     return any(map(torch.cpu.get_capabilities().get, names))
 
 
 @cache
 def has_operators() -> bool:
-    """Whether torch has the operators of oneDNN that a screen needs, which it does not promise to keep: without them all is read."""
+    """Whether torch has the oneDNN operators of a screen, which are not public API; without them, all rows are read."""
     if not torch.backends.mkldnn.is_available():
         return False
     rows, hidden = torch.tensor([[1.0, -2.0, 3.0], [-4.0, 0.5, 6.0]]), np.array([1.0, 2.0, -1.0], np.float32)

@@ -1,4 +1,4 @@
-"""One step of a batch as a function of tensors whose shapes never change: to be captured, or compiled, as a whole.
+"""A decode step as a function of tensors of fixed shapes, to be captured or compiled as a whole.
 
 Shapes: B batch, T tokens, D width, H heads, G key-value heads, C capacity, K head width.
 """
@@ -17,7 +17,7 @@ from mmtx.model import Decoder
 
 
 def static_step(config: DecoderConfig, layers: tuple[Layer, ...], norm: Norm, x: Tensor, cache: CacheTensors) -> Tensor:
-    """Inputs of one more token a row (B, D) -> its last hidden states (B, D). The cache is changed in place."""
+    """Inputs of one more token per row (B, D) -> its final hidden states (B, D). Updates the cache in place."""
     cos, sin = (each.index_select(0, cache.positions)[:, None] for each in (cache.cos, cache.sin))
     cache.seen.index_fill_(1, cache.slot, True)
     mask = torch.zeros_like(cache.seen, dtype=x.dtype).masked_fill(~cache.seen, -torch.inf)[:, None, None]
@@ -33,9 +33,9 @@ def static_step(config: DecoderConfig, layers: tuple[Layer, ...], norm: Norm, x:
 
 def static_prompts(config: DecoderConfig, layers: tuple[Layer, ...], norm: Norm, x: Tensor, lengths: Tensor,
                    cache: CacheTensors) -> Tensor:
-    """Inputs of prompts (B, T, D), padded on the right to `lengths` (B,) -> the last hidden state of each (B, D).
+    """Inputs of prompts (B, T, D) of `lengths` (B,), padded on the right -> the final hidden state of each (B, D).
 
-    Their keys and values go into the first slots of the cache, whose other tensors are as they are to be.
+    Their keys and values go to the first slots of the cache, whose other tensors must be set already.
     """
     batch, length, _ = x.shape
     cos, sin = (each[:length].repeat(batch, 1)[:, None] for each in (cache.cos, cache.sin))           # (B*T, 1, K)
@@ -55,7 +55,7 @@ def torch_step(decoder: Decoder, weights: Weights, cache: KVCache) -> Callable[[
 
 
 def compiled_step(decoder: Decoder, weights: Weights, cache: KVCache, backend: str = "inductor") -> Callable[[Tensor], Tensor]:
-    """The same through torch.compile, which takes a minute for a shape."""
+    """`torch_step` through torch.compile, which takes a minute per shape."""
     tensors = cache.tensors()
     options: dict | None = {"coordinate_descent_tuning": True} if backend == "inductor" else None
     run = torch.compile(static_step, fullgraph=True, dynamic=False, backend=backend, options=options)

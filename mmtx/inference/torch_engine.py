@@ -1,7 +1,7 @@
-"""The engine of torch: the network of `Decoder.forward` once more, with a cache: prompts, then one id a row at a time.
+"""The torch engine: the network of `Decoder.forward` with a KV cache, for prompts, then one id per row at a time.
 
-One slot of the cache is for all rows, all state lies in tensors on the device and is changed in place, and on a GPU no
-shape changes from step to step but where the cache grows.
+All rows write to the same slot of the cache, all state is in tensors on the device and updated in place, and on a GPU shapes
+change only when the cache grows.
 
 Shapes: B batch, T tokens, D width, H heads, G key-value heads, K head width.
 """
@@ -20,30 +20,30 @@ from mmtx.inference.weights import Scratch, Weights
 from mmtx.model import Decoder
 from mmtx.sequence import Prompt
 
-TOKENS = 1024  # that go through the layers together on a CPU
-ROOM = 128  # slots for new ids that a cache starts with
+TOKENS = 1024  # in one pass through the layers on a CPU
+ROOM = 128  # slots for new ids in a new cache
 
 
 class TorchEngine(Engine):
     """Any number of rows on any device."""
 
     def __init__(self, decoder: Decoder, weights: Weights, single_row: Callable[["TorchEngine"], Engine] | None = None):
-        """`single_row` makes the engine that goes on with the last row of a batch; by default it is this one."""
+        """`single_row` makes the engine that continues with the last row of a batch; by default it is this one."""
         self.decoder, self.weights, self.single_row = decoder, weights, single_row
         self.static = weights.output.is_cuda
         self._allowed: Tensor | None = None
 
     def prefill(self, prompts: Sequence[Prompt], room: int = ROOM) -> None:
-        """Begin with prompts, and with `room` for more ids before the cache grows.
+        """Start with prompts, and with `room` for more ids before the cache grows.
 
-        They are padded on the right. Padding is never seen: each row gets what it would get alone.
+        Prompts are padded on the right. Padding is masked, so each row gets what it would get alone.
         """
         weights, (ids, lengths, features) = self.weights, pad(prompts, self.weights.output.device)
         x = self.decoder.embed(ids, features)
         batch, length, _ = x.shape
         self._make_cache(lengths, length, length + room, x)
         self.scratch = Scratch.of(weights.config, batch, x)
-        # A few rows at a time go through all layers, so that what the operations make stays in the cache of a CPU.
+        # A few rows at a time go through all layers, so that activations stay in the cache of a CPU.
         size = batch if self.static else TOKENS // length
         scratch = Scratch.of(weights.config, min(batch, size) * length or TOKENS, x)
         self.hidden = torch.cat([self._prefill(x[first:first + size], lengths[first:first + size], first, scratch)
@@ -51,11 +51,11 @@ class TorchEngine(Engine):
                                 [self._prefill_long(x[row], int(lengths[row]), row, scratch) for row in range(batch)])
 
     def _make_cache(self, lengths: Tensor, used: int, capacity: int, like: Tensor) -> None:
-        """An empty cache for prompts of `lengths` (B,), of which the longest takes `used` slots."""
+        """Make an empty cache for prompts of `lengths` (B,), the longest of which takes `used` slots."""
         self.cache = KVCache.of(self.weights.config, lengths, used, capacity, like, kept(like))
 
     def _prefill(self, x: Tensor, lengths: Tensor, first: int, scratch: Scratch) -> Tensor:
-        """Feed inputs of the cache's rows from the `first` on -> the last hidden state of each."""
+        """Prefill rows of the cache, from the `first` on, with inputs (B, T, D) -> the final hidden state of each."""
         weights, cache, (batch, length, _) = self.weights, self.cache, x.shape
         scratch, chosen = scratch.keep(batch * length), slice(first, first + batch)
         cos, sin = (each[:length, None].repeat(batch, 1, 1) for each in (cache.cos, cache.sin))    # (B*T, 1, K)
@@ -69,7 +69,7 @@ class TorchEngine(Engine):
             layer.project(x, cos, sin, scratch)
             keys[chosen, :, :length], values[chosen, :, :length] = key, value
             if layer is layers[-1]:
-                # Nobody reads the other tokens any more.
+                # Only the last token of each row is needed from here.
                 x, scratch = x[last], self.scratch.keep(batch)
                 y = attend(query[rows, :, lengths - 1], key, value, self._mask(cache.seen[chosen, :length]))
             else:
@@ -80,10 +80,10 @@ class TorchEngine(Engine):
         return weights.norm(x, scratch.length, torch.empty_like(x))
 
     def _prefill_long(self, x: Tensor, length: int, row: int, scratch: Scratch) -> Tensor:
-        """Feed inputs (T, D) of one row of the cache, which are changed, up to its `length` -> its last hidden state (1, D).
+        """Prefill one row of the cache with inputs (T, D), overwriting them, up to its `length` -> its final hidden state (1, D).
 
-        Of all tokens are held: inputs, queries and what attention found. The rest is made of TOKENS at a time: it takes three times
-        the memory of these and the cache of the starter model together.
+        Inputs, queries and attention outputs are held for all tokens. The rest is computed for TOKENS at a time: with the starter
+        model it would take three times the memory of these and the cache together.
         """
         weights, (cos, sin) = self.weights, (each[:, None] for each in (self.cache.cos, self.cache.sin))   # (C, 1, K)
         x, pieces = x[:length], [slice(first, min(first + TOKENS, length)) for first in range(0, length, TOKENS)]
@@ -114,10 +114,10 @@ class TorchEngine(Engine):
         s, x = self.scratch, self.decoder.embedding(ids)
         cos, sin = (each.index_select(0, cache.positions)[:, None] for each in (cache.cos, cache.sin))
         cache.seen.index_fill_(1, cache.slot, True)
-        # Where shapes stay as they are, masked slots are read. One row, too, has padding where it comes out of a batch.
+        # With static shapes, masked slots are read. Even a single row has padding if it is left from a batch.
         span = cache.capacity if self.static else cache.used + 1
         slot = cache.used
-        mask = self._mask(cache.seen[:, :span])  # else made in each layer
+        mask = self._mask(cache.seen[:, :span])  # once for all layers
         for layer, keys, values in zip(weights.batch_layers, cache.keys, cache.values, strict=True):
             layer.project(x, cos, sin, s)
             keys[:, :, slot], values[:, :, slot] = s.key, s.value
@@ -128,7 +128,7 @@ class TorchEngine(Engine):
         self.hidden = weights.norm(x, s.length, torch.empty_like(x))
 
     def _mask(self, seen: Tensor) -> Tensor:
-        """What is added to scores (B, 1, 1, T), of slots that hold a token of the row (B, T)."""
+        """The additive mask (B, 1, 1, T) for slots that hold a token of the row, `seen` (B, T)."""
         return torch.zeros_like(seen, dtype=self.cache.keys[0].dtype).masked_fill_(~seen, -torch.inf)[:, None, None]
 
     def scores(self, first: int | None = None) -> Tensor:
@@ -142,7 +142,7 @@ class TorchEngine(Engine):
         return super().best(allowed) if found is None else found
 
     def _forbidden(self, allowed: Tensor) -> np.ndarray:
-        """0 where allowed, -inf elsewhere: made anew only where another tensor is given."""
+        """0 where allowed, -inf elsewhere; cached for as long as the same tensor is passed."""
         if allowed is not self._allowed:
             self._allowed, self._forbids = allowed, np.where(allowed.numpy(), np.float32(0), np.float32(-np.inf))
         return self._forbids

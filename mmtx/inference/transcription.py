@@ -1,6 +1,6 @@
-"""Transcripts: CTC says what may have been said, and the decoder how well each of it reads (attention rescoring).
+"""Transcripts: CTC proposes strings, and the decoder rescores them (attention rescoring).
 
-The decoder alone writes what is likely to be said, and may leave the sound; CTC alone (`mmtx/ctc.py`) hears each step, and knows no
+The decoder alone writes likely text, but may drift away from the sound; CTC alone (`mmtx/ctc.py`) hears every step, but knows no
 words. So the best strings of CTC, by prefix beam search (Hannun et al. 2014, https://arxiv.org/abs/1408.2873), and the decoder's own
 answer are scored by both, and the sum decides, as in WeNet (Yao et al. 2021, https://arxiv.org/abs/2102.01547).
 
@@ -25,43 +25,43 @@ from mmtx.model import Decoder, rotary_embedding
 from mmtx.sequence import Prompt
 from mmtx.vocabulary import Vocabulary
 
-# Strings of CTC. With 8 / 24 / 48 of them demos/speech, after its first run, had 0.166 / 0.152 / 0.155, 0.485 / 0.471 / 0.465 and
-# 0.332 / 0.317 / 0.314 of the characters wrong of the first 60 sounds of each test of speech, in 0.6, 1 and 1.9 of the time.
+# Strings of CTC. With 8 / 24 / 48 of them, demos/speech, after its first run, had character error rates of 0.166 / 0.152 / 0.155,
+# 0.485 / 0.471 / 0.465 and 0.332 / 0.317 / 0.314 on the first 60 sounds of each speech test, in relative times of 0.6, 1 and 1.9.
 BEAM = 24
-LEAST = np.log(1e-3)  # probability of a piece below which no string has it at that step; 1e-4 took longer and found no other
-PAUSE = 0.1           # seconds that are quiet together
+LEAST = np.log(1e-3)  # of a piece's probability, below which no string is extended by it; 1e-4 took longer and found no others
+PAUSE = 0.1           # seconds over which a pause is measured
 MOMENT = 0.025        # seconds, long enough for the lowest voice
-NOISE = 0.1           # share of the moments of a sound that are taken for noise
-ABOVE = 4.0           # times as strong as noise is what somebody says,
-QUIET = 1e-4, 0.03    # if it is within these shares of the strength of the loudest moment
+NOISE = 0.1           # quantile of the power of a sound's moments that counts as its noise
+ABOVE = 4.0           # least power of speech, relative to noise,
+QUIET = 1e-4, 0.03    # clamped to these shares of the power of the loudest moment
 MARGIN = 0.1          # seconds around speech: words begin and end more quietly
 
-Pieces = tuple[int, ...]  # of text, as the tokenizer numbers them
+Pieces = tuple[int, ...]  # of text, by the tokenizer's numbers
 
 
 class Heard(NamedTuple):
-    """A prompt of one sound that a decoder has read."""
+    """The state of a decoder after prefill of a prompt with one sound."""
 
-    last: Tensor                       # (1, D) the state that the first piece is chosen from
+    last: Tensor                       # (1, D) hidden state that predicts the first piece
     scores: Tensor                     # (S, 1 + V) log-probabilities of CTC
-    past: list[tuple[Tensor, Tensor]]  # of each block keys and values (1, T, G, K)
+    past: list[tuple[Tensor, Tensor]]  # keys and values (1, T, G, K) of each block
 
 
 @torch.inference_mode()
 def transcribe(decoder: Decoder, vocabulary: Vocabulary, text: Tokenizer, prompt: Prompt, answer: str) -> str:
-    """What is said in the sound that a prompt ends with: `answer`, which is the decoder's own, or what reads better."""
+    """The transcript of the sound that a prompt ends with: `answer`, which is the decoder's own, or one with a better score."""
     heard = hear(decoder, prompt, vocabulary)
     strings = [*map(text.decode, prefix_beam_search(heard.scores.cpu().numpy())), answer]
-    # Each is scored as the tokenizer writes it, in whatever pieces it was found.
+    # Each string is scored in the pieces of the tokenizer, whatever pieces CTC found it in.
     candidates = {tuple(text.encode(string)): string for string in strings}
     sums = rescore(decoder, heard, list(candidates), vocabulary).sum(0)
     return list(candidates.values())[int(sums.argmax())]
 
 
 def cut_at_pauses(sound: Tensor, rate: int, seconds: float) -> list[Tensor]:
-    """A sound (samples,) -> pieces of at most so many seconds, one behind another, each cut where its second half is quietest.
+    """A sound (samples,) -> consecutive pieces of at most so many seconds, each cut where its second half is quietest.
 
-    What is quiet before, between and behind speech is left out, or the decoder would hear words in it: of silence there is no piece.
+    Quiet ends of pieces are left out, since the decoder would hear words in them; silence gives no piece.
     """
     if not sound.any():
         return []
@@ -78,13 +78,13 @@ def cut_at_pauses(sound: Tensor, rate: int, seconds: float) -> list[Tensor]:
 
 
 def _loudness(sound: Tensor, rate: int) -> Tensor:
-    """The mean square of each moment of a sound (samples,)."""
+    """The power (mean square) of each moment of a sound (samples,)."""
     moment = round(MOMENT * rate)
     return F.pad(sound, (0, -len(sound) % moment)).view(-1, moment).square().mean(1)
 
 
 def _without_ends(sound: Tensor, rate: int, least: float) -> Tensor:
-    """A sound (samples,) from a margin before its first moment that is as loud as `least` to a margin behind the last."""
+    """A sound (samples,) from a margin before the first moment of at least the power `least` to a margin after the last."""
     loud = (_loudness(sound, rate) >= least).nonzero()[:, 0].tolist()
     if not loud:
         return sound[:0]
@@ -93,7 +93,7 @@ def _without_ends(sound: Tensor, rate: int, least: float) -> Tensor:
 
 
 def hear(decoder: Decoder, prompt: Prompt, vocabulary: Vocabulary) -> Heard:
-    """Read a prompt that ends with a sound."""
+    """Prefill a prompt that ends with a sound."""
     ids, _, features = pad([prompt], decoder.embedding.weight.device)
     states, past = _blocks(decoder, decoder.embed(ids, features), torch.arange(ids.shape[1], device=ids.device))
     written = decoder.norm(states[decoder.config.ctc_blocks][0])
@@ -102,14 +102,14 @@ def hear(decoder: Decoder, prompt: Prompt, vocabulary: Vocabulary) -> Heard:
 
 
 def rescore(decoder: Decoder, heard: Heard, candidates: Sequence[Pieces], vocabulary: Vocabulary) -> Tensor:
-    """The log-probabilities of candidates as the answer, by the decoder and by CTC (2, C), in nats."""
+    """Log-probabilities (2, C) of the candidates as the answer, by the decoder and by CTC, in nats."""
     device, first = heard.last.device, vocabulary.range("text").start
     sizes = [len(pieces) for pieces in candidates]
     owners = torch.arange(len(sizes), device=device).repeat_interleave(torch.tensor(sizes, device=device))    # (N,)
     behind = torch.cat([torch.arange(size, device=device) for size in sizes])
     written = torch.tensor([piece for pieces in candidates for piece in pieces], dtype=torch.long, device=device)
     length = heard.past[0][0].shape[1]
-    # Each sees the prompt and what of its own candidate lies before it: the prompt is read once for all.
+    # Each token attends to the prompt and to the earlier ones of its own candidate: the prompt is read once for all.
     own = (owners[:, None] == owners) & (behind[:, None] >= behind)
     seen = torch.cat([own.new_ones(len(owners), length), own], 1)
     states, _ = _blocks(decoder, decoder.embed(written[None] + first), length + behind, seen, heard.past)
@@ -128,8 +128,8 @@ def rescore(decoder: Decoder, heard: Heard, candidates: Sequence[Pieces], vocabu
 def prefix_beam_search(scores: np.ndarray, beam: int = BEAM) -> list[Pieces]:
     """Log-probabilities of CTC (S, 1 + V) -> the most likely strings of pieces, best first.
 
-    Of each prefix it holds the log-probabilities of all ways that end in a blank and of all that end in its last piece: only behind
-    a blank is the same piece written once more.
+    For each prefix it keeps the log-probabilities of all paths that end in a blank and of all that end in its last piece: only after
+    a blank is the same piece repeated.
     """
     prefixes: dict[Pieces, tuple[float, float]] = {(): (0.0, -np.inf)}
     for step in scores.astype(np.float64):
@@ -154,9 +154,9 @@ def prefix_beam_search(scores: np.ndarray, beam: int = BEAM) -> list[Pieces]:
 
 def _blocks(decoder: Decoder, x: Tensor, positions: Tensor, seen: Tensor | None = None,
             past: Sequence[tuple[Tensor, Tensor]] = ()) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
-    """Inputs (1, T, D) through all blocks, where each sees what lies before it, or what is `seen` (T, past and T).
+    """Run inputs (1, T, D) through all blocks, with a causal mask or the mask `seen` (T, past + T).
 
-    -> The states before the first block and behind each, and of each block its keys and values (1, past and T, G, K).
+    -> The hidden states before the first block and after each, and the keys and values (1, past + T, G, K) of each block.
     """
     config = decoder.config
     angles = rotary_embedding(positions[None], config.head_dim, config.rope_theta, config.rope_scaling)

@@ -1,7 +1,7 @@
-"""The weights of a decoder as engines with a cache read them, and the network between and behind attention.
+"""A decoder's weights as engines with a KV cache read them, and the network before and after attention.
 
-At batch 1 the time of a step is that of reading the weights and of starting operations, so there are as few of these as
-can be: no modules, a norm in four operations, and every result goes to a place that was made before.
+At batch 1 a step is bound by reading the weights and launching operations, so there are as few operations as possible: no
+modules, a norm in four operations, and every result goes to a preallocated buffer.
 
 Shapes: B batch, N tokens of all rows, D width, H heads, G key-value heads, K head width, R rows of the embedding, V
 vocabulary.
@@ -22,23 +22,23 @@ from mmtx.inference.thread_tuner import ThreadTuner
 from mmtx.model import Block, Decoder
 
 Matrix = Tensor | Int8Matrix | PackedMatrix
-MANY = 64   # tokens of prompts from which on packed matrices pay: a number of tokens that is new to oneDNN costs it 2 ms
+MANY = 64   # tokens of prompts from which packed matrices pay off: oneDNN takes 2 ms for a number of tokens that is new to it
 
 
-SMALL = 200_000  # numbers of a matrix that are read in float32 in the time that starting a product of oneDNN takes, 12 microseconds
+SMALL = 200_000  # elements of a matrix that are read in float32 in the time that a oneDNN product takes to start, 12 microseconds
 
 
 def precise(like: Tensor) -> torch.dtype:
-    """The type in which lengths are computed."""
+    """The dtype in which norms are computed."""
     return torch.promote_types(like.dtype, torch.float32)
 
 
 class Norm(NamedTuple):
-    """RMSNorm over the last n numbers, as x / hypot(|x|, floor) * weight: half the operations of torch's on a CPU."""
+    """RMSNorm over the last n elements, as x / hypot(|x|, floor) * weight: half the operations of torch's on a CPU."""
 
-    weight: Tensor  # sqrt(n) times the norm's weight, float32 at least
+    weight: Tensor  # sqrt(n) times the norm's weight, in float32 or wider
     floor: Tensor   # sqrt(n * eps), ()
-    gain: Tensor    # the norm's weight as it is
+    gain: Tensor    # the norm's weight itself
     eps: float
 
     @classmethod
@@ -51,7 +51,7 @@ class Norm(NamedTuple):
         return torch.div(x, torch.hypot(length, self.floor, out=length), out=out).mul_(self.weight)
 
     def fused(self, x: Tensor) -> Tensor:
-        """The same in the one operation that GPUs have for it, or two where each head has a weight of its own."""
+        """The same in the one operation that GPUs have for it, or two if each head has a weight of its own."""
         width = self.gain.shape[-1:]
         if self.gain.dim() == 1:
             return F.rms_norm(x, width, self.gain, self.eps)
@@ -59,7 +59,7 @@ class Norm(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Where the operations on N tokens put what they make, and the views of it that they need."""
+    """Preallocated results of the operations on N tokens, and views of them."""
 
     normed: Tensor        # (N, D)
     length: Tensor        # (N, 1)
@@ -91,12 +91,12 @@ class Scratch(NamedTuple):
             turned, turned[:, :c.heads], turned[:, c.heads:], high, low, swapped, gate_up, *gate_up.chunk(2, dim=1))
 
     def keep(self, tokens: int) -> "Scratch":
-        """The scratch of fewer tokens."""
+        """The scratch for fewer tokens."""
         return Scratch(*(each[:tokens] for each in self))
 
 
 class Layer(NamedTuple):
-    """One block: its weights, and what it does around attention. The one place here that knows the kind of the block."""
+    """One block: its weights, and its computation around attention. The only place here that knows its architecture."""
 
     attention_norm: Norm
     qkv: Matrix               # (D, (H + 2G) * K)
@@ -118,17 +118,17 @@ class Layer(NamedTuple):
             feed_forward.down.weight.T)
 
     def in_8_bits(self) -> "Layer":
-        """The same with its matrices in 8 bits a weight."""
+        """The same layer with its matrices in 8 bits."""
         made: dict[str, Any] = {name: Int8Matrix.of(getattr(self, name)) for name in ("qkv", "out", "gate_up", "down")}
         return self._replace(**made)
 
     def packed(self) -> "Layer":
-        """The same with its matrices laid out for many tokens."""
+        """The same layer with its matrices packed for many tokens."""
         made: dict[str, Any] = {name: PackedMatrix.of(getattr(self, name)) for name in ("qkv", "out", "down")}
         return self._replace(gate_up=PackedSwiGLU.of(cast(Tensor, self.gate_up)), **made)
 
     def mixed(self, packed: "Layer") -> "Layer":
-        """The same with small matrices in float32, and those of `packed` for the others: what one row of bfloat16 is fastest with."""
+        """The same layer with small matrices in float32, and the others from `packed`: the fastest for one row in bfloat16."""
         made: dict[str, Any] = {}
         for name in ("qkv", "out", "gate_up", "down"):
             matrix = cast(Tensor, getattr(self, name))
@@ -136,7 +136,7 @@ class Layer(NamedTuple):
         return self._replace(**made)
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor, s: Scratch) -> None:
-        """Tokens (N, D) and their angles (N, 1, K) -> queries, keys and values in the scratch."""
+        """Tokens (N, D), cosines and sines of their angles (N, 1, K) -> queries, keys and values in the scratch."""
         multiply(self.attention_norm(x, s.length, s.normed), self.qkv, s.qkv)
         if self.qkv_bias is not None:
             s.qkv.add_(self.qkv_bias)
@@ -148,7 +148,7 @@ class Layer(NamedTuple):
         s.turned.mul_(cos).addcmul_(s.swapped, sin)
 
     def heads(self, x: Tensor, cos: Tensor, sin: Tensor, config: DecoderConfig) -> tuple[Tensor, Tensor, Tensor]:
-        """`project` in new tensors, for a GPU: queries (N, H, K), keys and values (N, G, K)."""
+        """`project` to new tensors, for a GPU: queries (N, H, K), keys and values (N, G, K)."""
         qkv = F.linear(self.attention_norm.fused(x), cast(Tensor, self.qkv).T, self.qkv_bias).unflatten(1, (-1, config.head_dim))
         raw, value = qkv.split([config.heads + config.kv_heads, config.kv_heads], dim=1)
         turning = raw if self.head_norm is None else self.head_norm.fused(raw)
@@ -157,13 +157,13 @@ class Layer(NamedTuple):
         return *turned.split([config.heads, config.kv_heads], dim=1), value
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
-        """`finish` in new tensors, for a GPU."""
+        """`finish` to a new tensor, for a GPU."""
         x = torch.addmm(x, y, cast(Tensor, self.out))
         gate, up = (self.feed_forward_norm.fused(x) @ cast(Tensor, self.gate_up)).chunk(2, dim=1)
         return torch.addmm(x, F.silu(gate) * up, cast(Tensor, self.down))
 
     def finish(self, x: Tensor, y: Tensor, s: Scratch) -> None:
-        """Tokens (N, D) and what their heads found, (N, H * K) -> tokens for the next layer, in place."""
+        """Tokens (N, D) and their attention outputs (N, H * K) -> tokens for the next layer, in place."""
         add_product(x, y, self.out)
         normed = self.feed_forward_norm(x, s.length, s.normed)
         if isinstance(self.gate_up, PackedSwiGLU):
@@ -175,14 +175,14 @@ class Layer(NamedTuple):
 
 
 def _packs(layers: tuple[Layer, ...]) -> bool:
-    """Whether their matrices are of a kind and size that are laid out a second time."""
+    """Whether the matrices of layers can be packed, and are small enough to be held twice."""
     matrices = [each for layer in layers for each in layer if isinstance(each, Tensor) and each.dim() == 2]
     return (all(each.device.type == "cpu" and has_operators(each.dtype) for each in matrices)
             and sum(each.nbytes for each in matrices) <= LARGEST)
 
 
 def multiply(x: Tensor, matrix: Matrix, out: Tensor) -> None:
-    """Put the product of numbers (N, I) and a matrix (I, O) into `out` (N, O)."""
+    """Write the product of inputs (N, I) and a matrix (I, O) to `out` (N, O)."""
     if isinstance(matrix, Tensor):
         torch.mm(x, matrix, out=out)
     else:
@@ -190,7 +190,7 @@ def multiply(x: Tensor, matrix: Matrix, out: Tensor) -> None:
 
 
 def add_product(out: Tensor, x: Tensor, matrix: Matrix) -> None:
-    """Add it to `out` instead."""
+    """Add the product of inputs (N, I) and a matrix (I, O) to `out` (N, O)."""
     if isinstance(matrix, Tensor):
         out.addmm_(x, matrix)
     elif isinstance(matrix, PackedMatrix):
@@ -200,27 +200,27 @@ def add_product(out: Tensor, x: Tensor, matrix: Matrix) -> None:
 
 
 class Weights(NamedTuple):
-    """The weights of a decoder as engines read them: views of its parameters, but for the norms and for 8 bits."""
+    """A decoder's weights as engines read them: views of its parameters, except norms and 8-bit, packed and mixed copies."""
 
     config: DecoderConfig
-    layers: tuple[Layer, ...]             # that read prompts
-    step_layers: tuple[Layer, ...]        # that write ids: the same, or in 8 bits a weight
-    packed: tuple[Layer, ...] | None      # the first, laid out for many tokens; none where that does not pay, or values may change
-    mixed: tuple[Layer, ...] | None       # that write ids of one row in bfloat16, where there are packed ones
+    layers: tuple[Layer, ...]             # for prompts
+    step_layers: tuple[Layer, ...]        # for decode steps: the same, or in 8 bits
+    packed: tuple[Layer, ...] | None      # `layers`, packed for many tokens; None if that does not pay off, or values may change
+    mixed: tuple[Layer, ...] | None       # for decode steps of one row in bfloat16, if there are packed ones
     norm: Norm
     output: Tensor                        # (R, D)
-    groups: tuple[tuple[int, ...], ...]   # sizes of runs of rows: plain ids, then the digits of each composed range
-    screens: dict[int, Screen] | None     # what `Screen` made of first rows; none where values may still change
-    step_tuner: ThreadTuner               # of single rows on a CPU
-    prompt_tuner: ThreadTuner             # of their prompts, by the token
+    groups: tuple[tuple[int, ...], ...]   # numbers of rows: plain ids, then each digit of each composed range
+    screens: dict[int, Screen] | None     # by their number of rows; None if values may still change
+    step_tuner: ThreadTuner               # for single rows on a CPU
+    prompt_tuner: ThreadTuner             # for their prompts, per token
     kept: Kept                            # caches with captured steps that read these weights, on a GPU
 
     @classmethod
     def of(cls, decoder: Decoder, fixed: bool = False, load_in_8bit: bool = False) -> "Weights":
-        """Of a decoder; `fixed` promises that its values will not change while these weights are used.
+        """The weights of a decoder; `fixed` promises that its values will not change while these are in use.
 
-        `load_in_8bit` lets ids be written with matrices of 8 bits a weight. Prompts are read, and scores made, with those of
-        the decoder: there the time is not that of reading the matrices, or a `Screen` reads 8 bits and finds the same id.
+        `load_in_8bit` uses 8-bit matrices in decode steps. Prompts and logits use the decoder's own: prefill is not bound by
+        reading the matrices, and for logits a `Screen` reads 8 bits and finds the same id.
         """
         c, table = decoder.config, decoder.output or decoder.embedding
         layers = tuple(Layer.of(block, c) for block in decoder.blocks)
@@ -239,19 +239,19 @@ class Weights(NamedTuple):
         return self.step_layers is not self.layers
 
     def layers_for(self, tokens: int) -> tuple[Layer, ...]:
-        """Those that read so many tokens of prompts."""
+        """The layers for prompts of so many tokens in all."""
         return self.packed if self.packed is not None and tokens >= MANY else self.layers
 
     @property
     def batch_layers(self) -> tuple[Layer, ...]:
-        """Those that write ids of several rows."""
+        """The layers for decode steps of several rows."""
         return self.step_layers if self.in_8_bits or self.packed is None else self.packed
 
     def row_layers(self, shared: bool) -> tuple[Layer, ...]:
-        """Those that write ids of one row, on threads that share it or on one.
+        """The layers for decode steps of one row, on threads that share it or on one.
 
-        GB/s of one core of an AMD EPYC, 640 -> 1728 in float32: NumPy 33, packed 27, torch 16; of two cores packed 36, torch
-        16. In bfloat16 packed 29, torch 7.
+        GB/s of one core of an AMD EPYC, 640 -> 1728 in float32: NumPy 33, packed 27, torch 16; of two cores: packed 36, torch
+        16. In bfloat16: packed 29, torch 7.
         """
         if self.in_8_bits or self.packed is None:
             return self.step_layers
@@ -259,11 +259,11 @@ class Weights(NamedTuple):
 
     @property
     def plain(self) -> int:
-        """How many ids, from the first, have a row of their own."""
+        """Number of leading ids that have a row of their own."""
         return self.groups[0][0]
 
     def screen(self, first: int) -> Screen | None:
-        """What finds the best of the `first` ids, where that is faster than to read their rows, all of them."""
+        """A `Screen` for the `first` ids, None if reading all their rows is as fast."""
         if self.screens is None or not FEW_ROWS < first <= self.plain or not Screen.pays():
             return None
         if first not in self.screens:
@@ -271,9 +271,9 @@ class Weights(NamedTuple):
         return self.screens[first]
 
     def scores(self, hidden: Tensor, first: int | None = None) -> Tensor:
-        """Hidden states (B, D) -> scores of every id (B, V), or only of the `first`, which have rows of their own.
+        """Hidden states (B, D) -> logits of every id (B, V), or only of the `first` ones if these have rows of their own.
 
-        The score of a composed id is the sum of the scores of its digits: no matrix of its range is needed.
+        The logit of a composed id is the sum of the logits of its digits, so its range needs no matrix.
         """
         hidden = hidden.to(self.output.dtype)
         plain, ranges = self.plain, self.groups[1:]

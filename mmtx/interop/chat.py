@@ -9,13 +9,13 @@ from mmtx.errors import InputError
 from mmtx.modality.base import ChatFormat
 from mmtx.modality.pretrained_text import PretrainedText
 
-FIRST, SECOND, THIRD = "Alpha", "Beta", "Gamma"  # stand for what is said
+FIRST, SECOND, THIRD = "Alpha", "Beta", "Gamma"  # stand-ins for the messages
 
 
 def chat_format_of(tokenizer: PretrainedText, where: Any) -> ChatFormat | None:
-    """How the chat template of a tokenizer writes turns; None without a template.
+    """The chat format of a tokenizer's chat template; None without a template.
 
-    Raises InputError where it says more about a turn than its role, so that turns cannot be written one by one.
+    Raises InputError if a turn depends on more than its role, so that turns cannot be written one by one.
     """
     if not tokenizer.chat_template:
         return None
@@ -26,7 +26,7 @@ def chat_format_of(tokenizer: PretrainedText, where: Any) -> ChatFormat | None:
         middle, rest = rest.split(SECOND)
         after, tail = rest.split(THIRD)
         opening = common_end(head, after)
-        # What ends a user's turn begins both what is between the turns, and what follows the last of them.
+        # What follows the first user turn and what follows the last both start with the end of a user turn.
         close = common_start(middle, after)
         user, assistant = after[len(close):], middle[len(close):]
         told = head.endswith(user) and tail == close + assistant and one == head + FIRST + tail and bool(opening)
@@ -45,7 +45,7 @@ def chat_format_of(tokenizer: PretrainedText, where: Any) -> ChatFormat | None:
 
 
 def render(tokenizer: PretrainedText, said: list[tuple[str, str]], where: Any) -> str:
-    """What the template makes of a conversation, with the opening of an answer, as transformers does it."""
+    """Render a conversation with the template, up to the opening of an answer, as transformers does."""
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
@@ -55,14 +55,14 @@ def render(tokenizer: PretrainedText, said: list[tuple[str, str]], where: Any) -
     try:
         return environment.from_string(tokenizer.chat_template).render(
             messages=messages, add_generation_prompt=True, **tokenizer.specials)
-    except (TemplateError, TypeError, ValueError) as error:
+    except Exception as error:  # a template is third-party code
         raise InputError(f"{where}: its chat template fails ({' '.join(str(error).split())[:80]})") from None
 
 
 def common_start(a: str, b: str) -> str:
-    """The longest text that both begin with, cut before the last special token that only one of them may go on with."""
+    """The longest common prefix, cut before the last special token, which may continue in different ways."""
     n = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-    # The openings of both roles share a beginning ("<|im_start|>"), which is not part of the end.
+    # The openings of both roles start with the same token ("<|im_start|>"), which is not part of the end of a turn.
     at = a[:n].rfind("<")
     return a[:n] if at <= 0 else a[:at]
 

@@ -1,5 +1,6 @@
-"""A pretrained language model as the start of a model of ours: its vocabulary grown by specials and codes of media."""
+"""A pretrained language model as the start of an mmtx model: special tokens and codes of media extend its vocabulary."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from mmtx.config import CodeRange, DecoderConfig
 from mmtx.errors import InputError
-from mmtx.files import CONFIG, find_shipped, read_bytes, read_json
+from mmtx.files import CONFIG, find_shipped, open_regular, read_json, read_text
 from mmtx.hub import find_model
 from mmtx.interop.chat import chat_format_of
 from mmtx.interop.families import read_settings, read_weights
@@ -26,22 +27,24 @@ from mmtx.vocabulary import Vocabulary
 from mmtx.weights import PICKLES
 
 INDEX = "model.safetensors.index.json"
-NOISE = 0.1  # of new rows around the mean of those of text, in their standard deviations
+NOISE = 0.1  # of new rows around the mean of the text rows, in standard deviations of these
 
 
 def convert(source: str | Path, media: Mapping[str, str | Path] | None = None, seed: int = 0) -> Model:
-    """A pretrained language model with ids for media.
+    """Make a model with ids for media from a pretrained language model.
 
     Args:
         source: a folder of transformers, a GGUF file, or the name of a model on the Hugging Face hub ("user/model").
         media: folders of tokenizers by kind, "image" and "audio".
-        seed: of the noise in the rows of new ids.
+        seed: for the noise in the rows of new ids.
 
     Raises:
-        InputError: a family that is not supported, a tokenizer that does not fit, tensors that are missing or of other shapes.
+        InputError: an unsupported family, a tokenizer that does not fit, or tensors that are missing or have other shapes.
     """
     path = find_model(source)
     gguf = path.suffix == ".gguf"
+    if not gguf and path.is_file():
+        raise InputError(f"{path}: found a file, expected a folder of transformers, or a file whose name ends in .gguf")
     config, found, text = read_gguf(path) if gguf else read_folder(path)
     text = PretrainedText(text.content, text.size, chat_format_of(text, path), text.chat_template, text.specials, path)
     state = read_weights(config, found, path, gguf)
@@ -69,31 +72,30 @@ def read_folder(folder: Path) -> tuple[DecoderConfig, dict[str, Tensor], Pretrai
         names = sorted(set(weights.values()))
     found: dict[str, Tensor] = {}
     for name in names:
-        if not (folder / name).exists():
-            pickle = next((p for p in PICKLES if (folder / p).exists()), None)
-            raise InputError(f"{folder / name}: no such file" + (f"; found {pickle}, a pickle, which is code and is not read"
-                                                                 if pickle else ""))
+        if not os.path.lexists(folder / name) and (pickle := next((p for p in PICKLES if (folder / p).exists()), None)):
+            raise InputError(f"{folder / name}: no such file; found {pickle}, a pickle, which is code and is not read")
+        os.close(open_regular(folder / name))  # the library would wait forever for a pipe
         try:
             found |= safetensors.torch.load_file(folder / name)
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise InputError(f"{folder / name}: not a safetensors file ({str(error)[:80]})") from None
-    template = read_bytes(folder / TEMPLATE, MOST_BYTES).decode() if (folder / TEMPLATE).exists() else ""
+    template = read_text(folder / TEMPLATE, MOST_BYTES) if (folder / TEMPLATE).exists() else ""
     if not template and (path := folder / "tokenizer_config.json").exists():
         said = read_json(path)
         template = said.get("chat_template") or "" if isinstance(said, dict) else ""
     if not isinstance(template, str):
         raise InputError(f"{folder}: found several chat templates, expected one, as {TEMPLATE}")
-    content = read_bytes(folder / TOKENIZER, MOST_BYTES).decode()
+    content = read_text(folder / TOKENIZER, MOST_BYTES)
     text = PretrainedText(content, config.vocabulary_size, None, template, read_specials(folder), folder / TOKENIZER)
     return config, found, text
 
 
 def grow(config: DecoderConfig, state: Mapping[str, Tensor], vocabulary: Vocabulary, text: PretrainedText,
          seed: int) -> Decoder:
-    """The decoder with rows for all ids of a vocabulary: those of text as they are, new ones near the mean of these.
+    """The decoder with embedding rows for all ids of a vocabulary: text rows unchanged, new ones near the mean of these.
 
-    A new id then is as likely as the mean of the others, and takes little from them. The rows of the digits of composed
-    ids add up to that mean.
+    A new id then is as likely as the mean of the others, and takes little probability from them. The digit rows of composed ids add
+    up to that mean.
     """
     ranges = tuple(CodeRange(vocabulary.range(kind).start, levels) for kind in vocabulary.kinds
                    if (levels := vocabulary.levels(kind)))

@@ -1,8 +1,9 @@
-"""A model of ours for engines that exist: a folder of transformers (vLLM and others read it too), or GGUF for llama.cpp."""
+"""Export of a model to other inference engines: a folder of transformers (also read by vLLM and others), or GGUF for llama.cpp."""
 
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,27 +17,27 @@ from mmtx.modality.pretrained_text import TEMPLATE, TOKENIZER, PretrainedText
 from mmtx.modality.text import BYTE, SPACE, UNKNOWN, TextTokenizer
 from mmtx.pipeline import Model
 
-MAX_SEQ_LEN = 8192  # tokens that an engine is told to make room for
+MAX_SEQ_LEN = 8192  # context length in tokens, from which engines allocate memory
 TAGS = ("{{ '<bos>' }}{% for message in messages %}{{ '<user>' if message['role'] == 'user' else '<assistant>' }}"
         "{{ message['content'] }}{{ '<end>' }}{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}")
 
 
 def export(model: Model, to: str, output: str | Path, max_seq_len: int = MAX_SEQ_LEN) -> list[str]:
-    """Write a model for an engine -> what the engine cannot do with it, a sentence each.
+    """Write a model for an engine -> what the engine cannot do with it, one sentence each.
 
     Args:
-        model: any model; ids that are composed of digits become rows of their own.
+        model: any model; ids composed of digits get rows of their own.
         to: "transformers", a folder, or "gguf", a file in float32.
         output: a new folder or file.
-        max_seq_len: the longest stream in tokens that engines make room for.
+        max_seq_len: context length in tokens, from which engines allocate memory.
 
     Raises:
-        InputError: an output that exists, or a decoder or text tokenizer that the format has no words for.
+        InputError: an output that exists, or a decoder or text tokenizer that the format cannot express.
     """
     if to not in ("transformers", "gguf"):
         raise InputError(f"--to: found {to!r}, expected transformers or gguf")
     output = user_path(output)
-    if output.exists():
+    if os.path.exists(output):  # also False for names that are not valid
         raise InputError(f"{output}: exists, expected a new {'folder' if to == 'transformers' else 'file'}")
     text, v = model.tokenizers["text"], model.vocabulary
     template = text.chat_template if isinstance(text, PretrainedText) and v.chat_format is not None else TAGS
@@ -56,32 +57,33 @@ def export(model: Model, to: str, output: str | Path, max_seq_len: int = MAX_SEQ
         except OSError as error:
             raise InputError(f"{output}: cannot be written ({error.strerror})") from None
         finally:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink()
     return cannot(model)
 
 
 def cannot(model: Model) -> list[str]:
-    """What an engine that knows ids only cannot do with a model."""
+    """What an engine that processes only ids cannot do with a model, one sentence each."""
     kinds = list(model.decoder.config.features)
     return [f"{' and '.join(kinds)} given to this model enter as continuous features, which no engine computes: it answers text and "
             "writes codes; one that reads media too takes a model trained with continuous_inputs: false"] if kinds else []
 
 
 def name_of(model: Model, ident: int) -> str:
-    """The name of an id that is no piece of text; no two have the same."""
+    """A unique name for an id that is not a piece of text."""
     name = model.vocabulary.name(ident)
     return name if name.startswith("<") else f"<{name}>"
 
 
 def begin_of(model: Model) -> int:
-    """What a chat template calls bos_token: that of the pretrained model, where it has one."""
+    """The id that a chat template calls bos_token: that of the pretrained model, if it has one, else <bos>."""
     text = model.tokenizers["text"]
     known = text.id(text.specials["bos_token"]) if isinstance(text, PretrainedText) and "bos_token" in text.specials else None
     return model.vocabulary.bos if known is None else known
 
 
 def text_content(model: Model) -> dict[str, Any]:
-    """tokenizer.json with names for all ids."""
+    """The content of tokenizer.json, with names for all ids."""
     text, size = model.tokenizers["text"], model.vocabulary.size
     content = json.loads(text.content) if isinstance(text, PretrainedText) else _of_sentencepiece(cast(TextTokenizer, text))
     known = {*content["model"]["vocab"].values(), *(token["id"] for token in content["added_tokens"])}
@@ -92,7 +94,7 @@ def text_content(model: Model) -> dict[str, Any]:
 
 
 def _of_sentencepiece(text: TextTokenizer) -> dict[str, Any]:
-    """The same pieces and merges as tokenizer.json has them. A piece that is merged earlier has a higher score."""
+    """The pieces and merges in the form of tokenizer.json. Pieces that are merged earlier have higher scores."""
     vocabulary = {text.piece(ident): ident for ident in range(text.size)}
     normal = {piece: ident for piece, ident in vocabulary.items() if not text._model.is_byte(ident)
               and not text._model.is_unknown(ident) and not text._model.is_control(ident)}
@@ -110,7 +112,7 @@ def _of_sentencepiece(text: TextTokenizer) -> dict[str, Any]:
 
 
 def pieces_of(model: Model, content: dict[str, Any]) -> list[tuple[str, int]]:
-    """Text and type in GGUF of every id."""
+    """The text and the GGUF type of every id."""
     text = model.tokenizers["text"]
     pieces = [("", UNUSED)] * model.vocabulary.size
     for piece, ident in content["model"]["vocab"].items():

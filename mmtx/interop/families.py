@@ -1,4 +1,4 @@
-"""The families of pretrained language models: how each is the decoder with other options, and what its tensors are called.
+"""The families of pretrained language models: the decoder's options that give each, and the names of its tensors.
 
 Shapes: D width, H heads, G key-value heads, K head width, R rows of an embedding.
 """
@@ -14,18 +14,18 @@ from mmtx.config import DecoderConfig, RopeScaling
 from mmtx.embedding import TokenEmbedding
 from mmtx.errors import InputError
 from mmtx.model import Decoder
-from mmtx.schema import shown
+from mmtx.schema import WHOLE, shown
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture: its `model_type` in transformers, which is its name in GGUF too."""
+    """One architecture; `name` is its `model_type` in transformers and its architecture in GGUF."""
 
     name: str
     architecture: str   # class in transformers
     qk_norm: bool
     qkv_bias: bool
-    interleaved: bool   # GGUF holds query and key rows for rotary pairs that are neighbours
+    interleaved: bool   # GGUF stores query and key rows such that rotary pairs are adjacent
 
 
 FAMILIES = {family.name: family for family in (
@@ -34,7 +34,7 @@ FAMILIES = {family.name: family for family in (
     Family("qwen3", "Qwen3ForCausalLM", qk_norm=True, qkv_bias=False, interleaved=False),
 )}
 
-# (name in the decoder, part of a fused projection, name in transformers, name in GGUF), outside of the blocks and in one
+# (name in the decoder, part of a fused projection, name in transformers, name in GGUF), outside of blocks and in each block
 OUTSIDE = (("embedding", None, "model.embed_tokens", "token_embd"), ("norm", None, "model.norm", "output_norm"),
            ("output", None, "lm_head", "output"))
 BLOCK = (
@@ -59,7 +59,7 @@ def family_named(name: Any, where: Any) -> Family:
 
 
 def family_of(config: DecoderConfig) -> Family:
-    """The family that a decoder belongs to. Raises InputError where its options are of none."""
+    """The family that a decoder belongs to. Raises InputError if its options fit none."""
     for family in FAMILIES.values():
         if (family.qk_norm, family.qkv_bias) == (config.qk_norm, config.qkv_bias):
             return family
@@ -71,13 +71,13 @@ def family_of(config: DecoderConfig) -> Family:
 
 
 def read_settings(values: Mapping[str, Any], where: Any) -> DecoderConfig:
-    """What config.json of a model of transformers says. Raises InputError for what no decoder of ours is."""
+    """Read the config.json of transformers. Raises InputError if no decoder here implements it."""
     family = family_named(values.get("model_type"), where)
 
-    def read(name: str, kind: type = int, default: Any = None) -> Any:
+    def read(name: str, kind: type = int, default: Any = None, values: Mapping[str, Any] = values) -> Any:
         value = values.get(name, default)
         value = default if value is None else value
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and abs(value) < WHOLE:
             value = float(value)
         if type(value) is not kind:
             raise InputError(f"{where}: field {name!r} is {shown(value)}, expected {kind.__name__}")
@@ -91,11 +91,13 @@ def read_settings(values: Mapping[str, Any], where: Any) -> DecoderConfig:
     if heads < 1:
         raise InputError(f"{where}: field 'num_attention_heads' is {heads}, expected 1 or more")
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"{where}: field 'rope_parameters' is {shown(rope)}, expected an object")
     try:
         return DecoderConfig(
             vocabulary_size=read("vocab_size"), width=width, depth=read("num_hidden_layers"), heads=heads,
             kv_heads=read("num_key_value_heads", default=heads), head_dim=read("head_dim", default=width // heads),
-            mlp_dim=read("intermediate_size"), rope_theta=float(rope.get("rope_theta") or read("rope_theta", float, 10_000.0)),
+            mlp_dim=read("intermediate_size"), rope_theta=read("rope_theta", float, read("rope_theta", float, 10_000.0), rope),
             norm_eps=read("rms_norm_eps", float, 1e-6), tied=read("tie_word_embeddings", bool, False),
             qk_norm=family.qk_norm, qkv_bias=family.qkv_bias, rope_scaling=_read_scaling(rope, where))
     except InputError as error:
@@ -107,14 +109,14 @@ def _read_scaling(rope: Mapping[str, Any], where: Any) -> RopeScaling | None:
     if kind in ("default", None):
         return None
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    if kind != "llama3" or not all(type(rope.get(name)) in (int, float) for name in names):
+    if kind != "llama3" or not all(type(rope.get(name)) in (int, float) and abs(rope[name]) < WHOLE for name in names):
         raise InputError(f"{where}: found RoPE scaling {shown(kind)}, expected none or llama3 with {', '.join(names)}")
     factor, low, high, length = (rope[name] for name in names)
     return RopeScaling(float(factor), float(low), float(high), int(length))
 
 
 def write_settings(config: DecoderConfig, max_seq_len: int) -> dict[str, Any]:
-    """config.json of transformers; `max_seq_len` is the longest document in tokens."""
+    """The content of config.json for transformers; `max_seq_len` is the context length in tokens."""
     family, scaling = family_of(config), config.rope_scaling
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     if scaling is not None:
@@ -132,13 +134,13 @@ def write_settings(config: DecoderConfig, max_seq_len: int) -> dict[str, Any]:
 
 
 def sizes_of(config: DecoderConfig, name: str) -> tuple[int, ...]:
-    """Rows of the parts of a fused projection."""
+    """Numbers of rows of the parts of a fused projection."""
     query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
     return (query, key, key) if name == "attention.qkv" else (config.mlp_dim, config.mlp_dim)
 
 
 def names(config: DecoderConfig, gguf: bool) -> Iterator[tuple[str, int | None, str]]:
-    """(name in the decoder, part of a fused projection, name elsewhere) of each tensor of a decoder without a grown vocabulary."""
+    """(name in the decoder, part of a fused projection, external name) of each tensor of a decoder with a plain vocabulary."""
     pick = 3 if gguf else 2
     for row in OUTSIDE:
         if row[0] != "output" or not config.tied:
@@ -153,7 +155,7 @@ def names(config: DecoderConfig, gguf: bool) -> Iterator[tuple[str, int | None, 
 
 
 def read_weights(config: DecoderConfig, found: Mapping[str, Tensor], where: Any, gguf: bool = False) -> dict[str, Tensor]:
-    """Tensors of a pretrained model -> the state of the decoder. Raises InputError for one that is missing or does not fit."""
+    """Tensors of a pretrained model -> the decoder's state dict. Raises InputError if one is missing or does not fit."""
     with torch.device("meta"):
         expected = Decoder(config).state_dict()
     parts: dict[str, list[Tensor]] = {}
@@ -167,7 +169,11 @@ def read_weights(config: DecoderConfig, found: Mapping[str, Tensor], where: Any,
         tensor = found[theirs]
         if list(tensor.shape) != shape:
             raise InputError(f"{where}: tensor {theirs} is {tuple(tensor.shape)}, expected {tuple(shape)}")
+        if not tensor.is_floating_point():
+            raise InputError(f"{where}: tensor {theirs} is {tensor.dtype}, expected floats")
         tensor = tensor.float()
+        if not tensor.isfinite().all():
+            raise InputError(f"{where}: tensor {theirs} holds values that are not finite")
         if gguf and family_of(config).interleaved and part in (0, 1) and "qkv" in ours:
             tensor = interleave(tensor, config.head_dim, back=True)
         parts.setdefault(ours, []).append(tensor)
@@ -179,7 +185,7 @@ def read_weights(config: DecoderConfig, found: Mapping[str, Tensor], where: Any,
 
 
 def write_weights(decoder: Decoder, gguf: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a decoder by their names elsewhere, composed rows written out."""
+    """The tensors of a decoder by their external names, with composed rows written out."""
     config, state = decoder.config, decoder.state_dict()
     for ours, part, theirs in names(config, gguf):
         if ours in ("embedding.weight", "output.weight"):
@@ -195,6 +201,6 @@ def write_weights(decoder: Decoder, gguf: bool = False) -> Iterator[tuple[str, T
 
 
 def interleave(rows: Tensor, head_dim: int, back: bool = False) -> Tensor:
-    """Rows (H * K, ...) of query or key heads whose rotary pairs are the halves -> neighbours, or back."""
+    """Rows (H * K, ...) of query or key heads: rotary pairs across the halves of a head -> adjacent pairs, or `back`."""
     heads = rows.unflatten(0, (-1, head_dim // 2, 2) if back else (-1, 2, head_dim // 2))
     return heads.transpose(1, 2).flatten(0, 2)

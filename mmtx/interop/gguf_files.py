@@ -1,4 +1,4 @@
-"""GGUF files of language models, read and written through the package `gguf` of llama.cpp (extra `interop`)."""
+"""GGUF files of language models, read and written with llama.cpp's package `gguf` (extra `interop`)."""
 
 import json
 import struct
@@ -17,14 +17,14 @@ from mmtx.files import require
 from mmtx.interop.families import family_named, family_of
 from mmtx.modality.pretrained_text import PretrainedText
 from mmtx.model import rotary_frequencies
-from mmtx.schema import shown
+from mmtx.schema import shown, within
 
 CONTROL, USER_DEFINED = 3, 4
 NORMAL, UNUSED = 1, 5
-# Names of pre-tokenizers in GGUF: how text is cut before pieces are merged.
+# Pre-tokenizers by their names in GGUF: the pattern that splits text before pieces are merged.
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CUTS = {"smollm": None, "gpt-2": "", "qwen2": WORDS % "", "llama-bpe": WORDS % "{1,3}"}
-LLAMA_3 = (RopeScaling(8.0), RopeScaling(32.0))  # GGUF holds the divisors only
+LLAMA_3 = (RopeScaling(8.0), RopeScaling(32.0))  # GGUF stores only the divisors
 
 
 def library() -> Any:
@@ -32,7 +32,7 @@ def library() -> Any:
 
 
 def read_gguf(path: Path) -> tuple[DecoderConfig, dict[str, Tensor], PretrainedText]:
-    """The sizes, tensors and text tokenizer of a file; tensors of few bits become float32. Raises InputError."""
+    """The sizes, tensors and text tokenizer of a file; tensors are dequantized to float32. Raises InputError."""
     gguf = library()
     try:
         reader = gguf.GGUFReader(path)
@@ -42,16 +42,23 @@ def read_gguf(path: Path) -> tuple[DecoderConfig, dict[str, Tensor], PretrainedT
     except (ValueError, KeyError, IndexError, TypeError, UnicodeDecodeError, struct.error) as error:
         raise InputError(f"{path}: not a GGUF file ({' '.join(str(error).split())[:80]})") from None
 
-    def read(name: str, default: Any = None) -> Any:
+    def read(name: str, kind: type = int, default: Any = None) -> Any:
         if (value := fields.get(name, default)) is None:
             raise InputError(f"{path}: found no field {name}, expected one")
+        value = float(value) if kind is float and type(value) is int else value
+        if type(value) is not kind:
+            raise InputError(f"{path}: field {name} is {shown(value)}, expected {kind.__name__}")
         return value
 
     family = family_named(fields.get("general.architecture"), path)
     at, shapes = f"{family.name}.", {tensor.name: tensor.shape for tensor in reader.tensors}
-    if "token_embd.weight" not in shapes:
-        raise InputError(f"{path}: found no tensor token_embd.weight, expected one")
-    heads, width = int(read(at + "attention.head_count")), int(read(at + "embedding_length"))
+    if len(shapes.get("token_embd.weight", ())) != 2:
+        raise InputError(f"{path}: found no tensor token_embd.weight of two dimensions, expected one")
+    heads, width = read(at + "attention.head_count"), read(at + "embedding_length")
+    within(f"{path}: field {at}attention.head_count", heads, 1, 2**12)
+    head_dim = read(at + "attention.key_length", default=width // heads)
+    if (turned := read(at + "rope.dimension_count", default=head_dim)) != head_dim:
+        raise InputError(f"{path}: field {at}rope.dimension_count is {turned}, expected {head_dim}, all of a head")
     if (kind := fields.get(at + "rope.scaling.type")) not in (None, "none"):
         raise InputError(f"{path}: found RoPE scaling {shown(kind)}, expected none or that of Llama 3")
     tensors: dict[str, Tensor] = {}
@@ -61,14 +68,16 @@ def read_gguf(path: Path) -> tuple[DecoderConfig, dict[str, Tensor], PretrainedT
         except NotImplementedError:
             raise InputError(f"{path}: tensor {tensor.name} is {tensor.tensor_type.name}, which cannot be read") from None
         tensors[tensor.name] = torch.from_numpy(np.array(values, np.float32))
-    config = DecoderConfig(
-        vocabulary_size=int(shapes["token_embd.weight"][1]), width=width, depth=int(read(at + "block_count")), heads=heads,
-        kv_heads=int(read(at + "attention.head_count_kv", heads)),
-        head_dim=int(read(at + "attention.key_length", width // heads)), mlp_dim=int(read(at + "feed_forward_length")),
-        rope_theta=float(read(at + "rope.freq_base", 10_000.0)),
-        # Stored as float32: the number that was meant has few digits.
-        norm_eps=float(f"{read(at + 'attention.layer_norm_rms_epsilon'):.6g}"), tied="output.weight" not in shapes,
-        qk_norm=family.qk_norm, qkv_bias=family.qkv_bias)
+    try:
+        config = DecoderConfig(
+            vocabulary_size=int(shapes["token_embd.weight"][1]), width=width, depth=read(at + "block_count"), heads=heads,
+            kv_heads=read(at + "attention.head_count_kv", default=heads), head_dim=head_dim,
+            mlp_dim=read(at + "feed_forward_length"), rope_theta=read(at + "rope.freq_base", float, 10_000.0),
+            # Stored as float32; the intended number has few digits.
+            norm_eps=float(f"{read(at + 'attention.layer_norm_rms_epsilon', float):.6g}"), tied="output.weight" not in shapes,
+            qk_norm=family.qk_norm, qkv_bias=family.qkv_bias)
+    except InputError as error:
+        raise InputError(f"{error}" if str(error).startswith(str(path)) else f"{path}: {error}") from None
     if (found := tensors.get("rope_freqs.weight")) is not None:
         config = _scaled(config, found, path)
     return config, tensors, _read_tokenizer(fields, config.vocabulary_size, path)
@@ -84,17 +93,25 @@ def _scaled(config: DecoderConfig, found: Tensor, path: Path) -> DecoderConfig:
 
 def _read_tokenizer(fields: Mapping[str, Any], size: int, path: Path) -> PretrainedText:
     model, cut = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
-    if model != "gpt2" or cut not in CUTS:
+    if model != "gpt2" or not isinstance(cut, str) or cut not in CUTS:
         raise InputError(f"{path}: found a text tokenizer {shown(model)} with {shown(cut)}, expected gpt2 with one of "
                          f"{', '.join(CUTS)}")
-    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    def read(name: str, kind: type) -> list[Any]:
+        found = fields.get(name)
+        if not isinstance(found, list) or not all(type(item) is kind for item in found):
+            raise InputError(f"{path}: field {name} is {shown(found)}, expected a list of {kind.__name__}")
+        return found
+
+    tokens, types = read("tokenizer.ggml.tokens", str), read("tokenizer.ggml.token_type", int)
+    if len(types) != len(tokens):
+        raise InputError(f"{path}: field tokenizer.ggml.token_type has {len(types)} values, expected {len(tokens)}, one a token")
     added = [{"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
               "special": kind == CONTROL} for i, (token, kind) in enumerate(zip(tokens, types))
              if kind in (CONTROL, USER_DEFINED)]
     whole = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": CUTS[cut] in (None, "")}
     before = {None: [{"type": "Digits", "individual_digits": True}], "": []}.get(CUTS[cut], [
         {"type": "Split", "pattern": {"Regex": CUTS[cut]}, "behavior": "Isolated", "invert": False}])
-    merges = [merge.split(" ", 1) for merge in fields["tokenizer.ggml.merges"]]
+    merges = [merge.split(" ", 1) for merge in read("tokenizer.ggml.merges", str)]
     content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
                "normalizer": {"type": "NFC"} if cut == "qwen2" else None,
                "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*before, whole]}, "post_processor": None,
@@ -103,17 +120,24 @@ def _read_tokenizer(fields: Mapping[str, Any], size: int, path: Path) -> Pretrai
                          "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
                          "ignore_merges": cut == "llama-bpe", "vocab": {token: i for i, token in enumerate(tokens)},
                          "merges": merges}}
-    specials = {role: tokens[fields[key]] for role, key in (("bos_token", "tokenizer.ggml.bos_token_id"),
-                                                            ("eos_token", "tokenizer.ggml.eos_token_id")) if key in fields}
-    return PretrainedText(json.dumps(content, ensure_ascii=False), size, None, fields.get("tokenizer.chat_template", ""),
-                          specials, path)
+    specials = {}
+    for role in ("bos_token", "eos_token"):
+        if (ident := fields.get(f"tokenizer.ggml.{role}_id")) is not None:
+            if type(ident) is not int or not 0 <= ident < len(tokens):
+                raise InputError(f"{path}: field tokenizer.ggml.{role}_id is {shown(ident)}, expected 0 to {len(tokens) - 1}")
+            specials[role] = tokens[ident]
+    template = fields.get("tokenizer.chat_template", "")
+    if not isinstance(template, str):
+        raise InputError(f"{path}: field tokenizer.chat_template is {shown(template)}, expected text")
+    return PretrainedText(json.dumps(content, ensure_ascii=False), size, None, template, specials, path)
 
 
 def write_gguf(path: Path, config: DecoderConfig, size: int, tensors: Iterable[tuple[str, Tensor]],
                pieces: list[tuple[str, int]], scores: list[float] | None, content: Mapping[str, Any],
                specials: Mapping[str, int], template: str, max_seq_len: int) -> None:
-    """A file that llama.cpp runs. `pieces` are text and type of each of `size` ids, `content` is tokenizer.json; pieces of
-    SentencePiece have `scores`.
+    """Write a file for llama.cpp.
+
+    `pieces` are text and type of each of `size` ids, `content` is that of tokenizer.json; SentencePiece's pieces have `scores`.
     """
     gguf, family = library(), family_of(config)
     if config.rope_scaling is not None and family.name != "llama":
@@ -159,7 +183,7 @@ def write_gguf(path: Path, config: DecoderConfig, size: int, tensors: Iterable[t
 
 
 def cut_of(content: Mapping[str, Any]) -> str:
-    """The name in GGUF of how tokenizer.json cuts text. Raises InputError for one that has none."""
+    """The GGUF name of the pre-tokenizer in tokenizer.json. Raises InputError if it has none."""
     step = content.get("pre_tokenizer") or {}
     steps = step.get("pretokenizers", [step])
     for name, cut in CUTS.items():

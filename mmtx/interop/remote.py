@@ -1,6 +1,6 @@
-"""A model whose decoder runs elsewhere, in the server of llama.cpp: here media become ids, there ids are answered with ids.
+"""A model whose decoder runs in a llama.cpp server: media become ids here, and the server answers ids with ids.
 
-The server knows no grammar, so each request says which ids it may write.
+The server has no grammar, so each request states which ids are allowed.
 """
 
 import json
@@ -26,15 +26,15 @@ from mmtx.schema import shown
 from mmtx.sequence import Prompt, read_chat_format
 from mmtx.vocabulary import Vocabulary
 
-TIMEOUT = 600  # seconds until an answer is whole
-TOGETHER = 4   # requests under way
+TIMEOUT = 600  # seconds without data from the server
+TOGETHER = 4   # concurrent requests
 MOST_BYTES = 2**26  # of an answer
 
 
 def connect(server: str, folder: str | Path | None = None) -> "RemoteModel":
-    """The model of a folder with a server that runs what `mmtx export --to gguf` made of it; its decoder is not loaded.
+    """The model of a folder whose decoder, exported with `mmtx export --to gguf`, runs in a server and is not loaded here.
 
-    Raises InputError for a server that cannot be reached, or runs a model with other ids.
+    Raises InputError if the server cannot be reached, or runs a model with another number of ids.
     """
     config, vocabulary, tokenizers, _ = read_model(folder)
     with torch.device("meta"):
@@ -50,12 +50,12 @@ def connect(server: str, folder: str | Path | None = None) -> "RemoteModel":
 
 
 class RemoteModel(Model):
-    """Captions, generates, tokenizes and detokenizes. What needs scores (`embed`, `attention`, guidance) is not for it."""
+    """Captions, generates, tokenizes and detokenizes; what needs the decoder's weights or logits raises InputError."""
 
     server: str
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The object that the server answers a request with."""
+        """The JSON object with which the server answers a request."""
         where = f"--server {self.server}"
         request = urllib.request.Request(self.server + path, None if body is None else json.dumps(body).encode(),
                                          {"Content-Type": "application/json"})
@@ -77,13 +77,19 @@ class RemoteModel(Model):
         """The whole answer, in one piece."""
         yield self.generate(parts, out, size, **sampling)
 
+    def _refused(self, *_: Any, **__: Any) -> Any:
+        raise InputError(f"--server {self.server}: answers with ids alone; expected a model that mmtx.load gives, whose weights "
+                         "are here, for scores, vectors, attention, transcripts and saving")
+
+    embed_prompt = attention = stream_ids = transcribe_documents = _files = _refused
+
     def _answer(self, prompts: Sequence[Prompt], out: str, sampling: Sampling, prefix: Sequence[int] = (),
                 first: int = 0) -> list[list[int]]:
         if sampling.guidance_scale != 1:
             raise InputError(f"guidance_scale: found {sampling.guidance_scale} with --server, expected 1: no engine has it")
         if any(span.kind in self.decoder.config.features for prompt in prompts for span in prompt.spans):
             raise InputError(f"--server: {cannot(self)[0]}")
-        # Where only one id may begin, the engine need not find it.
+        # If the first id is determined, the engine need not generate it.
         prefix = list(map(int, prefix)) or ([self.vocabulary.opening(out)] if out in self.vocabulary.media else [])
         allowed, count = self._legal(out, sampling, prefix)
         forbidden = [[ident, False] for ident in np.flatnonzero(~allowed).tolist()]
@@ -103,7 +109,7 @@ class RemoteModel(Model):
             return list(pool.map(one, range(len(prompts))))
 
     def _legal(self, out: str, sampling: Sampling, prefix: Sequence[int]) -> tuple[np.ndarray, int]:
-        """Which ids (V,) an answer may have anywhere behind its prefix, and how many are written."""
+        """Mask of the ids (V,) that an answer may contain anywhere after its prefix, and the number of ids to generate."""
         v = self.vocabulary
         state = self.grammar.start(1, out, prefix=torch.tensor([prefix]) if prefix else None)
         allowed = self.grammar.allowed(state)[0].numpy().copy()
@@ -120,7 +126,7 @@ class RemoteModel(Model):
 
 
 def finish(ids: Sequence[int], v: Vocabulary) -> list[int]:
-    """What an engine wrote, up to <end>; a medium that it left open is closed behind its last whole time step."""
+    """The ids from an engine up to <end>; a medium that is left open is closed after its last complete time step."""
     ends = {v.end, v.eos, v.pad}
     ids = list(ids[:next((i for i, ident in enumerate(ids) if ident in ends), len(ids))])
     kinds = {v.opening(kind): kind for kind in v.media}
@@ -137,7 +143,7 @@ def finish(ids: Sequence[int], v: Vocabulary) -> list[int]:
 
 
 def answer_in(ids: Sequence[int], v: Vocabulary) -> list[int]:
-    """The last answer of a conversation (T,), or all of what is none, without <bos>."""
+    """The last answer in a conversation (T,) or, if that is not one, all ids without <bos>."""
     tags, kept = (np.array(ids), np.ones(len(ids), bool)) if v.chat_format is None else read_chat_format(ids, v)
     turns = np.flatnonzero((tags == v.assistant) & kept)
     if not len(turns):

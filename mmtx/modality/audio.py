@@ -1,9 +1,9 @@
 """The audio tokenizer: waveform -> log-mel spectrogram -> spectrogram patches -> codes, and back.
 
-The way back from the spectrogram to sound is a trained vocoder or, without one, Griffin-Lim.
+A trained vocoder turns spectrograms back into sound or, without one, Griffin-Lim.
 
-With `pitch`, a spectrogram has PITCHES columns more, the logits of each frame's pitch; its patches, and so the codes, say
-the pitch too.
+With `pitch`, a spectrogram has PITCHES more columns, the logits of each frame's pitch, so that its patches and codes include
+the pitch.
 
 Shapes: B batch, S samples, F frames, M mels, N = M or M + PITCHES columns of a spectrogram, t = F/patch_frames time steps,
 bands = M/patch_mels codes in a step.
@@ -31,20 +31,20 @@ from mmtx.schema import build, within
 from mmtx.weights import load_module, to_bytes
 
 FLOOR = 1e-3              # mel magnitudes below it count as silence: 70 dB under a full-scale tone
-CENTRE, SPREAD = -4.5, 2  # brings the log magnitudes of peak-normalised sound to about [-1, 3]
+CENTRE, SPREAD = -4.5, 2  # scale log magnitudes of peak-normalised sound to about [-1, 3]
 GRIFFIN_LIM_ROUNDS = 32
 GRIFFIN_LIM_MOMENTUM = 0.99
-CHUNKS = 16               # of which the spectrogram is made together: what it takes beside its result does not grow with the sound
+CHUNKS = 16               # whose spectrogram is computed at a time, so that temporary memory does not grow with the sound
 
 
 @dataclass(frozen=True)
 class AudioConfig:
     """Spectrogram, patches and network of an audio tokenizer.
 
-    `rate` in Hz, `window` and `hop` in samples, `low` and `high` in Hz bound the mel bands. A patch spans
-    `patch_frames` frames and `patch_mels` mel bands. The network sees `chunk` time steps at once and nothing beyond,
-    so sound of any length costs linear time and can be coded in pieces. `pitch` puts the pitch into the codes, for notes
-    whose neighbours look alike in mel bands.
+    `rate` is in Hz, `window` and `hop` in samples; `low` and `high` in Hz bound the mel bands. A patch spans
+    `patch_frames` frames and `patch_mels` mel bands. The network sees `chunk` time steps at once and nothing beyond, so
+    its cost is linear in the length of a sound, which can be coded in pieces. `pitch` adds the pitch to the codes, for
+    notes that look like their neighbours in mel bands.
     """
 
     rate: int = 16_000
@@ -67,14 +67,14 @@ class AudioConfig:
             raise InputError(f"mels: found {self.mels}, expected a multiple of patch_mels={self.patch_mels}")
         if not 0 <= self.low < self.high <= self.rate / 2:
             raise InputError(f"low, high: found {self.low}, {self.high}, expected 0 <= low < high <= rate / 2")
-        if self.window <= self.hop or self.window % 2:  # windows that do not overlap leave nothing where they meet
+        if self.window <= self.hop or self.window % 2:  # without overlap, sound is lost where windows meet
             raise InputError(f"window: found {self.window}, expected an even number of more than hop={self.hop}")
 
 
 class AudioTokenizer(Codec):
     """Sound, float (S,) at `rate`, to codes (t, bands), and back.
 
-    `vocoder` may be None.
+    `vocoder` may be None; it then decodes with Griffin-Lim.
     """
 
     kind = "audio"
@@ -97,7 +97,7 @@ class AudioTokenizer(Codec):
 
     def values(self) -> dict:
         values = super().values()
-        for name in self.later:  # or tokenizers made before it was an option would have another fingerprint
+        for name in self.later:  # otherwise older tokenizers would get another fingerprint
             if not values[name]:
                 del values[name]
         return values
@@ -124,12 +124,12 @@ class AudioTokenizer(Codec):
 
     @property
     def rate(self) -> int:
-        """Samples a second."""
+        """Samples per second."""
         return self.config.rate
 
     @property
     def bands(self) -> int:  # type: ignore[override]  # the contract lets it be a property
-        """Codes in one time step."""
+        """Codes per time step."""
         return self.config.mels // self.config.patch_mels
 
     @property
@@ -154,33 +154,33 @@ class AudioTokenizer(Codec):
         return difference * SPREAD * 20 / math.log(10)
 
     def spectrogram(self, waveform: Tensor) -> Tensor:
-        """Waveform (..., S) -> log-mel (..., F, N), scaled to about [-2, 2]; silence fills the last patch."""
+        """Waveform (..., S), padded with silence to whole patches -> log-mel (..., F, N), scaled to about [-2, 2]."""
         return self._columns(self._padded(waveform))
 
     def log_mel(self, waveform: Tensor) -> Tensor:
-        """Waveform (..., S) -> `spectrogram` without the pitch, (..., F, M)."""
+        """Waveform (..., S) -> its `spectrogram` without pitch columns, (..., F, M)."""
         return self._log_mel(self._padded(waveform))
 
     def mel_part(self, mel: Tensor) -> Tensor:
-        """Spectrogram (..., F, N) -> without the pitch, (..., F, M)."""
+        """Spectrogram (..., F, N) -> its mel columns, without pitch (..., F, M)."""
         return mel[..., :self.config.mels]
 
     def _padded(self, waveform: Tensor) -> Tensor:
         c = self.config
         step = c.hop * c.patch_frames
         frames = max(1, math.ceil(waveform.shape[-1] / step)) * c.patch_frames
-        # Frame i is centred on hop i: half a window of silence in front, and enough behind.
+        # Frame i is centred on sample i * hop: half a window of silence before the sound, and enough after it.
         missing = frames * c.hop - waveform.shape[-1]
         return torch.nn.functional.pad(waveform, (c.window // 2, missing + c.window // 2 - c.hop))
 
     def _columns(self, padded: Tensor) -> Tensor:
-        """Samples of whole windows (..., (F - 1) * hop + window) -> log-mel, and pitch if wanted, (..., F, N)."""
+        """Samples of whole windows (..., (F - 1) * hop + window) -> log-mel, with pitch if configured, (..., F, N)."""
         c = self.config
         mel = self._log_mel(padded)
         return torch.cat([mel, pitch_logits(padded.unfold(-1, c.window, c.hop), c.rate)], -1) if c.pitch else mel
 
     def _column_pieces(self, padded: Tensor) -> Iterator[Tensor]:
-        """`_columns` of one sound, some chunks at a time."""
+        """`_columns` of one sound, `CHUNKS` chunks at a time."""
         c = self.config
         total, frames = (len(padded) - c.window) // c.hop + 1, CHUNKS * c.chunk * c.patch_frames
         for first in range(0, total, frames):
@@ -207,13 +207,16 @@ class AudioTokenizer(Codec):
         return torch.cat([*self.vocoder.stream([self.to_log(mel)])]).cpu()
 
     def griffin_lim(self, mel: Tensor) -> Tensor:
-        """Log-mel (F, N) -> waveform (F * hop,) by Griffin-Lim (https://doi.org/10.1109/TASSP.1984.1164317), the fast form
-        of it (https://doi.org/10.1109/WASPAA.2013.6701851): torchaudio's, whose first phases are drawn for all threads.
+        """Log-mel (F, N) -> waveform (F * hop,) by fast Griffin-Lim.
+
+        Griffin and Lim (https://doi.org/10.1109/TASSP.1984.1164317), in the fast form
+        (https://doi.org/10.1109/WASPAA.2013.6701851). torchaudio's draws its initial phases from the global generator that all
+        threads share; this one does not.
         """
         c = self.config
         magnitude = self.to_log(self.mel_part(mel)).exp()
         spectrum = (magnitude @ torch.linalg.pinv(self._mel_matrix)).clamp_min(0).T       # (window/2+1, F)
-        # Silence behind a sound that is shorter than half a window, whose edges could not be mirrored.
+        # A sound shorter than half a window is padded with silence, since its edges could not be reflected.
         frames = max(mel.shape[0], c.window // (2 * c.hop) + 1)
         spectrum = torch.nn.functional.pad(spectrum, (0, frames + 1 - mel.shape[0]))
         hann, share = self.hann.cpu(), GRIFFIN_LIM_MOMENTUM / (1 + GRIFFIN_LIM_MOMENTUM)
@@ -235,7 +238,7 @@ class AudioTokenizer(Codec):
         return self.spectrogram(torch.stack(list(waveforms)))
 
     def pictures(self, batch: Tensor) -> list[Tensor]:
-        """Spectrograms as grey pictures: time to the right, low tones at the bottom."""
+        """Spectrograms as grey pictures: time to the right, low frequencies at the bottom."""
         grey = (self.mel_part(batch).clamp(-1, 3) + 1).div(4).mul(255).to(torch.uint8)
         return [item.T.flip(0).cpu().expand(3, -1, -1) for item in grey]
 
@@ -257,15 +260,15 @@ class AudioTokenizer(Codec):
 
     @neutral_steps
     def encode_stream(self, waveforms: Iterable[Tensor]) -> Iterator[np.ndarray]:
-        """One sound in pieces (S,) of any lengths, 0 included -> its codes in pieces (t, bands): those of `encode`.
+        """One sound in pieces (S,) of any lengths, including 0 -> its codes in pieces (t, bands): those of `encode`.
 
-        Context: the codes of a chunk depend on its own samples, half a window before and half a window less a hop
-        behind them. They come as soon as these are there, the last ones when the sound ends.
+        Context: the codes of a chunk depend on its own samples, half a window before them and half a window minus a hop
+        after them. They are yielded as soon as these samples have arrived, the last ones when the sound ends.
         """
         c = self.config
         frames = c.chunk * c.patch_frames
         seen = max((frames - 1) * c.hop + c.window, frames * c.hop + c.window // 2)
-        held, started = self.hann.new_zeros(c.window // 2), False  # from half a window before the next chunk on
+        held, started = self.hann.new_zeros(c.window // 2), False  # samples from half a window before the next chunk
         for waveform in waveforms:
             held = torch.cat([held, waveform.to(held)])
             while len(held) >= seen:
@@ -287,8 +290,8 @@ class AudioTokenizer(Codec):
         """The codes of one sound in pieces (t, bands) of any lengths -> its waveform in pieces: that of `decode`.
 
         Context: a chunk of codes, and `vocoder.context` frames (half a window of overlap, and the receptive field of
-        the vocoder) on either side. Pieces come as soon as the codes behind that are there. Raises InputError without
-        a vocoder: Griffin-Lim needs the whole sound.
+        the vocoder) on either side. Pieces are yielded as soon as the codes of that context have arrived. Raises
+        InputError without a vocoder: Griffin-Lim needs the whole sound.
         """
         if self.vocoder is None:
             raise InputError("audio tokenizer: found no vocoder, decoding in pieces expects one (Griffin-Lim needs the "
@@ -310,7 +313,7 @@ class AudioTokenizer(Codec):
         return self._to_mel(torch.cat(pieces))
 
     def _to_grid(self, mel: Tensor) -> Tensor:
-        """Log-mel (..., F, N) -> patches (..., t, bands, P); each patch of a time step says its pitch."""
+        """Log-mel (..., F, N) -> patches (..., t, bands, P); each patch of a time step includes the step's pitch."""
         c = self.config
         mel, pitch = mel.tensor_split([c.mels], dim=-1)
         patches = rearrange(mel, "... (t f) (b m) -> ... t b (f m)", f=c.patch_frames, m=c.patch_mels)
@@ -330,7 +333,7 @@ class AudioTokenizer(Codec):
 
 
 def in_chunks(pieces: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """Arrays cut along their first axis -> the same in pieces of `size`, but for the last one."""
+    """Consecutive pieces of an array along its first axis -> the same in pieces of `size`, except the last."""
     held: np.ndarray | None = None
     for piece in pieces:
         held = np.asarray(piece) if held is None else np.concatenate([held, piece])

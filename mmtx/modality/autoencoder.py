@@ -27,14 +27,14 @@ from mmtx.model import Block, RMSNorm, initialise
 from mmtx.schema import build, within
 from mmtx.weights import load_module, to_bytes
 
-MOST_CODES = 2**20  # of a quantizer: tables of this length are made for it
-ENCODE_BATCH = 64  # grids that go through the network together
+MOST_CODES = 2**20  # of a quantizer, which needs tables of this length
+ENCODE_BATCH = 64  # grids in one pass of the network
 ENCODING = ("embed", "encoder", "encoder_norm", "to_latent")  # parts of the network that codes depend on
 
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Sizes of the encoder and the decoder, and the quantizer's levels (their product is the codebook)."""
+    """Sizes of the encoder and the decoder, and the quantizer's levels, whose product is the codebook size."""
 
     width: int = 192
     heads: int = 3
@@ -54,7 +54,7 @@ class NetworkConfig:
 
 
 class Reconstruction(NamedTuple):
-    """What a codec makes of a batch: `output` like the input, and `codes` (B, h, w)."""
+    """A codec's reconstruction of a batch: `output` of the input's shape, and `codes` (B, h, w)."""
 
     output: Tensor
     codes: Tensor
@@ -90,16 +90,16 @@ class PatchAutoencoder(PatchEncoder):
 
 
 class Codec(MediaTokenizer, nn.Module):
-    """A tokenizer with a PatchAutoencoder in the middle; a subclass turns its medium into grids of patches.
+    """A tokenizer built on a PatchAutoencoder; a subclass turns its media into grids of patches.
 
-    `mmtx.training.codec` trains any: `piece` cuts media, `batch` puts pieces together, and `forward` is what is learned.
+    `mmtx.training.codec` trains any of them: `piece` crops media, `batch` collates the pieces, and `forward` reconstructs them.
     """
 
     Config: ClassVar[type]
     config: Any  # a frozen dataclass, an instance of `Config`, with a field `network: NetworkConfig`
     network: PatchAutoencoder
-    parts: ClassVar[tuple[str, ...]] = ()  # keys of config.json that are not `config`'s: of what a subclass adds
-    later: ClassVar[tuple[str, ...]] = ()  # fields of `config` that are left out while they have their default
+    parts: ClassVar[tuple[str, ...]] = ()  # keys of config.json that a subclass adds to those of `config`
+    later: ClassVar[tuple[str, ...]] = ()  # fields of `config` that files omit while they have their default
 
     @property
     def size(self) -> int:
@@ -107,7 +107,7 @@ class Codec(MediaTokenizer, nn.Module):
 
     @property
     def levels(self) -> tuple[int, ...]:  # type: ignore[override]  # the contract lets it be a property
-        """Levels of the quantizer: code = mixed-radix number of one digit for each."""
+        """Levels of the quantizer; a code is the mixed-radix number of one digit per level."""
         return self.network.quantizer.levels
 
     @property
@@ -117,25 +117,25 @@ class Codec(MediaTokenizer, nn.Module):
 
     @property
     def encoder_config(self) -> EncoderConfig:
-        """Of an encoder like this codec's own."""
+        """The configuration of an encoder like this codec's own."""
         network = self.network
         return EncoderConfig(network.embed.in_features, network.embed.out_features, network.block.heads, len(network.encoder),
                              self.config.chunk)
 
     @abstractmethod
     def forward(self, batch: Tensor) -> Reconstruction:
-        """What `batch` gives -> its reconstruction, and codes (B, h, w)."""
+        """The output of `batch` -> its reconstruction and codes (B, h, w)."""
 
     def piece(self, medium: Tensor, generator: torch.Generator) -> Tensor:
-        """A piece of a medium for a batch, all of one shape; by default the medium, for those that have one shape."""
+        """Crop a medium for a batch, to the same shape for all; by default the whole medium, for media of one shape."""
         return medium
 
     def batch(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Pieces of one shape -> what `forward` takes."""
+        """Pieces of one shape -> the input of `forward`."""
         return torch.stack(list(pieces))
 
     def pictures(self, batch: Tensor) -> list[Tensor]:
-        """What `forward` takes or gives -> a picture of each, uint8 (3, H, W), for people to look at; by default none."""
+        """Inputs or outputs of `forward` -> a picture of each, uint8 (3, H, W), for people to look at; by default none."""
         return []
 
     @property
@@ -144,9 +144,9 @@ class Codec(MediaTokenizer, nn.Module):
 
     @torch.no_grad()
     def embed_grids(self, grids: Sequence[Tensor], patches: bool = False, codes: bool = True) -> list[Encoding]:
-        """Grids (h, w, P) of any sizes, at most a chunk -> codes and features of each; equal sizes share a pass.
+        """Grids (h, w, P) of any sizes up to a chunk -> codes and features of each; equal sizes share a pass.
 
-        With `patches` these are in place of the features; then, without `codes`, nothing passes the network and all codes are 0.
+        With `patches` the features are the patches; if then `codes` is False, the network does not run and all codes are 0.
         """
         if patches and not codes:
             return [Encoding(np.zeros(grid.shape[:2], np.int64), grid.half().cpu()) for grid in grids]
@@ -159,7 +159,7 @@ class Codec(MediaTokenizer, nn.Module):
 
     @torch.no_grad()
     def codes_to_grids(self, codes: Sequence[np.ndarray]) -> list[Tensor]:
-        """Codes (h, w) of any sizes, at most a chunk -> grids (h, w, P) of each."""
+        """Codes (h, w) of any sizes up to a chunk -> grids (h, w, P). Raises InputError on a code outside [0, size)."""
         for item in codes:
             check_codes(item, range(self.size), f"{self.kind} codes")
         run = lambda batch: (self.network.decode(self.network.quantizer.to_latents(batch)),)
@@ -179,7 +179,7 @@ class Codec(MediaTokenizer, nn.Module):
         return results
 
     def values(self) -> dict:
-        """What config.json holds."""
+        """The content of config.json."""
         return {"kind": self.kind, **asdict(self.config)}
 
     def code_files(self) -> dict[str, bytes]:

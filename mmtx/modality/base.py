@@ -1,4 +1,4 @@
-"""The contract that every tokenizer keeps: media to codes, codes to media, and a fingerprint.
+"""The contract of all tokenizers: media to codes, codes to media, and a fingerprint.
 
 Codes are local: they start at 0 in every modality. `mmtx.vocabulary` gives them their global ids.
 """
@@ -22,11 +22,10 @@ from mmtx.schema import shown
 
 
 class Encoding(NamedTuple):
-    """A medium as codes (h, w), and as features (h, w, D): what the encoder made of each patch before the quantizer, or the
-    patches themselves (h, w, P), for a decoder that has an encoder of its own.
+    """A medium as codes (h, w), and as encoder features (h, w, D) before the quantizer.
 
-    Features are float16, as prepared shards store them, so that a decoder sees the same wherever they come from; None where
-    the tokenizer has none.
+    A decoder with an encoder of its own gets patches (h, w, P) as features instead. Features are float16, as prepared shards
+    store them, so that a decoder sees the same values from both; None if the tokenizer has none.
     """
 
     codes: np.ndarray
@@ -35,13 +34,13 @@ class Encoding(NamedTuple):
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How a pretrained language model writes turns: ids of its text tokenizer in place of the tags of the stream."""
+    """How a pretrained language model writes turns: ids of its text tokenizer that replace the tags of the stream."""
 
     begin: tuple[int, ...]      # before the first turn of a conversation: a system prompt, or nothing
     user: tuple[int, ...]       # in place of <user>
     assistant: tuple[int, ...]  # in place of <assistant>
-    end: tuple[int, ...]        # in place of <end>: an id that ends an answer, and what then is written before the next turn
-    control: tuple[int, ...]    # ids of special tokens: no text, so never generated, but the one that ends an answer
+    end: tuple[int, ...]        # in place of <end>: the id that ends an answer, then what precedes the next turn
+    control: tuple[int, ...]    # ids of special tokens: not text, so never generated, except the one that ends an answer
 
 
 class Tokenizer(ABC):
@@ -50,16 +49,16 @@ class Tokenizer(ABC):
     | kind | media | codes |
     | --- | --- | --- |
     | text | str | list of int |
-    | image | uint8 tensor (C=3, H, W) | int64 array (h, w), one code a patch |
-    | audio | float tensor (S,) in [-1, 1] at `rate` | int64 array (t, bands), one code a spectrogram patch |
+    | image | uint8 tensor (C=3, H, W) | int64 array (h, w), one code per patch |
+    | audio | float tensor (S,) in [-1, 1] at `rate` | int64 array (t, bands), one code per spectrogram patch |
     """
 
     kind: ClassVar[str]  # of a `Modality`
-    levels: tuple[int, ...] | None = None  # of a quantizer: code = mixed-radix number of one digit for each; None: no digits
-    bands: int | None = None  # codes in one time step of the layout "steps"; None: the stream writes the size, or there is none
-    decodes: bool = True  # False: its codes are input only, `decode` refuses them
-    feature_width: int = 0  # D of the features of an `Encoding`; 0, as where there are no `levels`: it has none
-    chat_format: ChatFormat | None = None  # of a text tokenizer whose model writes turns in a way of its own
+    levels: tuple[int, ...] | None = None  # of a quantizer: a code is the mixed-radix number of one digit per level; None: no digits
+    bands: int | None = None  # codes per time step in the layout "steps"; None in other layouts
+    decodes: bool = True  # False: its codes are input only, and `decode` refuses them
+    feature_width: int = 0  # D of the features of an `Encoding`; 0 if there are none, as without `levels`
+    chat_format: ChatFormat | None = None  # of a text tokenizer whose model has a chat format of its own
 
     @property
     @abstractmethod
@@ -68,7 +67,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, media: Any) -> Any:
-        """Return the codes of one medium. Raises InputError for what is no such medium."""
+        """Return the codes of one medium. Raises InputError for anything else."""
 
     @abstractmethod
     def decode(self, codes: Any) -> Any:
@@ -76,21 +75,21 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def files(self) -> dict[str, bytes]:
-        """Return everything that `save` writes: file name to content. Equal tokenizers give equal files.
+        """Return all files that `save` writes: file name -> content. Equal tokenizers give equal files.
 
-        One is config.json, a JSON object whose field `kind` is a word of `Modality.tokenizers`. Names are those of
-        `mmtx.files.WRITTEN`, or saving again would take the folder for somebody else's.
+        One is config.json, a JSON object whose field `kind` is a key of `Modality.tokenizers`. All names must be in
+        `mmtx.files.WRITTEN`; otherwise saving again would refuse the folder as not written by mmtx.
         """
 
     @classmethod
     @abstractmethod
     def from_folder(cls, folder: Path) -> "Tokenizer":
-        """Read what `save` wrote. Raises InputError when a file is missing or damaged."""
+        """Read what `save` wrote. Raises InputError if a file is missing or damaged."""
 
     def code_files(self) -> dict[str, bytes]:
-        """Return the part of `files` that codes depend on; by default all of it.
+        """Return the files, or reduced versions of them, that codes depend on; by default all of `files`.
 
-        What only makes media of codes may get better later, without an end to the models that use the codes.
+        The parts that only decode can then be improved without invalidating models that use the codes.
         """
         return self.files()
 
@@ -104,9 +103,9 @@ class Tokenizer(ABC):
         return digest.hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer to `folder`, which appears whole or not at all.
+        """Write the tokenizer to `folder`, atomically.
 
-        Raises InputError when there is something that mmtx did not write, or no room.
+        Raises InputError if the folder holds something that mmtx did not write, or if there is no room.
         """
         replace_folder(folder, self.files().items())
 
@@ -114,16 +113,16 @@ class Tokenizer(ABC):
 class MediaTokenizer(Tokenizer):
     """A tokenizer of media, whose codes are a grid (h, w): rows and columns, or time steps and `bands`.
 
-    What it takes is a tensor, as `Modality.read` gives it; what it makes may be larger or smaller by parts of a patch.
+    It takes a tensor, as `Modality.read` returns it; the decoded medium may be larger or smaller by part of a patch.
     """
 
-    codes_per_second: float | None = None  # of media that last; None for the others
-    encoder_config: Any = None  # an `EncoderConfig`: sizes of an encoder that a decoder may train along; None: there is none
+    codes_per_second: float | None = None  # of media with a duration; None for others
+    encoder_config: Any = None  # `EncoderConfig` of an encoder that a decoder may train along; None: there is none
 
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where its weights are. Codes and features come back on the CPU."""
+        """The device of its weights. Codes and features are returned on the CPU."""
 
     @abstractmethod
     def grid(self, medium: Tensor) -> tuple[int, int]:
@@ -131,10 +130,10 @@ class MediaTokenizer(Tokenizer):
 
     @abstractmethod
     def embed_batch(self, media: Sequence[Tensor], patches: bool = False, codes: bool = True) -> list[Encoding]:
-        """Media of any sizes -> codes and features of each, the same for a medium whatever comes beside it, but for rounding.
+        """Media of any sizes -> codes and features of each, which up to rounding do not depend on the rest of the batch.
 
-        With `patches` the features are what the encoder reads: (h, w, P), for a decoder that trains an encoder of its own.
-        Where it gets these in place of the codes, these may all be 0 without `codes`, which saves the encoder here.
+        With `patches` the features are the encoder's inputs (h, w, P), for a decoder that trains an encoder of its own. Such a
+        decoder does not read the codes; without `codes` they may all be 0, which saves running the encoder here.
         """
 
     def encode_batch(self, media: Sequence[Tensor]) -> list[np.ndarray]:
@@ -147,14 +146,14 @@ class MediaTokenizer(Tokenizer):
 
 
 def check_codes(codes: Any, allowed: range, what: str) -> None:
-    """Raise InputError unless all codes, of any shape, lie in a range."""
+    """Raise InputError unless all codes, of any shape, are in the range `allowed`."""
     found = np.asarray(codes)
     if found.size and not allowed.start <= found.min() <= found.max() < allowed.stop:
         raise InputError(f"{what}: found {found.min()}..{found.max()}, expected {allowed.start}..{allowed.stop - 1}")
 
 
 def media_tokenizer(tokenizers: Mapping[str, Tokenizer], kind: str) -> MediaTokenizer:
-    """The tokenizer of a kind of media: all are of media but that of text."""
+    """The tokenizer of a kind of media, any but text."""
     return cast(MediaTokenizer, tokenizers[kind])
 
 
@@ -170,7 +169,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def read_config(folder: Path, *kinds: str) -> dict[str, Any]:
-    """What config.json of a tokenizer of one of these kinds holds. Raises InputError for anything else."""
+    """Read the config.json of a tokenizer of one of these kinds. Raises InputError for anything else."""
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict):
         raise InputError(f"{folder / CONFIG}: found {shown(config)}, expected the object that a tokenizer saves")

@@ -1,7 +1,7 @@
-"""An EfficientNet as the encoder of pictures: a pretrained network of convolutions, which has seen more than one has oneself.
+"""EfficientNet as an image encoder: a CNN pretrained on far more pictures than your own data.
 
-EfficientNet (https://arxiv.org/abs/1905.11946), as its Lite variants are: ReLU6, and no squeeze-and-excitation. Batch norms are
-folded into the convolutions before them (`demos/data/build_image_encoder.py`), so a picture has the same features in any company.
+EfficientNet (https://arxiv.org/abs/1905.11946) in its Lite form: ReLU6, and no squeeze-and-excitation. Batch norms are folded
+into the preceding convolutions (`demos/data/build_image_encoder.py`), so features do not depend on the rest of the batch.
 
 Shapes: B batch, C channels, H height and W width in pixels, h rows and w columns of a grid of patches, P numbers in a patch, D width.
 """
@@ -24,14 +24,14 @@ from mmtx.schema import build
 from mmtx.weights import load_module
 
 KIND = "efficientnet"
-# Patches of pictures of one size that pass at once. On a CPU what is between two layers is to stay in its cache: of 64 pictures of
-# 8 x 8 patches on one core of an AMD EPYC each took 2.4 ms in sixteens and in place, 8.2 ms all at once and not in place (and in
-# fewer, for which torch has another 1 x 1 convolution on one thread, 3.6 to 5.2 ms).
+# Patches of equally sized pictures in one pass. On a CPU, activations should stay in its cache: with 8 x 8 patches on one core of
+# an AMD EPYC, each of 64 pictures took 2.4 ms in batches of 16 and in place, 8.2 ms all at once and not in place (and 3.6 to 5.2 ms
+# in smaller batches, for which torch has another 1 x 1 convolution on one thread).
 AT_ONCE, AT_ONCE_ON_GPU = 2 ** 10, 2 ** 16
 
 
 def starts_by_size(grids: Sequence[tuple[int, int]]) -> dict[tuple[int, int], list[int]]:
-    """Rows and columns -> the numbers of the first patches of all grids of that size, which lie one behind another."""
+    """(rows, columns) -> index of the first patch of each grid of that size, among all patches of the concatenated grids."""
     starts: dict[tuple[int, int], list[int]] = defaultdict(list)
     for (rows, columns), first in zip(grids, accumulate((rows * columns for rows, columns in grids), initial=0)):
         starts[rows, columns].append(first)
@@ -39,7 +39,7 @@ def starts_by_size(grids: Sequence[tuple[int, int]]) -> dict[tuple[int, int], li
 
 
 class SameConv2d(nn.Conv2d):
-    """A convolution padded as in TensorFlow: ceil(side / stride) come out of a side, and what is odd is padded behind."""
+    """A convolution with TensorFlow's "same" padding: outputs have ceil(side / stride), and odd padding goes to the end."""
 
     def forward(self, x: Tensor) -> Tensor:
         (kernel, _), (stride, _) = self.kernel_size, self.stride
@@ -47,12 +47,12 @@ class SameConv2d(nn.Conv2d):
         if any(pad % 2 for pad in missing):
             (top, bottom), (left, right) = ((pad // 2, pad - pad // 2) for pad in missing)
             x, missing = F.pad(x, (left, right, top, bottom)), [0, 0]
-        padding = [pad // 2 for pad in missing]  # by the convolution itself: no copy of its input
+        padding = [pad // 2 for pad in missing]  # done by the convolution itself, without a copy of its input
         return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
 
 class InvertedBottleneck(nn.Module):
-    """MBConv (https://arxiv.org/abs/1801.04381): widen, mix neighbours channel by channel, narrow; added to the input if it fits."""
+    """MBConv (https://arxiv.org/abs/1801.04381): expand, depthwise convolution, project; residual if the shapes match."""
 
     def __init__(self, width: int, stage: Stage, stride: int):
         super().__init__()
@@ -70,12 +70,12 @@ class InvertedBottleneck(nn.Module):
 
 
 class EfficientNetEncoder(nn.Module):
-    """Patches of pictures -> what the last stage that has a place for each of them says there, and the last stage of all."""
+    """Patches of pictures -> features of the last stage with one position per patch, and those of the very last stage."""
 
     def __init__(self, config: EfficientNetConfig):
         super().__init__()
         self.patch, self.scale, self.fine = config.side, config.scale, config.fine_stage
-        self.times = config.strides[-1] // config.strides[self.fine - 1]  # patches a side to a place of the last stage
+        self.times = config.strides[-1] // config.strides[self.fine - 1]  # patches per side of a position of the last stage
         self.stem = SameConv2d(3, config.stem, 3, stride=2)
         self.stages = nn.ModuleList()
         width = config.stem
@@ -115,7 +115,7 @@ class EfficientNetEncoder(nn.Module):
 
 
 class PretrainedEncoder(NamedTuple):
-    """What was trained before: sizes of an encoder, its weights, and those of the projection that a decoder has learnt for it."""
+    """A pretrained encoder: its sizes, its weights, and those of the projection that a decoder learned for it, if any."""
 
     config: EncoderConfig | EfficientNetConfig
     weights: dict[str, Tensor]
@@ -123,13 +123,13 @@ class PretrainedEncoder(NamedTuple):
 
 
 def is_encoder(folder: Path) -> bool:
-    """Whether a folder says that it holds an EfficientNet, and no model."""
+    """Whether a folder's config.json is that of an EfficientNet, not of a model."""
     values = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else None
     return isinstance(values, dict) and values.get("kind") == KIND
 
 
 def read_encoder(folder: str | Path, patch: int) -> PretrainedEncoder:
-    """The EfficientNet in a folder, for patches of so many numbers. Raises InputError."""
+    """The EfficientNet in a folder, for patches of `patch` numbers. Raises InputError."""
     path = Path(folder) / CONFIG
     values = read_json(path)
     if not isinstance(values, dict) or values.get("kind") != KIND:
@@ -139,6 +139,6 @@ def read_encoder(folder: str | Path, patch: int) -> PretrainedEncoder:
         config = EfficientNetConfig(shape.stem, shape.stages, patch)
     except InputError as error:
         raise InputError(f"image_encoder: {path} does not fit tokenizers.image: {error}") from None
-    # Made within, so that no more is allocated than the file has.
+    # Built by `load_module`, so that no more is allocated than the file has.
     encoder = load_module(lambda: EfficientNetEncoder(config), Path(folder) / "model.safetensors")
     return PretrainedEncoder(config, encoder.state_dict())

@@ -1,4 +1,4 @@
-"""The encoder of codecs, patches to features, which a decoder may also have a copy of and train along.
+"""The encoder of codecs, patches to features; a decoder may have one of its own, which trains along with it.
 
 Shapes: B batch, h rows and w columns of a grid of patches, P numbers in a patch, D width.
 """
@@ -16,26 +16,26 @@ from mmtx.modality.efficientnet import EfficientNetEncoder, starts_by_size
 from mmtx.model import Block, BlockConfig, RMSNorm, rotary_embedding
 
 NORM_EPS = torch.finfo(torch.float32).eps
-# Patches at the edges of a window that its neighbour sees better. Without any, PSNR where windows meet was 2.2 dB lower
+# Patches at the edges of a window that are taken from its neighbour. Without any, PSNR where windows meet was 2.2 dB lower
 # than elsewhere (sheets of starter pictures, 256 pixels a side); with 1 or 2 it was 0.2 dB lower, with 3 0.1 dB.
 MARGIN = 1
 
 
 class Window(NamedTuple):
-    """A part of a grid that goes through the network, as rows and columns."""
+    """A window of a grid that goes through the network, as slices of rows and columns."""
 
-    seen: tuple[slice, slice]    # of the grid: what goes in
-    kept: tuple[slice, slice]    # of the grid: what is taken from what comes out
-    within: tuple[slice, slice]  # the same, counted from the window's corner
+    seen: tuple[slice, slice]    # of the grid: its input
+    kept: tuple[slice, slice]    # of the grid: the part of its output that is used
+    within: tuple[slice, slice]  # the same, relative to the window's corner
 
 
 def windows(rows: int, columns: int, chunk: int) -> list[Window]:
-    """Windows of at most a chunk a side that cover a grid, each patch kept from the one where it lies further inside."""
+    """Windows of at most `chunk` patches a side that cover a grid; each patch is kept from the one where it is further inside."""
     return [Window(*zip(row, column)) for row in _spans(rows, chunk) for column in _spans(columns, chunk)]
 
 
 def _spans(length: int, chunk: int) -> list[tuple[slice, slice, slice]]:
-    """`seen`, `kept` and `within` of the windows along one side."""
+    """`seen`, `kept` and `within` of the windows along one side of a grid."""
     if length <= chunk:
         return [(slice(0, length),) * 3]
     margin = min(MARGIN, (chunk - 1) // 2)
@@ -47,7 +47,7 @@ def _spans(length: int, chunk: int) -> list[tuple[slice, slice, slice]]:
 
 
 def join(windows: Sequence[Window], parts: Sequence[Tensor]) -> Tensor:
-    """What came out for each of the windows of a grid, (h, w, ...) -> all of it."""
+    """Outputs (h, w, ...) of the windows of a grid -> the output for the whole grid."""
     rows, columns = (side.stop for side in windows[-1].kept)
     whole = parts[0].new_empty((rows, columns, *parts[0].shape[2:]))
     for window, part in zip(windows, parts, strict=True):
@@ -56,7 +56,7 @@ def join(windows: Sequence[Window], parts: Sequence[Tensor]) -> Tensor:
 
 
 class PatchEncoder(nn.Module):
-    """Patches -> features: the half of a PatchAutoencoder before the quantizer, which a decoder may train along."""
+    """Patches -> features: the half of a PatchAutoencoder before the quantizer."""
 
     def __init__(self, patch_size: int, width: int, heads: int, depth: int):
         super().__init__()
@@ -73,7 +73,7 @@ class PatchEncoder(nn.Module):
         self.encoder_norm = RMSNorm(width, eps=NORM_EPS)
 
     def features(self, patches: Tensor) -> Tensor:
-        """Patches (B, h, w, P) -> what the encoder makes of each before the quantizer, (B, h, w, D)."""
+        """Patches (B, h, w, P) -> encoder features of each, before the quantizer, (B, h, w, D)."""
         return self._run(self.embed(patches), self.encoder, self.encoder_norm)
 
     def _run(self, x: Tensor, blocks: nn.ModuleList, norm: nn.Module) -> Tensor:
@@ -87,7 +87,7 @@ class PatchEncoder(nn.Module):
 
 
 class GridEncoder(PatchEncoder):
-    """A PatchEncoder over the grids of a batch, which lie one behind another and have any sizes."""
+    """A PatchEncoder for the concatenated grids of a batch, which may have any sizes."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__(config.patch, config.width, config.heads, config.depth)
@@ -101,7 +101,7 @@ class GridEncoder(PatchEncoder):
                 seen[part.shape].append(torch.tensor(firsts)[:, None, None] + part)
                 kept[part.shape].append(inside.expand(len(firsts), *inside.shape))
         order, parts = [], []
-        # Places are found here: a GPU would have to tell how many there are, and all would wait for it.
+        # Indices are computed on the CPU: on a GPU, `nonzero` would force a synchronisation.
         there = lambda places: places.to(patches.device, non_blocking=True)
         for shape, members in seen.items():
             places, inside = torch.cat(members), torch.cat(kept[shape]).flatten().nonzero().squeeze(1)
@@ -111,13 +111,13 @@ class GridEncoder(PatchEncoder):
 
 
 def build_encoder(config: EncoderConfig | EfficientNetConfig) -> nn.Module:
-    """The encoder of a configuration, with random weights."""
+    """Build the encoder of a configuration, with random weights."""
     return EfficientNetEncoder(config) if isinstance(config, EfficientNetConfig) else GridEncoder(config)
 
 
 @lru_cache(1024)
 def _places(rows: int, columns: int, chunk: int) -> list[tuple[Tensor, Tensor]]:
-    """The windows of a grid: numbers of the patches that each one sees, and which of them are its own, (h, w) both."""
+    """The windows of a grid: indices of the patches that each sees, and a mask of those that it keeps, both (h, w)."""
     places, found = torch.arange(rows * columns).view(rows, columns), []
     for window in windows(rows, columns, chunk):
         part = places[window.seen]

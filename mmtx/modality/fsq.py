@@ -17,7 +17,7 @@ class FSQ(nn.Module):
     """Quantizer with `levels` steps on each of its d dimensions; `size` is their product."""
 
     level: Tensor  # (d,) the levels
-    step: Tensor   # (d,) what a digit counts in a code
+    step: Tensor   # (d,) place value of each digit in a code
 
     def __init__(self, levels: tuple[int, ...]):
         super().__init__()
@@ -30,7 +30,7 @@ class FSQ(nn.Module):
         self.register_buffer("step", torch.tensor(steps), persistent=False)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Latents (..., d), any range -> quantized latents (..., d) in [-1, 1]; gradients pass straight through."""
+        """Latents (..., d), any range -> quantized latents (..., d) in [-1, 1], with straight-through gradients."""
         top = self.level - 1
         bounded = torch.sigmoid(1.6 * latents.float()) * top
         rounded = bounded + (bounded.round() - bounded).detach()

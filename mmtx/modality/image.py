@@ -20,7 +20,7 @@ from mmtx.modality.base import Encoding, Tokenizer
 from mmtx.modality.encoder import Window, join, windows
 from mmtx.schema import within
 
-LARGE = 2 ** 22  # numbers of a picture
+LARGE = 2 ** 22  # elements of a picture
 MAX_ROWS = 64  # the stream has size tokens <h:1>..<h:64> and <w:1>..<w:64>
 
 
@@ -28,13 +28,13 @@ MAX_ROWS = 64  # the stream has size tokens <h:1>..<h:64> and <w:1>..<w:64>
 class ImageConfig:
     """Size rules and network of an image tokenizer.
 
-    `side` is the size in pixels that pictures are brought to, `fit` says how: "pad" keeps the whole picture in the
-    middle of a white square, "crop" fills the square and cuts the middle out, "resize" keeps the shape (nearly: each
-    side goes to the nearest multiple of `patch`) with `side` as the longer one. With `side: null` pictures keep their
-    own size up to 64 patches a side, and are only brought to the nearest multiple of `patch`.
+    `side` is the size in pixels to which pictures are resized, `fit` how: "pad" centres the whole picture on a white
+    square, "crop" takes the central square, "resize" keeps the aspect ratio (nearly: each side is rounded to a multiple
+    of `patch`) with `side` as the longer side. With `side: null` pictures keep their own size up to 64 patches a side,
+    rounded to multiples of `patch`.
 
-    The network sees squares of `chunk` x `chunk` patches at once. Larger pictures are coded in windows of that size
-    that overlap, each patch in the one where it lies further from the edges: at linear cost, and without seams.
+    The network sees squares of `chunk` x `chunk` patches. Larger pictures are coded in overlapping windows of that size,
+    each patch in the window where it is further from the edges: at linear cost, and without seams.
     """
 
     patch: int = 8
@@ -67,9 +67,9 @@ class ImageTokenizer(Codec):
     def at(self, side: int | None, fit: Literal["pad", "crop", "resize"] | None = None) -> "ImageTokenizer":
         """The same codec for pictures of another size, without training: it shares this one's weights.
 
-        `tokenizer.at(512, "resize")` makes pictures of up to 64 x 64 codes; `at(None)` leaves them their own size. The
-        codes mean the same patches of pixels, but the fingerprint differs, since a decoder learns with one size rule:
-        save it to a folder of its own, and train the decoder with that.
+        With `tokenizer.at(512, "resize")` pictures have up to 64 x 64 codes; `at(None)` keeps their own size. Codes mean
+        the same patches of pixels, but the fingerprint differs, since a decoder learns with one size rule: save the result
+        to a folder of its own, and train the decoder with that.
         """
         other = ImageTokenizer(replace(self.config, side=side, fit=fit or self.config.fit))
         other.network = self.network
@@ -81,7 +81,7 @@ class ImageTokenizer(Codec):
         return Reconstruction(self._to_pixels(self.network.decode(latents)), self.network.quantizer.to_codes(latents))
 
     def fit(self, picture: Tensor) -> Tensor:
-        """Bring a picture, uint8 (3, H, W), to a size that this tokenizer reads, by the rules of the config."""
+        """Resize a picture, uint8 (3, H, W), to a size that this tokenizer reads, by the rules of the config."""
         side, patch = self.config.side, self.config.patch
         height, width = picture.shape[-2:]
         if side is None or self.config.fit == "resize":
@@ -102,7 +102,7 @@ class ImageTokenizer(Codec):
         return canvas
 
     def grid(self, picture: Tensor) -> tuple[int, int]:
-        """Rows and columns of codes of a picture that `fit` gave."""
+        """Rows and columns of the codes of a picture that `fit` returned."""
         return picture.shape[-2] // self.config.patch, picture.shape[-1] // self.config.patch
 
     def batch(self, pictures: Sequence[Tensor]) -> Tensor:
@@ -134,7 +134,7 @@ class ImageTokenizer(Codec):
         return to_uint8(pixels)
 
     def windows(self, rows: int, columns: int) -> list[Window]:
-        """What the network sees of a grid of patches, at most a chunk a side at once, and what counts of that."""
+        """The windows in which the network sees a grid of patches, each at most a chunk a side."""
         return windows(rows, columns, self.config.chunk)
 
     def _to_grid(self, pictures: Tensor) -> Tensor:
@@ -152,20 +152,20 @@ def to_picture(tokenizer: Tokenizer, codes: np.ndarray) -> Tensor:
 
 
 def to_float(pictures: Tensor) -> Tensor:
-    """uint8 0..255 -> float -1..1, the range in which the networks see pictures."""
+    """uint8 0..255 -> float -1..1, the input range of the networks."""
     return pictures.float() / 127.5 - 1
 
 
 def to_uint8(pictures: Tensor) -> Tensor:
-    """What the networks make of pictures -> uint8, the nearest; beyond -1 to 1 it is black or white."""
+    """Outputs of the networks -> uint8, clipped to -1..1 and rounded."""
     return ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def resize(picture: Tensor, height: int, width: int) -> Tensor:
-    """A picture, uint8 (3, H, W), in another size, bicubic."""
+    """Resize a picture, uint8 (3, H, W), with antialiased bicubic interpolation."""
     if picture.shape[-2:] == (height, width):
         return picture
-    # Floats of a photograph take four times its memory: a channel at a time, as they do not depend on each other.
+    # As floats a photograph takes four times its memory, so large ones are resized a channel at a time.
     parts = picture.split(1) if picture.numel() > LARGE else [picture]
     resized = torch.cat([F.interpolate(part[None].float(), (height, width), mode="bicubic", antialias=True)[0]
                          for part in parts])

@@ -1,9 +1,9 @@
-"""Widely used pretrained codecs, loaded through transformers (extra `pretrained`), behind the contract of our own.
+"""Widely used pretrained codecs, loaded with transformers (extra `pretrained`), as tokenizers.
 
 Shapes: S samples, T time steps, h rows and w columns of codes.
 
-A folder that `save` writes holds a copy of the weights, so that a model stays whole without the place they came from.
-The codes have no levels, so a decoder learns one row for each, and there are no continuous features.
+A folder that `save` writes holds a copy of the weights, so that a model does not depend on where they came from. The codes
+have no levels, so a decoder learns one embedding row for each, and there are no continuous features.
 """
 
 import math
@@ -29,7 +29,7 @@ from mmtx.weights import load_module
 
 AUDIO = {"encodec": "EncodecModel", "dac": "DacModel", "mimi": "MimiModel"}
 IMAGE = {"chameleon_vqgan": "ChameleonVQVAE", "emu3_vqgan": "Emu3VQVAE"}
-# What the image processors of transformers do without a preprocessor_config.json: (rescale_factor, mean, std).
+# Defaults of transformers' image processors without a preprocessor_config.json: (rescale_factor, mean, std).
 PIXELS = {
     "chameleon_vqgan": (0.0078, [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]),
     "emu3_vqgan": (1 / 255, [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
@@ -38,14 +38,14 @@ PIXELS = {
 
 @dataclass(frozen=True)
 class AudioSettings:
-    """`codebooks`: how many of the codec's are used."""
+    """`codebooks`: number of the codec's codebooks that are used."""
 
     codebooks: int
 
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """`side` and `fit` as in `ImageConfig`; `scale`, `mean` and `std` say what numbers the network sees for a pixel."""
+    """`side` and `fit` as in `ImageConfig`; the network's inputs are (pixel * `scale` - `mean`) / `std`."""
 
     side: int | None
     fit: Literal["pad", "crop", "resize"]
@@ -59,11 +59,11 @@ class ImageSettings:
 
 
 class Pretrained(MediaTokenizer, nn.Module):
-    """What the adapters share. `settings` is what config.json says, word for word: the fingerprint depends on it."""
+    """Base class of the adapters. `settings` is the content of config.json, verbatim: the fingerprint depends on it."""
 
-    Settings: type  # what config.json says beside the network
+    Settings: type  # schema of config.json, except for the network
     models: dict[str, str]  # model_type of the configuration -> class in transformers
-    network: Any  # of transformers, each with an interface of its own
+    network: Any  # a model of transformers, each with an interface of its own
 
     def __init__(self, network: Any, settings: dict[str, Any]):
         super().__init__()
@@ -71,14 +71,14 @@ class Pretrained(MediaTokenizer, nn.Module):
 
     @classmethod
     def wrap(cls, network: Any, **settings: Any) -> Self:
-        """An adapter for a model of transformers that is in memory. `settings` as in `from_pretrained`."""
+        """An adapter for a transformers model in memory. `settings` as in `from_pretrained`."""
         values = {name: value for name, value in network.config.to_dict().items()
                   if name not in ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures")}
         return cls(network.float(), {"kind": f"pretrained {cls.kind}", "network": values, **settings})
 
     @classmethod
     def load(cls, folder: Path) -> Any:
-        """The codec in a folder that transformers wrote: alone, or as the part `vq_config` of a larger model."""
+        """Load the codec in a folder of transformers: on its own, or as the part `vq_config` of a larger model."""
         transformers = require_transformers()
         values = read_json(folder / CONFIG)
         values = values.get("vq_config", values) if isinstance(values, dict) else None
@@ -111,7 +111,7 @@ class Pretrained(MediaTokenizer, nn.Module):
                 return build(transformers, cls.models[values["model_type"]], values)
             except InputError:
                 raise
-            except Exception as error:  # whatever the library says to values that make no network
+            except Exception as error:  # the library may raise anything for invalid values
                 raise InputError(f"{where}: field 'network' makes no {cls.models[values['model_type']]} "
                                  f"({type(error).__name__}: {' '.join(str(error).split())[:100]})") from None
 
@@ -137,7 +137,7 @@ class Pretrained(MediaTokenizer, nn.Module):
         return [self.encode(medium) for medium in media]
 
     def embed_batch(self, media: Sequence[Tensor], patches: bool = False, codes: bool = True) -> list[Encoding]:
-        """As `encode_batch`; there are no features."""
+        """As `encode_batch`, without features."""
         return [Encoding(found, None) for found in self.encode_batch(media)]
 
     def _checked(self, codes: np.ndarray) -> Tensor:
@@ -146,11 +146,11 @@ class Pretrained(MediaTokenizer, nn.Module):
 
 
 class PretrainedAudio(Pretrained):
-    """EnCodec (https://arxiv.org/abs/2210.13438), DAC (https://arxiv.org/abs/2306.06546) or Mimi
-    (https://arxiv.org/abs/2410.00037): sound (S,) at `rate` to codes (T, bands), coarse to fine, and back.
+    """EnCodec, DAC or Mimi: sound (S,) at `rate` to codes (T, bands), coarse to fine, and back.
 
-    A band is a residual codebook: band b has the codes [b * entries, (b + 1) * entries). In the stream all bands of a time step stand
-    one behind another (the flattened pattern): exact, at `bands` ids a step, where a delayed pattern would write them at once.
+    https://arxiv.org/abs/2210.13438, https://arxiv.org/abs/2306.06546, https://arxiv.org/abs/2410.00037. A band is a residual
+    codebook: band b has the codes [b * entries, (b + 1) * entries). The stream writes the bands of a time step one after another
+    (the flattened pattern): exact, but with `bands` ids per step, where a delay pattern would write them in parallel.
     """
 
     kind = "audio"
@@ -167,16 +167,16 @@ class PretrainedAudio(Pretrained):
         if not 1 <= self.bands <= self.books:
             raise InputError(f"codebooks: found {self.bands}, expected 1 to {self.books}")
         self.entries = c.codebook_size
-        self.hop = c.frame_size if c.model_type == "mimi" else c.hop_length  # samples of a time step
+        self.hop = c.frame_size if c.model_type == "mimi" else c.hop_length  # samples per time step
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, codebooks: int = 4) -> "PretrainedAudio":
-        """Read a folder of transformers. `codebooks`: how many, from the first on; more sound better and cost more."""
+        """Read a folder of transformers. `codebooks`: how many of the first ones to use; more sound better and cost more."""
         return cls.wrap(cls.load(Path(folder)), codebooks=codebooks)
 
     @property
     def bands(self) -> int:  # type: ignore[override]  # the contract lets it be a property
-        """Codes in one time step."""
+        """Codes per time step."""
         return self.settings["codebooks"]
 
     @property
@@ -185,7 +185,7 @@ class PretrainedAudio(Pretrained):
 
     @property
     def rate(self) -> int:
-        """Samples a second."""
+        """Samples per second."""
         return self.network.config.sampling_rate
 
     @property
@@ -198,7 +198,7 @@ class PretrainedAudio(Pretrained):
 
     @torch.no_grad()
     def encode(self, waveform: Tensor) -> np.ndarray:
-        """Waveform (S,) of any length -> codes (T, bands); silence fills the last step."""
+        """Waveform (S,) of any length, padded with silence to whole steps -> codes (T, bands)."""
         steps, bands = self.grid(waveform)
         sound = F.pad(waveform, (0, steps * self.hop - len(waveform))).to(self.device)[None, None]
         kind = self.network.config.model_type
@@ -213,7 +213,7 @@ class PretrainedAudio(Pretrained):
 
     @torch.no_grad()
     def decode(self, codes: np.ndarray) -> Tensor:
-        """Codes (T, bands) -> waveform (T * hop,). A code in a band that it does not belong to counts as its entry."""
+        """Codes (T, bands) -> waveform (T * hop,). A code of another band counts as the same entry of its own band."""
         codes = self._checked(codes)
         entries = (codes % self.entries).T[None]                                          # (1, bands, T)
         if self.network.config.model_type == "encodec":
@@ -225,8 +225,9 @@ class PretrainedAudio(Pretrained):
 
 
 class PretrainedImage(Pretrained):
-    """The quantizers of Chameleon (https://arxiv.org/abs/2405.09818) and Emu3 (https://arxiv.org/abs/2409.18869):
-    pictures, uint8 (3, H, W), to codes (h, w), and back. transformers has no decoder for Chameleon's codes.
+    """The VQ-GANs of Chameleon and Emu3: pictures, uint8 (3, H, W), to codes (h, w), and back.
+
+    https://arxiv.org/abs/2405.09818, https://arxiv.org/abs/2409.18869. transformers has no decoder for Chameleon's codes.
     """
 
     kind = "image"
@@ -245,8 +246,7 @@ class PretrainedImage(Pretrained):
     @classmethod
     def from_pretrained(cls, folder: str | Path, side: int | None = 512,
                         fit: Literal["pad", "crop", "resize"] = "crop") -> "PretrainedImage":
-        """Read a folder of transformers, of a whole Chameleon or Emu3 only the quantizer. `side`, `fit`: `ImageConfig`.
-        """
+        """Read a folder of transformers; only the quantizer of a whole Chameleon or Emu3. `side`, `fit`: see `ImageConfig`."""
         network, path = cls.load(Path(folder)), Path(folder) / "preprocessor_config.json"
         found = read_json(path) if path.exists() else {}
         scale, mean, std = PIXELS[network.config.model_type]
@@ -290,14 +290,14 @@ def require_transformers():
 
 
 def build(transformers, name: str, values: dict[str, Any]) -> nn.Module:
-    """A model of transformers with the weights that its constructor gives it."""
+    """A model of transformers in float32, with the weights that its constructor initialises."""
     cls = getattr(transformers, name)
     values = {key: value for key, value in values.items() if key != "model_type"}
     return cls(cls.config_class(**values)).float()
 
 
 def part(folder: Path, name: str) -> dict[str, Tensor]:
-    """The weights of a folder whose names contain `name`, by what comes behind it; the others are not read."""
+    """The weights in a folder whose names contain `name`, keyed by the rest of the name; others are not read."""
     found: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safetensors.safe_open(path, "pt") as file:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mmtx.errors import InputError
-from mmtx.files import CONFIG, read_bytes, read_json, require, write_json
+from mmtx.files import CONFIG, read_json, read_text, require, write_json
 from mmtx.modality.base import ChatFormat, Tokenizer, check_codes, read_config
 from mmtx.modality.text import MOST_BYTES, check_unicode
 from mmtx.schema import build, shown, within
@@ -19,7 +19,7 @@ TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
 
 
 def _alphabet() -> dict[str, int]:
-    """The character by which byte-level BPE writes each byte: printable ones are themselves, the others follow from U+0100 on."""
+    """Characters of byte-level BPE -> bytes: printable bytes stand for themselves, the others are numbered from U+0100."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -29,7 +29,7 @@ ALPHABET = _alphabet()
 
 
 class PretrainedText(Tokenizer):
-    """A byte-level BPE as tokenizer.json has it, the format of its turns and the chat template that it came from."""
+    """A byte-level BPE from a tokenizer.json, with its chat format and the template from which that was derived."""
 
     kind: ClassVar[str] = "text"
 
@@ -37,12 +37,12 @@ class PretrainedText(Tokenizer):
                  specials: dict[str, str] | None = None, where: str | Path = "text tokenizer"):
         """
         Args:
-            content: tokenizer.json.
-            size: rows of the model's embedding, which may be more than there are pieces.
+            content: the text of tokenizer.json.
+            size: rows of the model's embedding, at least the number of pieces.
             chat_format: how turns are written.
-            chat_template: the chat template in Jinja; kept for those who export the model.
+            chat_template: the Jinja chat template; kept for exports of the model.
             specials: names of special tokens by role: "bos_token", "eos_token".
-            where: what errors name.
+            where: what errors call the tokenizer.
         """
         tokenizers = require("tokenizers", "interop", "text tokenizer")
         self.content, self.chat_format, self.chat_template, self.specials = content, chat_format, chat_template, specials or {}
@@ -56,16 +56,19 @@ class PretrainedText(Tokenizer):
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
         except InputError:
             raise
-        except Exception as error:  # the library raises Exception itself for what it cannot read
+        except Exception as error:  # the library raises plain Exception
             raise InputError(f"{where}: not a tokenizer.json ({' '.join(str(error).split())[:100]})") from None
         self._tokenizer.encode_special_tokens = True
+        # The file keeps what was asked of the last call before it was saved; transformers resets both as well.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         used = {*vocabulary.values(), *(token["id"] for token in added)}
         within(f"{where}: rows of the embedding", size, max(used, default=-1) + 1, 2**22)
         self._size, self._bytes, self._names = size, [b"\xef\xbf\xbd"] * size, [""] * size
         for piece, ident in vocabulary.items():
             self._names[ident] = piece
             self._bytes[ident] = bytes(ALPHABET[c] for c in piece) if all(c in ALPHABET for c in piece) else piece.encode()
-        # Rows of the embedding that no piece has are never written either.
+        # Ids without a piece are never generated either.
         self.control = frozenset({*(token["id"] for token in added if token["special"]),
                                   *({*range(size)} - used)})
         for token in added:
@@ -79,8 +82,8 @@ class PretrainedText(Tokenizer):
         if config.keys() != {"kind", "size", "markup", "specials"}:
             raise InputError(f"{where}: found the fields {shown(', '.join(config))}, expected kind, size, markup, specials")
         chat_format = None if config["markup"] is None else build(ChatFormat, config["markup"], where, "markup")
-        template = read_bytes(folder / TEMPLATE, MOST_BYTES).decode() if (folder / TEMPLATE).exists() else ""
-        return cls(read_bytes(folder / TOKENIZER, MOST_BYTES).decode(), config["size"], chat_format, template,
+        template = read_text(folder / TEMPLATE, MOST_BYTES) if (folder / TEMPLATE).exists() else ""
+        return cls(read_text(folder / TOKENIZER, MOST_BYTES), config["size"], chat_format, template,
                    config["specials"], folder / TOKENIZER)
 
     def files(self) -> dict[str, bytes]:
@@ -94,7 +97,7 @@ class PretrainedText(Tokenizer):
         return self._size
 
     def encode(self, media: str) -> list[int]:
-        """Text to pieces. Raises InputError on a lone surrogate, which is no Unicode text."""
+        """Text to pieces. Raises InputError on a lone surrogate, which is not Unicode text."""
         check_unicode(media)
         return self._tokenizer.encode(media, add_special_tokens=False).ids
 
@@ -107,29 +110,32 @@ class PretrainedText(Tokenizer):
         return self._bytes[id]
 
     def id(self, name: str) -> int | None:
-        """The id of a special token by its name."""
+        """The id of a token by its name, None if there is none."""
         return self._tokenizer.token_to_id(name)
 
     def decode(self, codes: Sequence[int]) -> str:
-        """Pieces to text; special tokens are no text. Raises InputError on a code outside [0, size)."""
+        """Pieces to text; special tokens give none. Raises InputError on a code outside [0, size)."""
         codes = [int(code) for code in codes]
         check_codes(codes, range(self.size), "text codes")
         return b"".join(self._bytes[code] for code in codes).decode("utf-8", errors="replace")
 
     def marked(self, text: str) -> list[int]:
-        """The ids of a chat format, in which names of special tokens are special tokens."""
+        """Ids of text in which names of special tokens become special tokens, for chat formats."""
         self._tokenizer.encode_special_tokens = False
         try:
             return self._tokenizer.encode(text, add_special_tokens=False).ids
         finally:
             self._tokenizer.encode_special_tokens = True
+        # The file keeps what was asked of the last call before it was saved; transformers resets both as well.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
 
     def __reduce__(self) -> Any:
         return type(self), (self.content, self.size, self.chat_format, self.chat_template, self.specials)
 
 
 def read_specials(folder: Path) -> dict[str, str]:
-    """The special tokens by role of a folder of transformers; none where it does not say."""
+    """The special tokens, by role, in a folder of transformers; empty if it does not name them."""
     path = folder / "tokenizer_config.json"
     values = read_json(path) if path.exists() else {}
     named = {role: values.get(role) for role in ("bos_token", "eos_token")} if isinstance(values, dict) else {}

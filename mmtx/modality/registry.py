@@ -1,7 +1,7 @@
-"""What a modality is, described once: documents, grammar, data, pipeline, training and reports loop over `MODALITIES`.
+"""Modalities, each described once: documents, grammar, data, pipeline, training and reports loop over `MODALITIES`.
 
-A further modality is one more `register(Modality(...))`, also in a file outside of this package: `mmtx COMMAND --plugin FILE`
-imports it. Nothing heavy is imported here.
+To add one, call `register(Modality(...))`; a file outside the package, imported with `mmtx COMMAND --plugin FILE`, may do so,
+too. Nothing heavy is imported here.
 """
 
 import importlib
@@ -16,35 +16,36 @@ from mmtx.errors import InputError
 from mmtx.files import PARTS
 from mmtx.plugins import import_file
 
-RESERVED = ("special", "any", "document", "video")  # words that mean something else where a kind is named
+RESERVED = ("special", "any", "document", "video")  # words with another meaning where a kind is expected
 
 
 @dataclass(frozen=True)
 class Modality:
-    """One kind of media. A class or a function is given itself, or as "module:name", which is imported when it is needed.
+    """One kind of media. Classes and functions are given directly, or as "module:name", which is imported on first use.
 
     Args:
         kind: one lower-case word; it names the modality everywhere: <kind> and </kind> in the stream, `tokenizers.kind`,
             `out="kind"`.
-        layout: how the stream writes its codes. "pieces": as they are (text). "grid": rows and columns, whose numbers stand before
-            the codes. "steps": time steps of `bands` codes each, as many as there are.
-        tokenizers: the word `kind` in the config.json of a tokenizer -> its class, a `Tokenizer`.
-        read: ``(tokenizer, data, name, **options)`` -> the medium that the tokenizer takes. `data` are the bytes of a file, or what
-            the caller of Python has; errors call it `name`, which may be None then. Options are `start`, `seconds`
-            and `speed` where `cuts`.
-        show: (tokenizer, codes) -> what the Python API returns; a method `save(path)` lets `mmtx generate --file` write it. By
-            default what `decode` gives, as an array.
-        picture: (tokenizer, codes) -> uint8 (3, H, W) to look at in samples of a run; None: it cannot be seen.
-        controls: ``(data, name, **options)`` -> name -> features (D,), the ways in which a nearest-neighbour control compares media.
+        layout: how the stream arranges its codes. "pieces": as they are (text). "grid": rows and columns, preceded by their
+            numbers. "steps": any number of time steps of `bands` codes each.
+        tokenizers: the word `kind` in a tokenizer's config.json -> its class, a `Tokenizer`.
+        read: ``(tokenizer, data, name, **options)`` -> the medium as the tokenizer takes it. `data` is the bytes of a file, or an
+            object passed to the Python API; errors call it `name`, which may be None for objects. Options are `start`, `seconds`
+            and `speed` if `cuts`.
+        show: (tokenizer, codes) -> what the Python API returns; if that has a method `save(path)`, `mmtx generate --file` can
+            write it. By default the result of `decode` as an array.
+        picture: (tokenizer, codes) -> uint8 (3, H, W) to show in samples of a run; None: it cannot be shown.
+        controls: ``(data, name, **options)`` -> {name: features (D,)}, by which nearest-neighbour controls compare media.
         extensions: of files of this kind, with their dot.
-        known: of files that are of this kind but cannot be read.
+        known: extensions of files of this kind that cannot be read.
         sniff: whether a file that begins with these bytes (64 at most) is of this kind.
-        fields: names of fields of a row that hold such media, by default the kind and its plural.
-        types: of parts of a message that hold one.
-        words: patterns of field names that hold one by their look, alone and with an ending.
-        cuts: whether a row may mean a piece of a medium, by `start` and `seconds`.
-        shipped: whether a tokenizer of it comes with mmtx.
-        colour: in `mmtx inspect`, of ANSI.
+        fields: names of row fields that hold such media; by default the kind and its plural.
+        types: types of message parts that hold such a medium.
+        words: regular expressions of words in names of fields that probably hold such media: those that suffice alone, and those
+            that need an ending such as "_path".
+        cuts: whether a row may select a piece of a medium with `start` and `seconds`.
+        shipped: whether mmtx comes with a tokenizer for it.
+        colour: ANSI colour code in `mmtx inspect`.
     """
 
     kind: str
@@ -77,12 +78,12 @@ class Modality:
                 object.__setattr__(self, name, default)
 
     def get(self, name: str) -> Any:
-        """What a field stands for, imported if it was given as "module:name"; None where it was not given."""
+        """The value of a field, imported if it was given as "module:name"; None if it was not given."""
         value = getattr(self, name)
         return self._import(value) if isinstance(value, str) else value
 
     def tokenizer(self, word: str) -> type:
-        """The class of tokenizers whose config.json has this `kind`."""
+        """The tokenizer class for this word as `kind` in config.json."""
         found = self.tokenizers[word]
         return self._import(found) if isinstance(found, str) else found
 
@@ -98,9 +99,10 @@ PLUGINS: dict[str, str] = {}  # name of each module that `load_plugin` imported 
 
 
 def register(modality: Modality) -> Modality:
-    """Make a modality known to all of mmtx, for as long as the process lives.
+    """Make a modality known to all of mmtx, for the lifetime of the process.
 
-    Raises InputError for a kind, an extension or a field that another one has, and for a class that does not keep the contract.
+    Raises InputError if another modality has its kind or one of its extensions, fields, types or tokenizers, or if a class does not
+    implement the contract.
     """
     at = f"modality {modality.kind!r}"
     if modality.kind in MODALITIES:
@@ -136,20 +138,20 @@ def _check_class(cls: type, at: str, modality: Modality) -> None:
 
 
 def media_kinds() -> tuple[str, ...]:
-    """All kinds but text."""
+    """All kinds except text."""
     return tuple(kind for kind, modality in MODALITIES.items() if modality.layout != "pieces")
 
 
 def unknown(kind: str, where: object) -> InputError:
-    """What to say where a file names a kind that nothing is registered for."""
+    """The error for a file that names a kind that is not registered."""
     return InputError(f"{where}: found the modality {ascii(kind)[:40]}, which is none of {', '.join(MODALITIES)}; expected "
                       "--plugin FILE (in Python mmtx.load_plugin) with the file that registers it")
 
 
 def load_plugin(path: str | Path) -> None:
-    """Import a Python file that registers a modality, under the name of the file; a second time nothing happens.
+    """Import a Python file that registers a modality, under the file's name; a second call does nothing.
 
-    Raises InputError for a file that cannot be imported, registers no modality, or has the name of another module.
+    Raises InputError if the file cannot be imported, registers no modality, or has the name of another module.
     """
     at, before, known = f"plugin {path}", len(MODALITIES), Path(path).stem in sys.modules
     import_file(path, at)

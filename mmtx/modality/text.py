@@ -1,6 +1,6 @@
-"""Text to pieces and back, exactly: SentencePiece with byte fallback and nothing that changes the text.
+"""Text to pieces and back, exactly: SentencePiece with byte fallback and without normalisation.
 
-Every Unicode string comes back as it was, and no string that a user types can become a special token:
+Every Unicode string is decoded as it was, and no string that a user types can become a special token:
 those have ids only in `mmtx.vocabulary`.
 """
 
@@ -26,7 +26,7 @@ UNKNOWN, CONTROL, BYTE = 2, 3, 6
 TYPES = {1, 2, 3, 4, 5, 6}
 SCORE = struct.Struct("<f")
 BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
-SIZES = {1: 8, 5: 4}  # bytes of the types of the wire format that have one size
+SIZES = {1: 8, 5: 4}  # bytes of the fixed-size types of the wire format
 FIXED = 257  # pieces that every model has: unknown and 256 bytes
 
 MOST_BYTES, MOST_PIECES = 64 * 2**20, 2**20  # of a model
@@ -42,7 +42,7 @@ class TextTokenizer(Tokenizer):
     def __init__(self, model_proto: bytes, where: str | Path = "text tokenizer"):
         """Take a serialized model; errors name it `where`.
 
-        Raises InputError when it is damaged, lacks byte fallback, or changes the text.
+        Raises InputError if it is damaged, lacks byte fallback, or changes the text.
         """
         self.model_proto = model_proto
         pieces = read_pieces(model_proto, where)
@@ -66,11 +66,11 @@ class TextTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts: Iterable[str], size: int) -> "TextTokenizer":
-        """Train byte-pair pieces; equal texts and size give equal models.
+        """Train a BPE model; equal texts and size give equal models.
 
-        `size` is an upper bound of at least 258: a small corpus gives fewer pieces. At most half of what
-        is left beside the bytes goes to single characters, the most common ones; others are written as bytes.
-        Raises InputError when there is no text, or on a lone surrogate.
+        `size` is an upper bound, 258 or more: a small corpus gives fewer pieces. At most half of the pieces beyond the
+        bytes are single characters, the most common ones; others are written as bytes.
+        Raises InputError if there is no text, or on a lone surrogate.
         """
         if size <= FIXED:
             raise InputError(f"text tokenizer: found size {size}, expected at least {FIXED + 1}")
@@ -81,12 +81,12 @@ class TextTokenizer(Tokenizer):
             counts.update(text)
         if not counts:
             raise InputError("text tokenizer: found no text to train on, expected at least one character")
-        # Ties are broken by the character, because the order of a set of strings changes from run to run.
+        # Ties are broken by the character, because the order of a set of strings varies between runs.
         common = sorted(counts.keys() - RESERVED - {" "}, key=lambda c: (-counts[c], c))
         kept = [" ", *common][: max(1, (size - FIXED) // 2)]
-        # Texts are cut where a character is not kept: the trainer refuses more characters than pieces.
+        # Texts are split at characters that are not kept: the trainer refuses more characters than pieces.
         runs = re.compile(f"[{re.escape(''.join(kept))}]+")
-        # Without one text that has a space, the space would be no piece and come back as U+2581.
+        # Without a text that has a space, the space would not be a piece, and would be decoded as U+2581.
         corpus = [" ", *(run for text in texts for run in runs.findall(text))]
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
@@ -101,7 +101,7 @@ class TextTokenizer(Tokenizer):
             add_dummy_prefix=False,
             split_digits=True,
             character_coverage=1.0,
-            max_sentence_length=2**30,  # bytes; the trainer drops longer texts without a word
+            max_sentence_length=2**30,  # bytes; the trainer silently drops longer texts
             unk_id=0,
             bos_id=-1,
             eos_id=-1,
@@ -122,7 +122,7 @@ class TextTokenizer(Tokenizer):
         folder = Path(folder)
         config = read_config(folder, cls.kind)
         tokenizer = cls.from_file(folder / MODEL_FILE)
-        if write_json(config) != write_json(tokenizer._config):  # to Python 1.0 and true are 1
+        if write_json(config) != write_json(tokenizer._config):  # in Python 1 == 1.0 == True
             raise InputError(f"{folder / CONFIG}: found {str(config)[:80]}, expected {tokenizer._config}")
         return tokenizer
 
@@ -134,9 +134,9 @@ class TextTokenizer(Tokenizer):
         return self._model.vocab_size()
 
     def encode(self, media: str) -> list[int]:
-        """Text to pieces. Raises InputError on a lone surrogate, which is no Unicode text."""
+        """Text to pieces. Raises InputError on a lone surrogate, which is not Unicode text."""
         check_unicode(media)
-        # A typed U+2581 would come back as a space, so it goes by its bytes.
+        # A typed U+2581 would be decoded as a space, so it is encoded as bytes.
         first, *others = (self._model.encode(segment) for segment in media.split(SPACE))
         for ids in others:
             first += self._escaped_space + ids
@@ -151,7 +151,7 @@ class TextTokenizer(Tokenizer):
         return self._bytes[id]
 
     def decode(self, codes: Sequence[int]) -> str:
-        """Pieces to text. Bytes that are no UTF-8, and the unknown piece, become U+FFFD.
+        """Pieces to text. Bytes that are not UTF-8, and the unknown piece, become U+FFFD.
 
         Raises InputError on a code outside [0, size).
         """
@@ -168,7 +168,7 @@ class TextTokenizer(Tokenizer):
 
 
 class Piece(NamedTuple):
-    """A piece as its file holds it; `type` is SentencePiece's number of what it is for."""
+    """A piece as stored in its file; `type` is the number of SentencePiece's piece type."""
 
     text: str
     type: int
@@ -183,9 +183,9 @@ class Piece(NamedTuple):
 
 
 def read_pieces(model_proto: bytes, where: str | Path) -> list[Piece]:
-    """The pieces of a serialized model, read without the library, which believes what it reads.
+    """The pieces of a serialized model, parsed without the library, which does not validate its input.
 
-    Raises InputError when it is damaged, or has tables that change the text.
+    Raises InputError if it is damaged, or has tables that change the text.
     """
     pieces: list[Piece] = []
     try:
@@ -196,7 +196,7 @@ def read_pieces(model_proto: bytes, where: str | Path) -> list[Piece]:
                 if not text or "\0" in text or kind not in TYPES or kind == BYTE and text not in BYTES or not isfinite(score):
                     raise ValueError
                 pieces.append(Piece(text, kind))
-            elif number in (3, 5) and dict(_fields(value)).get(2):  # of a normalizer: its table
+            elif number in (3, 5) and dict(_fields(value)).get(2):  # the table of a normalizer
                 raise InputError(f"{where}: changes the text, expected a model with {IDENTITY}")
     except InputError:
         raise
@@ -208,7 +208,7 @@ def read_pieces(model_proto: bytes, where: str | Path) -> list[Piece]:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Numbers and values of the fields of a message in the wire format of protocol buffers."""
+    """Field numbers and values of a protocol buffer message in wire format."""
     at, end = 0, len(data)
     while at < end:
         key, at = data[at], at + 1

@@ -1,13 +1,13 @@
-"""The vocoder: log-mel spectrogram -> waveform, by a network of convolutions that ends in an inverse STFT.
+"""The vocoder: log-mel spectrogram -> waveform, by a convolutional network that ends in an inverse STFT.
 
-The network is that of Vocos (https://arxiv.org/abs/2306.00814), but its phases are not free: it looks at a few frames,
-so for a note that is held it would say the same in every frame, and the sound would repeat with every hop, whatever the
-pitch. As in neural source-filter models (https://arxiv.org/abs/1904.12088) the network therefore names a pitch for each
-frame, a train of pulses with a phase that runs on through the sound is made of it, and the magnitudes and phases that
-the network gives are those of filters: magnitude and phase for the pulses, magnitude for noise.
+The network is that of Vocos (https://arxiv.org/abs/2306.00814), but it does not predict phases freely: it sees only a few
+frames, so for a held note it would predict the same phases in every frame, and the sound would repeat with every hop,
+whatever the pitch. As in neural source-filter models (https://arxiv.org/abs/1904.12088), the network instead predicts the
+pitch of each frame, from which a pulse train with continuous phase is made. The magnitudes and phases that it predicts are
+those of filters: magnitude and phase for the pulses, magnitude for noise.
 
-A spectrogram may bring pitch logits of its own, in columns after its mel bands (those of `track_frames`, or a codec's
-memory of them): a few frames of mel bands do not tell a low note from its neighbours. The network then corrects them.
+A spectrogram may include pitch logits, in columns after its mel bands (those of `pitch_logits`, or a codec's reconstruction
+of them): a few frames of mel bands do not distinguish a low note from its neighbours. The network then corrects them.
 
 Shapes: B batch, S samples, F frames, M mels, D width, K = window/2 + 1 frequencies.
 """
@@ -25,22 +25,22 @@ from torch import Tensor, nn
 from mmtx.errors import InputError
 from mmtx.schema import within
 
-SILENCE = -7.0            # log magnitude that counts as silence, for what is beyond the ends of a sound
+SILENCE = -7.0            # log magnitude of silence, assumed beyond the ends of a sound
 LOWEST = 27.5             # Hz, of the first pitch bin: A0
 PITCHES = 7 * 48 + 25     # pitch bins, a quarter of a semitone each: up to 5 kHz
 CENTS = 25.0              # between two bins
-GRID = 5.0                # cents to which the pitch is rounded, so that rounding errors of the network do not add up
-NOISE_FRAMES = 128        # the noise repeats after so many frames
-AT_ONCE = 1024            # frames of a long sound that go through the network together
-MAX_GAIN = 6.0            # nepers that a filter may be above or below the spectrum's envelope
-SOFT = 1500.0             # Hz above which the pitch tracker hears less and less
-CLARITY = 0.8             # share of a frame's energy that its period must explain to have a pitch
-SURE = 12.0               # logit of the pitch of a frame that has one; 0 a semitone away and further
+GRID = 5.0                # cents to which the pitch is rounded, so that rounding errors of the network do not accumulate
+NOISE_FRAMES = 128        # period of the noise
+AT_ONCE = 1024            # frames of a long sound in one pass of the network
+MAX_GAIN = 6.0            # nepers by which a filter may exceed or fall below the spectral envelope
+SOFT = 1500.0             # Hz, cutoff of the pitch tracker's low-pass filter
+CLARITY = 0.8             # share of a frame's energy that its period must explain for it to have a pitch
+SURE = 12.0               # logit at the pitch of a frame that has one, falling to 0 a semitone away
 
 
 @dataclass(frozen=True)
 class VocoderConfig:
-    """Sizes of the network. `kernel` in frames, odd; `expansion` is the width inside a block over that outside."""
+    """Sizes of the network. `kernel` is in frames, odd; `expansion` is the ratio of the hidden width of a block to `width`."""
 
     width: int = 192
     depth: int = 4
@@ -55,7 +55,7 @@ class VocoderConfig:
 
 
 class ConvNeXtBlock(nn.Module):
-    """A block over frames (https://arxiv.org/abs/2201.03545)."""
+    """A ConvNeXt block over frames (https://arxiv.org/abs/2201.03545)."""
 
     def __init__(self, config: VocoderConfig):
         super().__init__()
@@ -73,7 +73,7 @@ class ConvNeXtBlock(nn.Module):
 
 
 class Filters(NamedTuple):
-    """What the network says about each frame: `pitch` logits (B, F, PITCHES), and the filters of pulses and noise."""
+    """The network's outputs for each frame: `pitch` logits (B, F, PITCHES), and the filters of pulses and noise."""
 
     pitch: Tensor
     pulses: Tensor  # complex (B, F, K)
@@ -81,7 +81,7 @@ class Filters(NamedTuple):
 
 
 class Sound(NamedTuple):
-    """`waveform` (B, F * hop); `cycles` (B, F), double: how often the pulses have come by each frame."""
+    """`waveform` (B, F * hop); `cycles` (B, F), double: number of pulse periods up to each frame."""
 
     waveform: Tensor
     cycles: Tensor
@@ -96,7 +96,7 @@ class Vocoder(nn.Module):
     noise: Tensor   # (NOISE_FRAMES, K)
 
     def __init__(self, config: VocoderConfig, mel_matrix: Tensor, rate: int, hop: int):
-        """`mel_matrix` (K, M) makes mel magnitudes of a spectrum's, `rate` in Hz, `hop` in samples: the codec's."""
+        """`mel_matrix` (K, M) maps spectral to mel magnitudes, `rate` is in Hz, `hop` in samples: all as in the codec."""
         super().__init__()
         self.config, self.rate, self.hop = config, rate, hop
         frequencies, mels = mel_matrix.shape
@@ -113,7 +113,7 @@ class Vocoder(nn.Module):
         nn.init.zeros_(self.to_filters.bias)
         hann = torch.hann_window(self.window)
         self.register_buffer("hann", hann, persistent=False)
-        # The filters start as the envelope that the mel bands draw, and the network corrects it.
+        # The filters start as the spectral envelope of the mel bands, which the network corrects.
         total = mel_matrix.sum(0)
         shares = mel_matrix / total
         bins = torch.arange(frequencies)
@@ -129,25 +129,25 @@ class Vocoder(nn.Module):
 
     @property
     def overlap(self) -> int:
-        """Frames on either side of a frame's own whose windows reach it."""
+        """Number of frames on either side of a frame whose windows reach it."""
         return math.ceil(self.window / 2 / self.hop)
 
     @property
     def context(self) -> int:
-        """Receptive field: frames on either side of a frame's own that its `hop` samples depend on."""
+        """Receptive field: number of frames on either side of a frame that its `hop` samples depend on."""
         return (self.config.depth + 1) * (self.config.kernel // 2) + 2 * self.overlap + 1
 
     def forward(self, log_mel: Tensor) -> Tensor:
-        """Log-mel (B, F, M), perhaps with pitch logits (B, F, M + PITCHES) -> waveform (B, F * hop)."""
+        """Log-mel (B, F, M), or with pitch logits (B, F, M + PITCHES) -> waveform (B, F * hop)."""
         return self.sound(self.filters(log_mel)).waveform
 
     @torch.no_grad()
     def stream(self, log_mels: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Log-mel (F, M) in pieces of any numbers of frames -> waveform in pieces, what `forward` gives for the whole.
+        """Log-mel (F, M) in pieces of any numbers of frames -> waveform in pieces: that of `forward` for the whole.
 
-        A frame is heard once `context` more frames have come, or the last; memory does not grow with the sound.
+        A frame is synthesised once `context` more frames have arrived, or the last one; memory does not grow with the sound.
         """
-        held = None  # frames from number `first` on; those before `done` are heard
+        held = None  # frames from index `first` on; those before `done` have been synthesised
         first, done, cycles = 0, 0, 0.0
         for log_mel in chain(log_mels, (None,)):
             if log_mel is not None:
@@ -167,7 +167,7 @@ class Vocoder(nn.Module):
                 held, first, done = held[max(0, stop - self.context - first):], max(first, stop - self.context), stop
 
     def filters(self, log_mel: Tensor) -> Filters:
-        """Log-mel (B, F, M or M + PITCHES) -> what to do with pulses and noise in each frame."""
+        """Log-mel (B, F, M or M + PITCHES) -> pitch and filters of each frame."""
         log_mel, given = log_mel.tensor_split([len(self.total)], dim=-1)
         x = self.embed_norm(self.embed(log_mel.transpose(1, 2) - SILENCE).transpose(1, 2))
         for block in self.blocks:
@@ -184,8 +184,8 @@ class Vocoder(nn.Module):
     def sound(self, filters: Filters, first: int = 0, anchor: int = 0, cycles: Tensor | float = 0.0) -> Sound:
         """Filters of F frames -> their sound.
 
-        For a piece of a longer sound: `first` is the number of its first frame, and the pulses have come by `cycles`
-        (B,) times at its frame `anchor`.
+        For a piece of a longer sound: `first` is the index of its first frame, and `cycles` (B,) the number of pulse periods
+        up to its frame `anchor`.
         """
         frames = filters.noise.shape[1]
         with torch.no_grad():
@@ -204,7 +204,7 @@ class Vocoder(nn.Module):
     def _pulses(self, pitch: Tensor, passed: Tensor) -> Tensor:
         """Pitch in Hz and cycles at each frame, (B, F) -> band-limited pulses of RMS 1 over all windows, (B, S).
 
-        The pitch goes in straight lines from frame to frame, and stays as it is before the first and after the last.
+        The pitch is interpolated linearly between frames, and constant before the first and after the last.
         """
         e, hop, rate = self.overlap, self.hop, self.rate
         before = torch.arange(-e, 0, device=pitch.device) * hop / rate * pitch[:, :1]
@@ -226,7 +226,7 @@ class Vocoder(nn.Module):
 
 
 def hertz(logits: Tensor) -> Tensor:
-    """Pitch logits (..., PITCHES) -> Hz (...): the mean of the bins around the best one, on a grid of 5 cents."""
+    """Pitch logits (..., PITCHES) -> Hz (...): the weighted mean of the bins around the best one, rounded to 5 cents."""
     best = logits.argmax(-1, keepdim=True)
     near = (best + torch.arange(-2, 3, device=logits.device)).clamp(0, PITCHES - 1)
     cents = CENTS * (logits.gather(-1, near).softmax(-1) * near).sum(-1)
@@ -242,7 +242,7 @@ def track_frames(frames: Tensor, rate: int) -> tuple[Tensor, Tensor]:
     window = frames.shape[-1]
     longest = min(math.ceil(rate / LOWEST), window * 5 // 8)  # beyond that too little is left to compare
     size = 2 ** math.ceil(math.log2(2 * window))
-    # Peaks of bright sounds are narrower than a sample, and one that lies between two would be missed.
+    # Low-pass filtered: peaks of bright sounds are narrower than a sample, and one between two samples would be missed.
     tones = torch.fft.rfftfreq(size, 1 / rate, device=frames.device)
     frames = torch.fft.irfft(torch.fft.rfft(frames, size) / (1 + (tones / SOFT) ** 2), size)[..., :window]
     product = torch.fft.irfft(torch.fft.rfft(frames, size).abs().square(), size)[..., :longest + 1]
@@ -263,7 +263,7 @@ def track_frames(frames: Tensor, rate: int) -> tuple[Tensor, Tensor]:
 
 
 def pitch_logits(frames: Tensor, rate: int) -> Tensor:
-    """Windows of sound (..., window) -> logits of their pitch (..., PITCHES); all 0 without a clear one."""
+    """Windows of sound (..., window) -> logits of their pitch (..., PITCHES), all 0 if it is not clear."""
     cents, clarity = track_frames(frames, rate)
     away = (torch.arange(PITCHES, device=frames.device) - cents[..., None] / CENTS).abs() * CENTS / 100
     return SURE * (1 - away).clamp_min(0) * (clarity > CLARITY)[..., None]

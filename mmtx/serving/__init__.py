@@ -1,1 +1,1 @@
-"""`mmtx serve`: one model behind an address that clients of OpenAI's API speak to."""
+"""`mmtx serve`: one model behind an OpenAI-compatible API."""

@@ -1,4 +1,4 @@
-"""The routes of `mmtx serve`, after OpenAI's API reference: what is asked, as jobs; what is answered, as JSON, events or sound."""
+"""The routes of `mmtx serve`, after OpenAI's API reference: requests become jobs, answers become JSON, events or sound."""
 
 import asyncio
 import base64
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
     from mmtx.modality.pretrained_text import PretrainedText
     from mmtx.modality.text import TextTokenizer
 
-READERS = 2  # threads that read media and make them
-SAMPLED = {"temperature", "top_p", "top_k", "seed"}  # what a body says of Sampling
+READERS = 2  # threads that decode and encode media
+SAMPLED = {"temperature", "top_p", "top_k", "seed"}  # fields of Sampling in a body
 
 
 class Metrics:
-    """What /metrics tells."""
+    """The metrics that /metrics reports."""
 
     def __init__(self):
         self.registry = CollectorRegistry()
@@ -55,7 +55,7 @@ class Metrics:
 
 
 class Service:
-    """A model with the threads that answer for it, while the application lives."""
+    """A model with the threads that serve it, for the lifetime of the application."""
 
     batches: Batches
 
@@ -75,7 +75,7 @@ class Service:
             await asyncio.to_thread(threads.shutdown)
 
     async def read(self, work: Callable[..., Any], *given: Any) -> Any:
-        """Run something in a thread of the readers, while batches wait a moment for what comes of it."""
+        """Run `work` in a reader thread; meanwhile batches wait a moment for the job that may come of it."""
         self.batches.coming += 1
         try:
             return await self.run(self.readers, work, *given)
@@ -83,21 +83,21 @@ class Service:
             self.batches.coming -= 1
 
     async def run(self, threads: Executor, work: Callable[..., Any], *given: Any) -> Any:
-        """Run something in a thread. What has begun goes on where nobody waits any more; what has not never begins."""
+        """Run `work` in a thread. If the caller leaves, it runs to its end if it has started, and never starts if it has not."""
         async with in_time(self.deadline()):
             return await asyncio.get_running_loop().run_in_executor(threads, work, *given)
 
     def deadline(self) -> float:
-        """When what is asked now must be answered, of the loop's time."""
+        """The deadline of a request that arrives now, in the event loop's time."""
         return asyncio.get_running_loop().time() + self.limits.timeout
 
     def picture_length(self, size: tuple[int, int] | None) -> int:
-        """Ids of an answer that is a picture of this height and width, or of the tokenizer's; 1 where the model chooses them."""
+        """Tokens of an answer that is a picture of this height and width, or the tokenizer's; 1 if the model chooses the size."""
         v, prefix = self.model.vocabulary, self.model._size_prefix("image", size)
         if not prefix:
             return 1
         rows, columns = prefix[1] - v.height(1) + 1, prefix[2] - v.width(1) + 1
-        return len(prefix) + rows * columns + 2  # what closes the picture, and <end>
+        return len(prefix) + rows * columns + 2  # the picture's closing tag, and <end>
 
     def embed(self, document: Document) -> np.ndarray:
         (encoded,) = self.model.encode_documents([document], codes=False)
@@ -105,7 +105,7 @@ class Service:
 
 
 class Answer:
-    """An answer on its way, and what it has come to. With `top`, also how likely each id was, beside so many others."""
+    """An answer in progress, with its ids so far. With `top`, also the log-probabilities of each id and of so many others."""
 
     def __init__(self, service: Service, document: Document, body: api.SamplingBody, out: str = "text",
                  size: tuple[int, int] | None = None, live: bool = False, top: int | None = None):
@@ -122,7 +122,7 @@ class Answer:
                        live or top is not None, top is not None)
 
     async def steps(self) -> AsyncIterator[list[tuple[int, torch.Tensor | None]]]:
-        """What is new of it: ids and their scores, <end> left out."""
+        """New ids with their scores, as they come, without <end>."""
         v, tokens = self.service.model.vocabulary, self.service.metrics.tokens
         tokens.labels("read").inc(self.length)
         async for new in self.service.batches.answer(self.job):
@@ -136,12 +136,12 @@ class Answer:
                 yield ident
 
     async def pieces(self) -> AsyncIterator[tuple[str, list[dict], str | None]]:
-        """Text as it comes, the scores of its ids, and at the end why it ended."""
+        """Pieces of text as they come, the log-probabilities of their ids and, in the last, the finish reason."""
         shown, scored = 0, []
         async for new in self.steps():
             scored += [self._scored(ident, scores) for ident, scores in new if scores is not None]
             text = self.text(self.ids)
-            if self.job.live and text[shown:] and not text.endswith("\ufffd"):  # a character of several bytes waits until it is whole
+            if self.job.live and text[shown:] and not text.endswith("\ufffd"):  # hold back incomplete characters
                 yield text[shown:], scored, None
                 shown, scored = len(text), []
         v, most = self.service.model.vocabulary, self.job.sampling.max_new_tokens
@@ -156,7 +156,7 @@ class Answer:
         return {read: self.length, written: len(self.ids), "total_tokens": self.length + len(self.ids)}
 
     def _scored(self, ident: int, scores: torch.Tensor) -> dict:
-        """How likely an id was among all that the grammar lets come, at temperature 1, and the best of these."""
+        """Log-probability of an id among all that the grammar allows, at temperature 1, and those of the best of these."""
         grammar = self.service.model.grammar
         allowed = grammar.allowed(grammar.start(1, "text"), len(scores))[0]
         shares = scores.masked_fill(~allowed, -torch.inf).log_softmax(0)
@@ -166,13 +166,13 @@ class Answer:
         return {**told[0], "top_logprobs": told[1:]}
 
     def _bytes(self, ident: int) -> list[int]:
-        """The bytes that a piece of text stands for, possibly part of a character; none of another id."""
+        """The bytes of a piece of text, possibly part of a character; none for other ids."""
         tokenizer = cast("TextTokenizer | PretrainedText", self.service.model.tokenizers["text"])
         return list(tokenizer.piece_bytes(ident - self.texts.start)) if ident in self.texts else []
 
 
 def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None = None, loopback: bool = True) -> FastAPI:
-    """The application (ASGI), which speaks for one model."""
+    """The ASGI application, which serves one model."""
     service = Service(model, name, limits)
 
     async def left_to_the_door(request: Request, error: Exception) -> Response:
@@ -192,7 +192,7 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
         return Document((Turn(role, await service.read(api.read_parts, model, content, limits, where)),))
 
     async def written(answer: Answer, body: api.WriteBody, kind: str, choice: Callable[[str, bool], dict]) -> Any:
-        """Text as one object or as events; `choice` says it in the form of a route, told whether it is the first."""
+        """Text as one object or as events; `choice(text, first)` puts a piece in the form of a route."""
         head = {"id": f"{kind[:4]}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": name}
 
         def shown(text: str, scored: list[dict] | None, reason: str | None, first: bool = True) -> dict:
@@ -240,7 +240,7 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
         document = await service.read(api.read_document, model, body.messages, limits)
         answer = Answer(service, document, body, live=body.stream, top=(body.top_logprobs or 0) if body.logprobs else None)
         kind, key = ("chat.completion.chunk", "delta") if body.stream else ("chat.completion", "message")
-        role = lambda first: {"role": "assistant"} if first else {}  # clients join what the pieces of a stream say
+        role = lambda first: {"role": "assistant"} if first else {}  # clients concatenate the fields of a stream
         return await written(answer, body, kind, lambda text, first: {key: {**role(first), "content": text}})
 
     @app.post("/v1/completions")
@@ -269,7 +269,7 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
         check(body.model)
         part = await service.read(api.read_part, model, Audio(await body.file.read()), limits, "file")
         if model.transcribes and not {*SAMPLED, "max_tokens"} & body.model_fields_set:
-            text = await service.read(model.transcribe, part)  # piece by piece, so that no prompt is as long as the sound
+            text = await service.read(model.transcribe, part)  # in pieces, so that no prompt is as long as the sound
         else:
             answer = Answer(service, Document((Turn("user", (part,)),)), body)
             text = "".join([text async for text, *_ in answer.pieces()])
@@ -291,7 +291,7 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
         answer = Answer(service, await read(body, body.input, "input"), body, "audio", live=True)
         pieces = in_thread(service.speakers, answer.codes(), lambda ids: encoded(
             model.stream_sound(ids), body.response_format), lambda: service.batches.drop(answer.job))
-        first = await anext(pieces)  # what goes wrong until then is told with a status
+        first = await anext(pieces)  # errors until then are reported with a status
 
         async def sound() -> AsyncIterator[bytes]:
             yield first
@@ -305,14 +305,14 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
 
 def serve(model: Model, name: str, host: str, port: int, limits: Limits, key: str | None,
           page: Callable[[FastAPI], None] | None = None) -> None:
-    """Answer until SIGINT or SIGTERM; `page` adds one for people."""
+    """Serve until SIGINT or SIGTERM; `page` adds the web page of `mmtx demo`."""
     import uvicorn
 
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
     except OSError as error:
         raise InputError(f"{host}:{port}: cannot be listened at ({error.strerror})") from None
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or the body of an answer waits 40 ms for word of its head
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or the body waits 40 ms for an ACK of the headers
     app = make_app(model, name, limits, key, host in LOOPBACK)
     if page:
         page(app)

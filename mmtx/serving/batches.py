@@ -1,8 +1,8 @@
-"""Prompts that wait together are encoded and answered together, each as it would be alone.
+"""Batching of requests: prompts that wait together are encoded and answered together, each as it would be alone.
 
-Whoever waits longest chooses the batch: all that are asked for in the same way and are of about its length come along. Text
-that is cut earlier than its neighbours, or that nobody waits for any more, leaves the batch at the next step. Behind long answers
-nobody waits: from its first turn on, a batch takes turns with those that come after it.
+The job that has waited longest determines the batch: all with the same settings and about its length join it. Text that is cut
+earlier than the rest of its batch, or whose caller has gone, leaves the batch at the next step. Long answers do not block others:
+after its first turn, a batch takes turns with those that come after it.
 """
 
 import asyncio
@@ -25,53 +25,53 @@ from mmtx.pipeline import Model, by_length
 from mmtx.sequence import prompt
 from mmtx.serving.limits import Refused, in_time
 
-PATIENCE = 0.01  # seconds at most that a batch waits for requests that will be there in a moment
-LEAST = 4        # rows of a batch below which a thread that has nothing to do gets no share of it
-TURN = 16        # steps of a turn: a caption needs fewer, and so is answered in one
-BESIDE = 4       # batches at most that wait for their next turn, each of which holds its keys and values
+PATIENCE = 0.01  # most seconds that a batch waits for requests that are about to arrive
+LEAST = 4        # fewest rows in the share of an idle thread when a batch is split
+TURN = 16        # steps in a turn: a caption needs fewer, and so is answered in one
+BESIDE = 4       # most batches that wait for their next turn, each of which holds its KV cache
 
 
 @dataclass(eq=False)
 class Job:
-    """A prompt on its way. In `queue` come lists of ids with their scores (V,) or None; in the end None, or an error."""
+    """A prompt being answered. `queue` gets lists of ids with their scores (V,) or None; at the end None, or an error."""
 
-    document: Document  # media are read, and encoded together with those of the others
+    document: Document  # its media are decoded, and are encoded together with those of other jobs
     length: int         # tokens of its prompt
     out: str
     sampling: Sampling
     size: tuple[int, int] | None
-    deadline: float     # of the loop's time
-    live: bool = False    # whether ids are told as they come, not all at the end
+    deadline: float     # in the event loop's time
+    live: bool = False    # whether ids are delivered as they come, not all at the end
     scored: bool = False  # whether scores are wanted
-    dropped: bool = False  # set by who no longer waits
+    dropped: bool = False  # whether the caller no longer waits
     written: int = 0
     untold: list[tuple[int, torch.Tensor | None]] = field(default_factory=list)
     queue: asyncio.Queue = field(default_factory=asyncio.Queue)
 
     @property
     def way(self) -> tuple:
-        """What those of a batch must agree in. Text that may be longer begins with the same ids."""
+        """The settings that jobs of a batch must share. The length of text is not one: longer text starts with the same ids."""
         cut = None if self.out == "text" else self.sampling.max_new_tokens
         return self.out, replace(self.sampling, max_new_tokens=1), cut, self.size
 
     def take(self, ident: int, scores: torch.Tensor | None) -> bool:
-        """Its next id -> whether it is cut here, or nobody waits for more."""
+        """Add the next id -> whether the answer ends here, because it is cut or dropped."""
         self.written += 1
         self.untold.append((ident, scores))
         return self.dropped or self.out == "text" and self.written == self.sampling.max_new_tokens
 
 
 class Batches:
-    """Answers jobs; on a CPU in as many threads as torch may use, each with one thread of torch's.
+    """Answers jobs; on a CPU in as many threads as torch may use, each of which runs torch single-threaded.
 
-    Belongs to the loop in which it is made: only `_work` and what it calls runs in other threads.
+    An instance belongs to the event loop in which it is made: only `_work` and what it calls run in other threads.
     """
 
     def __init__(self, model: Model, observe: Callable[[int], None] = lambda rows: None):
         self.model, self.observe, self.loop = model, observe, asyncio.get_running_loop()
-        self.coming = 0  # requests whose jobs will be there in a moment
-        self.running: set[Job] = set()  # that are being answered
-        self._jobs: list[Job] = []      # that wait
+        self.coming = 0  # requests that are about to submit a job
+        self.running: set[Job] = set()  # jobs being answered
+        self._jobs: list[Job] = []      # jobs that wait
         self._begun: deque[Iterator[bool]] = deque()  # batches that wait for their next turn
         self._changed, self._idle, self._closed = threading.Condition(), 0, False  # its lock guards all that changes
         self._on_cpu = model.decoder.embedding.weight.device.type == "cpu"
@@ -86,7 +86,7 @@ class Batches:
             self._changed.notify_all()
 
     async def answer(self, job: Job) -> AsyncIterator[list[tuple[int, torch.Tensor | None]]]:
-        """The ids of a job with their scores, as they come. Who ends early gives the place to others."""
+        """The ids of a job with their scores, as they come. Closing the iterator early drops the job."""
         self.submit(job)
         try:
             while True:
@@ -101,14 +101,14 @@ class Batches:
             self.drop(job)
 
     def drop(self, job: Job) -> None:
-        """Nobody waits for a job any more: its place is free at once, or at the next step of its batch, and its queue ends."""
+        """Abandon a job: its place is freed at once, or at the next step of its batch, and its queue ends."""
         job.dropped = True
         with self._changed, suppress(ValueError):
             self._jobs.remove(job)
         job.queue.put_nowait(None)
 
     async def close(self) -> None:
-        """End with the turns that are under way; what waits is refused."""
+        """Stop after the turns in progress; jobs that have not begun are refused."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -118,10 +118,10 @@ class Batches:
             await asyncio.to_thread(thread.join)
 
     def _work(self) -> None:
-        """Let batches take their turns until all is over: new ones, and those that were begun, alternately where there are both."""
+        """Let batches take turns until the server closes: if there are both new and begun ones, alternately."""
         if self._on_cpu:
             one_thread()
-        rows, new = 0, False  # of the batch that was begun last, and whether it has just been
+        rows, new = 0, False  # of the last new batch, and whether it was the last turn
         while True:
             with self._changed:
                 self._wait(rows)
@@ -139,8 +139,10 @@ class Batches:
                     self._changed.notify()
 
     def _wait(self, before: int) -> None:
-        """Until there is something to do; a moment longer where nothing else is, and more jobs are coming: the callers of the
-        batch before, of so many rows, often ask again."""
+        """Wait for work, then up to PATIENCE longer, if no batch waits, for more jobs that may come.
+
+        These are jobs about to be submitted, and those of the callers of the previous batch of `before` rows, who often ask again.
+        """
         patient = time.monotonic() + PATIENCE
         self._idle += 1
         self._changed.wait_for(lambda: self._jobs or self._begun or self._closed)
@@ -149,7 +151,7 @@ class Batches:
         self._idle -= 1
 
     def _next(self) -> tuple[Iterator[bool], int]:
-        """The next batch, a share for each thread that has nothing to do, and its rows."""
+        """The next batch, of a size that leaves a share for each idle thread, and its number of rows."""
         same = [job for job in self._jobs if job.way == self._jobs[0].way]
         (chosen,) = (batch for batch in by_length([job.length for job in same]) if 0 in batch)
         share = max(LEAST, -(-len(chosen) // (self._idle + 1)))
@@ -159,7 +161,7 @@ class Batches:
         return self._turns(jobs), len(jobs)
 
     def _turns(self, jobs: Sequence[Job]) -> Iterator[bool]:
-        """Answer jobs turn by turn, or tell them why not: what is wrong with one is not told to the others, and the server lives."""
+        """Answer jobs turn by turn, or report an error to the job that caused it, not to the others of its batch."""
         try:
             yield from self._answer(jobs)
         except Exception as error:
@@ -175,7 +177,7 @@ class Batches:
         documents = self.model.encode_documents([job.document for job in jobs], codes=False)
         prompts = [prompt(document, v) for document in documents]
         sampling = replace(way.sampling, max_new_tokens=max(job.sampling.max_new_tokens for job in jobs))
-        # With a seed every job is the first of its own list; without one each draws for itself.
+        # With a seed, each job draws as the first of its own list; without one, independently.
         places = range(len(jobs)) if sampling.seed is None else [0] * len(jobs)
         engines: list[OutputScores] = []
 
@@ -185,7 +187,7 @@ class Batches:
 
         choose = scored if any(job.scored for job in jobs) else choose_engine
         wanted = torch.ones(len(jobs), dtype=torch.bool)
-        rows = dict(enumerate(jobs))  # that are still written
+        rows = dict(enumerate(jobs))  # those still in progress
         for step, column in enumerate(self.model.stream_ids(prompts, way.out, way.size, sampling, places, wanted, choose), 1):
             ids = column.tolist()
             over = [row for row, job in rows.items() if job.take(ids[row], engines[0].row(row) if job.scored else None)
@@ -200,7 +202,7 @@ class Batches:
                 yield True
 
     def _tell(self, jobs: Sequence[Job], ended: Sequence[Job], last: Exception | None) -> None:
-        """Put what is new into the queues of jobs, and `last` into those of the ended, in the thread of the loop."""
+        """Put new ids into the queues of `jobs`, and `last` into those of `ended`, in the thread of the event loop."""
         new = [(job.queue, job.untold) for job in jobs] + [(job.queue, last) for job in ended]
 
         def put() -> None:

@@ -1,7 +1,7 @@
-"""What a server takes from its callers, the door that keeps it (key, origin, number of requests, size and time of a body), and what
-those are told who are refused.
+"""Limits of a server, the middleware that enforces them, and the error responses of requests that are refused.
 
-All is decided before a byte is understood. A request whose caller has gone is ended, whatever it waits for.
+Key, origin, number of requests, and size and time of a body are checked before the body is parsed. A request whose caller has gone
+is cancelled, whatever it waits for.
 """
 
 import asyncio
@@ -26,18 +26,18 @@ MB = 2 ** 20
 OPEN = ("/", "/health")  # paths that need no key
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OWN_HOST = re.compile(rf"({'|'.join(re.escape(f'[{name}]' if ':' in name else name) for name in LOOPBACK)})(:\d*)?", re.IGNORECASE)
-GONE = 499  # what is counted where a caller went before the answer began, as nginx has it
+GONE = 499  # status counted if a caller disconnects before the answer begins, as in nginx
 EXPECTED = {"model_type": "a JSON object", "model_attributes_type": "a JSON object", "value_error": "a file",
-            "union_tag_not_found": "a JSON object with its type"}  # where pydantic and FastAPI speak of Python
+            "union_tag_not_found": "a JSON object with its type"}  # pydantic and FastAPI speak of Python here
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that one request may have, and how many may be in the house; memory is bounded by `requests` times `megabytes`.
+    """Limits of a request, and of concurrent requests; `requests` times `megabytes` bounds the memory of bodies.
 
     `megabytes` of its body, `pixels` of each picture, `seconds` of each sound, `tokens` of its prompt and answer together,
-    `timeout` seconds until its answer is whole.
+    `timeout` seconds until its answer is complete.
     """
 
     requests: int = 64
@@ -49,24 +49,24 @@ class Limits:
 
 
 class Refused(HTTPException):
-    """An answer other than the one that was asked for, in the form of OpenAI's API."""
+    """An error response in the form of OpenAI's API."""
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None,
                  headers: Mapping[str, str] | None = None):
         again = {"Retry-After": "1"} if status in (429, 503) else {}  # seconds
-        super().__init__(status, message, {"Connection": "close", **again, **(headers or {})})  # the rest of a body may be under way
+        super().__init__(status, message, {"Connection": "close", **again, **(headers or {})})  # the rest of a body may still arrive
         kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
         self.body = {"error": {"message": one_line(message), "type": kind, "param": param, "code": code}}
 
 
 def as_refused(error: Exception) -> Refused:
-    """What the caller is told of an error: all of a mistake of his own, nothing of one of ours."""
+    """The response to an error: full detail if it is the caller's mistake, none if it is the server's."""
     if isinstance(error, Refused):
         return error
     if isinstance(error, InputError):
         return Refused(400, str(error), "invalid_value")
     if isinstance(error, RequestValidationError):
-        return _misunderstood(max(error.errors(), key=lambda one: len(one["loc"])))  # of several that it could be, the nearest
+        return _misunderstood(max(error.errors(), key=lambda one: len(one["loc"])))  # of the alternatives, the closest
     if isinstance(error, HTTPException):
         return Refused(error.status_code, error.detail, headers=error.headers)
     logging.getLogger("mmtx").error("a request failed", exc_info=error)
@@ -74,11 +74,11 @@ def as_refused(error: Exception) -> Refused:
 
 
 def _misunderstood(error: Mapping[str, Any]) -> Refused:
-    """What pydantic says of a field, in our words."""
-    kind, told, (_, *places) = error["type"], error["msg"], error["loc"]  # which begins with "body"
+    """An error of pydantic about a field, reworded."""
+    kind, told, (_, *places) = error["type"], error["msg"], error["loc"]  # `loc` begins with "body"
     if kind == "json_invalid":
         return Refused(400, f"body: not JSON, {error['ctx']['error']} at character {places[0]}", kind)
-    # Of an item of a message its type is told, too, which is the name of the field that it has.
+    # For an item of a message, `loc` also has its type, which is the name of its field, too.
     where = "".join(f"[{place}]" if isinstance(place, int) else f".{place}" for place, before in zip(places, (None, *places))
                     if place != before or isinstance(place, int)).removeprefix(".") or "body"
     if kind not in ("missing", "extra_forbidden"):
@@ -89,7 +89,7 @@ def _misunderstood(error: Mapping[str, Any]) -> Refused:
 
 @asynccontextmanager
 async def in_time(deadline: float) -> AsyncIterator[None]:
-    """What is awaited inside must be there at `deadline`, of the loop's time. Raises Refused, 504, where it is not."""
+    """Awaits in this context must end by `deadline`, in the event loop's time. Raises Refused, 504, if they do not."""
     try:
         async with asyncio.timeout_at(deadline):
             yield
@@ -98,8 +98,10 @@ async def in_time(deadline: float) -> AsyncIterator[None]:
 
 
 class Door:
-    """Lets requests in as long as there is room, reads their bodies whole, ends those whose caller has gone, and answers what went
-    wrong behind it (ASGI). With `loopback`, callers must know it by a name of this machine."""
+    """ASGI middleware that admits requests while there is room, reads their bodies, and turns errors into responses.
+
+    It cancels requests whose caller has gone. With `loopback`, the Host header must name this machine.
+    """
 
     def __init__(self, app, limits: Limits, key: str | None, loopback: bool, metrics):
         self.app, self.limits, self.loopback, self.metrics = app, limits, loopback, metrics
@@ -110,7 +112,7 @@ class Door:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         begin, status = time.monotonic(), GONE
-        scope = {**scope, "method": "GET" if scope["method"] == "HEAD" else scope["method"]}  # the server library leaves its body out
+        scope = {**scope, "method": "GET" if scope["method"] == "HEAD" else scope["method"]}  # uvicorn omits its body
 
         async def noted(message):
             nonlocal status
@@ -122,7 +124,7 @@ class Door:
                 await self._let_in(Request(scope, receive), noted)
         except Exception as error:
             refused = as_refused(error)
-            if status == GONE:  # an answer that has begun can only break off
+            if status == GONE:  # an answer that has begun can only be cut short
                 await JSONResponse(refused.body, refused.status_code, refused.headers)(scope, receive, noted)
         finally:
             route = getattr(scope.get("route"), "path", "none")
@@ -132,7 +134,7 @@ class Door:
     async def _let_in(self, request: Request, send) -> None:
         scope, headers = request.scope, request.headers
         host, given = headers.get("host", ""), headers.get("authorization", "").encode()
-        if self.loopback and not OWN_HOST.fullmatch(host):  # or a page elsewhere could speak to it through a name that leads here
+        if self.loopback and not OWN_HOST.fullmatch(host):  # against DNS rebinding by pages of other sites
             raise Refused(400, f"Host: found {host[:100]!r}, expected localhost or 127.0.0.1: this server answers its own machine "
                           "alone, where --host does not say otherwise", "invalid_host")
         if self.expected and scope["path"] not in OPEN and not hmac.compare_digest(given, self.expected):
@@ -147,14 +149,16 @@ class Door:
                 await self._answer(request, await self._body(request), send)
 
     def _see_type(self, request: Request) -> None:
-        """What is no form is JSON, whatever its caller calls it: `curl -d` says that it is a form of another kind. But browsers let a
-        page of another origin, which they name, send anything but what is called JSON without asking first."""
+        """Treat any body but a multipart form as JSON, since `curl -d` labels JSON as a URL-encoded form.
+
+        Without a preflight, browsers let pages of other origins, named in `Origin`, send anything that is not labelled JSON.
+        """
         headers, scope = request.headers, request.scope
         kind, origin = headers.get("content-type", "").partition(";")[0].strip().lower(), headers.get("origin")
         if kind == "application/json":
             return
         own = origin is None or headers.get("sec-fetch-site") == "same-origin" or origin.partition("://")[2] == headers.get("host")
-        if not own and not self.expected:  # nor does a page elsewhere know the key
+        if not own and not self.expected:  # a foreign page does not know the key
             raise Refused(403, f"Origin: found {origin!r:.100}, a page elsewhere, which may send only Content-Type: application/json",
                           "invalid_origin")
         if kind != "multipart/form-data":
@@ -163,7 +167,7 @@ class Door:
 
     async def _body(self, request: Request) -> bytes:
         body, most = bytearray(), self.limits.megabytes * MB
-        told = int(request.headers.get("content-length", 0))  # the server library has seen that it is a number
+        told = int(request.headers.get("content-length", 0))  # uvicorn has checked that it is a number
         try:
             async with asyncio.timeout(self.limits.timeout):
                 pieces = request.stream()
@@ -176,7 +180,7 @@ class Door:
         raise Refused(413, f"the request is larger than {self.limits.megabytes} MB", "request_too_large")
 
     async def _answer(self, request: Request, body: bytes, send) -> None:
-        """Run the application with a body that is there; cancel it when the caller goes."""
+        """Run the application with a body that has been read; cancel it if the caller disconnects."""
         left = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay():

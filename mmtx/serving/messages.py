@@ -1,6 +1,6 @@
-"""Requests of OpenAI's API, in which every field that is not understood is refused, and their messages as documents.
+"""Requests of OpenAI's API, in which unknown fields are errors, and their messages as documents.
 
-Media come as bytes within the request; nothing is fetched.
+Media come as bytes in the request; nothing is fetched.
 """
 
 import base64
@@ -19,47 +19,46 @@ from mmtx.modality.base import media_tokenizer
 from mmtx.pipeline import Model
 from mmtx.serving.limits import Limits
 
-LONGEST = 32  # characters of a piece of text: SentencePiece makes none of more than 16 unless it is told to
+LONGEST = 32  # most characters in a piece of text: SentencePiece makes none of more than 16 by default
 ROLES = {"user": "user", "assistant": "assistant", "system": "user", "developer": "user"}  # as in training
 
 
 class Body(BaseModel):
-    """A body in which an unknown field is a mistake, and a value of another type, too, such as "yes" for true. What is null
-    is not given."""
+    """A body in which unknown fields and values of other types, such as "yes" for true, are errors; null counts as absent."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def drop_nulls(cls, given: Any) -> Any:
-        """Clients write null for what they leave open, also of fields that are unknown here: these ask for nothing."""
+        """Clients send null for fields that they leave unset, including ones that are unknown here."""
         return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
 
 
 def as_items(given: Any) -> Any:
-    """Text alone is a list of one item."""
+    """Plain text -> a list of one text item."""
     return [{"type": "text", "text": given}] if isinstance(given, str) else given
 
 
 def alone(given: Any) -> Any:
-    """A list of one prompt, as some clients send it, is that prompt."""
+    """A list of one prompt, as some clients send it -> that prompt."""
     return given[0] if isinstance(given, list) and len(given) == 1 and isinstance(given[0], str) else given
 
 
 def as_inputs(given: Any) -> Any:
-    """Text or a list of items is a list of one input."""
+    """Text or a list of items -> a list of one input."""
     several = isinstance(given, list) and (not given or isinstance(given[0], (str, list)))
     return given if several else [given]
 
 
 class Address(Body):
     url: str
-    detail: Literal["auto", "low", "high"] = "auto"  # pictures have the size that the tokenizer gives them
+    detail: Literal["auto", "low", "high"] = "auto"  # ignored: the tokenizer determines the size of pictures
 
 
 class Bytes(Body):
     data: str
-    format: str = ""  # the bytes tell
+    format: str = ""  # ignored: it is detected from the bytes
 
 
 class TextItem(Body):
@@ -89,7 +88,7 @@ class Message(Body):
 
 
 class Asking(Body):
-    """What all requests share."""
+    """Fields of all requests."""
 
     model: str
     user: str | None = None
@@ -131,7 +130,7 @@ class EmbeddingsBody(Asking):
 
 
 class TranscriptionBody(SamplingBody):
-    model_config = ConfigDict(strict=False)  # all that is in a form is text
+    model_config = ConfigDict(strict=False)  # all values in a form are text
 
     file: UploadFile
     response_format: Literal["json", "text"] = "json"
@@ -145,27 +144,27 @@ class ImagesBody(SamplingBody):
 
 class SpeechBody(SamplingBody):
     input: Words
-    voice: Any = None  # there is one, which the words ask for
+    voice: Any = None  # ignored: a voice is described in the text
     response_format: Literal["mp3", "wav", "flac", "opus", "pcm"] = "mp3"
     stream_format: Literal["audio"] = "audio"
     speed: float = Field(1, ge=1, le=1)
 
 
 def read_document(model: Model, messages: Sequence[Message], limits: Limits) -> Document:
-    """Decode all media of messages, which are still to be encoded. Raises InputError that names the message and the part."""
+    """Messages -> a document whose media are decoded but not yet encoded. Raises InputError that names the message and the part."""
     return Document(tuple(
         Turn(ROLES[message.role], read_parts(model, message.content, limits, f"messages[{number}].content"))
         for number, message in enumerate(messages)))
 
 
 def read_parts(model: Model, content: Sequence[Item], limits: Limits, where: str) -> tuple[TextPart | ReadMedium, ...]:
-    """Text, pictures and sounds as they stand in a message -> their parts, media still to be encoded."""
+    """Items of a message -> parts; media are decoded but not yet encoded."""
     return tuple(read_part(model, to_medium(item, limits, f"{where}[{number}]"), limits, f"{where}[{number}]")
                  for number, item in enumerate(content))
 
 
 def read_part(model: Model, medium: str | Image | Audio, limits: Limits, where: str) -> TextPart | ReadMedium:
-    """One medium, decoded. Raises InputError where it is none, and where a sound is too long."""
+    """Decode one medium, or encode text. Raises InputError if it is not valid, or a sound is too long."""
     try:
         if isinstance(medium, str):
             return cast(TextPart, model.encode_parts([medium])[0])
@@ -179,9 +178,9 @@ def read_part(model: Model, medium: str | Image | Audio, limits: Limits, where: 
 
 
 def to_medium(item: Item, limits: Limits, where: str) -> str | Image | Audio:
-    """What an item holds. Raises InputError where it is too much, before it is understood."""
+    """The content of an item. Raises InputError if it is too large, before it is decoded."""
     if isinstance(item, TextItem):
-        if len(item.text) > (most := LONGEST * limits.tokens):  # before it takes seconds to find its pieces
+        if len(item.text) > (most := LONGEST * limits.tokens):  # tokenizing it would take seconds
             raise InputError(f"{where}: found {len(item.text)} characters, expected up to {most}")
         return item.text
     if isinstance(item, AudioItem):

@@ -1,4 +1,4 @@
-"""Which training samples a model finds most alike to a medium: the nearest by the cosine of its own vectors (`Model.embed`)."""
+"""The training samples most similar to a medium: nearest neighbours by cosine of the model's embeddings (`Model.embed`)."""
 
 import base64
 import io
@@ -22,12 +22,12 @@ from mmtx.medium import Sound
 from mmtx.pipeline import BATCH, Model
 from mmtx.sequence import prompt
 
-SIDE, RATE, EXCERPT = 128, 16_000, 10.0  # pixels, Hz and seconds of what is shown of a sample
+SIDE, RATE, EXCERPT = 128, 16_000, 10.0  # pixels, Hz and seconds of a sample's preview
 
 
 class Neighbour(NamedTuple):
     sample: Sample
-    alike: float     # cosine, 1 for the same
+    alike: float     # cosine similarity
 
     @property
     def medium(self) -> Media:
@@ -35,7 +35,7 @@ class Neighbour(NamedTuple):
         return next(part for turn in self.sample.turns for part in turn.parts if isinstance(part, Media))
 
     def shown(self) -> str | None:
-        """A small picture, or an excerpt of the sound, as a data URL; None if it has gone, or can be shown in neither way."""
+        """A thumbnail, or an excerpt of the sound, as a data URL; None if its file is unreadable, or it is of another kind."""
         medium = self.medium
         try:
             if medium.kind == "image":
@@ -51,16 +51,16 @@ class Neighbour(NamedTuple):
 
 
 class Nearest:
-    """The first medium of each training sample by its vector. `read` makes them, one after another, and may take minutes."""
+    """An index of training samples by the embedding of their first medium; `read` fills it, which may take minutes."""
 
     def __init__(self, model: Model, sources: Sequence[DataSource], max_bad: float = MAX_BAD):
-        """Raises InputError where the sources cannot be read."""
+        """Raises InputError if the sources cannot be read."""
         self.model, self.found = model, read_sources(sources, max_bad)
         self.samples: list[Sample] = []
         self.vectors: list[np.ndarray] = []
 
     def read(self) -> None:
-        """Add the vectors of all samples, until the program ends; those that cannot be read are left out."""
+        """Add the embeddings of all samples, unless the program ends first; samples that cannot be read are skipped."""
         one_thread()
         samples, counters = self.found.samples, self.found.counters
         for first in range(0, len(samples), BATCH):
@@ -73,7 +73,7 @@ class Nearest:
                     self.samples.append(sample)
 
     def find(self, document: Document, count: int = 4) -> list[Neighbour]:
-        """The samples that are most alike to the first medium of a document, nearest first; none where it has none."""
+        """The samples most similar to the first medium of a document, nearest first; none if it has no media."""
         if (asked := self._vector(document)) is None or not (known := len(self.samples)):
             return []
         alike = np.stack(self.vectors[:known]) @ asked
@@ -87,7 +87,7 @@ class Nearest:
 
 
 def data_url(made: Image.Image | Sound) -> str:
-    """A picture or a sound as a file (PNG, WAV) within an address."""
+    """A picture or a sound as a data URL (PNG, WAV)."""
     file, kind = io.BytesIO(), "audio/wav" if isinstance(made, Sound) else "image/png"
     if isinstance(made, Sound):
         soundfile.write(file, *made, format="WAV", subtype="PCM_16")

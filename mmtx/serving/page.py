@@ -1,5 +1,8 @@
-"""The page of `mmtx demo`: what it asks beside OpenAI's routes. Words come with what each of them read and with the training
-samples that are most alike; speech is written down; pictures and sounds are made, completed and continued."""
+"""The page of `mmtx demo`, and its routes in addition to OpenAI's.
+
+They give the attention of each word of an answer and the most similar training samples, transcribe speech, and generate, complete and
+continue pictures and sounds.
+"""
 
 import base64
 import json
@@ -30,10 +33,10 @@ from mmtx.serving import messages as api
 from mmtx.serving.limits import Refused
 from mmtx.serving.nearest import Nearest, data_url
 
-MOST = 1024        # tokens whose weights are computed: their number is the square of that, for each head
-LARGEST = 2 ** 20  # bytes of an example, which is part of the page
+MOST = 1024        # tokens whose attention is computed: its size is the square of that, for each head
+LARGEST = 2 ** 20  # bytes of an example, which is embedded in the page
 PAGE = Path(__file__).with_name("page.html")
-# Nothing is loaded from elsewhere, and no other page may show this one.
+# Nothing is loaded from other sites, and no other page may embed this one.
 HEADERS = {"Referrer-Policy": "no-referrer", "Content-Security-Policy": (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; media-src data:; "
     "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'")}
@@ -54,7 +57,7 @@ class TranscribeBody(api.Asking):
 
 
 class MakeBody(api.SamplingBody):
-    """A picture or a sound from words or, with `begin`, what goes on with that: below its `kept` share, or behind it."""
+    """A picture or sound from a text or, with `begin`, its continuation: a picture's below its `kept` share, a sound's at its end."""
 
     out: Literal["image", "audio"]
     content: api.Words = []
@@ -65,9 +68,12 @@ class MakeBody(api.SamplingBody):
 
 def add_page(app: FastAPI, maker: Model | None = None, transcriber: Model | None = None, examples: Sequence[str] = (),
              nearest: Nearest | None = None) -> None:
-    """Put the page at the root of a server. `maker` makes pictures and sounds and `transcriber` writes down speech, by default the
-    server's model if it can; `examples` are files to try; `nearest` knows training samples, and begins to read them. Raises
-    InputError where an example cannot be read."""
+    """Put the page at the root of a server.
+
+    `maker` generates pictures and sounds, and `transcriber` transcribes speech; by default the server's model does, if it can.
+    `examples` are files to try. `nearest` is an index of training samples, which starts to read them. Raises InputError if an example
+    cannot be read.
+    """
     service = app.state.service
     model, limits, v = service.model, service.limits, service.model.vocabulary
     maker = maker or model
@@ -164,7 +170,7 @@ def _example(name: str) -> dict:
 
 
 def _picture(medium: Stretch) -> Image.Image:
-    """What the codes of a medium tell."""
+    """A picture of a medium: its codes decoded, or blank if they are not."""
     cells = np.zeros(medium.grid) if medium.shown is None else medium.shown
     if cells.ndim == 2:
         cells = np.interp(cells, (cells.min(), cells.max() + 1e-6), (0, 255))[::-1]

@@ -1,4 +1,4 @@
-"""Sounds that are sent while they are made."""
+"""Streaming of sounds while they are generated."""
 
 import asyncio
 import io
@@ -13,14 +13,14 @@ from mmtx.medium import Sound
 
 KINDS = {"mp3": "audio/mpeg", "wav": "audio/wav", "flac": "audio/flac", "opus": "audio/ogg", "pcm": "audio/pcm"}
 FORMATS = {"mp3": ("MP3", None), "flac": ("FLAC", None), "opus": ("OGG", "OPUS"), "wav": ("RAW", "PCM_16"), "pcm": ("RAW", "PCM_16")}
-UNKNOWN = 2 ** 32 - 1  # the length of a WAV that is not known yet, as readers take it
+UNKNOWN = 2 ** 32 - 1  # the length that WAV readers take as not known yet
 
 Given = TypeVar("Given")
 Made = TypeVar("Made")
 
 
 def encoded(sounds: Iterable[Sound], form: str) -> Iterator[bytes]:
-    """A sound in pieces -> its file in pieces. Those of mp3 and flac begin with what is known at the end alone, and come whole."""
+    """Pieces of a sound -> pieces of its file; mp3 and flac come whole, since their headers are known only at the end."""
     file, sent = io.BytesIO(), 0
     format, subtype = FORMATS[form]
     sink = None
@@ -43,7 +43,7 @@ def encoded(sounds: Iterable[Sound], form: str) -> Iterator[bytes]:
 
 async def in_thread(threads: Executor, given: AsyncIterator[Given], make: Callable[[Iterator[Given]], Iterator[Made]],
                     end: Callable[[], None]) -> AsyncIterator[Made]:
-    """What `make` makes of what is given, in threads that may wait for it. `end` ends what is given where nobody waits any more."""
+    """Run `make` on items of `given` in a thread of `threads`, which may block; `end` is called at the end, also an early one."""
     loop = asyncio.get_running_loop()
     over: Any = object()
 

@@ -1,4 +1,4 @@
-"""LoRA through peft (extra `lora`): a decoder stays as it is, low-rank matrices beside it and the rows of new ids train."""
+"""LoRA through peft (extra `lora`): a decoder is frozen; low-rank adapters and the embedding rows of new ids train."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -28,10 +28,16 @@ TARGETS = {"attention": ("qkv", "out"), "feed_forward": ("gate_up", "down")}
 class LoRA:
     """Low-rank adapters (https://arxiv.org/abs/2106.09685) of a decoder that starts from a finished model.
 
-    `parts` of each block get one: "attention", "feed_forward"; with none of them, projections of features and new rows train alone,
-    the first of two stages. `new_rows` also trains the rows of ids that are no text: without them a model never learns what a
-    code of a picture means. `rank_stabilized` scales by alpha / sqrt(rank). `load_in_4bit` keeps the linear layers of blocks in
-    4 bits a weight (QLoRA, see `mmtx.training.quantize`). `freeze_encoder` leaves encoders that would train along as they are.
+    Args:
+        rank: inner dimension of an adapter.
+        alpha: adapters are scaled by alpha / rank.
+        dropout: probability of dropout on the inputs of adapters.
+        parts: layers of each block that get adapters: "attention", "feed_forward"; with none, only projections of features, encoders
+            and new rows train, as in the first of two stages.
+        new_rows: also train the rows of ids that are not text, without which a model never learns what the codes of a picture mean.
+        rank_stabilized: scale by alpha / sqrt(rank) instead.
+        load_in_4bit: keep the linear layers of blocks in 4 bits per weight (QLoRA).
+        freeze_encoder: also freeze the decoder's encoders.
     """
 
     rank: int = 8
@@ -53,7 +59,7 @@ class LoRA:
 
 
 def adapt(decoder: Decoder, lora: LoRA, text: int) -> None:
-    """Freeze a decoder but for its projections and encoders, and put adapters into its blocks; ids from `text` on are no text."""
+    """Freeze a decoder except its projections and encoders, and add adapters to its blocks; ids from `text` on are not text."""
     decoder.requires_grad_(False)
     if lora.load_in_4bit:
         quantize(decoder)
@@ -78,8 +84,9 @@ def tables(decoder: Decoder) -> list[TokenEmbedding]:
 
 
 class MergedWeights(Mapping[str, Runs]):
-    """The weights of a decoder with its adapters added, each made when it is asked for: all at once are several times the base.
-    A table whose new rows train comes in two runs.
+    """The weights of a decoder with its adapters merged in, each on access: all at once take several times the memory of the base.
+
+    An embedding whose new rows train is returned as two runs of rows.
     """
 
     def __init__(self, decoder: Decoder):
@@ -111,7 +118,7 @@ def _with_adapter(layer: Any) -> Tensor:
 
 @torch.no_grad()
 def merged(decoder: Decoder) -> Decoder:
-    """A decoder of its own with the adapters added to its weights."""
+    """A copy of a decoder with the adapters merged into its weights."""
     plain, weights = Decoder(decoder.config, build_encoder), MergedWeights(decoder)
     for name, tensor in plain.state_dict().items():
         runs = weights[name]
@@ -120,8 +127,9 @@ def merged(decoder: Decoder) -> Decoder:
 
 
 def adapter_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """The adapters as peft names those of the exported model. Of a fused projection each part has its rows and a copy of what
-    they share.
+    """The adapters under the names that peft gives those of the exported model.
+
+    Each part of a fused projection gets its own rows of B and a copy of A, which the parts share.
     """
     for number, block in enumerate(decoder.blocks):
         for ours, part, theirs, _ in BLOCK:
@@ -139,7 +147,7 @@ def adapter_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
 
 
 def save_adapter(decoder: Decoder, lora: LoRA, folder: Path) -> None:
-    """Write the adapters in peft's own format, for the model that `mmtx export --to transformers` makes of the start."""
+    """Write the adapters in peft's format, for the model that `mmtx export --to transformers` makes of `init_from`."""
     config, targets = decoder.config, [row[2].split(".")[1] for row in BLOCK if "_proj" in row[2]
                                        and row[0].split(".")[0] in lora.parts]
     first = 0 if (new := decoder.embedding.new_rows()) is None else new.first
@@ -153,7 +161,7 @@ def save_adapter(decoder: Decoder, lora: LoRA, folder: Path) -> None:
 
 
 def parameters_by_group(decoder: nn.Module) -> str:
-    """How many parameters of which group train, and which are frozen, on one line."""
+    """One line with the number of trainable and of frozen parameters, by group."""
     counts: dict[bool, dict[str, int]] = {True: {}, False: {}}
     for name, parameter in decoder.named_parameters():
         group = ("adapters" if ".lora_" in name else "encoders" if name.startswith("encoders") else

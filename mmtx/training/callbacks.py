@@ -1,4 +1,4 @@
-"""What a run leaves behind: its configuration, the finished model folder, and samples that one can look at."""
+"""Callbacks that write what a run leaves behind: its configuration, the finished model folder, and samples to look at."""
 
 import io
 import os
@@ -34,19 +34,20 @@ from mmtx.training.loggers import Metrics, writing
 from mmtx.training.private import data_of
 from mmtx.training.sharding import whole
 
-TILE = 96   # pixels a side of a picture on a contact sheet
-SOUNDS = 8  # sounds of a validation that can be listened to
+TILE = 96   # pixels per side of a picture on a contact sheet
+SOUNDS = 8  # sound files written after a validation
 
 
 class ProgressBar(TQDMProgressBar):
-    """The stock bar without the logger's version, which tells nothing here. Where it would fill a log, for what is printed goes
-    to a file or a pipe, there is a line for each logged step and for each validation instead; with TQDM_DISABLE=1 nothing.
+    """The stock progress bar without the logger's version, which carries no information here.
+
+    When stdout is a file or a pipe, it prints one line per logged step and per validation instead; nothing with TQDM_DISABLE=1.
     """
 
     def __init__(self):
         self.plain = not sys.stdout.isatty() and "ipykernel" not in sys.modules
         super().__init__(refresh_rate=0 if self.plain else 1)
-        self.told, self.since = 0, (0, time.monotonic())  # the last step that was told; step and time of the one before
+        self.told, self.since = 0, (0, time.monotonic())  # last step reported; step and time that the speed counts from
 
     def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict:
         metrics = super().get_metrics(trainer, module)
@@ -78,17 +79,17 @@ class ProgressBar(TQDMProgressBar):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes `folder/metrics/config.yaml`: all that decided about the run, once all of it is built and training begins.
+    """Writes `folder/metrics/config.yaml`, the full configuration, and `environment.json` when training begins.
 
-    What cannot begin leaves the record of the run before as it is. Passwords and signatures of URLs are left out: who runs it again
-    gives them again.
+    A run that fails before that leaves the files of the previous run as they are. Passwords and signatures in URLs are left out:
+    whoever repeats the run supplies them again.
     """
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, **options: Any):
         super().__init__(parser, without_secrets(config), **options)
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        pass  # where the class of Lightning writes
+        pass  # Lightning's class writes here
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.is_global_zero:
@@ -104,26 +105,26 @@ class SaveConfig(SaveConfigCallback):
 
 
 def environment(trainer: Trainer) -> dict[str, Any]:
-    """What a run was made with, beside its configuration."""
+    """The versions and hardware of a run, which its configuration does not record."""
     accelerator = torch.cuda.get_device_name() if trainer.strategy.root_device.type == "cuda" else trainer.strategy.root_device.type
     return {"mmtx": __version__, "commit": commit(), "python": sys.version.split()[0], "torch": torch.__version__,
             "device": accelerator, "processes": trainer.world_size}
 
 
 def commit() -> str | None:
-    """The commit of the checkout that the package lies in, "+ changes" where its files differ from it; None where there is none."""
+    """The commit of the checkout that contains the package, with " + changes" if files differ from it; None if there is none."""
     git = lambda *words: subprocess.run(["git", "-C", PACKAGE.parent, *words], capture_output=True, text=True, timeout=20,
                                         check=True).stdout
     if not (PACKAGE.parent / ".git").exists():
         return None
     try:
         return git("rev-parse", "HEAD").strip() + (" + changes" if git("status", "--porcelain", "-uno").strip() else "")
-    except (OSError, subprocess.SubprocessError):  # no git, or a checkout of somebody else
+    except (OSError, subprocess.SubprocessError):  # no git, or a checkout owned by another user
         return None
 
 
 def without_secrets(value: Any) -> Any:
-    """A configuration whose URLs are as they may be seen."""
+    """A configuration with the secrets in its URLs redacted."""
     if isinstance(value, Namespace):
         return Namespace(**{name: without_secrets(inside) for name, inside in vars(value).items()})
     if isinstance(value, dict):
@@ -134,13 +135,13 @@ def without_secrets(value: Any) -> Any:
 
 
 class SaveModel(Callback):
-    """Writes `folder/model` when training ends; it appears whole or not at all. What was measured of another model goes with it."""
+    """Writes `folder/model` atomically when training ends, and deletes the evaluation of the model that it replaces."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder).absolute() / "model"
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        """Raises InputError for a folder that may not be replaced, before hours of training and not after."""
+        """Raise InputError for a folder that must not be replaced now, not after hours of training."""
         check_target(self.folder)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -154,18 +155,18 @@ class SaveModel(Callback):
 
 
 class ShowSamples(Callback):
-    """After each validation: captions of held-out samples as text, pictures as a contact sheet, and the first sounds as their codes
-    tell them, `step-S-N.ogg` of row N of the text.
+    """Writes samples after each validation: captions as text, pictures as a contact sheet, and the first sounds.
 
-    For a codec the sheet shows originals above their reconstructions, and sounds are rows of the two in turn. Loggers of TensorBoard
-    get text and sheet. With `count` 0 nothing is shown, and what a run before this one has left of later steps goes all the same.
+    `step-S-N.ogg` is the sound of row N of the text, decoded from its codes. For a codec, originals and reconstructions alternate,
+    on the sheet and among the sounds. TensorBoard loggers get text and sheet. With `count` 0 nothing is written, but samples that
+    an earlier run left at later steps are still deleted.
     """
 
     def __init__(self, folder: str | Path, count: int = 16):
         self.folder, self.count = Path(folder) / "samples", count
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Leave of the samples those up to the step that the run goes on with; of a new run nothing is there yet."""
+        """Delete the samples after the step that the run resumes from; all of them if it is a new run."""
         if not trainer.is_global_zero:
             return
         with writing(self.folder):
@@ -202,7 +203,7 @@ class ShowSamples(Callback):
         lines = [f"{'predicted':40} true", *lines]
         write_file(path.with_suffix(".txt"), ("\n".join(lines) + "\n").encode())
         for board in boards(trainer):
-            board.add_text("samples", "\n".join(f"    {line}" for line in lines), trainer.global_step)  # four blanks: as it is
+            board.add_text("samples", "\n".join(f"    {line}" for line in lines), trainer.global_step)  # Markdown: verbatim
         tiles = []
         for document, caption, sample in zip(documents, captions, samples, strict=True):
             media = (part for turn in document.turns for part in turn.parts if MODALITIES[part.kind].picture is not None)
@@ -241,12 +242,12 @@ class ShowSamples(Callback):
 
 
 def boards(trainer: Trainer) -> list[Any]:
-    """The writers of all TensorBoard loggers, by default one or none."""
+    """The summary writers of all TensorBoard loggers, usually one or none."""
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
 def contact_sheet(tiles: list[tuple[torch.Tensor, str]], path: Path, columns: int = 8) -> Image.Image | None:
-    """Pictures, uint8 (3, H, W), with a text below each, as one PNG; no tiles, no sheet."""
+    """Write pictures, uint8 (3, H, W), with a text below each, as one PNG; write nothing and return None without tiles."""
     if not tiles:
         return None
     rows = -(-len(tiles) // columns)

@@ -1,6 +1,6 @@
-"""Resume checkpoints: written whole or not at all, checked when read, and refused by a run that is not theirs.
+"""Resume checkpoints: written atomically, verified when read, and refused by a run that differs from theirs.
 
-A file is what `torch.save` writes with MAGIC and the SHA-256 of all that behind it, which `torch.load` ignores.
+A file is the output of `torch.save`, followed by MAGIC and the SHA-256 of that output, which `torch.load` ignores.
 """
 
 import hashlib
@@ -35,24 +35,24 @@ from mmtx.training.signals import Termination
 
 MAGIC = b"mmtx-sha256:"
 TAIL = len(MAGIC) + hashlib.sha256().digest_size
-KEPT = 2  # files in the folder: while one is written, and if it turns out damaged, there is one before it
+KEPT = 2  # checkpoints in the folder: if the newest turns out damaged, there is an older one
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, syncs and renames, so that a kill or a full disk leaves the files that were there.
+    """Writes to a temporary file, syncs and renames, so that a kill or a full disk leaves existing checkpoints intact.
 
-    `record` says, as plain values by name, all that makes the batches and the model of a run what they are. It is
-    stored with each checkpoint, and reading one with another record raises InputError. `compared` tells by the name
-    which values count: all that may not change or, to validate, what makes the model.
+    `record` holds everything that determines the batches and the model of a run, as plain values by name. It is stored in
+    each checkpoint, and reading one with another record raises InputError. `compared` selects by name which values must
+    agree: to resume, all that must not change; to validate, those that determine the model.
     """
 
     def __init__(self, compared: Callable[[str], bool] = lambda name: not may_change(name)):
         self.record: dict[str, Any] = {}
         self.compared = compared
-        self.sound: Path | None = None  # a file that `newest` has found so
+        self.sound: Path | None = None  # a file that `newest` has already verified
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Raises InputError if there is no room, or if a weight or a state of the optimizer is not finite."""
+        """Raises InputError if there is no room, or if a weight or optimizer state is not finite."""
         path = Path(path)
         check_finite({name: checkpoint.get(name, {}) for name in
                       ("state_dict", "current_model_state", "optimizer_states")}, str(path))
@@ -60,7 +60,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{path.parent}: cannot be written ({error.strerror})") from None
-        part = path.with_name(".part")  # the same for all, so that no second one is left behind by kills
+        part = path.with_name(".part")  # one name for all, so that kills leave at most one behind
         writer = None
         try:
             with open(part, "wb") as file:
@@ -77,7 +77,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None,
                         ) -> dict[str, Any]:
-        """Raises InputError for a damaged file, or one of a run with another record. Never unpickles objects."""
+        """Raises InputError for a damaged file, or that of a run with another record. Never unpickles objects."""
         if Path(path) != self.sound and (why := damage(Path(path))) is not None:
             raise InputError(f"{path}: {why}")
         checkpoint = _read(Path(path), map_location or "cpu")
@@ -91,16 +91,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def may_change(name: str) -> bool:
-    """Whether what a run is told may differ from one process to the next: where data lie, which are compared themselves."""
+    """Whether an option may differ when a run is resumed, such as the location of its data, whose content is compared instead."""
     place = r"data\.init_args\.(num_workers|test(\..*)?|(train|validation)\.\d+\.(paths\.\d+|trusted|follow_links|reader|variants))"
     return re.fullmatch(place, name) is not None
 
 
 def _read(path: Path, device: Any) -> Any:
-    """What `torch.save` wrote. Raises InputError for anything else; never unpickles objects."""
+    """Read what `torch.save` wrote. Raises InputError for anything else; never unpickles objects."""
     try:
         with zipfile.ZipFile(path) as archive:
-            # `torch.save` never compresses: what would be larger in memory than on the disk is not its work.
+            # `torch.save` never compresses: a file that would be larger in memory than on disk is not from it.
             if any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size
                    for entry in archive.infolist()):
                 raise InputError(f"{path}: not a checkpoint of mmtx (compressed)")
@@ -108,12 +108,12 @@ def _read(path: Path, device: Any) -> Any:
             return torch.load(path, map_location=device, weights_only=True)
     except InputError:
         raise
-    except Exception as error:  # both readers raise whatever the bytes lead them to
+    except Exception as error:  # malformed bytes can make both readers raise anything
         raise InputError(f"{path}: not a checkpoint of mmtx ({type(error).__name__})") from None
 
 
 class _Writer:
-    """What `torch.save` writes to: it hashes, counts, and keeps an error for later, since torch would abort on it."""
+    """The file that `torch.save` writes to: it hashes, counts bytes, and defers errors, on which torch would abort."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.hash, self.size = file, hashlib.sha256(), 0
@@ -133,7 +133,7 @@ class _Writer:
         pass
 
     def finish(self) -> None:
-        """Add the checksum and wait until all is on the disk. Raises OSError if anything was not."""
+        """Add the checksum and sync to disk. Raises OSError if any write failed."""
         self.write(MAGIC + self.hash.digest())
         if self.error is not None:
             raise self.error
@@ -142,7 +142,7 @@ class _Writer:
 
 
 def damage(path: Path) -> str | None:
-    """Why a file is no checkpoint that can be trusted, or None if it is one."""
+    """Why a file is not a sound checkpoint, or None if it is one."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             return "is no file, expected a checkpoint"
@@ -161,12 +161,12 @@ def damage(path: Path) -> str | None:
 
 
 def by_age(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, oldest first. A run that starts anew has lower steps than the one before it."""
+    """The checkpoints of a folder, oldest first by modification time: a run that starts anew has lower steps than the last."""
     return sorted(folder.glob("step-*.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path.name))
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest sound checkpoint of a folder, None if it holds none at all; tells of damaged ones on stderr.
+    """The newest sound checkpoint of a folder, None if it holds none at all; damaged ones are reported on stderr.
 
     Raises InputError if all are damaged.
     """
@@ -182,9 +182,9 @@ def newest(folder: Path) -> Path | None:
 
 
 def check_finite(values: Any, where: str) -> None:
-    """Raise InputError that names the first of nested tensors with a value that is not finite."""
+    """Raise InputError that names the first tensor, at any nesting depth, with a value that is not finite."""
     for name, tensor in _tensors(values):
-        # The sum needs no room; of finite values it may overflow.
+        # The sum needs no extra memory, but may overflow although all values are finite.
         if tensor.is_floating_point() and not (bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())):
             raise InputError(f"{where}: not written, for {name} holds values that are not finite")
 
@@ -199,7 +199,7 @@ def _tensors(values: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def flatten(values: Any, name: str = "") -> dict[str, Any]:
-    """Nested configuration as plain values by dotted name."""
+    """Nested configuration -> plain values by dotted name."""
     if isinstance(values, Mapping | list | tuple):
         items = values.items() if isinstance(values, Mapping) else enumerate(values)
         return {path: leaf for key, value in items
@@ -210,7 +210,7 @@ def flatten(values: Any, name: str = "") -> dict[str, Any]:
 class Checkpoints(Checkpoint):
     """Writes `folder/step-N.ckpt` every `every` steps, before each validation and when the run is asked to end.
 
-    No checkpoint is written after the last step: a run resumed from it would find nothing to do, not even to write
+    No checkpoint is written after the last step: a run resumed from it would have nothing to do, and not even write
     the model.
     """
 
@@ -219,7 +219,7 @@ class Checkpoints(Checkpoint):
         self.termination = Termination()
         self.rows = 0                      # of metrics.csv that belong to the checkpoint
         self.validate = False              # whether a validation was due when it was written
-        self.contents: dict[str, list[Tensor]] = {}  # digests of all samples, by where the run is told of them
+        self.contents: dict[str, list[Tensor]] = {}  # digests of all samples, by option such as data.train
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows, "validate": self.validate, "contents": self.contents}
@@ -277,7 +277,7 @@ class Checkpoints(Checkpoint):
 
 
 def compare(name: str, sources: list[Content], before: list[Tensor]) -> None:
-    """Raise InputError that names the first sample which is not what it was when the run began."""
+    """Raise InputError that names the first sample that has changed since the run began."""
     if len(sources) != len(before):
         raise InputError(f"{name}: found {len(sources)} kinds of sources, expected {len(before)} as in the run to be resumed")
     for source, digests in zip(sources, before):

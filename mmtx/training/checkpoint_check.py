@@ -1,4 +1,4 @@
-"""What a resume checkpoint must look like, before anything of it is used: as one that this run would write."""
+"""Checks that a resume checkpoint looks like one that this run would write, before anything in it is used."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ OURS = ("Checkpoints", "SkipNonFinite", "EMAWeightAveraging")
 
 
 def shown(value: Any) -> str:
-    """A value for a message, cut where it is long."""
+    """A value for a message, shortened if it is long."""
     if isinstance(value, Tensor):
         return f"a tensor {list(value.shape)} of {value.dtype}"
     if isinstance(value, Mapping | list | tuple):
@@ -46,9 +46,9 @@ def check_checkpoint(found: Any, where: str) -> None:
 
 
 def check_fits(found: Mapping[str, Any], expected: Mapping[str, Any], optimizers: Sequence[Optimizer], where: str) -> None:
-    """Raise InputError that names the first value of a checkpoint which the run that would write `expected` cannot take.
+    """Raise InputError that names the first value of a checkpoint that does not fit the run whose own would be `expected`.
 
-    Of optimizers and schedulers nothing is expected before there are any.
+    States of optimizers and schedulers are not checked until there are optimizers.
     """
     check = _Check(where)
     for name in ("epoch", "global_step", "state_dict", *(name for name in AVERAGED if name in {**found, **expected})):
@@ -78,7 +78,7 @@ def check_fits(found: Mapping[str, Any], expected: Mapping[str, Any], optimizers
 
 
 def check_weights(found: Any, expected: Mapping[str, Tensor], where: str) -> None:
-    """Raise InputError unless there are weights of the names, shapes and types of `expected`."""
+    """Raise InputError unless weights have the names, shapes and types of `expected`; any float type fits any other."""
     _Check(where)(found, expected, "state_dict")
 
 
@@ -109,7 +109,7 @@ def _check_optimizer(check: "_Check", found: Any, expected: Mapping, optimizer: 
 
 
 class _Check:
-    """Compares nested values with those that are expected, by their structure."""
+    """Compares the structure of nested values with that expected: keys, lengths, types and shapes; all numbers must be finite."""
 
     def __init__(self, where: str):
         self.where = where
@@ -147,7 +147,7 @@ class _Check:
         if not isinstance(found, Tensor) or found.layout != torch.strided or found.device.type == "meta" or \
                 found.shape != expected.shape:
             self.fail(name, found, shown(expected))
-        # A run in half precision saves what it holds; that runs have one precision is compared by its name.
+        # Any float type fits: a run in half precision saves its own, and the record compares the precision of runs.
         floats = found.is_floating_point() and expected.is_floating_point()
         if not (any_dtype or floats or found.dtype == expected.dtype):
             self.fail(name, found, shown(expected))

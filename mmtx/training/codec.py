@@ -1,4 +1,4 @@
-"""Training modules of codecs: what all have in common, and what pictures and sounds have of their own.
+"""Training modules of codecs: the base of all, and those of pictures and sounds.
 
 Shapes: B batch, C channels, H height, W width, F frames, M mels, K codes in the codebook.
 """
@@ -26,22 +26,22 @@ from mmtx.training.discriminator import AdversarialConfig, Discriminator, Percep
 from mmtx.training.module import Means, TrainingModule, sum_over_ranks
 from mmtx.training.optimizer import OptimizerConfig, configure
 
-COLLAPSED = 1 / 3  # share of the bits that codes could carry below which a codec is said to have collapsed
-AT_ONCE = 64       # pictures that are compared at a time: each takes some hundred times its size in between
-WINDOW = 11        # pixels a side of the window of SSIM
+COLLAPSED = 1 / 3  # a codec whose codes carry a smaller share of the bits that they could is reported as collapsed
+AT_ONCE = 64       # pictures compared at a time: each needs about a hundred times its size as working memory
+WINDOW = 11        # pixels per side of the SSIM window
 
 
 class CodebookUsage(NamedTuple):
     """How much of a codebook is in use."""
 
     perplexity: float
-    dead: float               # share of codes that never came
-    levels: tuple[int, ...]   # levels in use of each digit of the codes
-    carried: float            # share of the bits that so many codes could carry, the most common code left out
+    dead: float               # share of codes that never occurred
+    levels: tuple[int, ...]   # number of levels in use, for each digit of the codes
+    carried: float            # entropy without the most common code, as a share of the most that so many codes could have
 
     @classmethod
     def of(cls, counts: Tensor, levels: tuple[int, ...]) -> "CodebookUsage":
-        """`counts` (K,) of each code. Silence and blank paper are one code and no sign of a collapse."""
+        """`counts` (K,) of each code; the most common may be silence or blank paper, which is no sign of a collapse."""
         counts = counts.double().cpu()
         rest = counts.clone()
         rest[counts.argmax()] = 0
@@ -53,13 +53,13 @@ class CodebookUsage(NamedTuple):
 
 
 def _entropy(counts: Tensor) -> float:
-    """In nats."""
+    """Entropy in nats."""
     share = counts / counts.sum().clamp_min(1)
     return -float(torch.xlogy(share, share).sum())
 
 
 def finished(folder: str | Path, like: Codec, name: str) -> Codec:
-    """The tokenizer in a folder, which `name` names. Raises InputError if it has not the kind and configuration of another."""
+    """The tokenizer in the folder of option `name`. Raises InputError unless it has the kind and configuration of `like`."""
     tokenizer = cast(Codec, load_tokenizer(find_shipped(folder)))
     if tokenizer.kind != like.kind or tokenizer.config != like.config:
         raise InputError(f"{name}: {folder} holds a tokenizer for {tokenizer.kind} with {tokenizer.config}, "
@@ -68,10 +68,10 @@ def finished(folder: str | Path, like: Codec, name: str) -> Codec:
 
 
 class CodecModule(TrainingModule):
-    """Training of any codec: squared error plus a share of absolute error and, if asked for, a discriminator's opinion.
+    """Training of any codec: squared error plus a share of absolute error and, optionally, the loss of a discriminator.
 
-    Codec and discriminator take their steps together, as groups of one optimizer: accumulation, several devices, averaged
-    weights and resuming are then the same with and without a discriminator.
+    Codec and discriminator step together, as parameter groups of one optimizer, so that gradient accumulation, several devices,
+    averaged weights and resuming work the same with and without a discriminator.
     """
 
     tokenizer: Codec
@@ -81,13 +81,13 @@ class CodecModule(TrainingModule):
                  refine: str | None = None, adversarial: AdversarialConfig | None = None, channels: int = 1):
         """
         Args:
-            tokenizer: the codec, of a class of a plugin say.
+            tokenizer: the codec, for example of a plugin's class.
             optimizer: learning rate and schedule.
-            l1_weight: weight of the absolute error beside the squared one.
-            refine: folder of a finished tokenizer of this configuration: only its way back from codes is trained
-                further. Its codes and its fingerprint stay, and so do the models that were trained with it.
-            adversarial: a discriminator that learns to tell reconstructions from originals, none by default.
-            channels: of what the discriminator sees, (B, channels, H, W) or (B, H, W).
+            l1_weight: weight of the absolute error relative to the squared error.
+            refine: folder of a finished tokenizer of this configuration, of which only the part that decodes is trained
+                further. Its codes and fingerprint do not change, so models trained with it remain valid.
+            adversarial: a discriminator that learns to tell reconstructions from originals; none by default.
+            channels: channels of the discriminator's input (B, channels, H, W); 1 for (B, H, W).
         """
         super().__init__()
         if refine is not None:
@@ -108,13 +108,13 @@ class CodecModule(TrainingModule):
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         if self.discriminator is None or not gradient_clip_val:
             return super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        # Each for itself, or steep gradients of the discriminator would take from the codec's.
+        # Clipped separately; otherwise steep gradients of the discriminator would scale down the codec's.
         clip = clip_grad_value_ if gradient_clip_algorithm == "value" else clip_grad_norm_
         for groups in (optimizer.param_groups[:-1], optimizer.param_groups[-1:]):
             clip([parameter for group in groups for parameter in group["params"]], gradient_clip_val)
 
     def restore(self, folder: Path) -> None:
-        """Take over the finished tokenizer in a folder, if it is of this configuration."""
+        """Load the finished tokenizer in a folder, which must have this configuration."""
         self.tokenizer = finished(folder, self.tokenizer, "output")
 
     def loss(self, media: Tensor, output: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class CodecModule(TrainingModule):
         return error.square().mean() + self.l1_weight * error.abs().mean()
 
     def shown(self, media: Tensor) -> Tensor:
-        """What of media a discriminator sees."""
+        """The part of media that is compared and that the discriminator sees."""
         return media
 
     def on_train_batch_start(self, batch: CodecBatch, index: int) -> None:
@@ -145,7 +145,7 @@ class CodecModule(TrainingModule):
         return loss
 
     def _adversarial(self, rest: Tensor, output: Tensor, media: Tensor) -> Tensor:
-        """The codec's and the discriminator's part in one number; neither reaches the weights of the other."""
+        """The adversarial losses of codec and discriminator, added; neither has a gradient for the weights of the other."""
         if self.global_step < self.adversarial.start_step:
             return self.discriminator.zero_loss()
         shown = self.shown(output)
@@ -181,11 +181,11 @@ class CodecModule(TrainingModule):
                   file=sys.stderr)
 
     def quality(self, media: Tensor, result: Reconstruction) -> dict[str, tuple[Tensor, Tensor | int]]:
-        """Figures of a batch by name: sums, and over how many."""
+        """Figures of a batch by name: sum and count."""
         return {"loss": (self.distance(media, result.output) * len(media), len(media))}
 
     def figures(self, means: dict[str, float]) -> dict[str, float]:
-        """The means over all that was held out -> what is logged."""
+        """Means over all held-out media -> figures to log."""
         return means
 
     def save(self, folder: Path) -> None:
@@ -202,11 +202,11 @@ class ImageCodecModule(CodecModule):
         Args:
             tokenizer: patches, size rules and network.
             optimizer: learning rate and schedule.
-            l1_weight: weight of the absolute error beside the squared one.
-            refine: folder of a finished tokenizer of this configuration: only its way back from codes is trained
-                further. Its codes and its fingerprint stay, and so do the models that were trained with it.
-            perceptual: a network in whose features reconstructions are to be near, none by default.
-            adversarial: a discriminator that learns to tell reconstructions from originals, none by default.
+            l1_weight: weight of the absolute error relative to the squared error.
+            refine: folder of a finished tokenizer of this configuration, of which only the part that decodes is trained
+                further. Its codes and fingerprint do not change, so models trained with it remain valid.
+            perceptual: a pretrained network in whose features reconstructions are compared with originals; none by default.
+            adversarial: a discriminator that learns to tell reconstructions from originals; none by default.
         """
         super().__init__(ImageTokenizer(tokenizer), optimizer, l1_weight, refine, adversarial, channels=3)
         self.perceptual = Perceptual(perceptual) if perceptual else None
@@ -218,10 +218,10 @@ class ImageCodecModule(CodecModule):
 
 
 def picture_quality(media: Tensor, output: Tensor) -> dict[str, Tensor]:
-    """PSNR in dB, at most 100, and SSIM of pictures (B, 3, H, W) in [-1, 1], means over pictures.
+    """PSNR in dB, at most 100, and SSIM of pictures (B, 3, H, W) in [-1, 1], as means over pictures.
 
-    Both are of intensities in [0, 1]: the luminance term of SSIM means nothing where they are negative. Variances of even
-    parts need double precision, or SSIM is wrong there by up to 1e-3. Pictures smaller than its window have no SSIM.
+    Both are computed on intensities in [0, 1]: SSIM's luminance term is meaningless for negative ones. Variances of flat
+    regions need double precision, without which SSIM is off there by up to 1e-3. Pictures no larger than its window have none.
     """
     precise = torch.float32 if media.device.type == "mps" else torch.float64
     psnr: list[Tensor] = []
@@ -236,16 +236,16 @@ def picture_quality(media: Tensor, output: Tensor) -> dict[str, Tensor]:
 
 
 class Pitch(NamedTuple):
-    """Of a batch's frames with a clear pitch: sum of their cross-entropy, and how many are more than 50 cents off."""
+    """Sums over the frames of a batch that have a clear pitch."""
 
-    loss: Tensor
-    wrong: Tensor
-    frames: Tensor  # how many there are
+    loss: Tensor    # cross-entropy
+    wrong: Tensor   # number of frames more than 50 cents off
+    frames: Tensor  # number of frames
 
 
 @torch.no_grad()
 def grow(codec: Codec, smaller: Codec) -> None:
-    """Give a codec the weights of a finished one, and zeros where its own are larger."""
+    """Give a codec the weights of a finished one, padded with zeros where its own are larger."""
     given = smaller.network.state_dict()
     for name, own in codec.network.state_dict().items():
         old = given.get(name)
@@ -267,13 +267,13 @@ class AudioCodecModule(CodecModule):
         Args:
             tokenizer: spectrogram, patches and network.
             optimizer: learning rate and schedule.
-            l1_weight: weight of the absolute error beside the squared one.
-            refine: folder of a finished tokenizer of this configuration: only its way back from codes is trained
-                further. Its codes and its fingerprint stay, and so do the models that were trained with it.
-            init_from: folder of a finished tokenizer whose weights to start from, codes and all; parts of the network
-                that it lacks, as those for the pitch, start at zero.
-            pitch_weight: weight of the cross-entropy of the pitch, for a tokenizer that has it.
-            adversarial: a discriminator that learns to tell reconstructed spectrograms from originals, none by default.
+            l1_weight: weight of the absolute error relative to the squared error.
+            refine: folder of a finished tokenizer of this configuration, of which only the part that decodes is trained
+                further. Its codes and fingerprint do not change, so models trained with it remain valid.
+            init_from: folder of a finished tokenizer whose weights to start from, encoder included; rows and columns that
+                its matrices lack, such as those for the pitch, start at zero.
+            pitch_weight: weight of the cross-entropy of the pitch, for a tokenizer with `pitch`.
+            adversarial: a discriminator that learns to tell reconstructed spectrograms from originals; none by default.
         """
         super().__init__(AudioTokenizer(tokenizer), optimizer, l1_weight, refine, adversarial)
         self.pitch_weight = pitch_weight
@@ -298,7 +298,7 @@ class AudioCodecModule(CodecModule):
         return Pitch((loss * clear).sum(), (wrong & clear).sum(), clear.sum())
 
     def quality(self, media: Tensor, result: Reconstruction) -> dict[str, tuple[Tensor, Tensor | int]]:
-        """Loss, mean absolute error of the log-mel spectrogram in dB, and of the clear frames what is wrong of the pitch."""
+        """Loss, mean absolute error of the log-mel spectrogram in dB and, over frames with a clear pitch, errors of the pitch."""
         error = (self.shown(result.output) - self.shown(media)).abs().mean()
         found = {**super().quality(media, result), "mel_error_db": (AudioTokenizer.decibels(error) * len(media), len(media))}
         if self.tokenizer.config.pitch:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mmtx.data.collection import Collected, DataSource, progress, read_sources, test_sources
+from mmtx.data.collection import Collected, DataSource, given, progress, read_sources, test_sources
 from mmtx.data.corpus import Content
 from mmtx.data.sample import Media
 from mmtx.data.tokens import load_media, seed_of
@@ -29,8 +29,8 @@ from mmtx.training.source_data import SourceData
 class CodecBatch(NamedTuple):
     """Media of one size, as the codec's `forward` takes them."""
 
-    media: Tensor    # what `Codec.batch` gives: pictures (B, 3, H, W) in [-1, 1], log-mel (B, F, M)
-    samples: Tensor  # (B,) numbers of the media; none in a batch that only keeps a rank in step
+    media: Tensor    # from `Codec.batch`: pictures (B, 3, H, W) in [-1, 1], log-mel (B, F, M)
+    samples: Tensor  # (B,) indices of the media; empty in a batch that only keeps ranks in step
 
 
 class CodecBatches(Dataset):
@@ -38,10 +38,10 @@ class CodecBatches(Dataset):
 
     def __init__(self, media: list[Tensor], collate: Callable[[list[Tensor], Generator], Tensor], batch_size: int,
                  seed: int, steps: int, rank: int, world: int, weights: Tensor | None):
-        """`collate` makes one tensor of what the codec takes; without `weights` each medium comes once, in order.
+        """`collate` makes the codec's input from media; without `weights` each medium comes once, in order.
 
-        Where these do not divide among the ranks, the last batches are smaller or without samples, as those of
-        `PackedBatches` are: ranks must take as many steps.
+        If media do not divide evenly among ranks, the last batches are smaller or have no samples, as in `PackedBatches`:
+        all ranks must take the same number of steps.
         """
         self.media, self.collate, self.batch_size, self.steps = media, collate, batch_size, steps
         self.seed, self.rank, self.world, self.weights = seed, rank, world, weights
@@ -68,9 +68,9 @@ class CodecData(SourceData):
                  **options: Any):
         """
         Args:
-            batch_size: pictures or cuts of sound in a step on each device.
-            multi_size_prob: share of training batches of other sizes than the usual one, so that the codec works at any:
-                magnified cut-outs of pictures with sides from half a chunk to a whole one, shorter cuts of sound.
+            batch_size: pictures or cuts of sound per batch on each device.
+            multi_size_prob: share of training batches that differ from the usual size, so that the codec works at any:
+                resized crops of pictures with sides from half a chunk to a whole one, or shorter cuts of sound.
             **options: of `SourceData`.
         """
         super().__init__(train, validation, **options)
@@ -88,8 +88,9 @@ class CodecData(SourceData):
         if hasattr(self, "train_media") or stage != "fit" and hasattr(self, "validation_media"):
             return
         # Rows of all sources are read before the media of any.
-        train = read_sources(self.train_sources, self.max_bad) if stage == "fit" else None
-        self.validation_media, _, _ = self._load(read_sources(self.validation_sources, self.max_bad), "validation")
+        train = read_sources(given(self.train_sources, "train"), self.max_bad) if stage == "fit" else None
+        held_out = read_sources(given(self.validation_sources, "validation"), self.max_bad)
+        self.validation_media, _, _ = self._load(held_out, "validation")
         if train is not None:
             self.train_media, self.weights, self.names = self._load(train, "train")
 
@@ -107,7 +108,7 @@ class CodecData(SourceData):
             media += loaded
             names += [part.name for part in parts]
             digests += [own.digest() for own in digest]
-            # Long sounds have more to show than short ones.
+            # Sounds are drawn in proportion to their length.
             weights += [float(repeat) * (1 if self.tokenizer.bands is None else tensor.shape[-1]) for tensor in loaded]
         found.finish()
         if not media:
@@ -117,7 +118,7 @@ class CodecData(SourceData):
 
     @property
     def _audio(self) -> AudioTokenizer:
-        """The codec, where it is of sounds."""
+        """The codec, if it is one of sounds."""
         return cast(AudioTokenizer, self.tokenizer)
 
     def sample_names(self, batch: CodecBatch) -> list[str]:
@@ -125,7 +126,7 @@ class CodecData(SourceData):
         return [self.names[number] for number in batch.samples.tolist()]
 
     def _pictures(self, pictures: list[Tensor], generator: Generator) -> Tensor:
-        """Pictures of a training batch: every second one augmented, now and then all cut out of larger ones."""
+        """Pictures of a training batch: each augmented with probability 0.5, and in some batches all randomly cropped."""
         if self.image_augmentation:
             pictures = [self.image_augmentation(picture, generator) if torch.rand((), generator=generator) < 0.5
                         else picture for picture in pictures]
@@ -137,7 +138,7 @@ class CodecData(SourceData):
         return to_float(torch.stack(pictures))
 
     def _sounds(self, waveforms: list[Tensor], generator: Generator) -> Tensor:
-        """Log-mel of cuts of sound, one chunk long or, now and then, shorter; every second one augmented."""
+        """Log-mel of cuts of sound, one chunk long or in some batches shorter; each augmented with probability 0.5."""
         c = self.tokenizer.config
         steps = c.chunk
         if torch.rand((), generator=generator) < self.multi_size_prob:
@@ -145,7 +146,7 @@ class CodecData(SourceData):
         return self._audio.spectrogram(self._augmented_cuts(waveforms, steps, generator))
 
     def _augmented_cuts(self, waveforms: list[Tensor], steps: int, generator: Generator) -> Tensor:
-        """Cuts of sound (B, S), every second one augmented."""
+        """Cuts of sound (B, S), each augmented with probability 0.5."""
         return torch.stack([
             self.audio_augmentation(cut, self._audio.rate, generator)
             if self.audio_augmentation and torch.rand((), generator=generator) < 0.5 else cut
@@ -163,7 +164,7 @@ class CodecData(SourceData):
         return ResumableLoader(self._batches(self.train_media, collate, steps, self.weights), self.num_workers)
 
     def _pieces(self, media: list[Tensor], generator: Generator) -> Tensor:
-        """Media of a training batch, as their codec cuts them."""
+        """Pieces of the media of a training batch, as their codec cuts them."""
         return self.tokenizer.batch([self.tokenizer.piece(medium, generator) for medium in media])
 
     def val_dataloader(self) -> DataLoader:
@@ -173,7 +174,7 @@ class CodecData(SourceData):
         return self._held_out(self.test_media, "test")
 
     def _held_out(self, media: list[Tensor], name: str) -> DataLoader:
-        # The cut of a medium depends on its own number alone, not on the batch that it comes in.
+        # The cut of a medium depends only on its index, not on its batch.
         media = [self.held_out_piece(medium, Generator().manual_seed(seed_of(self.seed, number)))
                  for number, medium in enumerate(media)]
         if len({tuple(medium.shape) for medium in media}) > 1:
@@ -187,7 +188,7 @@ class CodecData(SourceData):
         return self.tokenizer.config.chunk
 
     def held_out_piece(self, medium: Tensor, generator: Generator) -> Tensor:
-        """What of a held-out medium is looked at."""
+        """The piece of a held-out medium that is evaluated."""
         if self.tokenizer.kind == "audio":
             return next(self._cuts([medium], self.held_out_steps(), generator))
         return self.tokenizer.piece(medium, generator)
@@ -202,7 +203,7 @@ class CodecData(SourceData):
 
 
 def random_resized_crop(picture: Tensor, height: int, width: int, generator: Generator) -> Tensor:
-    """A random part of a picture (3, H, W), from all that has the shape to a quarter of its sides, in a given size."""
+    """A random crop of a picture (3, H, W), resized: from the largest of the new aspect ratio to one with a quarter of its sides."""
     largest = min(picture.shape[-2] / height, picture.shape[-1] / width)
     share = 4 ** -float(torch.rand((), generator=generator))
     rows, columns = (max(1, round(edge * largest * share)) for edge in (height, width))

@@ -1,9 +1,9 @@
-"""A second loss for sounds whose answer is text: what is said so far is already told while the sound is read.
+"""An auxiliary CTC loss for sounds that are answered with text: the decoder transcribes a sound while it reads it.
 
-By the next-token loss alone a small decoder must find out at once what is heard and where to look for it, which takes long. CTC
-(`mmtx/ctc.py`) asks for the first only: that the pieces of the answer come one after another along the sound, wherever that is.
-Beside the other loss it shows the way (Watanabe et al. 2017, https://arxiv.org/abs/1609.06773). It may be asked of a block before the
-last (Lee and Watanabe 2021, https://arxiv.org/abs/2102.03216): the blocks behind it then find written what they are to answer.
+With the next-token loss alone a small decoder must learn at once what is heard and where to attend to it, which takes long. CTC
+(`mmtx/ctc.py`) asks only for the first: that the pieces of the answer follow one another along the sound, wherever that is. As an
+auxiliary loss it speeds up learning (Watanabe et al. 2017, https://arxiv.org/abs/1609.06773). It may apply to an intermediate block
+(Lee and Watanabe 2021, https://arxiv.org/abs/2102.03216): the blocks after it can then read the transcript from its output.
 
 Shapes: B batch, T tokens, N = B * T, D width, S time steps of the longest sound, C sounds, V pieces of text.
 """
@@ -28,11 +28,11 @@ from mmtx.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class CTCConfig:
-    """The loss by which sounds of user turns are written down while they are read.
+    """An auxiliary CTC loss by which the decoder transcribes the sounds of user turns while it reads them.
 
     Args:
-        blocks: behind how many blocks they are; those that follow, which should be two at least, read what is written there.
-        weight: what it counts for beside the next-token loss, both in nats a piece of text.
+        blocks: number of blocks after which it applies; at least two should follow, which can then read the transcript.
+        weight: its weight relative to the next-token loss; both are in nats per piece of text.
     """
 
     blocks: int
@@ -47,8 +47,9 @@ class CTCConfig:
 
 @contextmanager
 def states_behind(decoder: Decoder, blocks: int | None) -> Iterator[list[Tensor]]:
-    """A forward pass of the decoder inside this context appends the hidden states (B, T, D) behind `blocks` blocks to the list;
-    with None it appends nothing.
+    """In this context, a forward pass of the decoder appends the hidden states (B, T, D) after `blocks` blocks to the list.
+
+    With None it appends nothing.
     """
     found: list[Tensor] = []
     if blocks is None:
@@ -63,16 +64,16 @@ def states_behind(decoder: Decoder, blocks: int | None) -> Iterator[list[Tensor]
 
 
 def ctc_loss(output: TokenEmbedding, hidden: Tensor, batch: Batch, vocabulary: Vocabulary) -> Tensor:
-    """Normalised states (N, D) -> the sum over sounds of -log P(the text of their document that is trained), (), in nats.
+    """Normalised states (N, D) -> the sum over sounds of -log P(supervised text of their document), (), in nats.
 
-    Sounds without text for an answer, or with too few steps for it, count 0.
+    Sounds whose answer has no text, or more text than fits their steps, count as 0.
     """
     given = batch.features.get("audio")
     if given is None:
         return hidden.sum() * 0.0
     starts = torch.arange(len(hidden), device=hidden.device) - batch.positions.flatten()  # where the document of a token begins
     text = vocabulary.range("text")
-    # In a chat format <end> is a piece of text, too, and nothing that is heard.
+    # In a chat format <end> is a piece of text too, but not part of the transcript.
     written = (batch.targets >= text.start) & (batch.targets < text.stop) & (batch.targets != vocabulary.end)
     owners = starts[batch.supervised]
     steps, answers = [], []

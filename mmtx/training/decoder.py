@@ -48,8 +48,11 @@ from mmtx.weights import load_module
 @with_media(float, 1.0)
 @dataclass(frozen=True)
 class LossWeights:
-    """What the loss of a target counts for, by its modality (text, image, audio); `special` are the tokens that open and
-    close the others.
+    """Weight of a target in the loss, by its modality (text, image, audio).
+
+    Args:
+        special: weight of the tokens that delimit the others.
+        text: weight of text.
     """
 
     special: float = 1.0
@@ -64,7 +67,7 @@ class LossWeights:
 
 
 class DecoderModule(TrainingModule):
-    """Next-token training of the decoder; sizes that follow from the tokenizers are filled in from the data."""
+    """Next-token training of the decoder; sizes that depend on the tokenizers are filled in."""
 
     def __init__(
         self,
@@ -88,29 +91,30 @@ class DecoderModule(TrainingModule):
         Args:
             decoder: sizes of the network; `vocabulary_size`, `composed`, `features` and `encoders` come from the tokenizers.
             optimizer: learning rate and schedule.
-            z_loss: weight of the squared log-sum-exp of the scores, which keeps them from drifting.
-            continuous_inputs: let pictures and sounds of user turns enter as the features that their encoder saw before the
-                quantizer. What is generated is made of codes either way.
-            train_encoder: with `continuous_inputs`, the decoder has encoders of its own, which are trained along: copies of the
-                codecs', or those of the model of `init_from`. The tokenizers, and so all codes, stay as they are.
-            encoders_from: folder of a finished model whose encoders these start from, whatever their sizes: ones that have learnt
-                to see and hear beside a small decoder serve a large one.
-            image_encoder: folder of a pretrained encoder of pictures, such as `demos/data/build_image_encoder.py` makes, or of a
-                finished model that has one, for this run to begin with, in place of the codec's, of that in `init_from` and of that
-                in `encoders_from`. Of a model as wide as this one the projection behind it comes along.
-            image_encoder_lr: AdamW's learning rate of the encoder of pictures, usually smaller for a pretrained one; by default
-                that of everything else.
-            loss_weights: what targets of each modality count for; the loss is the weighted mean over all targets.
+            z_loss: weight of the squared log-sum-exp of the logits, which keeps them from drifting.
+            continuous_inputs: feed pictures and sounds of user turns as features, which their encoder computes before the
+                quantizer, instead of codes. Generated media consist of codes either way.
+            train_encoder: with `continuous_inputs`, give the decoder encoders of its own, trained jointly: copies of the codecs',
+                or those of the model in `init_from`. The tokenizers, and so all codes, do not change.
+            encoders_from: folder of a finished model whose encoders, of any size, to start from: those trained with a small
+                decoder can serve a large one.
+            image_encoder: folder of a pretrained image encoder, such as `demos/data/build_image_encoder.py` makes, or of a
+                finished model that has one, to start from in place of the codec's and those of `init_from` and `encoders_from`.
+                From a model as wide as this one, the projection of its features is taken as well.
+            image_encoder_lr: AdamW's learning rate for the image encoder, usually lower for a pretrained one; by default that
+                of everything else.
+            loss_weights: weights of targets by modality; the loss is the weighted mean over all targets.
             init_from: folder of a finished model with this configuration and text tokenizer, whose weights to start from.
-                Its other tokenizers may have been retrained: what their codes stand for is then learnt anew. It may be a model of
-                codes alone, such as `mmtx convert` makes: projections of features then begin anew. With `train_encoder` it may be a
-                model of frozen features: then its tokenizers must be these.
-            tokenizers: folders of the tokenizers, where batches come from a plain loader; by default those of the data.
-            lora: train low-rank adapters and the rows of ids that are no text, and leave the rest as it is in `init_from`.
+                Its other tokenizers may have been retrained: what their codes mean is then learnt anew. It may be a model of
+                codes alone, such as `mmtx convert` makes: projections of features are then initialised. With `train_encoder`
+                it may be a model of frozen features, whose tokenizers must then be the same.
+            tokenizers: folders of the tokenizers, if batches come from a plain loader; by default those of the data.
+            lora: train low-rank adapters, projections and encoders of features, and the embedding rows of ids that are not text;
+                everything else stays frozen as in `init_from`.
             gradient_checkpointing: recompute each block in the backward pass: less memory, a third more time.
-            mup_base_width: the width at which the learning rates were found; they then hold at others (muP). Keep depth, head
-                width and batch size as they were there. None: rates are those of the width itself.
-            ctc: with `continuous_inputs`, a second loss by which the decoder learns to transcribe; none by default.
+            mup_base_width: width at which the learning rates were tuned, to transfer them to this width (muP). Keep depth, head
+                width and batch size as they were there. None: the rates are for this width.
+            ctc: with `continuous_inputs`, an auxiliary CTC loss by which the decoder learns to transcribe; none by default.
         """
         super().__init__()
         if lora is not None and init_from is None:
@@ -122,7 +126,7 @@ class DecoderModule(TrainingModule):
         self.lora, self.gradient_checkpointing, self.mup_base_width = lora, gradient_checkpointing, mup_base_width
         self.init_from: str | Path | None = init_from
         self.encoders_from, self.image_encoder, self.image_encoder_lr = encoders_from, image_encoder, image_encoder_lr
-        self.finished: Path | None = None  # the folder of `init_from` if tokenizers and all must be the same
+        self.finished: Path | None = None  # `init_from` if it comes from `restore`: all must be the same
         self.tokenizers = None if tokenizers is None else tokenizers.load()
         self.config, self.optimizer_config = decoder, optimizer
         self.z_loss, self.ctc = z_loss, ctc
@@ -149,7 +153,7 @@ class DecoderModule(TrainingModule):
         self.decoder: Decoder | None = None
 
     def prepare_data(self) -> None:
-        """Tell of a folder that holds no model before the data are read, which may take minutes."""
+        """Raise InputError for a folder without a model now, before the data are read, which may take minutes."""
         for folder in (self.init_from, self.encoders_from):
             if folder is not None:
                 read_model(folder)
@@ -161,7 +165,7 @@ class DecoderModule(TrainingModule):
             return
         self._take_tokenizers()
         vocabulary = self.vocabulary
-        # No buffer, or a run in bfloat16 would round them.
+        # Not a buffer: a run in bfloat16 would round it.
         self.weights_there: Tensor | None = None
         self.loss_weights = tuple(self.weights_by_kind[kind] for kind in vocabulary.modality_names)
         ranges = [CodeRange(vocabulary.range(kind).start, levels) for kind in vocabulary.kinds
@@ -194,7 +198,7 @@ class DecoderModule(TrainingModule):
             shard(self.decoder, self.device_mesh["data_parallel"])
 
     def _trained_encoders(self, codecs: Mapping[str, MediaTokenizer]) -> dict[str, PretrainedEncoder]:
-        """The encoders that were trained elsewhere, by kind: those of another model, and the pretrained one of pictures."""
+        """Pretrained encoders by kind: those of `encoders_from` and `image_encoder`."""
         for kind in (kind for kind, codec in codecs.items() if codec.encoder_config is None):
             raise InputError(f"train_encoder: found a {kind} tokenizer without an encoder that trains, expected a codec of mmtx")
         for name in ("image_encoder", "image_encoder_lr"):
@@ -211,7 +215,7 @@ class DecoderModule(TrainingModule):
 
     def _encoder_configs(self, codecs: Mapping[str, MediaTokenizer], trained: Mapping[str, PretrainedEncoder],
                          before: ModelParts | None) -> dict[str, EncoderConfig | EfficientNetConfig]:
-        """Of all encoders: those that were trained elsewhere, else as in the model of `init_from`, else as the codecs'."""
+        """Configurations of all encoders: pretrained ones, else those of the model in `init_from`, else the codecs'."""
         made = {} if before is None else before.config.encoders
         found = {}
         for kind, codec in codecs.items():
@@ -220,7 +224,7 @@ class DecoderModule(TrainingModule):
         return found
 
     def _take_encoders(self, kinds: Iterable[str]) -> None:
-        """Let encoders begin as those of the codecs where they are like them; others get weights of their own."""
+        """Initialise encoders from the codecs' if their configurations are equal; the others keep their random weights."""
         for kind in kinds:
             codec = cast(Codec, self.tokenizers[kind])
             if self.config.encoders[kind] == codec.encoder_config:
@@ -240,21 +244,21 @@ class DecoderModule(TrainingModule):
         self.vocabulary = Vocabulary.build(self.tokenizers)
 
     def restore(self, folder: Path) -> None:
-        """Take over the finished model in a folder once the decoder is built, if all of it is as in this configuration."""
+        """Load the finished model in a folder when the decoder is built; it must match this configuration and its tokenizers."""
         self.init_from = self.finished = folder
         self.encoders_from = self.image_encoder = None
 
     def _begin_with(self, model: ModelParts) -> Decoder:
-        """The decoder of a finished model, in the precision of the run, and each layer in 4 bits as soon as it is read."""
+        """The decoder of a finished model, in the precision of the run; with `load_in_4bit`, each layer is quantized once read."""
         where = self.finished or "init_from"
         given, wanted = asdict(model.config), asdict(self.config)
         new = {"image"} if self.image_encoder is not None and given["features"] else set()
         if new and self.global_rank == 0:
             print(f"mmtx: {self.image_encoder} takes the place of what {where} saw pictures with", file=sys.stderr)
-        # A model of codes alone may get projections of features; encoders begin as those of the codecs, which made the features that
-        # a model without encoders has learnt to read.
+        # A model of codes alone may be given projections of features, and one without encoders may be given the codecs', which made
+        # the features that it has learnt to read.
         added = {name for name in ("features", "encoders") if wanted[name] and not given[name] and self.finished is None}
-        free = added if self.finished else {*added, "ctc_blocks"}  # of which nothing is built
+        free = added if self.finished else {*added, "ctc_blocks"}  # which has no weights
         for name, value in wanted.items():
             if name in ("features", "encoders") and name not in free:
                 alike = all(given[name].get(kind) == value.get(kind) for kind in {*given[name], *value} - new)
@@ -345,22 +349,22 @@ class DecoderModule(TrainingModule):
         self.captioner = self.model()
 
     def predict_step(self, samples: list[Sample], index: int) -> list[dict[str, str]]:
-        """Caption samples -> a row for each: where it comes from, what the model says and what is true."""
+        """Caption samples -> one row each: its source, the predicted caption and the true one."""
         captions = self.captioner.caption_documents(to_documents(samples, self.tokenizers, patches=self.config.encoders))
         return [{"where": scrub(sample.where), "predicted": caption, "true": sample.caption}
                 for sample, caption in zip(samples, captions, strict=True)]
 
     def _weights(self) -> Tensor:
-        """`loss_weights` on the device, float32: copied there once, for a GPU waits for each copy."""
+        """`loss_weights` on the device, float32, copied there once: each copy stalls a GPU."""
         if self.weights_there is None or self.weights_there.device != self.device:
             self.weights_there = torch.tensor(self.loss_weights, dtype=torch.float32, device=self.device)
         return self.weights_there
 
     def _losses(self, batch: Batch, weights: Tensor | None = None) -> TokenLoss:
-        """The loss of each target, which counts for its weight (M,).
+        """The loss of all targets, with their `weights` (M,) in its total.
 
-        Where the grammar allows no code, the scores of codes are left out of the softmax: they are most of the
-        vocabulary, and generation never looks at them there.
+        Where the grammar allows no codes, their logits are left out of the softmax: they are most of the vocabulary,
+        and generation never uses them there.
         """
         output = self.decoder.output or self.decoder.embedding
         ctc = self.ctc if self.training else None
@@ -368,7 +372,7 @@ class DecoderModule(TrainingModule):
             hidden = self.decoder(batch.ids, batch.positions, batch.packing, batch.features).flatten(0, 1)
         loss = next_token_loss(output, hidden[batch.supervised], batch.targets, batch.plain, weights, self.z_loss)
         if ctc is not None:
-            # The scale of the last states, so that the same rows give scores.
+            # Scaled like the final hidden states, so that the same output matrix applies.
             heard = self.decoder.norm(found[0]).flatten(0, 1)
             return TokenLoss(loss.total + ctc.weight * ctc_loss(output, heard, batch, self.vocabulary), loss.loss, loss.log_sum)
         return loss
@@ -386,7 +390,7 @@ class DecoderModule(TrainingModule):
 
 
 def image_encoder_in(folder: str, codec: MediaTokenizer) -> PretrainedEncoder:
-    """The encoder of pictures in a folder. Raises InputError."""
+    """Read the image encoder in a folder. Raises InputError if there is none that takes the codec's patches."""
     found = find_image_encoder(folder)
     if isinstance(found, Path):
         return read_encoder(found, codec.encoder_config.patch)
@@ -394,7 +398,7 @@ def image_encoder_in(folder: str, codec: MediaTokenizer) -> PretrainedEncoder:
 
 
 def find_image_encoder(folder: str) -> Path | ModelParts:
-    """The folder of an encoder of pictures alone, or the model that has one. Raises InputError."""
+    """The folder of an image encoder alone, or else the model in it. Raises InputError if it holds neither."""
     path = find_model(folder)
     if is_encoder(path):
         return path
@@ -405,7 +409,7 @@ def find_image_encoder(folder: str) -> Path | ModelParts:
 
 
 def encoders_of(model: ModelParts, codecs: Mapping[str, MediaTokenizer], option: str) -> dict[str, PretrainedEncoder]:
-    """The encoders of a finished model that take the patches of these codecs. Raises InputError that names the option."""
+    """The encoders of a finished model for the patches of these codecs. Raises InputError that names `option` if one is missing."""
     for kind, codec in codecs.items():
         config, expected = model.config.encoders.get(kind), codec.encoder_config.patch
         if config is None or config.patch != expected:
@@ -418,5 +422,5 @@ def encoders_of(model: ModelParts, codecs: Mapping[str, MediaTokenizer], option:
 
 
 def ratio(total: Tensor, weight: Tensor) -> Tensor:
-    """Total / weight, or 0 where nothing has a weight."""
+    """Total / weight, or 0 where the weight is 0."""
     return (total / weight).masked_fill(weight <= 0, 0.0)

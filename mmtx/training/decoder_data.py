@@ -1,4 +1,4 @@
-"""Data of the decoder: samples as packed batches of ids, and the tokenizers that make them."""
+"""Data of the decoder: samples as packed batches of ids, and the tokenizers that encode them."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, make_dataclass
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from mmtx.data.collection import DataSource, progress, test_sources
+from mmtx.data.collection import DataSource, given, progress, test_sources
 from mmtx.data.corpus import Content, Corpus, read_corpus
 from mmtx.data.packing import Batch, PackedBatches
 from mmtx.data.sample import with_captions
@@ -20,11 +20,11 @@ from mmtx.training.loader import ResumableLoader, loader
 from mmtx.training.source_data import SourceData
 from mmtx.vocabulary import Vocabulary
 
-CAPTIONED = 16  # samples that `mmtx predict` captions at once
+CAPTIONED = 16  # batch size of `mmtx predict`
 
 
 def with_media(kind: Any, default: Any) -> Callable[[type], type]:
-    """Give a dataclass a field for each kind of media that is registered when it is defined."""
+    """Give a dataclass a field for each kind of media registered at its definition."""
     def extended(cls: type) -> type:
         names = {"__doc__": cls.__doc__, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
         more = [(name, kind, field(default=default)) for name in media_kinds()]
@@ -35,7 +35,7 @@ def with_media(kind: Any, default: Any) -> Callable[[type], type]:
 @with_media(str | None, None)
 @dataclass(frozen=True)
 class TokenizerFolders:
-    """Where the tokenizers lie, by kind (text, image, audio); leave out what a model is to be without."""
+    """Folders of the tokenizers by kind (text, image, audio); omit the kinds that a model is to do without."""
 
     text: str
 
@@ -57,8 +57,8 @@ class DecoderData(SourceData):
         """
         Args:
             tokenizers: folders of the tokenizers.
-            tokens_per_batch: tokens of a batch on each device.
-            max_seq_len: longest document in tokens.
+            tokens_per_batch: tokens per batch on each device.
+            max_seq_len: most tokens in a document; longer samples are skipped.
             **options: of `SourceData`.
         """
         super().__init__(train, validation, **options)
@@ -69,17 +69,17 @@ class DecoderData(SourceData):
 
     def setup(self, stage: str) -> None:
         takes = self._takes("continuous_inputs"), self._takes("train_encoder")
-        if takes != getattr(self, "read_for", takes):  # for another decoder, or before there was one
+        if takes != getattr(self, "read_for", takes):  # it was read for another decoder, or before there was one
             for name in ("train_documents", "validation_documents", "test_documents"):
                 self.__dict__.pop(name, None)
         self.read_for = takes
         if stage == "test" and not hasattr(self, "test_documents"):
             self.test_documents = self._read(test_sources(self.test), "read test")
         if stage != "test" and not hasattr(self, "validation_documents"):
-            self.validation_documents = self._read(self.validation_sources, "read validation")
+            self.validation_documents = self._read(given(self.validation_sources, "validation"), "read validation")
             self.held_out = self.validation_documents.samples
         if stage == "fit" and not hasattr(self, "train_documents"):
-            self.train_documents = self._read(self.train_sources, "read train", augmentation=self.augmentation)
+            self.train_documents = self._read(given(self.train_sources, "train"), "read train", augmentation=self.augmentation)
 
     def _read(self, sources: list[DataSource], name: str, **more: Any) -> Corpus:
         return read_corpus(sources, self.tokenizers, self.vocabulary, max_seq_len=self.max_seq_len, seed=self.seed,
@@ -89,11 +89,11 @@ class DecoderData(SourceData):
 
     @property
     def contents(self) -> dict[str, list[Content]]:
-        """What a resumed run must find as it was."""
+        """Digests of the data, which must be unchanged when a run is resumed."""
         return {"data.train": self.train_documents.contents(), "data.validation": self.validation_documents.contents()}
 
     def _takes(self, option: str) -> bool:
-        """Whether the decoder is trained with one of the options that say how media enter."""
+        """Whether the decoder trains with an option that determines how media enter it."""
         return getattr(getattr(self.trainer, "lightning_module", None), option, False)
 
     def sample_names(self, batch: Batch) -> list[str]:
@@ -119,12 +119,12 @@ class DecoderData(SourceData):
                                     rank=self.trainer.global_rank, world=self.trainer.world_size))
 
     def predict_dataloader(self) -> DataLoader:
-        """Lists of validation samples that have a caption. Raises InputError where there are none."""
+        """Lists of validation samples that have a caption. Raises InputError if there are none."""
         samples = with_captions(self.held_out)
         if not samples:
             raise InputError("data.validation: found no samples that a caption answers, expected media, not prepared shards")
         return DataLoader(samples, batch_size=CAPTIONED, collate_fn=list)  # type: ignore[arg-type]  # a list is a dataset
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        # Samples to caption are no tensors yet.
+        # Samples to caption are not tensors yet.
         return batch if isinstance(batch, list) else super().transfer_batch_to_device(batch, device, dataloader_idx)

@@ -1,4 +1,4 @@
-"""Terms beside the plain reconstruction error of a codec: features of a network that sees, and a discriminator that learns.
+"""Loss terms of a codec in addition to its reconstruction error: a perceptual distance and a discriminator.
 
 Shapes: B batch, C channels, H height and W width of a picture (frames and mels of a spectrogram).
 """
@@ -17,17 +17,21 @@ from torch import Tensor, nn
 
 from mmtx.errors import InputError
 
-LARGEST = 1e4  # most that the adversarial term is scaled by, as in VQGAN
+LARGEST = 1e4  # largest scale of the adversarial term, as in VQGAN
 
 
 @dataclass(frozen=True)
 class PerceptualConfig:
-    """Distance of pictures in the features of a network that the user has.
+    """Distance of pictures in the features of a pretrained network, which the user supplies.
 
-    `network` is the import path of what makes it (`torchvision.models.vgg16`, `timm.create_model`, a function of your
-    own) and `arguments` what it is called with. `layers` names the features as torchvision's `create_feature_extractor`
-    does. `weights` is a file, .safetensors or a state dict of torch; without it the network must come trained.
-    `mean` and `std` are of the pixels in [0, 1] that it was trained with; the defaults are ImageNet's.
+    Args:
+        network: import path of its constructor (`torchvision.models.vgg16`, `timm.create_model`, a function of your own).
+        layers: names of the features, as in torchvision's `create_feature_extractor`.
+        weight: weight of the distance in the loss.
+        arguments: keyword arguments of the constructor.
+        weights: file of its weights, .safetensors or a state dict of torch; without it the constructor must return a trained network.
+        mean: mean of the pixels in [0, 1] that it was trained with; by default ImageNet's.
+        std: their standard deviation; by default ImageNet's.
     """
 
     network: str
@@ -41,11 +45,14 @@ class PerceptualConfig:
 
 @dataclass(frozen=True)
 class AdversarialConfig:
-    """A discriminator that learns to tell reconstructions from originals, and its say in what the codec learns.
+    """A discriminator that learns to tell reconstructions from originals, and the weight of its term in the codec's loss.
 
-    It starts after `start_step` steps. From then on its gradient at the reconstruction has `weight` times the norm of that
-    of all other terms. `width` channels in its first of `depth` layers, each of which halves the sides. `learning_rate`
-    is the discriminator's, and follows the codec's schedule.
+    Args:
+        weight: norm of the term's gradient at the reconstruction, relative to that of all other terms.
+        start_step: step from which the discriminator is used and trained.
+        width: channels of its first layer.
+        depth: number of its layers, each of which halves the sides.
+        learning_rate: its peak learning rate, with the codec's schedule.
     """
 
     weight: float = 0.5
@@ -63,19 +70,20 @@ class AdversarialConfig:
 
 
 class Perceptual:
-    """Mean squared difference of channel-normalised features (LPIPS without its learned weights,
-    https://arxiv.org/abs/1801.03924). Not a module: the network is no part of what is trained, averaged or saved.
+    """Mean squared difference of channel-normalised features: LPIPS (https://arxiv.org/abs/1801.03924) without learned weights.
+
+    Not a module: the network must not be trained, averaged or saved.
     """
 
     def __init__(self, config: PerceptualConfig):
-        """Raises InputError for a network that cannot be made or is untrained, a layer or a file that does not fit."""
+        """Raises InputError for a network that cannot be built or is untrained, or a layer or file that does not fit it."""
         from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
         self.config = config
         network = _make(config)
         if config.weights is not None:
             _load(network, Path(config.weights))
-        # What comes the same twice is trained. An untrained network would judge by chance, and no figure show it.
+        # A trained network has the same weights with every seed. An untrained one would judge by chance, and no figure would show it.
         elif not _equal(network.state_dict(), _make(config, 1).state_dict()):
             raise InputError(f"perceptual.weights: found none, and {config.network} makes a network with random "
                              "weights; expected a file with weights, or `arguments` with which it comes trained "
@@ -95,7 +103,7 @@ class Perceptual:
         self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (config.mean, config.std))
 
     def __call__(self, output: Tensor, target: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] -> their distance, a number."""
+        """Pictures (B, 3, H, W) in [-1, 1] -> their mean distance, ()."""
         self.network.to(output.device)
         with torch.no_grad():
             wanted = self._features(target)
@@ -108,7 +116,7 @@ class Perceptual:
 
 
 def _make(config: PerceptualConfig, seed: int = 0) -> nn.Module:
-    """Call what `network` names, without a trace in the random numbers of the run."""
+    """Build the network, without affecting the random numbers of the run."""
     module, _, name = config.network.rpartition(".")
     try:
         make = getattr(importlib.import_module(module), name)
@@ -145,7 +153,7 @@ class Discriminator(nn.Sequential):
         layers: list[nn.Module] = []
         for number in range(config.depth):
             width = config.width * 2 ** min(number, 3)
-            # Padding of 2 leaves at least one score even of a single row.
+            # With padding 2, even a single row gets at least one score.
             layers.append(nn.Conv2d(channels, width, 4, stride=2, padding=2))
             if number:
                 layers.append(nn.GroupNorm(1, width))
@@ -158,21 +166,21 @@ class Discriminator(nn.Sequential):
         return super().forward(media if media.dim() == 4 else media[:, None])
 
     def generator_loss(self, output: Tensor) -> Tensor:
-        """What the codec is to make smaller: minus the mean score. The discriminator's own weights get no gradient."""
+        """The codec's loss: minus the mean score. The discriminator's own weights get no gradient."""
         fixed = {name: parameter.detach() for name, parameter in self.named_parameters()}
         return -torch.func.functional_call(self, fixed, (output,)).mean()
 
     def discriminator_loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """What the discriminator is to make smaller, the hinge loss. The codec gets no gradient."""
+        """The discriminator's loss: the hinge loss. The codec gets no gradient."""
         return (F.relu(1 - self(target)).mean() + F.relu(1 + self(output.detach())).mean()) / 2
 
     def zero_loss(self) -> Tensor:
-        """Zero, with a gradient of zero for every weight: processes that train together expect one in each step."""
+        """Zero, with a zero gradient for every weight: distributed training expects one in every step."""
         return cast(Tensor, sum(parameter.sum() for parameter in self.parameters())) * 0.0
 
 
 def adaptive_weight(term: Tensor, rest: Tensor, output: Tensor) -> Tensor:
-    """What brings the gradient of `term` at `output` to the norm of that of `rest`.
+    """The factor that scales the gradient of `term` at `output` to the norm of that of `rest`.
 
     VQGAN (https://arxiv.org/abs/2012.09841) takes the gradients at the last layer's weights instead.
     """

@@ -1,4 +1,4 @@
-"""Numbers of a run: steps that would ruin the weights are left out, and what foretells a divergence is logged.
+"""Numerical health of a run: steps that would ruin the weights are skipped, and early signs of divergence are logged.
 
 Shapes: N tokens of a batch, M supervised tokens, D width.
 """
@@ -14,13 +14,13 @@ from mmtx.training.decoder import DecoderModule
 from mmtx.training.private import data_of, ends_step
 from mmtx.training.sharding import full
 
-NAMED = 8  # samples at most in an error message
+NAMED = 8  # most samples named in an error message
 
 
 class SkipNonFinite(Callback):
-    """Leaves out optimizer steps whose loss or gradient is not finite on any rank; ends the run after `limit` in a row.
+    """Skips optimizer steps whose loss or gradient is not finite on some rank; ends the run after `limit` in a row.
 
-    Logs `train/gradient_norm`, before clipping, and `train/skipped`, their number so far.
+    Logs `train/gradient_norm`, before clipping, and `train/skipped`, the number of skipped steps so far.
     """
 
     def __init__(self, limit: int = 10):
@@ -49,7 +49,7 @@ class SkipNonFinite(Callback):
         if trainer.strategy.reduce_boolean_decision(bool(finite), all=True):
             self.in_a_row = 0
             return
-        # Without a gradient the optimizer leaves weights and state alone.
+        # Without gradients the optimizer changes neither weights nor state.
         for parameter in module.parameters():
             parameter.grad = None
         self.skipped += 1
@@ -59,7 +59,7 @@ class SkipNonFinite(Callback):
                              f"{self.in_a_row} steps in a row; samples of the batch: {self._names(trainer)}")
 
     def _names(self, trainer: Trainer) -> str:
-        """The samples, of all ranks, of the batches with a loss that is not finite, or of all batches of the step."""
+        """Samples, on all ranks, of the batches whose loss is not finite or, if there are none, of all batches of the step."""
         bad = [entry for entry in self.losses if not entry[2]]
         names = [name for batch, index, _ in bad for name in self._samples(trainer, batch, index)]
         every = [name for batch, index, _ in self.losses for name in self._samples(trainer, batch, index)]
@@ -78,15 +78,16 @@ class SkipNonFinite(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         if module.automatic_optimization and ends_step(trainer):
-            # What the module divides the summed gradients by comes after the hook that saw them.
+            # The module scales the summed gradients only after `on_before_optimizer_step` has measured them here.
             module.log("train/gradient_norm", self.norm * getattr(module, "gradient_scale", 1.0))
-            module.log("train/skipped", torch.full((), float(self.skipped), device=module.device))  # a number would be copied there
+            module.log("train/skipped", torch.full((), float(self.skipped), device=module.device))  # a float would be copied
 
 
 class Telemetry(Callback):
-    """Logs what foretells a divergence: log-sum-exp of the scores, norm of the last hidden state before its RMSNorm,
-    and loss and share of the targets of each modality. https://arxiv.org/abs/2405.09818 (Chameleon) saw both grow
-    long before the loss. As often as the trainer logs; never with `log_every_n_steps` 0.
+    """Logs early signs of divergence: log-sum-exp of the logits, and norm of the hidden states before the final RMSNorm.
+
+    Chameleon (https://arxiv.org/abs/2405.09818) saw both grow long before the loss. Loss and share of the targets of each
+    modality are logged too, all every `log_every_n_steps` of the trainer; never if that is 0.
     """
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -98,7 +99,7 @@ class Telemetry(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int,
                            ) -> None:
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # there without being declared
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # exists, but is not declared
         if not isinstance(module, DecoderModule) or not every or trainer.global_step % every:
             return
         loss, log_sum = module.seen                           # (M,) each

@@ -1,4 +1,4 @@
-"""Loaders of batches: one that a resumed run goes on with, and plain ones, which begin anew each time."""
+"""Data loaders of batches: one that a resumed run continues, and plain ones, which start over each time."""
 
 import os
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from mmtx.errors import InputError
 
 
 class Batches(Protocol):
-    """Batch k by its number alone."""
+    """A dataset of batches: batch k is a function of k alone."""
 
     def __len__(self) -> int: ...
 
@@ -26,7 +26,7 @@ def loader(dataset: Batches, workers: int = 0, first: int = 0) -> DataLoader:
 
 
 class _Told(Dataset):
-    """A dataset that hands out an InputError where it would raise it: a worker would make pages of text of it."""
+    """A dataset that returns an InputError instead of raising it, which in a worker would become pages of traceback."""
 
     def __init__(self, dataset: Batches):
         self.dataset = dataset
@@ -42,9 +42,9 @@ class _Told(Dataset):
 
 
 class _Loader(DataLoader):
-    """Raises what `_Told` has handed out."""
+    """Raises the errors that `_Told` returns."""
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # Lightning asks for no more
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # Lightning needs no more
         for batch in super().__iter__():
             if isinstance(batch, InputError):
                 raise batch
@@ -52,9 +52,9 @@ class _Loader(DataLoader):
 
 
 class ResumableLoader:
-    """A loader whose only state is the number of batches handed out: iterated again, it goes on where it stopped.
+    """A loader whose only state is the number of batches yielded: iterated again, it continues where it stopped.
 
-    Lightning stores and restores `state_dict` with its checkpoints.
+    Lightning saves and restores its `state_dict` with checkpoints.
     """
 
     def __init__(self, dataset: Batches, workers: int = 0):
@@ -66,7 +66,7 @@ class ResumableLoader:
 
     def __iter__(self) -> Iterator[Any]:
         for batch in loader(self.dataset, self.workers, self.next):
-            # Before the yield: code behind it does not run when the trainer stops asking.
+            # Before the yield: code after it does not run once the trainer stops iterating.
             self.next += 1
             yield batch
 
@@ -78,6 +78,6 @@ class ResumableLoader:
 
 
 def _begin_worker(worker: int) -> None:
-    """A signal to the group of processes is for the trainer, which still needs its workers to end in order."""
+    """Shield a worker from signals to the trainer's process group: the trainer still needs its workers to end in order."""
     os.setpgid(0, 0)
     end_with_parent()

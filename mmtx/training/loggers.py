@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: metrics.csv, which a resumed run goes on with bit by bit, and TensorBoard."""
+"""Loggers of a run: metrics.csv, which a resumed run continues exactly, and TensorBoard."""
 
 import csv
 import io
@@ -25,7 +25,7 @@ from mmtx.files import write_file
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """What the system refuses within is told as an InputError about `path`."""
+    """Turn operating-system errors in this context into an InputError about `path`."""
     try:
         yield
     except InputError:
@@ -35,7 +35,7 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def append(path: str | Path, data: bytes) -> None:
-    """Add to a file, all of it or nothing. Raises OSError where there is no room."""
+    """Append to a file, all or nothing. Raises OSError if there is no room."""
     size = os.stat(path).st_size if os.path.isfile(path) else 0
     try:
         with open(path, "ab") as file:
@@ -47,9 +47,9 @@ def append(path: str | Path, data: bytes) -> None:
 
 
 class MetricsWriter:
-    """Rows of `folder/metrics.csv`; the file of an earlier run is left alone until `keep` says what to keep of it.
+    """Writes `folder/metrics.csv`; the file of an earlier run is left alone until `keep` says how many rows to keep.
 
-    Raises InputError where there is no room, and takes a row back that was written in part.
+    Raises InputError if there is no room, and removes a partly written row.
     """
 
     def __init__(self, folder: str | Path):
@@ -65,7 +65,7 @@ class MetricsWriter:
                           "step": step})
 
     def save(self) -> None:
-        rows, self.rows = self.rows, []  # what there is no room for now, there will be none for when the run ends
+        rows, self.rows = self.rows, []  # not retried when the run ends, if there is no room now
         if not rows:
             return
         with writing(self.path):
@@ -76,7 +76,7 @@ class MetricsWriter:
             append(self.path, self._table(rows, header=not there))
 
     def keep(self, rows: int) -> None:
-        """Drop all but the first `rows` rows of the file that is there."""
+        """Drop all but the first `rows` rows of the existing file."""
         with writing(self.path):
             if not rows:
                 self.path.unlink(missing_ok=True)
@@ -100,7 +100,7 @@ class MetricsWriter:
 
 
 class Metrics(Logger):
-    """`folder/metrics/metrics.csv`, written row by row; a resumed run goes on where its checkpoint was written."""
+    """Logs to `folder/metrics/metrics.csv`, row by row; a resumed run continues after the rows of its checkpoint."""
 
     name, version = "", "metrics"
 
@@ -127,7 +127,7 @@ class Metrics(Logger):
 
     @rank_zero_only
     def keep(self, rows: int, step: int) -> None:
-        """Go on behind the first `rows` rows of the file that is there, of the steps before `step`."""
+        """Continue after the first `rows` rows of the existing file, which are of steps before `step`."""
         self.experiment.keep(rows)
         self.rows = rows
 
@@ -142,16 +142,15 @@ class Metrics(Logger):
 
 
 class EventFile(FileWriter):
-    """Writes each event at once, to its end or not at all; there is no file before the first. Raises InputError where there
-    is no room.
+    """Writes each event at once, whole or not at all, to a file that the first event creates.
 
-    The stock one has a thread, which a full disk ends without a word to the run, and then the run waits for it forever;
-    and a file of its name from the same second, as of a run that was resumed at once, is overwritten.
+    Raises InputError if there is no room. The stock writer has a thread, which a full disk ends silently, and then the run waits
+    for it forever. It also overwrites a file with the same name from the same second, as of a run that was resumed at once.
     """
 
     def __init__(self, folder: str):
         self.folder, self.path = folder, Path(folder) / f"events.out.tfevents.{time.time_ns():020d}.{os.getpid()}"
-        self.first: int | None = 0  # the step to begin with; None once it has begun
+        self.first: int | None = 0  # the step to start at; None once the file has been started
 
     def get_logdir(self) -> str:
         return self.folder
@@ -162,7 +161,7 @@ class EventFile(FileWriter):
             with writing(self.folder):
                 Path(self.folder).mkdir(parents=True, exist_ok=True)
             self.add_event(Event(file_version="brain.Event:2"), first)
-            # From here on a viewer drops what an interrupted run has said of this and later steps.
+            # Makes viewers drop what an interrupted run has logged for this and later steps.
             self.add_event(Event(session_log=SessionLog(status=SessionLog.START)), first)
         event.wall_time = time.time() if walltime is None else walltime
         if step is not None:
@@ -180,7 +179,7 @@ class EventFile(FileWriter):
 
 
 class EventWriter(SummaryWriter):
-    """The stock writer of scalars, text, pictures and more, into an `EventFile`."""
+    """The stock writer of scalars, text, images and more, to an `EventFile`."""
 
     file_writer: EventFile | None
 
@@ -191,11 +190,11 @@ class EventWriter(SummaryWriter):
         return self.file_writer
 
     def close(self) -> None:
-        """Nothing is open. The stock one would begin a file anew for what comes after it."""
+        """Does nothing: no file is open. After the stock method, the next event would go to a new file."""
 
 
 class TensorBoard(TensorBoardLogger):
-    """Event files in `folder/tensorboard`, of which a resumed run adds one."""
+    """Event files in `folder/tensorboard`; a resumed run adds one."""
 
     def __init__(self, folder: str | Path):
         super().__init__(folder, name="", version="tensorboard", default_hp_metric=False)
@@ -210,7 +209,7 @@ class TensorBoard(TensorBoardLogger):
 
     @rank_zero_only
     def keep(self, rows: int, step: int) -> None:
-        """Go on with `step`."""
+        """Continue at `step`."""
         self.experiment.file_writer.first = step
 
     @rank_zero_only
@@ -218,7 +217,7 @@ class TensorBoard(TensorBoardLogger):
         """Nothing: `metrics/config.yaml` has them."""
 
     def save(self) -> None:
-        """Nothing is left to write."""
+        """Does nothing: everything is written already."""
 
     def finalize(self, status: str) -> None:
         pass

@@ -1,4 +1,4 @@
-"""What all modules that train have in common: the figures of a validation and the random numbers of a step."""
+"""The base of all training modules: figures of a validation, and random numbers of a step."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from mmtx.training.private import data_of
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """The sum of a tensor of one shape over all ranks, which must all ask."""
+    """The sum over all ranks of a tensor that has the same shape on each; all ranks must call this together."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         x = x.clone()
         torch.distributed.all_reduce(x)
@@ -19,9 +19,9 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 class Means:
-    """Sums and counts by name, in double precision; they are divided once, when all batches of all ranks are in.
+    """Sums and counts by name, in double precision, divided once at the end, over all batches of all ranks.
 
-    A mean of the means of batches would give another figure for each size of a batch.
+    A mean over the means of batches would depend on the batch size.
     """
 
     def __init__(self):
@@ -33,7 +33,7 @@ class Means:
         self.sums[name] = before + float(total), items + float(count)
 
     def whole(self) -> dict[str, float]:
-        """The mean of each name over all ranks, which must all ask; names for which nothing was counted are left out."""
+        """The mean of each name with a count over all ranks, which must all call this together."""
         parts = [self.sums]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             parts = [{}] * torch.distributed.get_world_size()
@@ -47,17 +47,15 @@ class Means:
 
 
 class TrainingModule(LightningModule):
-    """What all modules here have in common: random numbers that follow from the step, and a test that is the validation with
-    other samples.
-    """
+    """The base of all training modules: random numbers that depend on the step alone, and a test that validates other samples."""
 
     def seed_step(self, index: int) -> None:
-        """Seed torch for a training batch, so that a resumed run draws what the run before it would have drawn."""
+        """Seed torch for a training batch, so that a resumed run draws the numbers of an uninterrupted one."""
         torch.manual_seed(seed_of(getattr(data_of(self.trainer), "seed", 0), index, self.global_rank))
 
     @property
     def split(self) -> str:
-        """What the names of figures begin with."""
+        """The prefix of the names of figures."""
         return "test" if self.trainer.testing else "val"
 
     def on_test_epoch_start(self) -> None:

@@ -1,9 +1,9 @@
-"""muP: learning rates that are set at one width and hold at others (https://arxiv.org/abs/2203.03466).
+"""muP: learning rates that are tuned at one width and transfer to others (https://arxiv.org/abs/2203.03466).
 
-With w = width / base, the matrices of blocks begin smaller by sqrt(w), AdamW trains them at 1 / w of its rate, and Muon at
-1 / sqrt(w) of its own, since the largest singular value of a step of AdamW grows with w and of Muon's, as it is scaled here, with
-sqrt(w). Scores are to be multiplied by 1 / w: the last norm, whose gain is a factor of all of them, begins there, and its rate is as
-much smaller. So nothing changes in a finished model and in engines.
+With w = width / base, the matrices of blocks start smaller by sqrt(w), AdamW trains them at 1 / w of its rate, and Muon at
+1 / sqrt(w) of its own: the largest singular value of AdamW's step grows with w, and that of Muon's, as scaled here, with sqrt(w).
+muP multiplies logits by 1 / w. Here the gain of the final norm, a factor of all logits, starts at 1 / w instead, and trains at 1 / w
+of its rate, so neither finished models nor engines have to know of muP.
 """
 
 import torch
@@ -14,7 +14,7 @@ from mmtx.model import Decoder
 
 @torch.no_grad()
 def rescale(decoder: Decoder, base: int) -> None:
-    """Make what a new decoder begins with what muP has it begin with."""
+    """Rescale the initial weights of a new decoder as muP requires."""
     ratio = base / decoder.config.width
     for block in decoder.blocks:
         for parameter in block.parameters():
@@ -24,5 +24,5 @@ def rescale(decoder: Decoder, base: int) -> None:
 
 
 def scaled(decoder: Decoder) -> list[nn.Parameter]:
-    """What does not train at the rates of the base."""
+    """The parameters that do not train at the rates of the base width."""
     return [*(p for block in decoder.blocks for p in block.parameters() if p.dim() > 1), decoder.norm.weight]

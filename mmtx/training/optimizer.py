@@ -14,20 +14,26 @@ from mmtx.modality.vocoder import ConvNeXtBlock
 from mmtx.model import Block, FusedLinear
 from mmtx.schema import within
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the published method, for five rounds
-TOGETHER = 2 ** 25  # numbers in matrices that a GPU turns together: one by one, each small one takes as long as all
-AT_ONCE = 2 ** 27   # numbers of which a GPU holds updates at a time
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the published method, for five iterations
+TOGETHER = 2 ** 25  # elements that a GPU orthogonalises as one batch: alone, each small matrix would take as long as all of them
+AT_ONCE = 2 ** 27   # elements whose updates a GPU holds at a time
 
-Members = list[tuple[Tensor, tuple[int, ...]]]  # parameters, with the rows of the matrices in each
+Members = list[tuple[Tensor, tuple[int, ...]]]  # parameters, each with the numbers of rows of the matrices fused in it
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Peak learning rates, and how they get there and back to zero at the trainer's `max_steps`.
+    """Peak learning rates, with linear warm-up and linear decay to zero at the trainer's `max_steps`.
 
-    `muon_lr` is the learning rate of the matrices inside blocks, which are then trained with Muon; without
-    it, and for everything else, AdamW does the work. Measured on the image codec of the starter data, 2.5 minutes
-    each on one core: 21.5 dB with AdamW at 3e-3, 22.5 dB with Muon at 8e-3.
+    Measured on the image codec of the starter data, 2.5 minutes each on one core: 21.5 dB with AdamW at 3e-3, 22.5 dB with Muon at
+    8e-3.
+
+    Args:
+        learning_rate: peak rate of AdamW, which trains everything that Muon does not.
+        muon_lr: peak rate of Muon, which then trains the matrices inside blocks; None: AdamW trains them, too.
+        warmup_steps: steps of linear warm-up.
+        weight_decay: decoupled weight decay of matrices; gains and biases have none.
+        betas: AdamW's decay rates of the moment estimates.
     """
 
     learning_rate: float = 2e-3
@@ -46,12 +52,12 @@ class OptimizerConfig:
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW whose groups with `parts` take orthogonalised momentum steps instead (Muon, with the step size of AdamW).
+    """AdamW, in which groups with `parts` take orthogonalised momentum steps instead (Muon, with the step size of AdamW).
 
     Muon: https://kellerjordan.github.io/posts/muon; the scale of its steps: https://arxiv.org/abs/2502.16982.
-    `torch.optim.Muon` cannot see that a fused projection holds several matrices, and always computes in bfloat16, which is slow on a
-    CPU that only emulates it. Here matrices turn in the `turn_in` of their group: bfloat16 in runs in bfloat16, where one step of the
-    captioner took 85 ms and not 131 (one core with AVX512-BF16), else float32. On a GPU it is always bfloat16.
+    `torch.optim.Muon` does not know that a fused projection holds several matrices, and always computes in bfloat16, which is slow on
+    CPUs that only emulate it. Here matrices are orthogonalised in the dtype `turn_in` of their group: bfloat16 in bfloat16 runs,
+    where a step of the captioner took 85 ms instead of 131 (one core with AVX512-BF16), else float32; on a GPU always bfloat16.
     """
 
     momentum = 0.95
@@ -68,7 +74,7 @@ class Muon(torch.optim.AdamW):
                       if parameter.grad is not None]
             for members in few_at_once(turned):
                 self._turn(members, group["lr"], group["weight_decay"],
-                           group.get("turn_in", torch.float32))  # checkpoints of before have none
+                           group.get("turn_in", torch.float32))  # older checkpoints have none
         self.param_groups = [group for group in groups if "parts" not in group]
         try:
             super().step()
@@ -77,11 +83,11 @@ class Muon(torch.optim.AdamW):
         return loss
 
     def _turn(self, members: Members, rate: float, decay: float, turn_in: torch.dtype) -> None:
-        """Take the step of parameters, each of which holds matrices with so many rows; matrices of one shape turn together."""
+        """Update parameters that consist of matrices with the given numbers of rows; equal shapes are orthogonalised together."""
         parameters = [parameter for parameter, _ in members]
         for parameter in parameters:
             if not self.state[parameter]:
-                # AdamW's state always has a step, and loading a state looks for it.
+                # AdamW's state always has a step, which loading a state expects.
                 self.state[parameter].update(step=torch.zeros(()), momentum=torch.zeros_like(parameter))
         gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
         momenta = [self.state[parameter]["momentum"] for parameter in parameters]
@@ -102,7 +108,7 @@ class Muon(torch.optim.AdamW):
 
 
 def few_at_once(turned: Members) -> Iterator[Members]:
-    """Parameters whose updates are held together: on a GPU as many as make AT_ONCE numbers, else one."""
+    """Groups of parameters whose updates are held together: on a GPU up to about AT_ONCE elements, else one parameter."""
     members: Members = []
     numbers = 0
     for member in turned:
@@ -116,7 +122,7 @@ def few_at_once(turned: Members) -> Iterator[Members]:
 
 
 def orthogonal(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A matrix (n, m), or several (k, n, m) -> nearly the nearest ones whose singular values are all 1, by rounds in `dtype`."""
+    """Matrices (n, m) or (k, n, m) -> nearly the nearest ones with all singular values 1, by Newton-Schulz iteration in `dtype`."""
     a, b, c = NEWTON_SCHULZ
     addmm = torch.addmm if matrices.dim() == 2 else torch.baddbmm
     x = matrices.to(dtype)
@@ -131,11 +137,11 @@ def orthogonal(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def configure(module: nn.Module, config: OptimizerConfig, max_steps: int, more: Sequence[dict] = (),
               scaled: Sequence[nn.Parameter] = (), ratio: float = 1.0, precision: str = "32-true") -> OptimizerLRSchedulerConfig:
-    """What `LightningModule.configure_optimizers` returns. Only matrices decay, not gains and biases.
+    """The return value of `LightningModule.configure_optimizers`; weight decay applies to matrices, not to gains and biases.
 
-    `more` are parameter groups with learning rates of their own, of what trains beside `module` or of parts of it. Of `scaled`
-    (mup.py), AdamW's rate is multiplied by `ratio` and Muon's by its root; what a step decays stays as it is. `precision` is the
-    trainer's.
+    `more` are parameter groups with learning rates of their own, for parameters outside `module` or some of its own. For `scaled`
+    parameters (mup.py), AdamW's rate is multiplied by `ratio` and Muon's by its square root; the decay per step stays the same.
+    `precision` is the trainer's.
     """
     turn_in = torch.bfloat16 if precision.startswith("bf16") else torch.float32
     apart = {p for group in more for p in group["params"]}
@@ -161,7 +167,7 @@ def configure(module: nn.Module, config: OptimizerConfig, max_steps: int, more: 
             groups.append({"params": turned, "parts": [parts[p] for p in turned], "lr": config.muon_lr * factor_of,
                            "weight_decay": config.weight_decay / factor_of, "turn_in": turn_in})
     optimizer = Muon([*groups, *more], lr=config.learning_rate, betas=config.betas, fused=True)
-    # Or the trainer would leave the gradients of a scaled loss to the fused step, and clip none in mixed precision.
+    # Otherwise the trainer would leave unscaling gradients to the fused step, and not clip them in mixed precision.
     optimizer._step_supports_amp_scaling = False
 
     def factor(step: int) -> float:

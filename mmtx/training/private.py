@@ -1,7 +1,7 @@
-"""What mmtx uses of Lightning that Lightning does not promise to keep: each part in one function, with the reason.
+"""Private parts of Lightning that mmtx depends on: each use in one function, with the reason.
 
-No other file names a private part of Lightning. `tests/test_private.py` checks that, and fails by the name of the function
-where a release of Lightning lacks what one of them needs.
+No other file names a private part of Lightning. `tests/test_private.py` checks that, and fails with the name of a function
+if a release of Lightning lacks what the function needs.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,10 +14,10 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 
 class PlainCLI(LightningCLI):
-    """The stock command line, which takes no configuration out of checkpoints.
+    """Lightning's command line without configuration from checkpoints.
 
-    The stock one reads any file that `--ckpt_path` names, sound or not, and lets the hyperparameters in it override what
-    the user has said.
+    Lightning reads any file that `--ckpt_path` names, sound or not, and lets the hyperparameters in it override the user's
+    options.
     """
 
     def _parse_ckpt_path(self) -> None:
@@ -25,26 +25,26 @@ class PlainCLI(LightningCLI):
 
 
 def data_of(trainer: Trainer) -> Any:
-    """The data module of a run; None where it was given loaders alone. The trainer has it without declaring it."""
+    """The data module of a run, or None if it was given plain loaders. The trainer has the attribute, but does not declare it."""
     return trainer.datamodule  # type: ignore[attr-defined]
 
 
 def ends_step(trainer: Trainer) -> bool:
     """Whether the optimizer has taken a step after this batch.
 
-    With `accumulate_grad_batches`, `global_step` tells that only by comparison with what it was before.
+    With `accumulate_grad_batches`, `global_step` shows that only by comparison with its previous value.
     """
     return not trainer.fit_loop._should_accumulate()
 
 
 def validation_due(trainer: Trainer) -> bool:
-    """Whether a validation follows this batch: the checkpoint before it must know, and no hook comes between the two."""
+    """Whether a validation follows this batch; the checkpoint before it must record that, and no hook runs in between."""
     loop = trainer.fit_loop
     return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
 
 def validate_now(trainer: Trainer) -> None:
-    """Run the validation that a checkpoint was written before: the trainer that goes on with it takes it for done."""
+    """Run the validation that a checkpoint was written just before: a trainer that resumes from it takes it as done."""
     loop = trainer.fit_loop.epoch_loop.val_loop
     loop.restarting, trainer.validating = False, True
     loop.run()
@@ -52,17 +52,17 @@ def validate_now(trainer: Trainer) -> None:
 
 
 def log_step_now(trainer: Trainer) -> None:
-    """Hand the metrics of this step to the loggers, before a checkpoint counts their rows.
+    """Pass the metrics of this step to the loggers, before a checkpoint counts their rows.
 
-    The trainer does so after the last hook of a step; a kill in between would lose the row. It is kept from doing so again,
-    if no hook has added anything.
+    The trainer does so only after the last hook of a step; a kill in between would lose the row. It does not do so again,
+    unless a hook has added metrics.
     """
     connector = trainer._logger_connector
     connector.update_train_step_metrics()
     logged = {*connector.metrics["log"]}
 
     def rest() -> None:
-        del connector.update_train_step_metrics  # from now on the method of the class
+        del connector.update_train_step_metrics  # which restores the method of the class
         if {*connector.metrics["log"]} != logged:
             connector.update_train_step_metrics()
 
@@ -70,16 +70,16 @@ def log_step_now(trainer: Trainer) -> None:
 
 
 def on_sigterm(trainer: Trainer, handle: Callable[..., None]) -> None:
-    """Let `handle` have SIGTERM in place of the trainer; to be called before it registers its handlers, after all `setup`.
+    """Let `handle` handle SIGTERM instead of the trainer; call it before the trainer registers handlers, after all `setup`.
 
-    The trainer's own handler starts a collective operation within the signal handler, where other ranks may be in another
-    one: then all wait for each other forever. It ends a training with status 0, and a validation not at all.
+    The trainer's own handler starts a collective operation inside the signal handler, while other ranks may be in another
+    one: then all ranks deadlock. It also ends training with status 0, and does not end a validation.
     """
     trainer._signal_connector._sigterm_notifier_fn = handle  # type: ignore[method-assign]
 
 
 def launch_within(launcher: Any, around: Callable[[], AbstractContextManager]) -> None:
-    """Start the other ranks within a context: what they inherit of signals is decided there."""
+    """Start the other ranks inside a context, which determines the signal state that they inherit."""
     if start := getattr(launcher, "_call_children_scripts", None):
         def wrapped() -> None:
             with around():
@@ -89,9 +89,9 @@ def launch_within(launcher: Any, around: Callable[[], AbstractContextManager]) -
 
 
 def before_restoring(trainer: Trainer, check: Callable[[Mapping[str, Any]], None]) -> None:
-    """Call `check` with a checkpoint that was read, before the weights and before the rest of it are taken over.
+    """Call `check` with a checkpoint that was read, before its weights and again before the rest of it are restored.
 
-    The hooks of callbacks and modules come too late, when some of it has been, or do not see all of it.
+    Hooks of callbacks and modules run too late, when part of it has been restored, or do not see all of it.
     """
     connector = trainer._checkpoint_connector
 
@@ -108,10 +108,10 @@ def before_restoring(trainer: Trainer, check: Callable[[Mapping[str, Any]], None
 
 
 def state_now(trainer: Trainer) -> dict[str, Any]:
-    """What a checkpoint written now would hold, to compare one that was read with; `save_checkpoint` only writes it."""
+    """The content of a checkpoint written now, to compare with one that was read; `save_checkpoint` can only write it."""
     return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
 
 
 def share_among_all(strategy: ModelParallelStrategy) -> None:
-    """Let a strategy share weights out among all processes; asked at its construction, their number is not yet known."""
+    """Let a strategy shard weights across all processes, whose number is not yet known when it is constructed."""
     strategy._data_parallel_size = strategy.num_nodes * strategy.num_processes

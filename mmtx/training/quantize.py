@@ -1,4 +1,4 @@
-"""Linear layers in 4 bits a weight (NF4, https://arxiv.org/abs/2305.14314) through bitsandbytes (extra `qlora`), on CPUs too."""
+"""Linear layers with 4-bit weights (NF4, https://arxiv.org/abs/2305.14314) through bitsandbytes (extra `qlora`), also on CPUs."""
 
 from functools import cache
 from typing import Any
@@ -15,7 +15,7 @@ def library() -> Any:
 
 
 def quantize(decoder: Decoder) -> None:
-    """Put layers of 4 bits in the place of all linear layers of a decoder's blocks that have more, in the order of the blocks."""
+    """Replace all linear layers in a decoder's blocks that are not yet 4-bit by 4-bit ones, block by block."""
     for number, block in enumerate(decoder.blocks):
         for name, layer in list(block.named_modules()):
             if isinstance(layer, nn.Linear):
@@ -24,7 +24,7 @@ def quantize(decoder: Decoder) -> None:
 
 
 def quantize_layer(decoder: Decoder, name: str) -> None:
-    """Put a layer of 4 bits in the place of the one whose weight has this name, if it is one of a block and has more."""
+    """Replace the layer whose weight has this name by a 4-bit one, if it is a linear layer of a block and not yet 4-bit."""
     at = name.removesuffix(".weight")
     layer = decoder.get_submodule(at) if at != name and name.startswith("blocks.") else None
     if not isinstance(layer, nn.Linear) or hasattr(layer.weight, "quant_state"):
@@ -32,16 +32,16 @@ def quantize_layer(decoder: Decoder, name: str) -> None:
     small = _layer_type()(layer.in_features, layer.out_features, layer.bias is not None, quant_type="nf4", device="meta")
     small.weight = library().nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
     small.bias = layer.bias
-    # On some CPUs a validation would lay the weights out anew, with rounded scales, and training would go on with these.
+    # Otherwise, on some CPUs a validation would repack the weights with rounded scales, and training would continue with these.
     small.support_avx512bf16_for_cpu = False
     parent, _, last = at.rpartition(".")
-    setattr(decoder.get_submodule(parent), last, small.to(layer.weight.device))  # which makes the 4 bits
+    setattr(decoder.get_submodule(parent), last, small.to(layer.weight.device))  # which quantizes
 
 
 @cache
 def _layer_type() -> Any:
     class Linear4bit(library().nn.Linear4bit):  # type: ignore[misc]
-        """Is made anew from the start of a run, of which it is a function, and so is not part of checkpoints."""
+        """Leaves its weight out of checkpoints, since a resumed run quantizes it again from `init_from`."""
 
         def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
             if self.bias is not None:
@@ -55,13 +55,13 @@ def _layer_type() -> Any:
 
 
 def weight_of(layer: nn.Linear) -> Tensor:
-    """The weight of a linear layer, of few bits or not, as numbers."""
+    """The weight of a linear layer, dequantized to float32 if it is 4-bit."""
     if (state := getattr(layer.weight, "quant_state", None)) is None:
         return layer.weight.detach()
     return library().functional.dequantize_4bit(layer.weight.data, state).to(torch.float32)
 
 
 def size_of(parameter: nn.Parameter) -> int:
-    """How many numbers a parameter stands for; two of 4 bits are one byte."""
+    """The number of values in a parameter, where one byte holds two 4-bit values."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else state.shape.numel()

@@ -1,4 +1,4 @@
-"""`mmtx fit`, `validate`, `test` and `predict`: the Lightning command line, with what every run of ours needs in it."""
+"""`mmtx fit`, `validate`, `test` and `predict`: Lightning's command line with the additions that every run needs."""
 
 import errno
 import json
@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import jsonargparse
 import yaml
 from lightning import LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, GradientAccumulationScheduler, LearningRateFinder
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -42,9 +42,9 @@ from mmtx.training.sharding import Sharded
 from mmtx.training.signals import follow_launcher, launch_uninterrupted, status
 from mmtx.training.vocoder import VocoderModule
 
-# What of `trainer` a resumed run must have in common with the one it goes on with.
+# Options of `trainer` in which a resumed run must agree with the run that it continues.
 RESUMED_TRAINER = ("max_steps", "accumulate_grad_batches", "precision", "gradient_clip_val", "gradient_clip_algorithm")
-# Defaults that differ from Lightning's. Nothing else is a callback or a logger that is not asked for by an option of ours.
+# Defaults that differ from Lightning's. All other callbacks and loggers of ours depend on our own options.
 TRAINER = {
     "logger": True,  # TensorBoard
     "callbacks": [
@@ -60,26 +60,31 @@ TRAINER = {
     "enable_model_summary": False,
 }
 STEPS = {"validate": "validation_step", "test": "test_step", "predict": "predict_step"}
-SOURCES = ("train", "validation", "test")  # lists of `DataSource` in the options of data
+SOURCES = ("train", "validation", "test")  # options of `data` that are lists of `DataSource`
 PREDICTIONS = "predictions.jsonl"
-LARGEST_OPTION = 10**9  # steps, and what else is counted or weighted
+LARGEST_OPTION = 10**9  # of steps, other counts and weights
 MOST_WORKERS = 2**12
-MOST_SEED = 2**32 - 1  # of NumPy's own generator, which a run seeds too
+MOST_SEED = 2**32 - 1  # of NumPy's global generator, which a run seeds too
 TRUSTED = ["mmtx", "lightning"]  # packages whose classes a configuration from others may name
+# Callbacks that change the settings that a run was planned with, and the option to set instead.
+PLANNED = {GradientAccumulationScheduler: "trainer.accumulate_grad_batches", LearningRateFinder: "model.optimizer.learning_rate"}
+# Beginnings of lines in jsonargparse's messages that carry no information about the value.
+NOISE = ("Does not validate", "Subtypes:", "Errors:", "Problem with given class_path", "Given value", "Subclass types expect",
+         "a class path (str)", "a dict with")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class Parser(LightningArgumentParser):
-    """The stock parser, whose errors come after a page of options and are a tree of types tried."""
+    """Lightning's parser with one-line errors, instead of a page of options and a tree of all types that were tried."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error:  # a parser within the parser, whose message the outer one quotes
+        if not self.exit_on_error:  # a nested parser, whose message the outer one quotes
             super().error(message, ex)
         raise input_error_in(ex) or InputError(one_line(message)) from None
 
 
 class FitCLI(private.PlainCLI):
-    """The stock command line plus `--output`, the folder that a run writes to, and that is its own while `held` is open.
+    """Lightning's command line plus `--output`, the folder of the run, which stays locked while `held` is open.
 
     `word` is the subcommand.
     """
@@ -89,7 +94,7 @@ class FitCLI(private.PlainCLI):
         super().__init__(*args, **kwargs)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # static there, and called on the instance
-        """The one that is asked for, whose `--ckpt_path` is ours: parsers of the others would take as long to make."""
+        """Only the requested one, without Lightning's `--ckpt_path`: the parser of each takes as long to build."""
         return {self.word: {*super().subcommands()[self.word], "ckpt_path"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -112,14 +117,14 @@ class FitCLI(private.PlainCLI):
                                  "lightning, before anything of them is imported")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """The stock ones, of which the seed may have 32 bits."""
+        """Parse as Lightning does, and check that the seed fits in 32 bits."""
         super().parse_arguments(parser, args)
         seed = self.config.get(str(self.config.get("subcommand")), self.config)["seed_everything"]
         if not isinstance(seed, bool):
             within("seed_everything", seed, 0, MOST_SEED)
 
     def said(self, name: str) -> Any:
-        """What the command line and its files say of an option, with the classes that they name instantiated."""
+        """The value of an option, from the command line and its files, with the classes that it names instantiated."""
         return self.config_init.get(str(self.subcommand), self.config_init).get(name)
 
     @property
@@ -137,6 +142,17 @@ class FitCLI(private.PlainCLI):
         for name, found in called.items():
             if config["trusted_only"] and found is not None:
                 raise InputError(f"{name}: found {found}, which would be called, expected none with --trusted_only true")
+
+    def instantiate_classes(self) -> None:
+        """Instantiate as Lightning does; arguments that a class of the trainer rejects or lacks are errors of its option."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            trainer = vars(self.config.get(str(self.subcommand), self.config)["trainer"])
+            named = [name for name, value in trainer.items() if str(error).endswith(f"Given value: {value}")]
+            if input_error_in(error) is not None or not named:
+                raise
+            raise InputError(f"trainer.{named[0]}: {refused(str(error))}") from error
 
     def instantiate_trainer(self, **kwargs: Any):
         output, trainer = self.output, self.said("trainer")
@@ -157,7 +173,7 @@ class FitCLI(private.PlainCLI):
             self.checkpoint_io = AtomicCheckpointIO(lambda name: name.startswith(("model.", "tokenizers.")))
             self.trainer_defaults["callbacks"], self.save_config_callback = progress, None
         if isinstance(trainer.val_check_interval, float) and trainer.check_val_every_n_epoch is None:
-            kwargs["check_val_every_n_epoch"] = 1  # a share of the batches of an epoch, which are those of the run
+            kwargs["check_val_every_n_epoch"] = 1  # a fraction of an epoch, which is the whole run
         if not self.model.automatic_optimization:
             kwargs["gradient_clip_val"] = None
         kwargs |= {"plugins": [*as_list(trainer.plugins), self.checkpoint_io], "logger": loggers, "default_root_dir": str(output)}
@@ -167,17 +183,17 @@ class FitCLI(private.PlainCLI):
             raise InputError(f"trainer: {' '.join(str(error).split())}") from None
 
     def _callbacks(self, output: Path) -> list[Callback]:
-        """What `--output`, `--save_every`, `--samples`, `--ema` and `--max_skipped` stand for."""
+        """The callbacks of `--output`, `--save_every`, `--samples`, `--ema` and `--max_skipped`."""
         samples, save_every, max_skipped, ema = map(self.said, ("samples", "save_every", "max_skipped", "ema"))
         for name, value, least in (("samples", samples, 0), ("save_every", save_every, 1), ("max_skipped", max_skipped, 1)):
             within(name, value, least, LARGEST_OPTION)
         if ema is not None and not 0 < ema < 1:
             raise InputError(f"ema: found {ema}, expected a number between 0 and 1")
         average = [] if ema is None else [EMAWeightAveraging(decay=ema, use_buffers=False)]
-        if self.said("trainer").fast_dev_run:  # a rehearsal, which leaves what is in the folder as it is
+        if self.said("trainer").fast_dev_run:  # a rehearsal, which leaves the folder alone
             return [*average, SkipNonFinite(max_skipped)]
         return [
-            # Samples are shown before, and the model is saved after, the average gives way and takes its place.
+            # ShowSamples must run before the average is swapped out after a validation, SaveModel after it replaces the weights.
             ShowSamples(output, samples),
             *average,
             SaveModel(output),
@@ -186,7 +202,7 @@ class FitCLI(private.PlainCLI):
         ]
 
     def fit(self, **kwargs: Any) -> None:
-        """`Trainer.fit`, for which "last" is the newest checkpoint that is sound."""
+        """`Trainer.fit`, where "last" is the newest sound checkpoint."""
         self._check_fit()
         self.checkpoint_io.record = self.record()
         given, output = self.said("ckpt_path"), self.output
@@ -206,7 +222,7 @@ class FitCLI(private.PlainCLI):
         self.trainer.validate(**self._held_out(kwargs))
 
     def test(self, **kwargs: Any) -> None:
-        """The same on `data.test`."""
+        """As `validate`, on `data.test`."""
         self.trainer.test(**self._held_out(kwargs))
 
     def predict(self, **kwargs: Any) -> None:
@@ -216,11 +232,11 @@ class FitCLI(private.PlainCLI):
         batches = self.trainer.predict(**{**self._held_out(kwargs), "return_predictions": True})
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for batch in batches for row in batch]
         path = self.output / PREDICTIONS
-        write_file(path, "".join(lines).encode(errors="backslashreplace"))  # a name that is no UTF-8: JSON's own escape
+        write_file(path, "".join(lines).encode(errors="backslashreplace"))  # names that are not UTF-8 become JSON escapes
         print(f"{path}: {len(lines)} captions")
 
     def _held_out(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments for a method of the trainer that does not train, with the weights that are meant."""
+        """Load the weights to evaluate -> arguments for the trainer's `validate`, `test` or `predict`."""
         step, name = STEPS[self.word], type(self.model).__name__
         if getattr(type(self.model), step) is getattr(LightningModule, step):
             raise InputError(f"model: found {name}, which has no {step}, expected another for mmtx {self.word}")
@@ -243,7 +259,7 @@ class FitCLI(private.PlainCLI):
         return {**kwargs, "ckpt_path": path}
 
     def _finished(self) -> Path:
-        """The finished model of the run or, if there is none, the one that it was to start from."""
+        """The folder of the run's finished model or, if there is none, of the model that it starts from."""
         folder = self.output / "model"
         init_from = self.config[self.word].get("model.init_args.init_from") or self.config[self.word].get("model.init_args.refine")
         if not folder.is_dir() and init_from is None:
@@ -251,7 +267,7 @@ class FitCLI(private.PlainCLI):
         return folder if folder.is_dir() else find_model(init_from)
 
     def _checkpoint(self, path: str | None) -> Path | None:
-        """The file that `--ckpt_path` means."""
+        """The file that `--ckpt_path` refers to."""
         if path is None:
             return None
         if path == "last":
@@ -274,7 +290,7 @@ class FitCLI(private.PlainCLI):
         within("data.num_workers", getattr(self.datamodule, "num_workers", 0), 0, MOST_WORKERS)
 
     def _check_fit(self) -> None:
-        # The text tokenizer is no optimizer's work and counts no steps.
+        # The text tokenizer is trained without an optimizer and counts no steps.
         if self.model.automatic_optimization:
             within("trainer.max_steps", self.trainer.max_steps, 1, LARGEST_OPTION)
         within("trainer.accumulate_grad_batches", self.trainer.accumulate_grad_batches, 1, LARGEST_OPTION)
@@ -282,8 +298,11 @@ class FitCLI(private.PlainCLI):
         every, clip = self.said("trainer").val_check_interval, self.trainer.gradient_clip_val
         if isinstance(every, int | float) and every <= 0:
             raise InputError(f"trainer.val_check_interval: found {every}, expected more than 0 (limit_val_batches 0: no validation)")
-        if clip is not None and not clip >= 0:  # neither is what is no number
+        if clip is not None and not clip >= 0:  # which also refuses NaN
             raise InputError(f"trainer.gradient_clip_val: found {clip}, expected 0 or more")
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if (option := PLANNED.get(type(callback))) is not None:
+                raise InputError(f"trainer.callbacks: found {type(callback).__name__}, expected {option}")
         within("model.z_loss", getattr(self.model, "z_loss", 0), 0, LARGEST_OPTION)
         within("data.seed", getattr(self.datamodule, "seed", 0), 0, 2**64 - 1)
         self._check_workers()
@@ -306,7 +325,7 @@ class FitCLI(private.PlainCLI):
                              'with trainer.strategy "sharded", since Muon turns whole matrices')
 
     def record(self) -> dict[str, Any]:
-        """All that decides the batches and the model, as plain values by name."""
+        """All settings that determine the batches and the model, as plain values by name."""
         config = self.config.get(str(self.subcommand), self.config).as_dict()
         tokenizers = getattr(self.datamodule, "tokenizers", {})
         record = flatten({
@@ -321,9 +340,9 @@ class FitCLI(private.PlainCLI):
 
 
 def is_first_rank() -> bool:
-    """Whether this is the only or the first process of a run, as those that start ranks say it in the environment.
+    """Whether this is the only or the first process of a run, according to the environment that launchers set.
 
-    Lightning reads that when it is imported, which may have been before.
+    Lightning reads it on import, which may have happened earlier.
     """
     return all(os.environ.get(name, "0") in ("", "0") for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
@@ -334,31 +353,37 @@ def as_list(value: Any) -> list:
 
 
 def one_line(message: str) -> str:
-    """The key, what was expected and what was found, out of a message of jsonargparse."""
+    """A message of jsonargparse, reduced to the key, the value found and what was expected."""
     keys = re.findall(r'Parser key "([^"]+)"', message)
-    if keys[-1:] and keys[-1] in SOURCES and "DataSource'" not in message:  # or it is one of them that is wrong
+    if keys[-1:] and keys[-1] in SOURCES and "DataSource'" not in message:  # otherwise one source is wrong
         given = scrub(re.findall(r"(?:Got value: |\bval=|class_path (?='))(.*)", message)[-1].rstrip(":)"))
         return f"{'.'.join(keys)}: found {given:.80}, expected a list of sources, as in [{{paths: [FILE]}}]"
     found = re.findall(r"(?:Got|Given) value: (?!NestedArg|Namespace)(.*)", message)
     facts = re.sub(r"Parser key \"[^\"]+\":|\. Got value: .*|Expected a <class 'NoneType'>", "", message)
     facts = re.sub(r"Expected a (?:typing\.)?", "expected ", re.sub(r"<class '([^']+)'>", r"\1", facts))
-    noise = ("Does not validate", "Subtypes:", "Errors:", "Problem with given class_path", "Given value")
     lines = [line.strip(" -") for line in facts.splitlines()]
     told = [f"found {value}" for value in found[:1] if len(value) < 80]
-    told += [line for line in lines if line and not line.startswith(noise)]
+    told += [line for line in lines if line and not line.startswith(NOISE)]
     return scrub(": ".join(filter(None, [".".join(keys), ", ".join(told)])))
 
 
+def refused(message: str) -> str:
+    """A message of jsonargparse, reduced to the reason why a class rejects its arguments."""
+    noise = (*NOISE, "Expected a ", "Not a valid subclass")
+    lines = (line.strip(" -") for line in message.splitlines())
+    return scrub("; ".join(line for line in lines if line and not line.startswith(noise)))
+
+
 def input_error_in(error: BaseException | None) -> InputError | None:
-    """The InputError that `error` wraps, for jsonargparse wraps what a constructor raises."""
+    """The InputError that `error` wraps, since jsonargparse wraps errors of constructors."""
     while error is not None and not isinstance(error, InputError):
         error = error.__cause__ or error.__context__
     return error
 
 
 def command_line(arguments: list[str], run: bool, held: ExitStack | None = None) -> FitCLI:
-    """Build all that a command line names and, with `run`, do it: then its first word says what."""
-    jsonargparse.set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))  # of text that is no YAML
+    """Build everything that a command line names and, with `run`, run its first word, the subcommand."""
+    jsonargparse.set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))  # raised for text that is not YAML
     return FitCLI(
         LightningModule,
         LightningDataModule,
@@ -378,20 +403,20 @@ STOCK_YAML = jsonargparse.get_loader("yaml")
 
 
 def load_yaml(text: str) -> Any:
-    """The stock way to read YAML, of files, of files that these name, and of values on the command line."""
+    """Check and read YAML: of files, of files that these name, and of values on the command line."""
     check_yaml(text, "configuration")
     return STOCK_YAML(text)
 
 
 def is_trusted_only(arguments: list[str]) -> bool:
-    """What the command line says of it; a configuration cannot take it back, nor is it asked."""
+    """Whether the command line sets `--trusted_only`; configuration files can neither set nor unset it here."""
     said = [value for name, value in zip(arguments, [*arguments[1:], ""]) if name == "--trusted_only"]
     said += [argument.partition("=")[2] for argument in arguments if argument.startswith("--trusted_only=")]
     return any(value.lower() not in ("false", "no", "0") for value in said)
 
 
 def shipped_configs(arguments: list[str]) -> list[str]:
-    """Arguments with the file of each `--config FILE` as it lies here or, if there is none, in the package."""
+    """Arguments with each `--config FILE` resolved to a local file or, if there is none, to one shipped with the package."""
     found, is_file = [], False
     for argument in arguments:
         if is_file:
@@ -405,7 +430,7 @@ def shipped_configs(arguments: list[str]) -> list[str]:
 
 def _config(name: str) -> str:
     path = find_shipped(name)
-    read_text(path)  # here its name can be told
+    read_text(path)  # so that an error names the file
     return str(path)
 
 
@@ -416,7 +441,7 @@ def main(word: str, arguments: list[str]) -> None:
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*WeightAveraging callback with a model that overrides.*")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    # `sys.argv` stays as it is: it is what the other processes of a run on several devices are started with.
+    # `sys.argv` stays as it is: the other processes of a run on several devices are started with it.
     warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
     follow_launcher()
     keep_memory()
@@ -438,12 +463,14 @@ def main(word: str, arguments: list[str]) -> None:
             raise
         raise InputError(f"output: {error.filename or ''} cannot be written ({error.strerror})") from None
     except RuntimeError as error:
+        if early := re.search(r"Early stopping conditioned on metric.*", str(error)):
+            raise InputError(f"trainer: {early[0]}") from None
         if not (ended := re.search(r"DataLoader worker \(pid\(?s?\)? ?[\d, ]+\).*", str(error))):
             raise
         raise InputError(f"data.num_workers: {ended[0].rstrip('.')} (out of memory?); the same command with --ckpt_path last "
                          "goes on") from None
     except (KeyboardInterrupt, SystemExit) as stop:
-        # The trainer makes a status of its own of Ctrl-C.
+        # The trainer turns Ctrl-C into an exit status of its own.
         if not isinstance(stop, KeyboardInterrupt) and not isinstance(stop.__context__, KeyboardInterrupt):
             raise
         raise KeyboardInterrupt from None

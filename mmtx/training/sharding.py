@@ -1,4 +1,4 @@
-"""Sharded training: each process holds a share of every weight, of its gradient and of its optimizer state (FSDP2)."""
+"""Sharded training (FSDP2): each process holds a shard of every weight, of its gradient and of its optimizer state."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,14 +25,14 @@ from mmtx.model import Decoder
 from mmtx.training.checkpoint_check import check_weights
 from mmtx.training.private import share_among_all
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # rank 0 gets all, the others get nothing
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # rank 0 gets everything, the others nothing
 
 
 class Sharded(ModelParallelStrategy):
-    """Lightning's strategy for FSDP2 over all processes, with the checkpoints of any other run.
+    """Lightning's strategy for FSDP2 over all processes, with the same checkpoint format as any other run.
 
-    Its own are a folder, or a file, that it neither writes nor reads through the `CheckpointIO` of the trainer: nothing
-    would notice a kill within a write. Here rank 0 gathers everything in one file, and all ranks read it.
+    Lightning's own checkpoints of it are a folder, or a file, that bypasses the trainer's `CheckpointIO`: nothing would notice
+    a kill during a write. Here rank 0 gathers everything into one file, which all ranks read.
     """
 
     def __init__(self):
@@ -59,7 +59,7 @@ StrategyRegistry.register("sharded", Sharded)
 
 
 def shard(decoder: Decoder, mesh: DeviceMesh) -> None:
-    """Share out the weights that rank 0 has, block by block, among the processes of a mesh."""
+    """Shard the weights of rank 0 across the processes of a mesh, block by block."""
     decoder.to(mesh.device_type)
     for parameter in decoder.parameters():
         broadcast(parameter.data, 0)
@@ -69,7 +69,7 @@ def shard(decoder: Decoder, mesh: DeviceMesh) -> None:
 
 @contextmanager
 def whole(module: LightningModule) -> Iterator[None]:
-    """Within, a sharded `module.decoder` is on rank 0 a copy with all weights; to be entered by all ranks at once."""
+    """In this context, a sharded `module.decoder` is an unsharded copy on rank 0; all ranks must enter it together."""
     decoder: Decoder = getattr(module, "decoder", None)
     if not isinstance(decoder, FSDPModule):
         yield
@@ -84,5 +84,5 @@ def whole(module: LightningModule) -> Iterator[None]:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """A tensor that may be sharded as one that is not; to be called by all ranks at once."""
+    """A tensor, gathered if it is sharded; all ranks must call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

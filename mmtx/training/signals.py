@@ -1,4 +1,4 @@
-"""How a run ends from outside: SIGTERM and Ctrl-C let all ranks finish the step they are in, and no rank outlives the others."""
+"""Ending a run from outside: on SIGTERM or Ctrl-C all ranks finish the current step, and no rank outlives the others."""
 
 import multiprocessing
 import os
@@ -14,18 +14,19 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from mmtx.data.workers import uninterrupted
 from mmtx.training.private import launch_within, on_sigterm
 
-LAUNCHER = "MMTX_LAUNCHER"  # the process that started this rank
-SAME = 0.5                  # seconds within which a second SIGINT is the same Ctrl-C, which a launcher has passed on
+LAUNCHER = "MMTX_LAUNCHER"  # id of the process that started this rank
+SAME = 0.5                  # seconds within which a second SIGINT is the same Ctrl-C, passed on by a launcher
 
 
 def status(number: int) -> int:
-    """What a shell reports for a process that a signal ended."""
+    """The status that a shell reports for a process ended by a signal."""
     return 128 + number
 
 
 class Termination:
-    """SIGTERM and SIGINT (Ctrl-C) are noted when they come, to whichever rank, and obeyed by all ranks together between
-    two steps. A second Ctrl-C ends at once.
+    """SIGTERM or SIGINT (Ctrl-C) to any rank is noted, and ends all ranks together between two steps.
+
+    A second Ctrl-C ends the run at once.
     """
 
     def __init__(self):
@@ -33,11 +34,11 @@ class Termination:
         self.when = 0.0
 
     def listen(self, trainer: Trainer) -> None:
-        """To be called before the trainer registers its handlers, which is after all `setup` hooks."""
+        """Handle SIGTERM; call this before the trainer registers its handlers, which is after all `setup` hooks."""
         on_sigterm(trainer, self._note)
 
     def listen_to_interrupts(self) -> None:
-        """From now on Ctrl-C waits for the step to end. Before, there is nothing that could be saved."""
+        """From now on Ctrl-C waits for the end of the step. Earlier there is nothing to save."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self._note)
             if hasattr(signal, "pthread_sigmask"):
@@ -50,12 +51,12 @@ class Termination:
             self.asked, self.when = number, time.monotonic()
 
     def agreed(self, trainer: Trainer) -> bool:
-        """Whether any rank was asked to end; to be called by all ranks at once."""
+        """Whether any rank was asked to end; all ranks must call this together."""
         return trainer.strategy.reduce_boolean_decision(self.asked is not None, all=False)
 
     def leave(self, trainer: Trainer) -> None:
-        """End this process; to be called by all ranks at once."""
-        # A rank that Lightning started must not fail: rank 0 would be killed for it before it has cleaned up.
+        """End this process; all ranks must call this together."""
+        # A rank that Lightning started must exit with 0: otherwise rank 0 would be killed before it has cleaned up.
         started = trainer.local_rank > 0 and isinstance(
             getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
         if self.asked == signal.SIGINT and trainer.is_global_zero:
@@ -64,7 +65,7 @@ class Termination:
 
 
 def leave_at_once() -> None:
-    """End this process and those that it started, whatever they are doing: to be called in a signal handler."""
+    """End this process and its children, whatever they are doing; to be called in a signal handler."""
     for child in multiprocessing.active_children():
         child.kill()
     os.write(2, b"mmtx: interrupted\n")
@@ -72,7 +73,7 @@ def leave_at_once() -> None:
 
 
 def follow_launcher() -> None:
-    """End this process when the rank that started it has died: in a collective operation it would wait for long."""
+    """End this process once the rank that started it has died: otherwise it could wait long in a collective operation."""
     launcher = int(os.environ.get(LAUNCHER, 0)) if "LOCAL_RANK" in os.environ else 0
     os.environ[LAUNCHER] = str(os.getpid())
     if launcher not in (0, os.getpid()):
@@ -80,8 +81,10 @@ def follow_launcher() -> None:
 
 
 def launch_uninterrupted(launcher: Any) -> None:
-    """Let the ranks that a launcher starts see Ctrl-C from the first step on: before, they end with the one that started them,
-    which would be killed if they ended first."""
+    """Let the ranks that a launcher starts receive Ctrl-C only from the first step on.
+
+    Before that they end with the rank that started them, which would be killed if they ended first.
+    """
     launch_within(launcher, uninterrupted)
 
 

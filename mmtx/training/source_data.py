@@ -1,4 +1,4 @@
-"""What data of codecs and of the decoder have in common: where samples come from, and how they are read."""
+"""The base of data for codecs and the decoder: where samples come from, and how they are read."""
 
 from lightning import LightningDataModule
 
@@ -8,7 +8,7 @@ from mmtx.data.sources import MAX_BAD
 
 
 class SourceData(LightningDataModule):
-    """Samples of sources, to learn from, to validate with and to test with."""
+    """Samples of sources for training, validation and test."""
 
     def __init__(
         self,
@@ -23,15 +23,16 @@ class SourceData(LightningDataModule):
     ):
         """
         Args:
-            train: what to learn from; for a decoder media, or what `mmtx prepare` made of them, for a codec media of its kind.
-            validation: held-out samples.
-            image_augmentation: changes to pictures, new ones each time, none by default. A codec has every second picture
-                changed; a decoder has none where `train` is prepared, nor what an assistant turn is to make.
-            audio_augmentation: changes to sounds, likewise.
-            num_workers: processes that read media and put batches together.
+            train: sources to learn from: for a decoder media, or shards that `mmtx prepare` made of them; for a codec media of
+                its kind.
+            validation: sources of held-out samples.
+            image_augmentation: random changes to pictures, drawn anew each time; none by default. A codec changes half of the
+                pictures; for a decoder, prepared pictures and those of assistant turns are not changed.
+            audio_augmentation: the same for sounds.
+            num_workers: processes that read media and assemble batches.
             max_bad: share of the rows of each source that may be unusable.
-            seed: fixes order, cuts and augmentation.
-            test: samples for `mmtx test`, which nothing else reads.
+            seed: determines order, cuts and augmentation.
+            test: sources for `mmtx test`, which nothing else reads.
         """
         super().__init__()
         self.train_sources, self.validation_sources, self.test = train, validation, test

@@ -1,6 +1,6 @@
-"""Training of the text tokenizer behind the same command as everything else.
+"""Training of the text tokenizer with the same command as everything else.
 
-SentencePiece has no gradient: the one "step" hands it all texts.
+SentencePiece has no gradients: a single "step" passes it all texts.
 """
 
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from lightning import LightningDataModule, LightningModule
 from torch.utils.data import DataLoader
 
-from mmtx.data.collection import DataSource, read_sources
+from mmtx.data.collection import DataSource, given, read_sources
 from mmtx.data.sample import Text
 from mmtx.data.sources import MAX_BAD
 from mmtx.modality.text import TextTokenizer
@@ -21,14 +21,14 @@ class TextData(LightningDataModule):
     def __init__(self, train: list[DataSource], max_bad: float = MAX_BAD):
         """
         Args:
-            train: whose texts to learn from.
+            train: sources whose texts to learn from.
             max_bad: share of the rows of each source that may be unusable.
         """
         super().__init__()
         self.train_sources, self.max_bad = train, max_bad
 
     def setup(self, stage: str) -> None:
-        found = read_sources(self.train_sources, self.max_bad)
+        found = read_sources(given(self.train_sources, "train"), self.max_bad)
         found.finish()
         self.texts = [part.text for sample in found.samples for turn in sample.turns for part in turn.parts
                       if isinstance(part, Text)]
@@ -43,7 +43,7 @@ class TextModule(LightningModule):
     def __init__(self, size: int = 1024):
         """
         Args:
-            size: most pieces, 257 of them fixed (bytes and unknown); fewer come out if the texts have no more.
+            size: maximum number of pieces, 257 of them fixed (bytes and unknown); the result has fewer if the texts have no more.
         """
         super().__init__()
         self.size = size

@@ -1,4 +1,4 @@
-"""Data and training module of the vocoder, which learns to make sound of what a finished codec leaves of it.
+"""Data and training module of the vocoder, which learns to synthesise sound from the spectrograms that a finished codec decodes.
 
 Shapes: B batch, S samples, F frames, M mels.
 """
@@ -33,7 +33,7 @@ class VocoderData(CodecData):
     def __init__(self, *args, steps: int = 32, **kwargs):
         """
         Args:
-            steps: time steps of the codec in a cut, at most its chunk.
+            steps: time steps of the codec per cut, at most its chunk.
         """
         super().__init__(*args, **kwargs)
         within("data.steps", steps, 1, 2**24)
@@ -50,18 +50,18 @@ class VocoderData(CodecData):
 
 
 class VocoderModule(TrainingModule):
-    """Trains a vocoder for an audio tokenizer, and saves the tokenizer with the vocoder in it."""
+    """Trains a vocoder for an audio tokenizer, and saves the tokenizer including the vocoder."""
 
     def __init__(self, tokenizer: str, vocoder: VocoderConfig = VocoderConfig(),
                  optimizer: OptimizerConfig = OptimizerConfig(), clean_prob: float = 0.25,
                  mel_weight: float = 1.0, pitch_weight: float = 0.3, init_from: str | None = None):
         """
         Args:
-            tokenizer: folder of the audio tokenizer; it stays as it is.
+            tokenizer: folder of the audio tokenizer, whose codec stays frozen.
             vocoder: sizes of the network.
             optimizer: learning rate and schedule.
-            clean_prob: share of cuts whose spectrogram has not been through the codec.
-            mel_weight: weight of the log-mel error beside the multi-resolution STFT distance.
+            clean_prob: share of cuts whose spectrogram bypasses the codec.
+            mel_weight: weight of the log-mel error relative to the multi-resolution STFT distance.
             pitch_weight: weight of the cross-entropy of the pitch.
             init_from: folder of an audio tokenizer with a vocoder of these sizes, whose weights to start from.
         """
@@ -69,17 +69,17 @@ class VocoderModule(TrainingModule):
         codec = load_tokenizer(find_shipped(tokenizer))
         if not isinstance(codec, AudioTokenizer):
             raise InputError(f"tokenizer: {tokenizer} is of kind {codec.kind!r}, expected 'audio'")
-        # `train`: no part acts otherwise in training, but Lightning warns of parts that are in eval mode.
+        # `train` changes nothing in what the codec computes, but Lightning warns about modules in eval mode.
         self.tokenizer = codec.requires_grad_(False).train()
         codec.vocoder = codec.new_vocoder(vocoder)
         if init_from is not None:
             codec.vocoder.load_state_dict(finished(init_from, vocoder, "init_from").vocoder.state_dict())
         self.optimizer_config, self.clean_prob = optimizer, clean_prob
         self.mel_weight, self.pitch_weight = mel_weight, pitch_weight
-        self.griffin_lim: float | None = None  # its distance on the held-out cuts, once known
+        self.griffin_lim: float | None = None  # its STFT distance on the held-out cuts, once known
 
     def restore(self, folder: Path) -> None:
-        """Take over the finished tokenizer in a folder, if its vocoder is of this configuration and it has this fingerprint."""
+        """Load the finished tokenizer in a folder, which must have this fingerprint and a vocoder of this configuration."""
         found, expected = finished(folder, self.tokenizer.vocoder.config, "output"), self.tokenizer.fingerprint
         if found.fingerprint != expected:
             raise InputError(f"output: {folder} holds a tokenizer of fingerprint {found.fingerprint[:12]}, expected "
@@ -146,7 +146,7 @@ class VocoderModule(TrainingModule):
 
 
 def finished(folder: str | Path, config: VocoderConfig, name: str) -> AudioTokenizer:
-    """The tokenizer in a folder, which `name` names. Raises InputError unless it has a vocoder of a configuration."""
+    """The tokenizer in the folder of option `name`. Raises InputError unless it has a vocoder of this configuration."""
     tokenizer = load_tokenizer(find_shipped(folder))
     vocoder = getattr(tokenizer, "vocoder", None)
     if vocoder is None or vocoder.config != config:
@@ -155,7 +155,7 @@ def finished(folder: str | Path, config: VocoderConfig, name: str) -> AudioToken
 
 
 def stft_distance(output: Tensor, true: Tensor, resolutions=PUBLISHED) -> Tensor:
-    """Multi-resolution STFT distance of waveforms (B, S): spectral convergence plus log magnitude error, the mean."""
+    """Multi-resolution STFT distance of waveforms (B, S): spectral convergence plus log magnitude error, as a mean."""
     total = output.new_zeros(())
     for size, hop, window in resolutions:
         hann = torch.hann_window(window, device=output.device)
@@ -168,7 +168,7 @@ def stft_distance(output: Tensor, true: Tensor, resolutions=PUBLISHED) -> Tensor
 
 
 def pitch_loss(logits: Tensor, cents: Tensor, voiced: Tensor) -> Tensor:
-    """Cross-entropy of pitch logits (B, F, PITCHES) where `voiced` (B, F); `cents` (B, F) lies between two bins."""
+    """Cross-entropy of pitch logits (B, F, PITCHES) over `voiced` frames (B, F); `cents` (B, F) are split between two bins."""
     place = (cents / CENTS).clamp(0, PITCHES - 1.001)
     low = place.floor().long()
     share = (place - low)[..., None]
@@ -178,7 +178,7 @@ def pitch_loss(logits: Tensor, cents: Tensor, voiced: Tensor) -> Tensor:
 
 
 def track(waveform: Tensor, rate: int, hop: int) -> tuple[Tensor, Tensor]:
-    """Waveform (B, S) -> pitch in cents above the vocoder's lowest, and its clarity in [0, 1], (B, F = S / hop) both.
+    """Waveform (B, S) -> pitch in cents above the vocoder's lowest, and its clarity in [0, 1], both (B, F = S / hop).
 
     Frames are centred on their hop.
     """
