@@ -170,7 +170,7 @@ class Load:
     def counted(self, status: str) -> int:
         """Answers of some status, as /metrics has them."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=60) as answer:
-            return sum(map(float, re.findall(rf'^mmtx_answers_total{{.*status="{status}"}} (\S+)$', answer.read().decode(), re.M)))
+            return sum(map(float, re.findall(rf'^mmtx_responses_total{{.*status="{status}"}} (\S+)$', answer.read().decode(), re.M)))
 
     def logged(self) -> list[str]:
         """What the server wrote into its log."""

@@ -46,12 +46,12 @@ class Metrics:
     def __init__(self):
         self.registry = CollectorRegistry()
         made = {"registry": self.registry}
-        self.inside = Gauge("mmtx_requests_inside", "requests that are in the house", **made)
-        self.running = Gauge("mmtx_prompts_running", "prompts that are being answered", **made)
-        self.answers = Counter("mmtx_answers", "answers by route and status", ["route", "status"], **made)
-        self.seconds = Histogram("mmtx_seconds", "from a request's body to the end of its answer", ["route"], **made)
-        self.tokens = Counter("mmtx_tokens", "ids that were read and written", ["what"], **made)
-        self.rows = Histogram("mmtx_batch_rows", "prompts that were answered together", buckets=(1, 2, 4, 8, 16, 32), **made)
+        self.inside = Gauge("mmtx_requests_in_progress", "requests that are being read, queued or answered", **made)
+        self.running = Gauge("mmtx_prompts_running", "prompts that are being decoded", **made)
+        self.answers = Counter("mmtx_responses", "responses by route and status", ["route", "status"], **made)
+        self.seconds = Histogram("mmtx_request_duration_seconds", "from its body to the end of the response", ["route"], **made)
+        self.tokens = Counter("mmtx_tokens", "tokens of prompts, and generated ones", ["kind"], **made)
+        self.rows = Histogram("mmtx_batch_size", "prompts that were decoded together", buckets=(1, 2, 4, 8, 16, 32), **made)
 
 
 class Service:
@@ -124,9 +124,9 @@ class Answer:
     async def steps(self) -> AsyncIterator[list[tuple[int, torch.Tensor | None]]]:
         """New ids with their scores, as they come, without <end>."""
         v, tokens = self.service.model.vocabulary, self.service.metrics.tokens
-        tokens.labels("read").inc(self.length)
+        tokens.labels("prompt").inc(self.length)
         async for new in self.service.batches.answer(self.job):
-            tokens.labels("written").inc(len(new))
+            tokens.labels("generated").inc(len(new))
             self.ids += [ident for ident, _ in new]
             yield [(ident, scores) for ident, scores in new if ident not in (v.end, v.eos)]
 
