@@ -370,6 +370,15 @@ def test_captions_without_a_medium_are_told(tmp_path, capsys):
     assert told[0] in capsys.readouterr().err
 
 
+def test_sources_inside_of_a_folder_are_told(tmp_path, capsys):
+    write(tmp_path, "a.png", "a.txt", "b.tar", "sub/c.TAR.GZ", "d.jsonl", "sub/e.csv", "metadata.csv", ".hidden.tar", ".sub/f.tar")
+    told = []
+    assert [sample.key for sample in read(str(tmp_path), report=told.append)] == ["a"]
+    assert told == [f"{tmp_path}: left out 5 tables and tars, which are sources of their own; first: b.tar"]
+    read_source(DataSource([str(tmp_path)]))
+    assert told[0] in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
 def test_a_folder_with_a_manifest_in_it_says_so(tmp_path, name):
     write(tmp_path, "train/a.png")

@@ -20,9 +20,14 @@ Found = MediaSource | InputError  # the location of a file or member, or why it 
 
 
 def read_folder(path: str, fields: Mapping[str, str | None] | None = None, follow_links: bool = False,
-                report: Callable[[str], None] | None = None) -> Iterator[Sample | InputError]:
+                report: Callable[[str], None] | None = None, sources: tuple[str, ...] = ()) -> Iterator[Sample | InputError]:
+    """Samples of a folder; files whose names end like `sources` are sources of their own, which are reported and left out."""
     groups: dict[str, list[tuple[str, Found]]] = {}
-    for name, found in sorted(files_in(path, follow_links), key=lambda file: file[0]):
+    within = []
+    for name, found in sorted(files_in(path, follow_links, sources), key=lambda file: file[0]):
+        if not name.endswith(os.sep) and not is_wanted(name):
+            within.append(name)
+            continue
         # Names of unreadable folders end in a separator, which makes each a key of its own.
         groups.setdefault(os.path.splitext(name)[0], []).append((name, found))
     tables = [name for name in METADATA if os.path.isfile(os.path.join(path, name))]
@@ -40,10 +45,13 @@ def read_folder(path: str, fields: Mapping[str, str | None] | None = None, follo
     if alone and report is not None:
         report(f"{path}: left out {len(alone)} .txt and .json files without a picture or sound of their name; "
                f"first: {alone[0]}")
+    if within and report is not None:
+        report(f"{path}: left out {len(within)} tables and tars, which are sources of their own; first: {within[0]}")
 
 
-def files_in(path: str, follow_links: bool) -> Iterator[tuple[str, Found]]:
-    """Media and captions in a folder and its subfolders, by their names relative to `path`, with errors for unusable ones.
+def files_in(path: str, follow_links: bool, more: tuple[str, ...] = ()) -> Iterator[tuple[str, Found]]:
+    """Media and captions in a folder and its subfolders, by their names relative to `path`, with errors for unusable ones; also
+    files whose names end like `more`.
 
     Links may point to files within the folder. Links that lead outside are followed only with `follow_links`: data from
     strangers must not decide which files of the user are read.
@@ -73,7 +81,7 @@ def files_in(path: str, follow_links: bool) -> Iterator[tuple[str, Found]]:
                 elif (outside or not linked) and target not in seen and not entry.name.startswith("."):
                     folders.append(name)
                     seen.add(target)
-            elif is_wanted(name):
+            elif is_wanted(name) or more and name.lower().endswith(more) and not is_hidden(name):
                 yield name, _link(entry.path, target) if outside and not follow_links else _file(entry, name)
 
 

@@ -202,7 +202,7 @@ def _reader(path: str, trusted: bool, fields: Fields, follow_links: bool,
         raise InputError(f"{display(path)}: found shards of `mmtx prepare`, which only the training of a decoder reads, "
                          "expected pictures, sounds or texts")
     if folder:
-        return read_folder(path, fields, follow_links, report)
+        return read_folder(path, fields, follow_links, report, (*MANIFESTS.keys() - {".json"}, *SHARDS))  # .json is a caption there
     if not is_url(path) and not os.path.exists(path):
         raise InputError(f"{display(path)}: no such file or folder")
     raise InputError(f"{display(path)}: unknown kind of data, expected a folder, {', '.join((*MANIFESTS, *SHARDS))}")
