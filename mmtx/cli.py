@@ -17,12 +17,12 @@ from mmtx.modality.registry import load_plugin
 
 INTERRUPTED = 128 + signal.SIGINT  # what a shell reports for a command that Ctrl-C ended
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
-DESCRIPTION = "One model for text, pictures and sound: train it, ask it, look inside."
+DESCRIPTION = "One model for text, images and sound: train it, ask it, look inside."
 TRAINING = {  # by mmtx.training.run
     "fit": "train a tokenizer or the decoder: mmtx fit --config FILE --output FOLDER",
-    "validate": "the figures of a finished model, or of a checkpoint, on data.validation",
+    "validate": "compute the metrics of a finished model, or of a checkpoint, on data.validation",
     "test": "the same on data.test",
-    "predict": "captions of data.validation, to predictions.jsonl in the output folder",
+    "predict": "caption data.validation, to predictions.jsonl in the output folder",
 }
 # In the order of --help.
 COMMANDS = (caption, transcribe, generate, tokens, inspect, prepare, convert, export, evaluate, report, plan, serve)
@@ -96,7 +96,7 @@ class Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = Parser("mmtx", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"mmtx {__version__}")
-    parser.add_argument("--plugin", metavar="FILE", help="import a Python file that registers a modality; of every command")
+    parser.add_argument("--plugin", metavar="FILE", help="import a Python file that registers a modality (all commands)")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     for word, help in TRAINING.items():

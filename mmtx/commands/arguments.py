@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from mmtx.errors import InputError, escape
 
-MAX_BAD_HELP = ("share of all rows of a source, selected or not, that may be unusable, as data.max_bad of mmtx fit; default: "
+MAX_BAD_HELP = ("share of a source's rows, selected or not, that may be unusable, like data.max_bad of mmtx fit; default: "
                 "that of --config, else 0.01")
 
 
@@ -38,11 +38,11 @@ def count(least: int, most: int | None = None) -> Callable[[str], int]:
 
 def add_source_options(parser: argparse.ArgumentParser) -> None:
     """Options for reading sources on the command line, like the fields of a `DataSource` in a configuration."""
-    parser.add_argument("--trusted", action="store_true", help="let rows of a source at a URL name local files and private "
-                        "addresses; default: what lies below its own address, and public https")
-    parser.add_argument("--fields", nargs="+", type=_field, default=None, metavar="FIELD=NAME", help="names under which rows "
-                        "have what is read: image=img_path text=label; FIELD= for one that shall not be read")
-    parser.add_argument("--follow_links", action="store_true", help="read also what links in a folder lead to outside of it")
+    parser.add_argument("--trusted", action="store_true", help="let rows of a source at a URL name local files, and URLs at any "
+                        "address; default: only what lies below the source's own address, and public https URLs")
+    parser.add_argument("--fields", nargs="+", type=_field, default=None, metavar="FIELD=NAME", help="names of the fields in "
+                        "the rows, e.g. image=img_path text=label; FIELD= for a field that is not to be read")
+    parser.add_argument("--follow_links", action="store_true", help="also follow links in a folder that lead outside it")
 
 
 def _field(word: str) -> tuple[str, str | None]:
@@ -78,16 +78,16 @@ def add_model_options(parser: argparse.ArgumentParser, model: bool = True, defau
 
 def add_precision_options(parser: argparse.ArgumentParser, load_in_8bit: bool = True) -> None:
     """Options for the number formats of a model; `load_in_8bit` for commands that generate with an engine."""
-    parser.add_argument("--dtype", default=None, help="of the decoder's weights: float32, the default, bfloat16 or float16, which "
-                        "take half of the memory")
+    parser.add_argument("--dtype", default=None, help="dtype of the decoder's weights: float32, bfloat16 or float16, of which the "
+                        "last two take half the memory; default: float32")
     if load_in_8bit:
-        parser.add_argument("--load_in_8bit", action="store_true", help="write ids with 8 bits a weight, on a CPU: faster, and now "
-                            "and then another id is the best")
+        parser.add_argument("--load_in_8bit", action="store_true", help="decode with 8-bit weights, on a CPU only: long answers are "
+                            "faster, and now and then a different id scores best")
 
 
 def add_server_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--server", metavar="URL", help="answer with llama.cpp's server at this address, which runs what mmtx export "
-                        "made of --model: ids are sent, and ids come back")
+    parser.add_argument("--server", metavar="URL", help="run the decoder in llama.cpp's server at this address, which must serve the "
+                        "GGUF file that mmtx export made from --model; media are encoded and decoded here")
 
 
 def load_model(options: argparse.Namespace):
@@ -106,11 +106,15 @@ def load_model(options: argparse.Namespace):
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the best id")
-    parser.add_argument("--top_k", type=count(1), default=None, help="sample from the best K ids")
-    parser.add_argument("--top_p", type=float, default=None, help="sample from the ids that hold this probability")
-    parser.add_argument("--max_new_tokens", type=count(1), default=256, help="default: 256")
-    parser.add_argument("--seed", type=count(0, 2**64 - 1), default=None, help="fixes the random choices")
+    parser.add_argument("--temperature", type=float, default=0.0, help="sampling temperature; default: 0 (greedy)")
+    parser.add_argument("--top_k", type=count(1), default=None,
+                        help="when sampling, consider only the k most likely ids; default: all")
+    parser.add_argument("--top_p", type=float, default=None, help="when sampling, consider only the fewest ids whose "
+                        "probabilities add up to p; default: all")
+    parser.add_argument("--max_new_tokens", type=count(1), default=256,
+                        help="most ids to generate, though an image is always completed; default: 256")
+    parser.add_argument("--seed", type=count(0, 2**64 - 1), default=None,
+                        help="random seed of the sampling; default: a new one each time")
 
 
 def sampling_of(options: argparse.Namespace) -> dict:

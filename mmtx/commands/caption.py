@@ -14,8 +14,8 @@ from mmtx.commands.arguments import (
 
 
 def add(commands) -> None:
-    parser = commands.add_parser("caption", help="say what pictures and sounds are")
-    parser.add_argument("files", nargs="+", help="files, folders or URLs of files")
+    parser = commands.add_parser("caption", help="caption images and sounds")
+    parser.add_argument("files", nargs="+", help="image and sound files, folders of them, or URLs of files")
     add_server_option(parser)
     add_model_options(parser)
     add_precision_options(parser)

@@ -4,12 +4,12 @@ import argparse
 
 
 def add(commands) -> None:
-    parser = commands.add_parser("convert", help="make a model of a pretrained language model: Llama, Qwen2 or Qwen3")
+    parser = commands.add_parser("convert", help="make a model folder from a pretrained language model: Llama, Qwen2 or Qwen3")
     parser.add_argument("--from", dest="source", required=True, metavar="FOLDER|FILE.gguf|NAME",
-                        help="a folder of transformers, a GGUF file, or user/model on the Hugging Face hub")
-    parser.add_argument("--output", required=True, help="the model folder to write")
-    parser.add_argument("--image", metavar="TOKENIZER", help="give its codes ids; default: no pictures")
-    parser.add_argument("--audio", metavar="TOKENIZER", help="give its codes ids; default: no sounds")
+                        help="a transformers folder, a GGUF file, or user/model on the Hugging Face hub")
+    parser.add_argument("--output", required=True, help="model folder to write")
+    parser.add_argument("--image", metavar="TOKENIZER", help="folder of an image tokenizer, whose codes get ids; default: no images")
+    parser.add_argument("--audio", metavar="TOKENIZER", help="folder of an audio tokenizer, whose codes get ids; default: no sounds")
     parser.set_defaults(run=run)
 
 

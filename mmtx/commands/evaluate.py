@@ -17,20 +17,22 @@ from mmtx.errors import InputError
 
 
 def add(commands) -> None:
-    parser = commands.add_parser("evaluate", help="caption held-out samples and compare with the true captions")
-    parser.add_argument("sources", nargs="*", help="held-out manifests, folders or shards")
+    parser = commands.add_parser("evaluate", help="caption held-out samples and compare them with the true captions")
+    parser.add_argument("sources", nargs="*", help="held-out manifests, folders, shards or Hugging Face datasets")
     parser.add_argument("--train", nargs="+", default=[], metavar="SOURCE",
-                        help="training samples, for the nearest-neighbour control and for what only they can tell of a "
-                             "caption")
-    parser.add_argument("--config", help="take both from the data of this training configuration")
-    parser.add_argument("--reader", default=None, metavar="FILE:FUNCTION", help="what reads the fields of a caption, so that each "
-                        "is scored; as `reader` of a source in --config")
+                        help="training samples, for nearest-neighbour controls, and for the fields that --reader can tell "
+                             "only with them")
+    parser.add_argument("--config", help="take sources and --train from data.validation and data.train of this training "
+                        "configuration (those with task: caption)")
+    parser.add_argument("--reader", default=None, metavar="FILE:FUNCTION", help="function in a Python file that splits captions "
+                        "into fields, each of which is scored; with --config, set it as `reader` of a source there")
     parser.add_argument("--variants", default=None, metavar="FILE:FUNCTION",
-                        help="what makes of each sample, held out or of --train, those "
-                        "that stand in its place, such as other questions; as `variants` of a source in --config")
-    parser.add_argument("--transcribe", action="store_true", help="answer sounds as mmtx transcribe does")
+                        help="function in a Python file that returns the samples to use in place of each sample, held out or of "
+                        "--train, such as other questions; with --config, set it as `variants` of a source there")
+    parser.add_argument("--transcribe", action="store_true",
+                        help="transcribe sounds, as mmtx transcribe does, instead of captioning them")
     parser.add_argument("--max_bad", type=float, help=MAX_BAD_HELP)
-    parser.add_argument("--show", type=count(0), default=8, help="examples to print, default: 8")
+    parser.add_argument("--show", type=count(0), default=8, help="examples to print per source; default: 8")
     add_model_options(parser)
     add_precision_options(parser)
     add_source_options(parser)

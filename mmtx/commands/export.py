@@ -8,9 +8,11 @@ from mmtx.commands.arguments import add_model_options, count, load_model
 
 def add(commands) -> None:
     parser = commands.add_parser("export", help="write a model for transformers, vLLM or llama.cpp")
-    parser.add_argument("--to", choices=("transformers", "gguf"), required=True)
-    parser.add_argument("--output", required=True, help="a new folder, or a new file for gguf")
-    parser.add_argument("--max_seq_len", type=count(1, 2**24), default=8192, help="longest stream in tokens, default: 8192")
+    parser.add_argument("--to", choices=("transformers", "gguf"), required=True,
+                        help="format: a folder for transformers or vLLM, or a GGUF file for llama.cpp")
+    parser.add_argument("--output", required=True, help="folder or, for gguf, file to write, which must not exist")
+    parser.add_argument("--max_seq_len", type=count(1, 2**24), default=8192,
+                        help="context length in tokens, for which engines allocate memory; default: 8192")
     add_model_options(parser)
     parser.set_defaults(run=run)
 

@@ -18,21 +18,23 @@ from mmtx.modality.registry import MODALITIES
 
 
 def add(commands) -> None:
-    parser = commands.add_parser("generate", help="answer a prompt with text, a picture or a sound")
-    parser.add_argument("parts", nargs="*", help="text, and paths of pictures and sounds, in order")
-    parser.add_argument("--out", choices=tuple(MODALITIES), default="text", help="default: text")
-    parser.add_argument("--file", type=user_path, help="where a picture or a sound goes; the extension chooses the format: "
+    parser = commands.add_parser("generate", help="answer a prompt with text, an image or a sound")
+    parser.add_argument("parts", nargs="*", help="text, and paths or URLs of images and sounds, in order")
+    parser.add_argument("--out", choices=tuple(MODALITIES), default="text", help="what to answer with; default: text")
+    parser.add_argument("--file", type=user_path, help="file for the image or sound; its extension selects the format: "
                         ".png, .jpg, .webp or another that Pillow writes, .wav, .flac, .ogg, .mp3, .aiff, .au, .caf or .w64")
-    parser.add_argument("--begin", metavar="FILE", help="a picture to be completed, or a sound that shall go on")
-    parser.add_argument("--rows", type=count(0), help="pixel rows that are kept of that picture, default: the upper half")
-    parser.add_argument("--seconds", type=float, help="the most that is added to that sound, default: 1")
+    parser.add_argument("--begin", metavar="FILE", help="image to complete, or sound to continue")
+    parser.add_argument("--rows", type=count(0), help="pixel rows to keep of the --begin image, in the tokenizer's size and a "
+                        "multiple of its patch; default: the upper half")
+    parser.add_argument("--seconds", type=float, help="most seconds to add to the --begin sound, instead of --max_new_tokens; "
+                        "default: 1")
     add_server_option(parser)
-    add_model_options(parser, default="demos/starter for text, demos/generate for pictures and sounds, which come with mmtx")
+    add_model_options(parser, default="demos/starter for text and with --server, else demos/generate; both come with mmtx")
     add_precision_options(parser)
     add_sampling_options(parser)
     parser.add_argument("--guidance_scale", type=float, default=1.0,
-                        help="strength of classifier-free guidance: how closely the answer "
-                        "follows the prompt, default: 1 (off)")
+                        help="strength of classifier-free guidance, which makes the answer follow the prompt more closely, for "
+                        "models trained with cond_drop_prob; default: 1 (off)")
     parser.set_defaults(run=run)
 
 

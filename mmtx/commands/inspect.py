@@ -10,9 +10,9 @@ from mmtx.modality.registry import MODALITIES
 
 
 def add(commands) -> None:
-    parser = commands.add_parser("inspect", help="show documents as coloured ids, and which of them train")
-    parser.add_argument("sources", nargs="+", help="manifests, folders or shards")
-    parser.add_argument("--rows", type=count(1), default=1, help="documents to show, default: 1")
+    parser = commands.add_parser("inspect", help="print documents as coloured ids, and mark those that are trained on")
+    parser.add_argument("sources", nargs="+", help="manifests, folders, shards or Hugging Face datasets")
+    parser.add_argument("--rows", type=count(1), default=1, help="documents to print per source; default: 1")
     add_model_options(parser)
     add_source_options(parser)
     parser.set_defaults(run=run)

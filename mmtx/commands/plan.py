@@ -9,18 +9,20 @@ from mmtx.files import user_path
 
 
 def add(commands) -> None:
-    parser = commands.add_parser("plan", help="which size to train for how long with a budget of compute",
-                                 description="Which size to train for how long: by Hoffmann et al. 2022, by Kaplan et al. 2020, and "
-                                 "by a fit of your own runs. The budget is --flops, or --hours at a measured --rate.")
-    parser.add_argument("--flops", type=_amount, help="floating-point operations of the training, e.g. 1e18")
-    parser.add_argument("--hours", type=_amount, help="hours of the training")
-    parser.add_argument("--rate", type=_amount, help="FLOPs a second that the machine was measured to train at, e.g. 3e14")
-    parser.add_argument("--tokens_per_batch", type=count(1), default=8192, help="tokens of a step, default: 8192")
-    parser.add_argument("--max_seq_len", type=count(1), default=1024, help="tokens of a document, default: 1024")
-    parser.add_argument("--unique_tokens", type=_amount, help="tokens of the data before they repeat")
-    parser.add_argument("--runs", metavar="FOLDER", help="a folder of finished runs, at least 6 of 3 sizes and 3 numbers of tokens")
-    parser.add_argument("--file", type=user_path, help="where a plot of the losses of equal compute goes, e.g. plan.png")
-    parser.add_argument("--model", help="whose vocabulary and head width the plan is for, default: the one that comes with mmtx")
+    parser = commands.add_parser("plan", help="say which model size to train, and for how long, with a compute budget",
+                                 description="Which model size to train, and for how long: by Hoffmann et al. 2022, by Kaplan et al. "
+                                 "2020, and, with --runs, by a fit of your own runs. The budget is --flops, or --hours at a "
+                                 "measured --rate.")
+    parser.add_argument("--flops", type=_amount, help="compute budget in floating-point operations, e.g. 1e18")
+    parser.add_argument("--hours", type=_amount, help="training time in hours, with --rate")
+    parser.add_argument("--rate", type=_amount, help="measured training throughput in FLOPs per second, e.g. 3e14, with --hours")
+    parser.add_argument("--tokens_per_batch", type=count(1), default=8192, help="tokens per step; default: 8192")
+    parser.add_argument("--max_seq_len", type=count(1), default=1024, help="tokens per document; default: 1024")
+    parser.add_argument("--unique_tokens", type=_amount, help="tokens in the data before they repeat; default: they never do")
+    parser.add_argument("--runs", metavar="FOLDER", help="folder of finished runs: at least 6, with 3 model sizes and 3 token counts")
+    parser.add_argument("--file", type=user_path, help="plot the IsoFLOP curves of the fit to this file, e.g. plan.png; needs --runs")
+    parser.add_argument("--model", help="model folder whose vocabulary and head width to plan with; default: the one that "
+                        "comes with mmtx")
     parser.set_defaults(run=run)
 
 

@@ -13,20 +13,20 @@ from mmtx.modality.registry import MODALITIES, PLUGINS
 def add(commands) -> None:
     parser = commands.add_parser("prepare", help="turn media into tokenized shards, from which the decoder trains faster",
                                  description="Turn media into tokenized shards. A source of a training configuration may "
-                                 "name the folder in place of the media; every view of a sample is then the same, so "
-                                 "the augmentation of a prepared medium must be null.")
+                                 "name the output folder in place of the media. As a sample is then the same in every "
+                                 "epoch, the augmentation of its kind of media must be null.")
     parser.add_argument("sources", nargs="*", help="manifests, folders, shards or Hugging Face datasets")
-    parser.add_argument("--output", required=True, help="a new folder, or one of a run that did not end")
-    parser.add_argument("--config", help="take sources, tokenizers and --features from this training configuration; each "
-                        "source gets a folder of its own in --output")
-    parser.add_argument("--tokenizers", nargs="+", metavar="FOLDER", help="default: those that come with mmtx")
-    parser.add_argument("--features", action="store_true", help="also store what decoders with continuous_inputs: true take, 2 "
-                        "bytes a number: 16 kB a picture of 64 codes with the tokenizer that comes with mmtx")
+    parser.add_argument("--output", required=True, help="new folder, or that of an interrupted run, which then continues")
+    parser.add_argument("--config", help="take the sources of data.train, the tokenizers and --features from this training "
+                        "configuration; each source gets a folder of its own in --output")
+    parser.add_argument("--tokenizers", nargs="+", metavar="FOLDER", help="tokenizer folders; default: those that come with mmtx")
+    parser.add_argument("--features", action="store_true", help="also store the features that decoders with continuous_inputs: true "
+                        "read, in float16: 16 kB per image of 64 codes with the tokenizer that comes with mmtx")
     parser.add_argument("--num_workers", type=count(1), default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
-                        else os.cpu_count(), help="processes, default: one a core")
-    parser.add_argument("--rows", type=count(1), default=2048, help="rows of a shard, default: 2048")
-    parser.add_argument("--part", type=_part, metavar="K/N", help="only part K of N, for as many machines; the same command "
-                        "without --part joins all parts that are in --output, and makes what is missing")
+                        else os.cpu_count(), help="worker processes; default: one per core")
+    parser.add_argument("--rows", type=count(1), default=2048, help="rows per shard; default: 2048")
+    parser.add_argument("--part", type=_part, metavar="K/N", help="make only part K of N, so that several machines can share the "
+                        "work; the same command without --part joins all parts in --output and makes what is missing")
     parser.add_argument("--max_bad", type=float, help=MAX_BAD_HELP)
     add_source_options(parser)
     parser.set_defaults(run=run)

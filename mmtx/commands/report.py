@@ -8,11 +8,11 @@ from mmtx.files import user_path, write_file
 
 
 def add(commands) -> None:
-    parser = commands.add_parser("report", help="a finished run on one HTML page: curves, figures, samples, configuration")
-    parser.add_argument("folder", help="the output folder of mmtx fit")
-    parser.add_argument("--file", type=user_path, default=None, help="where the page goes, default: report.html in that folder")
-    parser.add_argument("--evaluate", action="store_true", help="caption the run's data.validation as mmtx evaluate does, with "
-                        "controls; what that tells is kept as evaluation.txt in the folder and is part of later reports, too")
+    parser = commands.add_parser("report", help="write a run as one HTML page: curves, metrics, samples, configuration")
+    parser.add_argument("folder", help="output folder of mmtx fit")
+    parser.add_argument("--file", type=user_path, default=None, help="HTML file to write; default: report.html in that folder")
+    parser.add_argument("--evaluate", action="store_true", help="caption the run's data.validation with its finished model, as "
+                        "mmtx evaluate does; the result is kept as evaluation.txt in the folder, and later reports show it, too")
     add_model_options(parser, model=False)
     parser.set_defaults(run=run)
 

@@ -16,29 +16,29 @@ from mmtx.errors import InputError
 
 
 def add(commands) -> None:
-    for word, help in (("serve", "answer over HTTP in the form of OpenAI's API"),
-                       ("demo", "a page to try a model with: files, camera, microphone")):
-        serve = commands.add_parser(word, help=help, description=f"{help[0].upper()}{help[1:]}. The environment variable "
-                                    "MMTX_API_KEY, if set, holds the key that callers need.")
-        serve.add_argument("--host", default="127.0.0.1", help="address to listen at, default: 127.0.0.1, this machine only")
-        serve.add_argument("--port", type=count(0, 65535), default=8000, help="default: 8000; 0 takes a free one")
-        serve.add_argument("--name", default=None, help="what callers call the model, default: the name of its folder")
-        for option, what, default in (("requests", "requests in the house, others are told to come again", 64),
-                                      ("megabytes", "megabytes of a request", 16), ("pixels", "pixels of a picture", 25_000_000),
-                                      ("seconds", "seconds of a sound", 60), ("tokens", "tokens of prompt and answer", 4096),
-                                      ("timeout", "seconds until an answer is whole", 120)):
-            serve.add_argument(f"--max_{option}", type=count(1), default=default, help=f"{what}, default: {default}")
+    for word, help in (("serve", "serve a model over HTTP for clients of OpenAI's API"),
+                       ("demo", "serve a page to try a model with: files, camera, microphone")):
+        serve = commands.add_parser(word, help=help, description=f"{help[0].upper()}{help[1:]}. If the environment variable "
+                                    "MMTX_API_KEY is set, it is the key that requests need, except for / and /health.")
+        serve.add_argument("--host", default="127.0.0.1", help="address to listen on; default: 127.0.0.1, this machine only")
+        serve.add_argument("--port", type=count(0, 65535), default=8000, help="port to listen on, 0 for any free one; default: 8000")
+        serve.add_argument("--name", default=None, help="name of the model in the API; default: that of its folder")
+        for option, what, default in (("requests", "concurrent requests; others are refused with status 429", 64),
+                                      ("megabytes", "size of a request in MiB", 16), ("pixels", "pixels per image", 25_000_000),
+                                      ("seconds", "seconds per sound", 60), ("tokens", "tokens of prompt and answer together", 4096),
+                                      ("timeout", "seconds for a request to arrive, and then for its answer", 120)):
+            serve.add_argument(f"--max_{option}", type=count(1), default=default, help=f"{what}; default: {default}")
         add_model_options(serve)
         add_precision_options(serve)
         if word == "demo":
-            serve.add_argument("--generate_model", metavar="FOLDER", help="what draws, plays and goes on, default: --model, and with "
-                               "the model that comes with mmtx the one that comes along for that")
-            serve.add_argument("--transcribe_model", metavar="FOLDER", help="what writes down speech, default: --model if it was "
-                               "trained to, and with the model that comes with mmtx the one that comes along for that")
-            serve.add_argument("--examples", nargs="*", metavar="FILE", help="pictures and sounds to try, files or folders; default: "
+            serve.add_argument("--generate_model", metavar="FOLDER", help="model that generates images and sounds; default: --model, "
+                               "or demos/generate if --model is not given")
+            serve.add_argument("--transcribe_model", metavar="FOLDER", help="model that transcribes speech; default: --model if it "
+                               "was trained to, or demos/speech if --model is not given")
+            serve.add_argument("--examples", nargs="*", metavar="FILE", help="images and sounds to try, files or folders; default: "
                                "six that come with mmtx")
-            serve.add_argument("--train", nargs="+", default=[], metavar="SOURCE", help="training samples, of which the nearest are "
-                               "shown beside an answer")
+            serve.add_argument("--train", nargs="+", default=[], metavar="SOURCE", help="training samples; those most similar to an "
+                               "image or sound are shown beside its caption")
             add_source_options(serve)
         serve.set_defaults(run=run, page=word == "demo")
 

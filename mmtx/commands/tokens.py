@@ -12,18 +12,20 @@ from mmtx.modality.registry import MODALITIES
 
 
 def add(commands) -> None:
-    parser = commands.add_parser("tokenize", help="print the ids of text, pictures and sounds")
-    parser.add_argument("parts", nargs="+", help="text, and paths of pictures and sounds, in order")
-    parser.add_argument("--format", choices=("document", "chat"), default="document", help="chat: the prompt that generate "
-                        "would answer, for engines that take ids; default: document")
-    parser.add_argument("--out", choices=tuple(MODALITIES), default="text", help="what that answer is to be, default: text")
+    parser = commands.add_parser("tokenize", help="print the ids of text, images and sounds")
+    parser.add_argument("parts", nargs="+", help="text, and paths or URLs of images and sounds, in order")
+    parser.add_argument("--format", choices=("document", "chat"), default="document", help="document, or chat: the prompt that "
+                        "mmtx generate would answer, for engines that take ids; default: document")
+    parser.add_argument("--out", choices=tuple(MODALITIES), default="text",
+                        help="what to answer with, for --format chat; default: text")
     add_model_options(parser)
     parser.set_defaults(run=tokenize)
 
-    parser = commands.add_parser("detokenize", help="make text, pictures and sounds of ids, such as an engine answers")
-    parser.add_argument("ids", nargs="*", metavar="ID", help="an answer, a prompt with its answer, of which the answer is shown, "
-                        "or a document; default: those on standard input, as numbers or in JSON")
-    parser.add_argument("--output", type=user_path, metavar="FOLDER", help="where pictures and sounds go, as 1.png, 2.wav")
+    parser = commands.add_parser("detokenize", help="decode ids, such as an engine's answer, to text, images and sounds")
+    parser.add_argument("ids", nargs="*", metavar="ID", help="ids of an answer, of a prompt with its answer, of which only the "
+                        "answer is decoded, or of a document; default: from standard input, as numbers or a JSON list")
+    parser.add_argument("--output", type=user_path, metavar="FOLDER", help="folder for images and sounds, numbered as parts of the "
+                        "output: 1.png, 2.wav")
     add_model_options(parser)
     parser.set_defaults(run=detokenize)
 

@@ -8,10 +8,10 @@ MODEL = "demos/speech"
 
 
 def add(commands) -> None:
-    parser = commands.add_parser("transcribe", help="write down what is said in sounds")
-    parser.add_argument("files", nargs="+", help="files, folders or URLs of files")
-    parser.add_argument("--chunk_length_s", type=float, default=None, help="seconds of most sounds that the model was trained with: "
-                        "longer ones are cut at pauses; default: 3.5")
+    parser = commands.add_parser("transcribe", help="transcribe speech")
+    parser.add_argument("files", nargs="+", help="sound files, folders of them, or URLs of files")
+    parser.add_argument("--chunk_length_s", type=float, default=None, help="cut longer sounds at pauses into chunks of at most this "
+                        "many seconds; best is the length of most training sounds; default: 3.5")
     add_model_options(parser, default=f"{MODEL}, which comes with mmtx")
     add_precision_options(parser, load_in_8bit=False)
     parser.set_defaults(run=run)

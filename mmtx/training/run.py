@@ -100,21 +100,22 @@ class FitCLI(private.PlainCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER.items()})
         parser.add_argument("--output", type=str, required=True,
-                            help="folder of the run: model, checkpoints, samples; metrics and tensorboard, whatever else "
-                                 "trainer.logger says (false: no tensorboard)")
+                            help="folder of the run: model, checkpoints, samples, metrics, and tensorboard unless trainer.logger is "
+                                 "false or names other loggers")
         parser.add_argument("--ckpt_path", type=str | None, default=None,
-                            help='a checkpoint of this run: a file, or "last" for the newest in --output; mmtx fit goes on with it '
-                                 "(and with last begins anew where there is none), the others take its weights, by default those "
-                                 "of the finished model")
-        parser.add_argument("--save_every", type=int, default=500, help="steps between two resume checkpoints")
-        parser.add_argument("--samples", type=int, default=16, help="held-out samples shown after each validation, or 0")
+                            help='checkpoint of this run: a file, or "last" for the newest in --output. mmtx fit resumes from it '
+                                 '(with "last", it starts from the beginning if there is none); validate, test and predict use its '
+                                 "weights, by default those of the finished model")
+        parser.add_argument("--save_every", type=int, default=500, help="steps between checkpoints to resume from")
+        parser.add_argument("--samples", type=int, default=16,
+                            help="held-out samples to write to samples/ after each validation, 0 for none")
         parser.add_argument("--ema", type=float | None, default=None,
-                            help="decay of an average of the weights (0.999, say), which is validated and saved")
+                            help="decay of a running average of the weights, e.g. 0.999, which is validated and saved in their place")
         parser.add_argument("--max_skipped", type=int, default=10,
-                            help="steps with a loss or gradient that is not finite, in a row, that end the run")
+                            help="consecutive steps with a non-finite loss or gradient after which the run stops; each is skipped")
         parser.add_argument("--trusted_only", type=bool, default=False,
-                            help="for a configuration from others: refuse classes and functions that are not of mmtx or "
-                                 "lightning, before anything of them is imported")
+                            help="for a configuration from somebody else: refuse classes from outside mmtx, Lightning and --plugin "
+                                 "files before importing them, and any `variants` and perceptual.network; only on the command line")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse as Lightning does, and check that the seed fits in 32 bits."""
