@@ -1,23 +1,23 @@
-# make quickstart   train on the starter data and caption what the model never saw
-# make test-fast    run the tests of the stream, the network and the tokenizers: under a minute
-# make test         run the tests, those that train nothing first: a quarter to half an hour
-# make test-long    run the long forms of the proofs: kills, full disks, fuzzing, a soak (hours)
+# make quickstart   train on the starter data and caption held-out samples
+# make test-fast    test the token stream, the network and the tokenizers: under a minute
+# make test         run all tests, those without training first: 15 to 30 minutes
+# make test-long    run the long robustness tests: kills, full disks, fuzzing, a soak test (hours)
 # make lint         check the code with ruff and mypy
-# make docs         build the documentation into docs/_build
-# make mutants      plant bugs, one after another, and see that tests catch them (MUTANTS='names' for some of them)
-# make bench        measure speed against what else there is (BENCH_ARGS=--short: only see that all scripts run)
-# make gpu          all that waits for a GPU, in ten minutes of one card: tests, training, decoding, captions (GPU_ARGS=--steps ...)
-# make starter      train everything from nothing: the three tokenizers, then the decoder (a few hours)
+# make docs         build the documentation in docs/_build
+# make mutants      mutation testing: plant one bug at a time and check that the tests catch it (MUTANTS='names' for some of them)
+# make bench        measure speed against other programs (BENCH_ARGS=--short: only check that all scripts run)
+# make gpu          all that needs a GPU, in ten minutes on one card: tests, training, decoding, captions (GPU_ARGS=--steps ...)
+# make starter      train everything from scratch: the three tokenizers and the vocoder, then the decoder (a few hours)
 #
-# All of them make the virtual environment first, or use the one that is there. Variables:
-#   PYTHON=python3.12          the Python to make it with, 3.11 or newer
-#   VENV=.venv RUNS=runs       where it lies, and where runs go
-#   FIT_ARGS='--trainer.max_steps 20'   more options for `mmtx fit` of the decoder; CODEC_ARGS: of image and audio
+# Each of them first creates the virtual environment if it does not exist yet. Variables:
+#   PYTHON=python3.12          the Python to create it with, 3.11 or newer
+#   VENV=.venv RUNS=runs       folders of the environment and of the runs
+#   FIT_ARGS='--trainer.max_steps 20'   more options for `mmtx fit` of the decoder; CODEC_ARGS: of the image and audio tokenizers
 #   EVALUATE_ARGS='--show 20'  more options for `mmtx evaluate`
 #   BENCH_ARGS=--short         more options for the scripts of `make bench`
 #   GPU_ARGS='--short --device cpu'   more options for `make gpu`
 #   TEST_ARGS='-m "not slow"'  more options for pytest
-#   TEST_PROCESSES=2           that run the tests of `make test` side by side
+#   TEST_PROCESSES=2           processes that run the tests of `make test` in parallel
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -33,7 +33,7 @@ TEST_PROCESSES ?= 2
 MMTX := $(VENV)/bin/mmtx
 PACKAGE := pyproject.toml constraints.txt
 
-# As mmtx.limit_openmp_spin sets it, for programs that import torch before.
+# The value that mmtx.limit_openmp_spin sets, for programs that import torch before mmtx.
 export GOMP_SPINCOUNT ?= 1000
 
 .PHONY: quickstart test test-fast test-long lint docs mutants bench gpu starter environment clean
@@ -70,7 +70,7 @@ docs: $(VENV)/.installed-docs
 mutants: $(VENV)/.installed-test
 	$(VENV)/bin/python tests/mutants/run.py $(MUTANTS)
 
-# litgpt pins old versions of what mmtx needs: it goes to a folder of its own, without its dependencies but psutil.
+# litgpt pins old versions of packages that mmtx needs: install it in a separate folder, with psutil but no other dependencies.
 SPEED := loss_memory packed_cost input_wait media_speed captions_speed decode_speed llamacpp_speed train_speed startup
 
 bench: $(VENV)/.installed-bench
@@ -81,7 +81,7 @@ gpu: $(VENV)/.installed-test
 
 CODECS := $(foreach kind,text image audio,--data.tokenizers.$(kind) tokenizers/$(kind))
 
-# New codecs give new codes: they take the place of the shipped ones, and a decoder trained with those no longer fits.
+# New tokenizers give new codes: they replace the shipped ones, and decoders trained with the shipped ones no longer fit.
 starter: $(VENV)/.installed
 	$(MMTX) fit --config configs/starter/text.yaml --output $(RUNS)/starter/text
 	$(MMTX) fit --config configs/starter/image.yaml --output $(RUNS)/starter/image $(CODEC_ARGS)

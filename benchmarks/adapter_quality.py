@@ -28,14 +28,14 @@ ROOT = Path(__file__).parents[1]
 START = ROOT / "demos" / "starter"
 ARCHIVE = ROOT / "demos" / "data" / "starter" / "images-test-unseen-emoji.tar.gz"
 TRAIN, TEST = ("noto", "noto-v1", "emojione", "fxemoji"), "fluent-emoji-flat"
-RATES = (1.0, 2.0)  # of those of configs/starter/captions.yaml, and of these for adapters
+RATES = (1.0, 2.0)  # factors of the rates in configs/starter/captions.yaml; doubled for adapters
 ADAPTERS = {"rank": 64, "alpha": 128.0}
 BATCH = 64
 WAYS = {"full": None, "lora": ADAPTERS, "qlora": {**ADAPTERS, "load_in_4bit": True}}
 
 
 def names() -> list[str]:
-    """Those that at least one style to train with and the one to test with have."""
+    """Names that occur in the test style and in at least one training style."""
     found: dict[str, set[str]] = {}
     with tarfile.open(ARCHIVE) as archive:
         for member in archive:
@@ -49,7 +49,7 @@ def settings(way: str, rate: float, seed: int, steps: int, output: Path) -> dict
     config = yaml.safe_load((ROOT / "configs" / "starter" / "captions.yaml").read_text())
     model, data = (config[part]["init_args"] for part in ("model", "data"))
     model |= {"init_from": str(START), "lora": WAYS[way]}
-    scale = rate if way == "full" else 2 * rate  # adapters have no Muon
+    scale = rate if way == "full" else 2 * rate  # adapters are trained without Muon
     model["optimizer"] |= {"learning_rate": 1.5e-3 * scale, "muon_lr": 4e-3 * rate if way == "full" else None, "warmup_steps": 20}
     chosen = names()
     source = lambda styles, **more: {"paths": [str(ARCHIVE)], "select": {"style": list(styles), "caption": chosen}, **more}
@@ -60,7 +60,7 @@ def settings(way: str, rate: float, seed: int, steps: int, output: Path) -> dict
 
 
 def train(way: str, rate: float, seed: int, steps: int, folder: Path) -> dict:
-    """Train unless that is done, and name the pictures of the held-out style."""
+    """Train, unless done before, and caption the images of the held-out style."""
     output = folder / f"{way}-{rate:g}-{seed}-{steps}"
     path = output.with_suffix(".yaml")
     if not (output / "model" / CONFIG).is_file():

@@ -42,24 +42,24 @@ from mmtx.vocabulary import Vocabulary
 ROOT = Path(__file__).parents[1]
 WIDTH, DEPTH, HEADS, MLP_DIM = 128, 4, 8, 384
 BATCH = 96
-CHECKS = 4  # how often held-out captions are scored
+CHECKS = 4  # evaluations on held-out captions per run
 RATES = OptimizerConfig(4e-3, 1.5e-2, warmup_steps=50)
 
 
 class Batch(NamedTuple):
-    """Documents of a medium and its caption, padded at the right."""
+    """Documents of a medium and its caption, padded on the right."""
 
     ids: Tensor         # (B, T)
-    begins: Tensor      # (B,) where the caption begins: before it stands all that is given
-    trained: Tensor     # (B, T) whether an id is of the caption, or its end
-    medium: Tensor      # (B, T) whether an id is of the medium
+    begins: Tensor      # (B,) start of the caption; everything before it is given
+    trained: Tensor     # (B, T) whether an id belongs to the caption or its end
+    medium: Tensor      # (B, T) whether an id belongs to the medium
 
     def to(self, device: str) -> "Batch":
         return Batch(*(part.to(device) for part in self))
 
 
 class Captions:
-    """Documents of prepared pictures and notes."""
+    """Documents of prepared images and notes."""
 
     def __init__(self, folder: Path, held_out: bool, limit: int | None = None):
         data = yaml.safe_load(BASE.read_text())["data"]["init_args"]
@@ -80,7 +80,7 @@ class Captions:
         for row, (document, loss) in enumerate(documents):
             ids[row, :len(document)], trained[row, :len(document)] = document, loss
         coded = ids >= self.v.range("special").stop
-        # From the first code to the last: rows of a picture have no signs between them.
+        # From the first code to the last: there are no separators between the rows of an image.
         first, last = coded.argmax(1), shape[1] - 1 - coded[:, ::-1].argmax(1)
         place = np.arange(shape[1])
         medium = (place >= first[:, None]) & (place <= last[:, None])
@@ -93,13 +93,13 @@ class Captions:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """(B, T, H, K) over (B, S, H, K), of which a mask (B, T, S) tells what is seen -> (B, T, H * K)."""
+    """Queries (B, T, H, K), keys and values (B, S, H, K), mask (B, T, S) of what is visible -> (B, T, H * K)."""
     query, key, value = (part.transpose(1, 2) for part in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value, mask[:, None]).transpose(1, 2).flatten(2)
 
 
 def masked(block: Block, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-    """The attention half of a block, with a mask."""
+    """The attention half of a block with a mask."""
     return x + block.attention.out(attend(*block.attention.heads(block.attention_norm(x), angles), mask))
 
 
@@ -115,12 +115,12 @@ class Causal(nn.Module):
         self.decoder = Decoder(config)
 
     def mask(self, batch: Batch) -> Tensor:
-        """What each place sees (B, T - 1, T - 1)."""
+        """What each position attends to (B, T - 1, T - 1)."""
         length = batch.ids.shape[1] - 1
         return causal_mask(length, batch.ids.device).expand(len(batch.ids), -1, -1)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Hidden states of the places before what is trained (M, D), and the ids that stand there (M,)."""
+        """Hidden states that predict the supervised ids (M, D), and these ids (M,)."""
         decoder, ids = self.decoder, batch.ids[:, :-1]
         x, mask = decoder.embed(ids), self.mask(batch)
         positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
@@ -133,7 +133,7 @@ class Causal(nn.Module):
 
 
 class Prefix(Causal):
-    """The same, but codes of a medium see all of it."""
+    """The same, but the codes of a medium attend to each other in both directions."""
 
     def mask(self, batch: Batch) -> Tensor:
         medium = batch.medium[:, :-1]
@@ -141,7 +141,7 @@ class Prefix(Causal):
 
 
 class CrossBlock(Block):
-    """A block with cross-attention between its halves, and a narrower feed-forward half."""
+    """A block with cross-attention between its two halves, and a narrower feed-forward half."""
 
     def __init__(self, config: BlockConfig):
         super().__init__(config)
@@ -150,13 +150,13 @@ class CrossBlock(Block):
 
 
 class EncoderDecoder(nn.Module):
-    """Half of the blocks for what is given, half for what is written."""
+    """Half of the blocks encode the given ids, the other half generate the caption."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
-        self.decoder = decoder = Decoder(config)  # embedding and norm, and of its blocks those that read
+        self.decoder = decoder = Decoder(config)  # embedding, norm and the encoder blocks
         half = config.depth // 2
-        narrower = config.mlp_dim - 4 * config.width // 3  # cross-attention has 4 D^2 parameters, an MLP 3 D of each of its width
+        narrower = config.mlp_dim - 4 * config.width // 3  # cross-attention has 4 D^2 parameters, an MLP 3 D per hidden unit
         block = BlockConfig(config.width, config.heads, config.kv_heads, config.head_dim, narrower, causal=True)
         self.writers = nn.ModuleList(CrossBlock(block) for _ in range(half))
         decoder.blocks = decoder.blocks[:half]
@@ -164,7 +164,7 @@ class EncoderDecoder(nn.Module):
         initialise(self.writers, config.depth)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """As of `Causal`."""
+        """As in `Causal`."""
         decoder, config = self.decoder, self.decoder.config
         length = batch.ids.shape[1]
         place = torch.arange(length, device=batch.ids.device)
@@ -172,7 +172,7 @@ class EncoderDecoder(nn.Module):
         def angles(positions: Tensor) -> tuple[Tensor, Tensor]:
             return rotary_embedding(positions, config.head_dim, config.rope_theta)
 
-        # 1. What is given, but its last token, is read.
+        # 1. Encode the given ids except the last.
         given = int(batch.begins.max()) - 1
         seen = place[:given] < batch.begins[:, None] - 1                                    # (B, S)
         read, turned = decoder.embed(batch.ids[:, :given]), angles(place[:given].expand(len(seen), -1))
@@ -181,7 +181,7 @@ class EncoderDecoder(nn.Module):
             read = masked(block, read, turned, mask)
             read = read + block.feed_forward(block.feed_forward_norm(read))
         read = decoder.norm(read)
-        # 2. From its last token on it is written.
+        # 2. Decode from the last given id on.
         longest = int(batch.trained.sum(1).max())
         places = (batch.begins[:, None] - 1 + place[:longest]).clamp_max(length - 2)        # (B, T)
         ids, targets = batch.ids.gather(1, places), batch.ids.gather(1, places + 1)
@@ -212,7 +212,7 @@ def loss_of(model: nn.Module, batch: Batch):
 
 @torch.inference_mode()
 def check(model: nn.Module, data: Captions, device: str) -> dict[str, dict[str, float]]:
-    """Of held-out pictures and notes: nats a piece, and the share of captions that are right to the end."""
+    """On held-out images and notes: nats per piece, and the share of captions that are right to the end."""
     found = {}
     for kind in sorted(set(data.kinds)):
         chosen = np.flatnonzero(np.array(data.kinds) == kind)
@@ -230,7 +230,7 @@ def check(model: nn.Module, data: Captions, device: str) -> dict[str, dict[str, 
 
 
 def train(device: str, folder: Path, variant: str, seed: int, steps: int, limit: int | None) -> dict:
-    """Train one variant -> its size, speed and held-out figures."""
+    """Train one variant -> its size, speed and held-out metrics."""
     data, held_out = captions(folder, False, limit), captions(folder, True, limit)
     torch.manual_seed(seed)
     model = VARIANTS[variant](data.decoder_config()).to(device)

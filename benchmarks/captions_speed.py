@@ -46,11 +46,11 @@ SOURCES = {
 }
 BAR = 8.0
 PEER, SAME_WORK, PEER_BAR = "transformers VisionEncoderDecoder", "transformers Qwen3, same weights", 5.0
-TOGETHER = 32  # pictures of a batch of the peers
+TOGETHER = 32  # batch size of the peers
 
 
 def unpack(kind: str, count: int, folder: Path) -> list[Path]:
-    """Write `count` pictures or sounds of the starter data to a folder -> their paths."""
+    """Write `count` images or sounds of the starter data to a folder -> their paths."""
     def members():
         for source in SOURCES[kind]:
             with tarfile.open(source) as tar:
@@ -67,7 +67,7 @@ def unpack(kind: str, count: int, folder: Path) -> list[Path]:
 
 
 def vision_encoder_decoder(model: mmtx.Model, lengths: list[int]) -> Callable[[list[str]], list[str]]:
-    """What captions files with transformers, of the size of a model of ours, where ours needs so many ids for each of them."""
+    """A captioner in transformers of the size of our model; `lengths` are the ids that ours writes for each file."""
     from PIL import Image
     from transformers import (
         GPT2Config,
@@ -78,7 +78,7 @@ def vision_encoder_decoder(model: mmtx.Model, lengths: list[int]) -> Callable[[l
     )
 
     c, image, text = model.decoder.config, model.tokenizers["image"].config, model.tokenizers["text"]
-    # A ViT of the decoder's width with about as many parameters as the encoder has.
+    # A ViT of the decoder's width with about as many parameters as the encoder.
     encoder = build_encoder(c.encoders.get("image") or model.tokenizers["image"].encoder_config)
     width, heads = c.width, c.heads
     depth = max(1, round(sum(parameter.numel() for parameter in encoder.parameters()) / (12 * width ** 2)))
@@ -104,10 +104,10 @@ def vision_encoder_decoder(model: mmtx.Model, lengths: list[int]) -> Callable[[l
 
 
 def qwen3_captions(model: mmtx.Model) -> Callable[[list[str]], list[str]]:
-    """What captions files with the same decoder in transformers."""
+    """A captioner with the same decoder in transformers."""
     decoder, v, text = model.decoder, model.vocabulary, model.tokenizers["text"]
     peer, first_of_text = qwen3(decoder).eval().to(decoder.embedding.weight.dtype), v.range("text").start
-    peer.lm_head = torch.nn.Linear(decoder.config.width, v.range("special").stop, bias=False)     # ours scores text and tags alone
+    peer.lm_head = torch.nn.Linear(decoder.config.width, v.range("special").stop, bias=False)     # ours scores only text and tags
     peer.lm_head.weight.data = decoder.output_matrix()[:v.range("special").stop].detach()
 
     def run(files: list[str]) -> list[str]:
@@ -148,7 +148,7 @@ def measure(kind: str, folder: Path, options: argparse.Namespace) -> None:
     said = model.caption(files)
     candidates = {"at once": at_once, "one file at a time": one_by_one, "one command a file": commands}
     if options.clock == "processor":
-        del candidates["one command a file"]  # in processes of their own
+        del candidates["one command a file"]  # runs in other processes
     bars = dict.fromkeys([*candidates][1:], BAR)
     if kind == "pictures":
         lengths = [len(model.tokenizers["text"].encode(caption)) + 1 for caption in said]
@@ -164,7 +164,7 @@ def measure(kind: str, folder: Path, options: argparse.Namespace) -> None:
     with torch.inference_mode():
         results = interleave(candidates, options.rounds)
     same = sum(a == b for a, b in zip(captions["at once"], captions["one by one"], strict=True))
-    most = 1.0 if options.dtype == "float32" else 0.98  # batches of other shapes round otherwise
+    most = 1.0 if options.dtype == "float32" else 0.98  # rounding depends on the shape of the batch
     assert same >= most * len(files), f"{len(files) - same} captions differ"
     if SAME_WORK in captions:
         same = sum(a == b for a, b in zip(captions["at once"], captions[SAME_WORK], strict=True))

@@ -35,7 +35,7 @@ QUALITIES = (1, 3, 6, 10, 15, 20, 25, 30, 35, 40, 45, 50, 55, 60, 65, 70, 75, 80
 
 
 def coded(picture: np.ndarray, quality: int, options: dict) -> tuple[int, Tensor]:
-    """Bytes of a file, and the picture in it."""
+    """Size of the encoded file in bytes, and the decoded image."""
     file = io.BytesIO()
     Image.fromarray(picture).save(file, quality=quality, **options)
     with Image.open(file) as opened:

@@ -33,7 +33,7 @@ from mmtx.modality.audio import AudioTokenizer
 from mmtx.modality.base import load_tokenizer
 
 RATE = 16_000
-Coded = Callable[[Tensor], tuple[Tensor, float]]  # a waveform (S,) -> what comes out of a codec, and bits a second
+Coded = Callable[[Tensor], tuple[Tensor, float]]  # a waveform (S,) -> the decoded sound, and bits per second
 CODEC2 = ("1200", "3200")  # modes, in bit/s
 OPUS = (6,)                # kbit/s
 
@@ -41,7 +41,7 @@ OPUS = (6,)                # kbit/s
 def codec2(mode: str) -> Coded:
     def coded(waveform: Tensor) -> tuple[Tensor, float]:
         samples = (AF.resample(waveform, RATE, 8000).clamp(-1, 1) * 32767).short().numpy()
-        frame = 320  # 40 ms, which every mode divides
+        frame = 320  # 40 ms, a multiple of the frame of every mode
         raw = np.pad(samples, (0, -len(samples) % frame)).tobytes()
         bits = subprocess.run(["c2enc", mode, "-", "-"], input=raw, capture_output=True, check=True).stdout
         out = subprocess.run(["c2dec", mode, "-", "-"], input=bits, capture_output=True, check=True).stdout
@@ -74,7 +74,7 @@ def ours(tokenizer: AudioTokenizer) -> Coded:
 
 
 def aligned(sound: Tensor, waveform: Tensor) -> Tensor:
-    """A sound as long as the original, moved by up to 60 ms to where both agree most: codecs delay what they get."""
+    """A sound cut to the length of the original and shifted by up to 60 ms to the best correlation: codecs add delay."""
     most = round(0.06 * RATE)
     padded = torch.nn.functional.pad(sound, (0, max(0, len(waveform) + most - len(sound))))
     agreement = torch.nn.functional.conv1d(padded[None, None, :len(waveform) + most], waveform[None, None])[0, 0]
@@ -83,7 +83,7 @@ def aligned(sound: Tensor, waveform: Tensor) -> Tensor:
 
 
 def judged_speech(pairs: list[tuple[Tensor, Tensor]], texts: list[str]) -> dict[str, float]:
-    """Figures of (sound, original) of sentences."""
+    """Metrics of sentences, from pairs (sound, original)."""
     from pesq import pesq
     from pystoi import stoi
     from speechmos import dnsmos
@@ -103,7 +103,7 @@ def judged_speech(pairs: list[tuple[Tensor, Tensor]], texts: list[str]) -> dict[
 
 
 def judged_notes(pairs: list[tuple[Tensor, Tensor]], tokenizer: AudioTokenizer) -> dict[str, float]:
-    """Figures of (sound, original) of notes."""
+    """Metrics of notes, from pairs (sound, original)."""
     kept, decibels = [], []
     for sound, waveform in pairs:
         decibels.append(float(tokenizer.decibels((tokenizer.log_mel(sound) - tokenizer.log_mel(waveform)).abs().mean())))

@@ -35,7 +35,7 @@ WAYS = ("digits", "rows", "continuous_inputs", "full softmax")
 
 @torch.no_grad()
 def encode(samples, tokenizers, kind, views):
-    """Codes (samples, views, N) and features before the quantizer (samples, views, N, D) of one kind of media."""
+    """Codes (samples, views, N) and features before the quantizer (samples, views, N, D) for one kind of media."""
     tokenizer = tokenizers[kind]
     augment = {"image": ImageAugmentation(), "audio": AudioAugmentation()}[kind]
     media = [load_media(next(p for t in s.turns for p in t.parts if isinstance(p, Media)), tokenizers) for s in samples]
@@ -56,7 +56,7 @@ def encode(samples, tokenizers, kind, views):
 
 
 def train(way, data, vocabulary, tokenizers, minutes, batch):
-    """Train one decoder and return its accuracy on the held-out samples of each kind, and the steps it took."""
+    """Train one decoder -> its accuracy on the held-out samples of each kind, and the number of steps."""
     torch.manual_seed(0)
     ranges = tuple(CodeRange(vocabulary.range(k).start, vocabulary.levels(k)) for k in ("image", "audio"))
     shape = yaml.safe_load(Path(CONFIG).read_text())["model"]["init_args"]["decoder"]
@@ -78,10 +78,10 @@ def train(way, data, vocabulary, tokenizers, minutes, batch):
             span = vocabulary.range(kind)
             places = ((ids >= span.start) & (ids < span.stop)).flatten().nonzero().squeeze(1)
             given[kind] = Features(places, values.flatten(0, 1).float())
-        return decoder(ids, positions, packing, given)  # ignored where the config names no features
+        return decoder(ids, positions, packing, given)  # ignored if the config names no features
 
     def run(items):
-        """(kind, sample, view) and the pieces written so far -> last hidden states of each, and of each piece."""
+        """Items (kind, codes, features, pieces so far) -> hidden states of the last prompt position and of each piece."""
         ids, positions, numbers, places = [], [], [], []
         features = {k: [] for k in data}
         for number, (kind, codes, feature, pieces) in enumerate(items):
@@ -135,7 +135,7 @@ def train(way, data, vocabulary, tokenizers, minutes, batch):
                         else:
                             written[i].append(ident)
                 said = [text.decode(written[i]) for i in chosen]
-                # Of a note, the instrument: its pitch is never in the training set together with it.
+                # Of a note, only the instrument: the pairing with this pitch is not in the training set.
                 right += [s.rpartition(", ")[0] == captions[i].rpartition(", ")[0] if kind == "audio"
                           else s == captions[i] for s, i in zip(said, chosen, strict=True)]
             accuracy[kind] = float(np.mean(right))

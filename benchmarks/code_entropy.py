@@ -27,7 +27,7 @@ from mmtx.pipeline import Model
 from mmtx.sequence import render
 
 DATA = "demos/data/starter/"
-# What the model has learnt to draw and to play, which is what the controls count, too.
+# What the model was trained to generate; the controls count the same data.
 LEARNT = {"image": DataSource([DATA + "images-train-*.tar.gz"], select={"style": ["noto"]}, task="generate"),
           "audio": DataSource([DATA + "sounds-train-*.tar.gz"], task="generate")}
 SETS = {
@@ -36,7 +36,7 @@ SETS = {
     "notes it has learnt": ("audio", LEARNT["audio"]),
     "notes, unseen": ("audio", DataSource([DATA + "sounds-test-unseen-notes.tar.gz"], task="generate")),
 }
-COUNTED = 2000  # media of LEARNT, at most
+COUNTED = 2000  # media of LEARNT at most
 
 
 def documents_of(source: DataSource, limit: int, model: Model) -> list[Document]:
@@ -49,7 +49,7 @@ def medium_of(document: Document) -> MediaPart:
 
 
 def bits_of_codes(document: Document, kind: str, model: Model) -> float:
-    """What the codes of the answer cost where the decoder has read all before each of them."""
+    """Bits of the codes of the answer, each predicted by the decoder from all before it."""
     codes = model.vocabulary.range(kind)
     ids = torch.from_numpy(render(document, model.vocabulary).ids).long()
     with torch.inference_mode():
@@ -60,14 +60,14 @@ def bits_of_codes(document: Document, kind: str, model: Model) -> float:
 
 
 class DigitCounts:
-    """How often each digit of a code occurs, behind the same digit of the code before with `order` 1, each count begun at 1."""
+    """Counts of each digit of a code, with add-one smoothing; for `order` 1 conditioned on the same digit of the previous code."""
 
     def __init__(self, levels: tuple[int, ...], order: int):
         self.levels, self.order = levels, order
-        self.counts = [np.ones((level + 1, level)) for level in levels]  # row `level`: at the beginning, or with order 0
+        self.counts = [np.ones((level + 1, level)) for level in levels]  # row `level`: no previous code, or order 0
 
     def digits(self, codes: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(digit before, digit) of all codes, for each place."""
+        """(previous digit, digit) of all codes, for each digit position."""
         flat, found = codes.ravel().astype(np.int64), []
         for level in self.levels:
             digit, flat = flat % level, flat // level

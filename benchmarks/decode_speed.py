@@ -42,7 +42,7 @@ BAR = 5.0
 
 
 def random_decoder(config: DecoderConfig, device: str, dtype: torch.dtype) -> Decoder:
-    """Weights that write varied text; special tokens score 0, so that nothing ends early."""
+    """Random weights that generate varied text; special tokens have logit 0, so that no answer ends early."""
     torch.manual_seed(0)
     with torch.device(device):
         decoder = Decoder(config).eval().requires_grad_(False)
@@ -54,7 +54,7 @@ def random_decoder(config: DecoderConfig, device: str, dtype: torch.dtype) -> De
 
 
 def copy_rate(device: str) -> float:
-    """Bytes read a second while a block that no cache holds is copied (as many are written, and not counted)."""
+    """Bytes read per second while copying a block larger than any cache (the bytes written are not counted)."""
     source = torch.empty(2 ** 28, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     best = 0.0
@@ -86,7 +86,7 @@ def measure(name: str, options: argparse.Namespace, new: int, rounds: int) -> No
     def ours() -> float:
         start = now(options.device)
         (written["mmtx"],) = generate(decoder, grammar, [Prompt(ids)], "text", Sampling(max_new_tokens=new), weights=weights)
-        # One closing step comes on top, which is not counted.
+        # One more step closes the answer; it is not counted.
         return new / (now(options.device) - start)
 
     def theirs(cache: str) -> float:

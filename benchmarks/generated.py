@@ -41,10 +41,10 @@ from mmtx.pipeline import BATCH
 DATA = "demos/data/starter"
 PICTURES, STYLE = "images-train-*.tar.gz", "images-test-unseen-style.tar.gz"
 NOTES, UNSEEN_NOTES = "sounds-train-*.tar.gz", "sounds-test-unseen-notes.tar.gz"
-CONTROLS = 400                  # real samples by which the judge of pictures is judged, and copies are measured
-SHORT, SHORT_TRAIN = 12, 300    # what is generated of each kind, and training pictures, with --short
-SIDE, RATE = 64, 16_000         # pixels at which the judges look, Hz at which they listen
-CELLS, DIRECTIONS = (8, 4), 8   # of the histograms of gradients
+CONTROLS = 400                  # real samples to validate the image judge and to measure copies
+SHORT, SHORT_TRAIN = 12, 300    # generated media per kind, and training images, with --short
+SIDE, RATE = 64, 16_000         # resolution in pixels and sample rate in Hz for the judges
+CELLS, DIRECTIONS = (8, 4), 8   # of the gradient histograms
 CENTS = 50
 SHARPNESS, PENALTY = 1.5, 1e-2  # of the kernel ridge
 
@@ -58,7 +58,7 @@ def medium_of(sample: Sample) -> Media:
 
 
 def judged(medium: Any) -> np.ndarray:
-    """Any picture, uint8 (3, SIDE, SIDE), or sound, (S,) at RATE, as the judges take it."""
+    """An image as uint8 (3, SIDE, SIDE), or a sound (S,) at RATE: the input of the judges."""
     if isinstance(medium, Media):
         data = medium.source.read()
         return np.asarray(load_image(data) if medium.kind == "image" else load_audio(data, RATE))
@@ -72,7 +72,7 @@ def originals(samples: Sequence[Sample]) -> list[np.ndarray]:
 
 
 def copies(model: mmtx.Model, samples: Sequence[Sample]) -> list[np.ndarray]:
-    """What the model's tokenizer makes of the media of samples."""
+    """The media of the samples, encoded and decoded by the model's tokenizer."""
     found = []
     for sample in progress(samples, "copy"):
         medium = medium_of(sample)
@@ -82,7 +82,7 @@ def copies(model: mmtx.Model, samples: Sequence[Sample]) -> list[np.ndarray]:
 
 
 def generate(model: mmtx.Model, captions: Sequence[str], out: str, sampling: dict) -> list[np.ndarray]:
-    """A medium for each caption."""
+    """One medium per caption."""
     made: list[np.ndarray] = []
     for first in progress(range(0, len(captions), BATCH), f"generate {out}"):
         seed = sampling["seed"] + first
@@ -90,13 +90,13 @@ def generate(model: mmtx.Model, captions: Sequence[str], out: str, sampling: dic
     return made
 
 
-# -- Pictures ------------------------------------------------------------------------------------------------
+# -- Images --------------------------------------------------------------------------------------------------
 
 
 def gradients(picture: np.ndarray, cells: int) -> np.ndarray:
-    """uint8 (3, SIDE, SIDE) -> how much of each direction there is in each of cells x cells squares, length 1."""
+    """uint8 (3, SIDE, SIDE) -> gradient histograms over cells x cells squares, normalized to length 1."""
     dy, dx = np.gradient(picture / 255, axis=(1, 2))
-    strongest = np.hypot(dx, dy).argmax(0)[None]  # of the three colours
+    strongest = np.hypot(dx, dy).argmax(0)[None]  # of the three channels
     dx, dy = (np.take_along_axis(d, strongest, 0)[0] for d in (dx, dy))
     direction = np.arctan2(dy, dx) % np.pi / np.pi * DIRECTIONS
     low, part, strength = direction.astype(int) % DIRECTIONS, direction % 1, np.sqrt(np.hypot(dx, dy))
@@ -110,13 +110,13 @@ def gradients(picture: np.ndarray, cells: int) -> np.ndarray:
 
 
 def look(picture: np.ndarray) -> np.ndarray:
-    """What the judge sees of a picture."""
+    """Features of an image for the judge."""
     coarse = [0.7 * pixel_features(picture, size, centred=True) for size in (12, 6)]
     return np.concatenate([*(gradients(picture, cells) for cells in CELLS), *coarse])
 
 
 class Gallery:
-    """A picture for each name, among which that of the name is looked for."""
+    """One reference image per name, ranked by similarity to a generated image."""
 
     def __init__(self, pictures: Sequence[np.ndarray], names: Sequence[str], mean: np.ndarray):
         self.places, self.mean = {name: place for place, name in enumerate(names)}, mean
@@ -127,7 +127,7 @@ class Gallery:
         return features / np.linalg.norm(features, axis=1, keepdims=True)
 
     def ranks(self, pictures: Sequence[np.ndarray], names: Sequence[str]) -> np.ndarray:
-        """1 where no other picture of the gallery is nearer than that of the name, and so on, (N,)."""
+        """Rank of the reference of the name among all references, (N,): 1 if none is nearer."""
         near = self._angles(pictures) @ self.angles.T
         right = near[np.arange(len(names)), [self.places[name] for name in names]]
         return (near > right[:, None]).sum(1) + 1
@@ -153,15 +153,15 @@ def judge_pictures(model: mmtx.Model, sampling: dict, short: bool) -> dict:
 
 
 def listen(sound: np.ndarray) -> np.ndarray:
-    """What the judge of families hears: loudness over time in four bands of log-mel, down to 45 dB below full scale."""
+    """Features of a sound for the family judge: loudness over time in four log-mel bands, down to 45 dB below full scale."""
     return mel_features(sound, RATE, window=512, mels=4, power=1, floor=1.0)
 
 
 class Families:
-    """Kernel ridge classification, from a sound to the family of its instrument.
+    """Kernel ridge classifier from a sound to the family of its instrument.
 
-    Features, width and penalty had the best accuracy of those tried on a quarter of the training notes left out, as
-    they are and through an audio tokenizer.
+    Features, kernel width and penalty had the best accuracy of those tried on a held-out quarter of the training notes, both original
+    and decoded by an audio tokenizer.
     """
 
     def __init__(self, sounds: Sequence[np.ndarray], families: Sequence[str]):
@@ -177,7 +177,7 @@ class Families:
         return np.exp(-SHARPNESS * near.numpy())
 
     def right(self, sounds: Sequence[np.ndarray], families: Sequence[str]) -> np.ndarray:
-        """Whether it hears the family, (N,) bool."""
+        """Whether the predicted family is right, (N,) bool."""
         points = (np.stack([listen(sound) for sound in sounds]) - self.mean) / self.deviation
         best = (self._kernel(points) @ self.weights).argmax(1)
         return np.array([self.names[i] == family for i, family in zip(best, families, strict=True)])
@@ -212,9 +212,9 @@ def judge_notes(model: mmtx.Model, sampling: dict, short: bool) -> dict:
 
 
 def distances(what: str, made: Sequence, train: Sequence, again: Sequence, features: Callable) -> dict:
-    """How far what was made, training samples and copies of some are from the nearest (other) training sample.
+    """Distances of generated media, training samples and tokenizer copies of some to the nearest (other) training sample.
 
-    Root mean square of differences: of pixels in [0, 1] averaged to 32 x 32, or of natural logarithms of mel.
+    Root mean square differences: of pixels in [0, 1] averaged to 32 x 32, or of natural logarithms of mel.
     """
     points = torch.tensor(np.stack([features(item) for item in train]))
 

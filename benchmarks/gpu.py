@@ -30,14 +30,14 @@ import torch
 from measure import RESULTS, machine, versions
 
 ROOT = Path(__file__).parents[1]
-SHAPE = "0.6b"       # of train_speed, in training
-DECODED = "600m"     # of decode_speed
+SHAPE = "0.6b"       # shape of train_speed for training
+DECODED = "600m"     # shape of decode_speed for decoding
 BARS = {"mfu": 0.5, "mfu compiled": 0.5, "share of the bandwidth": 0.8}
 Figures = dict[str, Any]
 
 
 class Bench(NamedTuple):
-    """What every step is told."""
+    """Settings for all steps."""
 
     device: str
     short: bool
@@ -52,11 +52,11 @@ class Bench(NamedTuple):
         return time.perf_counter()
 
     def gigabytes(self) -> float | None:
-        """The most memory that tensors have taken."""
+        """Peak memory of tensors."""
         return torch.cuda.max_memory_allocated() / 1e9 if self.gpu else None
 
     def rate(self, run: Callable[[], object], seconds: float) -> float:
-        """Calls a second, over about so many seconds; the first call is not counted."""
+        """Calls per second, measured for about `seconds`; the first call is not counted."""
         run()
         count, start = 0, self.now()
         while count == 0 or (not self.short and time.perf_counter() - start < seconds):
@@ -78,7 +78,7 @@ def tests(bench: Bench) -> Figures:
 
 
 def rates(bench: Bench) -> Figures:
-    """What the card does: a large product in bf16, and a copy."""
+    """Rates of the GPU: a large matrix product in bf16, and a copy."""
     side, size = (256, 2 ** 20) if bench.short else (8192, 2 ** 31)
     a, b = (torch.randn(side, side, device=bench.device, dtype=torch.bfloat16) for _ in range(2))
     source = torch.empty(size, dtype=torch.uint8, device=bench.device)
@@ -88,7 +88,7 @@ def rates(bench: Bench) -> Figures:
 
 
 def _training(bench: Bench, compiled: bool, documents: int = 1) -> Figures:
-    """Steps of ours at one shape in bf16 -> tokens and FLOPs a second; with `documents` a row is packed with as many."""
+    """Training steps of mmtx at one shape in bf16 -> tokens and FLOPs per second; `documents` is how many are packed into a row."""
     import train_speed
 
     from mmtx.config import DecoderConfig
@@ -112,7 +112,7 @@ def _training(bench: Bench, compiled: bool, documents: int = 1) -> Figures:
         hidden = decoder(ids[:, :-1], token % document, packing).flatten(0, 1)
         return next_token_loss(decoder.output, hidden, ids[:, 1:].flatten()).total / token.numel()
 
-    # In short form without a compiler of C++, which on a CPU takes minutes.
+    # With --short no C++ compiler is used, which takes minutes on a CPU.
     run = torch.compile(loss, backend="aot_eager" if bench.short else "inductor") if compiled else loss
 
     def step() -> None:
@@ -134,7 +134,7 @@ def _training(bench: Bench, compiled: bool, documents: int = 1) -> Figures:
 
 
 def training(bench: Bench) -> Figures:
-    """Training in bf16, as it is."""
+    """Training in bf16, not compiled."""
     return _training(bench, compiled=False)
 
 
@@ -144,12 +144,12 @@ def compiled_training(bench: Bench) -> Figures:
 
 
 def packed_training(bench: Bench) -> Figures:
-    """The same with eight documents a row, each of which attends to itself alone."""
+    """The same with eight documents per row, each of which attends only to itself."""
     return _training(bench, compiled=False, documents=8)
 
 
 def _decoder(bench: Bench) -> tuple:
-    """A decoder with random weights, its grammar, and prompts of so many rows."""
+    """A decoder with random weights, its grammar, and a function that makes prompts for a number of rows."""
     import decode_speed
     import numpy as np
 
@@ -164,20 +164,20 @@ def _decoder(bench: Bench) -> tuple:
 
 
 def bytes_read(decoder: torch.nn.Module) -> int:
-    """Bytes of weights that a step of one row reads: all, but of an embedding that is no output matrix one row."""
+    """Bytes of weights that a step of one row reads: all, except that an untied embedding counts one row."""
     table = decoder.embedding.weight
     rest = sum(p.nbytes for p in decoder.parameters() if p is not table)
     return rest + (table.nbytes if decoder.output is None else table[0].nbytes)
 
 
-LONG = 4000          # tokens of a long context
+LONG = 4000          # tokens in a long context
 
 
 def _decode(bench: Bench, ways: dict[str, Callable], batches: dict[int, tuple[str, ...]]) -> Figures:
-    """Greedy decoding of so many rows with some of the engines, each made by a function of decoder, weights and rows.
+    """Greedy decoding with some of the engines at each batch size; `ways` make an engine from decoder, weights and rows.
 
-    A step within `generate` beside parts of it: "network" feeds ids, "scores" finds the best next one too. The rest is the
-    grammar's, and a share of reading the prompt.
+    Measures a step of `generate` and parts of it: "network" feeds ids, "scores" also finds the best next id. The rest is the grammar
+    and a share of reading the prompt.
     """
     import numpy as np
 
@@ -218,7 +218,7 @@ def _decode(bench: Bench, ways: dict[str, Callable], batches: dict[int, tuple[st
         for kind in ("network", "scores"):
             found[f"{name}: us a step, {kind}"] = part(kind, given)
         found[f"{name}: us a step, all"] = 1e6 * rows / found[f"ids/s, {name}"]
-        if rows == 1 and "compiled" not in ways:   # another shape takes another minute to compile
+        if rows == 1 and "compiled" not in ways:   # each further shape takes a minute to compile
             long = [Prompt(np.arange(64 if bench.short else LONG) % 1000)]
             part("network", long)
             found[f"{name}: us a step, network behind {LONG} tokens"] = part("network", long)
@@ -232,17 +232,17 @@ def _decode(bench: Bench, ways: dict[str, Callable], batches: dict[int, tuple[st
                 with torch.inference_mode():
                     answers[way] = figures(name, ways[way], rows, Weights.of(decoder, fixed=True))
                 if way != names[0] and names[0] in answers:
-                    # Random weights in bfloat16: many scores are equal, and what follows the first that is decided otherwise differs.
+                    # Random weights in bfloat16 give many ties; after the first tie broken differently, the answers diverge.
                     first = [int((a[:new] == b[:new]).cumprod().sum()) for a, b in zip(answers[names[0]], answers[way], strict=True)]
                     found[f"{name}: ids that are those of {names[0]}, up to the first that differs"] = sum(first) / rows
-            except Exception:  # of one way: the others are still to be measured
+            except Exception:  # one engine failed: go on with the others
                 traceback.print_exc()
                 found[f"{name}: error"] = traceback.format_exc()[-1500:]
     return {**found, "peak GB": bench.gigabytes()}
 
 
 def decoding(bench: Bench) -> Figures:
-    """Greedy decoding in bf16: each operation started by itself, played back as a graph, and with kernels of our own."""
+    """Greedy decoding in bf16: eager, replayed as a CUDA graph, and with our own kernels."""
     from mmtx.inference.graph_engine import GraphEngine
     from mmtx.inference.torch_engine import TorchEngine
 
@@ -302,7 +302,7 @@ def _unpacked(bench: Bench, count: int) -> Iterator[dict[str, list[str]]]:
 
 
 def captions(bench: Bench) -> Figures:
-    """Captions of files by the model that ships, a folder at once."""
+    """Captions of files with the shipped model, a folder at a time."""
     import mmtx
 
     model = mmtx.load(device=bench.device)
@@ -312,7 +312,7 @@ def captions(bench: Bench) -> Figures:
 
 
 def codes(bench: Bench) -> Figures:
-    """Files to codes with the networks on the device."""
+    """Encoding files to codes with the networks on the device."""
     import mmtx
 
     model, found = mmtx.load(device=bench.device), {}
@@ -325,7 +325,7 @@ def codes(bench: Bench) -> Figures:
 
 
 def starter(bench: Bench) -> Figures:
-    """Two minutes of training on the starter data, from nothing: a minute and a half of steps, and what begins and ends it."""
+    """Two minutes of training on the starter data from scratch: a minute and a half of steps, the rest start-up and shutdown."""
     minutes = ["--trainer.max_steps", "2"] if bench.short else ["--trainer.max_steps", "1000000", "--trainer.max_time", "00:00:01:30"]
     config = "configs/quickstart/decoder.yaml" if bench.short else "configs/starter/decoder.yaml"
     with tempfile.TemporaryDirectory() as folder:
@@ -344,20 +344,20 @@ def starter(bench: Bench) -> Figures:
             "seconds": time.perf_counter() - start}
 
 
-# In the order of what is wanted most; their budgets in seconds are ten minutes together.
+# Most important first; the budgets, in seconds, add up to ten minutes.
 STEPS: dict[str, tuple[Callable[[Bench], Figures], int]] = {
     "rates": (rates, 30), "training": (training, 60), "decoding": (decoding, 50), "tests": (tests, 100),
     "compiled training": (compiled_training, 110), "packed training": (packed_training, 50), "captions": (captions, 25),
     "codes": (codes, 25), "starter": (starter, 150)}
 
 
-# Only where they are asked for, as they would not fit.
+# Only on request: they would not fit into ten minutes.
 MORE: dict[str, tuple[Callable[[Bench], Figures], int]] = {
     "compiled decoding": (compiled_decoding, 120), "decoding peer": (decoding_peer, 90)}
 
 
 def take(name: str, bench: Bench, budget: float) -> Figures:
-    """A step in a process of its own -> its figures, or what went wrong; with it end the processes that it started."""
+    """Run a step in its own process -> its figures, or its error; processes that it started are ended with it."""
     command = [sys.executable, __file__, "--step", name, "--device", bench.device, *(["--short"] if bench.short else [])]
     with tempfile.TemporaryDirectory() as folder:
         told, output = Path(folder, "figures.json"), Path(folder, "output")
@@ -383,7 +383,7 @@ def take(name: str, bench: Bench, budget: float) -> Figures:
 
 
 def shares(found: dict[str, Figures]) -> dict[str, float]:
-    """What the steps reach of what the card does; only where both were measured."""
+    """Rates of the steps as shares of the rates of the GPU, where both were measured."""
     known, made = found.get("rates", {}), {}
     for share, step in (("mfu", "training"), ("mfu compiled", "compiled training"), ("mfu packed", "packed training")):
         if "FLOP/s" in found.get(step, {}) and "dense bf16 FLOP/s" in known:
@@ -421,7 +421,7 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=None, help="seconds for each step, in place of its own")
     parser.add_argument("--output", type=Path, default=None, help="folder, default: benchmarks/results; with --short none")
     parser.add_argument("--short", action="store_true", help="only checks that it runs")
-    parser.add_argument("--step", choices=[*STEPS, *MORE], help=argparse.SUPPRESS)  # what a process of `take` does
+    parser.add_argument("--step", choices=[*STEPS, *MORE], help=argparse.SUPPRESS)  # the step that a process of `take` runs
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     bench = Bench(options.device, options.short)
@@ -433,7 +433,7 @@ def main() -> int:
         return 2
     output, found = options.output or (None if options.short else RESULTS), {}
     for name in options.steps:
-        budget = options.budget or {**STEPS, **MORE}[name][1] * (10 if options.short else 1)  # a loaded CPU takes long to start
+        budget = options.budget or {**STEPS, **MORE}[name][1] * (10 if options.short else 1)  # a loaded CPU starts slowly
         found[name] = take(name, bench, budget)
         print(f"{name}: {found[name].get('failed', 'done')} ({found[name]['took']:.0f} s)", flush=True)
         if output is not None:

@@ -38,14 +38,14 @@ HELD_OUT = {"unseen style": f"{STARTER}/images-test-unseen-style.tar.gz",
             "unseen emoji": f"{STARTER}/images-test-unseen-emoji.tar.gz"}
 TRAINING = f"{STARTER}/images-train-*.tar.gz"
 SIZES = ((32, 32), (48, 80), (64, 64), (128, 128), (256, 256), (512, 512), (96, 40), (40, 512), (504, 72), (232, 360))
-PICTURES = 32  # at each size
-CELL = 64      # pixels a side of a picture on a sheet
-NEAR = 2       # pixels on either side that belong to an edge
-SHORT = 48     # pictures of each set with --short
+PICTURES = 32  # per size
+CELL = 64      # side in pixels of an image on a sheet
+NEAR = 2       # pixels on either side that count as the edge
+SHORT = 48     # images per set with --short
 
 
 def read(path: str, tokenizer: ImageTokenizer, limit: int | None) -> list[Tensor]:
-    """Pictures, uint8 (3, H, W), as the tokenizer reads them."""
+    """Images, uint8 (3, H, W), as the tokenizer reads them."""
     folder, name = find_shipped(STARTER), Path(path).name
     samples = read_source(DataSource([str(folder / name)], limit=limit))
     return [load_media(part, {"image": tokenizer}) for sample in tqdm(samples, desc=name, leave=False)
@@ -53,7 +53,7 @@ def read(path: str, tokenizer: ImageTokenizer, limit: int | None) -> list[Tensor
 
 
 def quality(tokenizer: ImageTokenizer, pictures: list[Tensor]) -> tuple[dict[str, float], list[np.ndarray]]:
-    """Mean PSNR and SSIM of pictures through codes and back, and their codes."""
+    """Mean PSNR and SSIM of reconstructed images, and their codes."""
     codes = tokenizer.encode_batch(pictures)
     figures = [{name: float(value) for name, value in
                 picture_quality(to_float(picture)[None], to_float(tokenizer.decode(item))[None]).items()}
@@ -62,7 +62,7 @@ def quality(tokenizer: ImageTokenizer, pictures: list[Tensor]) -> tuple[dict[str
 
 
 def sheet(pictures: list[Tensor], height: int, width: int, generator: Generator) -> Tensor:
-    """Random pictures side by side, shifted at random, cut to a size."""
+    """Random images side by side, randomly shifted, cut to a size."""
     rows, columns = -(-height // CELL), -(-width // CELL)
     chosen = torch.randint(len(pictures), (rows, columns), generator=generator).tolist()
     cells = torch.cat([torch.cat([resize(pictures[i], CELL, CELL) for i in row], 2) for row in chosen], 1)
@@ -71,7 +71,7 @@ def sheet(pictures: list[Tensor], height: int, width: int, generator: Generator)
 
 
 def edges(tokenizer: ImageTokenizer, pictures: list[Tensor], outputs: list[Tensor]) -> dict[str, float] | None:
-    """PSNR, and mean error of the step in grey levels across, where windows and where other patches meet."""
+    """PSNR near edges between windows and between other patches, and the mean error, in grey levels, of the step across them."""
     patch = tokenizer.config.patch
     errors, steps = {"window": [], "patch": []}, {"window": [], "patch": []}
     for picture, output in zip(pictures, outputs, strict=True):

@@ -26,7 +26,7 @@ WAIT, STEP = "[_TrainingEpochLoop].train_dataloader_next", "run_training_batch"
 
 
 def share(arguments: list[str], after: int) -> float:
-    """One run -> seconds of waiting over seconds of all, from step `after` on."""
+    """Run once -> the share of time spent waiting for input, from step `after` on."""
     profiler = command_line(["fit", *arguments], run=True).trainer.profiler
     wait, step = (sum(profiler.recorded_durations[action][after:]) for action in (WAIT, STEP))
     return wait / (wait + step)
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="only checks that it runs")
     options = parser.parse_args()
     steps, after, rounds, more = options.steps, options.after, options.rounds, []
-    if options.short:       # tokenizers and model of the config, a few of its samples
+    if options.short:       # tokenizers and model of the config, few of its samples
         steps, after, rounds = 4, 1, 1
         more = ["--data.num_workers=1", "--data.tokens_per_batch=640",
                 *(f'--data.{part}=[{{"paths": ["demos/data/starter/images-train-004.tar.gz"], "limit": 8}}]'

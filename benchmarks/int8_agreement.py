@@ -32,12 +32,12 @@ from mmtx.report import _figures, _reader
 from mmtx.sequence import Prompt, prompt
 
 ROOT = Path(__file__).parents[1]
-SAME, LOSS = 0.99, 0.005  # bars: share of equal steps at least, difference of a score at most
+SAME, LOSS = 0.99, 0.005  # targets: minimum share of equal steps, maximum difference of a metric
 BATCH = 32
 
 
 class Beside(Engine):
-    """An engine that leads, and another that is fed the same ids and asked for its own choice."""
+    """A leading engine, and another that is fed the same ids and compared in its choices."""
 
     def __init__(self, leading: Engine, other: Engine, told: list[torch.Tensor]):
         self.leading, self.other, self.told, self.read = leading, other, told, False
@@ -69,7 +69,7 @@ class Beside(Engine):
 
 
 def agreement(model: Model, documents: Sequence[Document], out: str = "text", batch: int = BATCH) -> tuple[int, int]:
-    """Greedy answers to documents -> steps in which 8 bits choose the same id, and all steps but the first of each."""
+    """Greedy answers to documents -> steps in which 8-bit weights choose the same id, and all steps, without the first of each."""
     told: list[torch.Tensor] = []
     plain, small = (Weights.of(model.decoder, fixed=True, load_in_8bit=bits) for bits in (False, True))
     beside = lambda decoder, _, rows: Beside(choose_engine(decoder, plain, rows), choose_engine(decoder, small, rows), told)
@@ -82,7 +82,7 @@ def agreement(model: Model, documents: Sequence[Document], out: str = "text", ba
 
 
 def captions(folder: str, count: int) -> dict:
-    """Equal steps and scores of captions of each held-out source of a model for the starter data."""
+    """Equal steps and caption metrics on each held-out source, for a model of the starter data."""
     model, small = mmtx.load(folder, "cpu"), mmtx.load(folder, "cpu", load_in_8bit=True)
     config = read_config(shipped("configs/starter/captions.yaml"))
     known = [{**sample.metadata, "caption": sample.caption} for sample in read_sources(
@@ -106,7 +106,7 @@ def captions(folder: str, count: int) -> dict:
 
 
 def pictures(count: int) -> dict:
-    """Equal steps of drawing, by the model that draws."""
+    """Equal steps in image generation, with the shipped generator."""
     model = mmtx.load(shipped("demos/generate"), "cpu")
     said = ["cat", "red circle", "trumpet", "house", "tree", "dog", "moon", "car", "fish", "flower", "sun", "apple"][:count]
     asked = [Document((Turn("user", (TextPart(model.tokenizers["text"].encode(text)),)),)) for text in said]

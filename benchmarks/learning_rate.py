@@ -38,15 +38,15 @@ from mmtx.training.optimizer import OptimizerConfig, configure
 from mmtx.vocabulary import Vocabulary
 
 ROOT = Path(__file__).parents[1]
-RATES = {"adamw": 4e-3, "muon": 2e-2}  # of the least width, where to begin; all others are factors of sqrt(2) from it
+RATES = {"adamw": 4e-3, "muon": 2e-2}  # starting point at the smallest width; all others are powers of sqrt(2) times this
 WAYS = ("adamw", "adamw+mup", "muon", "muon+mup")
-EMBEDDING = 4e-3   # learning rate of what Muon does not train
+EMBEDDING = 4e-3   # learning rate of parameters that Muon does not train
 CHECKED = 24       # held-out batches
 BAR = 1.5
 
 
 class Stream:
-    """Batches to train on and held-out ones, of one vocabulary."""
+    """Training and held-out batches, of one vocabulary."""
 
     def __init__(self, folder: Path, tokens: int, steps: int):
         data = yaml.safe_load(BASE.read_text())["data"]["init_args"]
@@ -73,12 +73,12 @@ def losses(decoder: Decoder, batch: Batch):
 
 @lru_cache(1)
 def opened(folder: Path, tokens: int, steps: int) -> Stream:
-    """The stream of a process, which trains on it again and again."""
+    """The stream of a process, shared by its runs."""
     return Stream(folder, tokens, steps)
 
 
 def train(device: str, folder: Path, tokens: int, width: int, way: str, rate: float, base: int, steps: int, seed: int) -> float:
-    """Train one decoder -> its held-out loss in nats a target. Of seeds, weights and the order of the batches differ."""
+    """Train one decoder -> its held-out loss in nats per target. The seed sets the initial weights and the training batches."""
     torch.manual_seed(seed)
     stream = opened(folder, tokens, steps * (seed + 1))
     decoder = stream.decoder(width).to(device)
@@ -101,14 +101,14 @@ def train(device: str, folder: Path, tokens: int, width: int, way: str, rate: fl
 
 
 def on(batch: Batch, device: str) -> Batch:
-    """A batch on a device; what it does not train with stays."""
+    """A batch on a device; fields not used in training are not moved."""
     packing = batch.packing._replace(gather=batch.packing.gather.to(device), scatter=batch.packing.scatter.to(device))
     moved = {name: getattr(batch, name).to(device) for name in ("ids", "positions", "supervised", "targets")}
     return batch._replace(packing=packing, **moved)
 
 
 def best_rate(found: dict[int, float]) -> float:
-    """At which power of sqrt(2) a parabola through the best and those within 2 of it is lowest; the best where it is an end."""
+    """Power of sqrt(2) at the minimum of a parabola through the best and those within 2 of it; the best itself at an end."""
     best = min(found, key=lambda power: found[power])
     near = sorted(power for power in found if abs(power - best) <= 2)
     if best in (near[0], near[-1]):
@@ -118,7 +118,7 @@ def best_rate(found: dict[int, float]) -> float:
 
 
 def missing(found: dict[int, dict[int, float]], seeds: int) -> list[tuple[int, int]]:
-    """Which (power of sqrt(2), seed) to measure next, where all that was asked for before is there; {power: {seed: loss}} is."""
+    """Which (power of sqrt(2), seed) to measure next, given all results so far, {power: {seed: loss}}."""
     first = {power: losses[0] for power, losses in found.items() if 0 in losses}
     if not first:
         return [(power, 0) for power in (-2, 0, 2)]
@@ -163,8 +163,8 @@ def main() -> None:
         return RATES[way.split("+")[0]]
 
     def ask(way: str, width: int) -> None:
-        """Add what is to be measured next of a way and width."""
-        at = 0 if way != "adamw" else round(-2 * np.log2(width / base))  # where AdamW's best rate is thought to be
+        """Add the next measurements for a way and width."""
+        at = 0 if way != "adamw" else round(-2 * np.log2(width / base))  # expected best rate of AdamW
         known = {power - at: losses for power, losses in found[way, width].items()}
         if options.short and known:
             return

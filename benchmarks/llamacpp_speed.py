@@ -48,7 +48,7 @@ from mmtx.vocabulary import SLOTS, Entry, Vocabulary
 SHAPES = {name: DECODE_SHAPES[name] for name in ("192x4", "384x6", "short")} | {
     "640x12": DecoderConfig(32_768, width=640, depth=12, heads=10, kv_heads=10, head_dim=64, mlp_dim=1728)}
 TYPES = {"f32": None, "bf16": gguf.GGMLQuantizationType.BF16, "q8_0": gguf.GGMLQuantizationType.Q8_0}
-CASES = {  # prompts, tokens of each, ids that are timed
+CASES = {  # number of prompts, tokens in each, ids timed
     "batch 1, 32 tokens before": (1, 32, 64), "batch 16, 32 tokens before": (16, 32, 12),
     "batch 1, 1,500 tokens before": (1, 1500, 32)}
 BARS = {1: 1.0, 16: 1.5}
@@ -65,7 +65,7 @@ sys.stdin.read()
 
 
 class LlamaCpp:
-    """A server of llama.cpp in a process of its own."""
+    """A llama.cpp server in its own process."""
 
     def __init__(self, path: Path, threads: int, rows: int, context: int):
         self.process = subprocess.Popen([sys.executable, "-c", SERVER, str(path), *map(str, (threads, rows, context))],
@@ -74,7 +74,7 @@ class LlamaCpp:
         self.pool = ThreadPoolExecutor(rows)
 
     def write(self, prompts: list[list[int]], new: int) -> list[list[int]]:
-        """Answers of `new` ids, all prompts at a time; what a slot has read before it does not read again."""
+        """Answers of `new` ids to all prompts at once; a slot does not read again what it has cached."""
         def ask(slot: int, ids: list[int]) -> list[int]:
             body = {"prompt": ids, "n_predict": new, "temperature": 0.0, "top_k": 1, "samplers": ["top_k"], "ignore_eos": True,
                     "cache_prompt": True, "id_slot": slot, "return_tokens": True}
@@ -84,7 +84,7 @@ class LlamaCpp:
         return list(self.pool.map(ask, range(len(prompts)), prompts))
 
     def seconds(self) -> float:
-        """Processor time that it has used."""
+        """Processor time that the server has used."""
         return sum(int(path.read_text().split()[0]) for path in Path(f"/proc/{self.process.pid}/task").glob("*/schedstat")) / 1e9
 
     def close(self) -> None:
@@ -110,14 +110,14 @@ def write_file(decoder: Decoder, path: Path, kind: Any, context: int) -> None:
 
 def ours(decoder: Decoder, grammar: Grammar, prompts: list[list[int]], new: int, clock: Callable[[], float],
          load_in_8bit: bool = False) -> tuple[Callable[[], float], list]:
-    """What returns ids a second, and where the ids go."""
+    """A function that returns ids per second, and the list that it writes the ids to."""
     weights, written = Weights.of(decoder, fixed=True, load_in_8bit=load_in_8bit), []
 
     def run() -> float:
         with neutral():
             columns = steps(decoder, grammar, [Prompt(np.array(ids)) for ids in prompts], "text", Sampling(max_new_tokens=new + 1),
                             weights=weights)
-            first = next(columns)   # comes from the prompt
+            first = next(columns)   # from reading the prompt
             start = clock()
             rest = [next(columns) for _ in range(new)]
             spent = clock() - start
@@ -178,7 +178,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
             finally:
                 for server in servers.values():
                     server.close()
-            # It keeps keys and values in float16, so one of two near ids may win, and what follows is another answer.
+            # llama.cpp keeps keys and values in float16: a near tie may be broken differently, and the answers diverge after it.
             same = np.mean([one[0] == two[0] for one, two in zip(answers, written, strict=True)])
             assert same >= 0.5 or length > 100, f"llama.cpp writes other ids: only {same:.2f} of the first are equal"
             suffix = case.replace(",", "").replace(" tokens before", "").replace(" ", "_")

@@ -48,7 +48,7 @@ CANDIDATES = {"mmtx": ours, PEER: full, "torch's fused loss": fused, "torch's fu
 
 
 def measure(name: str, options: argparse.Namespace, channel) -> None:
-    """Send MB above what was there before, the loss, and the lengths of the gradients."""
+    """Send peak MB above the memory before, the loss, and the norms of the gradients."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     dtype, cuda = getattr(torch, options.dtype), options.device == "cuda"
@@ -69,11 +69,11 @@ def measure(name: str, options: argparse.Namespace, channel) -> None:
 
 
 def resident(mark: str) -> int:
-    """Bytes that this process holds (VmRSS) or held at most (VmHWM)."""
+    """Bytes of memory of this process, current (VmRSS) or peak (VmHWM)."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(mark)) * 1024
-    except OSError:     # no Linux: the highest mark alone
+    except OSError:     # not Linux: only the peak is known
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -19,7 +19,7 @@ PACKAGES = ("torch", "transformers", "litgpt", "lightning", "numpy")
 def interleave(candidates: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Call each candidate in turn, `rounds` times -> the figures that each returned (e.g. tokens/s).
 
-    Whatever else the machine does then slows all of them alike, where one after the other it would not.
+    Other load on the machine then slows all candidates alike, which it would not if they ran one after another.
     """
     results: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
@@ -30,11 +30,11 @@ def interleave(candidates: dict[str, Callable[[], float]], rounds: int) -> dict[
 
 def report(name: str, unit: str, results: dict[str, list[float]], ours: str, bars: dict[str, float],
            settings: dict, short: bool, less_is_better: bool = False, equals: Mapping[str, str] = MappingProxyType({})) -> dict:
-    """Print medians, and the ratio ours/peer beside its bar -> the same as written to results/NAME.json.
+    """Print medians, and the ratio ours/peer with its bar -> the same, as written to results/NAME.json.
 
-    The ratio is the median of the ratios of the single rounds. A bar is what the ratio must reach; with
-    `less_is_better`, what it must not exceed. `equals` names our candidate for a peer that is compared with another
-    one than `ours`, of its own precision. With `short`, nothing is written.
+    The ratio is the median of the ratios in each round. The ratio must reach its bar or, with `less_is_better`, must not
+    exceed it. `equals` names, for a peer, our candidate to compare with in place of `ours`, that of the same precision.
+    With `short`, nothing is written.
     """
     print(f"\n{name}, {unit}: median of {len(results[ours])}" + (" (short: says nothing about speed)" if short else ""))
     ratios = {}
@@ -59,7 +59,7 @@ def report(name: str, unit: str, results: dict[str, list[float]], ours: str, bar
 
 
 def write_result(result: dict) -> dict:
-    """Write results/NAME.json, NAME being what `result` says -> what it holds: the result, the machine and the versions."""
+    """Write results/NAME.json, with NAME from `result` -> its contents: the result, the machine and the versions."""
     result = {**result, "machine": machine(), "versions": versions()}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{result['name']}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -67,7 +67,7 @@ def write_result(result: dict) -> dict:
 
 
 def machine() -> dict:
-    """What the figures were measured on."""
+    """The machine that the figures were measured on."""
     import torch
 
     found = {"cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
@@ -75,7 +75,7 @@ def machine() -> dict:
 
 
 def versions() -> dict[str, str]:
-    """Python and the packages that took part, as far as they are installed."""
+    """Versions of Python and of the packages involved, as far as they are installed."""
     found = {"python": platform.python_version(), "mmtx": mmtx.__version__}
     for package in PACKAGES:
         try:

@@ -40,13 +40,13 @@ from mmtx.training.vocoder import TRAINING, VocoderModule, stft_distance
 
 CODEC, VOCODER = "configs/starter/audio.yaml", "configs/starter/vocoder.yaml"
 TRAIN = ("sounds-train-*.tar.gz", "speech-train-*.tar.gz")
-CUT = 32 * 400                                      # samples of a cut: a chunk of our codec
+CUT = 32 * 400                                      # samples in a cut: a chunk of our codec
 BATCH = {"codec": 32, "vocoder": 8, "DAC": 4}
 COMMITMENT, CODEBOOK = 0.25, 1.0                    # weights of DAC's losses, as published
 
 
 def cuts(sounds: list[Tensor], size: int) -> Iterator[Tensor]:
-    """Batches of cuts (B, S), every second one changed; long sounds come more often."""
+    """Batches of cuts (B, S), half of them augmented; sounds are drawn in proportion to their length."""
     generator, augment = torch.Generator().manual_seed(0), AudioAugmentation(speed=5)
     weights = torch.tensor([float(len(sound)) for sound in sounds])
     while True:
@@ -60,7 +60,7 @@ def cuts(sounds: list[Tensor], size: int) -> Iterator[Tensor]:
 
 
 def fit(made: dict, warmup: int, minutes: float, batches: Iterator[Tensor], loss: Callable[[Tensor], Tensor]) -> int:
-    """Steps of an optimizer for so many minutes of the processor, its rates falling to zero -> how many."""
+    """Train for `minutes` of processor time, with learning rates that decay to zero -> the number of steps."""
     optimizer, start, step = made["optimizer"], time.process_time(), 0
     rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
     while (passed := (time.process_time() - start) / (60 * minutes)) < 1:
@@ -75,7 +75,7 @@ def fit(made: dict, warmup: int, minutes: float, batches: Iterator[Tensor], loss
 
 
 def ours(sounds: list[Tensor], minutes: float, folder: Path) -> tuple[AudioTokenizer, str]:
-    """Codec and vocoder from nothing, and the steps that they took."""
+    """Our codec and vocoder, trained from scratch, and their numbers of steps."""
     codec, vocoder = (yaml.safe_load(Path(path).read_text(encoding="utf-8"))["model"]["init_args"] for path in (CODEC, VOCODER))
     shape = dict(codec["tokenizer"])
     torch.manual_seed(0)
@@ -90,14 +90,14 @@ def ours(sounds: list[Tensor], minutes: float, folder: Path) -> tuple[AudioToken
     tokenizer.eval().save(folder)
     rates = OptimizerConfig(**vocoder["optimizer"])
     second = VocoderModule(str(folder), VocoderConfig(**vocoder["vocoder"]))
-    second.log_dict = lambda *given, **more: None  # nobody reads it here
+    second.log_dict = lambda *given, **more: None  # logs are not used here
     step = lambda waveforms: second.training_step(SimpleNamespace(media=waveforms), 0)
     steps = fit(configure(second.tokenizer.vocoder, rates, 1), rates.warmup_steps, minutes / 2, cuts(sounds, BATCH["vocoder"]), step)
     return second.tokenizer.eval(), f"{first} and {steps}"
 
 
 def dac(sounds: list[Tensor], minutes: float, judge: AudioTokenizer):
-    """DAC's architecture from nothing, and its steps. `judge` makes the mel spectrograms of its loss."""
+    """DAC's architecture, trained from scratch, and its steps. `judge` computes the mel spectrograms of its loss."""
     from transformers import DacConfig, DacModel
 
     torch.manual_seed(0)
@@ -151,7 +151,7 @@ def main() -> None:
 
 
 def judged_speech(pairs: list[tuple[Tensor, Tensor]], judge: AudioTokenizer) -> dict[str, float]:
-    """Intelligibility of (sound, original) of sentences, and how far their spectrograms are apart."""
+    """Intelligibility of sentences, from pairs (sound, original), and the distance of their mel spectrograms."""
     from pystoi import stoi
 
     far = [float(judge.decibels((judge.log_mel(sound) - judge.log_mel(waveform)).abs().mean())) for sound, waveform in pairs]

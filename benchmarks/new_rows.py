@@ -45,7 +45,7 @@ PROSE = ("The history of the lighthouse begins in the third century before our e
 
 
 def begin(way, rows, config, generator):
-    """New rows behind those of text (R, D): plain ones, then one for each digit of each range."""
+    """New rows to append to those of text (R, D): plain ones, then one for each digit value of each range."""
     mean, spread = rows.mean(0), rows.std(0)
     noise = lambda *shape: torch.randn(*shape, config.width, generator=generator)
     plain = noise(config.plain_rows - len(rows))
@@ -63,7 +63,7 @@ def begin(way, rows, config, generator):
 
 
 def loss_of(decoder, streams):
-    """The mean loss of the targets of packed streams: (ids, how many of the last are targets) each."""
+    """Mean loss over the targets of packed streams, each (ids, how many at the end are targets)."""
     ids = torch.tensor([[ident for stream, _ in streams for ident in stream]])
     positions = torch.tensor([[place for stream, _ in streams for place in range(len(stream))]])
     numbers = torch.tensor([[number for number, (stream, _) in enumerate(streams) for _ in stream]])
@@ -75,7 +75,7 @@ def loss_of(decoder, streams):
 
 
 def train(decoder, streams, steps, learning_rate, seed, held_out=(), every=100):
-    """Train on batches drawn with `seed` -> the loss of `held_out` after each `every` steps."""
+    """Train on batches drawn with `seed` -> the loss on `held_out` after every `every` steps."""
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=learning_rate, weight_decay=0.1, fused=True)
     rng, found = np.random.default_rng(seed), []
     for step in range(steps):
@@ -120,7 +120,7 @@ def main():
         return
     tokenizers = {kind: load_tokenizer(find_shipped(f"tokenizers/{kind}")) for kind in ("text", "image", "audio")}
     v, text, config = Vocabulary.build(tokenizers), tokenizers["text"], read_config(CONFIG)
-    streams, end = {"train": [], "held_out": []}, text.size  # the model of text has one more row, for begin and end
+    streams, end = {"train": [], "held_out": []}, text.size  # the text model has one more row, for begin and end
     for kind, *sources in zip(("image", "audio"), config.train, config.validation):
         for name, source in zip(streams, sources):
             samples = read_source(source)

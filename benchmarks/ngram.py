@@ -16,27 +16,27 @@ import numpy as np
 
 
 class Order(NamedTuple):
-    """What is kept of n-grams of one length: sorted codes and the number of each."""
+    """The n-grams of one length: sorted codes with the probability terms of each."""
 
     grams: np.ndarray     # int64, n ids as the digits of one number
-    discounted: np.ndarray  # float64, (c - D) / c(h) of each
+    discounted: np.ndarray  # float64, (c - D) / c(h) for each
     contexts: np.ndarray  # int64, n - 1 ids
-    left_over: np.ndarray  # float64, b(h) of each
+    left_over: np.ndarray  # float64, b(h) for each
 
 
 class KneserNey:
-    """Probabilities of ids after at most `order` - 1 others. A document begins with ids that are never predicted, and ends with
-    an id of its own, `size`, which is."""
+    """Probabilities of ids given up to `order` - 1 previous ids. Documents are padded with begin ids, which are never predicted,
+    and end with the id `size`, which is."""
 
     def __init__(self, documents: Sequence[Sequence[int]], size: int, order: int = 5, numbers: int | None = None):
-        """Count the documents, ids below `size`. With `numbers`, n-grams that are rarest are left out, the longest first among
-        equals, until at most so many probabilities and left-over shares are kept; the unigrams always are."""
+        """Count n-grams in documents of ids below `size`. With `numbers`, the rarest n-grams are pruned, longer ones first among
+        equals, until at most that many probabilities and back-off weights are left; unigrams are always kept."""
         self.size, self.order, self.base = size, order, size + 2
         if self.base**order >= 2**63:
             raise ValueError(f"order: found {order} for {size} ids, whose n-grams do not fit into 63 bits")
         codes, counts = np.unique(self._grams(documents, order), return_counts=True)
         tables = [(codes, counts)]
-        for n in range(order - 1, 0, -1):  # how many ids stand before it, which is how many longer n-grams end in it
+        for n in range(order - 1, 0, -1):  # continuation counts: how many different ids precede it
             codes, counts = np.unique(codes % self.base**n, return_counts=True)
             tables.insert(0, (codes, counts))
         least = self._least(tables, numbers)
@@ -44,11 +44,11 @@ class KneserNey:
 
     @property
     def numbers(self) -> int:
-        """How many probabilities and left-over shares the model is made of."""
+        """Number of probabilities and back-off weights in the model."""
         return sum(len(order.grams) + len(order.contexts) for order in self.orders)
 
     def probabilities(self, document: Sequence[int]) -> np.ndarray:
-        """Ids (N,) -> float64 (N + 1,): of each id and of the end, each after those before it."""
+        """Ids (N,) -> float64 (N + 1,): probability of each id and of the end, given those before it."""
         grams = self._grams([document], self.order)
         p = np.full(len(grams), 1 / (self.size + 1))
         for n, order in enumerate(self.orders, 1):
@@ -58,12 +58,12 @@ class KneserNey:
         return p
 
     def bits_per_byte(self, documents: Sequence[Sequence[int]], texts: Sequence[str]) -> float:
-        """Bits of all ids, ends included, over the bytes of the texts in UTF-8."""
+        """Bits of all ids, including ends, per byte of the texts in UTF-8."""
         bits = -sum(np.log2(self.probabilities(document)).sum() for document in documents)
         return float(bits / sum(len(text.encode()) for text in texts))
 
     def _grams(self, documents: Sequence[Sequence[int]], n: int) -> np.ndarray:
-        """The n-gram that ends at each id and at the end of each document, as one number each."""
+        """The n-grams that end at each id and at the end of each document, each as one number."""
         begin, end, found = self.size + 1, self.size, []
         for document in documents:
             ids = np.array([*[begin] * (n - 1), *document, end], np.int64)
@@ -72,7 +72,7 @@ class KneserNey:
         return np.concatenate(found)
 
     def _least(self, tables: Sequence[tuple[np.ndarray, np.ndarray]], numbers: int | None) -> list[int]:
-        """The least count of n-grams to keep, per order."""
+        """Minimum count of the n-grams to keep, per order."""
         least = [1] * self.order
         while numbers is not None and sum(self._kept(*table, cut) for table, cut in zip(tables, least)) > numbers:
             longest = max(range(1, self.order), key=lambda n: (-least[n], n), default=0)
@@ -92,7 +92,7 @@ class KneserNey:
         kept = counts >= cut
         discounted = (counts - discount) * kept / np.bincount(index, counts)[index]
         left_over = 1 - np.bincount(index, discounted)
-        useful = np.bincount(index, kept) > 0  # a context without n-grams leaves all to the shorter one
+        useful = np.bincount(index, kept) > 0  # a context without n-grams backs off entirely
         return Order(codes[kept], discounted[kept], contexts[useful], left_over[useful])
 
 

@@ -39,7 +39,7 @@ from mmtx.modality.base import load_tokenizer
 from mmtx.pipeline import Model
 from mmtx.vocabulary import Vocabulary
 
-STYLE = "noto"  # that is drawn
+STYLE = "noto"  # style of the generated images
 MAKES = {"draw": "image", "play": "audio"}
 SAMPLING = {"temperature": 0.3, "seed": 0}
 GROUPS = {"one for each": [["name pictures"], ["name notes"], ["draw"], ["play"]],
@@ -48,7 +48,7 @@ GROUPS = {"one for each": [["name pictures"], ["name notes"], ["draw"], ["play"]
 
 
 class Task(NamedTuple):
-    """What is learnt, each sample so many times an epoch, and what is asked."""
+    """Training samples with their repeats per epoch, and test samples."""
 
     train: list[Sample]
     repeats: list[int]
@@ -56,7 +56,7 @@ class Task(NamedTuple):
 
 
 def tasks_of(path: str, few: int | None) -> dict[str, Task]:
-    """The tasks on the data of a configuration, of `few` samples each where that is given."""
+    """The tasks on the data of a configuration, limited to `few` samples each if given."""
     config = read_config(path)
     known, held_out = read_sources(config.train, 0.0), read_sources(config.validation, 0.0)
     found = {}
@@ -72,7 +72,7 @@ def tasks_of(path: str, few: int | None) -> dict[str, Task]:
 
 
 def train(path: str, names: Sequence[str], tasks: dict[str, Task], tokenizers: dict, augmentation: Augmentation, minutes: float):
-    """One decoder for some of the tasks -> the model, and the steps it took."""
+    """Train one decoder on some of the tasks -> the model, and the number of steps."""
     options, data = options_of(path)
     kinds = {medium(tasks[name].tests[0]).kind for name in names}
     tokenizers = {kind: tokenizer for kind, tokenizer in tokenizers.items() if kind == "text" or kind in kinds}
@@ -80,7 +80,7 @@ def train(path: str, names: Sequence[str], tasks: dict[str, Task], tokenizers: d
     decoder = new_decoder(options, vocabulary, tokenizers, "encoder")
     parts = [Documents(tasks[name].train, tokenizers, vocabulary, max_seq_len=data["max_seq_len"], patches=tuple(decoder.encoders),
                        augmentation=Augmentation() if name in MAKES else augmentation) for name in names]
-    # As many tokens of an epoch for each task as the largest has.
+    # Each task gets about as many tokens per epoch as the largest.
     tokens = [int(part.lengths @ np.array(tasks[name].repeats)) for part, name in zip(parts, names, strict=True)]
     repeats = [np.array(tasks[name].repeats) * round(max(tokens) / some) for name, some in zip(names, tokens, strict=True)]
     corpus = Corpus(parts, repeats)
@@ -90,13 +90,13 @@ def train(path: str, names: Sequence[str], tasks: dict[str, Task], tokenizers: d
 
 
 def nearest(made: Sequence[np.ndarray], known: Sequence[np.ndarray], features) -> np.ndarray:
-    """Which of the known media is nearest to each that was made."""
+    """Index of the known medium nearest to each generated one."""
     points = torch.tensor(np.stack([features(medium) for medium in known]))
     return torch.cdist(torch.tensor(np.stack([features(medium) for medium in made])), points).argmin(1).numpy()
 
 
 def score(name: str, model: Model, tests: list[Sample]) -> dict[str, float]:
-    """Shares of the tests of a task that are right."""
+    """Accuracies on the test samples of a task."""
     true = [s.caption for s in tests]
     if name not in MAKES:
         said = model.caption_documents(to_documents(tests, model.tokenizers, patches=tuple(model.decoder.encoders)))

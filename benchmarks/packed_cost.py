@@ -40,7 +40,7 @@ def main() -> None:
     ids = torch.randint(config.vocabulary_size, (options.batch + 1,), device=options.device)
 
     def run(times: int) -> float:
-        """Microseconds a token."""
+        """Microseconds per token."""
         if options.device == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()

@@ -36,14 +36,14 @@ TOKENS = 8192
 
 
 class Lengths:
-    """Documents that are planned and never asked for."""
+    """Documents that are only planned, never read."""
 
     def __init__(self, lengths: np.ndarray):
         self.lengths = lengths
 
 
 def draw(path: Path, count: int) -> None:
-    """Lengths of captions and longer texts, 4 bytes each, in parts that fit in memory."""
+    """Write random lengths of captions and longer texts, 4 bytes each, in parts that fit in memory."""
     random = np.random.default_rng(0)
     with open(path, "wb") as file:
         for start in range(0, count, 2**20):
@@ -53,7 +53,7 @@ def draw(path: Path, count: int) -> None:
 
 
 def peak() -> float:
-    """Megabytes of memory that this process had at most; `getrusage` would count those of the one that started it."""
+    """Peak memory of this process in megabytes; `getrusage` would include that of its parent."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024
 
@@ -69,7 +69,7 @@ def plan(path: Path, results) -> None:
         real += sum(int(batches.documents.lengths[document]) - 1 for group in found for document, _ in group)
         count += len(found)
     seconds.append((time.monotonic() - begin - seconds[0]) / 8)
-    # As a run that is resumed does: it must know how many batches the windows before have.
+    # Like a resumed run, which must know how many batches the earlier windows have.
     begin, batches = time.monotonic(), PackedBatches(batches.documents, None, TOKENS, steps=10**9)
     batches._known(batches.windows // 2)
     seconds.append(time.monotonic() - begin)
@@ -80,7 +80,7 @@ def plan(path: Path, results) -> None:
 
 
 def starter() -> dict[int, float]:
-    """Share of real tokens on what the starter decoder trains on, by the tokens of a batch."""
+    """Share of real tokens on the starter decoder's training data, by tokens per batch."""
     data = yaml.safe_load((ROOT / "configs/starter/decoder.yaml").read_text())["data"]["init_args"]
     tokenizers = {kind: load_tokenizer(ROOT / folder) for kind, folder in data["tokenizers"].items()}
     vocabulary = Vocabulary.build(tokenizers)
@@ -94,7 +94,7 @@ def starter() -> dict[int, float]:
 
 
 def mixes() -> dict[str, float]:
-    """Share of real tokens of synthetic lengths, two windows of each."""
+    """Share of real tokens for synthetic lengths, two windows each."""
     found = {}
     for name, (room, make) in MIXES.items():
         documents = Lengths(1 + make(np.random.default_rng(1), 2 * 16_384))

@@ -49,12 +49,12 @@ from mmtx.vocabulary import Vocabulary
 
 ROOT = Path(__file__).parents[1]
 DISTANCES = (0, 64, 250, 1000, 2000, 4000)
-NAME = 1                       # pieces of a name that are shown and asked
-KEY = slice(26, 30)            # codes that are shown of a picture of 8 x 8, in its middle, where no two are alike
+NAME = 1                       # pieces of a name that are shown and asked for
+KEY = slice(26, 30)            # codes shown of an image of 8 x 8, from its middle, where no two images are equal
 ITEM = 1 + 4 + NAME            # <image>, codes, name
-TOKENS = 1024                  # of a batch, or one row where it is longer
+TOKENS = 1024                  # per batch, or one row if it is longer
 WIDTH, DEPTH, HEADS = 64, 2, 4
-ASKED = 64                     # rows for each distance
+ASKED = 64                     # rows per distance
 RATES = OptimizerConfig(5e-3, 2e-2, warmup_steps=30)
 
 
@@ -107,7 +107,7 @@ def build(name: str, vocabulary: Vocabulary) -> Decoder:
 
 
 class Rows:
-    """Rows of ids, drawn from prepared pictures and notes."""
+    """Rows of ids, drawn from prepared images and notes."""
 
     def __init__(self, folder: Path, names: tuple[str, str], vocabulary: Vocabulary, tokenizers: dict, shown: int):
         self.v, self.shown = vocabulary, shown
@@ -120,14 +120,14 @@ class Rows:
                 self.keys.append(codes[KEY])
                 self.names.append(pieces[:NAME])
         self.between = np.concatenate([*pictures, *notes])
-        self.between = self.between[self.between >= vocabulary.range("special").stop]  # codes alone
+        self.between = self.between[self.between >= vocabulary.range("special").stop]  # only codes
 
     def _ids(self, folder: Path, tokenizers: dict) -> list[np.ndarray]:
         corpus = read_corpus([DataSource([str(folder)])], tokenizers, self.v, max_seq_len=1024)
         return [rendered.ids for rendered in corpus.render([(k, 0) for k in range(len(corpus))])]
 
     def draw(self, random: np.random.Generator, distance: int, rows: int) -> tuple[Tensor, Tensor]:
-        """Ids (rows, T), and places (rows, shown * NAME) of the pieces to write."""
+        """Ids (rows, T), and positions (rows, shown * NAME) of the pieces to predict."""
         v, made, places = self.v, [], []
         for _ in range(rows):
             keys = [self.keys[k] for k in random.choice(len(self.keys), self.shown, replace=False)]
@@ -142,7 +142,7 @@ class Rows:
 
 
 def scores(decoder: Decoder, ids: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores (places, plain ids) of what stands at places, and what does."""
+    """Logits (places, plain ids) at the positions, and the ids there."""
     device = decoder.norm.weight.device
     ids, places = ids.to(device), places.to(device)
     positions = torch.arange(ids.shape[1] - 1, device=device).expand(len(ids), -1)
@@ -152,14 +152,14 @@ def scores(decoder: Decoder, ids: Tensor, places: Tensor) -> tuple[Tensor, Tenso
 
 
 class Budget(NamedTuple):
-    """What a layer has to train: seconds of a core or, on a GPU, of the clock; or steps."""
+    """Training budget: seconds, of processor time on a CPU and of wall time on a GPU; or steps."""
 
     seconds: float | None
     steps: int | None = None
 
 
 def train(decoder: Decoder, rows: Rows, budget: Budget, distances: tuple[int, ...], batch: int) -> tuple[int, int, float, float]:
-    """Train for a budget, with batches of so many tokens -> steps, tokens, the loss of the last steps and seconds."""
+    """Train for a budget, with `batch` tokens per batch -> steps, tokens, the loss of the last steps and seconds."""
     optimizer = configure(decoder, RATES, 10**9)["optimizer"]
     random, tokens, step, last = np.random.default_rng(0), 0, 0, []
     clock = time.process_time if decoder.norm.weight.device.type == "cpu" else time.perf_counter
@@ -167,7 +167,7 @@ def train(decoder: Decoder, rows: Rows, budget: Budget, distances: tuple[int, ..
     while (passed := step / budget.steps if budget.steps else (clock() - begin) / budget.seconds) < 1:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * min(1, (step + 1) / RATES.warmup_steps, 2.5 * (1 - passed))
-        distance = int(random.choice(distances)) if step % 2 else distances[0]  # many short rows, which teach sooner
+        distance = int(random.choice(distances)) if step % 2 else distances[0]  # half of the steps use short rows, which teach faster
         ids, places = rows.draw(random, distance, max(1, batch // (2 * rows.shown * ITEM + distance)))
         loss = F.cross_entropy(*scores(decoder, ids, places))
         optimizer.zero_grad()
@@ -180,7 +180,7 @@ def train(decoder: Decoder, rows: Rows, budget: Budget, distances: tuple[int, ..
 
 @torch.inference_mode()
 def accuracy(decoder: Decoder, rows: Rows, distance: int, count: int) -> float:
-    """Share of names of which both pieces are the best ones."""
+    """Share of names with all pieces predicted correctly."""
     random, right = np.random.default_rng(1), []
     for _ in range(0, count, 4):
         found, wanted = scores(decoder, *rows.draw(random, distance, 4))
@@ -190,7 +190,7 @@ def accuracy(decoder: Decoder, rows: Rows, distance: int, count: int) -> float:
 
 @torch.inference_mode()
 def decoding(decoder: Decoder, name: str, length: int, repeats: int) -> tuple[float, int]:
-    """Milliseconds of a step of one row after `length` tokens, all layers without the scores, and bytes of what it keeps."""
+    """Milliseconds per step of one row after `length` tokens, all layers without the logits, and bytes of state."""
     states: list = []
     cache = DynamicCache(config=DeltaRule.config) if name == "gated delta rule" else None
     x = torch.randn(1, max(1, length), WIDTH)
@@ -231,7 +231,7 @@ def decoding(decoder: Decoder, name: str, length: int, repeats: int) -> tuple[fl
 
 @lru_cache(1)
 def opened(folder: Path, shown: int, short: bool) -> tuple[Rows, Rows, Vocabulary]:
-    """Rows to train with, rows that are held out, and their vocabulary."""
+    """Training rows, held-out rows and their vocabulary."""
     tokenizers = {kind: load_tokenizer(ROOT / "tokenizers" / kind) for kind in ("text", "image", "audio")}
     vocabulary = Vocabulary.build(tokenizers)
     held_out = Rows(folder, ("held-out-pictures", "held-out-notes"), vocabulary, tokenizers, shown)
@@ -240,16 +240,16 @@ def opened(folder: Path, shown: int, short: bool) -> tuple[Rows, Rows, Vocabular
 
 def measure(device: str, folder: Path, name: str, shown: int, distances: tuple[int, ...], budget: Budget, batch: int, alone: bool,
             short: bool) -> dict:
-    """Train one layer and ask it; what a step of decoding costs only where it is alone on the CPU."""
+    """Train and evaluate one layer; the cost of a decoding step is measured only if it runs alone on the CPU."""
     rows, held_out, vocabulary = opened(folder, shown, short)
     kernels = None
     if name == "gated delta rule":
         kernels = "flash-linear-attention" if device == "cuda" and find_spec("fla") else "reference"
         if kernels == "reference":
             use_reference()
-    try:  # kernels are compiled before the clock runs
+    try:  # compile kernels before the clock starts
         train(build(name, vocabulary).to(device), rows, Budget(None, 4 if device == "cuda" else 1), distances, batch)
-    except Exception:  # of a compiler, whose errors are of many kinds
+    except Exception:  # compilers raise many kinds of errors
         if kernels != "flash-linear-attention":
             raise
         kernels = "reference, since flash-linear-attention failed: " + traceback.format_exc(limit=-2)

@@ -41,14 +41,14 @@ HELD_OUT = (160, 5000)
 
 
 def prepare(folder: Path) -> None:
-    """Write the shards that are not there yet."""
+    """Write the shards that do not exist yet."""
     for name, files in STREAM.items():
         if not (folder / name / "prepared.json").exists():
             mmtx(["prepare", *(str(STARTER / file) for file in files), "--output", str(folder / name), "--num_workers", "1"])
 
 
 def train(device: str, base: dict, width: int, steps: int, output: Path, data: Path) -> None:
-    """Train one size for a number of steps, unless that is done; `base` is a configuration as it was read."""
+    """Train one size for a number of steps, unless done before; `base` is the parsed configuration."""
     if (output / "model" / CONFIG).is_file():
         return
     shape = base["model"]["init_args"]["decoder"]
@@ -65,18 +65,18 @@ def train(device: str, base: dict, width: int, steps: int, output: Path, data: P
 
 
 def core_seconds(width: int) -> float:
-    """What a step of 2,048 tokens takes one core of an AMD EPYC, about."""
+    """Approximate time of a step of 2,048 tokens on one core of an AMD EPYC."""
     return 0.02 + 4e-4 * width + 4.2e-8 * width ** 3
 
 
 def tell(folder: Path) -> dict:
-    """Print and return what the runs came to."""
+    """Print and return the results of the runs."""
     runs = read_runs(folder)
     result: dict = {"name": "scaling_grid", "date": date.today().isoformat(), "runs": [run._asdict() for run in runs], "foretold": {}}
     for what in runs[0].losses:
         try:
             run, law = held_out(runs, what, RESAMPLES)
-        except InputError as error:  # a deadline left too few
+        except InputError as error:  # the deadline left too few runs
             print(f"scaling_grid: {error}", file=sys.stderr, flush=True)
             break
         told, measured = law.loss(run.parameters, run.tokens), run.losses[what]

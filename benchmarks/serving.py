@@ -64,7 +64,7 @@ def bomb() -> bytes:
 
 
 def judge(status: int, text: str, truth: str | None) -> str:
-    """What an answer counts as; `truth` is the right one, None for a request that must be refused."""
+    """Outcome of an answer; `truth` is the right answer, None for a request that must be refused."""
     if status >= 500:
         return "5xx"
     if status == 429:
@@ -75,7 +75,7 @@ def judge(status: int, text: str, truth: str | None) -> str:
 
 
 class Load:
-    """A server, and what its users found."""
+    """A server, and the outcomes that its users saw."""
 
     def __init__(self):
         self.log = tempfile.TemporaryFile("w+")
@@ -89,8 +89,8 @@ class Load:
         self.counts, self.surprises = Counter(), []
 
     def ask(self, body: bytes) -> tuple[int, str]:
-        """Status and text of an answer, or what it says of its error, over the connection of this thread: the official client would
-        take as much of the machine as the server."""
+        """Status and text of an answer, or its error message, over a connection per thread: the official client would take as much
+        processor time as the server."""
         if not hasattr(self.own, "connection"):
             self.own.connection = HTTPConnection("127.0.0.1", self.port, timeout=120)
         connection = self.own.connection
@@ -106,7 +106,7 @@ class Load:
         if not streamed:
             return 200, json.loads(data)["choices"][0]["message"]["content"]
         *events, done = [line.removeprefix("data: ") for line in data.decode().split("\n\n") if line]
-        if done != "[DONE]":  # an error after the status was sent
+        if done != "[DONE]":  # an error after the status line was sent
             return 500, done
         return 200, "".join(json.loads(event)["choices"][0]["delta"]["content"] for event in events)
 
@@ -117,7 +117,7 @@ class Load:
                 self.surprises.append(f"{time.strftime('%H:%M:%S')} {outcome}: {told[:300]}")
 
     def attack(self, chance: random.Random, good: list) -> None:
-        """Something that must end in a refusal, or in nothing."""
+        """A hostile request, which must be refused or have no effect."""
         kind = chance.randrange(4)
         if kind < 3:
             data = [self.bomb, self.bomb[:200], chance.randbytes(20_000)][kind]
@@ -159,7 +159,7 @@ class Load:
             memory.append(self.memory())
         for user in users:
             user.join()
-        time.sleep(1)  # those who went are noticed
+        time.sleep(1)  # let the server notice closed connections
         p99, middle = quantiles(self.times, n=100)[98], median(self.times)
         return {"users": USERS, "seconds": seconds, "answers": sum(self.counts.values()), **dict(sorted(self.counts.items())),
                 "499 as the server counts": self.counted("499"), "5xx as the server counts": self.counted("5.."),
@@ -168,12 +168,12 @@ class Load:
                 "memory_mb": [round(mark / 2**20, 1) for mark in memory], "growth": round(max(memory) / memory[0] - 1, 4)}
 
     def counted(self, status: str) -> int:
-        """Answers of some status, as /metrics has them."""
+        """Answers with a status, as counted in /metrics."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=60) as answer:
             return sum(map(float, re.findall(rf'^mmtx_responses_total{{.*status="{status}"}} (\S+)$', answer.read().decode(), re.M)))
 
     def logged(self) -> list[str]:
-        """What the server wrote into its log."""
+        """First lines of the server log."""
         self.log.seek(0)
         return self.log.read().splitlines()[:200]
 
@@ -182,12 +182,12 @@ class Load:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
 
     def work(self) -> float:
-        """Seconds of a processor that the server has had, which other programs of the machine do not change."""
+        """Processor time of the server in seconds, which does not depend on other programs."""
         with open(f"/proc/{self.server.pid}/stat") as file:
             return sum(map(int, file.read().rpartition(")")[2].split()[11:13])) / os.sysconf("SC_CLK_TCK")
 
     def rate(self, users: int, asked: list, count: int, **options) -> tuple[float, float]:
-        """Answers a second, and ms of a processor for each."""
+        """Answers per second, and processor time per answer in ms."""
         bodies = [request(one, **options) for one in asked]
         begin, work = time.monotonic(), self.work()
         with ThreadPoolExecutor(users) as pool:

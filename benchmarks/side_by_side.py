@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 DEVICES = "CUDA_VISIBLE_DEVICES"
-CAUTION = 1.5  # cores that share their caches and clock are slower than one alone
+CAUTION = 1.5  # cores that share caches and clock are slower than one alone
 
 
 class Task(NamedTuple):
-    """A call of a function. `cost` are seconds of a core, about, and those of a lower `stage` begin first."""
+    """A function call. `cost` is its approximate core time in seconds; tasks of a lower `stage` start first."""
 
     name: str
     arguments: tuple
@@ -36,18 +36,18 @@ class Done(NamedTuple):
 
 
 def slots(jobs: int, cpu_jobs: int) -> list[str]:
-    """The devices of as many processes: `jobs` on the GPU, or on the CPU where there is none, and `cpu_jobs` more on the CPU."""
+    """One device per process: `jobs` on the GPU, or on the CPU if there is none, and `cpu_jobs` more on the CPU."""
     import torch
 
     return ["cuda" if torch.cuda.is_available() else "cpu"] * jobs + ["cpu"] * cpu_jobs
 
 
 def side_by_side(work: Callable, tasks: list[Task], devices: Sequence[str], seconds: float, logs: Path) -> Iterator[Done]:
-    """Call `work(device, *arguments)` for all tasks, one process for each of `devices` -> what is done, in the order of its end.
+    """Call `work(device, *arguments)` for all tasks, with one process per device -> results in order of completion.
 
-    `work` must be a function of a module. Tasks may be added to the list while it goes on. A GPU takes the dearest, and a CPU the
-    dearest of what it can finish. What fails is told with its traceback, and the others go on; at the deadline what still runs is
-    ended. What runs print goes to files in `logs`.
+    `work` must be a module-level function. Tasks may be appended to the list in the meantime. A GPU takes the most expensive task, a
+    CPU the most expensive that it can finish. A failed task is reported with its traceback, and the others go on; tasks still running
+    at the deadline are ended. Output of the tasks goes to files in `logs`.
     """
     context, deadline = multiprocessing.get_context("spawn"), time.monotonic() + seconds
     logs.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ def side_by_side(work: Callable, tasks: list[Task], devices: Sequence[str], seco
 
 
 def _choose(tasks: list[Task], device: str, seconds: float) -> Task:
-    """What a device does next, which has so many seconds left."""
+    """The next task for a device that has `seconds` left."""
     first = min(task.stage for task in tasks)
     ready = sorted((task for task in tasks if task.stage == first), key=lambda task: task.cost)
     if device == "cpu":
@@ -107,7 +107,7 @@ def _choose(tasks: list[Task], device: str, seconds: float) -> Task:
 
 @contextmanager
 def _environment(**values: str) -> Iterator[None]:
-    """The environment of a process that starts here."""
+    """Environment variables for processes started in this context."""
     kept = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -121,7 +121,7 @@ def _environment(**values: str) -> Iterator[None]:
 
 
 def _serve(work: Callable, device: str, connection: Connection, log: Path) -> None:
-    """What a process does: one task after another, until there are no more."""
+    """Main loop of a process: one task after another, until there are no more."""
     with open(log, "a") as file:
         for number in (1, 2):
             os.dup2(file.fileno(), number)

@@ -24,11 +24,11 @@ import mmtx
 
 DATA = Path(__file__).parents[1] / "demos" / "data" / "starter"
 TARS = ("images-test-unseen-style.tar.gz", "sounds-test-unseen-notes.tar.gz", "speech-test.tar.gz")
-GROWTH = 0.05  # share by which memory may grow after the warm-up
+GROWTH = 0.05  # share by which memory may grow after warm-up
 
 
 def media(count: int) -> list:
-    """Some of each kind, in memory."""
+    """`count` media of each source, in memory."""
     found = []
     for name in TARS:
         with tarfile.open(DATA / name) as tar:
@@ -40,7 +40,7 @@ def media(count: int) -> list:
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory."""
+    """Resident memory of this process in bytes."""
     gc.collect()
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096
@@ -83,7 +83,7 @@ def main() -> None:
                 for _, _piece in zip(range(chance.randrange(4)), stream):
                     pass
                 if chance.random() < 0.5:
-                    stream.close()  # the others are left to the garbage collector
+                    stream.close()  # otherwise left to the garbage collector
             with lock:
                 done += 1
                 if done * 8 % (options.captions + options.streams) < 8:

@@ -58,7 +58,7 @@ TASKS = {"pictures": "image", "notes": "audio", "sentences": "audio"}
 
 
 def task_of(sample: Sample) -> str:
-    """Which task a sample belongs to."""
+    """The task that a sample belongs to."""
     if medium(sample).kind == "image":
         return "pictures"
     return "notes" if "instrument" in sample.metadata else "sentences"
@@ -69,7 +69,7 @@ def medium(sample: Sample) -> Media:
 
 
 class Views:
-    """Media of one task, read once, and changed anew whenever one is asked for."""
+    """Media of one task, read once and augmented anew on each access."""
 
     def __init__(self, samples: Sequence[Sample], repeats: Sequence[int], tokenizers: dict, augment: Callable):
         self.media = [load_media(medium(sample), tokenizers) for sample in samples]
@@ -79,7 +79,7 @@ class Views:
         self.generator = torch.Generator().manual_seed(0)
 
     def batches(self, size: int) -> Iterator[tuple[list[Tensor], list[str]]]:
-        """Media and captions, each epoch in another order."""
+        """Batches of media and captions, in a new order each epoch."""
         while True:
             order = torch.multinomial(self.share, len(self.media), replacement=True, generator=self.generator)
             for chosen in order.split(size):
@@ -87,19 +87,19 @@ class Views:
 
 
 def train(module: nn.Module, minutes: float, batches: Iterator, loss: Callable[..., Tensor], rate: float = 2e-3) -> int:
-    """AdamW with warm-up and linear decay over the minutes, in bfloat16 -> steps taken."""
+    """Train in bfloat16 with AdamW, warm-up and linear decay over `minutes` -> number of steps."""
     return train_groups([{"params": [*module.parameters()], "lr": rate}], module, minutes, batches, loss)
 
 
 def train_groups(groups: Sequence[dict], module: nn.Module, minutes: float, batches: Iterator, loss: Callable[..., Tensor]) -> int:
-    """`train` where groups of parameters have learning rates of their own."""
+    """`train` with a learning rate per group of parameters."""
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     return _run(optimizer, [group["lr"] for group in groups], module, minutes, batches, loss)
 
 
 def _run(optimizer, rates: Sequence[float], module: nn.Module, minutes: float, batches: Iterator, loss: Callable) -> int:
     module.train()
-    start, step = time.process_time(), 0  # of the processor: what else the machine does costs none of them anything
+    start, step = time.process_time(), 0  # processor time: other load on the machine costs none of them anything
     while (passed := (time.process_time() - start) / (60 * minutes)) < 1:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * min(1, (step + 1) / 50) * (1 - passed)
@@ -116,7 +116,7 @@ def _run(optimizer, rates: Sequence[float], module: nn.Module, minutes: float, b
 
 
 class Residual(nn.Module):
-    """Two 3x3 convolutions beside a shortcut (He et al. 2016)."""
+    """Two 3x3 convolutions with a shortcut (He et al. 2016)."""
 
     def __init__(self, channels: int, out: int, stride: int):
         super().__init__()
@@ -130,7 +130,7 @@ class Residual(nn.Module):
 
 
 def convolutions(channels: int, classes: int, widths: Sequence[int] = (32, 64, 128, 192)) -> nn.Sequential:
-    """(B, C, H, W) -> scores (B, classes): a stem, a residual block for each width, and the mean over what is left."""
+    """(B, C, H, W) -> logits (B, classes): a stem, a residual block per width, and global average pooling."""
     layers: list[nn.Module] = [nn.Conv2d(channels, widths[0], 3, 1, 1), nn.BatchNorm2d(widths[0]), nn.ReLU()]
     layers += [Residual(width, out, 2) for width, out in zip((widths[0], *widths), widths)]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], classes)).to(
@@ -138,12 +138,12 @@ def convolutions(channels: int, classes: int, widths: Sequence[int] = (32, 64, 1
 
 
 def to_pixels(media: Sequence[Tensor]) -> Tensor:
-    """uint8 (3, H, W) each -> (B, 3, H, W) in [-1, 1]."""
+    """Images, uint8 (3, H, W) each -> (B, 3, H, W) in [-1, 1]."""
     return (torch.stack(list(media)).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 class LogMel:
-    """Waveforms -> (B, M, F) of about unit size, all cut or filled with silence to the longest."""
+    """Waveforms -> log-mel (B, M, F) of about unit scale, cut or padded with silence to `seconds`."""
 
     def __init__(self, seconds: float):
         self.samples = round(seconds * RATE)
@@ -155,7 +155,7 @@ class LogMel:
 
 
 def resnet(views: Views, held_out: Sequence[Tensor], minutes: float):
-    """A picture -> one of the names of the training data."""
+    """Classify an image as one of the names in the training data."""
     names = sorted(set(views.captions))
     number = {name: i for i, name in enumerate(names)}
     network = convolutions(3, len(names))
@@ -166,7 +166,7 @@ def resnet(views: Views, held_out: Sequence[Tensor], minutes: float):
 
 
 def mel_net(views: Views, held_out: Sequence[Tensor], minutes: float):
-    """A note -> one of the instruments and one of the notes of the training data."""
+    """Classify a note as one of the instruments and one of the notes in the training data."""
     pairs = [caption.rsplit(", ", 1) for caption in views.captions]
     labels = [sorted({pair[i] for pair in pairs}) for i in range(2)]
     numbers = [{name: i for i, name in enumerate(names)} for names in labels]
@@ -183,7 +183,7 @@ def mel_net(views: Views, held_out: Sequence[Tensor], minutes: float):
 
 
 class Classifier(nn.Module):
-    """Pictures (B, 3, H, W) in [-1, 1] -> scores (B, classes), by a pretrained encoder and the mean over places."""
+    """Images (B, 3, H, W) in [-1, 1] -> logits (B, classes): a pretrained encoder and global average pooling."""
 
     def __init__(self, pretrained: PretrainedEncoder, classes: int):
         super().__init__()
@@ -196,7 +196,7 @@ class Classifier(nn.Module):
 
 
 def classifier(pretrained: PretrainedEncoder, rates: tuple[float, float], views: Views, held_out: Sequence[Tensor], minutes: float):
-    """A picture -> one of the names of the training data; the rates are those of the encoder and of what is new."""
+    """Classify an image as one of the names in the training data; `rates` are those of the encoder and of the new layers."""
     names = sorted(set(views.captions))
     number = {name: i for i, name in enumerate(names)}
     network = Classifier(pretrained, len(names))
@@ -208,7 +208,7 @@ def classifier(pretrained: PretrainedEncoder, rates: tuple[float, float], views:
 
 
 class ConvCTC(nn.Module):
-    """Log-mel (B, M, F) -> scores of characters (T, B, classes), T = F / 2 (CTC: Graves et al. 2006)."""
+    """Log-mel (B, M, F) -> logits of characters (T, B, classes), T = F / 2 (CTC: Graves et al. 2006)."""
 
     def __init__(self, classes: int, width: int = 192):
         super().__init__()
@@ -222,7 +222,7 @@ class ConvCTC(nn.Module):
 
 
 def ctc(views: Views, held_out: Sequence[Tensor], minutes: float):
-    """A sentence -> its characters."""
+    """Transcribe a sentence by characters."""
     letters = ["", *sorted(set("".join(views.captions)))]
     number = {letter: i for i, letter in enumerate(letters)}
     network, mel = ConvCTC(len(letters)), LogMel(6)
@@ -244,7 +244,7 @@ def ctc(views: Views, held_out: Sequence[Tensor], minutes: float):
 
 
 def written(network: nn.Module, text, key: str, inputs: Callable, views: Views, held_out, minutes: float, batch: int):
-    """Train a network of transformers that writes captions in our pieces, and let it caption what is held out."""
+    """Train a network of transformers on captions in our text pieces, and caption the held-out media."""
     end = text.size + 1
 
     def labels(captions: list[str]) -> Tensor:
@@ -301,7 +301,7 @@ WAYS = ("codes", "features", "either", "encoder")
 
 
 class EitherDocuments(Documents):
-    """Half of the documents have the features of their media, the others codes alone."""
+    """Half of the documents have the features of their media, the others only codes."""
 
     def render(self, chosen: Sequence[tuple[int, int]]) -> list[Rendered]:
         return [document if np.random.default_rng(pair).random() < 0.5 else document._replace(spans=())
@@ -309,21 +309,21 @@ class EitherDocuments(Documents):
 
 
 def without_features(document: Document) -> Document:
-    """The document with codes alone."""
+    """The document with only codes."""
     return Document(tuple(replace(turn, parts=tuple(replace(part, features=None) if isinstance(part, MediaPart) else part
                                                     for part in turn.parts)) for turn in document.turns))
 
 
 def options_of(path: str) -> tuple[dict, dict]:
-    """What a configuration says of the decoder, and of its data."""
+    """The decoder and data sections of a configuration."""
     whole = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     return whole["model"]["init_args"], whole["data"]["init_args"]
 
 
 def new_decoder(options: dict, vocabulary: Vocabulary, tokenizers: dict, way: str,
                 pretrained: PretrainedEncoder | None = None) -> Decoder:
-    """A decoder that knows nothing, of the shape that a configuration gives; its encoders begin as those of the tokenizers, or
-    that of pictures as a pretrained one."""
+    """A decoder with random weights, of the shape in a configuration; its encoders start from those of the tokenizers, or from a
+    pretrained image encoder."""
     codecs = {kind: tokenizer for kind, tokenizer in tokenizers.items() if kind != "text"}
     composed = tuple(CodeRange(vocabulary.range(kind).start, codec.levels) for kind, codec in codecs.items())
     features = {} if way == "codes" else {kind: codec.feature_width for kind, codec in codecs.items()}
@@ -339,7 +339,7 @@ def new_decoder(options: dict, vocabulary: Vocabulary, tokenizers: dict, way: st
 
 
 def learn(decoder: Decoder, options: dict, batches: PackedBatches, minutes: float, encoder_rate: float | None = None) -> int:
-    """Train a decoder with the optimizer of a configuration -> steps taken; an `encoder_rate` is that of its encoder of pictures."""
+    """Train a decoder with the optimizer of a configuration -> number of steps; `encoder_rate` is that of its image encoder."""
     def loss(*fields) -> Tensor:
         batch = Batch(*fields)
         hidden = decoder(batch.ids, batch.positions, batch.packing, batch.features).flatten(0, 1)[batch.supervised]
@@ -353,9 +353,9 @@ def learn(decoder: Decoder, options: dict, batches: PackedBatches, minutes: floa
 
 def ours(path: str, samples: Sequence[Sample], repeats: Sequence[int], tokenizers: dict, augmentation: Augmentation,
          held_out: Sequence[Sample], minutes: float, way: str = "encoder", pretrained: PretrainedEncoder | None = None):
-    """The decoder of a configuration on these samples alone, given codes, features of the codec's encoder, either, or patches.
+    """Train the decoder of a configuration on these samples alone, from codes, features of the codec's encoder, either, or patches.
 
-    What it says is told by what it is given, where it learnt to take either.
+    If it is trained on either, captions are returned for both kinds of input.
     """
     options, data = options_of(path)
     kind = medium(samples[0]).kind
@@ -384,7 +384,7 @@ def size_of(module: nn.Module) -> int:
 
 
 def figures(task: str, said: Sequence[str], true: Sequence[str]) -> dict[str, float]:
-    """Shares that are right, or the character error rate of sentences."""
+    """Accuracies, or the character error rate of sentences."""
     if task == "sentences":
         errors = sum(edit_distance(a.lower(), b.lower()) for a, b in zip(said, true, strict=True))
         return {"character error rate": errors / sum(map(len, true))}
@@ -407,7 +407,7 @@ def main():
     parser.add_argument("--out", type=Path, help="where the figures go as JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()  # it warns of what `generate` is told here, in every call
+    transformers.logging.set_verbosity_error()  # each call of `generate` warns about its arguments
     tokenizers = {kind: load_tokenizer(find_shipped(f"tokenizers/{kind}")) for kind in ("text", "image", "audio")}
     text, config = tokenizers["text"], read_config(options.config)
     data = yaml.safe_load(Path(options.config).read_text(encoding="utf-8"))["data"]["init_args"]
@@ -430,7 +430,7 @@ def main():
     for task in options.tasks or [task for task in TASKS if any(task_of(s) == task for s in held_out.samples)]:
         pairs = [(s, repeat) for s, repeat in zip(known.samples, known.repeats, strict=True) if task_of(s) == task][:few]
         samples, repeats = map(list, zip(*pairs, strict=True))
-        # The first source that is held out of a task: of pictures the style that was never seen.
+        # The first held-out source of a task: for images, the unseen style.
         tests = next(some for some in by_source(held_out) if task_of(some[0]) == task)[:few]
         true, media = [s.caption for s in tests], [load_media(medium(s), tokenizers) for s in tests]
         runs = {name: lambda run=run: run(Views(samples, repeats, tokenizers, augments[TASKS[task]]), media, minutes)
@@ -458,7 +458,7 @@ def main():
 
 
 def by_source(found: Collected) -> list[list[Sample]]:
-    """The samples of each source, which share a counter."""
+    """Samples grouped by source; those of one source share a counter."""
     groups: dict[int, list[Sample]] = {}
     for sample, counter in zip(found.samples, found.counters, strict=True):
         groups.setdefault(id(counter), []).append(sample)

@@ -30,7 +30,7 @@ from measure import RESULTS, machine, versions
 
 SAMPLES, SHARD, BATCH, WORKERS, OTHER_WORKERS, POINTS = 1000, 50, 4, 2, 3, 20
 EPOCH = SAMPLES // BATCH
-Stream = tuple[Iterator[list[int]], Callable[[], Any]]  # batches, and what says the state behind the last one
+Stream = tuple[Iterator[list[int]], Callable[[], Any]]  # batches, and a function that returns the state after the last one
 
 
 def ours(root: Path, state: Any, skip: int, workers: int) -> Stream:
@@ -66,7 +66,7 @@ def litdata(root: Path, state: Any, skip: int, workers: int) -> Stream:
 
 
 def webdataset(root: Path, state: Any, skip: int, workers: int, seeded: bool = True) -> Stream:
-    """Skips what was read before: there is no state. Not `seeded`, it shuffles as its manual does."""
+    """Has no state to resume from, so it skips what was read before. Unless `seeded`, it shuffles as in its manual."""
     import torch
     from webdataset import WebDataset, detshuffle, shuffle, split_by_worker
 
@@ -88,7 +88,7 @@ def number(index: int) -> int:
 
 
 def make(root: Path) -> None:
-    """The samples in the form of each."""
+    """Write the samples in the format of each library."""
     from litdata import optimize
 
     from mmtx.data.collection import DataSource
@@ -109,15 +109,15 @@ def make(root: Path) -> None:
     prepare(DataSource([str(root / "rows.jsonl")]), {"text": text}, root / "prepared", rows=SHARD)
 
 
-FRESH = multiprocessing.get_context("forkserver")  # or a lock that is held here would be waited for
+FRESH = multiprocessing.get_context("forkserver")  # with fork, a lock held here would block the child
 
 
 def read(name: str, root: Path, state: Any, skip: int, count: int | None, workers: int, told) -> None:
-    """Send `count` batches, or all that are left, and the state behind the last one."""
+    """Send `count` batches, or all that are left, and the state after the last one."""
     batches, state_of = STREAMS[name](root, state, skip, workers)
     try:
         found = list(islice(batches, count)), state_of()
-    except Exception as error:  # of a library that refuses to go on
+    except Exception as error:  # a library that refuses to resume
         found = [], type(error).__name__
     told.send(found)
     told.close()
@@ -125,7 +125,7 @@ def read(name: str, root: Path, state: Any, skip: int, count: int | None, worker
 
 
 def apart(*arguments) -> tuple[list[list[int]], Any]:
-    """The same in a process of its own."""
+    """`read` in its own process."""
     here, there = FRESH.Pipe(duplex=False)
     process = FRESH.Process(target=read, args=(*arguments, there))
     process.start()
@@ -140,7 +140,7 @@ def main() -> None:
     points = sorted(random.Random(0).sample(range(1, 2 * EPOCH - 1), POINTS))
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        os.environ.pop("TQDM_DISABLE", None)  # litdata's progress bar fails without tqdm's
+        os.environ.pop("TQDM_DISABLE", None)  # litdata's progress bar fails if tqdm is disabled
         os.environ |= {"DATA_OPTIMIZER_CACHE_FOLDER": name + "/cache", "DATA_OPTIMIZER_DATA_CACHE_FOLDER": name + "/cached"}
         make(root)
         for stream in STREAMS:

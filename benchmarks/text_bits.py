@@ -29,7 +29,7 @@ STARTER = Path(__file__).parents[1] / "demos" / "data" / "starter"
 
 @torch.inference_mode()
 def decoder_bits(model: Model, samples: Sequence[Sample], texts: Sequence[str]) -> float:
-    """Bits per byte of a decoder over rows of text that fit into 1024 tokens."""
+    """Bits per byte of a decoder on rows of text of at most 1024 tokens."""
     documents = Documents(samples, model.tokenizers, model.vocabulary, max_seq_len=1024)
     if len(documents) < len(samples):
         raise SystemExit(f"{len(samples) - len(documents)} rows are longer than 1024 tokens")

@@ -46,7 +46,7 @@ from mmtx.sequence import Prompt, prompt
 from mmtx.training.memory import keep_memory
 from mmtx.training.optimizer import OptimizerConfig, configure
 
-KINDS = {  # of operations of torch, by what their name holds; the first that fits
+KINDS = {  # of torch operations, by substrings of their names; the first match counts
     "matrix products": ("aten::mm", "aten::bmm", "aten::addmm"),
     "optimizer": ("adamw", "Optimizer"),
     "softmax of losses and attention": ("softmax", "logsumexp", "amax", "gather", "scatter", "_FusedLoss"),
@@ -55,11 +55,11 @@ KINDS = {  # of operations of torch, by what their name holds; the first that fi
 }
 REST = "element by element"
 SPARE = 2 ** 29
-LARGE = 2048  # side of the product that shows the machine's rate
+LARGE = 2048  # side of the matrix product that measures the machine's rate
 
 
 def seconds(run: Callable[[], object], times: int) -> float:
-    """Median of the time that a call takes."""
+    """Median time of a call."""
     run()
     found = []
     for _ in range(times):
@@ -70,7 +70,7 @@ def seconds(run: Callable[[], object], times: int) -> float:
 
 
 def training(shape: str, times: int) -> dict:
-    """Shares of a step, its time, and the rates of products."""
+    """Time of a step, the shares of its parts, and the rates of matrix products."""
     keep_memory()
     sizes, batch, context = TRAINED[shape]
     torch.manual_seed(0)
@@ -86,7 +86,7 @@ def training(shape: str, times: int) -> dict:
         optimizer.zero_grad()
 
     whole = seconds(step, times)
-    torch.ones(SPARE)  # freed at once: what the profiler notes down would else lie where the step expects free memory
+    torch.ones(SPARE)  # freed at once: records of the profiler would otherwise take memory that the step reuses
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True) as profile:
         step()
     spent, flops = dict.fromkeys([*KINDS, REST], 0.0), 0
@@ -109,7 +109,7 @@ def training(shape: str, times: int) -> dict:
 
 @torch.inference_mode()
 def decoding(shape: str, times: int) -> dict:
-    """A step at batch 1, and what it is made of."""
+    """A decoding step at batch 1, and its parts."""
     decoder = random_decoder(DECODERS[shape], "cpu", torch.float32)
     prepack_weights(decoder)
     weights, new = Weights.of(decoder, fixed=True), 64
@@ -129,14 +129,14 @@ def decoding(shape: str, times: int) -> dict:
             going.step(ids)
             screen.candidates(hidden, free)
 
-    layers = row().layers[False]  # of one thread
+    layers = row().layers[False]  # those of one thread
 
     def reading() -> None:
         for layer in layers:
             layer.qkv(), layer.out(), layer.swiglu(), layer.down()
         screen.scores(hidden)
 
-    # The parts in turn, as in use: each alone would find its weights in the cache.
+    # All parts in turn, as in use: a single part repeated would find its weights in the cache.
     whole = (seconds(steps, times) - seconds(row, times)) / new
     read, screened = seconds(reading, 8 * times), screen.packed.numel()
     size = 4 * sum(each.numel() for layer in weights.layers for each in (layer.qkv, layer.out, layer.gate_up, layer.down))
@@ -150,7 +150,7 @@ def decoding(shape: str, times: int) -> dict:
 
 @torch.inference_mode()
 def captions(name: str, times: int, files: int = 2 * BATCH) -> dict:
-    """Milliseconds a file of each stage, alone and in batches."""
+    """Milliseconds per file of each stage, one at a time and in batches."""
     model = mmtx.load(name)
     found: dict = {}
     for kind, source in SOURCES.items():

@@ -25,7 +25,7 @@ from mmtx.model import Decoder
 from mmtx.training.memory import keep_memory
 from mmtx.training.optimizer import OptimizerConfig, configure
 
-# name: sizes, batch, context. Input and output matrix are apart: litgpt cannot share them.
+# name: sizes, batch, context. Input and output matrix are not tied: litgpt cannot tie them.
 SHAPES = {
     "short": (dict(vocabulary_size=512, width=64, depth=2, heads=2, kv_heads=2, head_dim=32, mlp_dim=128), 2, 32),
     "10m": (dict(vocabulary_size=20_000, width=192, depth=4, heads=3, kv_heads=3, head_dim=64, mlp_dim=512), 4, 512),
@@ -74,7 +74,7 @@ class Transformers(nn.Module):
         self.model.load_state_dict(weights)
 
     def forward(self, ids, targets):
-        # `shift_labels` are targets that need no shift.
+        # `shift_labels` are targets already shifted.
         return self.model(ids, labels=targets, shift_labels=targets.contiguous(), use_cache=False).loss
 
 
@@ -113,7 +113,7 @@ CANDIDATES = {"mmtx": Ours, "transformers": Transformers, "litgpt": LitGPT}
 
 
 def train(name: str, shape: str, device: str, precision: str, threads: int, compiled: bool, channel) -> None:
-    """Send the loss of the first step; then, for every number of steps that comes in, take them and send tokens/s."""
+    """Send the loss of the first step; then, for each number of steps received, run them and send tokens/s."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     sizes, batch, context = SHAPES[shape]
@@ -147,7 +147,7 @@ def train(name: str, shape: str, device: str, precision: str, threads: int, comp
 
 
 def measure(shape: str, options: argparse.Namespace) -> None:
-    """Let the candidates take turns at one shape, and report."""
+    """Measure the candidates in turns at one shape, and report."""
     names = [name for name in CANDIDATES if name == "mmtx" or importlib.util.find_spec(name)]
     for name in CANDIDATES.keys() - set(names):
         print(f"{name} cannot be imported: left out")

@@ -47,7 +47,7 @@ class Tuning:
         return engine
 
     def microseconds(self) -> float:
-        """Of the network alone, at 20 to 125 tokens."""
+        """Time of a step of the network alone, at 20 to 125 tokens."""
         try:
             engine = self.engine()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -67,7 +67,7 @@ class Tuning:
             return float("inf")
 
     def choose(self, name: str, read, write, options: list) -> None:
-        """Try options of one setting, and leave the fastest."""
+        """Try options of one setting and keep the fastest."""
         best, kept = self.microseconds(), read()
         found = {str(kept): round(best, 1)}
         for option in options:
@@ -105,7 +105,7 @@ def main() -> None:
         tuning.choose("PART", lambda: f.PART, lambda o: vars(f).update(PART=o), PARTS)
         slots()
         ahead()
-        # What a step costs without one of its kernels.
+        # Cost of a step without one of its kernels.
         for name in ("_attend", "_norm_linear", "_norm_swiglu", "_linear_add"):
             kept = getattr(f, name)
             setattr(f, name, type("Nothing", (), {"__getitem__": lambda self, grid: lambda *a, **k: None})())

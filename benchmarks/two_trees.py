@@ -23,7 +23,7 @@ STARTER = ROOT / "demos" / "data" / "starter"
 
 
 def answer() -> None:
-    """Do each piece of work that is asked for -> its seconds, until nothing more is asked."""
+    """Run each piece of work requested on stdin and print its seconds, until stdin ends."""
     import resource
 
     import torch
@@ -81,7 +81,7 @@ def main() -> None:
         return json.loads(processes[tree].stdout.readline())
 
     names = {tree: ask(tree, "what is there") for tree in processes}[options.before][2]
-    for tree in processes:  # the first time of each says nothing
+    for tree in processes:  # warm-up
         for name in names:
             ask(tree, name)
     seconds: dict[tuple[str, str], list[float]] = {(tree, name): [] for tree in processes for name in names}

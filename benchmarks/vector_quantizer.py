@@ -35,10 +35,10 @@ ALIVE = dict(use_cosine_sim=True, kmeans_init=True, threshold_ema_dead_code=2)
 
 
 class Coder(nn.Module):
-    """The network with a quantizer: grids of patches (B, h, w, P) -> their reconstruction, codes, a loss of its own."""
+    """The network with a quantizer: grids of patches (B, h, w, P) -> reconstruction, codes and the quantizer's own loss."""
 
     def __init__(self, tokenizer: ImageTokenizer, dim: int | None = None, **options):
-        """`dim` numbers a code of a vector quantizer; by default the quantizer of the tokenizer."""
+        """`dim` is the width of a vector quantizer's codes; by default the quantizer of the tokenizer is used."""
         super().__init__()
         self.network: PatchAutoencoder = tokenizer.network
         self.vector = None
@@ -60,7 +60,7 @@ class Coder(nn.Module):
 
 
 class Run:
-    """One way and the processor time that it has used, in seconds."""
+    """One variant and the processor time that it has used, in seconds."""
 
     def __init__(self, make, config: dict, values: ImageConfig):
         torch.manual_seed(config["seed_everything"])
@@ -72,7 +72,7 @@ class Run:
         self.clip, self.seconds, self.steps = TRAINER["gradient_clip_val"], 0.0, 0
 
     def step(self, grid: Tensor, budget: float) -> None:
-        """The schedule goes by time, since the ways make different numbers of steps."""
+        """One training step. The schedule follows time, since the variants make different numbers of steps."""
         start = time.process_time()
         factor = min((self.steps + 1) / self.warmup, max(0.0, 1 - self.seconds / budget))
         for group in self.optimizer.param_groups:
@@ -88,7 +88,7 @@ class Run:
 
     @torch.no_grad()
     def figures(self, pictures: list[Tensor]) -> tuple[float, float]:
-        """PSNR in dB and share of the codebook in use on held-out pictures."""
+        """PSNR in dB and share of the codebook in use, on held-out images."""
         self.coder.eval()
         psnr, used = [], set()
         for first in range(0, len(pictures), 64):

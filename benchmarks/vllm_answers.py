@@ -38,7 +38,7 @@ if __name__ == "__main__":
 
 
 def requests_of(model: mmtx.Model, kinds: list[str], count: int) -> list[dict]:
-    """For each prompt and kind of answer: its ids, which may be written and how many, and what mmtx writes."""
+    """For each prompt and kind of answer: prompt ids, allowed ids, maximum length, and the answer of mmtx."""
     remote, found = RemoteModel(model.decoder, model.vocabulary, model.tokenizers), []
     for out in kinds:
         prefix = model._size_prefix(out, None) or ([] if out == "text" else [model.vocabulary.opening(out)])

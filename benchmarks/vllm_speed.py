@@ -28,7 +28,7 @@ from mmtx.grammar import Grammar
 from mmtx.inference.row import prepack_weights
 from mmtx.vocabulary import SLOTS, Entry, Vocabulary
 
-BARS = {1: 1.0, 16: 1.5}  # those of llama.cpp
+BARS = {1: 1.0, 16: 1.5}  # as for llama.cpp
 BEFORE, NEW = 32, {1: 64, 16: 24}
 ENGINE = """
 import json, os, sys, time
@@ -54,7 +54,7 @@ if __name__ == "__main__":
 
 
 class VLLM:
-    """vLLM in a process of its own."""
+    """vLLM in its own process."""
 
     def __init__(self, python: str, folder: Path, dtype: str, threads: int):
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -64,7 +64,7 @@ class VLLM:
         assert self.process.stdout.readline() == "ready\n", "vLLM did not start"
 
     def write(self, prompts: list[list[int]], new: int) -> tuple[float, list[list[int]]]:
-        """Seconds that `new` ids took behind the first, and all of them."""
+        """Seconds for `new` ids after the first, and all ids."""
         self.process.stdin.write(json.dumps([prompts, new]) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())

@@ -29,7 +29,7 @@ from mmtx.training.checkpoint import newest
 
 
 def full_disk(root: Path) -> list[str]:
-    """Write a second checkpoint with room for ten different shares of it -> what each was told; none if there is no such disk."""
+    """Write a second checkpoint with room for ten different shares of it -> the errors; empty if no such disk can be mounted."""
     root.mkdir()
     size = test.write(root, 1).stat().st_size
     mount = ["mount", "-t", "tmpfs", "-o", f"size={3 * size}", "tmpfs", root]

@@ -1,10 +1,10 @@
-"""Captions of several words, from what the starter data tell of a sample: a part of build_starter.py that is built on demand.
+"""Captions of several words, made from the metadata of the starter data: a part of build_starter.py that is built on demand.
 
     python build_starter.py --work WORKDIR --out OUTDIR --only descriptions
 
-Writes each shard of pictures and notes that is shipped as OUTDIR/described/NAME, the same samples with one more field,
-"description": "outline drawing of a red apple", "a low cello note". A source reads it as its captions where it says
-`fields: {caption: description}`; what is shipped stays as it is.
+Writes each shipped shard of images and notes as OUTDIR/described/NAME, with the same samples and one more field, "description":
+"outline drawing of a red apple", "a low cello note". A source with `fields: {caption: description}` reads this field as the caption.
+The shipped shards are not changed.
 """
 import json
 import re
@@ -26,7 +26,7 @@ NO_ARTICLE = re.compile(r"^(cooked rice|shaved ice|sushi|spaghetti|bread|bacon|s
 
 
 def with_article(name, group):
-    """"red apple" -> "a red apple"; names of many things, of stuff and of signs stay as they are."""
+    """"red apple" -> "a red apple"; plurals, mass nouns and names of signs stay as they are."""
     head = re.split(r" with | in | on | of | and |:", name)[0]
     plural = head.endswith("s") and not re.search(r"(ss|us|is)$", head) or re.match(r"(people|men|women)\b", name)
     only_one = re.match(r"(sun|moon|earth|mount|full|new)\b", name)
@@ -36,7 +36,7 @@ def with_article(name, group):
 
 
 def describe(meta):
-    """What a caption of several words says of a picture or a note, from its other fields."""
+    """A caption of several words for an image or a note, from its other fields."""
     if "style" in meta:
         return f"{MANNERS[meta['style']]} of {with_article(meta['caption'], meta['group'])}"
     low, high = (int(edge) for edge in INSTRUMENTS[meta["midi_program"]][1:])

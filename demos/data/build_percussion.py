@@ -1,8 +1,8 @@
 """Drums, small percussion and other short sounds with names: a part of build_starter.py.
 
-The drum kits and sound effects of the soundfonts that the notes come from, by the names that General MIDI gives their keys, and
-recordings of Sonic Pi. Kept for tests: some takes of each name that has enough of them (takes that sound alike stay on one side),
-and all of the soundfont that the notes are only tested with.
+The drum kits and sound effects of the soundfonts that the notes come from, named as in the key map of General MIDI, and recordings of
+Sonic Pi. Held out for testing: some takes of each name with enough of them (takes that sound alike stay on the same side of the
+split), and takes of the soundfont that is also held out for notes.
 """
 import collections
 import random
@@ -12,7 +12,7 @@ from build_starter import DEB as NOTES
 from build_starter import MORE_SOUNDFONTS, RATE, SEED, UNSEEN_SOUNDFONT, Player, encode_ogg, write_tar
 
 DEB = [*(name for name in NOTES if "soundfont" in name), "sonic-pi-samples"]
-KEYS = {  # of channel 10 of General MIDI; near variants share a name
+KEYS = {  # keys of channel 10 of General MIDI; similar variants share a name
     "a bass drum": (35, 36), "a side stick": (37,), "a snare drum": (38, 40), "a hand clap": (39,), "a low tom": (41, 43, 45),
     "a closed hi-hat": (42,), "a pedal hi-hat": (44,), "an open hi-hat": (46,), "a mid tom": (47, 48), "a crash cymbal": (49, 57),
     "a high tom": (50,), "a ride cymbal": (51, 59), "a chinese cymbal": (52,), "a ride bell": (53,), "a tambourine": (54,),
@@ -26,7 +26,7 @@ EFFECTS = {"a taiko drum": 116, "a melodic tom": 117, "a synth drum": 118, "a re
            "breath noise": 121, "a seashore": 122, "a bird tweet": 123, "a telephone ring": 124, "a helicopter": 125,
            "applause": 126, "a gunshot": 127}
 EFFECT_KEYS = (48, 55, 60, 67)
-RECORDINGS = {  # of Sonic Pi: beginnings of the names of its files
+RECORDINGS = {  # of Sonic Pi: prefixes of its file names
     "a bass drum": ("bd_", "drum_bass", "drum_heavy_kick", "elec_hollow_kick", "elec_soft_kick"),
     "a snare drum": ("sn_", "drum_snare", "elec_snare", "elec_hi_snare", "elec_lo_snare", "elec_mid_snare", "elec_filt_snare"),
     "a closed hi-hat": ("drum_cymbal_closed",), "an open hi-hat": ("drum_cymbal_open",), "a pedal hi-hat": ("drum_cymbal_pedal",),
@@ -38,11 +38,11 @@ RECORDINGS = {  # of Sonic Pi: beginnings of the names of its files
     "a beep": ("elec_beep", "elec_blip", "elec_ping"), "a robot": ("mehackit_robot", "glitch_robot"),
     "a telephone": ("mehackit_phone",), "a record scratch": ("vinyl_scratch",),
     "a record rewinding": ("vinyl_rewind", "vinyl_backspin")}
-SECONDS, ALIKE, MOST = 1.5, 0.9, 12  # MOST takes of one name in training from soundfonts
+SECONDS, ALIKE, MOST = 1.5, 0.9, 12  # MOST: training takes per name, tripled where there are recordings
 
 
 def finish(wave):
-    """Cut behind the last sound that is within 50 dB of the loudest, at most SECONDS; faded out, peak 0.7."""
+    """Trimmed to what is within 50 dB of the peak, at most SECONDS; faded out, peak 0.7."""
     peak = np.abs(wave).max()
     if peak < 1e-3:
         return None
@@ -93,7 +93,7 @@ def takes_of_recordings(work):
 
 
 def groups_of(takes):
-    """Lists of takes that sound alike: the first half second correlates by ALIKE or more with that of another of the group."""
+    """Groups of takes that sound alike: the first half second correlates with that of another take of the group by at least ALIKE."""
     starts = [np.pad(wave[:RATE // 2], (0, max(0, RATE // 2 - len(wave)))) for *_, wave in takes]
     unit = np.stack([start / np.linalg.norm(start) for start in starts])
     alike, group = np.abs(unit @ unit.T) >= ALIKE, list(range(len(takes)))
@@ -121,7 +121,7 @@ def build_percussion(work, out):
         groups = groups_of(takes)
         random.Random(f"{SEED} {name}").shuffle(groups)
         held = len(groups) // 4 if len(groups) >= 4 else 0
-        test += [group[0] for group in groups[:held][:4]]       # one of those that sound alike is enough
+        test += [group[0] for group in groups[:held][:4]]       # one take of a group is enough
         train += [group[0] for group in groups[held:]][:MOST if name not in RECORDINGS else 3 * MOST]
     random.Random(SEED).shuffle(train)
     shown, others = {take[0] for take in train}, collections.defaultdict(list)

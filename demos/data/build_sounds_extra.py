@@ -1,11 +1,11 @@
-"""Many more notes to train on than are shipped: a part of build_starter.py that is built on demand.
+"""Many more training notes than are shipped: a part of build_starter.py that is built on demand.
 
     python build_starter.py --work WORKDIR --out OUTDIR --only sounds_extra
 
-Nearly every pitch of every instrument, from the soundfonts that are trained on already and from four further sources, at several
-loudnesses and lengths; more than half of the clips as a room, a loudspeaker or a microphone would change them. The names are those
-of the notes that are shipped, no pitch of `sounds-test-unseen-notes` is used of its instrument in any source, and sf_GMbank stays
-the soundfont that nothing is trained on. A clip is a pure function of its source, instrument, pitch and take.
+Nearly every pitch of every instrument, from the soundfonts already used for training and from four further sources, at several
+loudnesses and durations; more than half of the clips are altered as by a room, a loudspeaker or a microphone. The names are those of
+the shipped notes. A pitch of `sounds-test-unseen-notes` is not used for its instrument from any source, and sf_GMbank stays the
+held-out soundfont. A clip is a pure function of its source, instrument, pitch and take.
 """
 import functools
 import multiprocessing
@@ -24,19 +24,19 @@ SOUNDFONTS = {
     "fluid": "fluid-soundfont-gm/usr/share/sounds/sf2/FluidR3_GM.sf2", **MORE_SOUNDFONTS,
     "generaluser": "minuet-data/usr/share/minuet/soundfonts/GeneralUser-v1.47.sf2",
     "a320u": "denemo-data/usr/share/sounds/sf2/A320U.sf2"}
-# Takes of each pitch; below one: that share of the pitches. The sound card of OPL-3 is the least like an instrument.
+# Takes per pitch; below one: the share of pitches that is used. OPL-3, a sound card, sounds least like instruments.
 TAKES = {"fluid": 0.85, "musescore": 0.85, "generaluser": 1, "a320u": 1, "freepats": 1, "salamander": 2, "opl3": 0.3}
-# By General MIDI programs: where a source plays another pitch than it is asked for (told by autocorrelation), ...
+# General MIDI programs to leave out: those where a source plays another pitch than requested (detected by autocorrelation), ...
 OTHER_PITCH = {"a320u": {14, 90, 96}, "generaluser": {98}, "musescore": {98}, "opl3": {101, 102, 112}}
-# ... and where it has the recordings of sf_GMbank, which is only tested with: the same samples to the bit, or one of three notes
-# correlates with it by 0.96 or half of them by 0.9 (no instrument of Fluid R3, which is of other origin, does).
+# ... and those where it shares recordings with sf_GMbank, which is held out: samples identical to the bit, or one of three notes
+# correlates by 0.96 or half of them by 0.9 (no instrument of Fluid R3, which has another origin, does).
 AS_UNSEEN = {"a320u": {5, 6, 7, 8, 9, 10, 16, 17, 19, 20, 23, 26, 31, 35, 38, 39, 47, 52, 57, 58, 74, 91, 94, 101, 102, 108, 110,
                        111},
              "generaluser": {31, 34, 53, 79, 101, 108, 111}, "freepats": {75, 79}}
 VELOCITIES = (50, 64, 80, 100, 120)
-SECONDS = (0.9, 1.2, 1.5, 1.5)      # a note is let go 0.3 s before its end
+SECONDS = (0.9, 1.2, 1.5, 1.5)      # the key is released 0.3 s before the end
 PLAIN = 0.4                         # the share of clips without effects
-FINE = 3 * RATE                     # notes are played at 48 kHz
+FINE = 3 * RATE                     # notes are rendered at 48 kHz
 PER_SHARD = 1800
 
 
@@ -44,11 +44,11 @@ PER_SHARD = 1800
 def read_patch(path):
     """The recordings of a Gravis Ultrasound patch: [(fields of its header, float32 samples)]; little endian throughout."""
     data, found = path.read_bytes(), []
-    at = 239                                               # behind the headers of the file, the instrument and the layer
+    at = 239                                               # after the headers of file, instrument and layer
     for _ in range(data[198]):
         length, start, end, rate, low, high, root, _, _, rates, levels, _, mode = struct.unpack_from("<3IH3IHB6s6s6sB", data, at + 8)
         wave = np.frombuffer(data, "<i2" if mode & 1 else "i1", length // (1 + (mode & 1)), at + 96)
-        if mode & 2:                                       # unsigned: the sign bit the other way round
+        if mode & 2:                                       # unsigned: flip the sign bit
             wave = wave ^ np.array(-1 << (8 * wave.itemsize - 1), wave.dtype)
         head = {"rate": rate, "low": low / 1000, "high": high / 1000, "root": root / 1000, "mode": mode, "rates": rates,
                 "levels": levels, "start": start // wave.itemsize, "end": end // wave.itemsize}
@@ -66,7 +66,7 @@ def read_recording(path):
 
 
 class PatchPlayer:
-    """Plays notes of Gravis Ultrasound patches (.pat), the format of FreePats: one file an instrument, several recordings in it."""
+    """Plays notes of Gravis Ultrasound patches (.pat), the format of FreePats: one file per instrument, with several recordings."""
 
     def __init__(self, folder):
         self.paths = {int(path.name[:3]): path for path in sorted(folder.rglob("Tone_000/*.pat"))}
@@ -84,7 +84,7 @@ class PatchPlayer:
         need = int(count * step) + 2
         if head["mode"] & 4 and head["end"] > head["start"]:
             loop = wave[head["start"]:head["end"]]
-            if head["mode"] & 8:                           # there and back
+            if head["mode"] & 8:                           # ping-pong loop
                 loop = np.concatenate([loop, loop[::-1]])
             wave = np.concatenate([wave[:head["start"]], np.resize(loop, max(len(loop), need))])
         played = np.interp(np.arange(count) * step, np.arange(len(wave)), wave, right=0.0)
@@ -92,12 +92,12 @@ class PatchPlayer:
 
     @staticmethod
     def envelope(head, count, held):
-        """Amplitudes: six straight lines of the logarithm of loudness, the third level kept while the key is down."""
+        """Amplitude envelope: six segments, linear in log amplitude; the third level is held while the key is down."""
         if not head["mode"] & 64:
             return np.minimum(1, np.exp(-np.maximum(0, np.arange(count) - held) / (0.05 * FINE)))
         level, volume, at = 0.0, np.zeros(count), 0
         for stage, (rate, offset) in enumerate(zip(head["rates"], head["levels"])):
-            if stage == 3 and head["mode"] & 32:           # sustained until the key is let go
+            if stage == 3 and head["mode"] & 32:           # sustained until the key is released
                 volume[at:held], at = level, max(at, held)
             speed = max(1, rate & 63) * 8 ** (3 - (rate >> 6)) * 0.02103 / FINE
             target = offset / 255
@@ -130,7 +130,7 @@ class RecordedPlayer:
         return played * np.exp(-np.maximum(0, at / FINE - hold) / 0.08)
 
 
-@functools.lru_cache(1)             # the largest is 150 MB, so one at a time in each process
+@functools.lru_cache(1)             # the largest is 150 MB, so each process keeps one at a time
 def player_of(work, source):
     if source == "freepats":
         return PatchPlayer(work / "deb/freepats")
@@ -140,7 +140,7 @@ def player_of(work, source):
 
 
 def keys_of(source, program):
-    """The pitches that a source plays of an instrument: none that the test of unseen notes holds out of it."""
+    """The pitches of an instrument that a source plays, without those held out in the test of unseen notes."""
     if program in OTHER_PITCH.get(source, set()) | AS_UNSEEN.get(source, set()):
         return []
     held = choose_notes(program)[1]
@@ -150,22 +150,22 @@ def keys_of(source, program):
     return sorted(random.Random(f"{SEED} extra {source} {program}").sample(keys, round(TAKES[source] * len(keys))))
 
 
-# ---------------------------------------------------------------- what the world does to a sound
+# ---------------------------------------------------------------- effects of room, loudspeaker and microphone
 
 def room(wave, rng):
-    """The sound in a room: echoes that die away, 60 dB in 0.15 to 0.9 s; the further away, the more of them."""
+    """Reverberation of a room: decays by 60 dB in 0.15 to 0.9 s; the more distant the source, the more of it."""
     from scipy.signal import fftconvolve
     seconds = rng.uniform(0.15, 0.9)
     at = np.arange(int(seconds * RATE)) / RATE
     tail = rng.standard_normal(len(at)) * 10 ** (-3 * at / seconds)
-    tail[:int(rng.uniform(0.002, 0.015) * RATE)] = 0        # until the first wall
+    tail[:int(rng.uniform(0.002, 0.015) * RATE)] = 0        # before the first reflection
     echoes = fftconvolve(wave, tail)[:len(wave)]
     scale = np.sqrt(np.mean(wave ** 2) / max(np.mean(echoes ** 2), 1e-12))
     return wave + rng.uniform(0.15, 1.0) * scale * echoes
 
 
 def equalizer(wave, rng):
-    """Two to four bands of an octave or two raised or lowered by up to 8 dB."""
+    """Two to four bands, each an octave or two wide, boosted or cut by up to 8 dB."""
     spectrum, hertz = np.fft.rfft(wave, 2 * len(wave)), np.fft.rfftfreq(2 * len(wave), 1 / RATE)
     octave, gain = np.log2(np.maximum(hertz, 20)), np.zeros(len(hertz))
     for _ in range(rng.integers(2, 5)):
@@ -174,7 +174,7 @@ def equalizer(wave, rng):
 
 
 def narrow(wave, rng):
-    """Nothing above 2.5 to 6.5 kHz, and sometimes little below 100 to 250 Hz: a telephone, a small loudspeaker, a wall."""
+    """Low-pass at 2.5 to 6.5 kHz, sometimes with a high-pass at 100 to 250 Hz: a telephone, a small loudspeaker, a wall."""
     from scipy.signal import butter, sosfilt
     wave = sosfilt(butter(2, rng.uniform(2500, 6500), "lowpass", fs=RATE, output="sos"), wave)
     if rng.random() < 0.4:
@@ -183,7 +183,7 @@ def narrow(wave, rng):
 
 
 def noise(wave, rng):
-    """Noise of any colour between white and brown, 18 to 45 dB below the loudest quarter second."""
+    """Adds noise of a colour between white and brown, 18 to 45 dB below the loudest quarter second."""
     spectrum = np.fft.rfft(rng.standard_normal(len(wave)))
     spectrum /= np.maximum(1, np.arange(len(spectrum))) ** rng.uniform(0, 1)
     hiss = np.fft.irfft(spectrum, len(wave))
@@ -191,7 +191,7 @@ def noise(wave, rng):
     return wave + hiss * np.sqrt(loud / np.mean(hiss ** 2)) * 10 ** (-rng.uniform(18, 45) / 20)
 
 
-EFFECTS = {"equalizer": (equalizer, 0.6), "narrow": (narrow, 0.3), "room": (room, 0.6), "noise": (noise, 0.3)}  # and how often
+EFFECTS = {"equalizer": (equalizer, 0.6), "narrow": (narrow, 0.3), "room": (room, 0.6), "noise": (noise, 0.3)}  # with probabilities
 
 
 def changed(wave, rng):
@@ -201,14 +201,14 @@ def changed(wave, rng):
         if rng.random() < share:
             wave = effect(wave, rng)
             names.append(name)
-    if rng.random() < 0.4:                                 # it does not begin at once
+    if rng.random() < 0.4:                                 # leading silence
         wave = np.concatenate([np.zeros(int(rng.uniform(0.01, 0.15) * RATE)), wave])[:len(wave)]
         names.append("late")
     return wave, names
 
 
 def extra_note(player, source, program, key, take):
-    """One sample, or None where the source is silent at that pitch."""
+    """One sample, or None if the source is silent at this pitch."""
     from scipy.signal import resample_poly
     identity = f"{source}-{program:03d}-{key:03d}-{take}"
     choose = random.Random(f"{SEED} extra {identity}")

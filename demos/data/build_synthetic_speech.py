@@ -2,9 +2,9 @@
 
     python build_starter.py --work WORKDIR --out OUTDIR --only synthetic_speech --speech-hours 10
 
-Three engines speak what WordNet gives as examples of words, and names of pictures. Clip i of the training part is the same for
-every length asked for, so that the part that is shipped is the beginning of hours of it. Two voices and a twentieth of the
-sentences are kept for tests, whatever the length.
+Three speech synthesizers read usage examples of WordNet and names of images. Training clip i is the same for any requested length,
+so that the shipped clips are the beginning of any longer set. Two voices and a twentieth of the sentences are held out for testing,
+whatever the length.
 """
 import collections
 import hashlib
@@ -23,7 +23,7 @@ import numpy as np
 from build_starter import RATE, SEED, encode_ogg, write_shards, write_tar
 
 DEB = ["wordnet-base"]
-# The engines with what they need beside what every Debian has: packages, unpacked into one folder.
+# Packages of the synthesizers and those of their dependencies that not every Debian has, unpacked into one folder.
 ENGINES = ["espeak-ng", "espeak-ng-data", "libespeak-ng1", "libsonic0", "libpcaudio0", "flite", "libflite1", "festival",
            "libestools2.5", "festlex-cmu", "festlex-poslex", "festvox-kallpc16k", "festvox-kdlpc16k", "festvox-us-slt-hts",
            "libasound2", "libgomp1",
@@ -40,12 +40,12 @@ class Voice(NamedTuple):
 
 
 RECORDED = [Voice("flite", "kal16"), Voice("flite", "rms"), Voice("flite", "slt"), Voice("festival", "kal_diphone"),
-            Voice("festival", "ked_diphone"), Voice("festival", "cmu_us_slt_arctic_hts")]  # made of recordings of people
+            Voice("festival", "ked_diphone"), Voice("festival", "cmu_us_slt_arctic_hts")]  # built from recordings of people
 FORMANTS = [Voice("espeak-ng", name) for name in (
     "en-us", "en-us+f2", "en-us+m3", "en-us+f4", "en-us+m7", "en-us+steph", "en-us+max", "en-us+edward", "en-us+linda", "en-us+adam",
     "en-us+Andrea", "en-us+klatt3", "en-us-nyc+m2", "en-us-nyc+f1", "en-gb", "en-gb+f3", "en-gb+m1", "en-gb+victor",
     "en-gb+belinda", "en-gb-x-rp+f5", "en-gb-x-rp+m8", "en-gb-x-gbclan+m4", "en-gb-x-gbcwmd+m6", "en-029+m5")]
-# Neither the speaker nor the accent is heard in training; slt and kal are two voices each of one speaker, so both are known.
+# Neither speaker nor accent occurs in training. slt and kal are one speaker each in two voices, so training covers both speakers.
 UNSEEN_VOICES = [Voice("flite", "awb"), Voice("espeak-ng", "en-gb-scotland+Annie")]
 SHIPPED_HOURS, TEST_CLIPS, PER_SHARD = 0.5, 150, 750
 COMMON_WORDS, SECONDS = 3000, (0.5, 6.0)
@@ -58,7 +58,7 @@ def words(text):
 
 
 def wordnet_examples(work):
-    """Examples of three to ten words without figures, abbreviations or marks, which engines would read as they like."""
+    """Examples of three to ten words without digits, abbreviations or symbols, which each synthesizer would read differently."""
     found = set()
     for part in ("noun", "verb", "adj", "adv"):
         path = work / "deb/wordnet-base/usr/share/wordnet" / f"data.{part}"
@@ -72,7 +72,7 @@ def wordnet_examples(work):
 
 
 def picture_names(out):
-    """Names of two or three words of pictures that are trained on, built before this part or shipped beside this file."""
+    """Names of training images with two or three words, built before this part or shipped next to this file."""
     names = set()
     shards = sorted(out.glob("images-train-*.tar.gz")) or sorted(Path(__file__).parent.glob("starter/images-train-*.tar.gz"))
     for path in shards:
@@ -82,12 +82,12 @@ def picture_names(out):
 
 
 def is_test(text):
-    """A twentieth of the sentences, chosen by their words alone: the same whatever else there is."""
+    """Whether a sentence is in the held-out twentieth: depends on its words alone, so other data do not change the split."""
     return hashlib.sha256(" ".join(words(text)).encode()).digest()[0] % 20 == 0
 
 
 def choose_sentences(examples, names):
-    """(training sentences in order, candidates for tests), both without words that are rare among the examples."""
+    """(training sentences in order, candidates for tests), examples with rare words left out."""
     uses = collections.Counter(word for text in examples for word in set(words(text)))
     common = set(sorted(uses, key=lambda word: (-uses[word], word))[:COMMON_WORDS])
     kept = {" ".join(words(text)): text for text in examples if common.issuperset(words(text))}
@@ -99,14 +99,14 @@ def choose_sentences(examples, names):
 
 
 def training_clip(number, sentences):
-    """Sentence, voice and manner of clip `number`; half of the clips are by voices that are made of recordings."""
+    """Sentence, voice, tempo and pitch of clip `number`; half of the clips use voices built from recordings."""
     rng = random.Random(f"{SEED} speech {number}")
     voice = rng.choice(RECORDED if rng.random() < 0.5 else FORMANTS)
     return sentences[number % len(sentences)], voice, rng.choice((0.88, 1.0, 1.0, 1.15)), rng.choice((40, 50, 60))
 
 
 def speak(clips, work):
-    """[(text, voice, stretch, pitch)] -> waves at RATE: peak 0.7, silence at both ends cut to 50 ms."""
+    """[(text, voice, stretch, pitch)] -> waves at RATE: peak 0.7, silence at both ends trimmed to 50 ms."""
     import soundfile
     from scipy.signal import resample_poly
     root = work / "deb/speech-engines"
@@ -143,7 +143,7 @@ def speak(clips, work):
 
 
 def _samples(arguments):
-    """[(key, clip)] -> samples, without those that are too long or too short."""
+    """[(key, clip)] -> samples; clips that are too long or too short are dropped."""
     clips, work = arguments
     samples = []
     for (key, (text, voice, _, _)), wave in zip(clips, speak([clip for _, clip in clips], work)):
@@ -167,7 +167,7 @@ def build_synthetic_speech(work, out, hours=SHIPPED_HOURS):
                 if seconds < 3600 * hours:
                     samples.append(sample)
                     seconds += sample[3]["seconds"]
-        # Every word of a test is heard in the part that is shipped, which is the beginning of all longer ones.
+        # Every word of a test sentence occurs in the shipped clips, which are the beginning of any longer set.
         heard, passed = set(), 0.0
         for sample in samples:
             passed += sample[3]["seconds"]

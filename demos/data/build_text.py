@@ -1,8 +1,7 @@
 """Prose and definitions as plain text: a part of build_starter.py.
 
-Three of Jane Austen's novels, which are in the public domain, with a tenth of their chapters kept for tests, the beginning of a
-fourth novel as another test, and definitions of things from WordNet. Rows are `{"text": ..., "source": ...}`, of
-definitions only "text".
+Three of Jane Austen's novels (public domain), with a tenth of the chapters held out for testing, the beginning of a fourth novel as
+another test, and definitions of things from WordNet. Rows are `{"text": ..., "source": ...}`; those of definitions have only "text".
 """
 import hashlib
 import json
@@ -11,14 +10,14 @@ import struct
 import zlib
 
 DEB = ["wordnet-base", "r-cran-janeaustenr"]
-NOVELS = ["emma", "mansfieldpark", "northangerabbey", "persuasion", "prideprejudice", "sensesensibility"]  # as they lie
+NOVELS = ["emma", "mansfieldpark", "northangerabbey", "persuasion", "prideprejudice", "sensesensibility"]  # in file order
 TRAIN, UNSEEN = {"prideprejudice": "Pride and Prejudice", "northangerabbey": "Northanger Abbey", "emma": "Emma"}, "persuasion"
-UNSEEN_CHARACTERS, MOST = 120_000, 1000  # of the unseen novel, and of one row
-THINGS = {"05", "06", "08", "13", "17", "19", "20"}  # files of WordNet: animal, artifact, body, food, object, phenomenon, plant
+UNSEEN_CHARACTERS, MOST = 120_000, 1000  # characters of the unseen novel, and of one row
+THINGS = {"05", "06", "08", "13", "17", "19", "20"}  # WordNet's files of animal, artifact, body, food, object, phenomenon, plant
 
 
 def read_novels(work):
-    """{name: lines}: an R package keeps each as a compressed vector of strings, one behind the other."""
+    """{name: lines}: the R package stores each novel as a compressed string vector, one after another."""
     data = (work / "deb/r-cran-janeaustenr/usr/lib/R/site-library/janeaustenr/data/Rdata.rdb").read_bytes()
     novels = {}
     for name in NOVELS:
@@ -31,7 +30,7 @@ def read_novels(work):
 
 
 def read_strings(data):
-    """The strings of a character vector in R's binary format, version 3: flags and a length before each."""
+    """The strings of a character vector in R's binary format, version 3: each is preceded by flags and its length."""
     at = 18 + struct.unpack(">I", data[14:18])[0]
     kind, count = struct.unpack(">II", data[at:at + 8])
     assert data[:2] == b"X\n" and kind & 255 == 16, "not a character vector of R"
@@ -44,7 +43,7 @@ def read_strings(data):
 
 
 def chapters(lines):
-    """[[paragraph, ...], ...]: what stands before the first heading is left out, headings and marks of emphasis as well."""
+    """[[paragraph, ...], ...]: without the text before the first heading, headings and emphasis marks."""
     parts = []
     for paragraph in "\n".join(line.strip() for line in lines).split("\n\n"):
         text = " ".join(paragraph.replace("_", "").split())
@@ -56,7 +55,7 @@ def chapters(lines):
 
 
 def rows_of(paragraphs, source):
-    """Paragraphs -> rows of at most MOST characters: several short paragraphs together, long ones cut behind a sentence."""
+    """Paragraphs -> rows of at most MOST characters: short paragraphs are joined, long ones split after a sentence."""
     rows = []
     for paragraph in paragraphs:
         for piece in re.findall(rf"(?s).{{1,{MOST}}}(?:(?<=[.!?\"]) |$)|.{{1,{MOST}}}(?: |$)", paragraph):
@@ -68,7 +67,7 @@ def rows_of(paragraphs, source):
 
 
 def definitions(work):
-    """What things are, as in "apple: fruit with red or yellow or green skin ...", without the examples of use."""
+    """Definitions, such as "apple: fruit with red or yellow or green skin ...", without usage examples."""
     rows = []
     for line in (work / "deb/wordnet-base/usr/share/wordnet/data.noun").read_text(encoding="latin-1").splitlines():
         head, bar, gloss = line.partition(" | ")

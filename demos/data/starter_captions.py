@@ -1,5 +1,5 @@
-"""What captions of the starter data say field by field: `reader` of its sources in configs/, for `mmtx evaluate`; and its sounds
-in several pitches: `variants` of its sources.
+"""Functions for the sources of the starter data in configs/: `reader` functions split captions into fields for `mmtx evaluate`, and
+`variants` functions transpose sounds and add questions about the kind of an image.
 
     mmtx evaluate demos/data/starter/images-test-unseen-style.tar.gz --reader demos/data/starter_captions.py:names \
         --train demos/data/starter/images-train-*.tar.gz
@@ -27,7 +27,7 @@ WHAT_KIND, WHAT = "What kind of thing is it?", "And what is it?"
 
 
 def names(train: Sequence[Mapping]) -> FieldReader:
-    """Names of pictures: the group and subgroup that a caption has in training; an unknown one has neither."""
+    """Names of images, with the group and subgroup of the name in the training data; an unknown name has neither."""
     known: dict[str, Mapping] = {}
     for item in train:
         if not all(field in item for field in NAME_FIELDS):
@@ -44,7 +44,7 @@ def names(train: Sequence[Mapping]) -> FieldReader:
 
 
 def notes(train: Sequence[Mapping]) -> FieldReader:
-    """Notes, as in "trumpet, D sharp 4": instrument, note, and the family that the instrument has in training."""
+    """Notes, such as "trumpet, D sharp 4": instrument, note, and the family of the instrument in the training data."""
     families: dict[str, str] = {}
     for item in train:
         if "instrument" not in item or "family" not in item:
@@ -55,7 +55,7 @@ def notes(train: Sequence[Mapping]) -> FieldReader:
 
     def read(caption: str) -> Mapping:
         instrument, comma, note = caption.rpartition(", ")
-        if not comma:  # without a note the whole text may still name the instrument
+        if not comma:  # without a note, the whole text may still be an instrument
             instrument, note = caption, None
         family = families.get(instrument)
         found = {"caption": caption, "instrument": instrument, "note": note, "family": family}
@@ -66,15 +66,15 @@ def notes(train: Sequence[Mapping]) -> FieldReader:
 
 
 def transposed(sample: Sample) -> list[Sample]:
-    """A sound as it is, and up to three semitones lower and higher, played slower and faster: that is how a soundfont plays more
-    notes than were recorded. The caption of a note tells the new one; other captions stay."""
+    """A sound as it is, and transposed by up to three semitones down and up by playing it slower and faster, as a soundfont plays
+    notes that were not recorded. The caption of a note is changed to the new note; other captions stay."""
     return [_moved(sample, semitones, lambda sound, semitones: sound.perturb_speed(2 ** (semitones / 12))) for semitones in SEMITONES]
 
 
 def neighbours(sample: Sample) -> list[Sample]:
-    """A note of `sounds-train`, and up to three semitones lower and higher where its instrument has no note that is nearer.
+    """A note of `sounds-train`, and transposed by up to three semitones to each pitch for which it is the instrument's nearest note.
 
-    It is as long as before, and as loud at each moment: played slower or faster, a note is heard as another instrument's.
+    Duration and loudness envelope are kept: played slower or faster, a note sounds like another instrument.
     """
     instrument, note = sample.metadata["instrument"], sample.metadata["midi_note"]
     near = [semitones for semitones in SEMITONES
@@ -84,7 +84,7 @@ def neighbours(sample: Sample) -> list[Sample]:
 
 @lru_cache
 def _notes() -> Mapping[str, list[int]]:
-    """The notes that each instrument has in `sounds-train`, as MIDI counts them."""
+    """The MIDI note numbers of each instrument in `sounds-train`."""
     found = defaultdict(list)
     for sample in read_source(DataSource([str(Path(__file__).with_name("starter") / "sounds-train-*.tar.gz")])):
         found[sample.metadata["instrument"]].append(sample.metadata["midi_note"])
@@ -92,7 +92,7 @@ def _notes() -> Mapping[str, list[int]]:
 
 
 def _moved(sample: Sample, semitones: int, move: Callable[[Media, float], Media]) -> Sample:
-    """A sound that `move` makes higher by `semitones`; 0 leaves it alone."""
+    """A sound transposed up by `semitones` with `move`; 0 leaves it as it is."""
     if semitones == 0:
         return sample
     facts, caption = dict(sample.metadata), sample.caption
@@ -111,16 +111,17 @@ def _moved(sample: Sample, semitones: int, move: Callable[[Media, float], Media]
 
 
 def with_kinds(sample: Sample) -> list[Sample]:
-    """A picture as it is, and once more where its kind is asked for before its name (`kinds`).
+    """An image as it is, and once more with a question about its kind before that about its name (`kinds`).
 
-    It is told without the name, so what looks alike in kind is to look alike to the model, things that it has no name for too.
+    The kind is answered before the name is known, so that the model learns visual features of kinds, which also fit things that it
+    has no name for.
     """
     return [sample, *(replace(asked, turns=(*asked.turns, SampleTurn("user", (Text(WHAT),)), sample.turns[1]))
                       for asked in kinds(sample) if asked is not sample)]
 
 
 def kinds(sample: Sample) -> list[Sample]:
-    """A picture with the question what kind of thing it is, answered by its group and subgroup: "objects, medical"."""
+    """An image with a question about its kind, answered by its group and subgroup: "objects, medical"."""
     if not all(field in sample.metadata for field in KIND_FIELDS) or [turn.role for turn in sample.turns] != ["user", "assistant"]:
         return [sample]
     asked = SampleTurn("user", (*sample.turns[0].parts, Text(WHAT_KIND)))
@@ -133,7 +134,7 @@ def kind_of(facts: Mapping) -> str:
 
 
 def kind_reader(train: Sequence[Mapping]) -> FieldReader:
-    """Kinds, as `kinds` asks for them: group and subgroup, as training has them."""
+    """Kinds, as answered in `kinds`: group and subgroup, as in the training data."""
     told = [item for item in train if all(field in item for field in KIND_FIELDS)]
     known = {kind_of(item): {field: item[field] for field in KIND_FIELDS} for item in told}
     groups = {facts["group"].replace("-", " "): {"group": facts["group"]} for facts in known.values()}
