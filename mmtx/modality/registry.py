@@ -30,8 +30,8 @@ class Modality:
             numbers. "steps": any number of time steps of `bands` codes each.
         tokenizers: the word `kind` in a tokenizer's config.json -> its class, a `Tokenizer`.
         read: ``(tokenizer, data, name, **options)`` -> the medium as the tokenizer takes it. `data` is the bytes of a file, or an
-            object passed to the Python API; errors call it `name`, which may be None for objects. Options are `start`, `seconds`
-            and `speed` if `cuts`.
+            object passed to the Python API; errors call it `name`, which may be None for objects. Options are `start`, `seconds`,
+            `speed` and `semitones` if `cuts`.
         show: (tokenizer, codes) -> what the Python API returns; if that has a method `save(path)`, `mmtx generate --file` can
             write it. By default the result of `decode` as an array.
         picture: (tokenizer, codes) -> uint8 (3, H, W) to show in samples of a run; None: it cannot be shown.
