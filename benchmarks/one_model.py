@@ -27,7 +27,7 @@ from generated import generate, in_tune, originals, pixel_features
 from specialists import by_source, figures, learn, medium, new_decoder, options_of, size_of, task_of
 
 from mmtx.data.augment import AudioAugmentation, ImageAugmentation
-from mmtx.data.collection import read_config, read_sources, turned_round
+from mmtx.data.collection import read_config, read_sources, swap_turns
 from mmtx.data.corpus import Corpus
 from mmtx.data.documents import Documents
 from mmtx.data.packing import PackedBatches
@@ -67,7 +67,7 @@ def tasks_of(path: str, few: int | None) -> dict[str, Task]:
     drawn = [s for s in found["name pictures"].train if few or s.metadata["style"] == STYLE]
     played = [s for s in found["name notes"].train if medium(s).speed == 1]
     for task, samples in (("draw", drawn), ("play", played)):
-        found[task] = Task([turned_round(s) for s in samples], [1] * len(samples), samples)
+        found[task] = Task([swap_turns(s) for s in samples], [1] * len(samples), samples)
     return found
 
 

@@ -31,18 +31,18 @@ from mmtx.model import Decoder, rotary_embedding
 from mmtx.sequence import Prompt, gather_features
 from mmtx.vocabulary import Vocabulary
 
-MOST_WEIGHTS = 2 ** 28  # of all layers and heads: 1 GiB
-PLOTTED = 12            # words in a plot
+MAX_WEIGHTS = 2 ** 28   # of all layers and heads: 1 GiB
+MAX_PLOTTED_WORDS = 12
 
 
 def attention_weights(decoder: Decoder, ids: Tensor, features: Mapping[str, Features] | None = None) -> Tensor:
     """Ids of a stream (T,) -> attention weights (L, H, T, T) of queries (third axis) over keys (last axis).
 
-    Raises InputError if they would be more than `MOST_WEIGHTS`.
+    Raises InputError if they would be more than `MAX_WEIGHTS`.
     """
     c, length = decoder.config, len(ids)
-    if (count := c.depth * c.heads * length ** 2) > MOST_WEIGHTS:
-        raise InputError(f"attention: found {length} tokens, so {count} weights, expected up to {MOST_WEIGHTS}")
+    if (count := c.depth * c.heads * length ** 2) > MAX_WEIGHTS:
+        raise InputError(f"attention: found {length} tokens, so {count} weights, expected up to {MAX_WEIGHTS}")
     x, found = decoder.embed(ids[None], features), []
     angles = rotary_embedding(torch.arange(length, device=ids.device)[None], c.head_dim, c.rope_theta, c.rope_scaling)
     later = torch.ones(length, length, dtype=torch.bool, device=ids.device).triu(1)
@@ -55,7 +55,7 @@ def attention_weights(decoder: Decoder, ids: Tensor, features: Mapping[str, Feat
     return torch.stack(found)
 
 
-class Stretch(NamedTuple):
+class MediaSpan(NamedTuple):
     """A picture or sound in the stream: positions of its codes, their grid, and an image to draw heat maps on, if any."""
 
     kind: str
@@ -86,7 +86,7 @@ class AttentionMaps:
     weights: Tensor                # (L, H, T, T) on the CPU
     labels: tuple[str, ...]        # of each position
     words: tuple[Word, ...]        # of the answer
-    media: tuple[Stretch, ...]     # pictures and sounds
+    media: tuple[MediaSpan, ...]   # pictures and sounds
 
     def rollout(self) -> Tensor:
         """Attention rollout (T, T): the share of each input (last axis) in each final hidden state.
@@ -107,13 +107,13 @@ class AttentionMaps:
         weights = self.weights if layer is None else self.weights[layer:layer + 1]
         return (weights if head is None else weights[:, head:head + 1]).mean((0, 1))
 
-    def heat(self, word: Word, medium: Stretch, layer: int | None = None, head: int | None = None,
+    def heat(self, word: Word, medium: MediaSpan, layer: int | None = None, head: int | None = None,
              rollout: bool = False) -> np.ndarray:
         """Attention to a picture (h, w) or sound (t, b), averaged over the positions that predicted a word of the answer.
 
         Without `layer` or `head` it averages over all; `rollout` replaces the weights. Raises InputError.
         """
-        for name, given, kind in (("word", word, Word), ("medium", medium, Stretch)):
+        for name, given, kind in (("word", word, Word), ("medium", medium, MediaSpan)):
             if not isinstance(given, kind):
                 found = type(given).__name__ if isinstance(given, tuple) else f"{given!r:.40}"
                 raise InputError(f"{name}: found {found}, expected one of `{'words' if kind is Word else 'media'}`")
@@ -136,8 +136,8 @@ class AttentionMaps:
              places: Iterable[int] | None = None) -> None:
         """Write heat maps as an image file, with a column per word of the answer and a row per picture or sound.
 
-        Without media it draws the matrix of weights between all pieces, or those at some `places`. Needs matplotlib. Raises
-        InputError.
+        Without media, or with `places`, it draws the matrix of weights between all pieces, or those at these places. Needs
+        matplotlib. Raises InputError.
         """
         try:
             from matplotlib.figure import Figure
@@ -145,8 +145,8 @@ class AttentionMaps:
             raise InputError('plots need matplotlib: pip install "mmtx[plot]"') from None
         if not isinstance(path, (str, os.PathLike)) and not hasattr(path, "write"):
             raise InputError(f"path: found {type(path).__name__}, expected the name of a file")
-        words, chosen = self.words[:PLOTTED], self._places("places", range(len(self.labels)) if places is None else places)
-        if self.media and words:
+        words, chosen = self.words[:MAX_PLOTTED_WORDS], self._places("places", range(len(self.labels)) if places is None else places)
+        if places is None and self.media and words:
             figure = Figure((1.8 * len(words) + 0.4, 2.1 * len(self.media)), layout="constrained")
             axes = figure.subplots(len(self.media), len(words), squeeze=False)
             for line, medium in zip(axes, self.media):
@@ -173,7 +173,7 @@ def _plain(text: str) -> str:
     return text.strip().replace("$", r"\$") or "_"
 
 
-def _draw(axis: Any, heat: np.ndarray, medium: Stretch) -> None:
+def _draw(axis: Any, heat: np.ndarray, medium: MediaSpan) -> None:
     """Draw a heat map over its medium; time runs to the right, pitch upwards."""
     heat = medium.upright(heat)
     options = {"extent": (0, heat.shape[1], 0, heat.shape[0]), "aspect": "auto" if medium.kind == "audio" else "equal"}
@@ -211,7 +211,7 @@ def _words(labels: Sequence[str], first: int) -> list[list[int]]:
     return words
 
 
-def _media(ids: Sequence[int], vocabulary: Vocabulary, tokenizers: Mapping[str, Tokenizer]) -> tuple[Stretch, ...]:
+def _media(ids: Sequence[int], vocabulary: Vocabulary, tokenizers: Mapping[str, Tokenizer]) -> tuple[MediaSpan, ...]:
     """The media of a stream: runs of codes of one kind, between their tags."""
     media, place = [], 0
     for kind in vocabulary.media:
@@ -224,7 +224,7 @@ def _media(ids: Sequence[int], vocabulary: Vocabulary, tokenizers: Mapping[str, 
                 bands = vocabulary.bands(kind)
                 grid = (ids[place - 2] - vocabulary.height(1) + 1, -1) if bands is None else (-1, bands)
                 local = vocabulary.to_local(kind, ids[place:stop]).reshape(grid)
-                media.append(Stretch(kind, range(place, stop), local.shape, _shown(tokenizers[kind], local)))
+                media.append(MediaSpan(kind, range(place, stop), local.shape, _shown(tokenizers[kind], local)))
             place = stop + 1
         place = 0
     return tuple(sorted(media, key=lambda medium: medium.places.start))

@@ -12,9 +12,9 @@ from mmtx.data.trust import is_url
 from mmtx.errors import InputError
 from mmtx.inference.sampling import Sampling
 from mmtx.modality.registry import media_kinds
-from mmtx.pipeline import Model, each
+from mmtx.pipeline import Model, iterate
 
-TOGETHER = 64  # files per call of the model: each thread of a CPU gets a batch, and captions appear as they come
+FILES_PER_CALL = 64  # files per call of the model: each thread of a CPU gets a batch, and captions appear as they come
 
 
 Answer = Callable[[list[str], int], list[str]]  # files, and the index of the first among all -> an answer for each
@@ -33,7 +33,7 @@ def find_media(names: str | Path | Sequence[str | Path], kind: str | None = None
     kinds = media_kinds() if kind is None else (kind,)
     if kind is not None and kind not in media_kinds():
         raise InputError(f"kind: found {kind!r:.40}, expected one of {', '.join(media_kinds())}")
-    for name in map(str, [names] if isinstance(names, (str, Path)) else each(names, "name")):
+    for name in map(str, [names] if isinstance(names, (str, Path)) else iterate(names, "name")):
         path = Path(name)
         try:
             if not name:
@@ -82,10 +82,10 @@ def transcribe_files(model: Model, files: Iterable[str | InputError], **options:
 def _answer_files(files: Iterable[str | InputError], answer: Answer) -> Iterator[Captioned]:
     waiting: list[str] = []
     first = 0  # index of the first waiting file
-    for place, found in enumerate(each(files, "file")):
+    for place, found in enumerate(iterate(files, "file")):
         if not isinstance(found, InputError):
             waiting.append(found)
-            if len(waiting) < TOGETHER:
+            if len(waiting) < FILES_PER_CALL:
                 continue
         yield from _answers(answer, waiting, first)
         waiting, first = [], place + 1

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from mmtx import __version__, limit_openmp_spin
 from mmtx.commands import caption, convert, evaluate, export, generate, inspect, plan, prepare, report, serve, tokens, transcribe
-from mmtx.commands.arguments import tell
+from mmtx.commands.arguments import print_error
 from mmtx.errors import InputError
 from mmtx.modality.registry import load_plugin
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         _run(arguments)
     except InputError as error:
-        tell(error)
+        print_error(error)
         sys.exit(2)
     except KeyboardInterrupt:
         print("mmtx: interrupted", file=sys.stderr)

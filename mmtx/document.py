@@ -3,6 +3,7 @@
 Shapes: T pieces of a text, h rows and w columns of codes (for a sound, time steps and bands), D width of features.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,9 +23,15 @@ class Part:
     field: ClassVar[str] = "codes"
 
     def __post_init__(self):
-        array = np.array(self.array, np.int64)  # a copy, so that freezing it leaves the caller's array alone
+        try:
+            array = np.array(self.array)  # a copy, so that freezing it leaves the caller's array alone
+        except ValueError:
+            raise InputError(f"{self.kind} part: found rows of different lengths, expected {self.ndim} dimensions") from None
         if array.ndim != self.ndim:
             raise InputError(f"{self.kind} part: found shape {array.shape}, expected {self.ndim} dimensions")
+        if array.dtype.kind not in "iu" and not (array.dtype.kind == "f" and (array == np.rint(array)).all()):
+            raise InputError(f"{self.kind} part: found {array.dtype}, expected whole numbers")
+        array = array.astype(np.int64, copy=False)
         array.flags.writeable = False
         object.__setattr__(self, self.field, array)
 
@@ -59,6 +66,12 @@ class MediaPart(Part):
     features: Tensor | None = None
     ndim: ClassVar[int] = 2
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.features is not None and tuple(self.features.shape[:2]) != self.codes.shape:
+            raise InputError(f"{self.kind} part: found features of shape {tuple(self.features.shape)}, expected "
+                             f"({', '.join(map(str, self.codes.shape))}, D) as its codes")
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -74,7 +87,9 @@ class Turn:
         if self.role not in ROLES:
             raise InputError(f"turn: found role {self.role!r}, expected 'user', 'assistant' or None")
         merged: list[Part] = []
-        for part in self.parts:
+        for part in _items(self.parts, "turn", "parts"):
+            if not hasattr(part, "kind"):
+                raise InputError(f"turn: found a part of type {type(part).__name__}, expected TextPart or MediaPart")
             if isinstance(part, TextPart) and merged and isinstance(merged[-1], TextPart):
                 part = TextPart(np.concatenate([merged.pop().ids, part.ids]))
             if not isinstance(part, TextPart) or part.ids.size:
@@ -90,9 +105,17 @@ class Document:
 
     def __post_init__(self):
         merged: list[Turn] = []
-        for turn in self.turns:
+        for turn in _items(self.turns, "document", "turns"):
+            if not isinstance(turn, Turn):
+                raise InputError(f"document: found a turn of type {type(turn).__name__}, expected Turn")
             if turn.role is None and merged and merged[-1].role is None:
                 turn = Turn(None, merged.pop().parts + turn.parts)
             if turn.role is not None or turn.parts:
                 merged.append(turn)
         object.__setattr__(self, "turns", tuple(merged))
+
+
+def _items(given: Any, owner: str, name: str) -> Iterable[Any]:
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise InputError(f"{owner}: found {type(given).__name__}, expected a tuple of {name}")
+    return given

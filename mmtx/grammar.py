@@ -128,7 +128,7 @@ class Grammar:
             if name not in starts:
                 raise InputError(f"out: found {name!r}, expected one of {', '.join(starts)}")
         if len(outs) != batch:
-            raise InputError(f"out: found {len(outs)} kinds, expected {batch}, one a row")
+            raise InputError(f"out: found {len(outs)} kinds, expected {batch}, one per row")
         phase = torch.tensor([starts[name] for name in outs], dtype=torch.int64, device=device)
         self._on(phase.device)  # copy the tables now, not in the first decode step
         text = set(outs) <= {"text"}

@@ -16,7 +16,7 @@ import torch
 from PIL import Image as PILImage
 
 from mmtx.data.formats import AUDIO_FORMATS, IMAGE_FORMATS
-from mmtx.data.media import OPENED, Sampled
+from mmtx.data.media import PIL_LOCK, Sampled
 from mmtx.data.sample import kind_of, suffix
 from mmtx.data.sound_files import MAX_CHANNELS, RATES
 from mmtx.data.storage import display, open_binary
@@ -26,11 +26,11 @@ from mmtx.files import write_whole
 from mmtx.modality.base import Tokenizer
 from mmtx.modality.registry import MODALITIES, media_kinds
 
-THIN = 32         # times as long as wide: not a picture
-WRITTEN = 2 ** 16  # samples passed to libsndfile at a time: its Vorbis encoder crashes on some millions
+MIN_SOUND_ASPECT = 32   # times as long as wide: not a picture
+WRITE_CHUNK = 2 ** 16   # samples passed to libsndfile at a time: its Vorbis encoder crashes on some millions
 
 
-class Marked:
+class BaseMedium:
     """An object marked as a medium of some kind."""
 
     kind: str
@@ -42,7 +42,7 @@ class Marked:
 
 
 @dataclass(frozen=True)
-class Medium(Marked):
+class Medium(BaseMedium):
     """Marks a path, a URL, or any object that the modality reads, as a medium of the given kind."""
 
     kind: str
@@ -54,7 +54,7 @@ class Medium(Marked):
 
 
 @dataclass(frozen=True)
-class Image(Marked):
+class Image(BaseMedium):
     """Marks an object as a picture: a path, URL, PIL image, uint8 or float array (H, W, C) or tensor (C, H, W)."""
 
     data: Any
@@ -62,7 +62,7 @@ class Image(Marked):
 
 
 @dataclass(frozen=True)
-class Audio(Marked):
+class Audio(BaseMedium):
     """Marks an object as a sound: a path, URL, or samples (S,) or (S, C) at `rate` Hz (None: the model's rate)."""
 
     data: Any
@@ -78,7 +78,7 @@ class Audio(Marked):
 
 
 @dataclass(frozen=True, eq=False)
-class ReadMedium(Marked):
+class ReadMedium(BaseMedium):
     """A medium decoded and resized for its tokenizer, but not encoded yet; `Model.read_medium` returns it."""
 
     kind: str
@@ -119,8 +119,8 @@ class Sound(NamedTuple):
             raise InputError(f"samples: found {channels} channels in shape {samples.shape}, expected numbers (S,) or (S, C)")
         try:
             with soundfile.SoundFile(file, "w", int(self.rate), channels, format=form[1:]) as sink:
-                for first in range(0, len(samples), WRITTEN):
-                    sink.write(samples[first:first + WRITTEN])
+                for first in range(0, len(samples), WRITE_CHUNK):
+                    sink.write(samples[first:first + WRITE_CHUNK])
             write_whole(Path(os.path.realpath(path)), file.getvalue())  # a link stays a link
         except (OSError, RuntimeError, TypeError, ValueError) as error:  # soundfile's errors differ in where they keep the reason
             reason = getattr(error, "strerror", None) or getattr(error, "error_string", None) or error
@@ -130,9 +130,9 @@ class Sound(NamedTuple):
 Media = str | PILImage.Image | Sound | Any  # Any: what further modalities show
 
 
-def as_medium(item: Any) -> Marked:
+def as_medium(item: Any) -> BaseMedium:
     """Mark an object by its type, shape or content, unless it is marked already. Raises InputError if that is unclear."""
-    if isinstance(item, Marked):
+    if isinstance(item, BaseMedium):
         return item
     if isinstance(item, Sound):
         return Audio(item.samples, item.rate)
@@ -140,8 +140,8 @@ def as_medium(item: Any) -> Marked:
         return Image(item)
     if isinstance(item, (np.ndarray, torch.Tensor)):
         if could_be_sound(item):
-            raise InputError(f"{type(item).__name__} of shape {tuple(item.shape)}: a sound or a picture? Expected it in "
-                             "mmtx.Audio(...) or mmtx.Image(...)")
+            raise InputError(f"{type(item).__name__} of shape {tuple(item.shape)}, which may be a sound or a picture; expected "
+                             "it in mmtx.Audio(...) or mmtx.Image(...)")
         return Audio(item) if item.ndim == 1 else Image(item)
     if isinstance(item, (str, Path)):
         with open_binary(str(item)) as file:
@@ -165,12 +165,12 @@ def could_be_sound(item: np.ndarray | torch.Tensor) -> bool:
     if coloured and item.dtype in (np.uint8, torch.uint8):
         return False
     *_, short, long = sorted(item.shape)
-    return 0 < short <= MAX_CHANNELS and long >= THIN * short
+    return 0 < short <= MAX_CHANNELS and long >= MIN_SOUND_ASPECT * short
 
 
 def check_open(picture: PILImage.Image) -> None:
     """Raise InputError if a PIL image's file was closed before its pixels were read."""
-    with OPENED:
+    with PIL_LOCK:
         if getattr(picture, "fp", None) is None:  # all pixels are read, or no more can be
             try:
                 picture.load()

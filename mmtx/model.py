@@ -91,12 +91,12 @@ class Attention(nn.Module):
         x: Tensor,                                  # (B, T, D)
         angles: tuple[Tensor, Tensor],              # (B, T, K) each
         packing: Packing | None = None,
-        look: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        attention_fn: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:                                    # (B, T, D)
-        """`look` replaces causal attention, for another mask or a KV cache: queries, keys and values -> (B, T, H, K)."""
+        """`attention_fn` replaces causal attention, for another mask or a KV cache: queries, keys and values -> (B, T, H, K)."""
         query, key, value = self.heads(x, angles)
-        if look is not None:
-            y = look(query, key, value)
+        if attention_fn is not None:
+            y = attention_fn(query, key, value)
         elif packing is not None:
             assert self.config.causal, "packed attention needs a causal block"
             y = attend_documents(query, key, value, packing)
@@ -134,8 +134,8 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], packing: Packing | None = None,
-                look: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), angles, packing, look)
+                attention_fn: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), angles, packing, attention_fn)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 

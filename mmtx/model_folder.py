@@ -39,21 +39,22 @@ def read_model(folder: str | Path | None) -> ModelParts:
     tokenizers = {kind: load_tokenizer(folder / kind) for kind in vocabulary.kinds}
     vocabulary.check(tokenizers)
     if config.vocabulary_size != vocabulary.size:
-        raise InputError(f"{folder}: the decoder has {config.vocabulary_size} ids, its vocabulary {vocabulary.size}")
+        raise InputError(f"{folder}: the decoder has {config.vocabulary_size} ids, but its vocabulary {vocabulary.size}")
     for part in config.composed:
         if (part.start, part.levels) not in [(entry.start, entry.levels) for entry in vocabulary.entries]:
-            raise InputError(f"{folder}: the decoder composes ids from {part.start} on of other digits than its vocabulary")
+            raise InputError(f"{folder}: the decoder composes ids from {part.start} on from other FSQ levels than its vocabulary has")
     for kind, width in config.features.items():
         if kind not in MODALITIES:
             raise unknown(kind, folder / CONFIG)
         if kind not in config.encoders and width != (found := getattr(tokenizers.get(kind), "feature_width", 0)):
-            raise InputError(f"{folder}: the decoder takes features of {kind} of width {width}, its tokenizer gives {found}")
+            raise InputError(f"{folder}: the decoder takes features of {kind} of width {width}, but its tokenizer gives {found}")
     for kind, encoder in config.encoders.items():
         if kind not in tokenizers:
-            raise InputError(f"{folder}: the decoder has an encoder of {kind}, its vocabulary no such ids")
+            raise InputError(f"{folder}: the decoder has an encoder for {kind}, but its vocabulary has no {kind} ids")
         given = media_tokenizer(tokenizers, kind).encoder_config
         if encoder.patch != (found := given.patch if given else 0):
-            raise InputError(f"{folder}: the decoder takes patches of {kind} of {encoder.patch} numbers, its tokenizer gives {found}")
+            raise InputError(f"{folder}: the decoder takes patches of {kind} of {encoder.patch} values, "
+                             f"but its tokenizer gives {found}")
     return ModelParts(config, vocabulary, tokenizers, folder)
 
 

@@ -10,7 +10,6 @@ Shapes: C channels, H height, W width, S samples.
 """
 
 import math
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,7 +40,7 @@ from mmtx.inference.row import prepack_weights
 from mmtx.inference.sampling import Sampling
 from mmtx.inference.transcription import cut_at_pauses, transcribe
 from mmtx.inference.weights import Weights
-from mmtx.medium import Audio, Marked, Media, ReadMedium, Sound, as_medium, check_open, to_array, to_sound
+from mmtx.medium import Audio, BaseMedium, Media, ReadMedium, Sound, as_medium, check_open, to_array, to_sound
 from mmtx.modality.base import Encoding, Tokenizer, load_tokenizer, media_tokenizer
 from mmtx.modality.encoder import build_encoder
 from mmtx.modality.registry import MODALITIES, media_kinds
@@ -205,7 +204,7 @@ class Model:
             raise InputError(f"start_index: found {start_index!r:.100}, expected a whole number, 0 or more")
         if not _is_list(media):
             return self.caption([media], start_index=start_index, **sampling)[0]
-        parts = self.encode_parts(self._as_list(media, as_medium), codes=False)
+        parts = self.encode_parts(self._map_numbered(media, as_medium), codes=False)
         documents = [Document((Turn("user", (part,)),)) for part in parts]
         return self._answer_texts(documents, Sampling.of(**sampling), start_index)
 
@@ -235,7 +234,7 @@ class Model:
         if not _is_list(sounds):
             return self.transcribe([sounds], chunk_length_s=chunk_length_s)[0]
         within("chunk_length_s", chunk_length_s, 0.1, MAX_SECONDS)
-        media = self._as_list(sounds, as_medium)
+        media = self._map_numbered(sounds, as_medium)
         tokenizer: Any = self.tokenizers.get("audio")
         said: list[list[str]] = [[] for _ in media]
         held: list[tuple[int, torch.Tensor]] = []  # pieces, each with the index of its sound
@@ -275,7 +274,7 @@ class Model:
     def _check_transcribes(self) -> None:
         if not self.transcribes:
             raise InputError("this model does not transcribe: found ctc_blocks null in its config.json, expected a number, which "
-                             "training with model.ctc leaves there; demos/speech has one")
+                             "training with model.ctc sets; demos/speech is a model that transcribes")
 
     def _answer_texts(self, documents: Sequence[Document], sampling: Sampling, first: int = 0) -> list[str]:
         answers = self._answer([prompt(document, self.vocabulary) for document in documents], "text", sampling, first=first)
@@ -312,12 +311,13 @@ class Model:
 
         Args:
             parts: text (str), pictures and sounds (`Path`, PIL image, array, tensor, `Image`, `Audio`), or a list of them.
-            out: "text", "image" or "audio"; with "any" the model chooses.
+            out: "text", "image" or "audio"; with "any" the model chooses. With "document" there is no question and no answer:
+                the parts are the beginning of a plain document, as in training data of text alone, and the model goes on with it.
             size: height and width of a picture in pixels, multiples of the tokenizer's patch; by default the tokenizer's size.
             **sampling: fields of `Sampling`; greedy by default.
 
         Returns:
-            str, PIL image or `Sound`; for "any" a list of these.
+            str, PIL image or `Sound`; for "any" and "document" a list of these.
         """
         return self.generate_batch([parts], out, size, **sampling)[0]
 
@@ -325,9 +325,10 @@ class Model:
     def generate_batch(self, prompts: Iterable[Any], out: str = "text", size: tuple[int, int] | None = None,
                        **sampling: Any) -> list[Any]:
         """`generate` for each prompt; many at once are much faster than one by one."""
-        asked, prefix = self._as_list([*each(prompts, "prompt")], self._prompt, "prompt"), self._size_prefix(out, size)
+        prefix = self._size_prefix(out, size)
+        asked = self._map_numbered([*iterate(prompts, "prompt")], lambda parts: self._prompt(parts, out), "prompt")
         answers = [self._to_media(ids) for ids in self._answer(asked, out, Sampling.of(**sampling), prefix)]
-        return answers if out == "any" else [answer[0] if answer else "" for answer in answers]
+        return answers if out in ("any", "document") else [answer[0] if answer else "" for answer in answers]
 
     @neutral()
     def outpaint(self, picture: Any, rows: int | None = None, parts: Any = (), **sampling: Any) -> PILImage.Image:
@@ -342,7 +343,7 @@ class Model:
         """
         if rows is not None and not isinstance(rows, Integral):
             raise InputError(f"rows: found {rows!r:.100}, expected a whole number")
-        given, v = self._given(picture, "image"), self.vocabulary
+        given, v = self._encode_one(picture, "image"), self.vocabulary
         patch, (height, width) = self._image_config.patch, given.array.shape
         kept = height // 2 if rows is None else rows // patch
         if not 0 <= kept <= height or (rows is not None and rows % patch):
@@ -363,15 +364,15 @@ class Model:
         """
         if not (isinstance(seconds, Real) and 0 < seconds <= MAX_SECONDS):
             raise InputError(f"seconds: found {seconds!r:.100}, expected more than 0, up to {MAX_SECONDS}")
-        given, v, tokenizer = self._given(sound, "audio"), self.vocabulary, self.tokenizers["audio"]
+        given, v, tokenizer = self._encode_one(sound, "audio"), self.vocabulary, self.tokenizers["audio"]
         times = math.ceil(seconds * tokenizer.codes_per_second / tokenizer.bands)
         if "max_new_tokens" in sampling:
-            raise InputError(f"max_new_tokens: found {sampling['max_new_tokens']!r:.40}, expected seconds alone")
+            raise InputError(f"max_new_tokens: found {sampling['max_new_tokens']!r:.40}, expected `seconds` instead")
         limited = Sampling.of(**sampling, max_new_tokens=times * tokenizer.bands)
         prefix = [v.audio, *v.to_global("audio", given.codes).ravel()]
         return self._to_media(self._answer([self._prompt(parts)], "audio", limited, prefix)[0])[0]
 
-    def _given(self, medium: Any, kind: str) -> Part:
+    def _encode_one(self, medium: Any, kind: str) -> Part:
         """The encoded part of a medium. Raises InputError if it is of another kind."""
         part = self.encode_parts([as_medium(medium)])[0]
         if part.kind != kind:
@@ -389,8 +390,8 @@ class Model:
         v, decode = self.vocabulary, self.tokenizers["text"].decode
         prefix = self._size_prefix(out, size)
         pending, shown, closing = list(prefix), 0, {v.closing(kind) for kind in v.media}
-        begins = v.opening("audio") if "audio" in v.media and getattr(self._voice, "vocoder", None) is not None else None
-        asked = steps(self.decoder, self.grammar, [self._prompt(parts)], out, Sampling.of(**sampling), prefix, self._ready())
+        begins = v.opening("audio") if "audio" in v.media and getattr(self._sound_decoder, "vocoder", None) is not None else None
+        asked = steps(self.decoder, self.grammar, [self._prompt(parts, out)], out, Sampling.of(**sampling), prefix, self._ready())
         ids = (int(step[0]) for step in asked)
         for ident in ids:
             writing = bool(pending) and v.kind(pending[0]) == "text"
@@ -399,7 +400,7 @@ class Model:
                 if rest := decode(pending)[shown:]:
                     yield rest
                 pending, shown = [], 0
-            if ident in (v.end, v.pad):
+            if ident in (v.end, v.eos, v.pad):
                 break
             if ident == begins:
                 yield from self.stream_sound(ids)
@@ -419,11 +420,11 @@ class Model:
     def stream_sound(self, ids: Iterator[int]) -> Iterator[Sound]:
         """Consume ids up to the end of a sound -> the sound in pieces, or whole without a vocoder, as `stream` explains."""
         self._check_kind("audio")
-        if getattr(self._voice, "vocoder", None) is None:
-            yield to_sound(self._voice, np.concatenate([*self._time_steps(ids)]))
+        if getattr(self._sound_decoder, "vocoder", None) is None:
+            yield to_sound(self._sound_decoder, np.concatenate([*self._time_steps(ids)]))
             return
-        for samples in self._voice.decode_stream(self._time_steps(ids)):
-            yield Sound(samples.numpy(), self._voice.rate)
+        for samples in self._sound_decoder.decode_stream(self._time_steps(ids)):
+            yield Sound(samples.numpy(), self._sound_decoder.rate)
 
     def _time_steps(self, ids: Iterator[int]) -> Iterator[np.ndarray]:
         """Consume ids up to the end of a sound -> its codes, one time step (1, bands) at a time."""
@@ -450,17 +451,18 @@ class Model:
             yield torch.full((len(prompts),), ident)
         yield from steps(self.decoder, self.grammar, prompts, out, sampling, prefix, self._ready(), places, choose, wanted)
 
-    def _prompt(self, parts: Any, codes: bool = False) -> Prompt:
-        """The parts of `generate` as a user turn to be answered; `codes` as in `encode_parts`."""
-        return prompt(Document((Turn("user", self._parts(parts, codes)),)), self.vocabulary)
+    def _prompt(self, parts: Any, out: str = "text", codes: bool = False) -> Prompt:
+        """The parts of `generate` as a user turn, or as the beginning of a plain document; `codes` as in `encode_parts`."""
+        plain = out == "document"  # outside of user turns, media are codes
+        return prompt(Document((Turn(None if plain else "user", self._parts(parts, codes or plain)),)), self.vocabulary)
 
     def _parts(self, parts: Any, codes: bool = True) -> tuple[Part, ...]:
         """The parts of `generate`, encoded; a str is always text, never a path."""
         as_media = lambda item: item if isinstance(item, str) else as_medium(item)
-        return tuple(self.encode_parts(self._as_list(parts if _is_list(parts) else [parts], as_media), codes))
+        return tuple(self.encode_parts(self._map_numbered(parts if _is_list(parts) else [parts], as_media), codes))
 
     @staticmethod
-    def _as_list(items: Sequence[Any], make: Callable[[Any], Any], name: str = "item") -> list[Any]:
+    def _map_numbered(items: Sequence[Any], make: Callable[[Any], Any], name: str = "item") -> list[Any]:
         """Apply `make` to each item; errors state its number."""
         made = []
         for number, item in enumerate(items):
@@ -479,7 +481,7 @@ class Model:
             raise InputError(f"out: found {out!r:.40}, expected one of {', '.join(self.grammar.rules.starts)}")
         if out != "image" or "image" not in self.tokenizers:
             if size is not None:
-                raise InputError(f"size: found {size!r:.100} with out={out!r}, expected it with out='image' alone")
+                raise InputError(f"size: found {size!r:.100} with out={out!r}, expected it only with out='image'")
             return []
         config = self._image_config
         if size is None:
@@ -502,6 +504,8 @@ class Model:
     @neutral()
     def embed_prompt(self, asked: Prompt) -> np.ndarray:
         """As `embed`, for a prompt."""
+        if not isinstance(asked, Prompt):
+            raise InputError(f"prompt: found {type(asked).__name__}, expected a Prompt; `embed` takes text and media")
         device = self.decoder.embedding.weight.device
         with torch.inference_mode():
             ids, _, features = pad([asked], device)
@@ -532,7 +536,7 @@ class Model:
         if format not in ("document", "chat"):
             raise InputError(f"format: found {format!r:.40}, expected document or chat")
         if format == "document" and out != "text":
-            raise InputError(f"out: found {out!r:.40} with format='document', expected it with format='chat' alone")
+            raise InputError(f"out: found {out!r:.40} with format='document', expected it only with format='chat'")
         if format == "chat":
             return [*self._prompt(parts, codes=True).ids.tolist(), *self._size_prefix(out, None)]
         return render(Document((Turn(None, self._parts(parts)),)), self.vocabulary).ids.tolist()
@@ -540,18 +544,25 @@ class Model:
     @neutral()
     def detokenize(self, ids: Sequence[int]) -> list[Media]:
         """Ids of a document -> its text (str), pictures (PIL) and sounds (`Sound`) in order."""
+        return [self._decode(part) for turn in parse(self._checked(ids), self.vocabulary).turns for part in turn.parts]
+
+    def _checked(self, ids: Sequence[int]) -> list[int]:
+        """Ids as a list of int. Raises InputError that names the position of one that the vocabulary does not have."""
         try:
-            ids = [max(-1, min(index(ident), sys.maxsize)) for ident in ids]
+            ids = [*map(index, ids)]
         except TypeError as error:
             raise InputError(f"ids: expected a list of whole numbers ({error})") from None
-        return [self._decode(part) for turn in parse(ids, self.vocabulary).turns for part in turn.parts]
+        for position, ident in enumerate(ids):
+            if not 0 <= ident < self.vocabulary.size:
+                raise InputError(f"ids: found {str(ident):.40} at position {position}, expected 0 to {self.vocabulary.size - 1}")
+        return ids
 
     def _to_media(self, ids: Sequence[int]) -> list[Media]:
         v = self.vocabulary
-        return self.detokenize([v.bos, *map(int, ids), v.eos])
+        return self.detokenize([v.bos, *self._checked(ids), v.eos])
 
     @neutral()
-    def read_medium(self, item: Marked) -> ReadMedium:
+    def read_medium(self, item: BaseMedium) -> ReadMedium:
         """Decode a medium, so that `encode_parts` can encode it together with others. Raises InputError if it is not valid."""
         item = as_medium(item)
         self._check_kind(item.kind)
@@ -583,15 +594,15 @@ class Model:
             raise InputError(f"found {kind}, but this model has tokenizers for {', '.join(self.tokenizers)} only")
 
     @neutral()
-    def encode_parts(self, media: Iterable[str | Marked | Part], codes: bool = True) -> list[Part]:
+    def encode_parts(self, media: Iterable[str | BaseMedium | Part], codes: bool = True) -> list[Part]:
         """Text and media -> parts of codes and features; media of a kind are encoded in batches.
 
         Without `codes`, codes are 0 if the model has its own encoder, and so does not read them in a user turn.
         """
-        media = listed(media, "item", (str, Marked, Part), "text, Image, Audio, Medium or a part of a document")
+        media = typed_list(media, "item", (str, BaseMedium, Part), "text, Image, Audio, Medium or a part of a document")
         parts: list[Part | None] = [item if isinstance(item, Part) else None for item in media]
         for kind in media_kinds():
-            places = [i for i, item in enumerate(media) if isinstance(item, Marked) and item.kind == kind]
+            places = [i for i, item in enumerate(media) if isinstance(item, BaseMedium) and item.kind == kind]
             if places:
                 self._check_kind(kind)
             embed = lambda chosen: self._embed(kind, media, chosen, codes)  # noqa: B023
@@ -615,7 +626,7 @@ class Model:
                 held.clear()
         return encodings
 
-    def _read(self, item: Marked) -> torch.Tensor:
+    def _read(self, item: BaseMedium) -> torch.Tensor:
         if isinstance(item, ReadMedium):
             return item.data
         data, name = item.data, None
@@ -631,12 +642,12 @@ class Model:
         if isinstance(part, TextPart):
             return tokenizer.decode(part.ids.tolist())
         if getattr(tokenizer, "vocoder", tokenizer) is None:
-            tokenizer = self._voice
+            tokenizer = self._sound_decoder
         show = MODALITIES[part.kind].get("show") or to_array
         return show(tokenizer, part.array)
 
     @cached_property
-    def _voice(self) -> Any:
+    def _sound_decoder(self) -> Any:
         """The tokenizer that decodes sounds: the model's own or, if it lacks a vocoder and has the same codes, the shipped one."""
         own = self.tokenizers["audio"]
         if getattr(own, "vocoder", own) is None:
@@ -677,7 +688,7 @@ def numbered(name: str, number: int, count: int) -> Iterator[None]:
         raise InputError(f"{name} {number + 1} of {count}: {error}") from error
 
 
-def each(items: Any, name: str) -> Iterator[Any]:
+def iterate(items: Any, name: str) -> Iterator[Any]:
     """Iterate over several items. Raises InputError for a single one, even if it is iterable, as a str is."""
     try:
         if isinstance(items, (str, bytes, Sound)):
@@ -687,9 +698,9 @@ def each(items: Any, name: str) -> Iterator[Any]:
         raise InputError(f"{name}s: found {type(items).__name__}, expected a list of {name}s") from None
 
 
-def listed(items: Any, name: str, kinds: type | tuple[type, ...], expected: str) -> list[Any]:
+def typed_list(items: Any, name: str, kinds: type | tuple[type, ...], expected: str) -> list[Any]:
     """A list of items of some types. Raises InputError that names the first item of another type."""
-    found = [*each(items, name)]
+    found = [*iterate(items, name)]
     for number, item in enumerate(found):
         if not isinstance(item, kinds):
             with numbered(name, number, len(found)):
@@ -698,7 +709,7 @@ def listed(items: Any, name: str, kinds: type | tuple[type, ...], expected: str)
 
 
 def _documents(documents: Any) -> list[Document]:
-    return listed(documents, "document", Document, "a Document")
+    return typed_list(documents, "document", Document, "a Document")
 
 
 def _is_list(item: Any) -> bool:

@@ -79,7 +79,7 @@ def read_curves(path: Path) -> dict[str, Curve]:
     return curves
 
 
-def thinned(curve: Curve) -> Curve:
+def downsampled(curve: Curve) -> Curve:
     """At most POINTS points, each the mean of equally many neighbours; the last point is kept."""
     size = -(-len(curve) // POINTS)
     groups = [curve[first:first + size] for first in range(0, len(curve), size)]
@@ -95,7 +95,7 @@ def _charts(curves: Mapping[str, Curve]) -> list[str]:
     drawn: dict[str, str] = dict.fromkeys(SECTIONS, "")
     for title, together in names.items():
         section = next(section for section, pattern in SECTIONS.items() if re.match(pattern, title))
-        chart = _chart([(name, thinned(curves[name])) for name in together])
+        chart = _chart([(name, downsampled(curves[name])) for name in together])
         drawn[section] += f"<figure><b>{_text(title)}</b>{chart}</figure>"
     return [f"<h3>{section}</h3><div class=\"charts\">{charts}</div>" for section, charts in drawn.items() if charts]
 
@@ -192,7 +192,7 @@ def _sounds(folder: Path) -> list[str]:
             raise InputError(f"{path}: not a sound that can be read ({error})") from None
         cards += (f"<figure class=\"sound\"><img alt=\"spectrogram\" src=\"{picture}\"><audio controls preload=\"none\" "
                   f"src=\"{_url(data, 'audio/ogg')}\"></audio><figcaption>{told}</figcaption></figure>")
-    return [f"<h2>Sounds at {_text(step.replace('-', ' '))}</h2><p>As their codes tell them.</p><div class=\"charts\">{cards}</div>"]
+    return [f"<h2>Sounds at {_text(step.replace('-', ' '))}</h2><p>Decoded from their codes.</p><div class=\"charts\">{cards}</div>"]
 
 
 def _captions(path: Path) -> list[list[str]]:

@@ -34,7 +34,7 @@ HUBER = 1e-3                      # threshold of the Huber loss, for logarithms 
 RESAMPLES = 400
 STEEPEST = 10                     # bound of exponents, which diverge if losses hardly differ
 ROUNDS = 300                      # iterations of a fit, which needs a few dozen
-STATE = 16                        # bytes per parameter in float32: weight, gradient and AdamW's two moments
+ADAMW, MUON = 16, 12              # bytes per parameter in float32: weight, gradient, and AdamW's two moments or Muon's one
 
 
 class Cost(NamedTuple):
@@ -44,6 +44,7 @@ class Cost(NamedTuple):
     blocks: int         # parameters without embeddings, output, encoders and their projections
     forward: int        # FLOPs of a batch, including the logits of every token
     training: int       # FLOPs of the forward and backward pass
+    matrices: int       # parameters in the matrices of blocks, which Muon trains if there is a muon_lr
 
 
 def cost(config: DecoderConfig, tokens: int, length: int) -> Cost:
@@ -64,7 +65,7 @@ def cost(config: DecoderConfig, tokens: int, length: int) -> Cost:
     composed = 2 * coded * digits * c.width
     products = tokens * (2 * matrices + attention + 2 * c.vocabulary_size * c.width)
     return Cost(sum(p.numel() for p in decoder.parameters()) + (c.depth - 1) * block, c.depth * block,
-                products + composed, 3 * products + 2 * composed)
+                products + composed, 3 * products + 2 * composed, matrices)
 
 
 def sizes(config: DecoderConfig) -> list[DecoderConfig]:
@@ -83,10 +84,11 @@ class Plan(NamedTuple):
     cost: Cost
     tokens: float
     steps: int
-    gigabytes: float    # of weights, gradients and optimizer state; activations are not included
+    gigabytes: float    # of weights, gradients and AdamW's state; activations are not included
+    with_muon: float    # the same if Muon trains the matrices of blocks
     loss: float | None  # predicted by a fit of runs, if there is one
     epochs: float | None
-    worth: float        # tokens of new data with the same effect
+    effective_tokens: float  # tokens of new data with the same effect
 
 
 def plan(source: str, config: DecoderConfig, budget: float, batch: int, length: int, tokens_of: Callable[[Cost], float] | None,
@@ -100,11 +102,12 @@ def plan(source: str, config: DecoderConfig, budget: float, batch: int, length: 
         size, found = min(made, key=lambda each: abs(math.log(tokens(each[1]) / tokens_of(each[1]))))
     else:
         assert law is not None
-        size, found = min(made, key=lambda each: law.loss(each[1].parameters, worth_of(tokens(each[1]), unique)))
+        size, found = min(made, key=lambda each: law.loss(each[1].parameters, effective_tokens_of(tokens(each[1]), unique)))
     count = tokens(found)
-    loss = None if law is None else law.loss(found.parameters, worth_of(count, unique))
-    return Plan(source, size, found, count, max(1, round(count / batch)), found.parameters * STATE / 1e9, loss,
-                None if unique is None else count / unique, worth_of(count, unique))
+    loss = None if law is None else law.loss(found.parameters, effective_tokens_of(count, unique))
+    return Plan(source, size, found, count, max(1, round(count / batch)), found.parameters * ADAMW / 1e9,
+                (found.parameters * ADAMW - found.matrices * (ADAMW - MUON)) / 1e9, loss,
+                None if unique is None else count / unique, effective_tokens_of(count, unique))
 
 
 def plans(config: DecoderConfig, budget: float, batch: int, length: int, law: "Law | None" = None,
@@ -116,7 +119,7 @@ def plans(config: DecoderConfig, budget: float, batch: int, length: int, law: "L
     return found if law is None else [*found, plan("your runs", config, budget, batch, length, None, law, unique)]
 
 
-def worth_of(tokens: float, unique: float | None) -> float:
+def effective_tokens_of(tokens: float, unique: float | None) -> float:
     """Tokens of new data that `tokens` are worth if only `unique` are new (https://arxiv.org/abs/2305.16264)."""
     if unique is None or tokens <= unique:
         return tokens
@@ -208,7 +211,7 @@ def fit(runs: Sequence[Run], what: str = "loss", resamples: int = RESAMPLES) -> 
     least = points[:, 2].min().item()
     starts = torch.stack([_start(points, least + math.log(share), alpha, beta)
                           for share in (0.2, 0.6, 0.9) for alpha in (0.2, 0.5) for beta in (0.2, 0.5)])
-    found, left = _descend(points.expand(len(starts), -1, -1), starts)
+    found, left = _levenberg_marquardt(points.expand(len(starts), -1, -1), starts)
     best = found[left.argmin()]
     random = np.random.default_rng(0)
     rows: list[Tensor] = []
@@ -216,7 +219,7 @@ def fit(runs: Sequence[Run], what: str = "loss", resamples: int = RESAMPLES) -> 
         drawn = points[random.integers(0, len(points), len(points))]
         if min(len(set(drawn[:, 0].tolist())), len(set(drawn[:, 1].tolist()))) >= 3:
             rows.append(drawn)
-    laws = [_law(x) for x in _descend(torch.stack(rows), best.expand(len(rows), -1))[0]] if rows else []
+    laws = [_law(x) for x in _levenberg_marquardt(torch.stack(rows), best.expand(len(rows), -1))[0]] if rows else []
     intervals: dict[str, tuple[float, float]] = {}
     for name in ("e", "a", "alpha", "b", "beta") if laws else ():
         low, high = np.percentile([getattr(law, name) for law in laws], (5, 95)).tolist()
@@ -236,7 +239,7 @@ def _law(x: Tensor) -> Law:
     return Law(math.exp(e), math.exp(a), alpha, math.exp(b), beta, {})
 
 
-def _descend(points: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+def _levenberg_marquardt(points: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     """Levenberg-Marquardt on the Huber loss of log losses, for many sets of runs at once.
 
     `points` (sets, runs, 3) are logarithms of N, D and loss; `start` (sets, 5) log E, log A, alpha, log B, beta -> those constants
@@ -286,7 +289,7 @@ def isoflop_plot(law: Law, runs: Sequence[Run], config: DecoderConfig, batch: in
     except ImportError:
         raise InputError('a plot needs matplotlib: pip install "mmtx[plot]"') from None
     figure = Figure(figsize=(10, 4.5), layout="constrained")
-    axes, beside = figure.subplots(1, 2)
+    axes, right = figure.subplots(1, 2)
     made = [(c.parameters, c.training / batch) for c in (cost(size, batch, length) for size in sizes(config))]
     rates = dict(made)
     nearest = {run.name: min(rates, key=lambda n: abs(math.log(n / run.parameters))) for run in runs}
@@ -303,9 +306,9 @@ def isoflop_plot(law: Law, runs: Sequence[Run], config: DecoderConfig, batch: in
     axes.set(xscale="log", xlabel="parameters", ylabel="loss")
     axes.legend(fontsize=7)
     measured = [run.losses["loss"] for run in runs]
-    beside.scatter([law.loss(run.parameters, run.tokens) for run in runs], measured, s=14, c=[math.log10(run.tokens) for run in runs])
-    beside.plot((min(measured), max(measured)), (min(measured), max(measured)), "k--")
-    beside.set(xlabel="loss by the law", ylabel="loss measured")
+    right.scatter([law.loss(run.parameters, run.tokens) for run in runs], measured, s=14, c=[math.log10(run.tokens) for run in runs])
+    right.plot((min(measured), max(measured)), (min(measured), max(measured)), "k--")
+    right.set(xlabel="loss by the law", ylabel="loss measured")
     try:
         figure.savefig(file)
     except (OSError, ValueError) as error:

@@ -40,10 +40,10 @@ def build(cls: type[T], value: Any, where: str | Path, name: str = "", optional:
     at = f"{name}." if name else ""
     for key in value:
         if key not in kinds:
-            raise InputError(f"{where}: found the unknown field {shown(at + key)}, expected {_few(kinds)}")
+            raise InputError(f"{where}: found the unknown field {shown(at + key)}, expected {_shortened(kinds)}")
     for key in kinds:
         if key not in value and key not in optional and key not in getattr(cls, "OPTIONAL", ()):
-            raise InputError(f"{where}: found no field {at + key!r}, expected all of {_few(kinds)}")
+            raise InputError(f"{where}: found no field {at + key!r}, expected all of {_shortened(kinds)}")
     made = {key: check(kinds[key], item, where, at + key) for key, item in value.items()}
     try:
         return cls(**made)
@@ -78,7 +78,7 @@ def check(kind: Any, value: Any, where: str | Path, name: str) -> Any:
         return value
     if kind is float and isinstance(value, float) and math.isfinite(value):
         return value
-    raise InputError(f"{where}: field {shown(name)} is {shown(value)}, expected {_told(kind)}")
+    raise InputError(f"{where}: field {shown(name)} is {shown(value)}, expected {_expected(kind)}")
 
 
 def within(what: str, value: float, least: float, most: float) -> None:
@@ -93,12 +93,12 @@ def _kinds(cls: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
-def _few(names: Collection[str]) -> str:
+def _shortened(names: Collection[str]) -> str:
     text = ", ".join(names)
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def _told(kind: Any) -> str:
+def _expected(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(repr, get_args(kind)))
     if get_origin(kind) is tuple:

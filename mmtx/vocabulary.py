@@ -68,7 +68,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class _Told:
+class VocabularyFile:
     """A vocabulary as stored in its file."""
 
     format: int
@@ -118,7 +118,7 @@ class Vocabulary:
     def add(self, kind: str, tokenizer: Tokenizer) -> "Vocabulary":
         """Return a vocabulary with one more modality, whose ids follow all existing ones."""
         if kind in self.kinds:
-            raise InputError(f"vocabulary: {kind} is there already, expected a new kind")
+            raise InputError(f"vocabulary: found {kind}, which it already has, expected a new kind")
         # Further modalities take slots from the end, since NAMES grows from the beginning.
         free = SLOTS - 2 * sum(entry.tags is not None for entry in self.entries)
         tags = None if kind in NUMBERED else (free - 2, free - 1)
@@ -244,8 +244,8 @@ class Vocabulary:
         """The content of the file that `save` writes."""
         modalities = [{name: value for name, value in asdict(entry).items() if name not in Entry.OPTIONAL or value is not None}
                       for entry in self.entries]
-        told = {} if self.chat_format is None else {"markup": asdict(self.chat_format)}
-        return write_json({"format": FORMAT, "slots": SLOTS, "modalities": modalities, **told})
+        chat = {} if self.chat_format is None else {"markup": asdict(self.chat_format)}
+        return write_json({"format": FORMAT, "slots": SLOTS, "modalities": modalities, **chat})
 
     def save(self, path: str | Path) -> None:
         """Write it as a JSON file. Raises InputError if it cannot be written."""
@@ -259,7 +259,7 @@ class Vocabulary:
     @classmethod
     def of(cls, value: Any, path: str | Path) -> "Vocabulary":
         """The vocabulary from its JSON value, read from `path`. Raises InputError unless it is one that `to_json` can write."""
-        found = build(_Told, value, path, optional=("markup",))
+        found = build(VocabularyFile, value, path, optional=("markup",))
         if (found.format, found.slots) != (FORMAT, SLOTS):
             raise InputError(f"{path}: expected a vocabulary of format {FORMAT} with {SLOTS} special slots")
         entries = found.modalities
@@ -275,14 +275,14 @@ class Vocabulary:
             _check_entry(entry, path)
         tags = [tag for entry in entries for tag in entry.tags or ()]
         if len(set(tags)) < len(tags):
-            raise InputError(f"{path}: field 'tags' reads {shown(str(tags))}, expected different ones")
+            raise InputError(f"{path}: field 'tags' reads {shown(str(tags))}, expected distinct slots")
         ends[0] += SLOTS  # the special tokens are between text and the rest
         if starts != [0, *ends[:-1]]:
             raise InputError(f"{path}: field 'start' reads {starts}, expected {[0, *ends[:-1]]}, ranges without gaps")
         if found.markup is not None:
             ids = [id for part in astuple(found.markup) for id in part]
             if not found.markup.end or not all(0 <= id < entries[0].size for id in ids):
-                raise InputError(f"{path}: field 'markup' is not how turns may be written, expected text ids, one in 'end'")
+                raise InputError(f"{path}: field 'markup' is not a valid chat format, expected text ids, at least one in 'end'")
         return cls(entries, found.markup)
 
     def _entry(self, kind: str) -> Entry:

@@ -21,13 +21,13 @@ from mmtx.schema import shown
 M = TypeVar("M", bound=nn.Module)
 Runs = Tensor | tuple[Tensor, ...]  # a tensor, or consecutive runs of its rows
 
-MOST_HEADER = 16 * 2**20  # bytes
+MAX_HEADER_BYTES = 16 * 2**20  # bytes
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
          "U8": 1, "BOOL": 1}
 TABLES = {torch.zeros, torch.full, torch.arange}  # with which networks make tables, as opposed to weights
 FACTORIES = TABLES | {torch.empty, torch.ones, torch.rand, torch.randn}
-MOST_TABLE = 2**26  # elements
-DRAWS = {Tensor.normal_, Tensor.uniform_}
+MAX_TABLE_ELEMENTS = 2**26  # elements
+RANDOM_INITIALIZERS = {Tensor.normal_, Tensor.uniform_}
 FLOATS = ("F64", "F32", "F16", "BF16")
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
           torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
@@ -38,7 +38,7 @@ DIGEST = "sha256"  # its key in the header's metadata; files of other programs a
 PICKLES = ("pytorch_model.bin", "model.bin", "model.pt", "model.pth", "model.ckpt")
 
 
-class Place(NamedTuple):
+class TensorInfo(NamedTuple):
     """A tensor in a file: its dtype, shape, and byte range, counted from the end of the header."""
 
     dtype: str
@@ -50,7 +50,7 @@ class Place(NamedTuple):
 class Header(NamedTuple):
     """The header of a safetensors file; `data` is the offset at which its tensors begin."""
 
-    tensors: dict[str, Place]
+    tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
     data: int
 
@@ -58,13 +58,13 @@ class Header(NamedTuple):
 def read_header(file: Any, size: int, where: str | Path) -> Header:
     """The header of an open safetensors file of `size` bytes. Raises InputError unless its tensors fill the file exactly."""
     length = int.from_bytes(file.read(8), "little")
-    if size < 10 or not 2 <= length <= min(MOST_HEADER, size - 8):
+    if size < 10 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
         raise InputError(f"{where}: not a safetensors file (found {size} bytes, and a header of {length}); weights of "
                          "other formats, such as pickles, are not read")
     values = parse_json(file.read(length), where)
     metadata = values.pop("__metadata__", {}) if isinstance(values, dict) else None
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise InputError(f"{where}: not a safetensors file (its header is no object of tensors)")
+        raise InputError(f"{where}: not a safetensors file (its header is not a JSON object of tensors)")
     tensors = {name: _place(name, value, where) for name, value in values.items()}
     end = 0
     for name, place in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
@@ -77,15 +77,15 @@ def read_header(file: Any, size: int, where: str | Path) -> Header:
     return Header(tensors, metadata, 8 + length)
 
 
-def _place(name: str, value: Any, where: str | Path) -> Place:
+def _place(name: str, value: Any, where: str | Path) -> TensorInfo:
     try:
         (start, stop), shape, dtype = value["data_offsets"], value["shape"], value["dtype"]
         if set(value) == {"data_offsets", "shape", "dtype"} and dtype in SIZES and len(shape) <= 8 and all(
                 type(number) is int and 0 <= number < 2**48 for number in (start, stop, *shape)):
-            return Place(dtype, tuple(shape), start, stop)
+            return TensorInfo(dtype, tuple(shape), start, stop)
     except (KeyError, TypeError, ValueError):
         pass
-    raise InputError(f"{where}: tensor {shown(name)} is not described as a safetensors file does")
+    raise InputError(f"{where}: tensor {shown(name)} has an invalid entry in the header, expected dtype, shape and data_offsets")
 
 
 def load_module(build: Callable[[], M], path: Path, loaded: Callable[[M, str], None] | None = None) -> M:
@@ -96,13 +96,13 @@ def load_module(build: Callable[[], M], path: Path, loaded: Callable[[M, str], N
     """
     for name in PICKLES:
         if not path.exists() and (path.parent / name).exists():
-            raise InputError(f"{path}: no such file; found {name}, a pickle, which is code and is not read")
+            raise InputError(f"{path}: no such file; found {name}, a pickle, which can run code and is not read")
     try:
         with open(open_regular(path), "rb") as file:
             size = file.seek(0, 2)
             file.seek(0)
             header = read_header(file, size, path)
-            with _Reading(header, path):
+            with _WithoutInitialization(header, path):
                 module = build()
             expected: dict[str, Tensor] = module.state_dict(keep_vars=True)
             _compare(header.tensors, expected, path)
@@ -152,12 +152,12 @@ def _pieces(file: Any, size: int, path: Path) -> Iterator[memoryview]:
     while size:
         piece = room[:size]
         if (found := file.readinto(piece)) != len(piece):
-            raise InputError(f"{path}: found its end {size - found} bytes too early: it has changed since it was opened")
+            raise InputError(f"{path}: the file ends {size - found} bytes too early: it has changed since it was opened")
         size -= found
         yield piece
 
 
-def _compare(found: Mapping[str, Place], expected: Mapping[str, Tensor], path: Path) -> None:
+def _compare(found: Mapping[str, TensorInfo], expected: Mapping[str, Tensor], path: Path) -> None:
     for name in sorted({*found, *expected}):
         if name not in found or name not in expected:
             told = "no tensor" if name not in found else "a tensor"
@@ -188,7 +188,8 @@ def to_parts(weights: Mapping[str, Runs]) -> Iterator[Any]:
     return file_parts(weights, {DIGEST: digest.hexdigest()}, places)
 
 
-def file_parts(weights: Mapping[str, Runs], metadata: Mapping[str, str], places: Mapping[str, Place] | None = None) -> Iterator[Any]:
+def file_parts(weights: Mapping[str, Runs], metadata: Mapping[str, str],
+               places: Mapping[str, TensorInfo] | None = None) -> Iterator[Any]:
     """A safetensors file in pieces, byte for byte what the library writes; `places` has dtypes and shapes, if known."""
     places = {name: _place_of(_runs(weights[name])) for name in weights} if places is None else places
     header: dict[str, Any] = {"__metadata__": metadata}
@@ -210,10 +211,10 @@ def _runs(tensor: Runs) -> tuple[Tensor, ...]:
     return tensor if isinstance(tensor, tuple) else (tensor,)
 
 
-def _place_of(runs: tuple[Tensor, ...]) -> Place:
+def _place_of(runs: tuple[Tensor, ...]) -> TensorInfo:
     first, numbers = runs[0], sum(map(torch.numel, runs))
     shape = first.shape if len(runs) == 1 else (sum(map(len, runs)), *first.shape[1:])
-    return Place(DTYPES[first.dtype], tuple(shape), 0, numbers * first.element_size())
+    return TensorInfo(DTYPES[first.dtype], tuple(shape), 0, numbers * first.element_size())
 
 
 def _data(tensor: Tensor) -> Any:
@@ -226,7 +227,7 @@ def _description(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
     return f"{name} {dtype} {shape}".encode()
 
 
-class _Reading(TorchFunctionMode):
+class _WithoutInitialization(TorchFunctionMode):
     """Builds a network for weights that will be read: draws no values, and allocates only small tables.
 
     Raises InputError for a configuration far larger than the file, before it makes too many tensors or too large a one.
@@ -241,7 +242,7 @@ class _Reading(TorchFunctionMode):
         options = options or {}
         if getattr(function, "__module__", None) == nn.init.__name__:
             return arguments[0] if arguments else options["tensor"]
-        if function in DRAWS:
+        if function in RANDOM_INITIALIZERS:
             # Not left uninitialised: torch's truncated normal redraws until all values are within its bounds.
             return arguments[0].zero_()
         if function in FACTORIES:
@@ -257,6 +258,6 @@ class _Reading(TorchFunctionMode):
         self.calls -= 1
         if function not in TABLES:
             self.room -= size
-        if self.calls < 0 or self.room < 0 or size > self.room + MOST_TABLE:
+        if self.calls < 0 or self.room < 0 or size > self.room + MAX_TABLE_ELEMENTS:
             raise InputError(f"{self.path}: does not fit {CONFIG}: found {self.tensors} tensors of {self.numbers} numbers, "
                              "expected more")

@@ -279,6 +279,11 @@ def test_mistakes_are_told_in_one_line(monkeypatch):
         DecoderModule(DecoderConfig(**DECODER), encoders_from="somewhere")
     with pytest.raises(InputError, match="lora.dropout: found 1"):
         LoRA(dropout=1.0)
+    for alpha in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(InputError, match=f"lora.alpha: found {alpha}, expected a finite number of more than 0"):
+            LoRA(alpha=alpha)
+    with pytest.raises(InputError, match="lora: found nothing to train, expected new_rows: true, some of lora.parts, or cont"):
+        adapt(Decoder(DecoderConfig(300, **DECODER)), LoRA(parts=(), new_rows=False), 280)
     for package, extra, lora in (("peft", "lora", LoRA()), ("bitsandbytes", "qlora", LoRA(load_in_4bit=True))):
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(InputError, match=rf"lora.*: {package} is not installed, expected pip install 'mmtx\[{extra}\]'"):

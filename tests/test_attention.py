@@ -1,6 +1,7 @@
 """What the model attends to: equal to the attentions of transformers, and on the right cells of the right media."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -155,7 +156,7 @@ def test_mistakes_are_told(lively, tmp_path, monkeypatch):
     for path in (None, 5, ["a.png"]):
         with pytest.raises(mmtx.InputError, match=f"path: found {type(path).__name__}, expected the name of a file"):
             found.plot(path)
-    monkeypatch.setattr(attention, "MOST_WEIGHTS", 100)
+    monkeypatch.setattr(attention, "MAX_WEIGHTS", 100)
     with pytest.raises(mmtx.InputError, match="attention: found 6 tokens"):
         attention_weights(lively.decoder, torch.arange(6))
 
@@ -180,6 +181,16 @@ def test_places_may_come_in_any_form(lively, tmp_path, places):
     found.plot(tmp_path / "a.png", places=[2, 4])
     found.plot(tmp_path / "b.png", places=places)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_plot_of_some_places_has_their_weights_also_if_there_are_media(lively, tmp_path):
+    pytest.importorskip("matplotlib")
+    found = lively.attention(PARTS, "a blue square")
+    found.plot(tmp_path / "places.png", places=[1, 3])
+    found.plot(tmp_path / "media.png")
+    replace(found, media=()).plot(tmp_path / "table.png", places=[1, 3])
+    places, media, table = ((tmp_path / f"{name}.png").read_bytes() for name in ("places", "media", "table"))
+    assert places == table != media
 
 
 def test_a_heat_map_of_nothing_is_told(lively):

@@ -50,6 +50,15 @@ def test_what_the_run_itself_wrote_passes():
     check_fits(expected(2), {**expected(), "optimizer_states": [], "lr_schedulers": []}, [], "a.ckpt")  # before they are made
 
 
+def test_a_checkpoint_from_before_muon_had_a_dtype_passes():
+    found, own = expected(2), expected()
+    own["optimizer_states"][0]["param_groups"][0]["turn_in"] = torch.float32
+    check_fits(found, own, [OPTIMIZER], "a.ckpt")
+    found["optimizer_states"][0]["param_groups"][0]["turn_in"] = torch.bfloat16
+    with pytest.raises(InputError, match="param_groups.0.turn_in: found torch.bfloat16, expected torch.float32"):
+        check_fits(found, own, [OPTIMIZER], "a.ckpt")
+
+
 OTHERS = [None, True, -1, 2**70, float("nan"), "x", b"y", [], {}, [1], {"a": 1}, torch.zeros(7), torch.tensor(float("nan")),
           torch.zeros(1).expand(10**9), torch.zeros(2, 3).to_sparse(), torch.empty(2, 3, device="meta")]
 # Values of which one is as good as another for a run, and what is not of ours.

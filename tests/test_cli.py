@@ -105,6 +105,22 @@ def test_a_picture_is_drawn_by_the_model_for_it_where_none_is_named(tmp_path, ca
     assert default.std() > 10 and np.array_equal(default, named)
 
 
+@pytest.mark.slow
+def test_a_document_goes_on_with_what_the_model_for_it_has_learnt(capsys):
+    def answer(*options):
+        assert main(["generate", "She was very well", "--out", "document", "--max_new_tokens", "12", "--device", "cpu", *options]) in (0, None)
+        return capsys.readouterr().out
+
+    assert answer() == answer("--model", "demos/prose") != answer("--model", "demos/starter")
+    assert len(answer().split()) > 2
+
+
+def test_a_document_is_continued_from_its_beginning(run, model):
+    expected = model.generate("a red", out="document", max_new_tokens=8)
+    assert run("generate", "a red", "--out", "document", "--max_new_tokens", "8") == "".join(
+        piece if isinstance(piece, str) else f"<{type(piece).__name__}>" for piece in expected) + "\n"
+
+
 def test_generate_completes_a_picture(run, model, tmp_path):
     file, sampling = tmp_path / "out.png", {"temperature": 1.0, "seed": 4, "guidance_scale": 2.0}
     options = ("--out", "image", "--file", str(file), "--begin", "media/a.png", "--temperature", "1", "--seed", "4",
@@ -188,8 +204,8 @@ def test_help_succeeds(arguments, capsys):
 
 MISTAKES = [
     ("generate x --file y.txt", ["--file: found --out text, which is printed"]),
-    ("generate x --rows 3", ["--rows: found none of what it is for, expected it with --begin and --out image"]),
-    ("generate x --out image --file y.png --seconds 3", ["--seconds: found none of what it is for"]),
+    ("generate x --rows 3", ["--rows: found without --begin or with --out text, expected --begin and --out image"]),
+    ("generate x --out image --file y.png --seconds 3", ["--seconds: found without --begin or with --out image, expected --begin and --out audio"]),
     ("generate x --out image --file picture --max_new_tokens 1", ["picture: found no extension, expected one such as .png"]),
     ("", ["required", "COMMAND"]),
     ("paint", ["paint", "caption"]),
@@ -223,6 +239,8 @@ MISTAKES = [
     ("generate a --out audio --file out.abc --max_new_tokens 2", ["out.abc", "cannot be written"]),
     ("generate a nothing.png", ["nothing.png", "no such file"]),
     ("tokenize nothing.wav", ["nothing.wav", "no such file"]),
+    ("detokenize 3 x", ["ids: found 'x', expected whole numbers"]),
+    (f"detokenize {'9' * 5000}", ["ids: found '9999", "expected whole numbers"]),
     ("tokenize broken.png", ["broken.png", "not a whole picture"]),
     ("inspect nothing.jsonl", ["nothing.jsonl", "no such file"]),
     ("inspect empty", ["empty", "no samples"]),
@@ -331,7 +349,7 @@ def test_every_group_of_files_is_captioned_once(folder, model, monkeypatch):
     truth = model.caption([good] * 8, **sampled)  # of each place, whatever is at the others
     assert len(set(truth)) > 1
     for together in (1, 2, 3, 7):
-        monkeypatch.setattr(captioning, "TOGETHER", together)
+        monkeypatch.setattr(captioning, "FILES_PER_CALL", together)
         for pattern in ("", "b", "g", "gbg", "bbgbb", "ggggg", "gggbggg", "bgggggb", "gmgmmg"):
             files = [{"g": good, "b": bad, "m": InputError("x.png: no such file")}[letter] for letter in pattern]
             found = list(captioning.caption_files(model, files, **sampled))

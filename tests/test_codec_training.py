@@ -296,7 +296,9 @@ def test_before_its_start_a_critic_changes_nothing(kind):
 
 
 @pytest.mark.parametrize(("values", "message"), [({"width": 0}, "adversarial.width: found 0"),
-                                                 ({"depth": 0}, "adversarial.depth"), ({"start_step": -1}, "start_step")])
+                                                 ({"depth": 0}, "adversarial.depth"), ({"start_step": -1}, "start_step"),
+                                                 ({"weight": -1.0}, "adversarial.weight: found -1.0"),
+                                                 ({"learning_rate": -1.0}, "adversarial.learning_rate: found -1.0")])
 def test_adversarial_config_is_checked(values, message):
     with pytest.raises(InputError, match=message):
         AdversarialConfig(**values)
@@ -393,6 +395,23 @@ def test_pitch_loss_of_the_codec_by_hand():
     assert abs(float(codec.loss(media, output)) - (0.25 + 2.0 * (rest - 3 + rest) / 2)) < 1e-4
     assert codec._pitch(media, output)[1:] == (1, 2)
     assert torch.equal(codec.shown(media), media[..., :16])
+
+
+def test_weights_of_terms_are_in_range():
+    with pytest.raises(InputError, match="model.l1_weight: found -1.0, expected 0 or more"):
+        ImageCodecModule(l1_weight=-1.0)
+    with pytest.raises(InputError, match="model.pitch_weight: found -1.0, expected 0 or more"):
+        AudioCodecModule(pitch_weight=-1.0)
+    with pytest.raises(InputError, match="perceptual.weight: found -1.0, expected 0 or more"):
+        PerceptualConfig("torchvision.models.vgg16", [], weight=-1.0)
+
+
+def test_what_is_refined_starts_from_nothing_else(tmp_path):
+    for seed, name in enumerate(("one", "other")):
+        torch.manual_seed(seed)
+        AudioCodecModule(AUDIO).save(tmp_path / name)
+    with pytest.raises(InputError, match="refine: found .*one with init_from .*other, .*expected one of them"):
+        module("audio", refine=str(tmp_path / "one"), init_from=str(tmp_path / "other"))
 
 
 def test_what_does_not_fit_cannot_be_refined(tmp_path):

@@ -43,7 +43,7 @@ def stores(samples, tokenizers, vocabulary):
             for drop, some in given.items()}
 
 
-def test_a_source_turned_round_asks_by_text_and_trains_the_medium(samples, stores, tokenizers, vocabulary):
+def test_a_source_with_swapped_turns_asks_by_text_and_trains_the_medium(samples, stores, tokenizers, vocabulary):
     v = vocabulary
     rendered = stores[0.0].render([(number, 0) for number in range(6)])
     for sample, captioned, (ids, trained, spans) in zip(samples["generate"], samples["caption"], rendered, strict=True):
@@ -123,7 +123,7 @@ def test_a_source_tells_its_drop_to_its_samples():
                    {"role": "user", "content": "c"}]}, "user, assistant, user"),
     ({"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]}, "assistant, user"),
 ])
-def test_only_one_question_with_one_answer_can_be_turned_round(row, found, tmp_path):
+def test_only_one_question_with_one_answer_can_be_with_swapped_turns(row, found, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(InputError, match=f"rows.jsonl row 1: found turns {found}, expected user, assistant"):

@@ -30,9 +30,9 @@ LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
 BAD = {
     "laughs": (LAUGHS, f"found more than {MOST_VALUES:,} values"),
     "merged laughs": ("a: &a {x: 1}\n" + "".join(f"b{n}: &b{n} [{'*a, ' * 99} *a]\n" for n in range(MOST_VALUES // 90)), "found more than"),
-    "deep": ("[" * 5000 + "]" * 5000, f"found more than {DEEPEST} lists and mappings"),
-    "deep mappings": ("{a: " * 5000 + "1" + "}" * 5000, f"found more than {DEEPEST} lists and mappings"),
-    "deep by lines": ("".join(f"{' ' * n}a:\n" for n in range(200)), f"found more than {DEEPEST} lists and mappings"),
+    "deep": ("[" * 5000 + "]" * 5000, f"found more than {DEEPEST} nested lists and mappings"),
+    "deep mappings": ("{a: " * 5000 + "1" + "}" * 5000, f"found more than {DEEPEST} nested lists and mappings"),
+    "deep by lines": ("".join(f"{' ' * n}a:\n" for n in range(200)), f"found more than {DEEPEST} nested lists and mappings"),
     "endless": ("a: &a [*a]", r"found \*a within itself"),
     "long": ("# " + "x" * LONGEST, f"found more than {LONGEST:,} bytes"),
 }
@@ -79,11 +79,11 @@ def test_values_and_files_that_a_configuration_names_are_looked_at_too(tmp_path,
 def test_what_is_no_configuration_is_named(tmp_path):
     (tmp_path / "latin.yaml").write_bytes(b"a: caf\xe9")
     os.mkfifo(tmp_path / "pipe")
-    for name, told in (("latin.yaml", "no UTF-8 at byte 6"), ("pipe", "is no file"), (".", "is no file"),
+    for name, told in (("latin.yaml", "not UTF-8 at byte 6"), ("pipe", "not a file"), (".", "not a file"),
                        ("none.yaml", "no such file")):
         with pytest.raises(InputError, match=told):
             read_config(tmp_path / name)
-    with pytest.raises(InputError, match="/dev/zero: is no file"):
+    with pytest.raises(InputError, match="/dev/zero: not a file"):
         read_config("/dev/zero")
 
 

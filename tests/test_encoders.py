@@ -184,14 +184,14 @@ def test_encoders_that_fit_nothing_are_refused(model, tmp_path):
     config = json.loads(path.read_text())
     config["decoder"]["encoders"]["image"]["patch"] = 12
     path.write_text(json.dumps(config))
-    with pytest.raises(InputError, match="takes patches of image of 12 numbers, its tokenizer gives 192"):
+    with pytest.raises(InputError, match="takes patches of image of 12 values, but its tokenizer gives 192"):
         mmtx.load(tmp_path / "model")
     text = {"text": model.tokenizers["text"]}
     vocabulary = Vocabulary.build(text)
     Model(Decoder(DecoderConfig(vocabulary.size, width=32, depth=1)), vocabulary, text).save(tmp_path / "model")
     hears = {"features": {"audio": 32}, "encoders": {"audio": config["decoder"]["encoders"]["audio"]}}
     path.write_text(json.dumps({**(config := json.loads(path.read_text())), "decoder": config["decoder"] | hears}))
-    with pytest.raises(InputError, match="the decoder has an encoder of audio, its vocabulary no such ids"):
+    with pytest.raises(InputError, match="the decoder has an encoder for audio, but its vocabulary has no audio ids"):
         mmtx.load(tmp_path / "model")
 
 

@@ -25,7 +25,7 @@ from mmtx.inference.generation import generate, steps
 from mmtx.inference.graph_engine import GraphEngine
 from mmtx.inference.guidance import without_user_turns
 from mmtx.inference.reference import ReferenceEngine
-from mmtx.inference.sampling import DRAWN, Draws, Sampling, sample
+from mmtx.inference.sampling import DRAW_CHUNK, Draws, Sampling, sample
 from mmtx.inference.torch_engine import ROOM, TorchEngine
 from mmtx.inference.weights import Weights
 from mmtx.model import Decoder
@@ -573,7 +573,7 @@ def test_one_prompt_many_times_gives_as_many_draws(decoder, grammar, prompts):
 
 
 def test_random_numbers_depend_on_seed_place_and_step_alone():
-    device, count = torch.device("cpu"), 2 * DRAWN + 5
+    device, count = torch.device("cpu"), 2 * DRAW_CHUNK + 5
 
     def numbers(seed, places):
         draws = Draws(seed, places, device)
@@ -592,10 +592,10 @@ def test_random_numbers_depend_on_seed_place_and_step_alone():
     assert abs(float(together.mean()) - 0.5) < 0.05
 
 
-@pytest.mark.parametrize("kept_at", [0, 1, DRAWN - 1, DRAWN, DRAWN + 1])
+@pytest.mark.parametrize("kept_at", [0, 1, DRAW_CHUNK - 1, DRAW_CHUNK, DRAW_CHUNK + 1])
 def test_random_numbers_of_rows_that_are_kept_go_on(kept_at):
     whole, draws = (Draws(7, range(5), torch.device("cpu")) for _ in range(2))
-    expected = torch.stack([whole.next() for _ in range(2 * DRAWN + 5)])
+    expected = torch.stack([whole.next() for _ in range(2 * DRAW_CHUNK + 5)])
     for step, row in enumerate(expected):
         if step == kept_at:
             draws.keep(torch.tensor([1, 4]))
@@ -683,7 +683,7 @@ def test_every_call_names_an_unknown_option(model, call):
 
 
 def test_the_length_of_a_sound_that_goes_on_is_said_once(model):
-    with pytest.raises(InputError, match="^max_new_tokens: found 3, expected seconds alone"):
+    with pytest.raises(InputError, match="^max_new_tokens: found 3, expected `seconds` instead"):
         model.continue_audio(np.zeros(4000, np.float32), max_new_tokens=3)
 
 

@@ -111,8 +111,8 @@ def test_an_engine_that_begins_again_takes_its_own_cache(decoder, weights):
 
 def test_many_threads_share_what_is_kept(monkeypatch):
     """What one takes no other has, and what is too much goes once."""
-    monkeypatch.setattr(captured, "KEPT_BYTES", 10)
-    kept, failed = captured.Kept(), []
+    monkeypatch.setattr(captured, "POOL_BYTES", 10)
+    kept, failed = captured.CachePool(), []
 
     def give_and_take():
         try:
@@ -135,8 +135,8 @@ def test_many_threads_share_what_is_kept(monkeypatch):
 
 
 def test_the_oldest_go_where_there_is_too_much(monkeypatch):
-    monkeypatch.setattr(captured, "KEPT_BYTES", 100)
-    kept = captured.Kept()
+    monkeypatch.setattr(captured, "POOL_BYTES", 100)
+    kept = captured.CachePool()
     for number in range(5):
         kept.give("shape", 30, number)
     kept.give("large", 101, "never")

@@ -76,7 +76,7 @@ def train(data: DecoderData, module: DecoderModule, folder, steps: int = 5, accu
 @pytest.mark.parametrize("value", BAD)
 @pytest.mark.parametrize("gradient_only", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_step_that_is_not_finite_is_left_out_and_counted(data, tmp_path, value, gradient_only, accumulate):
+def test_a_step_that_is_not_finite_is_left_out_and_counted(data, tmp_path, value, gradient_only, accumulate, capsys):
     bad = range(2 * accumulate, 2 * accumulate + 1)  # the first batch of the third step
     module = Poisoned(bad, value, gradient_only)
     rows = train(data, module, tmp_path, accumulate=accumulate)
@@ -85,6 +85,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(data, tmp_path, value
     assert moved == [True, False, True, True]
     assert after[-1].isfinite().all()
     assert [float(row["train/skipped"]) for row in rows] == [0, 0, 1, 1, 1]
+    assert "mmtx: 1 of 5 steps were skipped, since their loss or gradient was not finite" in capsys.readouterr().err
 
 
 def test_gradients_are_clipped_in_mixed_precision(data, tmp_path):

@@ -67,6 +67,20 @@ def test_columns_are_fields_of_a_manifest(folder, pictures, tokenizers, monkeypa
     assert [sample.key for sample in read(str(folder / "saved"), select={"style": ["round"]})] == ["2"]
 
 
+@pytest.mark.parametrize("format", [{"type": "torch"}, {"type": "numpy"}, {"type": "pandas"}, {"type": "arrow"},
+                                    {"type": "torch", "columns": ["image", "id"]}, {"columns": ["id"]}])
+def test_the_format_that_a_dataset_was_saved_with_does_not_matter(tmp_path, pictures, format):
+    """`save_to_disk` also saves what `set_format` asked for: tensors in place of numbers, or only some columns."""
+    cell = {"bytes": pictures[0].turns[0].parts[0].source.read(), "path": None}
+    kinds = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string"), "id": datasets.Value("int64"),
+                               "fold": datasets.Value("int64")})
+    dataset = stored({"image": [cell], "caption": ["a"], "id": [7], "fold": [1]}, kinds)
+    dataset.with_format(**format).save_to_disk(tmp_path / "saved")
+    (sample,) = read(str(tmp_path / "saved"), select={"fold": [1]})
+    assert (sample.key, sample.caption, sample.metadata) == ("7", "a", {"fold": 1})
+    assert sample.turns[0].parts[0].source.read() == cell["bytes"]
+
+
 def test_a_dataset_can_be_prepared(folder, pictures, tokenizers, tmp_path):
     facts = prepare(DataSource([str(folder / "saved")]), tokenizers, tmp_path / "a", rows=2, num_workers=2)
     assert (facts["documents"], facts["shards"]) == (3, 2)
@@ -188,7 +202,7 @@ def test_the_card_of_a_data_set_names_what_its_rows_may(tmp_path, monkeypatch):
 def test_files_of_the_hub_under_the_name_that_it_has_for_them(monkeypatch):
     asked = []
     monkeypatch.setattr(datasets.data_files, "resolve_pattern", lambda pattern, base_path, *rest: asked.append((pattern, base_path)))
-    with hub._judged(Base("hf://datasets/body")):
+    with hub._checked_files(Base("hf://datasets/body")):
         datasets.data_files.resolve_pattern("train-*.parquet", "hf://datasets/some/body@1")
         datasets.data_files.resolve_pattern("https://1.1.1.1/a.csv", "hf://datasets/some/body@1")
         for pattern, folder in (("x::github", "hf://datasets/some/body@1"), ("*", "hf://datasets/some/body@1/reference://k::http://h"),

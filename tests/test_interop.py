@@ -179,7 +179,7 @@ def test_pieces_that_are_told_with_scores_are_those_that_may_come(media, tmp_pat
     model = convert(tmp_path, media)
     v, text = model.vocabulary, model.tokenizers["text"]
     answer = object.__new__(pytest.importorskip("mmtx.serving.app").Answer)  # of no request
-    answer.service, answer.texts, answer.top = SimpleNamespace(model=model), v.range("text"), 5
+    answer.service, answer.text_ids, answer.top_logprobs = SimpleNamespace(model=model), v.range("text"), 5
     scores = torch.zeros(v.size)
     forbidden = [ident for ident in v.chat_format.control if ident != v.end]
     scores[forbidden], scores[v.end] = 50.0, 3.0
@@ -188,6 +188,7 @@ def test_pieces_that_are_told_with_scores_are_those_that_may_come(media, tmp_pat
     count = len(v.range("text")) - len(forbidden)
     assert told["bytes"] == [0xC3] and told["logprob"] == pytest.approx(-math.log(count - 1 + math.exp(3)))
     assert [one["logprob"] for one in told["top_logprobs"]] == pytest.approx([told["logprob"] + 3] + [told["logprob"]] * 4)
+    assert answer._scored(half, scores.bfloat16()) == told  # which has all of these numbers exactly
 
 
 def test_ids_of_pieces_may_have_gaps(tmp_path):
@@ -289,7 +290,7 @@ def test_bad_models_are_told_in_one_line(tmp_path):
                           ({"hidden_size": "x"}, "field 'hidden_size' is 'x', expected int"),
                           ({"num_hidden_layers": 3}, r"no tensor model.layers.2.input_layernorm.weight, expected one of \(32,\)"),
                           ({"intermediate_size": 64}, r"tensor model.layers.0.mlp.gate_proj.weight is \(48, 32\), expected \(64, 32\)"),
-                          ({"num_hidden_layers": 1}, "found the tensor 'model.layers.1.input_layernorm.weight', which a decoder of llama"),
+                          ({"num_hidden_layers": 1}, "found the tensor 'model.layers.1.input_layernorm.weight', expected only those of llama"),
                           ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "found RoPE scaling 'yarn'"),
                           ({"vocab_size": 20}, "rows of the embedding: found 20, expected")]:
         (tmp_path / "config.json").write_text(config)
@@ -302,7 +303,7 @@ def test_bad_models_are_told_in_one_line(tmp_path):
     with fails("chat template"):
         convert(tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordPiece", "vocab": {"a": 0}}}))
-    with fails("found 'WordPiece' of other pieces, expected a byte-level BPE"):
+    with fails("found the type 'WordPiece', expected a byte-level BPE"):
         convert(tmp_path)
     with fails("no such folder or file"):
         convert(tmp_path / "nothing")
@@ -398,7 +399,7 @@ def test_the_place_of_a_mistake_is_that_of_the_ids_that_were_given(pretrained):
     ids = model.tokenize(["hello", " there"], format="chat")
     with fails(f"stream position {len(ids)}: found the end"):
         model.detokenize(ids)
-    with fails(f"stream position {len(ids)}: found id 99999"):
+    with fails(f"ids: found 99999 at position {len(ids)}"):
         model.detokenize([*ids, 99999])
 
 

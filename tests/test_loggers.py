@@ -253,7 +253,7 @@ def test_events_without_room_are_told_and_leave_whole_records(tmp_path):
 def test_two_starts_within_a_second_have_files_of_their_own(tmp_path):
     for step in range(5):
         board = TensorBoard(tmp_path)
-        board.keep(0, step)
+        board.start_at(step)
         board.log_metrics({"loss": float(step)}, step)
     assert len(list((tmp_path / "tensorboard").iterdir())) == 5
     assert shown(tmp_path / "tensorboard") == {("loss", step): float(step) for step in range(5)}
@@ -264,7 +264,7 @@ def test_a_board_has_no_file_before_it_knows_where_to_go_on(tmp_path):
     board.experiment.flush()  # as the trainer and users do
     board.save()
     assert not (tmp_path / "tensorboard").exists()
-    board.keep(3, 7)
+    board.start_at(7)
     board.log_metrics({"loss": 1.0}, 7)
     board.finalize("success")
     board.log_metrics({"loss": 2.0}, 8)

@@ -265,6 +265,24 @@ def test_other_modes():
     assert pixel(load_image(encode(Image.fromarray(np.full((4, 4), 0.2, np.float32)), "TIFF"))) == (51, 51, 51)
 
 
+def tiff(bits, photometric, data, side):
+    """A little-endian grey TIFF without compression."""
+    tags = {256: side, 257: side, 258: bits, 259: 1, 262: photometric, 273: 8 + 2 + 9 * 12 + 4, 277: 1, 278: side, 279: len(data)}
+    return b"II*\0\x08\0\0\0\x09\0" + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items()) + bytes(4) + data
+
+
+def test_grey_tiffs_of_more_than_8_bits():
+    """Pillow takes 12 bits for the lower ones of 16, which are nearly black, and 16 bits with 0 for white for a negative."""
+    values = np.linspace(0, 4_095, 64).astype(np.uint16).reshape(8, 8)
+    first, second = values.reshape(-1, 2).T
+    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1).astype(np.uint8).tobytes()
+    wide = values << 4 | values >> 8
+    expected = torch.from_numpy((wide >> 8).astype(np.uint8)).expand(3, -1, -1)
+    for data in (tiff(12, 1, packed, 8), tiff(16, 1, wide.tobytes(), 8), tiff(16, 0, (65_535 - wide).tobytes(), 8)):
+        for given in (data, Image.open(io.BytesIO(data))):
+            assert (load_image(given).int() - expected.int()).abs().max() <= 1
+
+
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF", "AVIF"])
 def test_of_several_pictures_the_first_is_taken(format):
     frames = [Image.new("RGB", (16, 16), color) for color in (RED, GREEN)]

@@ -172,7 +172,7 @@ def test_means_are_of_sums_and_leave_out_what_was_never_counted():
     means.add("a", torch.tensor(6.0), torch.tensor(3))
     means.add("a", 1.0, 1)
     means.add("b", 0.0, 0)
-    assert means.whole() == {"a": 7 / 4}
+    assert means.compute() == {"a": 7 / 4}
 
 
 # -- Benchmarks --------------------------------------------------------------------------------------------------

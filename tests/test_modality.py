@@ -66,7 +66,7 @@ def test_ids_and_legal_ids_are_those_that_they_were(shipped_tokenizers, kinds):
 
 
 def test_vocabularies_that_ship_are_written_as_they_are():
-    for model in ("demos/starter", "demos/generate", "demos/speech"):
+    for model in ("demos/starter", "demos/generate", "demos/prose", "demos/speech"):
         path = shipped(model) / "vocabulary.json"
         assert Vocabulary.load(path).to_json() == path.read_bytes()
 

@@ -21,7 +21,7 @@ from mmtx.data.collection import DataSource, read_source
 from mmtx.data.documents import Documents
 from mmtx.data.packing import PackedBatches, best_fit, fill, in_order, pack
 from mmtx.data.sample import Media, Sample, SampleTurn, Text
-from mmtx.data.sources import SkipCounter
+from mmtx.data.sources import SkipCounter, read
 from mmtx.data.storage import MemorySource
 from mmtx.data.tokens import Augmentation, load_media, seed_of, to_documents
 from mmtx.document import Document, MediaPart, TextPart, Turn
@@ -491,9 +491,22 @@ def test_bad_samples_are_skipped_up_to_the_limit(bad, samples, tokenizers, vocab
         made([BAD[bad]], 1.0)
 
 
+def test_a_file_that_grew_since_it_was_measured_is_named(tokenizers, tmp_path):
+    tokenizers = {**tokenizers, "image": tokenizers["image"].at(None)}
+    vocabulary = Vocabulary.build(tokenizers)
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a")
+    documents = Documents(read(str(tmp_path)), tokenizers, vocabulary, max_seq_len=600)
+    batches = PackedBatches(documents, vocabulary, int(documents.lengths.max()) - 1)
+    assert batches[0].samples.tolist() == [0]
+    Image.new("RGB", (128, 128)).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match=r"/a: found \d+ tokens, expected \d+ as at the start of the run; its file has changed"):
+        batches[0]
+
+
 def test_processes_measure_as_one_does(samples, tokenizers, vocabulary, monkeypatch):
     monkeypatch.setattr("mmtx.data.documents.BLOCK", 2)
-    monkeypatch.setattr("mmtx.data.documents.ENOUGH", 4)
+    monkeypatch.setattr("mmtx.data.documents.MIN_FOR_WORKERS", 4)
     mixed = [samples[0], *BAD.values(), *samples[1:]] * 3
 
     def made(num_workers):
@@ -513,12 +526,12 @@ class Deadly(MemorySource):
 
 @pytest.mark.timeout(120)
 def test_the_end_of_a_process_that_measures_is_told(samples, tokenizers, vocabulary, monkeypatch):
-    monkeypatch.setattr("mmtx.data.documents.ENOUGH", 4)
+    monkeypatch.setattr("mmtx.data.documents.MIN_FOR_WORKERS", 4)
     deadly = captioned("image", b"", "deadly", 5)
     turn = deadly.turns[0]
     parts = tuple(replace(part, source=Deadly(b"")) if isinstance(part, Media) else part for part in turn.parts)
     mixed = [*samples, replace(deadly, turns=(replace(turn, parts=parts), *deadly.turns[1:]))]
-    with pytest.raises(InputError, match=r"data.num_workers: one of 2 processes that read the samples ended \(out of memory\?\)"):
+    with pytest.raises(InputError, match=r"data.num_workers: one of the 2 worker processes that read the samples died \(out of memory\?\)"):
         Documents(mixed, tokenizers, vocabulary, max_seq_len=200, num_workers=2)
 
 

@@ -419,7 +419,7 @@ def test_a_str_of_a_prompt_is_text_whatever_it_says(tiny_model, text):
     (lambda model, _: mmtx.Audio(np.zeros(9), float("nan")), "rate: found nan"),
     (lambda model, _: model.generate("a", out="image", size=8), "size: found 8"),
     (lambda model, _: model.generate("a", out="image", size=(8, "8")), "size: found"),
-    (lambda model, _: model.generate("a", size=(8, 8)), "size: found \\(8, 8\\) with out='text', expected it with out='image'"),
+    (lambda model, _: model.generate("a", size=(8, 8)), "size: found \\(8, 8\\) with out='text', expected it only with out='image'"),
     (lambda model, _: model.generate("a", out="image", size=(8, 8, 8)), "size: found"),
     (lambda model, _: model.generate("a", out="image", size=(8.0, 8.0)), "size: found"),
     (lambda model, _: model.generate("a", out=None), "out: found NoneType"),
@@ -432,7 +432,7 @@ def test_a_str_of_a_prompt_is_text_whatever_it_says(tiny_model, text):
     (lambda model, _: model.generate_batch([], out="video"), "out: found 'video', expected one of text, image, audio, any"),
     (lambda model, _: model.tokenize("a", "chat", out="video"), "out: found 'video'"),
     (lambda model, _: model.tokenize("a", out="video"), "out: found 'video'"),
-    (lambda model, _: model.tokenize("a", out="image"), "out: found 'image' with format='document', expected it with format='chat' alone"),
+    (lambda model, _: model.tokenize("a", out="image"), "out: found 'image' with format='document', expected it only with format='chat'"),
     (lambda model, _: model.caption([], start_index=-1), "start_index: found -1, expected a whole number, 0 or more"),
     (lambda model, _: model.caption([], start_index=1.0), "start_index: found 1.0"),
     (lambda model, _: model.caption([], start_index="0"), "start_index: found '0'"),
@@ -460,7 +460,8 @@ def test_a_str_of_a_prompt_is_text_whatever_it_says(tiny_model, text):
     (lambda model, _: model.detokenize("abc"), "ids: "),
     (lambda model, _: model.detokenize([1.5]), "ids: "),
     (lambda model, _: model.detokenize(None), "ids: "),
-    (lambda model, _: model.detokenize([2 ** 70]), "position 0"),
+    (lambda model, _: model.detokenize([2 ** 70]), "ids: found 11805.* at position 0"),
+    (lambda model, _: model.embed_prompt("a"), "prompt: found str, expected a Prompt"),
     (lambda model, _: model.to("meta"), "device: meta"),
     (lambda model, _: model.to(3.5), "device: 3.5"),
     (lambda model, _: mmtx.load(3), "found int, expected the path"),
@@ -509,15 +510,24 @@ def test_a_model_without_audio_says_so(tokenizers, tiny_model, tone):
 # -- Generation ----------------------------------------------------------------------------------------------
 
 
+def test_a_document_is_continued_without_a_question(tiny_model):
+    assert tiny_model._prompt("a red", "document").ids.tolist() == tiny_model.tokenize("a red")[:-1]
+    assert tiny_model._prompt("a red", "text").ids.tolist() == tiny_model.tokenize("a red", format="chat")
+    options = {"out": "document", "max_new_tokens": 12, "temperature": 1.0, "seed": 3}
+    assert "".join(piece for piece in tiny_model.stream("a red", **options) if isinstance(piece, str)) == "".join(
+        piece for piece in tiny_model.generate("a red", **options) if isinstance(piece, str))
+
+
 def test_generate_returns_what_out_asks_for(tiny_model, pixels, tone):
     assert isinstance(tiny_model.generate("a red circle", **SAMPLED), str)
     picture = tiny_model.generate("a red circle", out="image", **SAMPLED)
     assert picture.size == (16, 16) and picture.mode == "RGB"
     sound = tiny_model.generate(["a", pixels, tone], out="audio", **SAMPLED)
     assert sound.rate == RATE and sound.samples.ndim == 1 and len(sound.samples) and np.isfinite(sound.samples).all()
-    parts = tiny_model.generate("a", out="any", **SAMPLED)
-    assert isinstance(parts, list)
-    assert all(isinstance(part, (str, PILImage.Image, mmtx.Sound)) for part in parts)
+    for mixed in ("any", "document"):
+        parts = tiny_model.generate("a", out=mixed, **SAMPLED)
+        assert isinstance(parts, list)
+        assert all(isinstance(part, (str, PILImage.Image, mmtx.Sound)) for part in parts)
 
 
 @pytest.mark.parametrize("size", [(8, 24), (24, 8), (16, 16)])
@@ -726,7 +736,7 @@ def test_stream_yields_whole_pictures(tiny_model):
 
 
 def test_stream_yields_whole_sounds_where_there_is_no_vocoder(tiny_model):
-    assert tiny_model._voice.vocoder is None
+    assert tiny_model._sound_decoder.vocoder is None
     (streamed,) = tiny_model.stream("a", out="audio", **SAMPLED)
     made = tiny_model.generate("a", out="audio", **SAMPLED)
     assert streamed.rate == made.rate and np.array_equal(streamed.samples, made.samples)
@@ -750,7 +760,7 @@ def test_streamed_sounds_add_up_to_generate(player, said, monkeypatch):
     assert streamed.shape == made.samples.shape and np.abs(streamed - made.samples).max() < 1e-5
     # The first piece comes with the first chunk of codes: <audio>, and 32 time steps of two.
     assert began[0] == 65 < len(written) - 30
-    tokenizer = player._voice
+    tokenizer = player._sound_decoder
     heard = tokenizer.config.chunk * tokenizer.config.patch_frames - tokenizer.vocoder.context
     assert len(pieces[0].samples) == heard * tokenizer.config.hop
 
@@ -813,8 +823,9 @@ def test_detokenize_names_the_place_of_a_mistake(tiny_model):
     v = tiny_model.vocabulary
     with pytest.raises(mmtx.InputError, match="position 1"):
         tiny_model.detokenize([v.bos, v.image_end, v.eos])
-    with pytest.raises(mmtx.InputError, match="position 1"):
-        tiny_model.detokenize([v.bos, v.size])
+    for wrong in (v.size, -7, 2 ** 70):
+        with pytest.raises(mmtx.InputError, match=rf"ids: found {wrong} at position 1, expected 0 to {v.size - 1}"):
+            tiny_model.detokenize([v.bos, wrong])
 
 
 # -- Folders -------------------------------------------------------------------------------------------------

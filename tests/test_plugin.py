@@ -11,6 +11,12 @@ import numpy as np
 import pytest
 import yaml
 
+from mmtx.data.sample import Media
+from mmtx.data.storage import MemorySource
+from mmtx.data.tokens import load_media
+from mmtx.errors import InputError
+from mmtx.modality.registry import MODALITIES, Modality
+
 ROOT = Path(__file__).parents[1]
 PLUGIN = ROOT / "demos" / "motion.py"
 CLASSES = ("still", "shaking")
@@ -169,7 +175,6 @@ def test_what_needs_the_plugin_says_so_in_one_line(work):
 
 @pytest.mark.slow
 def test_a_model_with_codes_alone_names_the_missing_plugin_too(work, tmp_path):
-    from mmtx.errors import InputError
     from mmtx.vocabulary import Vocabulary
 
     with pytest.raises(InputError, match="vocabulary.json: found the modality 'motion', .*--plugin FILE"):
@@ -185,12 +190,12 @@ class Stub(MediaTokenizer):
     device = None
     decode = files = from_folder = grid = embed_batch = len
 {more}
-register(Modality({kind!r}, {layout!r}, {{{word!r}: Stub}}, read={read}, extensions=({extension!r},)))
+register(Modality({kind!r}, {layout!r}, {{{word!r}: Stub}}, read={read}, extensions=({extension!r},){facts}))
 """
 
 
 def stub(**changes) -> str:
-    return STUB.format(**{"kind": "smell", "layout": "steps", "word": "smell", "read": "len", "extension": ".smell", "more": "", **changes})
+    return STUB.format(**{"kind": "smell", "layout": "steps", "word": "smell", "read": "len", "extension": ".smell", "more": "", "facts": "", **changes})
 
 
 BAD = [
@@ -199,8 +204,12 @@ BAD = [
     ("lost.py", "import no_such_package\n", "cannot be imported (ModuleNotFoundError in line 1: No module named 'no_such_package')"),
     ("nothing.py", "x = 1\n", "nothing.py: registered no modality, expected a call of mmtx.modality.registry.register"),
     ("taken.py", stub(kind="image"), "taken.py: modality 'image': there already, expected another kind than text, image, audio"),
-    ("suffix.py", stub(extension=".png"), "modality 'smell': found '.png' in extensions, which 'image' has"),
-    ("worded.py", stub(word="audio"), "modality 'smell': found 'audio' in tokenizers, which 'audio' has"),
+    ("suffix.py", stub(extension=".png"), "modality 'smell': found '.png' in extensions, which 'image' already uses"),
+    ("dotless.py", stub(extension="smell"), "modality 'smell': found the extension 'smell', expected one in lower case with its dot"),
+    ("upper.py", stub(extension=".SML"), "modality 'smell': found the extension '.SML', expected one in lower case with its dot"),
+    ("captions.py", stub(extension=".json"), "modality 'smell': found the extension '.json', which captions have, expected another"),
+    ("letters.py", stub(facts=", fields=('scent')"), "modality 'smell': found fields 'scent', expected a tuple of strings"),
+    ("worded.py", stub(word="audio"), "modality 'smell': found 'audio' in tokenizers, which 'audio' already uses"),
     ("lacking.py", stub(more="    grid = MediaTokenizer.grid\n    files = MediaTokenizer.files"), "tokenizer 'smell': Stub lacks files, grid"),
     ("unread.py", stub(read="None"), "modality 'smell': found read None, expected a function"),
     ("laid.py", stub(layout="ring"), "modality 'smell': found layout 'ring', expected 'grid' or 'steps'"),
@@ -224,6 +233,17 @@ def test_a_plugin_that_cannot_be_used_is_told_in_one_line(bad_plugins, name, tex
     told = bad_plugins[name]
     assert told.status == 2 and told.err.count("\n") == 1 and told.err.startswith(f"mmtx: error: plugin bad/{name}: "), told
     assert words in told.err
+
+
+@pytest.mark.parametrize("error, told", [(ValueError("no\nheader"), "row 1: x.smell: ValueError: no header"),
+                                         (InputError("x.smell: empty"), "x.smell: empty")])
+def test_a_file_that_a_plugin_cannot_read_is_named(monkeypatch, error, told):
+    def read(*_):
+        raise error
+
+    monkeypatch.setitem(MODALITIES, "smell", Modality("smell", "steps", {"smell": "no:Stub"}, read=read))
+    with pytest.raises(InputError, match=f"^{told}$"):
+        load_media(Media("smell", "row 1: x.smell", MemorySource(b"x")), {"smell": None})
 
 
 def test_a_plugin_that_is_not_there_and_one_without_a_name(tmp_path):

@@ -256,7 +256,7 @@ def test_parts_joined_are_one_run(media, tokenizers, tmp_path):
     facts = prepare(source, tokenizers, output, **options)
     assert content(output) == expected and facts["shards"] == len(shards)
     assert (output / shards[0]).stat().st_ino == before
-    with pytest.raises(InputError, match="many: is whole already, expected no --part, or another --output"):
+    with pytest.raises(InputError, match="many: is already complete, expected no --part, or another --output"):
         prepare(source, tokenizers, output, part=(1, 4), **options)
 
 
@@ -352,6 +352,18 @@ def test_parts_that_are_killed_lose_and_double_nothing(media, folders, tmp_path)
     process = start(folders, output, *sources, "--rows", "1")
     assert process.wait(200) == 0, output.with_suffix(".log").read_text()
     assert content(output) == expected
+
+
+def test_a_folder_that_is_prepared_anew_is_read_anew(tokenizers, vocabulary, tmp_path):
+    """As in a notebook: a process must not keep the shards of the folder that was there before."""
+    for texts in (["a", "b c d"], ["e", "f", "a much longer text"]):
+        (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        prepare(DataSource([str(tmp_path / "x.jsonl")]), tokenizers, tmp_path / "out")
+        found = read_corpus([DataSource([str(tmp_path / "out")])], tokenizers, vocabulary, max_seq_len=100)
+        raw = read_corpus([DataSource([str(tmp_path / "x.jsonl")])], tokenizers, vocabulary, max_seq_len=100)
+        views = [(number, 0) for number in range(len(texts))]
+        assert [one.ids.tolist() for one in found.render(views)] == [one.ids.tolist() for one in raw.render(views)]
+        shutil.rmtree(tmp_path / "out")
 
 
 def test_a_damaged_shard_is_written_again(media, tokenizers, tmp_path):
@@ -451,7 +463,7 @@ def test_folders_that_cannot_be_trained_on(whole, tokenizers, vocabulary, tmp_pa
     with pytest.raises(InputError, match="expected a prepared folder of format 1"):
         corpus(tokenizers, vocabulary, source)
     (tmp_path / "a" / "prepared.json").unlink()
-    with pytest.raises(InputError, match="a: prepared in part only, expected a whole folder"):
+    with pytest.raises(InputError, match="a: found an unfinished prepared folder, expected a complete one"):
         corpus(tokenizers, vocabulary, source)
     with pytest.raises(InputError, match="a: found shards of `mmtx prepare`, .*expected pictures, sounds or texts"):
         read(str(tmp_path / "a"))

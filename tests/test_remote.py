@@ -185,4 +185,4 @@ def test_mistakes_are_told_in_one_line(tokenizers, vocabulary, tiny_model, tmp_p
         assert "\n" not in str(caught.value)
     with pytest.raises(SystemExit):
         main(["detokenize", "12", "x", "--model", str(tmp_path / "model"), "--device", "cpu"])
-    assert "mmtx: error: ids: invalid literal" in capsys.readouterr().err
+    assert "mmtx: error: ids: found 'x', expected whole numbers" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import random
 import re
 from dataclasses import replace
 from inspect import signature
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -118,6 +119,8 @@ FORMS = {
     "NeMo": ({"audio_filepath": "a.wav", "text": "a", "duration": 1.5}, [("user", [W]), ("assistant", ["a"])]),
     "an interleaved document": ({"text": "See <image> and <image>.", "images": ["a.png", "b.png"]},
                                 [(None, ["See ", A, " and ", B, "."])]),
+    "a document with a sound that it does not place": (
+        {"text": "<image> is a cat", "image": "a.png", "audio": "a.wav"}, [(None, [W, A, " is a cat"])]),
     "a document about tags": ({"text": "<image> is a tag"}, [(None, ["<image> is a tag"])]),
     # Parts of messages.
     "OpenAI": ({"messages": chat([{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{INLINE}", "detail": "low"}},
@@ -144,16 +147,28 @@ def test_forms(folder, name):
     assert said(sample) == expected
 
 
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"loss": False}, {"train": False}])
+def test_an_answer_that_is_not_to_be_trained_on_is_refused(folder, mark):
+    """OpenAI's `weight`, ms-swift's `loss`, Axolotl's `train`: without support for them, the answer would be trained on."""
+    messages = chat("One?", "wrong", "Two?", "right", names=("user", "assistant") * 2)
+    messages[1] |= mark
+    (error,) = rows_of(folder, {"messages": messages})
+    (name, value), = mark.items()
+    assert f"row 1: field 'messages[1].{name}' is {value}, but every answer is trained on" in str(error)
+    (sample,) = rows_of(folder, {"messages": [messages[0] | mark, messages[1] | {name: 1}, *messages[2:]]})
+    assert said(sample) == [("user", ["One?"]), ("assistant", ["wrong"]), ("user", ["Two?"]), ("assistant", ["right"])]
+
+
 LOST = {
     # More or fewer placeholders than media.
-    "more placeholders": ({"messages": chat("<image><image>", "a"), "images": ["a.png"]}, ["2 of the placeholder <image>", "1 of"]),
-    "fewer": ({"messages": chat("<image>", "a"), "images": ["a.png", "b.png"]}, ["1 of the placeholder <image>", "2 of"]),
-    "no media": ({"messages": chat("<image>What?", "a")}, ["1 of the placeholder <image>", "0 of"]),
-    "another kind": ({"messages": chat("<audio>", "a"), "images": ["a.png"]}, ["<audio>", "0 of"]),
-    "a part without a value": ({"messages": chat([{"type": "image"}], "a")}, ["1 of the placeholder <image>", "0 of"]),
-    "LLaVA": ({"conversations": gpt("<image>\nWhat?", "a"), "picture_id": 3}, ["<image>", "0 of"]),
-    "query": ({"query": "<audio>What?", "response": "a"}, ["<audio>", "0 of"]),
-    "text": ({"text": "<image><image>", "image": "a.png"}, ["2 of the placeholder <image>", "1 of"]),
+    "more placeholders": ({"messages": chat("<image><image>", "a"), "images": ["a.png"]}, ["2 <image> placeholders for 1 media"]),
+    "fewer": ({"messages": chat("<image>", "a"), "images": ["a.png", "b.png"]}, ["1 <image> placeholders for 2 media"]),
+    "no media": ({"messages": chat("<image>What?", "a")}, ["1 <image> placeholders for 0 media"]),
+    "another kind": ({"messages": chat("<audio>", "a"), "images": ["a.png"]}, ["1 <audio> placeholders for 0 media"]),
+    "a part without a value": ({"messages": chat([{"type": "image"}], "a")}, ["1 <image> placeholders for 0 media"]),
+    "LLaVA": ({"conversations": gpt("<image>\nWhat?", "a"), "picture_id": 3}, ["1 <image> placeholders for 0 media"]),
+    "query": ({"query": "<audio>What?", "response": "a"}, ["1 <audio> placeholders for 0 media"]),
+    "text": ({"text": "<image><image>", "image": "a.png"}, ["2 <image> placeholders for 1 media"]),
     "a path in the text": ({"messages": chat("Picture 1: <img>a.png</img>\nWhat?", "a")}, ["messages[0].content", "<img>a.png</img>"]),
     # Fields that look like media.
     "a name": ({"text": "a", "image_path": "x"}, ["'image_path'", "'x'"]),
@@ -171,8 +186,8 @@ LOST = {
     "videos": ({"messages": chat("What?", "a"), "videos": ["a.mp4"]}, ["'videos'", "a video"]),
     "a video of another name": ({"image": "a.png", "text": "a", "where": "a.mp4"}, ["'where'", "a video"]),
     "a video as file_name": ({"file_name": "a.mp4", "text": "a"}, ["'file_name'", "a.mp4"]),
-    "a video as a sound": ({"audio": "a.mp4", "text": "a"}, ["'audio'", "a.mp4", "no audio file"]),
-    "<video>": ({"messages": chat("<video>What?", "a")}, ["<video>", "0 of"]),
+    "a video as a sound": ({"audio": "a.mp4", "text": "a"}, ["'audio'", "a.mp4", "a file of kind audio"]),
+    "<video>": ({"messages": chat("<video>What?", "a")}, ["1 <video> placeholders for 0 media"]),
     "a second picture": ({"image": "a.png", "image_2": "b.png", "text": "a"}, ["'image_2'"]),
     "more pictures": ({"image": "a.png", "photos": ["a.png", "b.png"], "text": "a"}, ["'photos'"]),
     "another kind beside": ({"image": "a.png", "wav": "a.wav", "text": "a"}, ["'wav'"]),
@@ -186,7 +201,7 @@ LOST = {
     "messages and conversations": ({"messages": chat("a"), "conversations": gpt("a")}, ["'messages'", "conversations"]),
     # What is read must be what it should be.
     "a path that is gone": ({"messages": chat("<image>", "a"), "images": ["gone.png"]}, ["'images[0]'", "gone.png: no such file"]),
-    "the wrong kind": ({"messages": chat("<audio>", "a"), "audios": ["a.png"]}, ["'audios[0]'", "no audio file"]),
+    "the wrong kind": ({"messages": chat("<audio>", "a"), "audios": ["a.png"]}, ["'audios[0]'", "a file of kind audio"]),
     "no base64": ({"messages": chat([{"type": "input_audio", "input_audio": {"data": "?", "format": "wav"}}], "a")},
                   ["input_audio", "'?'", "base64"]),
     "a list in a list": ({"messages": chat("<image>", "a"), "images": [["a.png"]]}, ["'images[0]'", "a path or URL"]),
@@ -273,6 +288,27 @@ def test_the_command_line_takes_fields(folder, tmp_path):
         "model": {"init_args": {}}}))
     (source,) = read_config(config).train
     assert said(read_source(source)[0]) == [("user", [A]), ("assistant", ["a"])] and source.follow_links
+
+
+def test_values_of_a_source_are_of_their_types(folder, tmp_path, monkeypatch):
+    """`mmtx prepare --config` has no parser that checks them, and text in place of a list would be taken letter by letter."""
+    rows_of_file(folder, {"text": "a"}, {"text": "b"})
+    monkeypatch.chdir(folder)
+
+    def source(**values):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": {"init_args": {"tokenizers": {}, "validation": [], "train": [
+            {"paths": "rows.jsonl", **values}]}}, "model": {"init_args": {}}}))
+        return read_config(tmp_path / "config.yaml").train[0]
+
+    assert source().paths == DataSource(Path("rows.jsonl")).paths == DataSource([Path("rows.jsonl")]).paths == ["rows.jsonl"]
+    for values, told in (({"select": {"caption": "ab"}}, "select: field 'caption' has 'ab', expected a list of values"),
+                         ({"limit": 1.5}, "limit: found 1.5, expected a whole number of at least 1"),
+                         ({"repeat": "2"}, "repeat: found '2', expected a whole number of at least 1"),
+                         ({"repeat": True}, "repeat: found True, expected a whole number of at least 1"),
+                         ({"trusted": "no"}, "trusted: found 'no', expected true or false"),
+                         ({"follow_links": 1}, "follow_links: found 1, expected true or false")):
+        with pytest.raises(InputError, match=f"^{re.escape(told)}$"):
+            source(**values)
 
 
 def test_samples_without_a_cut_have_the_stamp_that_they_had(folder):
@@ -389,9 +425,9 @@ def test_lines_over_many_pieces(folder, monkeypatch, chunk):
 
 
 @pytest.mark.parametrize("text, told", [
-    ('[{"text": "a"}, {"text"', "x.json row 2: not JSON"), ('[{"text": "a"},', "x.json: ends behind row 1"),
+    ('[{"text": "a"}, {"text"', "x.json row 2: not JSON"), ('[{"text": "a"},', "x.json: ends after row 1"),
     ('[{"text": "a"}, 3]', "x.json row 2: found '3]', expected a JSON object"), ('"a"', "x.json row 1: found"),
-    ('[{"text": "a"}] {"text": "b"}', "x.json: found .* behind the end of the list"),
+    ('[{"text": "a"}] {"text": "b"}', "x.json: found .* after the end of the list"),
     ('[{"text": ' + "[" * 5000 + "]" * 5000 + "}]", "x.json row 1: not JSON"),
 ])
 def test_a_list_that_is_none(tmp_path, text, told):
@@ -429,6 +465,19 @@ def test_a_table_as_people_write_it(folder):
     assert said(two) == [("user", [A]), ("assistant", ["b"])]
     (folder / "x.jsonl").write_text(json.dumps({"image": "a.png", "text": "alt", "caption": "a cat"}))
     assert said(next(scan(str(folder / "x.jsonl")))) == said(one)
+
+
+def test_a_quoted_cell_after_a_blank(folder):
+    (folder / "x.csv").write_text('image, text\na.png, "a cat, black"\na.png, "the ""Tom"""\n')
+    assert [one.caption for one in scan(str(folder / "x.csv"))] == ["a cat, black", 'the "Tom"']
+
+
+@pytest.mark.parametrize("name, between", [("x.csv", ";"), ("x.csv", "\t"), ("x.csv", "|"), ("x.tsv", ","), ("x.tsv", ";")])
+def test_a_table_with_other_separators(folder, name, between):
+    (folder / name).write_text("\n".join([between.join(["image", "text"]), between.join(["a.png", "a cat, black"])]))
+    expected = "commas" if name == "x.csv" else "tabs"
+    with pytest.raises(InputError, match=f"{name}: found the header .'image.*text'., expected columns separated by {expected}$"):
+        list(scan(str(folder / name)))
 
 
 def test_rows_behind_a_quote_that_is_not_closed_are_counted(folder):

@@ -14,7 +14,7 @@ from PIL import Image
 
 import mmtx
 from mmtx.cli import main
-from mmtx.run_page import POINTS, read_curves, run_page, thinned
+from mmtx.run_page import POINTS, downsampled, read_curves, run_page
 
 
 @pytest.fixture
@@ -129,9 +129,9 @@ def test_the_control_does_without_training_samples_that_are_prepared(run, tmp_pa
 
 def test_a_long_curve_is_thinned_to_means():
     curve = [(float(step), float(step % 2)) for step in range(8 * POINTS + 3)]
-    found = thinned(curve)
+    found = downsampled(curve)
     assert len(found) <= POINTS and found[0] == (4.0, 4 / 9) and found[-1] == curve[-1]
-    assert thinned(curve[:5]) == curve[:5]
+    assert downsampled(curve[:5]) == curve[:5]
 
 
 def test_a_run_that_has_not_ended_and_files_that_are_none(run, tmp_path, capsys):

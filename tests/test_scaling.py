@@ -15,7 +15,7 @@ from mmtx.cli import main
 from mmtx.config import CodeRange, DecoderConfig
 from mmtx.errors import InputError
 from mmtx.model import Decoder
-from mmtx.scaling import Run, cost, fit, held_out, isoflop_plot, plans, read_runs, worth_of
+from mmtx.scaling import Run, cost, effective_tokens_of, fit, held_out, isoflop_plot, plans, read_runs
 from mmtx.vocabulary import Vocabulary
 
 CONFIGS = [
@@ -123,7 +123,11 @@ def test_plans_spend_the_budget_by_their_laws(law):
     hoffmann, kaplan, own = plans(config, budget, batch, length, law)
     for each in (hoffmann, kaplan, own):
         assert each.tokens * each.cost.training / batch == pytest.approx(budget)
-        assert each.steps == round(each.tokens / batch) and each.worth == each.tokens
+        assert each.steps == round(each.tokens / batch) and each.effective_tokens == each.tokens
+        assert each.gigabytes == each.cost.parameters * 16 / 1e9
+        muon = [p for block in Decoder(replace(each.config, depth=1)).blocks for p in block.parameters() if p.dim() == 2]
+        assert each.cost.matrices == each.config.depth * sum(map(torch.numel, muon))
+        assert each.with_muon == pytest.approx((16 * each.cost.parameters - 4 * each.cost.matrices) / 1e9)
         assert each.loss == pytest.approx(law.loss(each.cost.parameters, each.tokens))
     # Sizes come in steps: what is nearest is within one of them.
     assert hoffmann.tokens / hoffmann.cost.parameters == pytest.approx(20, rel=0.4)
@@ -135,11 +139,11 @@ def test_plans_spend_the_budget_by_their_laws(law):
 
 
 def test_epochs_of_the_same_data_count_less(law):
-    assert worth_of(5e6, None) == worth_of(5e6, 1e7) == 5e6
+    assert effective_tokens_of(5e6, None) == effective_tokens_of(5e6, 1e7) == 5e6
     # Four epochs are worth nearly four; no number is worth more than 1 + 15.39 of them.
-    assert worth_of(4e7, 1e7) == pytest.approx(1e7 * (1 + 15.39 * (1 - math.exp(-3 / 15.39))))
-    assert 3.6e7 < worth_of(4e7, 1e7) < 4e7
-    assert worth_of(1e12, 1e7) == pytest.approx(1e7 * 16.39)
+    assert effective_tokens_of(4e7, 1e7) == pytest.approx(1e7 * (1 + 15.39 * (1 - math.exp(-3 / 15.39))))
+    assert 3.6e7 < effective_tokens_of(4e7, 1e7) < 4e7
+    assert effective_tokens_of(1e12, 1e7) == pytest.approx(1e7 * 16.39)
     few = plans(CONFIGS[0], 1e18, 8192, 512, law, unique=1e7)[2]
     many = plans(CONFIGS[0], 1e18, 8192, 512, law)[2]
     assert few.loss > many.loss and few.epochs == pytest.approx(few.tokens / 1e7)
@@ -227,12 +231,20 @@ def test_the_command_tells_all_sources_and_what_repeats(tmp_path, capsys, models
     main(["plan", "--model", str(tmp_path / "64-1000" / "model"), "--hours", "10", "--rate", "1e12", "--runs", str(tmp_path),
           "--unique_tokens", "1e6", "--file", str(tmp_path / "plan.png")])
     told = capsys.readouterr()
-    for word in ("3.6e+16", "Hoffmann et al. 2022", "Kaplan et al. 2020", "your runs", "held out 128-10000: loss foretold",
-                 "held out 128-10000: loss_text foretold"):
+    for word in ("3.6e+16", "Hoffmann et al. 2022", "Kaplan et al. 2020", "your runs", "held out 128-10000: loss predicted",
+                 "held out 128-10000: loss_text predicted"):
         assert word in told.out
     assert "epochs of the same data" in told.err
     assert "mmtx: note: 6 of 9 runs repeat data, 41.0 epochs at most" in told.err
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("budget, told", [("1e3", "16 x 2 is the smallest"), ("1e16", None), ("1e30", "is the largest")])
+def test_a_plan_at_the_edge_of_the_sizes_says_so(budget, told, tmp_path, capsys, models):
+    main(["plan", "--model", str(tmp_path / "64-1000" / "model"), "--flops", budget])
+    found = capsys.readouterr()
+    assert (f"{told} size tried, so the best one may lie beyond it" in found.err) if told else not found.err
+    assert "| GB of state (with Muon) |" in found.out
 
 
 @pytest.mark.parametrize("options, found", [
@@ -273,4 +285,4 @@ def test_runs_of_mmtx_fit_are_what_a_plan_is_made_of(tmp_path, capsys):
     assert len({run.parameters for run in runs}) == 3
     assert all(run.losses.keys() == {"loss", "loss_text", "loss_special"} and run.losses["loss"] < 10 for run in runs)
     main(["plan", "--runs", str(tmp_path / "runs"), "--flops", "1e12", "--model", str(tmp_path / "runs" / "32-8" / "model")])
-    assert "held out 48-8: loss foretold" in capsys.readouterr().out
+    assert "held out 48-8: loss predicted" in capsys.readouterr().out

@@ -379,8 +379,8 @@ def whole(folder: Path) -> None:
     (lambda m: m["names"].__setitem__(0, 7), "its checksum does not fit"),
     (lambda m: m["ids"].__setitem__(5, 60_000), "found id 60000, expected less than"),
     (lambda m: m["ends.ids"].__setitem__(1, 3), "its documents are not as long as index.safetensors says"),
-    (lambda m: m["ends.ids"].__setitem__(1, 2**63), "'ends.ids' does not tell where"),
-    (lambda m: m["ends.names"].__setitem__(-1, 2**40), "'ends.names' does not tell where"),
+    (lambda m: m["ends.ids"].__setitem__(1, 2**63), "'ends.ids' are not the offsets"),
+    (lambda m: m["ends.names"].__setitem__(-1, 2**40), "'ends.names' are not the offsets"),
     (lambda m: m["ends.image"].__setitem__(1, 3), r"found \d+ features of image, expected one for each"),
     (lambda m: m["numbers"].__setitem__(0, 9), "its documents have other numbers"),
     (lambda m: m.update({"features.image": m["features.image"][:, :8].copy()}), "'features.image' is float16 .*expected float16"),
@@ -402,17 +402,17 @@ def test_shards_that_changed_places_are_refused(fresh):
     (folder / "shard-00001.safetensors").rename(folder / "shard-00000.safetensors")
     (folder / "x").rename(folder / "shard-00001.safetensors")
     whole(folder)
-    with pytest.raises(InputError, match="prepared: found shards of the checksum .* changed or exchanged"):
+    with pytest.raises(InputError, match="prepared: found shards of the checksum .* changed or replaced"):
         fuzz_files.read_prepared(folder)
 
 
 @pytest.mark.parametrize("edit, message", [
-    (lambda i: i["starts"].__setitem__(1, 100), "'starts' does not tell"),
-    (lambda i: i["starts"].__setitem__(-1, 2**63), "'starts' does not tell"),
+    (lambda i: i["starts"].__setitem__(1, 100), "'starts' are not the offsets"),
+    (lambda i: i["starts"].__setitem__(-1, 2**63), "'starts' are not the offsets"),
     (lambda i: i["lengths"].__setitem__(0, 0), "expected .*and 1 or more"),
     (lambda i: i["lengths"].__setitem__(0, 5), r"found \d+ tokens, expected \d+"),
-    (lambda i: i["numbers"].__setitem__(0, 5), "'numbers' of samples do not rise"),
-    (lambda i: i["numbers"].__setitem__(-1, 2**32 - 1), "'numbers' of samples do not rise, or reach"),
+    (lambda i: i["numbers"].__setitem__(0, 5), "'numbers' of samples do not ascend"),
+    (lambda i: i["numbers"].__setitem__(-1, 2**32 - 1), "'numbers' of samples do not ascend, or are not all below"),
     (lambda i: i.update(starts=i["starts"][:-1].copy()), "'starts' is uint64 .*expected"),
     (lambda i: i.update(lengths=i["lengths"].astype(np.float16)), "'lengths' is float16"),
     (lambda i: i.pop("sizes"), "found the tensors .lengths, numbers, starts"),

@@ -89,6 +89,24 @@ def test_documents_normalise():
 # -- Documents to ids and back -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("make, told", [
+    (lambda: Turn("user", ("hello",)), "turn: found a part of type str, expected TextPart or MediaPart"),
+    (lambda: Turn("user", "hello"), "turn: found str, expected a tuple of parts"),
+    (lambda: Turn("user", TextPart([1])), "turn: found TextPart, expected a tuple of parts"),
+    (lambda: Document(("hello",)), "document: found a turn of type str, expected Turn"),
+    (lambda: Document(Turn("user", ())), "document: found Turn, expected a tuple of turns"),
+    (lambda: TextPart([1.5]), "text part: found float64, expected whole numbers"),
+    (lambda: TextPart("ab"), r"text part: found shape \(\), expected 1 dimensions"),
+    (lambda: TextPart(["a"]), "text part: found <U1, expected whole numbers"),
+    (lambda: MediaPart("image", [[1, 2], [3]]), "image part: found rows of different lengths, expected 2 dimensions"),
+    (lambda: MediaPart("image", [[1]], torch.zeros(2, 1, 5)), r"image part: found features of shape \(2, 1, 5\), expected \(1, 1, D\)"),
+])
+def test_documents_refuse_what_is_none(make, told):
+    with pytest.raises(InputError, match=told):
+        make()
+    assert TextPart([]).ids.dtype == TextPart([1.0]).ids.dtype == np.int64
+
+
 def test_chat_by_hand():
     v = V
     image, audio = v.range("image").start, v.range("audio").start

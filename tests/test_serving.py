@@ -45,7 +45,7 @@ pytest.importorskip("fastapi")
 
 from mmtx.serving import messages as api  # noqa: E402
 from mmtx.serving.app import make_app, serve  # noqa: E402
-from mmtx.serving.batches import Batches, Job  # noqa: E402
+from mmtx.serving.batches import BatchScheduler, Job  # noqa: E402
 from mmtx.serving.limits import Limits, Refused  # noqa: E402
 from mmtx.serving.sounds import in_thread  # noqa: E402
 
@@ -300,6 +300,7 @@ def test_completions_go_on_with_a_plain_document(model, server):
     texts = model.vocabulary.range("text")
     assert answer.choices[0].text == model.tokenizers["text"].decode([ident for ident in ids if ident in texts])
     assert answer.usage.prompt_tokens == len(asked.ids)
+    assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (8, "length")
 
 
 def test_transcriptions_are_captions(model, server, media):
@@ -481,8 +482,8 @@ def silence(seconds: float) -> bytes:
     ([item(silence(70))], {}, 400, "found 70.0 s, expected up to 60 s"),
     ([item(b"GIF89a")], {}, 400, "not a whole picture"),
     ([{"type": "image_url", "image_url": {"url": "data:image/png;base64,%%%"}}], {}, 400, "not base64"),
-    ([{"type": "image_url", "image_url": {"url": "/etc/passwd"}}], {}, 400, "fetches nothing"),
-    ([{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}], {}, 400, "fetches nothing"),
+    ([{"type": "image_url", "image_url": {"url": "/etc/passwd"}}], {}, 400, "does not fetch URLs"),
+    ([{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}], {}, 400, "does not fetch URLs"),
     ([{"type": "file", "file": {}}], {}, 400, "type"),
     ("a", {"extra_body": {"guided": 1}}, 400, "guided"),
     ("a", {"temperature": -1}, 400, "temperature: found -1.0"),
@@ -500,6 +501,8 @@ def silence(seconds: float) -> bytes:
     ("a", {"extra_body": {"stream": "yes"}}, 400, "stream: found 'yes', expected a valid boolean"),
     ("a", {"stream_options": {"include_usage": "no"}}, 400, "stream_options.include_usage: found 'no', expected a valid boolean"),
     ("a", {"frequency_penalty": 0.5}, 400, "frequency_penalty: found 0.5, expected"),
+    ("a", {"top_logprobs": 3}, 400, "top_logprobs: found without logprobs, expected logprobs: true"),
+    ("a", {"stream_options": {"include_usage": True}}, 400, "stream_options: found without stream, expected stream: true"),
     (5, {}, 400, "messages[0].content: found 5, expected a valid list"),
     ([5], {}, 400, "messages[0].content[0]: found 5, expected a JSON object"),
     ([{"text": "a"}], {}, 400, "messages[0].content[0]: found {'text': 'a'}, expected a JSON object with its type"),
@@ -604,6 +607,10 @@ def test_a_form_where_json_is_expected_is_told_so(server):
 def test_json_that_is_none_is_told_with_its_place(server):
     status, told = post(server, "Content-Type: application/json\n", b'{"model": tiny}')
     assert status == 400 and told["error"]["message"] == "body: not JSON, Expecting value at character 10"
+    for body, reason in ((b"[" * 100_000, "maximum recursion depth"), (b'{"model": "\xff"}', "can't decode byte 0xff in position 11"),
+                         (b'{"seed": ' + b"9" * 5000 + b"}", "5000 digits")):
+        status, told = post(server, "Content-Type: application/json\n", body)
+        assert status == 400 and told["error"]["message"].startswith("body: not JSON, ") and reason in told["error"]["message"]
 
 
 @pytest.mark.parametrize("kind", ["", "Content-Type: text/plain\n", AS_FORM])
@@ -864,12 +871,12 @@ def test_codes_that_the_decoder_never_reads_are_not_made(media, monkeypatch):
 
 def answers_of(model, media: list[bytes]) -> list[str | Exception]:
     """What requests that wait together are told."""
-    async def told(batches: Batches, job: Job) -> str:
+    async def told(batches: BatchScheduler, job: Job) -> str:
         (ids,) = [[ident for ident, _ in new] async for new in batches.answer(job)]  # not live: all at once
         return model.tokenizers["text"].decode([ident for ident in ids if ident != model.vocabulary.end])
 
     async def ask() -> list[str | Exception]:
-        batches, deadline = Batches(model), asyncio.get_running_loop().time() + 60
+        batches, deadline = BatchScheduler(model), asyncio.get_running_loop().time() + 60
         documents = [Document((Turn("user", (model.read_medium(marked(data)),)),)) for data in media]
         jobs = [Job(document, model.prompt_length(document), "text", Sampling(max_new_tokens=9), None, deadline)
                 for document in documents]
@@ -897,13 +904,13 @@ def test_time_runs_while_a_prompt_waits(model, media, monkeypatch):
     monkeypatch.setattr(model, "encode_documents", lambda *given, **options: released.wait(60) and encode(*given, **options))
     document = Document((Turn("user", (model.read_medium(marked(media[0])),)),))
 
-    async def ids(batches: Batches, seconds: float) -> list[int]:
+    async def ids(batches: BatchScheduler, seconds: float) -> list[int]:
         deadline = asyncio.get_running_loop().time() + seconds
         job = Job(document, model.prompt_length(document), "text", Sampling(max_new_tokens=9), None, deadline)
         return [ident async for new in batches.answer(job) for ident, _ in new]
 
     async def ask() -> list[int]:
-        batches = Batches(model)
+        batches = BatchScheduler(model)
         try:
             patient = asyncio.ensure_future(ids(batches, 60))
             with pytest.raises(Refused, match="not ready in time"):
@@ -917,6 +924,14 @@ def test_time_runs_while_a_prompt_waits(model, media, monkeypatch):
     found = asyncio.run(ask())
     assert model.tokenizers["text"].decode([ident for ident in found if ident != model.vocabulary.end]) == model.caption(
         marked(media[0]), max_new_tokens=9) != ""
+
+
+def test_all_that_a_request_waits_for_shares_its_time(model):
+    app = make_app(model, NAME, Limits(timeout=0.5))
+    app.state.service.embed = lambda document: time.sleep(0.2) or np.zeros(2, np.float32)
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+        status = {count: client.post("/v1/embeddings", json={"model": NAME, "input": ["a"] * count}).status_code for count in (1, 8)}
+    assert status == {1: 200, 8: 504}
 
 
 def test_what_is_wrong_with_one_is_not_told_to_the_others(model, media, monkeypatch):
@@ -980,5 +995,5 @@ def test_an_address_with_colons_is_shown_in_brackets(model, monkeypatch, capsys)
 def test_a_port_that_is_taken_is_a_mistake_of_one_line(server, model):
     done = subprocess.run([sys.executable, "-m", "mmtx", "serve", "--model", model.folder, "--port", str(server.port)],
                           capture_output=True, text=True, timeout=60, cwd=ROOT)
-    assert done.returncode == 2 and done.stderr.startswith(f"mmtx: error: 127.0.0.1:{server.port}: cannot be listened at")
+    assert done.returncode == 2 and done.stderr.startswith(f"mmtx: error: 127.0.0.1:{server.port}: cannot listen on this address")
     assert done.stderr.count("\n") == 1

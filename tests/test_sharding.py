@@ -20,7 +20,7 @@ from mmtx.config import CodeRange, DecoderConfig
 from mmtx.model import Decoder
 from mmtx.training.checkpoint import damage
 from mmtx.training.optimizer import OptimizerConfig, configure
-from mmtx.training.sharding import full, shard, whole
+from mmtx.training.sharding import full, gathered, shard
 
 CONFIG = DecoderConfig(77, width=32, depth=2, heads=2, kv_heads=1, head_dim=16, mlp_dim=48, tied=False,
                        composed=(CodeRange(41, (4, 3, 3)),))
@@ -66,7 +66,7 @@ def one_of_two(rank: int, port: int, folder: str) -> None:
     sizes = {name: p.to_local().numel() / p.numel() for name, p in holder.decoder.named_parameters()}
     found = train(holder.decoder, [rank])
     sharded = holder.decoder
-    with whole(holder):
+    with gathered(holder):
         copied = holder.decoder.state_dict() if rank == 0 else None
         assert (holder.decoder is sharded) == (rank == 1)
     assert holder.decoder is sharded

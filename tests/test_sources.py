@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from mmtx.captioning import find_media
+from mmtx.data.collection import DataSource, read_source
 from mmtx.data.sample import Text, kind_of
-from mmtx.data.sources import SkipCounter, is_selected, read, scan
+from mmtx.data.sources import SkipCounter, expand, is_selected, read, scan
 from mmtx.data.storage import FileSource, MemorySource, display
 from mmtx.errors import InputError
 
@@ -117,8 +118,8 @@ def chat(content, role="user"):
         ({"image": "", "text": "x"}, ["'image'", "path"]),
         ({"image": {"bytes": "x"}, "text": "x"}, ["'image'", "path"]),
         ({"image": "a\0.png", "text": "x"}, ["'image'", "no such file"]),
-        ({"image": "a.wav", "text": "x"}, ["'image'", "a.wav", "no image"]),
-        ({"audio": "a.png", "text": "x"}, ["'audio'", "a.png", "no audio"]),
+        ({"image": "a.wav", "text": "x"}, ["'image'", "a.wav", "a file of kind image"]),
+        ({"audio": "a.png", "text": "x"}, ["'audio'", "a.png", "a file of kind audio"]),
         ({"text": "x", "id": [1]}, ["key", "[1]"]),
         ({"text": "x", "id": 1.5}, ["key", "1.5", "a whole number"]),
         ({"messages": []}, ["'messages'", "[]"]),
@@ -216,7 +217,7 @@ def test_select(tmp_path):
         read(path, select={"colour": [1]})
     with pytest.raises(InputError, match="'style' has 1"):
         read(path, select={"style": 1})
-    with pytest.raises(InputError, match="x.tar: no sample is left of 6 rows: in the field 'style' they have 0, 1, and select asks"):
+    with pytest.raises(InputError, match="x.tar: no sample is left of 6 rows: found 0, 1 in the field 'style', expected one of"):
         read(path, select={"style": [9]})
     for value in ("1", True, 1.5):  # a text is no number, and true is not 1
         with pytest.raises(InputError, match="no sample is left"):
@@ -388,6 +389,21 @@ def test_folder(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="empty: no samples in it"):
         read(str(tmp_path / "empty"))
+
+
+def test_the_home_of_a_source(tmp_path, monkeypatch):
+    """A shell expands ~ neither in quotes nor in a configuration."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    assert expand("~/a.jsonl") == expand("~/*.jsonl") == [str(tmp_path / "a.jsonl")]
+    (sample,) = read_source(DataSource(["~/a.jsonl"]))
+    assert (sample.caption, sample.where) == ("a", f"{tmp_path}/a.jsonl row 1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "~").mkdir()
+    (tmp_path / "~" / "b.jsonl").write_text('{"text": "b"}\n')
+    assert expand("~/b.jsonl") == ["~/b.jsonl"]  # a file of this very name is meant
+    with pytest.raises(InputError, match="~nobody-here"):
+        expand("~nobody-here/a.jsonl")
 
 
 def test_glob_and_urls(tmp_path):

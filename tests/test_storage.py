@@ -241,7 +241,7 @@ def test_a_server_that_does_not_go_on_is_left_in_time(server, monkeypatch, route
     began = time.monotonic()
     for run in (read, stream):
         message = refused(server.address + "/a", run)
-        assert message in ("no answer within 0.3 s", "no whole answer within 0.9 s"), message
+        assert message in ("no answer within 0.3 s", "no complete response within 0.9 s"), message
     assert time.monotonic() - began < 10  # far above 2 * TOTAL and far below what the server would take
     # Retries where they may help: a server that says nothing may be a busy one.
     assert len(server.asked) > 2 if route == "silent" else True
@@ -262,7 +262,7 @@ def test_a_large_source_may_take_longer_than_one_medium(server, monkeypatch):
     server.routes["/a"] = lambda request: request.chunked(DATA[i:i + 30_000] for i in range(0, len(DATA), 30_000)
                                                           if not time.sleep(0.1))
     assert stream(server.address + "/a") == DATA
-    assert refused(server.address + "/a").startswith("no whole answer within 0.6 s")
+    assert refused(server.address + "/a").startswith("no complete response within 0.6 s")
 
 
 class Stuck(fsspec.AbstractFileSystem):
@@ -275,15 +275,15 @@ class Stuck(fsspec.AbstractFileSystem):
 def test_a_back_end_that_does_not_go_on_is_left_in_time(monkeypatch):
     fsspec.register_implementation("stuck", Stuck, clobber=True)
     monkeypatch.setattr(web, "TOTAL", 0.2)
-    assert refused("stuck://me:secret@x") == "no whole answer within 0.2 s"
+    assert refused("stuck://me:secret@x") == "no complete response within 0.2 s"
 
 
 @pytest.mark.parametrize(("error", "told"), [
-    (FileNotFoundError("secret"), "no such file"), (PermissionError(13, "secret"), "no right to read it"),
+    (FileNotFoundError("secret"), "no such file"), (PermissionError(13, "secret"), "permission denied"),
     (TimeoutError("secret"), "no answer in time"), (ImportError("Install s3fs"), "cannot be read (Install s3fs)"),
     (ValueError("secret"), "cannot be read (ValueError)"), (OSError(5, "Input/output error"), "cannot be read (Input/output error)"),
-    (types.new_class("Answered", (Exception,), {}, lambda body: body.update(status=403))("secret"), "HTTP 403 (no right to read it)"),
-    (types.new_class("Coded", (Exception,), {}, lambda body: body.update(code=429))("secret"), "HTTP 429 (asked too often)"),
+    (types.new_class("Answered", (Exception,), {}, lambda body: body.update(status=403))("secret"), "HTTP 403 (permission denied)"),
+    (types.new_class("Coded", (Exception,), {}, lambda body: body.update(code=429))("secret"), "HTTP 429 (too many requests)"),
     (types.new_class("Responded", (Exception,), {}, lambda body: body.update(response=types.SimpleNamespace(status_code=503)))("secret"),
      "HTTP 503 (the server is busy)"),
 ])
@@ -301,17 +301,17 @@ def test_pieces_that_come_in_time_do_not_go_on_for_ever(server, monkeypatch):
     monkeypatch.setattr(web, "SLOWEST", 10**9)
     monkeypatch.setattr(web, "TOTAL", 0.5)
     server.routes["/a"] = lambda request: request.chunked(DATA[:70_000] for _ in range(50) if not request.stopped.wait(0.1))
-    assert refused(server.address + "/a", stream) == "no whole answer within 0.5 s"
+    assert refused(server.address + "/a", stream) == "no complete response within 0.5 s"
 
 
 # -- What servers answer -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("status", "words", "times"), [
-    (400, "not understood", 1), (401, "needs a name and password, or a token", 1), (403, "no right to read it", 1),
-    (404, "no such file", 1), (405, "not for reading", 1), (410, "no longer there", 1), (416, "shorter than expected", 1),
-    (418, "not possible", 1), (451, "not available here", 1), (429, "asked too often", 4), (500, "a fault of the server", 4),
-    (502, "a fault of the server", 4), (503, "the server is busy", 4), (504, "no answer in time", 4), (599, "a fault of the server", 1),
+    (400, "bad request", 1), (401, "authentication required", 1), (403, "permission denied", 1),
+    (404, "no such file", 1), (405, "method not allowed", 1), (410, "no longer available", 1), (416, "no such byte range", 1),
+    (418, "request failed", 1), (451, "not available here", 1), (429, "too many requests", 4), (500, "server error", 4),
+    (502, "server error", 4), (503, "the server is busy", 4), (504, "no answer in time", 4), (599, "server error", 1),
 ])
 def test_a_status_is_told_as_what_it_is(server, status, words, times):
     server.routes["/secret/a.png"] = lambda request: request.answer(b"nothing", f"{status} Whatever")
@@ -398,10 +398,10 @@ def test_answers_that_are_none(server):
         "/304": lambda request: request.answer(b"", "304 Not Modified"), "/nowhere": lambda request: request.answer(b"", "302 Found"),
     }
     expected = {"/lost": "the connection was lost", "/ssh": "not a valid HTTP answer", "/head": "not a valid HTTP answer",
-                "/chunk": "cut short, the connection was lost", "/no-body": "HTTP 204 (not possible)", "/status": "not a valid HTTP answer",
+                "/chunk": "cut short, the connection was lost", "/no-body": "HTTP 204 (request failed)", "/status": "not a valid HTTP answer",
                 "/line": "not a valid HTTP answer", "/br": "its transfer is compressed with 'br', expected none or gzip",
-                "/damaged": "its compressed transfer is damaged", "/other": "HTTP 206 (not possible)",
-                "/304": "HTTP 304 (not possible)", "/nowhere": "HTTP 302 (not possible)"}
+                "/damaged": "its compressed transfer is damaged", "/other": "HTTP 206 (request failed)",
+                "/304": "HTTP 304 (request failed)", "/nowhere": "HTTP 302 (request failed)"}
     assert {path: refused(server.address + path) for path in expected} == expected, length
 
 
@@ -583,7 +583,7 @@ def test_a_tar_of_a_server_with_ranges_is_read_in_place(server, tmp_path):
         samples[4].turns[0].parts[0].source.offset + 899)
     assert not (tmp_path / "cache").exists()
     packed = packed[:1000]
-    with pytest.raises(InputError, match="HTTP 416 .shorter than expected.|cut short|found"):
+    with pytest.raises(InputError, match="HTTP 416 .no such byte range.|cut short|found"):
         samples[300].turns[0].parts[0].source.read()
 
 

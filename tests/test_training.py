@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from lightning import Trainer
+from PIL import Image
 from torch.utils.data import DataLoader
 
 import mmtx
@@ -27,7 +28,7 @@ from mmtx.errors import InputError
 from mmtx.modality.base import load_tokenizer
 from mmtx.modality.text import TextTokenizer
 from mmtx.training import checkpoint
-from mmtx.training.callbacks import ShowSamples
+from mmtx.training.callbacks import EMAWeightAveraging, ShowSamples
 from mmtx.training.checkpoint import AtomicCheckpointIO
 from mmtx.training.decoder import DecoderModule
 from mmtx.training.decoder_data import DecoderData, TokenizerFolders
@@ -218,15 +219,15 @@ def test_a_resumed_run_is_the_run_that_was_interrupted(root, decoder_data, monke
 def test_a_run_that_begins_anew_where_another_was_says_so(root, decoder_data, capfd):
     steps = {**TRAINER, "max_steps": 3, "limit_val_batches": 0}
     fit(root / "anew", DECODER_MODULE, decoder_data, steps, ("--ckpt_path", "last"))
-    assert "anew/checkpoints: no checkpoint to go on with, so this run begins anew" in capfd.readouterr().err
+    assert "anew/checkpoints: found no checkpoint to resume from, so training starts from the beginning" in capfd.readouterr().err
     fit(root / "anew", DECODER_MODULE, decoder_data, steps)
     told = capfd.readouterr().err
-    assert "replaces the one that was at step-000000002; --ckpt_path last would go on with it" in told
+    assert "replaces the run that was at step-000000002; --ckpt_path last would resume it" in told
     fit(root / "anew", DECODER_MODULE, decoder_data, steps, ("--ckpt_path", "last"))
     assert "anew and" not in capfd.readouterr().err
     shutil.rmtree(root / "anew" / "checkpoints")
     fit(root / "anew", DECODER_MODULE, decoder_data, steps)
-    assert "begins anew and replaces the model that is there" in capfd.readouterr().err
+    assert "starts from the beginning and replaces the existing model" in capfd.readouterr().err
 
 
 # -- Validate, test, predict ---------------------------------------------------------------------------------
@@ -548,6 +549,16 @@ MISTAKES = {
 }
 
 
+MISTAKES |= {
+    "part of the batches": ("trainer", "limit_train_batches", 1, ["trainer.limit_train_batches: found 1,", "trainer.max_steps"]),
+    "no batches": ("trainer", "limit_train_batches", 0.0, ["trainer.limit_train_batches: found 0.0,"]),
+    "one batch again and again": ("trainer", "overfit_batches", 1, ["trainer.overfit_batches: found 1,", "limit of a source"]),
+    "epochs": ("trainer", "max_epochs", 3, ["trainer.max_epochs: found 3,", "trainer.max_steps"]),
+    "no epochs": ("trainer", "max_epochs", 0, ["trainer.max_epochs: found 0,"]),
+    "rare validation": ("trainer", "check_val_every_n_epoch", 1, ["trainer.val_check_interval: found 9", "at most 2"]),
+}
+
+
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_end_in_one_line_before_training(name, folders, decoder_data, tmp_path, capsys):
     where, key, value, told = MISTAKES[name]
@@ -557,6 +568,8 @@ def test_mistakes_end_in_one_line_before_training(name, folders, decoder_data, t
         value = {"text": str(folders["text"])}
     parts = {"model": DECODER_MODULE, "data": decoder_data, "trainer": TRAINER}
     parts[where] = changed(parts[where], key if where == "trainer" else f"init_args.{key}", value)
+    if name == "rare validation":
+        parts["trainer"]["val_check_interval"] = 9
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         fit(tmp_path / "run", parts["model"], parts["data"], parts["trainer"])
@@ -573,6 +586,48 @@ def check_mistake(stop, capsys, told: list[str]) -> None:
     assert "Traceback" not in errors and "usage:" not in errors
     assert all(word in lines[0] for word in told), lines[0]
     assert len(lines[0]) < 700
+
+
+def test_a_run_that_trains_nothing_ends_in_one_line(decoder_data, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        fit(tmp_path / "run", DECODER_MODULE, decoder_data, {**TRAINER, "max_time": "00:00:00:00"})
+    check_mistake(stop, capsys, ["trainer: found no step trained", "trainer.max_time"])
+
+
+def test_a_run_that_ends_early_or_is_never_validated_says_so(decoder_data, tmp_path, capsys):
+    stopping = {"class_path": "lightning.pytorch.callbacks.EarlyStopping",
+                "init_args": {"monitor": "val/loss", "patience": 1, "min_delta": 9.0}}
+    fit(tmp_path / "early", DECODER_MODULE, decoder_data, {**TRAINER, "max_steps": 9, "val_check_interval": 1, "callbacks": [stopping]})
+    assert "training ended at step 2 of 9, by trainer.max_time or a callback" in capsys.readouterr().err
+    assert (tmp_path / "early" / "model").is_dir()
+    fit(tmp_path / "rare", DECODER_MODULE, decoder_data, {**TRAINER, "val_check_interval": 5})
+    told = capsys.readouterr().err
+    assert "trainer.val_check_interval: found 5, more than the 2 batches of the run" in told and "ended at step" not in told
+
+
+def test_a_text_tokenizer_takes_one_step_whatever_the_trainer_is_told(tmp_path, capsys):
+    text = section("text.TextModule", size=300), section("text.TextData", train=FEW)
+    trainer = {"accelerator": "cpu", "max_epochs": 0, "max_steps": 0, "enable_progress_bar": False}
+    assert load_tokenizer(fit(tmp_path / "run", *text, trainer)).kind == "text"
+    assert "returned `None`" not in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        fit(tmp_path / "two", *text, {**trainer, "devices": 2})
+    check_mistake(stop, capsys, ["trainer.devices: found 2 processes, expected 1 for a text tokenizer"])
+
+
+@pytest.mark.parametrize("option", ["model.optimizer.muon_lr", "data.tokenizers.image", "model.image_encoder", "data.train.limit"])
+def test_null_on_the_command_line_takes_a_value_away(option, decoder_data, tmp_path):
+    model = changed(DECODER_MODULE, "init_args.optimizer", {"muon_lr": 0.01})
+    model["init_args"]["image_encoder"] = None
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(
+        {"output": str(tmp_path), "model": model, "data": decoder_data, "trainer": TRAINER}))
+    built = command_line(["--config", str(tmp_path / "c.yaml"), f"--{option}", "null"], run=False).config
+    section, _, rest = option.partition(".")
+    values = built[section]["init_args"]
+    *route, last = rest.split(".")
+    for name in route:
+        values = values[name]
+    assert (values[-1] if isinstance(values, list) else values)[last] is None
 
 
 @pytest.mark.parametrize(("option", "least"), [("samples", 0), ("save_every", 1), ("max_skipped", 1)])
@@ -621,6 +676,35 @@ def test_nothing_is_logged_every_0_steps(decoder_data, tmp_path):
 def test_a_run_shows_no_samples_when_told_so(decoder_data, tmp_path):
     fit(tmp_path / "run", DECODER_MODULE, decoder_data, more=("--samples", "0"))
     assert (tmp_path / "run" / "model").is_dir() and not (tmp_path / "run" / "samples").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_an_average_of_weights_leaves_frozen_ones_as_they_are(dtype):
+    """As a refined codec needs for its fingerprint, and 4-bit weights, which are bytes."""
+    frozen = torch.arange(256).to(dtype) if dtype == torch.uint8 else torch.rand(4096, generator=torch.Generator().manual_seed(0)).to(dtype)
+    module = lightning.LightningModule()
+    module.frozen, module.moving = torch.nn.Parameter(frozen.clone(), requires_grad=False), torch.nn.Parameter(torch.zeros(3))
+    averaging = EMAWeightAveraging(decay=0.9, use_buffers=False)
+    trainer = SimpleNamespace(is_last_batch=False, global_step=0)
+    averaging.setup(trainer, module, "fit")
+    for step in range(1, 4):
+        module.moving.data += 1
+        trainer.global_step = step
+        averaging.on_train_batch_end(trainer, module, None, None, 0)
+    averaging.on_train_end(trainer, module)
+    assert torch.equal(module.frozen, frozen)
+    assert torch.allclose(module.moving, torch.full((3,), (1.0 * 0.9 + 2 * 0.1) * 0.9 + 3 * 0.1))
+
+
+def test_samples_are_those_with_a_caption_wherever_they_stand(decoder_data, tmp_path):
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
+    picture, text = [{"type": "image", "image": "a.png"}], "a red circle"
+    rows = [{"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
+            for asked, answer in 4 * [(text, picture), (picture, text)]]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = changed(decoder_data, "init_args.validation", [{"paths": [str(tmp_path / "a.jsonl")]}])
+    fit(tmp_path / "run", DECODER_MODULE, data)
+    assert (tmp_path / "run" / "samples" / "step-000002.txt").read_text().count("'a red circle'") == 4
 
 
 def test_an_empty_manifest_ends_in_one_line(decoder_data, tmp_path, capsys):

@@ -39,6 +39,14 @@ def third(sample):
     return [replace(sample, turns=tuple(turns))]
 
 def none(sample): return []
+def some(sample): return [sample, sample] if sample.metadata["note"] == "A 4" else []
+def nothing(sample): return None
+def alone(sample): return sample
+def turnless(sample): return [replace(sample, turns=())]
+def keyless(sample): return [replace(sample, key=3)]
+def factless(sample): return [replace(sample, metadata=None)]
+def path(sample):
+    return [replace(sample, turns=(replace(sample.turns[0], parts=(Media("audio", "a", "a.wav"),)), *sample.turns[1:]))]
 def text(sample): return ["a note"]
 def wrong(sample): return sample.metadata["colour"]
 number = 3
@@ -264,6 +272,16 @@ def test_a_source_selects_before_and_counts_after(folder):
     assert turned[0].turns[0].parts[0].text == "whistle, F sharp 4" and sound(turned[0]).speed == 2 ** (-3 / 12)
 
 
+def test_rows_that_variants_leave_out_count_as_rows(folder, tokenizers, tmp_path, capsys):
+    """As those that `select` leaves out: else a few bad rows among many would be too many once most are left out."""
+    (folder / "dirty.jsonl").write_text((folder / "notes.jsonl").read_text() + '{"audio": "gone.wav", "text": "x"}\n')
+    source = DataSource(["dirty.jsonl"], variants="strangers_variants.py:some")
+    assert len(read_source(source, max_bad=0.25)) == 2
+    assert "skipped: 1 of 5 rows cannot be used" in capsys.readouterr().err
+    facts = prepare(source, tokenizers, tmp_path / "shards", max_bad=0.25)
+    assert (facts["rows"], facts["documents"], facts["skipped"]) == (5, 2, 1)
+
+
 def test_variants_are_documents_of_their_own(folder, tokenizers, vocabulary):
     plain, faster, higher, changed = (
         read_corpus([DataSource(["notes.jsonl"], variants=variants)], tokenizers, vocabulary, max_seq_len=600)
@@ -305,6 +323,12 @@ def test_a_function_of_ones_own(folder, tokenizers):
     ("strangers_variants.py:wrong", "notes.jsonl row 1: KeyError: 'colour'"),
     ("strangers_variants.py:text", "notes.jsonl row 1: gave str, expected an mmtx.data.sample.Sample"),
     ("strangers_variants.py:none", "no sample is left"),
+    ("strangers_variants.py:nothing", "notes.jsonl row 1: gave NoneType, expected a list of mmtx.data.sample.Sample"),
+    ("strangers_variants.py:alone", "notes.jsonl row 1: gave Sample, expected a list of mmtx.data.sample.Sample"),
+    ("strangers_variants.py:turnless", "notes.jsonl row 1: gave a sample without turns, expected at least one"),
+    ("strangers_variants.py:keyless", "notes.jsonl row 1: gave the key 3, expected str"),
+    ("strangers_variants.py:factless", "notes.jsonl row 1: gave the metadata None, expected dict"),
+    ("strangers_variants.py:path", "notes.jsonl row 1: gave a medium with the source 'a.wav', expected mmtx.data.storage.FileSource(PATH)"),
 ])
 def test_what_is_no_such_function_is_one_line_that_names_the_row(folder, function, told):
     with pytest.raises(InputError) as error:

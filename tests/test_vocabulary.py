@@ -68,7 +68,7 @@ def test_adding_never_moves_an_old_id():
     assert new.range("audio") == range(556, 591)
     assert new.range("image") == range(591, 655)
     assert new == Vocabulary.build({"audio": AUDIO, "text": TEXT, "image": IMAGE})
-    with pytest.raises(InputError, match="audio is there already"):
+    with pytest.raises(InputError, match="found audio, which it already has"):
         new.add("audio", AUDIO)
 
 

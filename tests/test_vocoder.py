@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -424,6 +425,19 @@ def test_a_vocoder_starts_from_a_finished_one(tmp_path):
         VocoderModule(str(tmp_path / "codec"), SMALL, init_from=str(tmp_path / "codec"))
     with pytest.raises(InputError, match="init_from: .*finished has .*width=16.*, expected .*width=32"):
         VocoderModule(str(tmp_path / "codec"), VocoderConfig(width=32), init_from=str(tmp_path / "finished"))
+
+
+def test_shares_weights_and_cuts_of_the_vocoder_are_in_range(tmp_path):
+    from mmtx.training.vocoder import VocoderData, VocoderModule
+
+    tokenizer(vocoder=None).save(tmp_path / "codec")
+    for name in ("clean_prob", "mel_weight", "pitch_weight"):
+        with pytest.raises(InputError, match=f"model.{name}: found -1.0, expected 0 or more"):
+            VocoderModule(str(tmp_path / "codec"), SMALL, **{name: -1.0})
+    data = VocoderData([], [], steps=CHUNK + 1)
+    data.trainer = SimpleNamespace(lightning_module=VocoderModule(str(tmp_path / "codec"), SMALL))
+    with pytest.raises(InputError, match=f"data.steps: found {CHUNK + 1}, expected 1 or more, and {CHUNK} at most"):
+        data.setup("fit")
 
 
 def test_another_kind_of_tokenizer_is_refused():

@@ -271,13 +271,13 @@ def test_captions_are_bounded(tmp_path):
         data = tar_of(member("a.png", b"x"), member(name, long), *pair("b"))
         for tar, packed in (("x.tar", data), ("x.tar.gz", gzip.compress(data))):
             a, b = found_in(tmp_path / tar, packed)
-            assert a == f"{tmp_path}/{tar} member {name}: {len(long)} bytes, at most {MAX_CAPTION} for a caption and what stands beside it"
+            assert a == f"{tmp_path}/{tar} member {name}: found {len(long)} bytes, expected at most {MAX_CAPTION} for a caption and its fields"
             assert b == sample_of("b")
         (tmp_path / "f").mkdir(exist_ok=True)
         (tmp_path / "f" / "a.png").write_bytes(b"x")
         (tmp_path / "f" / name).write_bytes(long)
         (error,) = found_in(tmp_path / "f")
-        assert error.startswith(f"{tmp_path}/f/{name}: {len(long)} bytes")
+        assert error.startswith(f"{tmp_path}/f/{name}: found {len(long)} bytes")
         (tmp_path / "f" / name).unlink()
 
 
@@ -414,8 +414,8 @@ def test_links_that_lead_outside_are_refused_by_name(tmp_path):
     os.symlink("nothing", folder / "d.png")
     os.symlink("e.png", folder / "e.png")
     found = found_in(folder)
-    assert found[1] == f"{folder}/alone.txt: found a link to {tmp_path}/mine/secret.txt, which is outside of the source; " \
-                       "expected what is inside, or follow_links: true for links of your own"
+    assert found[1] == f"{folder}/alone.txt: found a link to {tmp_path}/mine/secret.txt, which is outside the source; " \
+                       "expected a link to a file inside it, or follow_links: true if you trust the link"
     assert [f if isinstance(f, tuple) else f.split(": ")[0] for f in found] == [
         sample_of("a"), f"{folder}/alone.txt", f"{folder}/b.txt", f"{folder}/c.png", f"{folder}/d.png", f"{folder}/e.png", f"{folder}/linked"]
     assert "/environ, which is outside" in found[2] and "cannot be read" in found[4] and "cannot be read" in found[5]
@@ -502,6 +502,6 @@ def test_chats_and_media_in_the_json_beside_a_medium(tmp_path):
     assert [(turn.role, [getattr(part, "text", "medium") for part in turn.parts]) for turn in a.turns] == [
         ("user", ["medium", "What?"]), ("assistant", ["a"])]
     assert b.caption == "b" and b.metadata == {"url": "https://x.org/b.png", "width": 3, "messages": chat}
-    for error, words in zip(errors, ("member c: field 'audio'", "member d: found 2 of the placeholder <image> and 1", "member e: field 'images'",
-                                     "member f: field 'messages[0].content[0].image' is '/etc/x.png', expected only the medium"), strict=True):
+    for error, words in zip(errors, ("member c: field 'audio'", "member d: found 2 <image> placeholders for 1 media", "member e: field 'images'",
+                                     "member f: field 'messages[0].content[0].image' is '/etc/x.png', expected no medium other than"), strict=True):
         assert words in str(error)

@@ -18,7 +18,7 @@ import torch
 from mmtx.data.collection import DataSource
 from mmtx.data.prepare import _packed, make_shard, prepare, stamp_of
 from mmtx.data.sample import Sample, SampleTurn, Text
-from mmtx.data.workers import Ended, Workers
+from mmtx.data.workers import WorkerDied, Workers
 from mmtx.errors import InputError
 from mmtx.training.loader import loader
 
@@ -59,7 +59,7 @@ def test_processes_end_with_the_pool_even_while_they_are_stopped(pool):
     waiting = asked(pool, range(5))
     pool.end()
     assert all(not process.is_alive() for process, _ in pool.processes)
-    assert all(future.cancelled() or isinstance(future.exception(60), Ended) for future in waiting)
+    assert all(future.cancelled() or isinstance(future.exception(60), WorkerDied) for future in waiting)
 
 
 def test_a_killed_process_is_told_whatever_it_held():
@@ -73,7 +73,7 @@ def test_a_killed_process_is_told_whatever_it_held():
             pool.processes[0][0].kill()
             assert not wait(results, timeout=60).not_done
             ended = [future for future in results if future.exception()]
-            assert all(isinstance(future.exception(), Ended) for future in ended)
+            assert all(isinstance(future.exception(), WorkerDied) for future in ended)
             assert all(future.result()[1] == n for n, future in enumerate(results, 20) if future not in ended)
         finally:
             pool.end()
@@ -90,7 +90,7 @@ def test_a_killed_process_ends_prepare_in_one_line_and_the_same_command_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(Workers, "__init__", begin)
-        with pytest.raises(InputError, match="a process of --num_workers 1 ended .*the same command goes on"):
+        with pytest.raises(InputError, match="one of the 1 worker processes .*died .*the same command resumes"):
             prepare(DataSource([str(path)]), tokenizers, tmp_path / "a", rows=1)
     assert not [name for name in os.listdir(tmp_path / "a") if "part" in name or name == ".lock"]
     assert prepare(DataSource([str(path)]), tokenizers, tmp_path / "a", rows=100)["documents"] == 400

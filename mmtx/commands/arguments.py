@@ -12,7 +12,7 @@ MAX_BAD_HELP = ("share of a source's rows, selected or not, that may be unusable
                 "that of --config, else 0.01")
 
 
-def tell(error: InputError) -> None:
+def print_error(error: InputError) -> None:
     """Print an error in one line on stderr; with MMTX_DEBUG=1, after its traceback and those of its causes."""
     if os.environ.get("MMTX_DEBUG", "0") not in ("", "0"):
         behind: BaseException | None = error
@@ -136,6 +136,6 @@ def print_answers(asked: Sequence[str], files: Sequence, answers: Iterable) -> N
             print(escape(answer) if alone else f"{display(name)}\t{escape(answer)}", flush=True)
         else:
             failed += 1
-            tell(error)
+            print_error(error)
     if failed:
         sys.exit(1 if done else 2)

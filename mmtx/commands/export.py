@@ -22,12 +22,12 @@ def run(options: argparse.Namespace) -> None:
 
     model = load_model(options)
     export(model, options.to, options.output, options.max_seq_len)
-    tell_engines(model)
+    print_limitations(model)
     print(options.output)
 
 
-def tell_engines(model) -> None:
-    from mmtx.interop.export import cannot
+def print_limitations(model) -> None:
+    from mmtx.interop.export import limitations
 
-    for sentence in cannot(model):
+    for sentence in limitations(model):
         print(f"mmtx: note: {sentence}", file=sys.stderr)

@@ -16,11 +16,15 @@ from mmtx.errors import InputError, escape
 from mmtx.files import user_path
 from mmtx.modality.registry import MODALITIES
 
+# Of what the captioning model does not generate.
+DEFAULT_MODELS = {"image": "demos/generate", "audio": "demos/generate", "document": "demos/prose"}
+
 
 def add(commands) -> None:
     parser = commands.add_parser("generate", help="answer a prompt with text, an image or a sound")
     parser.add_argument("parts", nargs="*", help="text, and paths or URLs of images and sounds, in order")
-    parser.add_argument("--out", choices=tuple(MODALITIES), default="text", help="what to answer with; default: text")
+    parser.add_argument("--out", choices=(*MODALITIES, "document"), default="text", help="what to answer with; document: no "
+                        "answer, but what comes next after a text, as in the texts of training; default: text")
     parser.add_argument("--file", type=user_path, help="file for the image or sound; its extension selects the format: "
                         ".png, .jpg, .webp or another that Pillow writes, .wav, .flac, .ogg, .mp3, .aiff, .au, .caf or .w64")
     parser.add_argument("--begin", metavar="FILE", help="image to complete, or sound to continue")
@@ -29,7 +33,8 @@ def add(commands) -> None:
     parser.add_argument("--seconds", type=float, help="most seconds to add to the --begin sound, instead of --max_new_tokens; "
                         "default: 1")
     add_server_option(parser)
-    add_model_options(parser, default="demos/starter for text and with --server, else demos/generate; both come with mmtx")
+    add_model_options(parser, default="demos/generate for an image or audio, demos/prose for a document, demos/starter for text "
+                      "and with --server; all come with mmtx")
     add_precision_options(parser)
     add_sampling_options(parser)
     parser.add_argument("--guidance_scale", type=float, default=1.0,
@@ -41,24 +46,26 @@ def add(commands) -> None:
 def run(options: argparse.Namespace) -> None:
     if not options.parts and options.begin is None:
         raise InputError("the following arguments are required: parts (see mmtx generate --help)")
-    if options.out != "text" and options.file is None:
-        raise InputError(f"--file is missing: where shall the {options.out} go?")
-    if options.out == "text" and options.begin is not None:
-        raise InputError("--begin: found --out text, expected --out image or --out audio")
-    if options.out == "text" and options.file is not None:
-        raise InputError("--file: found --out text, which is printed, expected --out image or --out audio")
+    printed = options.out in ("text", "document")
+    if not printed and options.file is None:
+        raise InputError(f"--file: found none, expected the file to write the {options.out} to")
+    if printed and options.begin is not None:
+        raise InputError(f"--begin: found --out {options.out}, expected --out image or --out audio")
+    if printed and options.file is not None:
+        raise InputError(f"--file: found --out {options.out}, which is printed, expected --out image or --out audio")
     for name, out in (("rows", "image"), ("seconds", "audio")):
         if getattr(options, name) is not None and (options.begin is None or options.out != out):
-            raise InputError(f"--{name}: found none of what it is for, expected it with --begin and --out {out}")
-    if options.model is None and options.server is None and options.out in ("image", "audio"):
+            raise InputError(f"--{name}: found without --begin or with --out {options.out}, expected --begin and --out {out}")
+    if options.model is None and options.server is None and options.out in DEFAULT_MODELS:
         from mmtx.files import shipped
 
-        options.model = shipped("demos/generate")  # the captioning model generates neither pictures nor sounds
+        options.model = shipped(DEFAULT_MODELS[options.out])
     model, parts = load_model(options), parts_of(options.parts)
     sampling = {**sampling_of(options), "guidance_scale": options.guidance_scale}
-    if options.out == "text":
-        for piece in model.stream(parts, **sampling):
-            print(escape(piece, keep="\n\t"), end="", flush=True)
+    if printed:
+        for piece in model.stream(parts, options.out, **sampling):
+            # A document may go on with an image or a sound.
+            print(escape(piece, keep="\n\t") if isinstance(piece, str) else f"<{type(piece).__name__}>", end="", flush=True)
         print()
         return
     if options.begin is None:

@@ -58,4 +58,4 @@ def run(options: argparse.Namespace) -> None:
                 print(" ".join(words))
         if skipped.rows and skipped.count == skipped.rows:
             raise InputError(f"no sample can be used: {skipped.summary()}")
-        skipped.tell(to_stderr)
+        skipped.finish(to_stderr)

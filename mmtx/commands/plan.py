@@ -39,7 +39,7 @@ def _amount(word: str) -> float:
 def run(options: argparse.Namespace) -> None:
     from mmtx.files import find_shipped, shipped
     from mmtx.model_folder import DEFAULT_MODEL, read_model_config
-    from mmtx.scaling import EPOCHS, RESAMPLES, fit, held_out, isoflop_plot, plans, read_runs, worth_of
+    from mmtx.scaling import EPOCHS, RESAMPLES, effective_tokens_of, fit, held_out, isoflop_plot, plans, read_runs, sizes
 
     if (options.flops is None) == (options.hours is None) or (options.hours is None) != (options.rate is None):
         given = [f"--{name}" for name in ("flops", "hours", "rate") if getattr(options, name) is not None]
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> None:
     if repeated := [run for run in runs if unique is not None and run.tokens > unique]:
         print(f"mmtx: note: {len(repeated)} of {len(runs)} runs repeat data, {max(run.tokens for run in repeated) / unique:.1f} "
               "epochs at most: their tokens count for the new ones that they are worth", file=sys.stderr)
-        runs = [run._replace(tokens=worth_of(run.tokens, unique)) for run in runs]
+        runs = [run._replace(tokens=effective_tokens_of(run.tokens, unique)) for run in runs]
     law = fit(runs) if runs else None
     print(f"budget: {budget:.4g} FLOPs")
     kinds = sorted({name for run in runs for name in run.losses if all(name in each.losses for each in runs)})
@@ -69,18 +69,24 @@ def run(options: argparse.Namespace) -> None:
             break
         point, measured = (run.parameters, run.tokens), run.losses[what]
         told, (low, high) = others.loss(*point), others.interval(*point)
-        print(f"held out {run.name}: {what} foretold {told:.4f} [{low:.4f}, {high:.4f}], measured {measured:.4f} "
+        print(f"held out {run.name}: {what} predicted {told:.4f} [{low:.4f}, {high:.4f}], measured {measured:.4f} "
               f"({told / measured - 1:+.1%})")
-    print("| by | parameters | width x depth | tokens | steps | GB of state | " + "hours | " * bool(options.rate) + "loss |")
+    tried = sizes(config)
+    print("| by | parameters | width x depth | tokens | steps | GB of state (with Muon) | "
+          + "hours | " * bool(options.rate) + "loss |")
     print("| --- | --- | --- | --- | --- | --- | " + "--- | " * bool(options.rate) + "--- |")
     for each in plans(config, budget, options.tokens_per_batch, options.max_seq_len, law, unique):
         hours = f"{budget / options.rate / 3600:.3g} | " if options.rate else ""
         loss = "-" if each.loss is None else f"{each.loss:.3f}"
         print(f"| {each.source} | {each.cost.parameters:,} | {each.config.width} x {each.config.depth} | {each.tokens:,.0f} | "
-              f"{each.steps:,} | {each.gigabytes:.3g} | {hours}{loss} |")
+              f"{each.steps:,} | {each.gigabytes:.3g} ({each.with_muon:.3g}) | {hours}{loss} |")
+        if each.config in (tried[0], tried[-1]):
+            edge = "smallest" if each.config == tried[0] else "largest"
+            print(f"mmtx: note: {each.source}: {each.config.width} x {each.config.depth} is the {edge} size tried, so the best one "
+                  "may lie beyond it", file=sys.stderr)
         if each.epochs is not None and each.epochs > EPOCHS:
-            print(f"mmtx: note: {each.source}: {each.epochs:.1f} epochs of the same data are worth {each.worth:,.0f} new tokens; "
-                  f"more than {EPOCHS} pay little", file=sys.stderr)
+            print(f"mmtx: note: {each.source}: {each.epochs:.1f} epochs of the same data are worth {each.effective_tokens:,.0f} new "
+                  f"tokens; more than {EPOCHS} pay little", file=sys.stderr)
     if options.file:
         isoflop_plot(law, runs, config, options.tokens_per_batch, options.max_seq_len, budget, options.file)
         print(options.file)

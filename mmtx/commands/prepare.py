@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
 
     import yaml
 
-    from mmtx.data.collection import DataSource, given, read_config
+    from mmtx.data.collection import DataSource, read_config, require_sources
     from mmtx.data.output import check_output
     from mmtx.data.prepare import prepare
     from mmtx.data.sources import MAX_BAD
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
     outputs = [options.output]
     if options.config:
         config = read_config(find_shipped(options.config))
-        sources, folders = given(config.train, "train"), config.tokenizers
+        sources, folders = require_sources(config.train, "train"), config.tokenizers
         features, max_bad = config.continuous_inputs, config.max_bad
         # Shards hold the outputs of encoders, not the inputs of an encoder that is trained along.
         frozen = "".join(f" --model.{name} {'false' if name == 'train_encoder' else 'null'}" for name in config.encoders)

@@ -72,7 +72,7 @@ def _page(options: argparse.Namespace, model):
     from mmtx.captioning import find_media
     from mmtx.files import shipped
     from mmtx.pipeline import load
-    from mmtx.serving.nearest import Nearest
+    from mmtx.serving.nearest import NearestNeighbours
     from mmtx.serving.page import add_page
 
     def other(given: str | None, along: str):
@@ -88,5 +88,5 @@ def _page(options: argparse.Namespace, model):
         if isinstance(found, InputError):
             raise found
         examples.append(found)
-    nearest = Nearest(model, [data_source(options, options.train)]) if options.train else None
+    nearest = NearestNeighbours(model, [data_source(options, options.train)]) if options.train else None
     return partial(add_page, maker=maker, transcriber=transcriber, examples=examples, nearest=nearest)

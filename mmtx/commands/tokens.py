@@ -34,24 +34,26 @@ def tokenize(options: argparse.Namespace) -> None:
     model = load_model(options)
     print(*model.tokenize(parts_of(options.parts), options.format, options.out))
     if options.format == "chat":
-        from mmtx.commands.export import tell_engines
+        from mmtx.commands.export import print_limitations
 
-        tell_engines(model)
+        print_limitations(model)
 
 
 def detokenize(options: argparse.Namespace) -> None:
     from mmtx.interop.remote import answer_in, finish
 
     words = options.ids or re.sub(r"[\[\],]", " ", sys.stdin.read()).split()
-    try:
-        ids = list(map(int, words))
-    except ValueError as error:
-        raise InputError(f"ids: {error}") from None
+    ids = []
+    for word in words:
+        try:
+            ids.append(int(word))
+        except ValueError:
+            raise InputError(f"ids: found {word!r:.40}, expected whole numbers") from None
     model = load_model(options)
     parts = model._to_media(finish(answer_in(ids, model.vocabulary), model.vocabulary))
     media = [part for part in parts if not isinstance(part, str)]
     if media and options.output is None:
-        raise InputError("--output is missing: where shall pictures and sounds go?")
+        raise InputError("--output: found none, expected a folder for images and sounds")
     if options.output is not None:
         try:
             options.output.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from mmtx.schema import within
 
-EQUALISED = 8  # bands of the equalizer
+EQUALIZER_BANDS = 8  # bands of the equalizer
 LOWEST = 60    # Hz, of its lowest band
 
 
@@ -76,9 +76,9 @@ class ImageAugmentation:
         """Light (3, H, W) in [0, 1] -> the same shapes recoloured or partly hidden; draws no random numbers if all is off."""
         rand = lambda *size: torch.rand(size, generator=generator)
         if self.hue:
-            light = turn_hue(light, math.radians(self.hue) * float(2 * rand() - 1)).clamp(0, 1)
+            light = rotate_hue(light, math.radians(self.hue) * float(2 * rand() - 1)).clamp(0, 1)
         if self.blur:
-            light = soften(light, 1 + self.blur * float(rand()))
+            light = box_blur(light, 1 + self.blur * float(rand()))
         shares = (self.grayscale, self.outline, self.invert)
         if any(shares):
             chance, depth = rand(2).tolist()
@@ -98,7 +98,7 @@ class ImageAugmentation:
         return light
 
 
-def turn_hue(light: Tensor, angle: float) -> Tensor:
+def rotate_hue(light: Tensor, angle: float) -> Tensor:
     """Light (3, H, W) with its colours rotated about the grey axis by an angle in radians."""
     cos, sin = math.cos(angle), math.sin(angle) / math.sqrt(3)
     share = (1 - cos) / 3
@@ -108,7 +108,7 @@ def turn_hue(light: Tensor, angle: float) -> Tensor:
     return torch.einsum("oc,chw->ohw", matrix, light)
 
 
-def soften(light: Tensor, pixels: float) -> Tensor:
+def box_blur(light: Tensor, pixels: float) -> Tensor:
     """Light (3, H, W) blurred: averaged over blocks of `pixels` a side and interpolated back to size."""
     height, width = light.shape[1:]
     small = F.interpolate(light[None], (max(1, round(height / pixels)), max(1, round(width / pixels))), mode="area")
@@ -130,7 +130,7 @@ class AudioAugmentation:
     shift: seconds forward or back (silence fills the gap); tilt: of the spectrum, in [0, 1]; noise: amplitude; gain: amplitude
     factor in [1 - gain, 1]; speed: semitones up or down by faster or slower playback. Below half a semitone a note keeps its
     name; more is for codecs and vocoders only, since it would make a caption that names the note false. equalizer: decibels by
-    which each of EQUALISED bands is louder or softer; band_stop: width in octaves of a band that is removed, in half of the
+    which each of EQUALIZER_BANDS bands is louder or softer; band_stop: width in octaves of a band that is removed, in half of the
     sounds; time_mask: seconds that are silenced, in half of the sounds; fade: decibels by which the end is softer or louder;
     reverb: seconds in which an echo, at most as loud as the sound, decays by 60 dB.
     """
@@ -179,9 +179,9 @@ class AudioAugmentation:
             spectrum = torch.fft.rfft(waveform, size)
             octave = (torch.linspace(0, rate / 2, len(spectrum)) / LOWEST).clamp_min(1).log2()  # above LOWEST Hz
             if self.equalizer:
-                place = octave / octave[-1].clamp_min(1e-6) * (EQUALISED - 1)  # a single sample has 0 octaves
-                low = place.long().clamp_max(EQUALISED - 2)
-                level = self.equalizer * (2 * rand(EQUALISED) - 1)
+                place = octave / octave[-1].clamp_min(1e-6) * (EQUALIZER_BANDS - 1)  # a single sample has 0 octaves
+                low = place.long().clamp_max(EQUALIZER_BANDS - 2)
+                level = self.equalizer * (2 * rand(EQUALIZER_BANDS) - 1)
                 spectrum = spectrum * 10 ** (torch.lerp(level[low], level[low + 1], place - low) / 20)
             if self.band_stop and rand() < 0.5:
                 wide, first = (self.band_stop * rand()), rand()

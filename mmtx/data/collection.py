@@ -12,10 +12,10 @@ from tqdm import tqdm
 
 from mmtx.data.forms import names
 from mmtx.data.sample import Sample
-from mmtx.data.sources import MAX_BAD, SkipCounter, read_rows
+from mmtx.data.sources import MAX_BAD, SkipCounter, check_select, read_rows
 from mmtx.data.storage import scrub
 from mmtx.data.variants import load_variants
-from mmtx.data.yaml_check import LOADER, read_text
+from mmtx.data.yaml_check import LOADER, read_yaml_text
 from mmtx.errors import InputError
 
 Task = Literal["caption", "generate"]
@@ -51,6 +51,12 @@ class DataSource:
     reader: str | None = None
 
     def __post_init__(self):
+        paths = [self.paths] if isinstance(self.paths, (str, os.PathLike)) else self.paths
+        object.__setattr__(self, "paths", [os.fspath(path) for path in paths])
+        check_select(self.select or {})
+        for name in ("trusted", "follow_links"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise InputError(f"{name}: found {value!r:.40}, expected true or false")
         given = {name: value for name, value in (self.fields or {}).items() if value is not None}
         if wrong := sorted(set(given) - set(names().read)):
             raise InputError(f"fields: found {wrong[0]!r}, expected one of {', '.join(names().read)}")
@@ -61,8 +67,8 @@ class DataSource:
         if not 0 <= self.cond_drop_prob <= 1:
             raise InputError(f"cond_drop_prob: found {self.cond_drop_prob}, expected a share from 0 to 1")
         for name in ("repeat", "limit"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise InputError(f"{name}: found {value}, expected 1 or more")
+            if (value := getattr(self, name)) is not None and (type(value) is not int or value < 1):
+                raise InputError(f"{name}: found {value!r:.40}, expected a whole number of at least 1")
 
 
 # Options of decoder training that do not go with prepared shards, which hold the outputs of frozen encoders.
@@ -83,7 +89,7 @@ class TrainingData(NamedTuple):
 def read_config(path: str | Path) -> TrainingData:
     """Read the configuration of a decoder. Raises InputError when it is another."""
     try:
-        config = yaml.load(read_text(path), LOADER)
+        config = yaml.load(read_yaml_text(path), LOADER)
         data, model = (config[name]["init_args"] for name in ("data", "model"))
         folders = [folder for folder in data["tokenizers"].values() if folder is not None]
         train, held_out = ([DataSource(**source) for source in data[name]] for name in ("train", "validation"))
@@ -98,7 +104,7 @@ def read_source(source: DataSource, max_bad: float = MAX_BAD) -> list[Sample]:
     """The samples of one source, in order. Raises InputError as `mmtx.data.sources.read` does."""
     skipped = SkipCounter(max_bad)
     samples = _read(source, skipped)
-    skipped.tell(to_stderr)
+    skipped.finish(to_stderr)
     return samples
 
 
@@ -106,18 +112,19 @@ def _read(source: DataSource, skipped: SkipCounter) -> list[Sample]:
     samples = read_rows(source.paths, skipped, source.select, to_stderr, trusted=source.trusted, fields=source.fields,
                         follow_links=source.follow_links)
     read, variants = len(samples), load_variants(source.variants)
-    samples = [made for sample in samples for made in variants(sample)]
-    skipped.rows += len(samples) - read
+    made = [variants(sample) for sample in samples]
+    skipped.rows += sum(max(0, len(some) - 1) for some in made)  # a row that they leave out still counts
+    samples = [sample for some in made for sample in some]
     if not samples:
         raise InputError(f"variants {source.variants}: no sample is left of {read}")
     if source.limit is not None and source.limit < len(samples):
         samples = [samples[i * len(samples) // source.limit] for i in range(source.limit)]
     if source.task == "generate":
-        samples = [turned_round(sample) for sample in samples]
+        samples = [swap_turns(sample) for sample in samples]
     return [replace(sample, cond_drop_prob=source.cond_drop_prob) for sample in samples] if source.cond_drop_prob else samples
 
 
-def turned_round(sample: Sample) -> Sample:
+def swap_turns(sample: Sample) -> Sample:
     """The sample with question and answer swapped. Raises InputError unless it has exactly one of each."""
     roles = [turn.role for turn in sample.turns]
     if roles != ["user", "assistant"]:
@@ -137,7 +144,7 @@ class Collected(NamedTuple):
     def finish(self) -> None:
         """Raise InputError if too many rows of any source were bad, else report the bad ones on stderr."""
         for skipped in dict.fromkeys(self.counters):
-            skipped.tell(to_stderr)
+            skipped.finish(to_stderr)
 
 
 def read_sources(sources: Sequence[DataSource], max_bad: float) -> Collected:
@@ -152,7 +159,7 @@ def read_sources(sources: Sequence[DataSource], max_bad: float) -> Collected:
     return whole
 
 
-def given(sources: list[DataSource], name: str) -> list[DataSource]:
+def require_sources(sources: list[DataSource], name: str) -> list[DataSource]:
     """The sources of an option. Raises InputError if there are none."""
     if not sources:
         raise InputError(f"data.{name}: found none, expected at least one source, as in [{{paths: [FILE]}}]")

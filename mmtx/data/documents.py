@@ -15,14 +15,14 @@ import torch
 from mmtx.data.sample import Media, Sample, Text
 from mmtx.data.sources import MAX_BAD, SkipCounter
 from mmtx.data.tokens import Augmentation, document_of, encode_samples, load_sample, seed_of
-from mmtx.data.workers import Ended, Workers
+from mmtx.data.workers import WorkerDied, Workers
 from mmtx.errors import InputError
 from mmtx.modality.base import Encoding, Tokenizer, media_tokenizer
 from mmtx.sequence import Rendered, render
 from mmtx.vocabulary import Vocabulary
 
 BLOCK = 128          # samples that a process measures at a time
-ENOUGH = 32 * BLOCK  # samples from which on processes are worth the seconds that they take to start
+MIN_FOR_WORKERS = 32 * BLOCK  # samples from which on processes are worth the seconds that they take to start
 
 
 class Documents:
@@ -90,7 +90,12 @@ class Documents:
         samples = [_drop(self.samples[sample], seed) for (sample, _), seed in zip(chosen, seeds, strict=True)]
         media = [load_sample(sample, self.tokenizers) for sample in samples]
         documents = encode_samples(samples, media, self.tokenizers, self.augmentation, seeds, self.patches, codes=False)
-        return [render(document, self.vocabulary) for document in documents]
+        rendered = [render(document, self.vocabulary) for document in documents]
+        for (sample, _), one in zip(chosen, rendered, strict=True):
+            if len(one.ids) > self.lengths[sample]:
+                raise InputError(f"{self.where(sample)}: found {len(one.ids)} tokens, expected {self.lengths[sample]} as at the "
+                                 "start of the run; its file has changed")
+        return rendered
 
 
 class Measure(NamedTuple):
@@ -106,7 +111,7 @@ Measured = tuple[int, bytes] | InputError  # tokens of a document and the digest
 
 def _measured(samples: Sequence[Sample], first: int, measure: Measure, num_workers: int) -> Generator[Measured, None, None]:
     """Measure all samples in order, here or in processes that work some blocks ahead."""
-    if num_workers < 2 or len(samples) < ENOUGH:
+    if num_workers < 2 or len(samples) < MIN_FOR_WORKERS:
         for number, sample in enumerate(samples, first):
             yield _measure(sample, number, measure)
         return
@@ -121,8 +126,8 @@ def _measured(samples: Sequence[Sample], first: int, measure: Measure, num_worke
                 yield from running.popleft().result()
         for future in running:
             yield from future.result()
-    except Ended:
-        raise InputError(f"data.num_workers: one of {num_workers} processes that read the samples ended (out of memory?); "
+    except WorkerDied:
+        raise InputError(f"data.num_workers: one of the {num_workers} worker processes that read the samples died (out of memory?); "
                          "the same command starts again") from None
     finally:
         pool.end()

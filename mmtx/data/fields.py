@@ -21,7 +21,7 @@ CHUNK = 2**20         # bytes per read
 SPACE = re.compile(r"[ \t\n\r]*")
 
 # First bytes of files that are often taken for text or a tar.
-BEGINNINGS = {
+MAGIC_BYTES = {
     b"\xff\xfe\0\0": "UTF-32 text", b"\0\0\xfe\xff": "UTF-32 text", b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text",
     b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "Zstandard", b"\xfd7zXZ\0": "xz", b"BZh": "bzip2", b"\x04\x22\x4d\x18": "LZ4",
     b"PK\x03\x04": "a zip archive", b"7z\xbc\xaf\x27\x1c": "a 7z archive", b"Rar!": "a RAR archive",
@@ -36,9 +36,9 @@ def attempt(parse: Callable[[], Sample]) -> Sample | InputError:
         return error
 
 
-def begins_as(head: bytes) -> str | None:
-    """The kind of a file by its first bytes, if it is one of BEGINNINGS."""
-    return next((name for beginning, name in BEGINNINGS.items() if head.startswith(beginning)), None)
+def file_type_of(head: bytes) -> str | None:
+    """The kind of a file by its first bytes, if it is one of MAGIC_BYTES."""
+    return next((name for beginning, name in MAGIC_BYTES.items() if head.startswith(beginning)), None)
 
 
 def _check_text(head: bytes, where: str) -> None:
@@ -46,7 +46,7 @@ def _check_text(head: bytes, where: str) -> None:
     # UTF-16 or UTF-32 without a byte-order mark: every other byte is zero, or three of four.
     zeros = tuple(place for place in range(min(len(head), 4)) if head[place] == 0)
     wide = {(1, 3): "UTF-16 text", (0, 2): "UTF-16 text", (1, 2, 3): "UTF-32 text", (0, 1, 2): "UTF-32 text"}
-    if found := begins_as(head) or wide.get(zeros):
+    if found := file_type_of(head) or wide.get(zeros):
         raise InputError(f"{where}: found {found}, expected UTF-8 text")
 
 
@@ -96,7 +96,7 @@ def objects(file: BinaryIO, where: str) -> Iterator[bytes | None]:
             continue
         at = f"{where} row {number + 1}"
         if closed:
-            raise InputError(f"{where}: found {shown(text[place:place + 60])} behind the end of the list")
+            raise InputError(f"{where}: found {shown(text[place:place + 60])} after the end of the list")
         letter = text[place]
         if not number and not listed and letter == "[":
             listed, place = True, place + 1
@@ -125,7 +125,7 @@ def objects(file: BinaryIO, where: str) -> Iterator[bytes | None]:
             yield text[place:end].encode() if end - place <= MAX_ROW else None
             number, place = number + 1, end
     if listed and not closed:
-        raise InputError(f"{where}: ends behind row {number}, expected the end of the list")
+        raise InputError(f"{where}: ends after row {number}, expected the end of the list")
 
 
 def _texts(file: BinaryIO, where: str) -> Iterator[str]:
@@ -139,7 +139,7 @@ def _texts(file: BinaryIO, where: str) -> Iterator[str]:
             place += len(chunk)
         yield decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not UTF-8 behind byte {place} ({error.reason})") from None
+        raise InputError(f"{where}: not UTF-8 after byte {place} ({error.reason})") from None
 
 
 def json_object(data: bytes, where: str) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def json_object(data: bytes, where: str) -> dict[str, Any]:
             raise
         raise InputError(f"{where}: not JSON ({reason(error)}), found {shown(data[:60])}") from None
     if data.count(b"[") + data.count(b"{") > MAX_DEPTH and _depth(row) > MAX_DEPTH:
-        raise InputError(f"{where}: not JSON that can be used (more than {MAX_DEPTH} lists and objects in one another)")
+        raise InputError(f"{where}: not JSON that can be used (more than {MAX_DEPTH} nested lists and objects)")
     if not isinstance(row, dict):
         raise InputError(f"{where}: found {shown(row)}, expected a JSON object")
     return row
@@ -179,7 +179,7 @@ def decode(data: bytes, where: str) -> str:
         raise InputError(f"{where}: not UTF-8 at byte {error.start}") from None
 
 
-def renamed(row: dict[str, Any], fields: Mapping[str, str | None] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def rename_fields(row: dict[str, Any], fields: Mapping[str, str | None] | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """The row with its fields renamed to those that are read, and the fields that are not to be read.
 
     Null fields count as absent and are left out. `fields` is that of a `DataSource`: the name by which a field is read -> its
@@ -188,8 +188,8 @@ def renamed(row: dict[str, Any], fields: Mapping[str, str | None] | None) -> tup
     fields = fields or {}
     row = {name: value for name, value in row.items() if value is not None}
     taken = {name: row.pop(given) for name, given in fields.items() if given in row}
-    aside = {name: row.pop(name) for name in fields if name in row}
-    return row | taken, aside
+    ignored = {name: row.pop(name) for name in fields if name in row}
+    return row | taken, ignored
 
 
 def pop_text(row: dict[str, Any], names: tuple[str, ...], where: str) -> str:
@@ -219,7 +219,7 @@ def text_of(value: Any, where: str, at: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise InputError(f"{where}: field {at!r} holds half a surrogate pair, expected Unicode text") from None
+        raise InputError(f"{where}: field {at!r} contains a lone surrogate, expected Unicode text") from None
     return value
 
 

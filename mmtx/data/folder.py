@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from mmtx.data.fields import MAX_CAPTION, attempt, decode, json_object, renamed
+from mmtx.data.fields import MAX_CAPTION, attempt, decode, json_object, rename_fields
 from mmtx.data.forms import CHATS, TEXTS, turns_of
 from mmtx.data.sample import Media, Sample, kind_of, known_kind, suffix
 from mmtx.data.storage import FileSource, MediaSource
@@ -64,7 +64,7 @@ def files_in(path: str, follow_links: bool, more: tuple[str, ...] = ()) -> Itera
             with os.scandir(os.path.join(path, folder)) as found:
                 entries = sorted(found, key=lambda entry: entry.name)
         except OSError as error:
-            reason = InputError(f"{os.path.join(path, folder)}: a folder that cannot be read ({error.strerror})")
+            reason = InputError(f"{os.path.join(path, folder)}: found a folder that cannot be read ({error.strerror})")
             if not folder:
                 raise reason from None
             yield folder + os.sep, reason
@@ -101,12 +101,12 @@ def _file(entry: os.DirEntry, name: str) -> Found:
 
 
 def _link(path: str, target: str) -> InputError:
-    return InputError(f"{path}: found a link to {target}, which is outside of the source; expected what is inside, or "
-                      "follow_links: true for links of your own")
+    return InputError(f"{path}: found a link to {target}, which is outside the source; expected a link to a file inside it, or "
+                      "follow_links: true if you trust the link")
 
 
 def too_long(where: str, size: int) -> InputError:
-    return InputError(f"{where}: {size} bytes, at most {MAX_CAPTION} for a caption and what stands beside it")
+    return InputError(f"{where}: found {size} bytes, expected at most {MAX_CAPTION} for a caption and its fields")
 
 
 def is_wanted(name: str) -> bool:
@@ -139,10 +139,10 @@ def captioned(key: str, files: list[tuple[str, Found]], where: str, name_prefix:
     if len(beside) < len(files):
         raise InputError(f"{where}: found {', '.join(os.path.basename(name) for name, _ in files)}, expected one of each")
     row = json_object(beside[".json"].read(), f"{where}.json") if ".json" in beside else {}
-    row, aside = renamed(row, fields)
+    row, ignored = rename_fields(row, fields)
     if ".txt" in beside and not {"caption", "text"} & row.keys():
         row["caption"] = decode(beside[".txt"].read(), f"{where}.txt").strip()
     if {"caption", "text"} & row.keys():  # a caption takes precedence over a chat
-        aside |= {name: row.pop(name) for name in CHATS if name in row}
+        ignored |= {name: row.pop(name) for name in CHATS if name in row}
     turns = turns_of(row, where, None, (Media(kind_of(name), name_prefix + name, source),), TEXTS)
-    return Sample(key, turns, row | aside, where)
+    return Sample(key, turns, row | ignored, where)

@@ -34,7 +34,8 @@ CHATS = ("messages", "conversations")
 PAIRS = (("instruction", "output"), ("query", "response"), ("prompt", "completion"), ("prompt", "response"),
          ("question", "answer"))
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
-LOOKED_AT = 64  # items that are examined of a list or object in an unread field
+LOSS_WEIGHTS = ("weight", "loss", "train")  # of a message, in OpenAI, ms-swift and Axolotl: 0 or false leaves it out of the loss
+MAX_INSPECTED = 64  # items that are examined of a list or object in an unread field
 
 # Names of fields that hold a medium or its location: sure words, and words that need an ending since they are ambiguous.
 VIDEO = ("video", "movie|clip|film")
@@ -49,7 +50,7 @@ class Names(NamedTuple):
     types: dict[str, str]              # type of a part of a message -> kind of the medium
     placeholder: re.Pattern[str]       # a placeholder of a medium in a text
     embedded: re.Pattern[str]          # a path inside a text, as in the first Qwen-VL
-    alike: dict[str, re.Pattern[str]]  # kind -> names of fields that look like media of it
+    lookalikes: dict[str, re.Pattern[str]]  # kind -> names of fields that look like media of it
 
     @property
     def read(self) -> tuple[str, ...]:
@@ -81,7 +82,7 @@ def _names(kinds: tuple[str, ...]) -> Names:
 Reader = Callable[[Any, str, str], Media]  # the value of a media field, its kind and its name -> the medium
 
 
-class Slot(NamedTuple):
+class Placeholder(NamedTuple):
     """A placeholder of a medium of this kind."""
 
     kind: str
@@ -91,7 +92,7 @@ class Message(NamedTuple):
     """A turn whose media may still be placeholders."""
 
     role: str | None
-    parts: list[Part | Slot]
+    parts: list[Part | Placeholder]
 
 
 def turns_of(row: dict[str, Any], where: str, read: Reader | None, given: Sequence[Media] = (),
@@ -102,10 +103,10 @@ def turns_of(row: dict[str, Any], where: str, read: Reader | None, given: Sequen
     first of `texts` that the row has. `empty` names the media fields without a value. Raises InputError for a row of no known
     form, and if a medium is missing or would be dropped.
     """
-    beside = list(given) or _beside(row, where, read)
+    beside = list(given) or _row_media(row, where, read)
     chats = [name for name in CHATS if name in row]
     if chats and (clash := [name for name in (*CHATS, "text") if name in row and name != chats[0]]):
-        raise InputError(f"{where}: field {chats[0]!r} beside {clash}, expected one of them")
+        raise InputError(f"{where}: found the fields {[chats[0], *clash]}, expected one of them")
     named = tuple(texts) if beside else ("text",)
     text = next((name for name in named if name in row), None)
     pair = next((pair for pair in PAIRS if all(name in row for name in pair)), None)
@@ -119,7 +120,7 @@ def turns_of(row: dict[str, Any], where: str, read: Reader | None, given: Sequen
         messages = _system(row, where) + _pair(row, pair, where, read, bool(beside))
     else:
         messages = _captioned(pop_text(row, named, where), beside)
-    turns = _filled(messages, beside, where)
+    turns = _fill_placeholders(messages, beside, where)
     refuse_unread(row, where, {part.kind for turn in turns for part in turn.parts if isinstance(part, Media)})
     return turns
 
@@ -130,7 +131,7 @@ def empty_media(row: Mapping[str, Any], fields: Mapping[str, str | None] | None)
     return [name for name in given if name in row and row[name] is None]
 
 
-def _beside(row: dict[str, Any], where: str, read: Reader) -> list[Media]:
+def _row_media(row: dict[str, Any], where: str, read: Reader) -> list[Media]:
     """The media that the fields of a row name, pictures before sounds."""
     media: list[Media] = []
     fields = names().fields
@@ -169,7 +170,7 @@ def _medium(value: Any, kind: str, at: str, where: str, read: Reader | None) -> 
             return Media(kind, f"{where}: field {at!r}", MemorySource(_base64(data, at, where)))
         value = value.get("url") or value.get("path") or value
     if read is None:
-        raise InputError(f"{where}: field {at!r} is {shown(value)}, expected only the medium that lies beside the row")
+        raise InputError(f"{where}: field {at!r} is {shown(value)}, expected no medium other than the file next to this one")
     return read(value, kind, at)
 
 
@@ -184,7 +185,7 @@ def _cut(row: dict[str, Any], medium: Media, where: str) -> Media:
     """The part of a sound that "offset" and "duration" of a NeMo manifest select."""
     start, seconds = pop_number(row, "offset", 0, where) or 0.0, pop_number(row, "duration", 0, where)
     if seconds == 0:
-        raise InputError(f"{where}: field 'duration' is 0, expected more")
+        raise InputError(f"{where}: field 'duration' is 0, expected more than 0")
     if not start and seconds is None:
         return medium
     long = "the rest" if seconds is None else f"{seconds} s"
@@ -196,7 +197,7 @@ def _cut(row: dict[str, Any], medium: Media, where: str) -> Media:
 
 def _captioned(text: str, media: Sequence[Media]) -> list[Message]:
     if media and names().placeholder.search(text):
-        return [Message(None, _pieces(text))]
+        return [Message(None, _split_placeholders(text))]
     return [Message("user", list(media)), Message("assistant", [Text(text)])] if media else [Message(None, [Text(text)])]
 
 
@@ -216,13 +217,13 @@ def _pair(row: dict[str, Any], pair: tuple[str, str], where: str, read: Reader |
     if not isinstance(past, list) or any(not isinstance(item, list) or len(item) != 2 for item in past):
         raise InputError(f"{where}: field 'history' is {shown(past)}, expected a list of [question, answer]")
     for place, item in enumerate(past):
-        messages += [Message(role, _words(text, role, where, f"history[{place}]", marked))
+        messages += [Message(role, _text_parts(text, role, where, f"history[{place}]", marked))
                      for role, text in zip(("user", "assistant"), item)]
     added = row.pop("input", "") if pair[0] == "instruction" else ""
     if isinstance(added, str) and isinstance(question, str):
         question = "\n".join(piece for piece in (question, added) if piece.strip())
-    asked = [] if marked and question == "" else _words(question, "user", where, pair[0], marked)
-    return [*messages, Message("user", asked), Message("assistant", _words(answer, "assistant", where, pair[1], marked))]
+    asked = [] if marked and question == "" else _text_parts(question, "user", where, pair[0], marked)
+    return [*messages, Message("user", asked), Message("assistant", _text_parts(answer, "assistant", where, pair[1], marked))]
 
 
 def _chat(messages: Any, name: str, where: str, read: Reader | None, marked: bool) -> list[Message]:
@@ -235,88 +236,93 @@ def _chat(messages: Any, name: str, where: str, read: Reader | None, marked: boo
             raise InputError(f"{where}: field {at!r} is {shown(message)}, expected an object with a role")
         rest = dict(message)
         speaker = rest.pop("role", None) or rest.pop("from", None)
-        told = "content" if rest.get("content") is not None or "value" not in rest else "value"
-        content = rest.pop(told, None)
+        content_key = "content" if rest.get("content") is not None or "value" not in rest else "value"
+        content = rest.pop(content_key, None)
         role = ROLES.get(speaker) if isinstance(speaker, str) else None
         if role is None:
             raise InputError(f"{where}: field {at!r} has role {shown(speaker)}, expected user, assistant or system")
         if isinstance(content, list) and content:
             parts = [part for n, item in enumerate(content)
-                     for part in _part(item, where, f"{at}.{told}[{n}]", read, marked and role != "system")]
+                     for part in _part(item, where, f"{at}.{content_key}[{n}]", read, marked and role != "system")]
         else:
-            parts = _words(content, role, where, f"{at}.{told}", marked)
+            parts = _text_parts(content, role, where, f"{at}.{content_key}", marked)
+        for name in LOSS_WEIGHTS if role == "assistant" else ():
+            if (value := rest.get(name)) is not None and not value:
+                raise InputError(f"{where}: field '{at}.{name}' is {shown(value)}, but every answer is trained on; expected rows "
+                                 "without such answers")
         refuse_unread(rest, where, set(), at + ".")
         found.append(Message(role, parts))
     return found
 
 
-def _part(item: Any, where: str, at: str, read: Reader | None, marked: bool) -> list[Part | Slot]:
+def _part(item: Any, where: str, at: str, read: Reader | None, marked: bool) -> list[Part | Placeholder]:
     kind = item.get("type") if isinstance(item, dict) else None
     if kind == "text":
         text = text_of(item.get("text"), where, f"{at}.text")
         rest = {name: value for name, value in item.items() if name not in ("type", "text")}
         refuse_unread(rest, where, set(), at + ".")
-        return _pieces(text) if marked else [Text(text)]
+        return _split_placeholders(text) if marked else [Text(text)]
     if not isinstance(kind, str) or (medium := names().types.get(kind)) is None:
         raise InputError(f"{where}: field '{at}.type' is {shown(kind)}, expected text, {', '.join(names().types)}")
     given = [name for name in dict.fromkeys((kind, medium, f"{medium}_url", "url", "path", "base64", "source"))
              if item.get(name) is not None]
     if not given:
-        return [Slot(medium)]  # of a medium beside the messages
+        return [Placeholder(medium)]  # of a medium beside the messages
     value = {"data": item[given[0]]} if given[0] == "base64" else item[given[0]]
     rest = {name: value for name, value in item.items() if name not in ("type", given[0])}
     refuse_unread(rest, where, set(), at + ".")
     return [_medium(value, medium, f"{at}.{given[0]}", where, read)]
 
 
-def _words(text: Any, role: str, where: str, at: str, marked: bool) -> list[Part | Slot]:
+def _text_parts(text: Any, role: str, where: str, at: str, marked: bool) -> list[Part | Placeholder]:
     """The parts of a turn of text alone; user turns are split at placeholders even without media, to report missing ones."""
     text = text_of(text, where, at)
     if role == "user" and (found := names().embedded.search(text)):
         raise InputError(f"{where}: field {at!r} has {shown(found[0])} in its text, expected <image> or <audio> there and the "
                          "path in a field 'images' or 'audios'")
-    return _pieces(text) if role == "user" or marked and role != "system" else [Text(text)]
+    return _split_placeholders(text) if role == "user" or marked and role != "system" else [Text(text)]
 
 
-def _pieces(text: str) -> list[Part | Slot]:
+def _split_placeholders(text: str) -> list[Part | Placeholder]:
     """A text split at its placeholders; a line break next to a placeholder is dropped."""
-    parts: list[Part | Slot] = []
+    parts: list[Part | Placeholder] = []
     for place, piece in enumerate(names().placeholder.split(text)):
         if place % 2:
-            parts.append(Slot(piece))
+            parts.append(Placeholder(piece))
             continue
         if place:
             piece = piece.removeprefix("\n")
         if piece.strip():
             parts.append(Text(piece))
-    return [Text(part.text.removesuffix("\n")) if isinstance(part, Text) and isinstance(after, Slot) else part
+    return [Text(part.text.removesuffix("\n")) if isinstance(part, Text) and isinstance(after, Placeholder) else part
             for part, after in zip(parts, [*parts[1:], None])]
 
 
-def _side(role: str | None) -> Literal["user", "assistant"] | None:
+def _stream_role(role: str | None) -> Literal["user", "assistant"] | None:
     """The role in the stream, which has no system role: an instruction is a user turn of its own."""
     return "user" if role in ("user", "system") else "assistant" if role == "assistant" else None
 
 
-def _filled(messages: Sequence[Message], beside: Sequence[Media], where: str) -> tuple[SampleTurn, ...]:
-    """Messages as turns: media beside them fill the placeholders, or come first in the first user turn."""
-    slots = [part.kind for message in messages for part in message.parts if isinstance(part, Slot)]
-    if not slots and not beside:
-        return tuple(SampleTurn(_side(role), tuple(part for part in parts if not isinstance(part, Slot))) for role, parts in messages)
+def _fill_placeholders(messages: Sequence[Message], beside: Sequence[Media], where: str) -> tuple[SampleTurn, ...]:
+    """Messages as turns: media beside them fill the placeholders, or come first in the first user turn or plain document."""
+    placeholders = [part.kind for message in messages for part in message.parts if isinstance(part, Placeholder)]
+    if not placeholders and not beside:
+        return tuple(SampleTurn(_stream_role(role), tuple(part for part in parts if not isinstance(part, Placeholder)))
+                     for role, parts in messages)
     there = {id(part) for message in messages for part in message.parts}
     waiting = [medium for medium in beside if id(medium) not in there]
-    first = [medium for medium in waiting if medium.kind not in slots]
-    queues = {kind: deque(medium for medium in waiting if medium.kind == kind) for kind in slots}
+    first = [medium for medium in waiting if medium.kind not in placeholders]
+    queues = {kind: deque(medium for medium in waiting if medium.kind == kind) for kind in placeholders}
     for kind, queue in queues.items():
-        if len(queue) != slots.count(kind):
-            raise InputError(f"{where}: found {slots.count(kind)} of the placeholder <{kind}> and {len(queue)} of {kind} to "
-                             "stand there, expected as many")
+        if len(queue) != placeholders.count(kind):
+            raise InputError(f"{where}: found {placeholders.count(kind)} <{kind}> placeholders for {len(queue)} media of kind "
+                             f"{kind}, expected the same number of both")
     turns = []
     for message in messages:
-        role = _side(message.role)
-        if message.role == "user":
+        role = _stream_role(message.role)
+        if message.role in ("user", None):
             message, first = Message(role, [*first, *message.parts]), []
-        turns.append(SampleTurn(role, tuple(queues[p.kind].popleft() if isinstance(p, Slot) else p for p in message.parts)))
+        turns.append(SampleTurn(role, tuple(queues[p.kind].popleft() if isinstance(p, Placeholder) else p for p in message.parts)))
     return (SampleTurn("user", tuple(first)), *turns) if first else tuple(turns)
 
 
@@ -350,7 +356,7 @@ def _kind_by_name(name: str, kinds: tuple[str, ...]) -> tuple[str | None, bool]:
     name = name.lower()
     if kind := known_kind("x." + name):  # columns of WebDataset shards: "jpg", "wav"
         return kind, False
-    for kind, pattern in _names(kinds).alike.items():
+    for kind, pattern in _names(kinds).lookalikes.items():
         if match := pattern.fullmatch(name):
             return kind, bool(match["number"])
     return None, False
@@ -366,7 +372,7 @@ def _by_value(name: str, value: Any, kinds: set[str], depth: int = 0) -> tuple[s
         items: Iterable = ((f"{name}.{key}", item) for key, item in value.items())
     else:
         items = ((f"{name}[{place}]", item) for place, item in enumerate(value))
-    for at, item in islice(items, LOOKED_AT):
+    for at, item in islice(items, MAX_INSPECTED):
         if isinstance(item, (str, list, dict, bytes, DatasetSource)) and depth < 4:
             if found := _by_value(at, item, kinds, depth + 1):
                 return found
@@ -377,7 +383,7 @@ def _kind_by_value(text: str) -> str | None:
     """The kind of medium that a text refers to, if it is a path, URL or data URL of one."""
     if text.startswith("data:"):
         kind = text[5:].partition("/")[0]
-        return kind if kind in names().alike else None
+        return kind if kind in names().lookalikes else None
     if "." not in text[-6:] and "?" not in text and "#" not in text or len(text) > 4096 or "\n" in text:
         return None
     return known_kind(text.partition("#")[0])

@@ -49,7 +49,7 @@ _patching = threading.Lock()
 
 
 @contextmanager
-def _judged(base: Base) -> Iterator[None]:
+def _checked_files(base: Base) -> Iterator[None]:
     """A context in which the library refuses files that the card of a data set names and its rows may not.
 
     The library resolves such names in one function, which has no option to restrict them, so that function is patched.
@@ -88,7 +88,7 @@ def rows(path: str, base: Base | None = None) -> Iterator[dict[str, Any]]:
     failure = None
     try:
         if path.startswith(PREFIX):
-            with _judged(base or Base()):
+            with _checked_files(base or Base()):
                 found = datasets.load_dataset(name, split=split or None)
         else:
             found = datasets.load_from_disk(path)
@@ -104,6 +104,7 @@ def rows(path: str, base: Base | None = None) -> Iterator[dict[str, Any]]:
             how = f"{PREFIX}{name}:{next(iter(found))}" if path.startswith(PREFIX) else os.path.join(path, next(iter(found)))
             raise InputError(f"{display(path)}: found the splits {', '.join(found)}, expected the name of one, as in {how}")
         found = next(iter(found.values()))
+    found = found.with_format(None)  # `save_to_disk` also saves what `set_format` asked for, such as tensors or some columns only
     single, listed = ({column for column, kind in found.features.items() if is_media(kind)}
                       for is_media in (_is_media, lambda kind: _is_media(getattr(kind, "feature", None))))
     for column in (*single, *listed):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, BinaryIO
 
-from mmtx.data.fields import MAX_ROW, attempt, json_object, lines, objects, reason, renamed, shown
+from mmtx.data.fields import MAX_ROW, attempt, json_object, lines, objects, reason, rename_fields, shown
 from mmtx.data.forms import empty_media, turns_of
 from mmtx.data.sample import Media, Sample, known_kind, suffix
 from mmtx.data.storage import DatasetSource, FileSource, display, folder_of, is_url, open_binary, uncached
@@ -16,7 +16,7 @@ from mmtx.errors import InputError
 
 Fields = Mapping[str, str | None] | None  # that of a `DataSource`
 QUOTED = re.compile('"(?:[^"]|"")*"')  # a quoted cell, as spreadsheet programs write it
-STRAY = re.compile("[\udc80-\udcff]")   # a byte that is not UTF-8
+INVALID_UTF8 = re.compile("[\udc80-\udcff]")   # a byte that is not UTF-8
 MOST_LINES = 100  # of a cell of a TSV file: each new line is parsed with all before it
 
 
@@ -46,7 +46,7 @@ def _json_list(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes | None]]:
     yield from enumerate(objects(file, name), 1)
 
 
-def _table(rows: Callable[[Iterator[str]], Iterator[list[str] | str]], file: BinaryIO,
+def _table(rows: Callable[[Iterator[str]], Iterator[list[str] | str]], separators: str, file: BinaryIO,
            name: str) -> Iterator[tuple[int, dict[str, str | None] | InputError]]:
     """The rows after the header, with empty cells as null; `rows` splits lines into cells, or yields why it cannot."""
     def texts() -> Iterator[str]:
@@ -64,16 +64,18 @@ def _table(rows: Callable[[Iterator[str]], Iterator[list[str] | str]], file: Bin
             if isinstance(cells, str):
                 raise InputError(f"{name}: no header that can be read ({cells})")
             header = [cell.strip() for cell in cells]
-            if any(map(STRAY.search, header)):
+            if any(map(INVALID_UTF8.search, header)):
                 raise InputError(f"{name}: found the header {shown(header)}, which is not UTF-8, expected UTF-8 text")
+            if len(header) == 1 and re.search(r"[,;\t|]", header[0]):
+                raise InputError(f"{name}: found the header {shown(header)}, expected columns separated by {separators}")
             if "" in header or len(set(header)) < len(header):
                 raise InputError(f"{name}: found the header {shown(header)}, expected a different name in each column")
             continue
         number += 1
         if isinstance(cells, str):
             yield number, InputError(f"{name} row {number}: not a row of a table ({cells})")
-        elif stray := [place for place, cell in enumerate(cells) if STRAY.search(cell)]:
-            column = shown(header[stray[0]]) if stray[0] < len(header) else "behind the last"
+        elif stray := [place for place, cell in enumerate(cells) if INVALID_UTF8.search(cell)]:
+            column = shown(header[stray[0]]) if stray[0] < len(header) else "after the last"
             yield number, InputError(f"{name} row {number}: the column {column} is not UTF-8 text")
         elif len(cells) != len(header):
             yield number, InputError(f"{name} row {number}: found {len(cells)} cells, expected {len(header)} as the header has")
@@ -81,8 +83,8 @@ def _table(rows: Callable[[Iterator[str]], Iterator[list[str] | str]], file: Bin
             yield number, {column: cell.strip() or None for column, cell in zip(header, cells)}
 
 
-def _between_commas(texts: Iterator[str]) -> Iterator[list[str] | str]:
-    reader = csv.reader(texts, strict=True)
+def _csv_rows(texts: Iterator[str]) -> Iterator[list[str] | str]:
+    reader = csv.reader(texts, strict=True, skipinitialspace=True)
     while True:
         first = reader.line_num + 1
         try:
@@ -95,7 +97,7 @@ def _between_commas(texts: Iterator[str]) -> Iterator[list[str] | str]:
                 yield f"a quote is open since line {first}"
 
 
-def _between_tabs(texts: Iterator[str]) -> Iterator[list[str] | str]:
+def _tsv_rows(texts: Iterator[str]) -> Iterator[list[str] | str]:
     """The rows of a TSV file, or why a line is not one.
 
     A line with as many cells as the header is a row; its quotes are literal unless they enclose a whole cell, since most
@@ -148,16 +150,17 @@ def _between_tabs(texts: Iterator[str]) -> Iterator[list[str] | str]:
 
 # Extension -> reader of its rows.
 MANIFESTS: dict[str, Callable[[BinaryIO, str], Iterator[tuple[int, Any]]]] = {
-    ".jsonl": _json_lines, ".json": _json_list, ".csv": partial(_table, _between_commas), ".tsv": partial(_table, _between_tabs)}
+    ".jsonl": _json_lines, ".json": _json_list, ".csv": partial(_table, _csv_rows, "commas"),
+    ".tsv": partial(_table, _tsv_rows, "tabs")}
 
 
 def parse_row(row: dict[str, Any], base: Base, number: int, where: str, fields: Fields = None) -> Sample:
-    empty, (row, aside) = empty_media(row, fields), renamed(row, fields)
+    empty, (row, ignored) = empty_media(row, fields), rename_fields(row, fields)
     key = next((row.pop(name) for name in ("key", "id") if name in row), number)
     if not isinstance(key, (str, int)):
         raise InputError(f"{where}: the key is {shown(key)}, expected a string or a whole number")
     turns = turns_of(row, where, lambda value, kind, at: _media(value, kind, base, where, at), empty=empty)
-    return Sample(str(key), turns, row | aside, where)
+    return Sample(str(key), turns, row | ignored, where)
 
 
 def _media(value: Any, kind: str, base: Base, where: str, at: str) -> Media:
@@ -169,7 +172,7 @@ def _media(value: Any, kind: str, base: Base, where: str, at: str) -> Media:
     if refusal := base.refusal(path):
         raise InputError(f"{where}: field {at!r} names {display(path)}: {refusal}")
     if known_kind(path) not in (kind, None):
-        raise InputError(f"{where}: field {at!r} names {display(path)}, which is no {kind} file")
+        raise InputError(f"{where}: field {at!r} names {display(path)}, expected a file of kind {kind}")
     if not is_url(path) and not os.path.isfile(path):
         raise InputError(f"{where}: field {at!r} names {display(path)}: no such file")
     return Media(kind, f"{where}: {display(path)}", FileSource(path, base=base))

@@ -21,7 +21,7 @@ from torchaudio.functional import phase_vocoder
 from torchaudio.transforms import Resample
 
 from mmtx.data.formats import IMAGE_FORMATS, format_of
-from mmtx.data.picture_files import ORIENTATION, PictureFile, check_size, orientation, picture_file
+from mmtx.data.picture_files import BITS, ORIENTATION, PHOTOMETRIC, PictureFile, check_size, orientation, picture_file
 from mmtx.data.sound_files import MAX_CHANNELS, MAX_START, check_sound, cut, read_sound
 from mmtx.data.storage import FileSource, display
 from mmtx.errors import InputError
@@ -29,7 +29,7 @@ from mmtx.errors import InputError
 PEAK = 0.7
 SILENCE = 1e-4  # peak (-80 dB, three steps of 16 bit) up to which a sound is not normalised: that would amplify noise
 BAND = 2**20  # pixels
-OPENED = threading.Lock()  # for PIL images of callers: threads that share one must not decode it at the same time
+PIL_LOCK = threading.Lock()  # for PIL images of callers: threads that share one must not decode it at the same time
 MOST_SPEED = 4  # largest factor by which a sound may be sped up or slowed down
 MOST_SEMITONES = 24  # largest pitch shift, up or down
 VOCODER_WINDOW = 0.064  # seconds
@@ -48,7 +48,7 @@ NUMBERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch
            torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-class _Fitting(Protocol):
+class ImageFitter(Protocol):
     """A tokenizer of pictures."""
 
     def fit(self, picture: torch.Tensor) -> torch.Tensor: ...
@@ -61,7 +61,7 @@ class Sampled(Protocol):
     def rate(self) -> int: ...
 
 
-def read_image(tokenizer: _Fitting, data: Any, name: str | None = None) -> torch.Tensor:
+def read_image(tokenizer: ImageFitter, data: Any, name: str | None = None) -> torch.Tensor:
     """A picture, in any form that `load_image` takes, fitted to the size that a tokenizer reads, uint8 (3, H, W)."""
     return tokenizer.fit(load_image(data, name))
 
@@ -82,7 +82,7 @@ def load_image(data: Any, name: str | None = None) -> torch.Tensor:
     if isinstance(data, (np.ndarray, torch.Tensor)):
         return _tensor(Image.fromarray(_pixels(data, name)), name)
     if isinstance(data, Image.Image):
-        with OPENED:
+        with PIL_LOCK:
             picture = _decoded(data, None, name)
         return _tensor(picture, name)
     picture, file = _file(_bytes(data, name), name)
@@ -136,7 +136,19 @@ def _decoded(picture: Image.Image, file: PictureFile | None, name: str) -> Image
             found = 1
     else:
         found = orientation(file.exif or picture.info.get("exif") or b"", file.xmp or picture.info.get("xmp") or b"")
+    picture = _sixteen_bit(picture)
     return picture.transpose(UPRIGHT[found]) if found in UPRIGHT else picture
+
+
+def _sixteen_bit(picture: Image.Image) -> Image.Image:
+    """A grey TIFF with 12 bits scaled to 16, and upright values where 0 is white; Pillow does the latter for 8 bits only."""
+    tags = getattr(picture, "tag_v2", None)
+    if tags is None or picture.mode != "I;16":
+        return picture
+    values = np.asarray(picture)
+    if tags.get(BITS) == (12,):
+        values = values << 4 | values >> 8
+    return Image.fromarray(65_535 - values if tags.get(PHOTOMETRIC) == 0 else values)
 
 
 def _not_whole(name: str, error: Exception) -> InputError:
@@ -230,7 +242,8 @@ def load_audio(
         if value is not None and not isinstance(value, Real):
             raise InputError(f"{name}: {option} {_line(repr(value))}, expected a number")
     if not (0 <= start <= MAX_START and (seconds is None or 0 < seconds < math.inf)):  # also true for NaN
-        raise InputError(f"{name}: a cut of {seconds} s from {start} s on, expected a start up to {MAX_START} and a length")
+        raise InputError(f"{name}: found start={start} and seconds={seconds}, expected a start from 0 to {MAX_START} and "
+                         "more than 0 seconds")
     if not 1 / MOST_SPEED <= speed <= MOST_SPEED:
         raise InputError(f"{name}: speed {speed:g}, expected {1 / MOST_SPEED} to {MOST_SPEED}")
     if not -MOST_SEMITONES <= semitones <= MOST_SEMITONES:
@@ -269,9 +282,9 @@ def _shift_pitch(sound: torch.Tensor, rate: int, factor: float) -> torch.Tensor:
     padded = F.pad(sound, (0, max(0, size - len(sound))))
     frames = torch.stft(padded, size, hop, window=window, pad_mode="constant", return_complex=True)
     advance = torch.linspace(0, math.pi * hop, size // 2 + 1)[:, None]
-    drawn_out = phase_vocoder(frames, rate / played, advance)
-    higher = _resample(played, rate)(torch.istft(drawn_out, size, hop, window=window, length=round(len(padded) * played / rate)))
-    return F.pad(higher, (0, max(0, len(sound) - len(higher))))[:len(sound)]
+    stretched = phase_vocoder(frames, rate / played, advance)
+    shifted = _resample(played, rate)(torch.istft(stretched, size, hop, window=window, length=round(len(padded) * played / rate)))
+    return F.pad(shifted, (0, max(0, len(sound) - len(shifted))))[:len(sound)]
 
 
 def _waveform(data: np.ndarray | torch.Tensor, name: str) -> np.ndarray:
@@ -301,7 +314,7 @@ def _array(data: np.ndarray | torch.Tensor, name: str) -> np.ndarray:
         data = data.detach().resolve_neg().cpu()
         return (data.float() if data.dtype == torch.bfloat16 else data).numpy()
     if np.ma.is_masked(data):
-        raise InputError(f"{name}: an array with masked values, expected all of them")
+        raise InputError(f"{name}: found an array with masked values, expected none")
     data = np.asarray(data)
     return data if data.dtype.isnative else data.astype(data.dtype.newbyteorder("="))
 

@@ -18,10 +18,10 @@ from mmtx.sequence import Rendered, code_follows, gather_features
 from mmtx.varlen import Packing
 from mmtx.vocabulary import Vocabulary
 
-LOOK = 64          # documents beyond a full batch that `in_order` chooses from
+LOOKAHEAD = 64     # documents beyond a full batch that `in_order` chooses from
 WINDOW = 16_384    # documents that are packed together, at least
 IN_WINDOW = 256    # batches of a window, at least: its last ones are not full
-ENOUGH = 0.995     # share of real tokens from which on best fit is taken without trying the other way
+MIN_FILL = 0.995   # share of real tokens from which on best fit is taken without trying the other way
 
 
 class Batch(NamedTuple):
@@ -171,7 +171,7 @@ def pack(lengths: np.ndarray, room: int) -> list[list[int]]:
     399, in a room of 1,536: best fit 0.983, in order 0.9996.
     """
     groups = best_fit(lengths, room)
-    if lengths.sum() < ENOUGH * room * len(groups):
+    if lengths.sum() < MIN_FILL * room * len(groups):
         groups = min(in_order(lengths, room), groups, key=len)
     return groups
 
@@ -194,7 +194,7 @@ def best_fit(lengths: np.ndarray, room: int) -> list[list[int]]:
 def in_order(lengths: np.ndarray, room: int) -> list[list[int]]:
     """Each document with those of the next few that best fill the room; good for similar lengths."""
     sizes, groups = lengths.tolist(), []
-    waiting, look = deque(range(len(sizes))), LOOK + int(room / lengths.mean())
+    waiting, look = deque(range(len(sizes))), LOOKAHEAD + int(room / lengths.mean())
     while waiting:
         near = [waiting.popleft() for _ in range(min(look, len(waiting)))]
         taken = {0, *(place + 1 for place in fill([sizes[index] for index in near[1:]], room - sizes[near[0]]))}

@@ -18,7 +18,7 @@ MAX_SCANS = 500  # of a JPEG: encoders write 3 to 20
 MAX_PARTS = 2**18  # chunks of a PNG, segments of a JPEG, blocks of a GIF, strips and tiles of a TIFF
 MAX_TILE = 2**24  # pixels
 MAX_RUNS = 8 * 2**20  # bytes of a run-length encoded BMP, which is decoded run by run
-ORIENTATION = 0x0112
+BITS, PHOTOMETRIC, ORIENTATION = 0x0102, 0x0106, 0x0112  # tags of TIFF: bits per sample, whether 0 is white, how to turn it
 MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])", re.DOTALL)  # neither byte stuffing nor a restart marker
 
 

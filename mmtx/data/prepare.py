@@ -33,7 +33,7 @@ from mmtx.data.sources import MAX_BAD, PLAN, SkipCounter, is_selected, scan
 from mmtx.data.storage import recorded
 from mmtx.data.tokens import ENCODE_AT_ONCE, Augmentation, encode_samples, load_sample
 from mmtx.data.variants import load_variants
-from mmtx.data.workers import Ended, Workers
+from mmtx.data.workers import WorkerDied, Workers
 from mmtx.document import Document, MediaPart
 from mmtx.errors import InputError
 from mmtx.files import read_json, write_file, write_json
@@ -90,7 +90,7 @@ def prepare(
     folder = check_output(os.fspath(output))
     if part is not None:
         if (folder / DONE).exists():
-            raise InputError(f"{folder}: is whole already, expected no --part, or another --output")
+            raise InputError(f"{folder}: is already complete, expected no --part, or another --output")
         folder = check_output(os.fspath(folder / "part-{}-of-{}".format(*part)))
     with lock_folder(folder, "output"):
         _begin(folder, plan)
@@ -148,9 +148,9 @@ def _shards(source: DataSource, setting: tuple, rows: int, num_workers: int, ski
                 samples += sum(isinstance(row, Sample) for row in block)
                 collect(AHEAD * num_workers)
             collect(0)
-    except Ended:
-        raise InputError(f"{folder}: a process of --num_workers {num_workers} ended (out of memory?); "
-                         "the same command goes on") from None
+    except WorkerDied:
+        raise InputError(f"{folder}: one of the {num_workers} worker processes (--num_workers) died (out of memory?); "
+                         "the same command resumes") from None
     finally:
         pool.end()
     wanted = set(map(shard_name, range(number)))
@@ -233,6 +233,8 @@ def _rows(source: DataSource, skipped: SkipCounter) -> Iterator[Sample | InputEr
                 made = variants(row)
                 skipped.rows += len(made) - 1
                 yield from made
+
+                skipped.rows += not made  # a row that they leave out still counts, as one that `select` leaves out
 
 
 def _finish(folder: Path, plan: dict, shards: Sequence[dict], samples: int,

@@ -133,16 +133,17 @@ class Prepared:
         """
         self.path, self.vocabulary, self.seed = display(path).rstrip("/"), vocabulary, seed
         self.cond_drop_prob = source.cond_drop_prob
-        self.turned = source.task == "generate"
+        self.swapped = source.task == "generate"
         self.remote = path if is_url(path) else None
         if self.remote is None and not os.path.isfile(os.path.join(path, DONE)):
-            raise InputError(f"{self.path}: prepared in part only, expected a whole folder: the same `mmtx prepare` "
-                             "finishes it")
+            raise InputError(f"{self.path}: found an unfinished prepared folder, expected a complete one; the same "
+                             "`mmtx prepare` finishes it")
         whole = read(join(path, DONE), MOST_FACTS)
         self.folder = Path(path) if self.remote is None else cache() / hashlib.sha256(whole).hexdigest()[:32]
         self.facts = facts = Facts.of(whole, f"{self.path}/{DONE}")
         self._check(source, facts, augmentation, features, patches)
         self._fetch(INDEX)
+        tensors.cache_clear()  # the folder may have been prepared anew under the same name
         self.index = index = tensors(self.folder / INDEX)
         self._check_index(index)
         self.starts, self.sizes = np.array(index["starts"], np.int64), index["sizes"]  # (S + 1,), (S,)
@@ -154,7 +155,7 @@ class Prepared:
             found = hashlib.sha256("".join(self._digest(shard) for shard in range(facts.shards)).encode()).hexdigest()
             if found != facts.sha256:
                 raise InputError(f"{self.path}: found shards of the checksum {found[:12]}, expected {shown(facts.sha256[:12])} as "
-                                 f"in {DONE}: one of them has been changed or exchanged")
+                                 f"in {DONE}: one of them has been changed or replaced")
         lengths, numbers = index["lengths"], index["numbers"]
         chosen = slice(None)
         if source.limit is not None and source.limit < facts.samples:
@@ -196,8 +197,8 @@ class Prepared:
         shard, place = self._place(number if self.rows is None else int(self.rows[number]))
         ids, v = shard["ids"][_part(shard, "ids", place)].astype(np.int32), self.vocabulary
         order = np.arange(len(ids))
-        if self.turned:
-            order = order[turned_round(ids, v)]
+        if self.swapped:
+            order = order[swapped_order(ids, v)]
         if self.cond_drop_prob:
             random = np.random.default_rng(seed_of(self.seed, self.first + int(self.numbers[number]), view))
             if random.random() < self.cond_drop_prob:
@@ -239,12 +240,12 @@ class Prepared:
                 starts=(facts.shards + 1, "uint64"), sizes=(facts.shards, "uint64"))
         starts, lengths, numbers = index["starts"], index["lengths"], index["numbers"]
         if not _ends_fit(starts, facts.documents):
-            raise InputError(f"{where}: 'starts' does not tell where the {facts.documents} documents lie")
+            raise InputError(f"{where}: 'starts' are not the offsets of the {facts.documents} documents")
         if facts.documents and (lengths.min() < 1 or int(lengths.sum(dtype=np.uint64)) != facts.tokens):
             raise InputError(f"{where}: found {lengths.sum(dtype=np.uint64)} tokens, expected {facts.tokens}, and 1 or more "
-                             "of a document")
+                             "in each document")
         if facts.documents and (numbers[-1] >= facts.samples or not (numbers[1:] > numbers[:-1]).all()):
-            raise InputError(f"{where}: 'numbers' of samples do not rise, or reach {facts.samples}, the number of all")
+            raise InputError(f"{where}: 'numbers' of samples do not ascend, or are not all below {facts.samples}")
 
     def _check_shard(self, shard: dict[str, np.ndarray], number: int) -> None:
         """Raise InputError unless a shard is unchanged and consistent with the index."""
@@ -258,7 +259,7 @@ class Prepared:
         ids = shard["ids"]
         for name, values in (("ids", ids), ("names", shard["names"]), *((kind, shard[f"features.{kind}"]) for kind in media)):
             if not _ends_fit(shard[f"ends.{name}"], len(values)):
-                raise InputError(f"{where}: 'ends.{name}' does not tell where the parts of its {len(values)} {name} lie")
+                raise InputError(f"{where}: 'ends.{name}' are not the offsets of its {len(values)} {name}")
         if len(ids) and ids.max() >= vocabulary.size:
             raise InputError(f"{where}: found id {ids.max()}, expected less than {vocabulary.size}, the size of its vocabulary")
         ends = shard["ends.ids"].astype(np.int64)
@@ -302,7 +303,7 @@ class Prepared:
         if source.variants is not None:
             raise InputError(f"variants: {self.path} is prepared, its samples are as they are; expected none, or a folder that was "
                              "prepared with these `variants`")
-        if self.turned and not facts.exchanges:
+        if self.swapped and not facts.exchanges:
             raise InputError(f"task: {self.path} holds documents that are not one question with one answer, "
                              'expected "caption"')
         for kind, change in augmentation._asdict().items():
@@ -334,7 +335,7 @@ class Prepared:
             raise InputError(f"{self.path}/{path.name}: found {found}, expected {expected} bytes")
 
 
-def turned_round(ids: np.ndarray, v: Vocabulary) -> np.ndarray:
+def swapped_order(ids: np.ndarray, v: Vocabulary) -> np.ndarray:
     """The permutation (T,) of the ids of one question and one answer that swaps their contents."""
     if v.chat_format is not None:
         raise InputError("task: found a tokenizer with the chat format of a pretrained model, expected the tags of the stream")

@@ -124,7 +124,7 @@ def known_kind(name: str) -> str | None:
 def sniff(data: bytes) -> str | None:
     """The kind of a medium by its first bytes, 64 at most; None for anything else."""
     for kind, modality in MODALITIES.items() if data else ():
-        if (begins_as := modality.get("sniff")) is not None and begins_as(data[:64]):
+        if (matches := modality.get("sniff")) is not None and matches(data[:64]):
             return kind
     return None
 

@@ -23,10 +23,10 @@ MAX_CHANNELS = 8
 MAX_VALUES = MAX_SECONDS * 48_000 * 2  # samples times channels: 230 MB as float32
 RATES = (1_000, 192_000)  # Hz, the lowest and highest source rate that is accepted
 BLOCK = 65_536  # frames
-LEAP = 30  # seconds before a cut up to which these are decoded rather than skipped by a seek
+SEEK_DISTANCE = 30  # seconds before a cut up to which these are decoded rather than skipped by a seek
 INEXACT = ("VORBIS", "MPEG_LAYER_I", "MPEG_LAYER_II", "MPEG_LAYER_III")  # libsndfile seeks some samples off
 MAX_START = 86_400  # seconds: a day, which is decoded in vain if the format cannot seek
-SLACK = 0.05  # seconds that a cut may reach beyond the end: lengths in manifests are rounded
+TOLERANCE = 0.05  # seconds that a cut may reach beyond the end: lengths in manifests are rounded
 UNKNOWN = 0x7F000000  # sizes from here on are placeholders of programs that did not know the size yet
 FFMPEG = {  # format -> the demuxer of FFmpeg that may open it
     "MP4": "mov", "AAC": "aac", "WEBM": "matroska",
@@ -46,18 +46,18 @@ REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 def read_sound(data: bytes, name: str, start: float = 0.0, seconds: float | None = None) -> tuple[np.ndarray, int]:
     """Samples as float32 (S, C) and their rate, from second `start` on and `seconds` long. Raises InputError."""
-    format = format_of(data)
+    format, uncut = format_of(data), not start and seconds is None
     if format != "MP3":
         data = data[id3_size(data):]
     if format in FFMPEG:
-        blocks = _ffmpeg(_whole_file(data, format, name), format, name, start)
+        blocks = _ffmpeg(_whole_file(data, format, name), format, name, start, uncut)
     elif format == "MP3":
         whole, samples = mpeg_sound(data, name)
-        blocks = _libsndfile([whole], name, start, samples)
+        blocks = _libsndfile([whole], name, start, uncut, samples)
     elif format == "OGG":
-        blocks = _libsndfile(_ogg_links(data, name), name, start)
+        blocks = _libsndfile(_ogg_links(data, name), name, start, uncut)
     elif format in AUDIO_FORMATS:
-        blocks = _libsndfile([data if format == "FLAC" else _whole_file(data, format, name)], name, start)
+        blocks = _libsndfile([data if format == "FLAC" else _whole_file(data, format, name)], name, start, uncut)
     else:
         raise InputError(f"{name}: no sound that can be decoded, expected {', '.join(AUDIO_FORMATS)}")
     return _cut(blocks, name, start, seconds)
@@ -82,9 +82,10 @@ def cut(frames: int, rate: int, name: str, start: float, seconds: float | None) 
     """The first frame of a cut and the one after its last, in a sound of `frames` frames."""
     first = round(start * rate)
     last = frames if seconds is None else round((start + seconds) * rate)
-    if first and first >= frames or last > frames + SLACK * rate:
+    if first and first >= frames or last > frames + TOLERANCE * rate:
         until = "its end" if seconds is None else f"{start + seconds:g} s"
-        raise InputError(f"{name}: from {start:g} s to {until} is asked for, but it lasts {frames / rate:.3f} s")
+        raise InputError(f"{name}: found a sound of {frames / rate:.3f} s, expected one that holds the segment from {start:g} s to "
+                         f"{until}")
     return first, min(last, frames)
 
 
@@ -101,14 +102,14 @@ Blocks = Iterator[tuple[int, int, np.ndarray]]  # rate, place in the sound, floa
 def _cut(blocks: Blocks, name: str, start: float, seconds: float | None) -> tuple[np.ndarray, int]:
     """Join the blocks of a cut. Memory grows with the actual data, whatever the header declares."""
     kept: list[np.ndarray] = []
-    read, end, sort = 0, 0, None
+    read, end, layout = 0, 0, None
     for rate, place, block in blocks:
-        if sort not in (None, (rate, block.shape[1])):
+        if layout not in (None, (rate, block.shape[1])):
             raise InputError(
-                f"{name}: changes from {sort[1]} channels at {sort[0]} Hz to {block.shape[1]} at {rate} Hz, "
+                f"{name}: changes from {layout[1]} channels at {layout[0]} Hz to {block.shape[1]} at {rate} Hz, "
                 f"expected one sound"
             )
-        sort, end = (rate, block.shape[1]), place + len(block)
+        layout, end = (rate, block.shape[1]), place + len(block)
         first, last = round(start * rate), end if seconds is None else round((start + seconds) * rate)
         if not kept and place > first:
             raise InputError(f"{name}: damaged: no samples at {start:g} s")
@@ -116,19 +117,22 @@ def _cut(blocks: Blocks, name: str, start: float, seconds: float | None) -> tupl
         if len(block):
             kept.append(block)
             read += len(block)
-            check_sound(read, *sort, name)
+            check_sound(read, *layout, name)
         if last < end:
             break
     else:
-        if sort is None:
+        if layout is None:
             raise InputError(f"{name}: no samples in it, expected a sound")
-        cut(end, sort[0], name, start, seconds)
-    check_sound(read, *sort, name)
-    return np.concatenate(kept), sort[0]
+        cut(end, layout[0], name, start, seconds)
+    check_sound(read, *layout, name)
+    return np.concatenate(kept), layout[0]
 
 
-def _libsndfile(parts: list[bytes], name: str, start: float, samples: int | None = None) -> Blocks:
-    """The blocks of consecutive files; `samples`: how many must be decodable, less the encoder delay."""
+def _libsndfile(parts: list[bytes], name: str, start: float, uncut: bool, samples: int | None = None) -> Blocks:
+    """The blocks of consecutive files; `samples`: how many must be decodable, less the encoder delay.
+
+    Of an `uncut` sound, the length is checked before any of it is decoded.
+    """
     place = 0
     for part in parts:
         opened = False
@@ -137,11 +141,11 @@ def _libsndfile(parts: list[bytes], name: str, start: float, samples: int | None
                 opened, frames, rate = True, file.frames, file.samplerate
                 known = frames < 2**62
                 skipped = min(max(round(start * rate) - place, 0), frames)
-                check_sound(frames if known and not start else 1, rate, file.channels, name)
+                check_sound(frames if known and uncut else 1, rate, file.channels, name)
                 if samples is not None and frames < samples - 5 * 1_152:
                     raise InputError(f"{name}: {frames / rate:.1f} s of {samples / rate:.1f} s can be decoded")
                 end = place + frames
-                if skipped > LEAP * rate and file.subtype not in INEXACT:
+                if skipped > SEEK_DISTANCE * rate and file.subtype not in INEXACT:
                     try:
                         place += file.seek(skipped)
                     except soundfile.SoundFileError:  # some codecs cannot seek
@@ -157,7 +161,7 @@ def _libsndfile(parts: list[bytes], name: str, start: float, samples: int | None
             raise InputError(f"{name}: no sound that can be decoded, expected {', '.join(AUDIO_FORMATS)}") from None
 
 
-def _ffmpeg(data: bytes, format: str, name: str, start: float) -> Blocks:
+def _ffmpeg(data: bytes, format: str, name: str, start: float, uncut: bool) -> Blocks:
     """The blocks of the only sound of a file that libsndfile cannot read."""
     try:
         import av
@@ -176,11 +180,11 @@ def _ffmpeg(data: bytes, format: str, name: str, start: float) -> Blocks:
             if sound.codec_context is None or sound.codec_context.name not in CODECS:
                 raise InputError(f"{name}: sound in {format} of another kind than {', '.join(CODECS)}")
             begin, length = (float((ticks or 0) * sound.time_base) for ticks in (sound.start_time, sound.duration))
-            if not start and length > 0:
+            if uncut and length > 0:
                 rate = sound.rate or 0
                 check_sound(max(round(length * rate), 1), rate, sound.channels or 0, name)
             place, rate = 0, 0
-            if start > LEAP and format == "MP4":  # the others cannot seek exactly
+            if start > SEEK_DISTANCE and format == "MP4":  # the others cannot seek exactly
                 file.seek(round((begin + start - 1) * av.time_base))  # the first samples after a seek are wrong
                 place = None
             planar = av.AudioResampler(format="fltp")

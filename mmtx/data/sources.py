@@ -27,6 +27,7 @@ from mmtx.data.storage import bare, display, is_url, listed
 from mmtx.data.trust import scheme_of
 from mmtx.data.webdataset import SHARDS, read_tar
 from mmtx.errors import InputError
+from mmtx.files import user_path
 
 MAX_BAD = 0.01      # share of the rows of a source that may be unusable, by default
 PLAN = "plan.json"  # in a folder of `mmtx prepare` from the start
@@ -63,7 +64,7 @@ class SkipCounter:
         if self.count > self.limit * self.rows:
             raise InputError(f"{self.summary()} (at most {self.limit:.3%} may be bad)")
 
-    def tell(self, report: Callable[[str], None] | None) -> None:
+    def finish(self, report: Callable[[str], None] | None) -> None:
         """`check` after the last stage, and `report` the summary if any rows were bad."""
         self.check()
         if self.count and report is not None:
@@ -88,7 +89,7 @@ def read(
     """
     skipped = SkipCounter(max_bad)
     samples = read_rows(sources, skipped, select, report, trusted=trusted, fields=fields, follow_links=follow_links)
-    skipped.tell(report)
+    skipped.finish(report)
     return samples
 
 
@@ -116,10 +117,16 @@ def read_rows(sources: str | Iterable[str], skipped: SkipCounter, select: dict[s
     return kept
 
 
-def _select(samples: list[Sample], wanted: dict[str, list], none: str) -> list[Sample]:
+def check_select(wanted: dict[str, list]) -> None:
+    """Raise InputError unless each field has a list: the letters of a text would be taken for values."""
     for field, values in wanted.items():
         if not isinstance(values, (list, tuple)):
             raise InputError(f"select: field {field!r} has {shown(values)}, expected a list of values")
+
+
+def _select(samples: list[Sample], wanted: dict[str, list], none: str) -> list[Sample]:
+    check_select(wanted)
+    for field, values in wanted.items():
         facts = [_facts(sample) for sample in samples]
         known = sorted({name for fact in facts for name in fact})
         if samples and field not in known:
@@ -129,8 +136,8 @@ def _select(samples: list[Sample], wanted: dict[str, list], none: str) -> list[S
         if samples and not kept:
             some = [*dict.fromkeys(shown(fact[field]) for fact in facts if field in fact)]
             some[5:] = ["..."] if len(some) > 5 else []
-            raise InputError(f"{none}: in the field {field!r} they have {', '.join(some)}, "
-                             f"and select asks for one of {shown(values)}")
+            raise InputError(f"{none}: found {', '.join(some)} in the field {field!r}, "
+                             f"expected one of {shown(values)} (select)")
         samples = kept
     return samples
 
@@ -174,14 +181,16 @@ def is_prepared(path: str) -> bool:
 
 
 def expand(source: str) -> list[str]:
-    """The paths that match a glob pattern, sorted; anything else unchanged."""
+    """The paths that match a glob pattern, sorted; anything else unchanged, but for a leading ~."""
     if is_url(source):
         if "*" not in source:
             return [source]
         found = listed(source)
-    elif os.path.exists(source) or not glob.has_magic(source):
-        return [source]
     else:
+        if source.startswith("~") and not os.path.exists(source):
+            source = os.fspath(user_path(source))
+        if os.path.exists(source) or not glob.has_magic(source):
+            return [source]
         found = sorted(glob.glob(source, recursive=True))
     if not found:
         raise InputError(f"{display(source)}: no file matches this pattern")

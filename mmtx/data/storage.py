@@ -174,7 +174,7 @@ def read(path: str, limit: int = MAX_BYTES, base: Base | None = None, offset: in
     if is_web(path) and size is None and not offset:
         from mmtx.data import web
 
-        data = _told(path, web.read, path, limit, base)
+        data = _wrap_errors(path, web.read, path, limit, base)
     else:
         data = _bounded(path, _part, path, wanted, base, offset, size)
     if len(data) > limit:
@@ -201,7 +201,7 @@ def _bounded(path: str, run: Any, *arguments: Any) -> Any:
         return web.in_time(web.TOTAL, run, *arguments)
     except TimeoutError:
         pass
-    raise InputError(f"{display(path)}: no whole answer within {web.TOTAL:g} s")
+    raise InputError(f"{display(path)}: no complete response within {web.TOTAL:g} s")
 
 
 @contextmanager
@@ -216,7 +216,7 @@ def open_binary(path: str, base: Base | None = None, *, seek: bool = False, star
         start: the first byte that will be read, a hint for servers, as is `stop`.
     """
     path = path if seek else uncached(path)
-    raw = _told(path, _opened, path, base, seek, start, stop)
+    raw = _wrap_errors(path, _opened, path, base, seek, start, stop)
     with Opened(_Reader(path, raw), 2**16) as file:
         file.private = getattr(raw, "private", False)
         yield file
@@ -245,7 +245,7 @@ def _check_regular(path: str) -> None:
 
 def listed(pattern: str) -> list[str]:
     """The URLs that match a pattern, sorted. Raises InputError if its folder cannot be listed."""
-    return _told(pattern, _listed, pattern)
+    return _wrap_errors(pattern, _listed, pattern)
 
 
 def _listed(pattern: str) -> list[str]:
@@ -325,10 +325,10 @@ class _Reader(io.RawIOBase):
         return self.file.tell()
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return _told(self.path, self.file.seek, offset, whence)
+        return _wrap_errors(self.path, self.file.seek, offset, whence)
 
     def readinto(self, buffer) -> int:
-        if (count := _told(self.path, self.file.readinto, buffer)) or not is_url(self.path):
+        if (count := _wrap_errors(self.path, self.file.readinto, buffer)) or not is_url(self.path):
             return count
         size = getattr(self.file, "size", None)  # as reported to the backend
         if isinstance(size, int) and (found := self.file.tell()) < size and len(buffer):
@@ -341,7 +341,7 @@ class _Reader(io.RawIOBase):
         super().close()
 
 
-def _told(path: str, run: Any, *arguments: Any) -> Any:
+def _wrap_errors(path: str, run: Any, *arguments: Any) -> Any:
     """Call `run`; its failure becomes an InputError that names `path`."""
     # Every fsspec backend raises classes of its own; local files raise few.
     try:
@@ -366,9 +366,9 @@ def _reason(error: Exception, remote: bool) -> str:
         answer = getattr(error, "response", None)
         codes = getattr(error, "status", None), getattr(answer, "status_code", None), getattr(error, "code", None)
         if status := next((code for code in codes if isinstance(code, int) and code in web.STATUS), None):
-            return web.told(status)
+            return web.status_message(status)
         if isinstance(error, PermissionError):
-            return "no right to read it"
+            return "permission denied"
         if isinstance(error, TimeoutError):
             return "no answer in time"
         # Messages of other remote errors may hold URLs and signatures; that of a missing package is kept.

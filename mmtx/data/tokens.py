@@ -16,7 +16,7 @@ from mmtx.modality.base import Encoding, Tokenizer
 from mmtx.modality.registry import MODALITIES
 
 ENCODE_AT_ONCE = 256  # samples whose media are in memory together
-UNTOUCHED = 0.125     # share of views without augmentation, which is how media come at inference
+UNAUGMENTED = 0.125   # share of views without augmentation, which is how media come at inference
 
 
 class Digest(Protocol):
@@ -55,7 +55,15 @@ def load_media(media: Media, tokenizers: Mapping[str, Tokenizer], digest: Digest
         played = ("" if media.speed == 1 else f"{media.speed} ") + ("" if media.semitones == 0 else f"{media.semitones} semitones ")
         digest.update(f"{len(data)} {media.start} {media.seconds} {played}".encode())
         digest.update(data)
-    return MODALITIES[media.kind].get("read")(tokenizers[media.kind], data, media.name, **media.options)
+    modality = MODALITIES[media.kind]
+    try:
+        return modality.get("read")(tokenizers[media.kind], data, media.name, **media.options)
+    except InputError:
+        raise
+    except Exception as error:
+        if modality.shipped:
+            raise
+        raise InputError(f"{media.name}: {type(error).__name__}: {' '.join(str(error).split())[:150]}") from error
 
 
 def to_documents(samples: Sequence[Sample], tokenizers: Mapping[str, Tokenizer],
@@ -99,7 +107,7 @@ def encode_samples(samples, loaded, tokenizers, augmentation: Augmentation, seed
     orders: dict[str, list[bool]] = {}
     for sample, tensors, seed in zip(samples, loaded, seeds, strict=True):
         generator = torch.Generator().manual_seed(seed)
-        change = bool(torch.rand((), generator=generator) >= UNTOUCHED)
+        change = bool(torch.rand((), generator=generator) >= UNAUGMENTED)
         media = [(turn.role, part) for turn in sample.turns for part in turn.parts if isinstance(part, Media)]
         for (role, part), tensor in zip(media, tensors, strict=True):
             if change and role != "assistant":  # targets of generation stay unchanged

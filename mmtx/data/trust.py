@@ -156,8 +156,8 @@ class Base:
         scheme = scheme_of(path)
         if scheme == "data":
             return None
-        if scheme in PORTS and not is_whole(path):
-            return "not a whole URL"
+        if scheme in PORTS and not is_valid_url(path):
+            return "not a valid URL"
         one = scheme in PORTS or "::" not in path.removeprefix(self.folder)
         if self.remote and one and is_below(_unversioned(path), self.folder):
             return self._literal_refusal(path)
@@ -205,7 +205,7 @@ def _unversioned(url: str) -> str:
     return re.sub("@[^/]*", "", url, count=1) if scheme_of(url) == "hf" else url
 
 
-def is_whole(url: str) -> bool:
+def is_valid_url(url: str) -> bool:
     """Whether a URL has a host, and no control characters, which other parsers might drop."""
     try:
         return bool(origin(url)) and not CONTROL.search(url)

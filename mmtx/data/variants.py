@@ -4,7 +4,7 @@ All are made before training begins, so that documents keep their lengths and a 
 each of them anew in every view.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from mmtx.data.fields import shown
 from mmtx.data.sample import Media, Sample, SampleTurn, Text
@@ -24,7 +24,13 @@ def load_variants(place: str | None) -> Variants:
     if place is None:
         return lambda sample: [sample]
     function, at = import_function(place, "variants"), f"variants {place}"
-    return lambda sample: call_function(lambda sample: [_checked(made) for made in function(sample)], sample, f"{at}: {sample.where}")
+
+    def checked(sample: Sample) -> list[Sample]:
+        if not isinstance(made := function(sample), Iterable):
+            raise InputError(f"gave {type(made).__name__}, expected a list of mmtx.data.sample.Sample")
+        return [_checked(one) for one in made]
+
+    return lambda sample: call_function(checked, sample, f"{at}: {sample.where}")
 
 
 def _checked(made: Sample) -> Sample:
@@ -33,6 +39,11 @@ def _checked(made: Sample) -> Sample:
         raise InputError(f"gave {type(made).__name__}, expected an mmtx.data.sample.Sample")
     if not isinstance(made.turns, (tuple, list)):
         raise InputError(f"gave the turns {shown(made.turns)}, expected a tuple of mmtx.data.sample.SampleTurn")
+    if not made.turns:
+        raise InputError("gave a sample without turns, expected at least one")
+    for name, kind in (("key", str), ("where", str), ("metadata", dict)):
+        if not isinstance(value := getattr(made, name), kind):
+            raise InputError(f"gave the {name} {shown(value)}, expected {kind.__name__}")
     for turn in made.turns:
         if not isinstance(turn, SampleTurn):
             raise InputError(f"gave the turn {shown(turn)}, expected an mmtx.data.sample.SampleTurn")
@@ -42,6 +53,9 @@ def _checked(made: Sample) -> Sample:
             raise InputError(f"gave the parts {shown(turn.parts)}, expected a tuple of mmtx.data.sample.Text and Media")
         for part in turn.parts:
             if isinstance(part, Media):
+                if not hasattr(part.source, "read"):
+                    raise InputError(f"gave a medium with the source {shown(part.source)}, expected "
+                                     "mmtx.data.storage.FileSource(PATH)")
                 if part.kind not in media_kinds():
                     raise InputError(f"gave a medium of kind {shown(part.kind)}, expected one of {', '.join(media_kinds())}")
                 if part.options and not MODALITIES[part.kind].cuts:

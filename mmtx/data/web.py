@@ -21,7 +21,7 @@ from functools import lru_cache, partial
 from typing import Any
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
-from mmtx.data.trust import PORTS, Base, after_redirect, is_public, is_whole, origin, scheme_of
+from mmtx.data.trust import PORTS, Base, after_redirect, is_public, is_valid_url, origin, scheme_of
 
 CONNECT = 5.0        # seconds to resolve a host, and to connect to it
 IDLE = 10.0          # seconds without a byte
@@ -36,25 +36,25 @@ KEPT = 8             # connections that a thread keeps open
 QUICK = getattr(socket, "TCP_QUICKACK", None)
 
 STATUS = {
-    400: "not understood", 401: "needs a name and password, or a token", 402: "must be paid for", 403: "no right to read it",
-    404: "no such file", 405: "not for reading", 407: "needs a proxy", 408: "no answer in time", 410: "no longer there",
-    416: "shorter than expected", 429: "asked too often", 451: "not available here", 500: "a fault of the server",
-    502: "a fault of the server", 503: "the server is busy", 504: "no answer in time",
+    400: "bad request", 401: "authentication required", 402: "payment required", 403: "permission denied",
+    404: "no such file", 405: "method not allowed", 407: "proxy authentication required", 408: "no answer in time",
+    410: "no longer available", 416: "no such byte range", 429: "too many requests", 451: "not available here",
+    500: "server error", 502: "server error", 503: "the server is busy", 504: "no answer in time",
 }
-PASSING = {408, 425, 429, 500, 502, 503, 504}
+TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 
 
 class Failure(Exception):
-    """A failure, described without any URL; `passing` if a retry may help, after `pause` seconds."""
+    """A failure, described without any URL; `transient` if a retry may help, after `pause` seconds."""
 
-    def __init__(self, told: str, passing: bool = False, pause: float | None = None):
-        super().__init__(told)
-        self.passing, self.pause = passing, pause
+    def __init__(self, message: str, transient: bool = False, pause: float | None = None):
+        super().__init__(message)
+        self.transient, self.pause = transient, pause
 
 
-def told(status: int) -> str:
-    """An HTTP status in words: "HTTP 403 (no right to read it)"."""
-    return f"HTTP {status} ({STATUS.get(status) or ('not possible' if status < 500 else 'a fault of the server')})"
+def status_message(status: int) -> str:
+    """An HTTP status in words: "HTTP 403 (permission denied)"."""
+    return f"HTTP {status} ({STATUS.get(status) or ('request failed' if status < 500 else 'server error')})"
 
 
 def read(url: str, limit: int, base: Base | None = None) -> bytes:
@@ -66,7 +66,7 @@ def read(url: str, limit: int, base: Base | None = None) -> bytes:
     with budget.running():
         while True:
             try:
-                with contextlib.closing(ask(url, base, None, None, budget.end)) as answer:
+                with contextlib.closing(open_response(url, base, None, None, budget.end)) as answer:
                     if answer.total is not None and answer.total > limit:
                         raise Failure(f"more than {limit} bytes, the most for one medium")
                     return answer.read(limit + 1)
@@ -81,7 +81,7 @@ class Stream(io.RawIOBase):
     bytes come in order. Time counts only while waiting for the server, not while the reader is busy. Raises Failure.
     """
 
-    answer: "Answer | None" = None  # the current one
+    answer: "Response | None" = None  # the current one
     version: tuple[str | None, str | None, int | None] | None = None  # that of the first answer
 
     def __init__(self, url: str, base: Base | None = None, start: int = 0, stop: int | None = None):
@@ -137,17 +137,17 @@ class Stream(io.RawIOBase):
             if not self.ranged:
                 return 0
             if self.position == self.opened:
-                raise Failure("sent other bytes than those asked for")
+                raise Failure("sent another byte range than requested")
             self._drop()  # some servers give large ranges in pieces
             return self._read(buffer)
         except Failure as failure:
             self._drop()
             # Resume only if the version can show that it is still the same file.
-            failure.passing &= self.ranged and self.version[:2] != (None, None)
+            failure.transient &= self.ranged and self.version[:2] != (None, None)
             raise
 
     def _open(self) -> None:
-        answer = ask(self.url, self.base, self.position, self.stop, self.budget.end)
+        answer = open_response(self.url, self.base, self.position, self.stop, self.budget.end)
         if self.version is not None and (answer.version != self.version or not answer.ranged):
             answer.close()
             raise Failure("changed while it was read")
@@ -193,12 +193,12 @@ class Budget:
         """Sleep before the next attempt, or raise the failure if a retry would not help or is not allowed."""
         pause = PAUSE * 2**self.failed if failure.pause is None else failure.pause
         self.failed, self.since = self.failed + 1, 0
-        if not failure.passing or self.failed > RETRIES or pause > min(LONGEST_PAUSE, self.end - time.monotonic()):
+        if not failure.transient or self.failed > RETRIES or pause > min(LONGEST_PAUSE, self.end - time.monotonic()):
             raise failure
         time.sleep(pause)
 
 
-class Answer:
+class Response:
     """A successful response to a request, with its body still to be read."""
 
     private = False  # whether the requested URL, before redirects, is at a private address
@@ -227,7 +227,7 @@ class Answer:
                 buffer[:len(data)] = data
                 return len(data)
             if not packed:
-                raise Failure("cut short, its compressed transfer has no end", passing=True)
+                raise Failure("cut short, its compressed transfer has no end", transient=True)
         return 0
 
     def read(self, most: int) -> bytes:
@@ -246,17 +246,17 @@ class Answer:
         """Close, but keep the connection for the next request if the body was read to its end."""
         done = self.response.isclosed() and not self.response.will_close
         self.response.close()
-        (keep if done else Wire.close)(self.wire)
+        (keep_connection if done else Wire.close)(self.wire)
 
     def _raw(self, buffer: memoryview) -> int:
         try:
             count = self.response.readinto(buffer)
         except http.client.IncompleteRead:
-            raise Failure("cut short, the connection was lost", passing=True) from None
+            raise Failure("cut short, the connection was lost", transient=True) from None
         except (http.client.HTTPException, ValueError):
             raise Failure("not a valid HTTP answer") from None
         if not count and self.response.length:
-            raise Failure(f"cut short, {self.response.length} bytes are missing", passing=True)
+            raise Failure(f"cut short, {self.response.length} bytes are missing", transient=True)
         return count
 
 
@@ -268,30 +268,30 @@ def encoding_of(response: http.client.HTTPResponse) -> bool:
     return encoding not in ("identity", "")
 
 
-def ask(url: str, base: Base | None, start: int | None, stop: int | None, deadline: float) -> Answer:
+def open_response(url: str, base: Base | None, start: int | None, stop: int | None, deadline: float) -> Response:
     """Request bytes `start` to `stop` of a URL (None: all of it), following redirects. Raises Failure."""
     asked, allowed, secret, private = url, base, None, None
     for _ in range(REDIRECTS + 1):
-        if not is_whole(url):
-            raise Failure("not a whole URL")
+        if not is_valid_url(url):
+            raise Failure("not a valid URL")
         scheme, host, port = origin(url)
         secret = credentials(url) or secret
         headers = {"User-Agent": "mmtx", "Accept": "*/*", "Accept-Encoding": "identity", **(secret or {})}
         if start is not None:
             headers["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
-        wire, response = exchange(url, scheme, host, port, headers, allowed, deadline)
+        wire, response = send_request(url, scheme, host, port, headers, allowed, deadline)
         private = wire.private if private is None else private
         try:
             place = response.getheader("Location")
             if response.status not in (301, 302, 303, 307, 308) or place is None:
-                answer = checked(wire, response, start)
+                answer = check_response(wire, response, start)
                 if answer is not None:
                     answer.private = private
                     return answer
                 start = stop = None
                 wire.close()
                 continue
-            target = joined(url, place)
+            target = join_url(url, place)
             allowed = after_redirect(base, asked, private)
             refusal = allowed.refusal(target) if scheme_of(target) in PORTS else "found another scheme, expected https"
             if refusal:
@@ -306,11 +306,11 @@ def ask(url: str, base: Base | None, start: int | None, stop: int | None, deadli
     raise Failure(f"redirected more than {REDIRECTS} times")
 
 
-def joined(url: str, place: str) -> str:
+def join_url(url: str, place: str) -> str:
     try:
         return urljoin(url, place)
     except ValueError:
-        raise Failure("redirected to no URL") from None
+        raise Failure("redirected to an invalid URL") from None
 
 
 def credentials(url: str) -> dict[str, str] | None:
@@ -322,21 +322,21 @@ def credentials(url: str) -> dict[str, str] | None:
     return {"Authorization": "Basic " + b64encode(pair.encode()).decode()}
 
 
-def checked(wire: "Wire", response: http.client.HTTPResponse, start: int | None) -> Answer | None:
+def check_response(wire: "Wire", response: http.client.HTTPResponse, start: int | None) -> Response | None:
     """The answer; None if the whole must be requested, since the server does not handle ranges correctly."""
     total = response.length
     if response.status == 206 and start is not None:
         found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", (response.getheader("Content-Range") or "").strip())
         if found and int(found[1]) == start and found[2] != "*" and not encoding_of(response):
-            return Answer(wire, response, True, int(found[2]))
+            return Response(wire, response, True, int(found[2]))
         if start == 0:
             return None
-        raise Failure("sent other bytes than those asked for")
+        raise Failure("sent another byte range than requested")
     if response.status == 416 and start == 0:
         return None
     if response.status in (200, 203):
-        return Answer(wire, response, False, None if encoding_of(response) else total)
-    raise Failure(told(response.status), response.status in PASSING, retry_after(response.getheader("Retry-After")))
+        return Response(wire, response, False, None if encoding_of(response) else total)
+    raise Failure(status_message(response.status), response.status in TRANSIENT, retry_after(response.getheader("Retry-After")))
 
 
 def retry_after(value: str | None) -> float | None:
@@ -351,7 +351,7 @@ def retry_after(value: str | None) -> float | None:
         return None
 
 
-def exchange(url: str, scheme: str, host: str, port: int, headers: dict[str, str], base: Base | None,
+def send_request(url: str, scheme: str, host: str, port: int, headers: dict[str, str], base: Base | None,
              deadline: float) -> tuple["Wire", http.client.HTTPResponse]:
     """Send one request, over a kept or a new connection, and read the head of the response."""
     parts = urlsplit(url)
@@ -361,7 +361,7 @@ def exchange(url: str, scheme: str, host: str, port: int, headers: dict[str, str
              *(f"{field}: {value}" for field, value in headers.items()), "", ""]
     request = "\r\n".join(lines).encode("ascii")
     while True:
-        wire = kept(scheme, host, port)
+        wire = take_connection(scheme, host, port)
         if wire is not None and base is not None and base.address_refusal(url, wire.address):
             wire.close()
             wire = None
@@ -374,7 +374,7 @@ def exchange(url: str, scheme: str, host: str, port: int, headers: dict[str, str
             try:
                 response.begin()
             except http.client.RemoteDisconnected:
-                raise Failure("the connection was lost", passing=True) from None
+                raise Failure("the connection was lost", transient=True) from None
             except (http.client.HTTPException, ValueError):
                 raise Failure("not a valid HTTP answer") from None
             return wire, response
@@ -436,16 +436,16 @@ class Wire:
     def _call(self, run, argument):
         left = self.deadline - time.monotonic()
         if left <= 0:
-            raise Failure(f"no whole answer within {TOTAL:g} s")
+            raise Failure(f"no complete response within {TOTAL:g} s")
         self.socket.settimeout(min(IDLE, left))
         try:
             return run(argument)
         except TimeoutError:
             if left <= IDLE:
-                raise Failure(f"no whole answer within {TOTAL:g} s") from None
-            raise Failure(f"no answer within {IDLE:g} s", passing=True) from None
+                raise Failure(f"no complete response within {TOTAL:g} s") from None
+            raise Failure(f"no answer within {IDLE:g} s", transient=True) from None
         except OSError:
-            raise Failure("the connection was lost", passing=True) from None
+            raise Failure("the connection was lost", transient=True) from None
 
     def close(self) -> None:
         self.socket.close()
@@ -468,7 +468,7 @@ class _Incoming(io.RawIOBase):
 _open = threading.local()  # connections of a thread by scheme, host and port
 
 
-def keep(wire: Wire) -> None:
+def keep_connection(wire: Wire) -> None:
     """Leave a connection open for the next request of this thread."""
     wires = _open.__dict__.setdefault("wires", {})
     if (old := wires.pop(wire.place, None)) is not None:
@@ -478,7 +478,7 @@ def keep(wire: Wire) -> None:
         wires.pop(next(iter(wires))).close()
 
 
-def kept(*place) -> Wire | None:
+def take_connection(*place) -> Wire | None:
     """The open connection to a place, if this thread of this process has one."""
     wire = _open.__dict__.get("wires", {}).pop(place, None)
     return wire if wire is None or wire.pid == os.getpid() else None
@@ -501,7 +501,7 @@ def connect(url: str, scheme: str, host: str, port: int, base: Base | None, dead
                 connection = tls().wrap_socket(connection, server_hostname=ascii_host(host))
             return Wire(connection, place[0], (scheme, host, port))
         except TimeoutError:
-            failure = Failure(f"no connection within {CONNECT:g} s", passing=True)
+            failure = Failure(f"no connection within {CONNECT:g} s", transient=True)
         except ConnectionRefusedError:
             failure = Failure("the connection was refused")
         except ssl.SSLCertVerificationError as error:
@@ -510,7 +510,7 @@ def connect(url: str, scheme: str, host: str, port: int, base: Base | None, dead
         except ssl.SSLError as error:
             failure = Failure(f"no TLS connection ({(error.reason or 'unknown').lower().replace('_', ' ')})")
         except ConnectionError:
-            failure = Failure("the connection was lost", passing=True)
+            failure = Failure("the connection was lost", transient=True)
         except OSError as error:
             failure = Failure(f"no connection ({error.strerror or type(error).__name__})")
         connection.close()
@@ -522,7 +522,7 @@ def addresses(host: str, port: int, seconds: float) -> list[tuple[int, tuple]]:
     try:
         found = in_time(seconds, socket.getaddrinfo, ascii_host(host), port, 0, socket.SOCK_STREAM)
     except TimeoutError:
-        raise Failure(f"its host was not found within {CONNECT:g} s", passing=True) from None
+        raise Failure(f"its host was not found within {CONNECT:g} s", transient=True) from None
     except (OSError, ValueError) as error:
         raise Failure("no such host", getattr(error, "errno", None) == socket.EAI_AGAIN) from None
     return [(family, place) for family, _, _, _, place in found]

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import BinaryIO, NamedTuple
 
-from mmtx.data.fields import CHUNK, MAX_CAPTION, attempt, begins_as
+from mmtx.data.fields import CHUNK, MAX_CAPTION, attempt, file_type_of
 from mmtx.data.folder import Found, captioned, is_wanted, too_long
 from mmtx.data.sample import Sample, known_kind
 from mmtx.data.storage import MAX_BYTES, FileSource, MemorySource, display, open_binary
@@ -120,7 +120,7 @@ def _headers(reader: "_Reader", name: str) -> Iterator[Member]:
             info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except (tarfile.HeaderError, ValueError, OverflowError) as error:
             if not place:
-                raise InputError(f"{name}: not a whole tar, plain or gzipped: found {begins_as(block) or error}") from None
+                raise InputError(f"{name}: not a whole tar, plain or gzipped: found {file_type_of(block) or error}") from None
             raise InputError(f"{name}: damaged or cut short at byte {place} of the tar ({error})") from None
         zeros, ended = 0, False
         if info.type in LONG:

@@ -17,7 +17,7 @@ from mmtx.errors import InputError
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
-class Ended(Exception):
+class WorkerDied(Exception):
     """A worker process ended before its work was done."""
 
 
@@ -52,7 +52,7 @@ class Workers:
             raise
 
     def submit(self, arguments: bytes) -> Future:
-        """Run `work(setting, *arguments)` with pickled arguments. The future raises what `work` raises, or Ended."""
+        """Run `work(setting, *arguments)` with pickled arguments. The future raises what `work` raises, or WorkerDied."""
         return self.threads.submit(self._ask, arguments)
 
     def _ask(self, arguments: bytes) -> Any:
@@ -61,7 +61,7 @@ class Workers:
             pipe.send_bytes(arguments)
             answer = pickle.loads(pipe.recv_bytes())
         except (EOFError, OSError):
-            raise Ended from None
+            raise WorkerDied from None
         finally:
             self.free.put(pipe)
         if isinstance(answer, Exception):

@@ -13,17 +13,17 @@ LONGEST = 2 << 20      # bytes
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-def read_text(path: str | Path) -> str:
+def read_yaml_text(path: str | Path) -> str:
     """The text of a configuration, checked with `check_yaml`. Raises InputError for invalid YAML or an unreadable file, too."""
     try:
         if not Path(path).is_file():
-            raise InputError(f"{path}: {'is no file' if Path(path).exists() else 'no such file'}")
+            raise InputError(f"{path}: {'not a file' if Path(path).exists() else 'no such file'}")
         with open(path, "rb") as file:
             text = file.read(LONGEST + 1).decode()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not a configuration: no UTF-8 at byte {error.start}") from None
+        raise InputError(f"{path}: not a configuration: not UTF-8 at byte {error.start}") from None
     if (error := check_yaml(text, str(path))) is not None:
         mark = getattr(error, "problem_mark", None)
         place = "" if mark is None else f" in line {mark.line + 1}, column {mark.column + 1}"
@@ -37,7 +37,7 @@ def check_yaml(text: str, where: str) -> Exception | None:
     Invalid YAML passes, and its error is returned: a reader of single values takes it for a string.
     """
     if len(text) > LONGEST:
-        raise InputError(f"{where}: found more than {LONGEST:,} bytes, the most of a configuration")
+        raise InputError(f"{where}: found more than {LONGEST:,} bytes, the maximum of a configuration")
     sizes: dict[str, int] = {}                    # number of values of each anchor
     open_: list[tuple[str | None, int]] = []      # anchor, and size before it, of each enclosing list or mapping
     size = 0
@@ -58,7 +58,7 @@ def check_yaml(text: str, where: str) -> Exception | None:
                 anchor, before = open_.pop()
                 sizes[anchor] = size - before
             if len(open_) > DEEPEST:
-                raise InputError(f"{where}: found more than {DEEPEST} lists and mappings within one another")
+                raise InputError(f"{where}: found more than {DEEPEST} nested lists and mappings")
             if size > MOST_VALUES:
                 raise InputError(f"{where}: found more than {MOST_VALUES:,} values, aliases included")
     except (yaml.YAMLError, RecursionError, ValueError) as error:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KEPT_BYTES = 2 ** 30  # of KV caches, with the graphs that write to them, that are kept for later answers
+POOL_BYTES = 2 ** 30  # of KV caches, with the graphs that write to them, that are kept for later answers
 
 
 class Captured:
@@ -72,7 +72,7 @@ class _Entry:
     thing: Any
 
 
-class Kept:
+class CachePool:
     """A pool of caches and captured steps for later answers, by shape; the oldest are dropped when it exceeds its limit."""
 
     def __init__(self) -> None:
@@ -92,5 +92,5 @@ class Kept:
         """Add an entry of `size` bytes."""
         with self._lock:
             self._entries.append(_Entry(shape, size, thing))
-            while sum(entry.size for entry in self._entries) > KEPT_BYTES:
+            while sum(entry.size for entry in self._entries) > POOL_BYTES:
                 self._entries.pop(0)

@@ -291,7 +291,7 @@ def works(device: torch.device) -> bool:
         with torch.cuda.device_of(x):
             _last_norm[1,](x, gain, y, slot, positions, 0.0, 2, IN=2, EARLY=False)
     except (RuntimeError, OSError, CalledProcessError) as error:
-        warnings.warn(f"a GPU decodes slower here: Triton cannot build kernels ({str(error).splitlines()[0][:200]})", stacklevel=2)
+        warnings.warn(f"decoding is slower: Triton cannot build kernels ({str(error).splitlines()[0][:200]})", stacklevel=2)
         return False
     return True
 

@@ -61,7 +61,7 @@ class Choice:
         return ids, self.grammar.advance(state, ids)
 
 
-class Look:
+class FinishedCopy:
     """An asynchronous copy to the CPU of which rows were finished at some step, (B,) bool."""
 
     def __init__(self, finished: Tensor):
@@ -130,7 +130,7 @@ def steps(
                     finished = look.finished()
                     left = int((~finished if wanted is None else wanted & ~finished).sum())
                 if step % LOOK_EVERY == 0:
-                    look = Look(grammar.finished(state))
+                    look = FinishedCopy(grammar.finished(state))
             else:
                 going = ~grammar.finished(state)
                 if wanted is not None:

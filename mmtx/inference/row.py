@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mmtx.ambient import run_single_threaded
 from mmtx.config import DecoderConfig
-from mmtx.inference.cached_attention import attend_arrays
+from mmtx.inference.cached_attention import decode_attention_numpy
 from mmtx.inference.int8 import Int8Matrix
 from mmtx.inference.packed import PackedMatrix, PackedSwiGLU
 from mmtx.inference.torch_engine import ROOM, TorchEngine
@@ -183,7 +183,7 @@ class _Slots(NamedTuple):
         self.key_array[:, slot], self.value_array[:, slot] = b.key, b.value
         if not shared or (slot + 1) * b.key.shape[1] <= SHORT:
             keys, values = self.key_array[:, None, :slot + 1], self.value_array[:, None, :slot + 1]  # (G, 1, T, K)
-            attend_arrays(b.query, keys, values, b.given)
+            decode_attention_numpy(b.query, keys, values, b.given)
         else:
             query, keys, values = torch.from_numpy(b.query[None, :, :, 0]), *(
                 each.narrow(2, 0, slot + 1) for each in (self.keys, self.values))

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mmtx.errors import InputError
 
-LARGEST_SEED = 2 ** 64 - 1
-DRAWN = 64  # random numbers of a row that are drawn at a time
+MAX_SEED = 2 ** 64 - 1
+DRAW_CHUNK = 64  # random numbers of a row that are drawn at a time
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Sampling:
         if self.top_p is not None:
             self._check("top_p", _number, lambda p: 0 < p <= 1, f"{number} in (0, 1]")
         if self.seed is not None:
-            self._check("seed", _whole, lambda seed: 0 <= seed <= LARGEST_SEED, f"{whole} from 0 to {LARGEST_SEED}")
+            self._check("seed", _whole, lambda seed: 0 <= seed <= MAX_SEED, f"{whole} from 0 to {MAX_SEED}")
 
     def _check(self, name: str, convert: Callable[[Any], Any], fits: Callable[[Any], bool], expected: str) -> None:
         given = getattr(self, name)
@@ -102,13 +102,13 @@ class Draws:
             seed = np.random.SeedSequence().entropy
         sequences = [np.random.SeedSequence(seed, spawn_key=(place,)) for place in places]
         self._rows = [np.random.Philox(sequence) for sequence in sequences]
-        self._device, self._next = device, DRAWN
+        self._device, self._next = device, DRAW_CHUNK
         self._numbers: Tensor | None = None
 
     def next(self) -> Tensor:
         """The numbers of the next step (B,)."""
-        if self._next == DRAWN:
-            bits = np.stack([row.random_raw(DRAWN) >> np.uint64(40) for row in self._rows], axis=1)     # of 24 bits
+        if self._next == DRAW_CHUNK:
+            bits = np.stack([row.random_raw(DRAW_CHUNK) >> np.uint64(40) for row in self._rows], axis=1)     # of 24 bits
             self._numbers = torch.from_numpy((bits + 1).astype(np.float32) / 2 ** 24).to(self._device)
             self._next = 0
         self._next += 1

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmtx.config import DecoderConfig
 from mmtx.inference.cache import CacheTensors, KVCache
-from mmtx.inference.cached_attention import attend_in_torch
+from mmtx.inference.cached_attention import decode_attention_torch
 from mmtx.inference.weights import Layer, Norm, Weights
 from mmtx.model import Decoder
 
@@ -25,7 +25,7 @@ def static_step(config: DecoderConfig, layers: tuple[Layer, ...], norm: Norm, x:
         query, key, value = layer.heads(x, cos, sin, config)
         keys.index_copy_(2, cache.slot, key[:, :, None])
         values.index_copy_(2, cache.slot, value[:, :, None])
-        x = layer.output(x, attend_in_torch(query, keys, values, mask))
+        x = layer.output(x, decode_attention_torch(query, keys, values, mask))
     cache.slot.add_(1)
     cache.positions.add_(1)
     return norm.fused(x)

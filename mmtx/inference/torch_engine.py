@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmtx.inference.cache import KVCache
-from mmtx.inference.cached_attention import attend, kept
+from mmtx.inference.cached_attention import cache_dtype, decode_attention
 from mmtx.inference.engine import Engine, pad
 from mmtx.inference.weights import Scratch, Weights
 from mmtx.model import Decoder
@@ -52,7 +52,7 @@ class TorchEngine(Engine):
 
     def _make_cache(self, lengths: Tensor, used: int, capacity: int, like: Tensor) -> None:
         """Make an empty cache for prompts of `lengths` (B,), the longest of which takes `used` slots."""
-        self.cache = KVCache.of(self.weights.config, lengths, used, capacity, like, kept(like))
+        self.cache = KVCache.of(self.weights.config, lengths, used, capacity, like, cache_dtype(like))
 
     def _prefill(self, x: Tensor, lengths: Tensor, first: int, scratch: Scratch) -> Tensor:
         """Prefill rows of the cache, from the `first` on, with inputs (B, T, D) -> the final hidden state of each."""
@@ -71,7 +71,7 @@ class TorchEngine(Engine):
             if layer is layers[-1]:
                 # Only the last token of each row is needed from here.
                 x, scratch = x[last], self.scratch.keep(batch)
-                y = attend(query[rows, :, lengths - 1], key, value, self._mask(cache.seen[chosen, :length]))
+                y = decode_attention(query[rows, :, lengths - 1], key, value, self._mask(cache.seen[chosen, :length]))
             else:
                 grouped = query.shape[1] != key.shape[1]
                 y = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
@@ -87,7 +87,7 @@ class TorchEngine(Engine):
         """
         weights, (cos, sin) = self.weights, (each[:, None] for each in (self.cache.cos, self.cache.sin))   # (C, 1, K)
         x, pieces = x[:length], [slice(first, min(first + TOKENS, length)) for first in range(0, length, TOKENS)]
-        query = x.new_empty(weights.config.heads, length, weights.config.head_dim, dtype=kept(x))      # (H, T, K)
+        query = x.new_empty(weights.config.heads, length, weights.config.head_dim, dtype=cache_dtype(x))      # (H, T, K)
         layers = weights.layers_for(length)
         for layer, keys, values in zip(layers, self.cache.keys, self.cache.values, strict=True):
             key, value = keys[row, :, :length], values[row, :, :length]                                    # (G, T, K)
@@ -99,7 +99,7 @@ class TorchEngine(Engine):
                     whole[:, piece] = part.transpose(0, 1)
             if layer is layers[-1]:
                 x, s = x[-1:], scratch.keep(1)
-                layer.finish(x, attend(query[None, :, -1], key[None], value[None], None).to(x.dtype), s)
+                layer.finish(x, decode_attention(query[None, :, -1], key[None], value[None], None).to(x.dtype), s)
             else:
                 y = F.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=True,
                                                    enable_gqa=len(query) != len(key))[0].to(x.dtype)
@@ -121,7 +121,7 @@ class TorchEngine(Engine):
         for layer, keys, values in zip(weights.batch_layers, cache.keys, cache.values, strict=True):
             layer.project(x, cos, sin, s)
             keys[:, :, slot], values[:, :, slot] = s.key, s.value
-            layer.finish(x, attend(s.query, keys.narrow(2, 0, span), values.narrow(2, 0, span), mask), s)
+            layer.finish(x, decode_attention(s.query, keys.narrow(2, 0, span), values.narrow(2, 0, span), mask), s)
         cache.used += 1
         cache.slot.add_(1)
         cache.positions.add_(1)

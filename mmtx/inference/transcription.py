@@ -28,12 +28,12 @@ from mmtx.vocabulary import Vocabulary
 # Strings of CTC. With 8 / 24 / 48 of them, demos/speech, after its first run, had character error rates of 0.166 / 0.152 / 0.155,
 # 0.485 / 0.471 / 0.465 and 0.332 / 0.317 / 0.314 on the first 60 sounds of each speech test, in relative times of 0.6, 1 and 1.9.
 BEAM = 24
-LEAST = np.log(1e-3)  # of a piece's probability, below which no string is extended by it; 1e-4 took longer and found no others
-PAUSE = 0.1           # seconds over which a pause is measured
-MOMENT = 0.025        # seconds, long enough for the lowest voice
-NOISE = 0.1           # quantile of the power of a sound's moments that counts as its noise
-ABOVE = 4.0           # least power of speech, relative to noise,
-QUIET = 1e-4, 0.03    # clamped to these shares of the power of the loudest moment
+MIN_LOG_PROBABILITY = np.log(1e-3)  # of a piece that extends a string; 1e-4 took longer and found no others
+PAUSE_WINDOW = 0.1    # seconds over which a pause is measured
+FRAME = 0.025         # seconds, long enough for the lowest voice
+NOISE_QUANTILE = 0.1  # quantile of the power of a sound's frames that counts as its noise
+SPEECH_TO_NOISE = 4.0           # least power of speech, relative to noise,
+THRESHOLD_RANGE = 1e-4, 0.03    # clamped to these shares of the power of the loudest frame
 MARGIN = 0.1          # seconds around speech: words begin and end more quietly
 
 Pieces = tuple[int, ...]  # of text, by the tokenizer's numbers
@@ -66,8 +66,9 @@ def cut_at_pauses(sound: Tensor, rate: int, seconds: float) -> list[Tensor]:
     if not sound.any():
         return []
     loudness = _loudness(sound, rate)
-    least = float((ABOVE * loudness.quantile(NOISE)).clamp(*(loudness.amax() * share for share in QUIET)))
-    pieces, longest, window, hop = [], round(seconds * rate), round(PAUSE * rate), round(PAUSE * rate / 4)
+    noise, loudest = loudness.quantile(NOISE_QUANTILE), loudness.amax()
+    least = float((SPEECH_TO_NOISE * noise).clamp(*(loudest * share for share in THRESHOLD_RANGE)))
+    pieces, longest, window, hop = [], round(seconds * rate), round(PAUSE_WINDOW * rate), round(PAUSE_WINDOW * rate / 4)
     while len(sound) > longest:
         first = min(longest // 2, longest - window)
         loud = F.avg_pool1d(sound[None, None, first:longest].square(), window, hop)
@@ -78,9 +79,9 @@ def cut_at_pauses(sound: Tensor, rate: int, seconds: float) -> list[Tensor]:
 
 
 def _loudness(sound: Tensor, rate: int) -> Tensor:
-    """The power (mean square) of each moment of a sound (samples,)."""
-    moment = round(MOMENT * rate)
-    return F.pad(sound, (0, -len(sound) % moment)).view(-1, moment).square().mean(1)
+    """The power (mean square) of each frame of a sound (samples,)."""
+    frame = round(FRAME * rate)
+    return F.pad(sound, (0, -len(sound) % frame)).view(-1, frame).square().mean(1)
 
 
 def _without_ends(sound: Tensor, rate: int, least: float) -> Tensor:
@@ -88,8 +89,8 @@ def _without_ends(sound: Tensor, rate: int, least: float) -> Tensor:
     loud = (_loudness(sound, rate) >= least).nonzero()[:, 0].tolist()
     if not loud:
         return sound[:0]
-    moment, margin = round(MOMENT * rate), round(MARGIN * rate)
-    return sound[max(0, loud[0] * moment - margin):(loud[-1] + 1) * moment + margin]
+    frame, margin = round(FRAME * rate), round(MARGIN * rate)
+    return sound[max(0, loud[0] * frame - margin):(loud[-1] + 1) * frame + margin]
 
 
 def hear(decoder: Decoder, prompt: Prompt, vocabulary: Vocabulary) -> Heard:
@@ -134,7 +135,7 @@ def prefix_beam_search(scores: np.ndarray, beam: int = BEAM) -> list[Pieces]:
     prefixes: dict[Pieces, tuple[float, float]] = {(): (0.0, -np.inf)}
     for step in scores.astype(np.float64):
         best = np.argpartition(-step, min(beam, len(step) - 1))[:beam]
-        likely = [int(number) for number in best if number != BLANK and step[number] > LEAST]
+        likely = [int(number) for number in best if number != BLANK and step[number] > MIN_LOG_PROBABILITY]
         found: dict[Pieces, tuple[float, float]] = {}
 
         def add(pieces: Pieces, in_blank: float, in_piece: float) -> None:
@@ -163,7 +164,7 @@ def _blocks(decoder: Decoder, x: Tensor, positions: Tensor, seen: Tensor | None 
     states: list[Tensor] = [x]
     held: list[tuple[Tensor, Tensor]] = []
 
-    def look(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attention_fn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if past:
             before = past[len(held)]
             key, value = torch.cat([before[0], key], 1), torch.cat([before[1], value], 1)
@@ -174,5 +175,5 @@ def _blocks(decoder: Decoder, x: Tensor, positions: Tensor, seen: Tensor | None 
                                               enable_gqa=config.heads != config.kv_heads).transpose(1, 2)
 
     for block in decoder.blocks:
-        states.append(block(states[-1], angles, look=look))
+        states.append(block(states[-1], angles, attention_fn=attention_fn))
     return states, held

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmtx.config import DecoderConfig
-from mmtx.inference.captured import Kept
+from mmtx.inference.captured import CachePool
 from mmtx.inference.int8 import Int8Matrix
 from mmtx.inference.packed import LARGEST, PackedMatrix, PackedSwiGLU, has_operators
 from mmtx.inference.screen import FEW_ROWS, Screen
@@ -213,7 +213,7 @@ class Weights(NamedTuple):
     screens: dict[int, Screen] | None     # by their number of rows; None if values may still change
     step_tuner: ThreadTuner               # for single rows on a CPU
     prompt_tuner: ThreadTuner             # for their prompts, per token
-    kept: Kept                            # caches with captured steps that read these weights, on a GPU
+    kept: CachePool                       # caches with captured steps that read these weights, on a GPU
 
     @classmethod
     def of(cls, decoder: Decoder, fixed: bool = False, load_in_8bit: bool = False) -> "Weights":
@@ -232,7 +232,8 @@ class Weights(NamedTuple):
         screened = fixed and table.weight.device.type == "cpu" and table.weight.dtype in (torch.float32, torch.bfloat16)
         screens: dict | None = {} if screened else None
         norm = Norm.of(decoder.norm.weight, c.norm_eps)
-        return cls(c, layers, small, packed, mixed, norm, table.weight, table.groups, screens, ThreadTuner(), ThreadTuner(), Kept())
+        return cls(c, layers, small, packed, mixed, norm, table.weight, table.groups, screens, ThreadTuner(), ThreadTuner(),
+                   CachePool())
 
     @property
     def in_8_bits(self) -> bool:
@@ -271,7 +272,7 @@ class Weights(NamedTuple):
         return self.screens[first]
 
     def scores(self, hidden: Tensor, first: int | None = None) -> Tensor:
-        """Hidden states (B, D) -> logits of every id (B, V), or only of the `first` ones if these have rows of their own.
+        """Hidden states (B, D) -> logits of every id (B, V), or only of the `first` ones (B, first).
 
         The logit of a composed id is the sum of the logits of its digits, so its range needs no matrix.
         """
@@ -289,4 +290,4 @@ class Weights(NamedTuple):
             for _ in levels[1:]:
                 total = (next(digits)[:, :, None] + total[:, None]).flatten(1)
             scores.append(total)
-        return torch.cat(scores, dim=1)
+        return torch.cat(scores, dim=1)[:, :first]

@@ -59,10 +59,10 @@ def export(model: Model, to: str, output: str | Path, max_seq_len: int = MAX_SEQ
         finally:
             with suppress(OSError):
                 part.unlink()
-    return cannot(model)
+    return limitations(model)
 
 
-def cannot(model: Model) -> list[str]:
+def limitations(model: Model) -> list[str]:
     """What an engine that processes only ids cannot do with a model, one sentence each."""
     kinds = list(model.decoder.config.features)
     return [f"{' and '.join(kinds)} given to this model enter as continuous features, which no engine computes: it answers text and "

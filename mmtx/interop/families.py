@@ -180,7 +180,7 @@ def read_weights(config: DecoderConfig, found: Mapping[str, Tensor], where: Any,
     unknown = sorted(found.keys() - {theirs for *_, theirs in wanted}
                      - {"lm_head.weight", "output.weight", "rope_freqs.weight"})
     if unknown := [name for name in unknown if not name.endswith("rotary_emb.inv_freq")]:
-        raise InputError(f"{where}: found the tensor {shown(unknown[0])}, which a decoder of {family_of(config).name} has not")
+        raise InputError(f"{where}: found the tensor {shown(unknown[0])}, expected only those of {family_of(config).name}")
     return {name: torch.cat(tensors) if len(tensors) > 1 else tensors[0] for name, tensors in parts.items()}
 
 

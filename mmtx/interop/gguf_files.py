@@ -23,7 +23,7 @@ CONTROL, USER_DEFINED = 3, 4
 NORMAL, UNUSED = 1, 5
 # Pre-tokenizers by their names in GGUF: the pattern that splits text before pieces are merged.
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-CUTS = {"smollm": None, "gpt-2": "", "qwen2": WORDS % "", "llama-bpe": WORDS % "{1,3}"}
+PRE_TOKENIZERS = {"smollm": None, "gpt-2": "", "qwen2": WORDS % "", "llama-bpe": WORDS % "{1,3}"}
 LLAMA_3 = (RopeScaling(8.0), RopeScaling(32.0))  # GGUF stores only the divisors
 
 
@@ -93,9 +93,9 @@ def _scaled(config: DecoderConfig, found: Tensor, path: Path) -> DecoderConfig:
 
 def _read_tokenizer(fields: Mapping[str, Any], size: int, path: Path) -> PretrainedText:
     model, cut = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
-    if model != "gpt2" or not isinstance(cut, str) or cut not in CUTS:
+    if model != "gpt2" or not isinstance(cut, str) or cut not in PRE_TOKENIZERS:
         raise InputError(f"{path}: found a text tokenizer {shown(model)} with {shown(cut)}, expected gpt2 with one of "
-                         f"{', '.join(CUTS)}")
+                         f"{', '.join(PRE_TOKENIZERS)}")
     def read(name: str, kind: type) -> list[Any]:
         found = fields.get(name)
         if not isinstance(found, list) or not all(type(item) is kind for item in found):
@@ -108,9 +108,9 @@ def _read_tokenizer(fields: Mapping[str, Any], size: int, path: Path) -> Pretrai
     added = [{"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
               "special": kind == CONTROL} for i, (token, kind) in enumerate(zip(tokens, types))
              if kind in (CONTROL, USER_DEFINED)]
-    whole = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": CUTS[cut] in (None, "")}
-    before = {None: [{"type": "Digits", "individual_digits": True}], "": []}.get(CUTS[cut], [
-        {"type": "Split", "pattern": {"Regex": CUTS[cut]}, "behavior": "Isolated", "invert": False}])
+    whole = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": PRE_TOKENIZERS[cut] in (None, "")}
+    before = {None: [{"type": "Digits", "individual_digits": True}], "": []}.get(PRE_TOKENIZERS[cut], [
+        {"type": "Split", "pattern": {"Regex": PRE_TOKENIZERS[cut]}, "behavior": "Isolated", "invert": False}])
     merges = [merge.split(" ", 1) for merge in read("tokenizer.ggml.merges", str)]
     content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
                "normalizer": {"type": "NFC"} if cut == "qwen2" else None,
@@ -157,7 +157,7 @@ def write_gguf(path: Path, config: DecoderConfig, size: int, tensors: Iterable[t
     writer.add_vocab_size(size)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_tokenizer_model("gpt2" if scores is None else "llama")
-    writer.add_tokenizer_pre(cut_of(content) if scores is None else "default")
+    writer.add_tokenizer_pre(pre_tokenizer_of(content) if scores is None else "default")
     writer.add_token_list([text for text, _ in pieces])
     writer.add_token_types([kind for _, kind in pieces])
     if scores is None:
@@ -182,11 +182,11 @@ def write_gguf(path: Path, config: DecoderConfig, size: int, tensors: Iterable[t
     writer.close()
 
 
-def cut_of(content: Mapping[str, Any]) -> str:
+def pre_tokenizer_of(content: Mapping[str, Any]) -> str:
     """The GGUF name of the pre-tokenizer in tokenizer.json. Raises InputError if it has none."""
     step = content.get("pre_tokenizer") or {}
     steps = step.get("pretokenizers", [step])
-    for name, cut in CUTS.items():
+    for name, cut in PRE_TOKENIZERS.items():
         first = steps[0]
         if cut is None and first.get("type") == "Digits" and first.get("individual_digits") and len(steps) == 2:
             return name
@@ -194,4 +194,4 @@ def cut_of(content: Mapping[str, Any]) -> str:
             return name
         if cut and first.get("type") == "Split" and first.get("pattern", {}).get("Regex") == cut:
             return name
-    raise InputError(f"gguf: found a text tokenizer that cuts text otherwise than {', '.join(CUTS)}, which llama.cpp cannot do")
+    raise InputError(f"gguf: found a text tokenizer with another pre-tokenizer, expected one of {', '.join(PRE_TOKENIZERS)}")

@@ -16,7 +16,7 @@ import torch
 
 from mmtx.errors import InputError
 from mmtx.inference.sampling import Sampling
-from mmtx.interop.export import cannot
+from mmtx.interop.export import limitations
 from mmtx.medium import Media
 from mmtx.modality.encoder import build_encoder
 from mmtx.model import Decoder
@@ -74,8 +74,9 @@ class RemoteModel(Model):
         return found
 
     def stream(self, parts: Any, out: str = "text", size: tuple[int, int] | None = None, **sampling: Any) -> Iterator[Media]:
-        """The whole answer, in one piece."""
-        yield self.generate(parts, out, size, **sampling)
+        """The whole answer, each medium in one piece."""
+        answer = self.generate(parts, out, size, **sampling)
+        yield from answer if isinstance(answer, list) else [answer]
 
     def _refused(self, *_: Any, **__: Any) -> Any:
         raise InputError(f"--server {self.server}: answers with ids alone; expected a model that mmtx.load gives, whose weights "
@@ -88,7 +89,7 @@ class RemoteModel(Model):
         if sampling.guidance_scale != 1:
             raise InputError(f"guidance_scale: found {sampling.guidance_scale} with --server, expected 1: no engine has it")
         if any(span.kind in self.decoder.config.features for prompt in prompts for span in prompt.spans):
-            raise InputError(f"--server: {cannot(self)[0]}")
+            raise InputError(f"--server: {limitations(self)[0]}")
         # If the first id is determined, the engine need not generate it.
         prefix = list(map(int, prefix)) or ([self.vocabulary.opening(out)] if out in self.vocabulary.media else [])
         allowed, count = self._legal(out, sampling, prefix)

@@ -224,9 +224,9 @@ class AudioTokenizer(Codec):
         before = torch.zeros(())
         for _ in range(GRIFFIN_LIM_ROUNDS + 1):
             waveform = torch.istft(spectrum * phases, c.window, c.hop, window=hann, length=frames * c.hop)
-            heard = torch.stft(waveform, c.window, c.hop, window=hann, return_complex=True)
-            phases = heard - before * share
-            phases, before = phases / (phases.abs() + 1e-16), heard
+            rebuilt = torch.stft(waveform, c.window, c.hop, window=hann, return_complex=True)
+            phases = rebuilt - before * share
+            phases, before = phases / (phases.abs() + 1e-16), rebuilt
         return waveform[:mel.shape[0] * c.hop]
 
     def grid(self, waveform: Tensor) -> tuple[int, int]:

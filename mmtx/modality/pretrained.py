@@ -55,7 +55,7 @@ class ImageSettings:
 
     def __post_init__(self):
         if len(self.mean) != 3 or len(self.std) != 3 or min(abs(number) for number in (self.scale, *self.std)) < 1e-9:
-            raise InputError("scale, mean, std: expected three means, three deviations, and none of scale and std 0")
+            raise InputError("scale, mean, std: expected three means, three standard deviations, and a scale and std other than 0")
 
 
 class Pretrained(MediaTokenizer, nn.Module):
@@ -104,7 +104,7 @@ class Pretrained(MediaTokenizer, nn.Module):
         check_settings(cls.Settings, {name: value for name, value in settings.items() if name not in ("kind", "network")}, where)
         values = settings.get("network")
         if not isinstance(values, dict) or not isinstance(values.get("model_type"), str) or values["model_type"] not in cls.models:
-            raise InputError(f"{where}: field 'network' names no codec of {', '.join(cls.models)}")
+            raise InputError(f"{where}: field 'network' does not name a codec of {', '.join(cls.models)}")
 
         def make() -> nn.Module:
             try:

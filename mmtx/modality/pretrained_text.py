@@ -52,7 +52,7 @@ class PretrainedText(Tokenizer):
             vocabulary, added = model["vocab"], values.get("added_tokens", [])
             steps = [values.get("pre_tokenizer") or {}, *((values.get("pre_tokenizer") or {}).get("pretokenizers", ()))]
             if model.get("type", "BPE") != "BPE" or not any(step.get("type") == "ByteLevel" for step in steps):
-                raise InputError(f"{where}: found {shown(model.get('type'))} of other pieces, expected a byte-level BPE")
+                raise InputError(f"{where}: found the type {shown(model.get('type'))}, expected a byte-level BPE")
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
         except InputError:
             raise

@@ -72,6 +72,16 @@ class Modality:
                              f"{', '.join(RESERVED)}")
         if self.layout not in ("pieces", "grid", "steps") or (self.layout == "pieces") != (self.kind == "text"):
             raise InputError(f"modality {self.kind!r}: found layout {self.layout!r}, expected 'grid' or 'steps'")
+        at = f"modality {self.kind!r}"
+        for name in ("extensions", "known", "fields", "types"):
+            values = getattr(self, name)
+            if not isinstance(values, (tuple, list)) or not all(isinstance(value, str) for value in values):
+                raise InputError(f"{at}: found {name} {values!r:.40}, expected a tuple of strings")
+        for extension in (*self.extensions, *self.known):
+            if extension in (".txt", ".json"):
+                raise InputError(f"{at}: found the extension {extension!r}, which captions have, expected another")
+            if not extension.startswith(".") or extension != extension.lower():
+                raise InputError(f"{at}: found the extension {extension!r:.40}, expected one in lower case with its dot")
         for name, default in (("fields", (self.kind, f"{self.kind}s")), ("words", (self.kind, "")),
                               ("types", (self.kind, f"{self.kind}_url", f"input_{self.kind}"))):
             if not any(getattr(self, name)):
@@ -110,7 +120,7 @@ def register(modality: Modality) -> Modality:
     for other in MODALITIES.values():
         for name in ("extensions", "known", "fields", "types", "tokenizers"):
             if clash := sorted(set(getattr(modality, name)) & set(getattr(other, name))):
-                raise InputError(f"{at}: found {clash[0]!r} in {name}, which {other.kind!r} has, expected others")
+                raise InputError(f"{at}: found {clash[0]!r} in {name}, which {other.kind!r} already uses, expected others")
     for name in ("read", "show", "picture", "controls", "sniff"):
         given, needed = getattr(modality, name), name == "read" and modality.layout != "pieces"
         if not callable(given) and not isinstance(given, str) and (needed or given is not None):

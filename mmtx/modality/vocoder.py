@@ -33,9 +33,9 @@ GRID = 5.0                # cents to which the pitch is rounded, so that roundin
 NOISE_FRAMES = 128        # period of the noise
 AT_ONCE = 1024            # frames of a long sound in one pass of the network
 MAX_GAIN = 6.0            # nepers by which a filter may exceed or fall below the spectral envelope
-SOFT = 1500.0             # Hz, cutoff of the pitch tracker's low-pass filter
+LOWPASS_CUTOFF = 1500.0   # Hz, cutoff of the pitch tracker's low-pass filter
 CLARITY = 0.8             # share of a frame's energy that its period must explain for it to have a pitch
-SURE = 12.0               # logit at the pitch of a frame that has one, falling to 0 a semitone away
+PITCH_LOGIT = 12.0        # logit at the pitch of a frame that has one, falling to 0 a semitone away
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Filters(NamedTuple):
     noise: Tensor   # (B, F, K)
 
 
-class Sound(NamedTuple):
+class Synthesized(NamedTuple):
     """`waveform` (B, F * hop); `cycles` (B, F), double: number of pulse periods up to each frame."""
 
     waveform: Tensor
@@ -181,7 +181,7 @@ class Vocoder(nn.Module):
             pitch = pitch + given
         return Filters(pitch, torch.polar(gain, phase), (envelope + noise.clamp(-MAX_GAIN, MAX_GAIN)).exp())
 
-    def sound(self, filters: Filters, first: int = 0, anchor: int = 0, cycles: Tensor | float = 0.0) -> Sound:
+    def sound(self, filters: Filters, first: int = 0, anchor: int = 0, cycles: Tensor | float = 0.0) -> Synthesized:
         """Filters of F frames -> their sound.
 
         For a piece of a longer sound: `first` is the index of its first frame, and `cycles` (B,) the number of pulse periods
@@ -199,7 +199,7 @@ class Vocoder(nn.Module):
         spectrum = filters.pulses * pulses + filters.noise * self.noise[numbers]
         waveform = torch.istft(spectrum.transpose(1, 2), self.window, self.hop, window=self.hann,
                                length=frames * self.hop)
-        return Sound(waveform, passed)
+        return Synthesized(waveform, passed)
 
     def _pulses(self, pitch: Tensor, passed: Tensor) -> Tensor:
         """Pitch in Hz and cycles at each frame, (B, F) -> band-limited pulses of RMS 1 over all windows, (B, S).
@@ -244,13 +244,13 @@ def track_frames(frames: Tensor, rate: int) -> tuple[Tensor, Tensor]:
     size = 2 ** math.ceil(math.log2(2 * window))
     # Low-pass filtered: peaks of bright sounds are narrower than a sample, and one between two samples would be missed.
     tones = torch.fft.rfftfreq(size, 1 / rate, device=frames.device)
-    frames = torch.fft.irfft(torch.fft.rfft(frames, size) / (1 + (tones / SOFT) ** 2), size)[..., :window]
+    frames = torch.fft.irfft(torch.fft.rfft(frames, size) / (1 + (tones / LOWPASS_CUTOFF) ** 2), size)[..., :window]
     product = torch.fft.irfft(torch.fft.rfft(frames, size).abs().square(), size)[..., :longest + 1]
     energy = F.pad(frames.square().cumsum(-1), (1, 0))
     lags = torch.arange(longest + 1, device=frames.device)
     both = energy[..., -1:] - energy[..., lags] + energy[..., window - lags]
-    likeness = 2 * product / both.clamp_min(1e-6)                                           # (..., longest + 1)
-    middle, left, right = likeness[..., 1:-1], likeness[..., :-2], likeness[..., 2:]
+    nsdf = 2 * product / both.clamp_min(1e-6)                                           # (..., longest + 1)
+    middle, left, right = nsdf[..., 1:-1], nsdf[..., :-2], nsdf[..., 2:]
     shortest = rate / (LOWEST * 2 ** (CENTS * (PITCHES - 1) / 1200))
     peak = (middle > left) & (middle >= right) & (lags[1:-1] >= shortest)
     heights = middle - (left - right).square() / (8 * (left - 2 * middle + right)).clamp_max(-1e-6)
@@ -266,4 +266,4 @@ def pitch_logits(frames: Tensor, rate: int) -> Tensor:
     """Windows of sound (..., window) -> logits of their pitch (..., PITCHES), all 0 if it is not clear."""
     cents, clarity = track_frames(frames, rate)
     away = (torch.arange(PITCHES, device=frames.device) - cents[..., None] / CENTS).abs() * CENTS / 100
-    return SURE * (1 - away).clamp_min(0) * (clarity > CLARITY)[..., None]
+    return PITCH_LOGIT * (1 - away).clamp_min(0) * (clarity > CLARITY)[..., None]

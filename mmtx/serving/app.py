@@ -28,15 +28,15 @@ from mmtx.medium import Audio
 from mmtx.pipeline import Model
 from mmtx.sequence import prompt
 from mmtx.serving import messages as api
-from mmtx.serving.batches import Batches, Job
-from mmtx.serving.limits import LOOPBACK, Door, Limits, Refused, as_refused, in_time
-from mmtx.serving.sounds import KINDS, encoded, in_thread
+from mmtx.serving.batches import BatchScheduler, Job
+from mmtx.serving.limits import DEADLINE, LOOPBACK, Limits, LimitsMiddleware, Refused, as_refused, in_time
+from mmtx.serving.sounds import MEDIA_TYPES, encoded, in_thread
 
 if TYPE_CHECKING:
     from mmtx.modality.pretrained_text import PretrainedText
     from mmtx.modality.text import TextTokenizer
 
-READERS = 2  # threads that decode and encode media
+MEDIA_THREADS = 2  # threads that decode and encode media
 SAMPLED = {"temperature", "top_p", "top_k", "seed"}  # fields of Sampling in a body
 
 
@@ -46,41 +46,41 @@ class Metrics:
     def __init__(self):
         self.registry = CollectorRegistry()
         made = {"registry": self.registry}
-        self.inside = Gauge("mmtx_requests_in_progress", "requests that are being read, queued or answered", **made)
+        self.in_progress = Gauge("mmtx_requests_in_progress", "requests that are being read, queued or answered", **made)
         self.running = Gauge("mmtx_prompts_running", "prompts that are being decoded", **made)
-        self.answers = Counter("mmtx_responses", "responses by route and status", ["route", "status"], **made)
-        self.seconds = Histogram("mmtx_request_duration_seconds", "from its body to the end of the response", ["route"], **made)
+        self.responses = Counter("mmtx_responses", "responses by route and status", ["route", "status"], **made)
+        self.duration = Histogram("mmtx_request_duration_seconds", "from its body to the end of the response", ["route"], **made)
         self.tokens = Counter("mmtx_tokens", "tokens of prompts, and generated ones", ["kind"], **made)
-        self.rows = Histogram("mmtx_batch_size", "prompts that were decoded together", buckets=(1, 2, 4, 8, 16, 32), **made)
+        self.batch_size = Histogram("mmtx_batch_size", "prompts that were decoded together", buckets=(1, 2, 4, 8, 16, 32), **made)
 
 
 class Service:
     """A model with the threads that serve it, for the lifetime of the application."""
 
-    batches: Batches
+    batches: BatchScheduler
 
     def __init__(self, model: Model, name: str, limits: Limits):
         self.model, self.name, self.limits, self.metrics = model, name, limits, Metrics()
-        self.readers = ThreadPoolExecutor(READERS, "readers", one_thread)
-        self.speakers = ThreadPoolExecutor(limits.requests, "speakers", one_thread)  # each waits for the codes of one sound
-        self.began = int(time.time())
+        self.media_threads = ThreadPoolExecutor(MEDIA_THREADS, "media", one_thread)
+        self.speech_threads = ThreadPoolExecutor(limits.requests, "speech", one_thread)  # each waits for the codes of one sound
+        self.created = int(time.time())
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        self.batches = Batches(self.model, self.metrics.rows.observe)
+        self.batches = BatchScheduler(self.model, self.metrics.batch_size.observe)
         self.metrics.running.set_function(lambda: len(self.batches.running))
         yield
         await self.batches.close()
-        for threads in (self.readers, self.speakers):
+        for threads in (self.media_threads, self.speech_threads):
             await asyncio.to_thread(threads.shutdown)
 
     async def read(self, work: Callable[..., Any], *given: Any) -> Any:
         """Run `work` in a reader thread; meanwhile batches wait a moment for the job that may come of it."""
-        self.batches.coming += 1
+        self.batches.arriving += 1
         try:
-            return await self.run(self.readers, work, *given)
+            return await self.run(self.media_threads, work, *given)
         finally:
-            self.batches.coming -= 1
+            self.batches.arriving -= 1
 
     async def run(self, threads: Executor, work: Callable[..., Any], *given: Any) -> Any:
         """Run `work` in a thread. If the caller leaves, it runs to its end if it has started, and never starts if it has not."""
@@ -88,8 +88,8 @@ class Service:
             return await asyncio.get_running_loop().run_in_executor(threads, work, *given)
 
     def deadline(self) -> float:
-        """The deadline of a request that arrives now, in the event loop's time."""
-        return asyncio.get_running_loop().time() + self.limits.timeout
+        """The deadline of the current request, in the event loop's time."""
+        return DEADLINE.get()
 
     def picture_length(self, size: tuple[int, int] | None) -> int:
         """Tokens of an answer that is a picture of this height and width, or the tokenizer's; 1 if the model chooses the size."""
@@ -105,13 +105,13 @@ class Service:
 
 
 class Answer:
-    """An answer in progress, with its ids so far. With `top`, also the log-probabilities of each id and of so many others."""
+    """An answer in progress, with its ids so far; with `top_logprobs`, also the log-probability of each id and of so many others."""
 
     def __init__(self, service: Service, document: Document, body: api.SamplingBody, out: str = "text",
-                 size: tuple[int, int] | None = None, live: bool = False, top: int | None = None):
-        self.service, self.top, self.length = service, top, service.model.prompt_length(document)
+                 size: tuple[int, int] | None = None, stream: bool = False, top_logprobs: int | None = None):
+        self.service, self.top_logprobs, self.length = service, top_logprobs, service.model.prompt_length(document)
         self.ids: list[int] = []  # written so far, <end> included
-        self.texts = service.model.vocabulary.range("text")
+        self.text_ids = service.model.vocabulary.range("text")
         room = service.limits.tokens - self.length
         least = max(body.max_tokens or 1, service.picture_length(size) if out == "image" else 1)  # a picture is never cut
         if room < least:
@@ -119,7 +119,7 @@ class Answer:
                           "context_length_exceeded")
         sampling = Sampling.of(**body.model_dump(include=SAMPLED), max_new_tokens=body.max_tokens or min(256, room))
         self.job = Job(document, self.length, out, sampling, size, service.deadline(),
-                       live or top is not None, top is not None)
+                       stream or top_logprobs is not None, top_logprobs is not None)
 
     async def steps(self) -> AsyncIterator[list[tuple[int, torch.Tensor | None]]]:
         """New ids with their scores, as they come, without <end>."""
@@ -141,16 +141,15 @@ class Answer:
         async for new in self.steps():
             scored += [self._scored(ident, scores) for ident, scores in new if scores is not None]
             text = self.text(self.ids)
-            if self.job.live and text[shown:] and not text.endswith("\ufffd"):  # hold back incomplete characters
+            if self.job.stream and text[shown:] and not text.endswith("\ufffd"):  # hold back incomplete characters
                 yield text[shown:], scored, None
                 shown, scored = len(text), []
-        v, most = self.service.model.vocabulary, self.job.sampling.max_new_tokens
-        ended = self.ids[-1] in (v.end, v.eos) and len(self.ids) <= most
-        yield self.text(self.ids)[shown:], scored, "stop" if ended else "length"
+        v = self.service.model.vocabulary
+        yield self.text(self.ids)[shown:], scored, "stop" if self.ids[-1] in (v.end, v.eos) else "length"
 
     def text(self, ids: Sequence[int]) -> str:
         """The text among ids."""
-        return self.service.model.tokenizers["text"].decode([ident - self.texts.start for ident in ids if ident in self.texts])
+        return self.service.model.tokenizers["text"].decode([ident - self.text_ids.start for ident in ids if ident in self.text_ids])
 
     def usage(self, read: str = "prompt_tokens", written: str = "completion_tokens") -> dict:
         return {read: self.length, written: len(self.ids), "total_tokens": self.length + len(self.ids)}
@@ -159,39 +158,39 @@ class Answer:
         """Log-probability of an id among all that the grammar allows, at temperature 1, and those of the best of these."""
         grammar = self.service.model.grammar
         allowed = grammar.allowed(grammar.start(1, "text"), len(scores))[0]
-        shares = scores.masked_fill(~allowed, -torch.inf).log_softmax(0)
-        best = shares.topk(min(self.top or 0, len(shares))).indices.tolist()
-        told = [{"token": self.text([one]), "logprob": max(float(shares[one]), -9999.0), "bytes": self._bytes(one)}
-                for one in (ident, *best)]
-        return {**told[0], "top_logprobs": told[1:]}
+        shares = scores.float().masked_fill(~allowed, -torch.inf).log_softmax(0)
+        best = shares.topk(min(self.top_logprobs or 0, len(shares))).indices.tolist()
+        entries = [{"token": self.text([one]), "logprob": max(float(shares[one]), -9999.0), "bytes": self._bytes(one)}
+                   for one in (ident, *best)]
+        return {**entries[0], "top_logprobs": entries[1:]}
 
     def _bytes(self, ident: int) -> list[int]:
         """The bytes of a piece of text, possibly part of a character; none for other ids."""
         tokenizer = cast("TextTokenizer | PretrainedText", self.service.model.tokenizers["text"])
-        return list(tokenizer.piece_bytes(ident - self.texts.start)) if ident in self.texts else []
+        return list(tokenizer.piece_bytes(ident - self.text_ids.start)) if ident in self.text_ids else []
 
 
 def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None = None, loopback: bool = True) -> FastAPI:
     """The ASGI application, which serves one model."""
     service = Service(model, name, limits)
 
-    async def left_to_the_door(request: Request, error: Exception) -> Response:
+    async def reraise(request: Request, error: Exception) -> Response:
         raise error
 
     app = FastAPI(title="mmtx", lifespan=service.lifespan, docs_url=None, redoc_url=None, openapi_url=None,
-                  exception_handlers={RequestValidationError: left_to_the_door, HTTPException: left_to_the_door})
+                  exception_handlers={RequestValidationError: reraise, HTTPException: reraise})
     app.state.service = service
-    app.add_middleware(Door, limits=limits, key=key, loopback=loopback, metrics=service.metrics)
+    app.add_middleware(LimitsMiddleware, limits=limits, key=key, loopback=loopback, metrics=service.metrics)
 
-    def check(asked_for: str) -> None:
-        if asked_for != name:
-            raise Refused(404, f"model: found {asked_for[:100]!r}, expected {name!r}", "model_not_found", "model")
+    def check(model_id: str) -> None:
+        if model_id != name:
+            raise Refused(404, f"model: found {model_id[:100]!r}, expected {name!r}", "model_not_found", "model")
 
-    async def read(body: api.Asking, content: Sequence[api.Item], where: str, role: str | None = "user") -> Document:
+    async def read(body: api.RequestBody, content: Sequence[api.Item], where: str, role: str | None = "user") -> Document:
         check(body.model)
         return Document((Turn(role, await service.read(api.read_parts, model, content, limits, where)),))
 
-    async def written(answer: Answer, body: api.WriteBody, kind: str, choice: Callable[[str, bool], dict]) -> Any:
+    async def written(answer: Answer, body: api.TextBody, kind: str, choice: Callable[[str, bool], dict]) -> Any:
         """Text as one object or as events; `choice(text, first)` puts a piece in the form of a route."""
         head = {"id": f"{kind[:4]}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": name}
 
@@ -211,10 +210,12 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
             except Exception as error:  # the status has been sent
                 yield event(as_refused(error).body)
 
+        if body.stream_options and not body.stream:
+            raise Refused(400, "stream_options: found without stream, expected stream: true", "invalid_value", "stream_options")
         if body.stream:
             return StreamingResponse(events(), media_type="text/event-stream")
         pieces = [piece async for piece in answer.pieces()]
-        scored = [one for _, some, _ in pieces for one in some] if answer.top is not None else None
+        scored = [one for _, some, _ in pieces for one in some] if answer.top_logprobs is not None else None
         return {**shown(answer.text(answer.ids), scored, pieces[-1][2]), "usage": answer.usage()}
 
     @app.get("/health")
@@ -227,25 +228,27 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
 
     @app.get("/v1/models")
     async def models() -> dict:
-        return {"object": "list", "data": [await one_model(name)]}
+        return {"object": "list", "data": [await retrieve_model(name)]}
 
-    @app.get("/v1/models/{asked_for:path}")  # a name may have a slash
-    async def one_model(asked_for: str) -> dict:
+    @app.get("/v1/models/{asked_for:path}")  # a name may have a slash; /metrics shows this path
+    async def retrieve_model(asked_for: str) -> dict:
         check(asked_for)
-        return {"id": name, "object": "model", "created": service.began, "owned_by": "mmtx"}
+        return {"id": name, "object": "model", "created": service.created, "owned_by": "mmtx"}
 
     @app.post("/v1/chat/completions")
     async def chat(body: api.ChatBody):
         check(body.model)
+        if body.top_logprobs and not body.logprobs:
+            raise Refused(400, "top_logprobs: found without logprobs, expected logprobs: true", "invalid_value", "top_logprobs")
         document = await service.read(api.read_document, model, body.messages, limits)
-        answer = Answer(service, document, body, live=body.stream, top=(body.top_logprobs or 0) if body.logprobs else None)
+        answer = Answer(service, document, body, stream=body.stream, top_logprobs=(body.top_logprobs or 0) if body.logprobs else None)
         kind, key = ("chat.completion.chunk", "delta") if body.stream else ("chat.completion", "message")
         role = lambda first: {"role": "assistant"} if first else {}  # clients concatenate the fields of a stream
         return await written(answer, body, kind, lambda text, first: {key: {**role(first), "content": text}})
 
     @app.post("/v1/completions")
     async def completions(body: api.CompletionBody):
-        answer = Answer(service, await read(body, body.prompt, "prompt", None), body, "document", live=body.stream)
+        answer = Answer(service, await read(body, body.prompt, "prompt", None), body, "document", stream=body.stream)
         return await written(answer, body, "text_completion", lambda text, first: {"text": text})
 
     @app.post("/v1/embeddings")
@@ -288,9 +291,9 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
 
     @app.post("/v1/audio/speech")
     async def speech(body: api.SpeechBody) -> Response:
-        answer = Answer(service, await read(body, body.input, "input"), body, "audio", live=True)
-        pieces = in_thread(service.speakers, answer.codes(), lambda ids: encoded(
-            model.stream_sound(ids), body.response_format), lambda: service.batches.drop(answer.job))
+        answer = Answer(service, await read(body, body.input, "input"), body, "audio", stream=True)
+        pieces = in_thread(service.speech_threads, answer.codes(), lambda ids: encoded(
+            model.stream_sound(ids), body.response_format), lambda: service.batches.cancel(answer.job))
         first = await anext(pieces)  # errors until then are reported with a status
 
         async def sound() -> AsyncIterator[bytes]:
@@ -298,7 +301,7 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
             async for piece in pieces:
                 yield piece
 
-        return StreamingResponse(sound(), media_type=KINDS[body.response_format])
+        return StreamingResponse(sound(), media_type=MEDIA_TYPES[body.response_format])
 
     return app
 
@@ -311,7 +314,7 @@ def serve(model: Model, name: str, host: str, port: int, limits: Limits, key: st
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
     except OSError as error:
-        raise InputError(f"{host}:{port}: cannot be listened at ({error.strerror})") from None
+        raise InputError(f"{host}:{port}: cannot listen on this address ({error.strerror})") from None
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or the body waits 40 ms for an ACK of the headers
     app = make_app(model, name, limits, key, host in LOOPBACK)
     if page:

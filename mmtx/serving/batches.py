@@ -25,10 +25,11 @@ from mmtx.pipeline import Model, by_length
 from mmtx.sequence import prompt
 from mmtx.serving.limits import Refused, in_time
 
-PATIENCE = 0.01  # most seconds that a batch waits for requests that are about to arrive
-LEAST = 4        # fewest rows in the share of an idle thread when a batch is split
+MAX_WAIT = 0.01  # most seconds that a batch waits for requests that are about to arrive
+MIN_ROWS = 4     # fewest rows in the share of an idle thread when a batch is split
 TURN = 16        # steps in a turn: a caption needs fewer, and so is answered in one
-BESIDE = 4       # most batches that wait for their next turn, each of which holds its KV cache
+MAX_SUSPENDED = 4  # most batches that wait for their next turn, each of which holds its KV cache
+CUT = ("text", "document")  # kinds of answers that end at their limit, whatever is open: only their text is delivered
 
 
 @dataclass(eq=False)
@@ -41,27 +42,27 @@ class Job:
     sampling: Sampling
     size: tuple[int, int] | None
     deadline: float     # in the event loop's time
-    live: bool = False    # whether ids are delivered as they come, not all at the end
-    scored: bool = False  # whether scores are wanted
-    dropped: bool = False  # whether the caller no longer waits
+    stream: bool = False     # whether ids are delivered as they come, not all at the end
+    logprobs: bool = False   # whether scores are wanted
+    cancelled: bool = False  # whether the caller no longer waits
     written: int = 0
-    untold: list[tuple[int, torch.Tensor | None]] = field(default_factory=list)
+    undelivered: list[tuple[int, torch.Tensor | None]] = field(default_factory=list)
     queue: asyncio.Queue = field(default_factory=asyncio.Queue)
 
     @property
-    def way(self) -> tuple:
-        """The settings that jobs of a batch must share. The length of text is not one: longer text starts with the same ids."""
-        cut = None if self.out == "text" else self.sampling.max_new_tokens
+    def settings(self) -> tuple:
+        """The settings that jobs of a batch must share; not the limit of answers in CUT: longer ones start with the same ids."""
+        cut = None if self.out in CUT else self.sampling.max_new_tokens
         return self.out, replace(self.sampling, max_new_tokens=1), cut, self.size
 
-    def take(self, ident: int, scores: torch.Tensor | None) -> bool:
-        """Add the next id -> whether the answer ends here, because it is cut or dropped."""
+    def append(self, ident: int, scores: torch.Tensor | None) -> bool:
+        """Add the next id -> whether the answer ends here, because it is cut or cancelled."""
         self.written += 1
-        self.untold.append((ident, scores))
-        return self.dropped or self.out == "text" and self.written == self.sampling.max_new_tokens
+        self.undelivered.append((ident, scores))
+        return self.cancelled or self.out in CUT and self.written == self.sampling.max_new_tokens
 
 
-class Batches:
+class BatchScheduler:
     """Answers jobs; on a CPU in as many threads as torch may use, each of which runs torch single-threaded.
 
     An instance belongs to the event loop in which it is made: only `_work` and what it calls run in other threads.
@@ -69,10 +70,10 @@ class Batches:
 
     def __init__(self, model: Model, observe: Callable[[int], None] = lambda rows: None):
         self.model, self.observe, self.loop = model, observe, asyncio.get_running_loop()
-        self.coming = 0  # requests that are about to submit a job
+        self.arriving = 0  # requests that are about to submit a job
         self.running: set[Job] = set()  # jobs being answered
         self._jobs: list[Job] = []      # jobs that wait
-        self._begun: deque[Iterator[bool]] = deque()  # batches that wait for their next turn
+        self._suspended: deque[Iterator[bool]] = deque()  # batches that wait for their next turn
         self._changed, self._idle, self._closed = threading.Condition(), 0, False  # its lock guards all that changes
         self._on_cpu = model.decoder.embedding.weight.device.type == "cpu"
         count = min(torch.get_num_threads(), MOST_THREADS) if self._on_cpu else 1
@@ -98,11 +99,11 @@ class Batches:
                     raise new
                 yield new
         finally:
-            self.drop(job)
+            self.cancel(job)
 
-    def drop(self, job: Job) -> None:
+    def cancel(self, job: Job) -> None:
         """Abandon a job: its place is freed at once, or at the next step of its batch, and its queue ends."""
-        job.dropped = True
+        job.cancelled = True
         with self._changed, suppress(ValueError):
             self._jobs.remove(job)
         job.queue.put_nowait(None)
@@ -113,7 +114,7 @@ class Batches:
             self._closed = True
             self._changed.notify_all()
         for job in self._jobs:
-            job.queue.put_nowait(Refused(503, "the server is going down", "going_down"))
+            job.queue.put_nowait(Refused(503, "the server is shutting down", "going_down"))
         for thread in self._threads:
             await asyncio.to_thread(thread.join)
 
@@ -127,34 +128,34 @@ class Batches:
                 self._wait(rows)
                 if self._closed:
                     return
-                if new := bool(self._jobs) and len(self._begun) < BESIDE and not (new and self._begun):
+                if new := bool(self._jobs) and len(self._suspended) < MAX_SUSPENDED and not (new and self._suspended):
                     turns, rows = self._next()
-                elif self._begun:
-                    turns = self._begun.popleft()
+                elif self._suspended:
+                    turns = self._suspended.popleft()
                 else:  # another thread was faster
                     continue
             if next(turns, False):
                 with self._changed:
-                    self._begun.append(turns)
+                    self._suspended.append(turns)
                     self._changed.notify()
 
     def _wait(self, before: int) -> None:
-        """Wait for work, then up to PATIENCE longer, if no batch waits, for more jobs that may come.
+        """Wait for work, then up to MAX_WAIT longer, if no batch waits, for more jobs that may come.
 
         These are jobs about to be submitted, and those of the callers of the previous batch of `before` rows, who often ask again.
         """
-        patient = time.monotonic() + PATIENCE
+        patient = time.monotonic() + MAX_WAIT
         self._idle += 1
-        self._changed.wait_for(lambda: self._jobs or self._begun or self._closed)
-        self._changed.wait_for(lambda: self._begun or self._closed or not self.coming and len(self._jobs) >= before,
+        self._changed.wait_for(lambda: self._jobs or self._suspended or self._closed)
+        self._changed.wait_for(lambda: self._suspended or self._closed or not self.arriving and len(self._jobs) >= before,
                                max(0.0, patient - time.monotonic()))
         self._idle -= 1
 
     def _next(self) -> tuple[Iterator[bool], int]:
         """The next batch, of a size that leaves a share for each idle thread, and its number of rows."""
-        same = [job for job in self._jobs if job.way == self._jobs[0].way]
+        same = [job for job in self._jobs if job.settings == self._jobs[0].settings]
         (chosen,) = (batch for batch in by_length([job.length for job in same]) if 0 in batch)
-        share = max(LEAST, -(-len(chosen) // (self._idle + 1)))
+        share = max(MIN_ROWS, -(-len(chosen) // (self._idle + 1)))
         jobs = [same[number] for number in sorted(chosen)[:share]]
         self._jobs = [job for job in self._jobs if job not in jobs]
         self.running.update(jobs)
@@ -169,7 +170,7 @@ class Batches:
                 for job in jobs:
                     yield from self._turns([job])
                 return
-            self._tell([], jobs, error)
+            self._deliver([], jobs, error)
 
     def _answer(self, jobs: Sequence[Job]) -> Iterator[bool]:
         self.observe(len(jobs))
@@ -185,32 +186,32 @@ class Batches:
             engines.append(OutputScores(choose_engine(*asked)))
             return engines[-1]
 
-        choose = scored if any(job.scored for job in jobs) else choose_engine
+        choose = scored if any(job.logprobs for job in jobs) else choose_engine
         wanted = torch.ones(len(jobs), dtype=torch.bool)
         rows = dict(enumerate(jobs))  # those still in progress
         for step, column in enumerate(self.model.stream_ids(prompts, way.out, way.size, sampling, places, wanted, choose), 1):
             ids = column.tolist()
-            over = [row for row, job in rows.items() if job.take(ids[row], engines[0].row(row) if job.scored else None)
+            over = [row for row, job in rows.items() if job.append(ids[row], engines[0].row(row) if job.logprobs else None)
                     or ids[row] in (v.end, v.eos)]
             wanted[over] = False
             ended = [rows[row] for row in over]
-            self._tell([job for job in rows.values() if job.live or job in ended], ended, None)
+            self._deliver([job for job in rows.values() if job.stream or job in ended], ended, None)
             rows = {row: job for row, job in rows.items() if row not in over}
             if not rows:
                 return
             if step % TURN == 0:
                 yield True
 
-    def _tell(self, jobs: Sequence[Job], ended: Sequence[Job], last: Exception | None) -> None:
+    def _deliver(self, jobs: Sequence[Job], ended: Sequence[Job], last: Exception | None) -> None:
         """Put new ids into the queues of `jobs`, and `last` into those of `ended`, in the thread of the event loop."""
-        new = [(job.queue, job.untold) for job in jobs] + [(job.queue, last) for job in ended]
+        new = [(job.queue, job.undelivered) for job in jobs] + [(job.queue, last) for job in ended]
 
         def put() -> None:
             for queue, item in new:
                 queue.put_nowait(item)
 
         for job in jobs:
-            job.untold = []
+            job.undelivered = []
         self.running.difference_update(ended)
         if new:
             self.loop.call_soon_threadsafe(put)  # which wakes it once

@@ -12,6 +12,7 @@ import reprlib
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,21 +23,22 @@ from starlette.requests import ClientDisconnect, Request
 
 from mmtx.errors import InputError, one_line
 
-MB = 2 ** 20
-OPEN = ("/", "/health")  # paths that need no key
+MIB = 2 ** 20
+PUBLIC_PATHS = ("/", "/health")  # paths that need no key
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OWN_HOST = re.compile(rf"({'|'.join(re.escape(f'[{name}]' if ':' in name else name) for name in LOOPBACK)})(:\d*)?", re.IGNORECASE)
 GONE = 499  # status counted if a caller disconnects before the answer begins, as in nginx
-EXPECTED = {"model_type": "a JSON object", "model_attributes_type": "a JSON object", "value_error": "a file",
-            "union_tag_not_found": "a JSON object with its type"}  # pydantic and FastAPI speak of Python here
-TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+EXPECTED_BY_TYPE = {"model_type": "a JSON object", "model_attributes_type": "a JSON object", "value_error": "a file",
+                    "union_tag_not_found": "a JSON object with its type"}  # pydantic and FastAPI speak of Python here
+DEADLINE: ContextVar[float] = ContextVar("DEADLINE")  # of the current request, in the event loop's time
+ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 @dataclass(frozen=True)
 class Limits:
     """Limits of a request, and of concurrent requests; `requests` times `megabytes` bounds the memory of bodies.
 
-    `megabytes` of its body, `pixels` of each picture, `seconds` of each sound, `tokens` of its prompt and answer together,
+    `megabytes` (MiB) of its body, `pixels` of each picture, `seconds` of each sound, `tokens` of its prompt and answer together,
     `timeout` seconds until its answer is complete.
     """
 
@@ -55,7 +57,7 @@ class Refused(HTTPException):
                  headers: Mapping[str, str] | None = None):
         again = {"Retry-After": "1"} if status in (429, 503) else {}  # seconds
         super().__init__(status, message, {"Connection": "close", **again, **(headers or {})})  # the rest of a body may still arrive
-        kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+        kind = ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
         self.body = {"error": {"message": one_line(message), "type": kind, "param": param, "code": code}}
 
 
@@ -66,25 +68,26 @@ def as_refused(error: Exception) -> Refused:
     if isinstance(error, InputError):
         return Refused(400, str(error), "invalid_value")
     if isinstance(error, RequestValidationError):
-        return _misunderstood(max(error.errors(), key=lambda one: len(one["loc"])))  # of the alternatives, the closest
+        return _validation_error(max(error.errors(), key=lambda one: len(one["loc"])))  # of the alternatives, the closest
     if isinstance(error, HTTPException):
-        return Refused(error.status_code, error.detail, headers=error.headers)
+        message = f"body: not JSON, {error.__cause__}" if error.__cause__ else error.detail  # FastAPI leaves the reason out
+        return Refused(error.status_code, message, headers=error.headers)
     logging.getLogger("mmtx").error("a request failed", exc_info=error)
-    return Refused(500, "the server failed; its log says why")
+    return Refused(500, "internal server error; see the log of the server")
 
 
-def _misunderstood(error: Mapping[str, Any]) -> Refused:
+def _validation_error(error: Mapping[str, Any]) -> Refused:
     """An error of pydantic about a field, reworded."""
-    kind, told, (_, *places) = error["type"], error["msg"], error["loc"]  # `loc` begins with "body"
+    kind, message, (_, *places) = error["type"], error["msg"], error["loc"]  # `loc` begins with "body"
     if kind == "json_invalid":
         return Refused(400, f"body: not JSON, {error['ctx']['error']} at character {places[0]}", kind)
     # For an item of a message, `loc` also has its type, which is the name of its field, too.
     where = "".join(f"[{place}]" if isinstance(place, int) else f".{place}" for place, before in zip(places, (None, *places))
                     if place != before or isinstance(place, int)).removeprefix(".") or "body"
     if kind not in ("missing", "extra_forbidden"):
-        expected = EXPECTED.get(kind) or told.removeprefix("Input should be ")
-        told = f"found {reprlib.repr(error['input'])}{': ' if expected == told else ', expected '}{expected}"
-    return Refused(400, f"{where}: {told}", kind, where[:200])
+        expected = EXPECTED_BY_TYPE.get(kind) or message.removeprefix("Input should be ")
+        message = f"found {reprlib.repr(error['input'])}{': ' if expected == message else ', expected '}{expected}"
+    return Refused(400, f"{where}: {message}", kind, where[:200])
 
 
 @asynccontextmanager
@@ -97,7 +100,7 @@ async def in_time(deadline: float) -> AsyncIterator[None]:
         raise Refused(504, "the answer was not ready in time", "timeout") from None
 
 
-class Door:
+class LimitsMiddleware:
     """ASGI middleware that admits requests while there is room, reads their bodies, and turns errors into responses.
 
     It cancels requests whose caller has gone. With `loopback`, the Host header must name this machine.
@@ -121,34 +124,35 @@ class Door:
 
         try:
             with suppress(ClientDisconnect):
-                await self._let_in(Request(scope, receive), noted)
+                await self._admit(Request(scope, receive), noted)
         except Exception as error:
             refused = as_refused(error)
             if status == GONE:  # an answer that has begun can only be cut short
                 await JSONResponse(refused.body, refused.status_code, refused.headers)(scope, receive, noted)
         finally:
             route = getattr(scope.get("route"), "path", "none")
-            self.metrics.answers.labels(route, str(status)).inc()
-            self.metrics.seconds.labels(route).observe(time.monotonic() - begin)
+            self.metrics.responses.labels(route, str(status)).inc()
+            self.metrics.duration.labels(route).observe(time.monotonic() - begin)
 
-    async def _let_in(self, request: Request, send) -> None:
+    async def _admit(self, request: Request, send) -> None:
         scope, headers = request.scope, request.headers
         host, given = headers.get("host", ""), headers.get("authorization", "").encode()
         if self.loopback and not OWN_HOST.fullmatch(host):  # against DNS rebinding by pages of other sites
-            raise Refused(400, f"Host: found {host[:100]!r}, expected localhost or 127.0.0.1: this server answers its own machine "
-                          "alone, where --host does not say otherwise", "invalid_host")
-        if self.expected and scope["path"] not in OPEN and not hmac.compare_digest(given, self.expected):
+            raise Refused(400, f"Host: found {host[:100]!r}, expected localhost or 127.0.0.1; without --host, this server "
+                          "accepts requests from its own machine only", "invalid_host")
+        if self.expected and scope["path"] not in PUBLIC_PATHS and not hmac.compare_digest(given, self.expected):
             raise Refused(401, "Authorization: expected \"Bearer KEY\" with the key of this server", "invalid_api_key")
         if request.method != "POST":
             return await self.app(scope, request.receive, send)
-        self._see_type(request)
+        self._normalize_content_type(request)
         if self.places.locked():
-            raise Refused(429, f"{self.limits.requests} requests are waiting, all that this server takes: come again", "queue_full")
+            raise Refused(429, f"found {self.limits.requests} requests in progress, the limit of this server; try again later",
+                          "queue_full")
         async with self.places:
-            with self.metrics.inside.track_inprogress():
-                await self._answer(request, await self._body(request), send)
+            with self.metrics.in_progress.track_inprogress():
+                await self._answer(request, await self._read_body(request), send)
 
-    def _see_type(self, request: Request) -> None:
+    def _normalize_content_type(self, request: Request) -> None:
         """Treat any body but a multipart form as JSON, since `curl -d` labels JSON as a URL-encoded form.
 
         Without a preflight, browsers let pages of other origins, named in `Origin`, send anything that is not labelled JSON.
@@ -165,19 +169,19 @@ class Door:
             others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
             scope["headers"] = [*others, (b"content-type", b"application/json")]
 
-    async def _body(self, request: Request) -> bytes:
-        body, most = bytearray(), self.limits.megabytes * MB
-        told = int(request.headers.get("content-length", 0))  # uvicorn has checked that it is a number
+    async def _read_body(self, request: Request) -> bytes:
+        body, most = bytearray(), self.limits.megabytes * MIB
+        content_length = int(request.headers.get("content-length", 0))  # uvicorn has checked that it is a number
         try:
             async with asyncio.timeout(self.limits.timeout):
                 pieces = request.stream()
-                while max(told, len(body)) <= most:
+                while max(content_length, len(body)) <= most:
                     if (piece := await anext(pieces, None)) is None:
                         return bytes(body)
                     body += piece
         except TimeoutError:
             raise Refused(408, f"the request did not arrive within {self.limits.timeout:g} s", "timeout") from None
-        raise Refused(413, f"the request is larger than {self.limits.megabytes} MB", "request_too_large")
+        raise Refused(413, f"the request is larger than {self.limits.megabytes} MiB", "request_too_large")
 
     async def _answer(self, request: Request, body: bytes, send) -> None:
         """Run the application with a body that has been read; cancel it if the caller disconnects."""
@@ -191,6 +195,7 @@ class Door:
                 pass
             answer.cancel()
 
+        DEADLINE.set(asyncio.get_running_loop().time() + self.limits.timeout)
         answer, watcher = asyncio.ensure_future(self.app(request.scope, replay, send)), asyncio.ensure_future(watch())
         try:
             with suppress(asyncio.CancelledError):

@@ -19,7 +19,7 @@ from mmtx.modality.base import media_tokenizer
 from mmtx.pipeline import Model
 from mmtx.serving.limits import Limits
 
-LONGEST = 32  # most characters in a piece of text: SentencePiece makes none of more than 16 by default
+MAX_PIECE_LENGTH = 32  # most characters in a piece of text: SentencePiece makes none of more than 16 by default
 ROLES = {"user": "user", "assistant": "assistant", "system": "user", "developer": "user"}  # as in training
 
 
@@ -40,7 +40,7 @@ def as_items(given: Any) -> Any:
     return [{"type": "text", "text": given}] if isinstance(given, str) else given
 
 
-def alone(given: Any) -> Any:
+def unwrap_single(given: Any) -> Any:
     """A list of one prompt, as some clients send it -> that prompt."""
     return given[0] if isinstance(given, list) and len(given) == 1 and isinstance(given[0], str) else given
 
@@ -51,12 +51,12 @@ def as_inputs(given: Any) -> Any:
     return given if several else [given]
 
 
-class Address(Body):
+class ImageURL(Body):
     url: str
     detail: Literal["auto", "low", "high"] = "auto"  # ignored: the tokenizer determines the size of pictures
 
 
-class Bytes(Body):
+class InputAudio(Body):
     data: str
     format: str = ""  # ignored: it is detected from the bytes
 
@@ -68,17 +68,17 @@ class TextItem(Body):
 
 class ImageItem(Body):
     type: Literal["image_url"]
-    image_url: Address
+    image_url: ImageURL
 
 
 class AudioItem(Body):
     type: Literal["input_audio"]
-    input_audio: Bytes
+    input_audio: InputAudio
 
 
 Item = Annotated[TextItem | ImageItem | AudioItem, Field(discriminator="type")]
 Content = Annotated[list[Item], BeforeValidator(as_items)]
-Words = Annotated[list[TextItem], BeforeValidator(as_items)]
+TextContent = Annotated[list[TextItem], BeforeValidator(as_items)]
 
 
 class Message(Body):
@@ -87,14 +87,14 @@ class Message(Body):
     name: str | None = None
 
 
-class Asking(Body):
+class RequestBody(Body):
     """Fields of all requests."""
 
     model: str
     user: str | None = None
 
 
-class SamplingBody(Asking):
+class SamplingBody(RequestBody):
     temperature: float = 0.0
     top_p: float | None = None
     top_k: int | None = None
@@ -107,24 +107,24 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
-class WriteBody(SamplingBody):
+class TextBody(SamplingBody):
     stream: bool = False
     stream_options: StreamOptions | None = None
     frequency_penalty: float = Field(0, ge=0, le=0)
     presence_penalty: float = Field(0, ge=0, le=0)
 
 
-class ChatBody(WriteBody):
+class ChatBody(TextBody):
     messages: list[Message] = Field(min_length=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
 
-class CompletionBody(WriteBody):
-    prompt: Annotated[Words, BeforeValidator(alone)]
+class CompletionBody(TextBody):
+    prompt: Annotated[TextContent, BeforeValidator(unwrap_single)]
 
 
-class EmbeddingsBody(Asking):
+class EmbeddingsBody(RequestBody):
     input: Annotated[list[Content], BeforeValidator(as_inputs), Field(min_length=1)]
     encoding_format: Literal["float", "base64"] = "float"
 
@@ -137,13 +137,13 @@ class TranscriptionBody(SamplingBody):
 
 
 class ImagesBody(SamplingBody):
-    prompt: Words
+    prompt: TextContent
     size: str = Field("auto", pattern=r"^(auto|\d{1,4}x\d{1,4})$")
     response_format: Literal["b64_json"] = "b64_json"
 
 
 class SpeechBody(SamplingBody):
-    input: Words
+    input: TextContent
     voice: Any = None  # ignored: a voice is described in the text
     response_format: Literal["mp3", "wav", "flac", "opus", "pcm"] = "mp3"
     stream_format: Literal["audio"] = "audio"
@@ -180,7 +180,7 @@ def read_part(model: Model, medium: str | Image | Audio, limits: Limits, where: 
 def to_medium(item: Item, limits: Limits, where: str) -> str | Image | Audio:
     """The content of an item. Raises InputError if it is too large, before it is decoded."""
     if isinstance(item, TextItem):
-        if len(item.text) > (most := LONGEST * limits.tokens):  # tokenizing it would take seconds
+        if len(item.text) > (most := MAX_PIECE_LENGTH * limits.tokens):  # tokenizing it would take seconds
             raise InputError(f"{where}: found {len(item.text)} characters, expected up to {most}")
         return item.text
     if isinstance(item, AudioItem):
@@ -188,7 +188,7 @@ def to_medium(item: Item, limits: Limits, where: str) -> str | Image | Audio:
     where = f"{where}.image_url.url"
     head, comma, text = item.image_url.url.partition(",")
     if not comma or not head.startswith("data:") or not head.endswith(";base64"):
-        raise InputError(f"{where}: found {head[:40]!r}, expected data:image/...;base64,... (this server fetches nothing)")
+        raise InputError(f"{where}: found {head[:40]!r}, expected data:image/...;base64,... (this server does not fetch URLs)")
     data = _decoded(text, where)
     width, height = image_size(data, where)
     if width * height > limits.pixels:

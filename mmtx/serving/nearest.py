@@ -27,14 +27,14 @@ SIDE, RATE, EXCERPT = 128, 16_000, 10.0  # pixels, Hz and seconds of a sample's 
 
 class Neighbour(NamedTuple):
     sample: Sample
-    alike: float     # cosine similarity
+    similarity: float  # cosine similarity
 
     @property
     def medium(self) -> Media:
         """The first picture or sound, by which it was found."""
         return next(part for turn in self.sample.turns for part in turn.parts if isinstance(part, Media))
 
-    def shown(self) -> str | None:
+    def preview(self) -> str | None:
         """A thumbnail, or an excerpt of the sound, as a data URL; None if its file is unreadable, or it is of another kind."""
         medium = self.medium
         try:
@@ -50,7 +50,7 @@ class Neighbour(NamedTuple):
         return None
 
 
-class Nearest:
+class NearestNeighbours:
     """An index of training samples by the embedding of their first medium; `read` fills it, which may take minutes."""
 
     def __init__(self, model: Model, sources: Sequence[DataSource], max_bad: float = MAX_BAD):
@@ -76,8 +76,8 @@ class Nearest:
         """The samples most similar to the first medium of a document, nearest first; none if it has no media."""
         if (asked := self._vector(document)) is None or not (known := len(self.samples)):
             return []
-        alike = np.stack(self.vectors[:known]) @ asked
-        return [Neighbour(self.samples[place], float(alike[place])) for place in np.argsort(-alike, kind="stable")[:count]]
+        similarity = np.stack(self.vectors[:known]) @ asked
+        return [Neighbour(self.samples[place], float(similarity[place])) for place in np.argsort(-similarity, kind="stable")[:count]]
 
     def _vector(self, document: Document) -> np.ndarray | None:
         medium = next((part for turn in document.turns for part in turn.parts if isinstance(part, MediaPart)), None)

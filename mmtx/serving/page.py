@@ -21,7 +21,7 @@ from PIL import Image
 from pydantic import Field
 
 from mmtx.ambient import one_thread
-from mmtx.attention import Stretch, attention_maps
+from mmtx.attention import MediaSpan, attention_maps
 from mmtx.data.sample import kind_of
 from mmtx.data.storage import read
 from mmtx.document import Document, Turn
@@ -31,10 +31,10 @@ from mmtx.pipeline import Model
 from mmtx.sequence import prompt
 from mmtx.serving import messages as api
 from mmtx.serving.limits import Refused
-from mmtx.serving.nearest import Nearest, data_url
+from mmtx.serving.nearest import NearestNeighbours, data_url
 
-MOST = 1024        # tokens whose attention is computed: its size is the square of that, for each head
-LARGEST = 2 ** 20  # bytes of an example, which is embedded in the page
+MAX_TOKENS = 1024            # tokens whose attention is computed: its size is the square of that, for each head
+MAX_EXAMPLE_BYTES = 2 ** 20  # bytes of an example, which is embedded in the page
 PAGE = Path(__file__).with_name("page.html")
 # Nothing is loaded from other sites, and no other page may embed this one.
 HEADERS = {"Referrer-Policy": "no-referrer", "Content-Security-Policy": (
@@ -48,11 +48,11 @@ class AttentionBody(api.ChatBody):
     rollout: bool = False
 
 
-class NearestBody(api.Asking):
+class NearestBody(api.RequestBody):
     content: api.Content
 
 
-class TranscribeBody(api.Asking):
+class TranscribeBody(api.RequestBody):
     sound: api.AudioItem
 
 
@@ -60,14 +60,14 @@ class MakeBody(api.SamplingBody):
     """A picture or sound from a text or, with `begin`, its continuation: a picture's below its `kept` share, a sound's at its end."""
 
     out: Literal["image", "audio"]
-    content: api.Words = []
+    content: api.TextContent = []
     begin: Annotated[api.ImageItem | api.AudioItem, Field(discriminator="type")] | None = None
     kept: float = Field(0.5, ge=0, le=1)
     seconds: float = Field(2.0, gt=0, le=10)
 
 
 def add_page(app: FastAPI, maker: Model | None = None, transcriber: Model | None = None, examples: Sequence[str] = (),
-             nearest: Nearest | None = None) -> None:
+             nearest: NearestNeighbours | None = None) -> None:
     """Put the page at the root of a server.
 
     `maker` generates pictures and sounds, and `transcriber` transcribes speech; by default the server's model does, if it can.
@@ -84,7 +84,7 @@ def add_page(app: FastAPI, maker: Model | None = None, transcriber: Model | None
                            "examples": [example for example in map(_example, examples) if example["kind"] in media(model)]})
     text = PAGE.read_text(encoding="utf-8").replace("{{settings}}", settings.replace("<", "\\u003c"))
     text = text.replace("{{name}}", escape(service.name))
-    studio = ThreadPoolExecutor(1, "studio", one_thread)
+    generator = ThreadPoolExecutor(1, "generator", one_thread)
     if nearest:
         threading.Thread(target=nearest.read).start()
 
@@ -97,10 +97,10 @@ def add_page(app: FastAPI, maker: Model | None = None, transcriber: Model | None
         return await service.read(_attention, body)
 
     @app.post("/demo/nearest")
-    async def alike(body: NearestBody) -> dict:
+    async def nearest_samples(body: NearestBody) -> dict:
         if nearest is None:
             raise Refused(404, "this server was started without training samples (--train)")
-        return await service.read(_alike, body)
+        return await service.read(_nearest, body)
 
     @app.post("/demo/transcribe")
     async def transcribe(body: TranscribeBody) -> dict:
@@ -108,24 +108,24 @@ def add_page(app: FastAPI, maker: Model | None = None, transcriber: Model | None
 
     @app.post("/demo/make")
     async def make(body: MakeBody) -> dict:
-        return await service.run(studio, _make, body)
+        return await service.run(generator, _make, body)
 
     def _attention(body: AttentionBody) -> dict:
         (document,) = model.encode_documents([api.read_document(model, body.messages, limits)])
         asked, ids = prompt(document, v), model.tokenizers["text"].encode(body.answer)
-        if (count := len(asked.ids) + len(ids)) > MOST:
-            raise InputError(f"{count} tokens, expected up to {MOST} to be shown")
+        if (count := len(asked.ids) + len(ids)) > MAX_TOKENS:
+            raise InputError(f"{count} tokens, expected up to {MAX_TOKENS} for attention maps")
         found = attention_maps(model.decoder, v, model.tokenizers, asked, ids)
         heat = lambda word, medium: medium.upright(found.heat(word, medium, body.layer, rollout=body.rollout)).tolist()
         return {"words": [word.text for word in found.words], "layers": list(range(len(found.weights))),
                 "media": [{"kind": medium.kind, "shown": data_url(_picture(medium)),
                            "heat": [heat(word, medium) for word in found.words]} for medium in found.media]}
 
-    def _alike(body: NearestBody) -> dict:
+    def _nearest(body: NearestBody) -> dict:
         parts = api.read_parts(model, body.content, limits, "content")
         (document,) = model.encode_documents([Document((Turn("user", parts),))])
         return {"read": len(nearest.samples), "of": len(nearest.found.samples),
-                "samples": [{"caption": one.sample.caption, "alike": one.alike, "kind": one.medium.kind, "shown": one.shown()}
+                "samples": [{"caption": one.sample.caption, "alike": one.similarity, "kind": one.medium.kind, "shown": one.preview()}
                             for one in nearest.find(document)]}
 
     def _transcribe(body: TranscribeBody) -> dict:
@@ -136,7 +136,7 @@ def add_page(app: FastAPI, maker: Model | None = None, transcriber: Model | None
 
     def _make(body: MakeBody) -> dict:
         if body.out not in media(maker):
-            raise InputError(f"out: found {body.out}, which this model does not make")
+            raise InputError(f"out: found {body.out}, which this model cannot generate")
         parts, begin = api.read_parts(maker, body.content, limits, "content"), None
         if body.begin is not None:
             begin = api.read_part(maker, api.to_medium(body.begin, limits, "begin"), limits, "begin")
@@ -144,7 +144,7 @@ def add_page(app: FastAPI, maker: Model | None = None, transcriber: Model | None
                 raise InputError(f"begin: found {begin.kind}, expected {body.out}")
             parts += (begin,)
         if not parts:
-            raise InputError("content: found nothing, expected words that say what is to be made")
+            raise InputError("content: found nothing, expected a text prompt")
         tokenizer: Any = maker.tokenizers[body.out]
         codes = math.ceil(body.seconds * tokenizer.codes_per_second) if body.out == "audio" else 0
         if (count := maker.prompt_length(Document((Turn("user", parts),))) + codes) > limits.tokens:
@@ -164,12 +164,12 @@ def add_page(app: FastAPI, maker: Model | None = None, transcriber: Model | None
 def _example(name: str) -> dict:
     data, path = read(name), Path(name)
     kind = kind_of(name, data[:64])
-    if len(data) > LARGEST:
-        raise InputError(f"{name}: found {len(data)} bytes, expected an example of up to {LARGEST}")
+    if len(data) > MAX_EXAMPLE_BYTES:
+        raise InputError(f"{name}: found {len(data)} bytes, expected an example of up to {MAX_EXAMPLE_BYTES}")
     return {"name": path.stem, "kind": kind, "type": f"{kind}/{path.suffix[1:].lower()}", "data": base64.b64encode(data).decode()}
 
 
-def _picture(medium: Stretch) -> Image.Image:
+def _picture(medium: MediaSpan) -> Image.Image:
     """A picture of a medium: its codes decoded, or blank if they are not."""
     cells = np.zeros(medium.grid) if medium.shown is None else medium.shown
     if cells.ndim == 2:

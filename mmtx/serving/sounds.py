@@ -11,9 +11,9 @@ import soundfile
 
 from mmtx.medium import Sound
 
-KINDS = {"mp3": "audio/mpeg", "wav": "audio/wav", "flac": "audio/flac", "opus": "audio/ogg", "pcm": "audio/pcm"}
+MEDIA_TYPES = {"mp3": "audio/mpeg", "wav": "audio/wav", "flac": "audio/flac", "opus": "audio/ogg", "pcm": "audio/pcm"}
 FORMATS = {"mp3": ("MP3", None), "flac": ("FLAC", None), "opus": ("OGG", "OPUS"), "wav": ("RAW", "PCM_16"), "pcm": ("RAW", "PCM_16")}
-UNKNOWN = 2 ** 32 - 1  # the length that WAV readers take as not known yet
+UNKNOWN_LENGTH = 2 ** 32 - 1  # the length that WAV readers take as not known yet
 
 Given = TypeVar("Given")
 Made = TypeVar("Made")
@@ -28,8 +28,8 @@ def encoded(sounds: Iterable[Sound], form: str) -> Iterator[bytes]:
         if sink is None:
             sink = soundfile.SoundFile(file, "w", sound.rate, 1, subtype, "LITTLE" if format == "RAW" else None, format)
             if form == "wav":
-                yield struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", UNKNOWN, b"WAVE", b"fmt ", 16, 1, 1, sound.rate, 2 * sound.rate,
-                                  2, 16, b"data", UNKNOWN)
+                yield struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", UNKNOWN_LENGTH, b"WAVE", b"fmt ", 16, 1, 1, sound.rate,
+                                  2 * sound.rate, 2, 16, b"data", UNKNOWN_LENGTH)
         sink.write(sound.samples)
         if form not in ("mp3", "flac"):
             sink.flush()

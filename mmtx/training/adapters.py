@@ -1,6 +1,7 @@
 """LoRA through peft (extra `lora`): a decoder is frozen; low-rank adapters and the embedding rows of new ids train."""
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -52,6 +53,8 @@ class LoRA:
     def __post_init__(self):
         object.__setattr__(self, "parts", tuple(self.parts))
         within("lora.rank", self.rank, 1, 2**12)
+        if not 0 < self.alpha < math.inf:
+            raise InputError(f"lora.alpha: found {self.alpha}, expected a finite number of more than 0")
         if not 0 <= self.dropout < 1:
             raise InputError(f"lora.dropout: found {self.dropout}, expected 0 or more, and less than 1")
         if not {*self.parts} <= TARGETS.keys():
@@ -72,6 +75,8 @@ def adapt(decoder: Decoder, lora: LoRA, text: int) -> None:
     if lora.new_rows:
         for table in tables(decoder):
             table.train_rows(text)
+    if not any(parameter.requires_grad for parameter in decoder.parameters()):
+        raise InputError("lora: found nothing to train, expected new_rows: true, some of lora.parts, or continuous_inputs: true")
 
 
 def _config(lora: LoRA, targets: list[str] | str, **more: Any) -> Any:

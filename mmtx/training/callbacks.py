@@ -13,7 +13,7 @@ import soundfile
 import torch
 from jsonargparse import Namespace
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import TQDMProgressBar, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image, ImageDraw
@@ -32,7 +32,7 @@ from mmtx.training.decoder import DecoderModule
 from mmtx.training.decoder_data import with_captions
 from mmtx.training.loggers import Metrics, writing
 from mmtx.training.private import data_of
-from mmtx.training.sharding import whole
+from mmtx.training.sharding import gathered
 
 TILE = 96   # pixels per side of a picture on a contact sheet
 SOUNDS = 8  # sound files written after a validation
@@ -47,7 +47,7 @@ class ProgressBar(TQDMProgressBar):
     def __init__(self):
         self.plain = not sys.stdout.isatty() and "ipykernel" not in sys.modules
         super().__init__(refresh_rate=0 if self.plain else 1)
-        self.told, self.since = 0, (0, time.monotonic())  # last step reported; step and time that the speed counts from
+        self.last_step, self.timed_from = 0, (0, time.monotonic())  # last step reported; step and time that the speed counts from
 
     def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict:
         metrics = super().get_metrics(trainer, module)
@@ -56,21 +56,21 @@ class ProgressBar(TQDMProgressBar):
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         super().on_train_start(trainer, module)
-        self.told, self.since = trainer.global_step, (trainer.global_step, time.monotonic())
+        self.last_step, self.timed_from = trainer.global_step, (trainer.global_step, time.monotonic())
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *given: Any) -> None:
         super().on_train_batch_end(trainer, module, *given)
         step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if step != self.told and every and step % every == 0:
-            now, (before, then) = time.monotonic(), self.since
-            self.told, self.since = step, (step, now)
+        if step != self.last_step and every and step % every == 0:
+            now, (before, then) = time.monotonic(), self.timed_from
+            self.last_step, self.timed_from = step, (step, now)
             self._tell(trainer, module, "train/", f"{(step - before) / max(now - then, 1e-9):.3g} steps/s")
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         super().on_validation_end(trainer, module)
         if not trainer.sanity_checking and trainer.state.fn == "fit":
             self._tell(trainer, module, "val/")
-            self.since = (trainer.global_step, time.monotonic())
+            self.timed_from = (trainer.global_step, time.monotonic())
 
     def _tell(self, trainer: Trainer, module: LightningModule, prefix: str, *more: str) -> None:
         if self.plain and trainer.is_global_zero and os.environ.get("TQDM_DISABLE", "0") in ("", "0"):
@@ -147,11 +147,23 @@ class SaveModel(Callback):
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.interrupted:
             return
-        with whole(module), writing(self.folder):
+        with gathered(module), writing(self.folder):
             if trainer.is_global_zero:
                 check_finite(module.state_dict(), str(self.folder))
                 cast(Any, module).save(self.folder)  # all of ours have it
                 self.folder.with_name(EVALUATION).unlink(missing_ok=True)
+
+
+class EMAWeightAveraging(WeightAveraging):
+    """Exponential moving average of the weights, which leaves frozen ones as they are; checkpoints hold its state by this name.
+
+    Lightning's rounds the sum of two products, so that frozen weights, and with them the fingerprint of a refined codec, change;
+    and it truncates the bytes of 4-bit weights.
+    """
+
+    def __init__(self, decay: float, use_buffers: bool):
+        super().__init__(use_buffers=use_buffers, avg_fn=lambda average, weight, _: (
+            average.lerp(weight.to(average.dtype), 1 - decay) if average.is_floating_point() else weight))
 
 
 class ShowSamples(Callback):
@@ -177,7 +189,7 @@ class ShowSamples(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.sanity_checking or not self.count:
             return
-        with whole(module):
+        with gathered(module):
             if trainer.is_global_zero:
                 self._show(trainer, module)
 
@@ -195,15 +207,15 @@ class ShowSamples(Callback):
         module.train(was_training)
 
     def _captions(self, trainer: Trainer, module: DecoderModule, path: Path) -> None:
-        samples = getattr(data_of(trainer), "held_out", [])
-        samples = with_captions(samples[::max(1, -(-len(samples) // self.count))])
+        samples = with_captions(getattr(data_of(trainer), "held_out", []))
+        samples = samples[::max(1, -(-len(samples) // self.count))]
         model, documents = module.model(), to_documents(samples, module.tokenizers, patches=module.config.encoders)
         captions = model.caption_documents(documents, Sampling(max_new_tokens=48))
         lines = [f"{caption!r:40} {sample.caption!r}" for caption, sample in zip(captions, samples, strict=True)]
         lines = [f"{'predicted':40} true", *lines]
         write_file(path.with_suffix(".txt"), ("\n".join(lines) + "\n").encode())
-        for board in boards(trainer):
-            board.add_text("samples", "\n".join(f"    {line}" for line in lines), trainer.global_step)  # Markdown: verbatim
+        for writer in tensorboard_writers(trainer):
+            writer.add_text("samples", "\n".join(f"    {line}" for line in lines), trainer.global_step)  # Markdown: verbatim
         tiles = []
         for document, caption, sample in zip(documents, captions, samples, strict=True):
             media = (part for turn in document.turns for part in turn.parts if MODALITIES[part.kind].picture is not None)
@@ -237,11 +249,11 @@ class ShowSamples(Callback):
     @staticmethod
     def _sheet(trainer: Trainer, tiles: list[tuple[torch.Tensor, str]], path: Path) -> None:
         if (sheet := contact_sheet(tiles, path.with_suffix(".png"))) is not None:
-            for board in boards(trainer):
-                board.add_image("samples", np.asarray(sheet), trainer.global_step, dataformats="HWC")
+            for writer in tensorboard_writers(trainer):
+                writer.add_image("samples", np.asarray(sheet), trainer.global_step, dataformats="HWC")
 
 
-def boards(trainer: Trainer) -> list[Any]:
+def tensorboard_writers(trainer: Trainer) -> list[Any]:
     """The summary writers of all TensorBoard loggers, usually one or none."""
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 

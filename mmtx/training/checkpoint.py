@@ -73,7 +73,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             part.unlink(missing_ok=True)
             raise InputError(
                 f"{path}: {writer.size if writer else 0} bytes cannot be written ({error.strerror}), "
-                f"{shutil.disk_usage(path.parent).free} bytes are free; older checkpoints stay") from None
+                f"{shutil.disk_usage(path.parent).free} bytes are free; older checkpoints are kept") from None
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None,
                         ) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def newest(folder: Path) -> Path | None:
         if (why := damage(path)) is None:
             return path
         if getattr(rank_zero_only, "rank", 0) == 0:
-            print(f"mmtx: {path}: {why}; going back to the checkpoint before it", file=sys.stderr)
+            print(f"mmtx: {path}: {why}; using the checkpoint before it", file=sys.stderr)
     if paths:
         raise InputError(f"{folder}: found {len(paths)} damaged checkpoints and no sound one")
     return None
@@ -238,8 +238,10 @@ class Checkpoints(Checkpoint):
         if module.automatic_optimization:
             self.termination.listen_to_interrupts()
         for logger in trainer.loggers:
-            if isinstance(logger, Metrics | TensorBoard):
-                logger.keep(self.rows, trainer.global_step)
+            if isinstance(logger, Metrics):
+                logger.keep(self.rows)
+            elif isinstance(logger, TensorBoard):
+                logger.start_at(trainer.global_step)
         loader = trainer.train_dataloader
         if isinstance(loader, ResumableLoader) and loader.next != trainer.global_step * trainer.accumulate_grad_batches:
             raise InputError(f"{trainer.ckpt_path}: found {loader.next} batches for {trainer.global_step} steps, expected "
@@ -255,16 +257,16 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         if not module.automatic_optimization or not private.ends_step(trainer) or trainer.global_step >= trainer.max_steps:
             return
-        stop = self.termination.agreed(trainer)
+        stop = self.termination.requested(trainer)
         self.validate = private.validation_due(trainer)
-        if stop or self.validate or trainer.global_step % self.every == 0:
+        if stop or trainer.should_stop or self.validate or trainer.global_step % self.every == 0:
             self._save(trainer)
         if stop:
             self.termination.leave(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
         # The state before the validation has been saved.
-        if self.termination.agreed(trainer):
+        if self.termination.requested(trainer):
             self.termination.leave(trainer)
 
     def _save(self, trainer: Trainer) -> None:

@@ -21,8 +21,9 @@ from mmtx.modality.autoencoder import ENCODING, Codec, Reconstruction
 from mmtx.modality.base import load_tokenizer
 from mmtx.modality.image import ImageConfig, ImageTokenizer
 from mmtx.modality.vocoder import hertz
+from mmtx.schema import within
 from mmtx.training.codec_data import CodecBatch
-from mmtx.training.discriminator import AdversarialConfig, Discriminator, Perceptual, PerceptualConfig, adaptive_weight
+from mmtx.training.discriminator import MOST_WEIGHT, AdversarialConfig, Discriminator, Perceptual, PerceptualConfig, adaptive_weight
 from mmtx.training.module import Means, TrainingModule, sum_over_ranks
 from mmtx.training.optimizer import OptimizerConfig, configure
 
@@ -58,7 +59,7 @@ def _entropy(counts: Tensor) -> float:
     return -float(torch.xlogy(share, share).sum())
 
 
-def finished(folder: str | Path, like: Codec, name: str) -> Codec:
+def load_matching(folder: str | Path, like: Codec, name: str) -> Codec:
     """The tokenizer in the folder of option `name`. Raises InputError unless it has the kind and configuration of `like`."""
     tokenizer = cast(Codec, load_tokenizer(find_shipped(folder)))
     if tokenizer.kind != like.kind or tokenizer.config != like.config:
@@ -90,8 +91,9 @@ class CodecModule(TrainingModule):
             channels: channels of the discriminator's input (B, channels, H, W); 1 for (B, H, W).
         """
         super().__init__()
+        within("model.l1_weight", l1_weight, 0, MOST_WEIGHT)
         if refine is not None:
-            tokenizer = finished(refine, tokenizer, "refine").train()
+            tokenizer = load_matching(refine, tokenizer, "refine").train()
             for name in ENCODING:
                 getattr(tokenizer.network, name).requires_grad_(False)
         self.tokenizer, self.optimizer_config, self.l1_weight = tokenizer, optimizer, l1_weight
@@ -115,7 +117,7 @@ class CodecModule(TrainingModule):
 
     def restore(self, folder: Path) -> None:
         """Load the finished tokenizer in a folder, which must have this configuration."""
-        self.tokenizer = finished(folder, self.tokenizer, "output")
+        self.tokenizer = load_matching(folder, self.tokenizer, "output")
 
     def loss(self, media: Tensor, output: Tensor) -> Tensor:
         return self.distance(media, output)
@@ -167,7 +169,7 @@ class CodecModule(TrainingModule):
             self.means.add(name, total, count)
 
     def on_validation_epoch_end(self) -> None:
-        for name, value in self.figures(self.means.whole()).items():
+        for name, value in self.figures(self.means.compute()).items():
             self.log(f"{self.split}/{name}", value, prog_bar=name != "loss", sync_dist=True)
         used = sum_over_ranks(self.used)
         usage = CodebookUsage.of(used, self.tokenizer.levels)
@@ -275,6 +277,9 @@ class AudioCodecModule(CodecModule):
             pitch_weight: weight of the cross-entropy of the pitch, for a tokenizer with `pitch`.
             adversarial: a discriminator that learns to tell reconstructed spectrograms from originals; none by default.
         """
+        if refine is not None and init_from is not None:
+            raise InputError(f"refine: found {refine} with init_from {init_from}, which would change its codes, expected one of them")
+        within("model.pitch_weight", pitch_weight, 0, MOST_WEIGHT)
         super().__init__(AudioTokenizer(tokenizer), optimizer, l1_weight, refine, adversarial)
         self.pitch_weight = pitch_weight
         if init_from is not None:

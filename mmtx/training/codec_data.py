@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mmtx.data.collection import Collected, DataSource, given, progress, read_sources, test_sources
+from mmtx.data.collection import Collected, DataSource, progress, read_sources, require_sources, test_sources
 from mmtx.data.corpus import Content
 from mmtx.data.sample import Media
 from mmtx.data.tokens import load_media, seed_of
@@ -88,8 +88,8 @@ class CodecData(SourceData):
         if hasattr(self, "train_media") or stage != "fit" and hasattr(self, "validation_media"):
             return
         # Rows of all sources are read before the media of any.
-        train = read_sources(given(self.train_sources, "train"), self.max_bad) if stage == "fit" else None
-        held_out = read_sources(given(self.validation_sources, "validation"), self.max_bad)
+        train = read_sources(require_sources(self.train_sources, "train"), self.max_bad) if stage == "fit" else None
+        held_out = read_sources(require_sources(self.validation_sources, "validation"), self.max_bad)
         self.validation_media, _, _ = self._load(held_out, "validation")
         if train is not None:
             self.train_media, self.weights, self.names = self._load(train, "train")

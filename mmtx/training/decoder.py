@@ -45,10 +45,10 @@ from mmtx.vocabulary import Vocabulary
 from mmtx.weights import load_module
 
 
-@with_media(float, 1.0)
+@with_media(float, 1.0, "weight of {} codes.")
 @dataclass(frozen=True)
 class LossWeights:
-    """Weight of a target in the loss, by its modality (text, image, audio).
+    """Weight of a target in the loss, by its modality.
 
     Args:
         special: weight of the tokens that delimit the others.
@@ -166,7 +166,7 @@ class DecoderModule(TrainingModule):
         self._take_tokenizers()
         vocabulary = self.vocabulary
         # Not a buffer: a run in bfloat16 would round it.
-        self.weights_there: Tensor | None = None
+        self.weights_on_device: Tensor | None = None
         self.loss_weights = tuple(self.weights_by_kind[kind] for kind in vocabulary.modality_names)
         ranges = [CodeRange(vocabulary.range(kind).start, levels) for kind in vocabulary.kinds
                   if (levels := vocabulary.levels(kind))]
@@ -254,7 +254,7 @@ class DecoderModule(TrainingModule):
         given, wanted = asdict(model.config), asdict(self.config)
         new = {"image"} if self.image_encoder is not None and given["features"] else set()
         if new and self.global_rank == 0:
-            print(f"mmtx: {self.image_encoder} takes the place of what {where} saw pictures with", file=sys.stderr)
+            print(f"mmtx: {self.image_encoder} replaces the image encoder of {where}", file=sys.stderr)
         # A model of codes alone may be given projections of features, and one without encoders may be given the codecs', which made
         # the features that it has learnt to read.
         added = {name for name in ("features", "encoders") if wanted[name] and not given[name] and self.finished is None}
@@ -342,7 +342,7 @@ class DecoderModule(TrainingModule):
             self.means.add("loss", weight * total, weight * count)
 
     def on_validation_epoch_end(self) -> None:
-        for name, value in self.means.whole().items():
+        for name, value in self.means.compute().items():
             self.log(f"{self.split}/{name}", value, prog_bar=name != "loss", sync_dist=True)
 
     def on_predict_start(self) -> None:
@@ -356,9 +356,9 @@ class DecoderModule(TrainingModule):
 
     def _weights(self) -> Tensor:
         """`loss_weights` on the device, float32, copied there once: each copy stalls a GPU."""
-        if self.weights_there is None or self.weights_there.device != self.device:
-            self.weights_there = torch.tensor(self.loss_weights, dtype=torch.float32, device=self.device)
-        return self.weights_there
+        if self.weights_on_device is None or self.weights_on_device.device != self.device:
+            self.weights_on_device = torch.tensor(self.loss_weights, dtype=torch.float32, device=self.device)
+        return self.weights_on_device
 
     def _losses(self, batch: Batch, weights: Tensor | None = None) -> TokenLoss:
         """The loss of all targets, with their `weights` (M,) in its total.

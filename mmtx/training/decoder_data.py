@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from mmtx.data.collection import DataSource, given, progress, test_sources
+from mmtx.data.collection import DataSource, progress, require_sources, test_sources
 from mmtx.data.corpus import Content, Corpus, read_corpus
 from mmtx.data.packing import Batch, PackedBatches
 from mmtx.data.sample import with_captions
@@ -23,19 +23,24 @@ from mmtx.vocabulary import Vocabulary
 CAPTIONED = 16  # batch size of `mmtx predict`
 
 
-def with_media(kind: Any, default: Any) -> Callable[[type], type]:
-    """Give a dataclass a field for each kind of media registered at its definition."""
+def with_media(kind: Any, default: Any, help: str) -> Callable[[type], type]:
+    """Give a dataclass a field for each kind of media registered at its definition; `help` describes it, as in "weight of {}."."""
     def extended(cls: type) -> type:
-        names = {"__doc__": cls.__doc__, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        more_help = "".join(f"    {name}: {help.format(name)}\n    " for name in media_kinds())
+        names = {"__doc__": f"{cls.__doc__}{more_help}", "__module__": cls.__module__, "__qualname__": cls.__qualname__}
         more = [(name, kind, field(default=default)) for name in media_kinds()]
         return make_dataclass(cls.__name__, more, bases=(cls,), namespace=names, frozen=True)
     return extended
 
 
-@with_media(str | None, None)
+@with_media(str | None, None, "folder of the {} tokenizer; null for a model without.")
 @dataclass(frozen=True)
 class TokenizerFolders:
-    """Folders of the tokenizers by kind (text, image, audio); omit the kinds that a model is to do without."""
+    """Folders of the tokenizers by kind.
+
+    Args:
+        text: folder of the text tokenizer.
+    """
 
     text: str
 
@@ -76,10 +81,11 @@ class DecoderData(SourceData):
         if stage == "test" and not hasattr(self, "test_documents"):
             self.test_documents = self._read(test_sources(self.test), "read test")
         if stage != "test" and not hasattr(self, "validation_documents"):
-            self.validation_documents = self._read(given(self.validation_sources, "validation"), "read validation")
+            self.validation_documents = self._read(require_sources(self.validation_sources, "validation"), "read validation")
             self.held_out = self.validation_documents.samples
         if stage == "fit" and not hasattr(self, "train_documents"):
-            self.train_documents = self._read(given(self.train_sources, "train"), "read train", augmentation=self.augmentation)
+            sources = require_sources(self.train_sources, "train")
+            self.train_documents = self._read(sources, "read train", augmentation=self.augmentation)
 
     def _read(self, sources: list[DataSource], name: str, **more: Any) -> Corpus:
         return read_corpus(sources, self.tokenizers, self.vocabulary, max_seq_len=self.max_seq_len, seed=self.seed,

@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtx.errors import InputError
+from mmtx.schema import within
 
-LARGEST = 1e4  # largest scale of the adversarial term, as in VQGAN
+LARGEST = 1e4           # largest scale of the adversarial term, as in VQGAN
+MOST_WEIGHT = 10**9     # of a term in the loss
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,9 @@ class PerceptualConfig:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
+    def __post_init__(self):
+        within("perceptual.weight", self.weight, 0, MOST_WEIGHT)
+
 
 @dataclass(frozen=True)
 class AdversarialConfig:
@@ -62,11 +67,9 @@ class AdversarialConfig:
     learning_rate: float = 4e-4
 
     def __post_init__(self):
-        for name in ("width", "depth"):
-            if getattr(self, name) < 1:
-                raise InputError(f"adversarial.{name}: found {getattr(self, name)}, expected 1 or more")
-        if self.start_step < 0:
-            raise InputError(f"adversarial.start_step: found {self.start_step}, expected 0 or more steps")
+        for name, least, most in (("width", 1, 2**14), ("depth", 1, 16), ("start_step", 0, 10**9), ("weight", 0, MOST_WEIGHT),
+                                  ("learning_rate", 0, 100)):
+            within(f"adversarial.{name}", getattr(self, name), least, most)
 
 
 class Perceptual:

@@ -3,6 +3,7 @@
 Shapes: N tokens of a batch, M supervised tokens, D width.
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -75,6 +76,11 @@ class SkipNonFinite(Callback):
     def _samples(trainer: Trainer, batch: Any, index: int) -> list[str]:
         name = getattr(data_of(trainer), "sample_names", None)
         return name(batch) if name else [f"batch {index}"]
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.skipped and trainer.is_global_zero:
+            print(f"mmtx: {self.skipped} of {trainer.global_step} steps were skipped, since their loss or gradient was not finite",
+                  file=sys.stderr)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         if module.automatic_optimization and ends_step(trainer):

@@ -21,11 +21,11 @@ class Batches(Protocol):
 
 def loader(dataset: Batches, workers: int = 0, first: int = 0) -> DataLoader:
     """Items `first`, `first` + 1, ... of a dataset of batches. Raises InputError as the dataset does, also from a worker."""
-    return _Loader(_Told(dataset), batch_size=None, sampler=range(first, len(dataset)), num_workers=workers,
+    return _Loader(_ErrorsAsItems(dataset), batch_size=None, sampler=range(first, len(dataset)), num_workers=workers,
                    pin_memory=torch.cuda.is_available(), worker_init_fn=_begin_worker)
 
 
-class _Told(Dataset):
+class _ErrorsAsItems(Dataset):
     """A dataset that returns an InputError instead of raising it, which in a worker would become pages of traceback."""
 
     def __init__(self, dataset: Batches):
@@ -42,7 +42,7 @@ class _Told(Dataset):
 
 
 class _Loader(DataLoader):
-    """Raises the errors that `_Told` returns."""
+    """Raises the errors that `_ErrorsAsItems` returns."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # Lightning needs no more
         for batch in super().__iter__():

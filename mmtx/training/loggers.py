@@ -126,8 +126,8 @@ class Metrics(Logger):
         return self.writer
 
     @rank_zero_only
-    def keep(self, rows: int, step: int) -> None:
-        """Continue after the first `rows` rows of the existing file, which are of steps before `step`."""
+    def keep(self, rows: int) -> None:
+        """Continue after the first `rows` rows of the existing file."""
         self.experiment.keep(rows)
         self.rows = rows
 
@@ -208,8 +208,8 @@ class TensorBoard(TensorBoardLogger):
         return self.writer
 
     @rank_zero_only
-    def keep(self, rows: int, step: int) -> None:
-        """Continue at `step`."""
+    def start_at(self, step: int) -> None:
+        """Continue at `step`: viewers drop what an interrupted run has logged from there on."""
         self.experiment.file_writer.first = step
 
     @rank_zero_only

@@ -32,7 +32,7 @@ class Means:
         before, items = self.sums.get(name, (0.0, 0.0))
         self.sums[name] = before + float(total), items + float(count)
 
-    def whole(self) -> dict[str, float]:
+    def compute(self) -> dict[str, float]:
         """The mean of each name with a count over all ranks, which must all call this together."""
         parts = [self.sums]
         if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -15,8 +15,8 @@ from mmtx.model import Block, FusedLinear
 from mmtx.schema import within
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the published method, for five iterations
-TOGETHER = 2 ** 25  # elements that a GPU orthogonalises as one batch: alone, each small matrix would take as long as all of them
-AT_ONCE = 2 ** 27   # elements whose updates a GPU holds at a time
+BATCH_ELEMENTS = 2 ** 25  # elements that a GPU orthogonalises as one batch: each small one alone would take as long as all
+GROUP_ELEMENTS = 2 ** 27   # elements whose updates a GPU holds at a time
 
 Members = list[tuple[Tensor, tuple[int, ...]]]  # parameters, each with the numbers of rows of the matrices fused in it
 
@@ -72,7 +72,7 @@ class Muon(torch.optim.AdamW):
         for group in groups:
             turned = [(parameter, sizes) for parameter, sizes in zip(group["params"], group.get("parts", ()))
                       if parameter.grad is not None]
-            for members in few_at_once(turned):
+            for members in memory_bounded_groups(turned):
                 self._turn(members, group["lr"], group["weight_decay"],
                            group.get("turn_in", torch.float32))  # older checkpoints have none
         self.param_groups = [group for group in groups if "parts" not in group]
@@ -94,12 +94,12 @@ class Muon(torch.optim.AdamW):
         torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
         updates = torch._foreach_lerp(gradients, momenta, self.momentum)
         torch._foreach_mul_(parameters, 1 - rate * decay)
-        alike = defaultdict(list)
+        by_shape = defaultdict(list)
         for (parameter, sizes), update in zip(members, updates, strict=True):
             for matrix, part in zip(parameter.split(sizes), update.split(sizes), strict=True):
-                alike[part.shape].append((matrix, part))
-        for shape, pairs in alike.items():
-            together = max(1, TOGETHER // shape.numel()) if parameters[0].is_cuda else 1
+                by_shape[part.shape].append((matrix, part))
+        for shape, pairs in by_shape.items():
+            together = max(1, BATCH_ELEMENTS // shape.numel()) if parameters[0].is_cuda else 1
             dtype = torch.bfloat16 if parameters[0].is_cuda else turn_in
             for first in range(0, len(pairs), together):
                 matrices, chosen = zip(*pairs[first:first + together])
@@ -107,14 +107,14 @@ class Muon(torch.optim.AdamW):
                 torch._foreach_add_(matrices, turned, alpha=-0.2 * rate * max(shape) ** 0.5)
 
 
-def few_at_once(turned: Members) -> Iterator[Members]:
-    """Groups of parameters whose updates are held together: on a GPU up to about AT_ONCE elements, else one parameter."""
+def memory_bounded_groups(turned: Members) -> Iterator[Members]:
+    """Groups of parameters whose updates are held together: on a GPU up to about GROUP_ELEMENTS elements, else one parameter."""
     members: Members = []
     numbers = 0
     for member in turned:
         members.append(member)
         numbers += member[0].numel()
-        if numbers >= AT_ONCE or not member[0].is_cuda:
+        if numbers >= GROUP_ELEMENTS or not member[0].is_cuda:
             yield members
             members, numbers = [], 0
     if members:

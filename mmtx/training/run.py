@@ -16,21 +16,21 @@ from typing import Any, NoReturn
 import jsonargparse
 import yaml
 from lightning import LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, GradientAccumulationScheduler, LearningRateFinder
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, LearningRateFinder
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mmtx.data.output import check_output, lock_folder
 from mmtx.data.storage import recorded, scrub
-from mmtx.data.yaml_check import check_yaml, read_text
+from mmtx.data.yaml_check import check_yaml, read_yaml_text
 from mmtx.errors import InputError
 from mmtx.files import find_shipped, user_path, write_file
 from mmtx.hub import find_model
 from mmtx.modality.registry import PLUGINS
 from mmtx.schema import within
 from mmtx.training import private
-from mmtx.training.callbacks import ProgressBar, SaveConfig, SaveModel, ShowSamples
+from mmtx.training.callbacks import EMAWeightAveraging, ProgressBar, SaveConfig, SaveModel, ShowSamples
 from mmtx.training.checkpoint import AtomicCheckpointIO, Checkpoints, by_age, flatten, may_change, newest
 from mmtx.training.checkpoint_check import check_weights
 from mmtx.training.codec import CodecModule
@@ -40,6 +40,8 @@ from mmtx.training.loggers import Metrics, TensorBoard
 from mmtx.training.memory import keep_memory
 from mmtx.training.sharding import Sharded
 from mmtx.training.signals import follow_launcher, launch_uninterrupted, status
+from mmtx.training.source_data import SourceData
+from mmtx.training.text import TextModule
 from mmtx.training.vocoder import VocoderModule
 
 # Options of `trainer` in which a resumed run must agree with the run that it continues.
@@ -177,6 +179,8 @@ class FitCLI(private.PlainCLI):
             kwargs["check_val_every_n_epoch"] = 1  # a fraction of an epoch, which is the whole run
         if not self.model.automatic_optimization:
             kwargs["gradient_clip_val"] = None
+        if isinstance(self.model, TextModule):  # which is trained in a single step
+            kwargs |= {"max_epochs": 1, "max_steps": -1}
         kwargs |= {"plugins": [*as_list(trainer.plugins), self.checkpoint_io], "logger": loggers, "default_root_dir": str(output)}
         try:
             return super().instantiate_trainer(**kwargs)
@@ -210,13 +214,19 @@ class FitCLI(private.PlainCLI):
         path = self._checkpoint(given)
         if path is None and self.trainer.is_global_zero and not self.said("trainer").fast_dev_run:
             if given is not None:
-                print(f"mmtx: {output / 'checkpoints'}: no checkpoint to go on with, so this run begins anew", file=sys.stderr)
+                print(f"mmtx: {output / 'checkpoints'}: found no checkpoint to resume from, so training starts from the beginning",
+                      file=sys.stderr)
             elif found := by_age(output / "checkpoints"):
-                print(f"mmtx: {output}: this run begins anew and replaces the one that was at {found[-1].stem}; "
-                      "--ckpt_path last would go on with it", file=sys.stderr)
+                print(f"mmtx: {output}: training starts from the beginning and replaces the run that was at {found[-1].stem}; "
+                      "--ckpt_path last would resume it", file=sys.stderr)
             elif (output / "model").exists():
-                print(f"mmtx: {output}: this run begins anew and replaces the model that is there", file=sys.stderr)
+                print(f"mmtx: {output}: training starts from the beginning and replaces the existing model", file=sys.stderr)
         self.trainer.fit(**kwargs, ckpt_path=path)
+        step, steps = self.trainer.global_step, self.trainer.max_steps
+        if step == 0 and self.trainer.fit_loop.epoch_loop.total_batch_idx < 0:
+            raise InputError("trainer: found no step trained, expected one before trainer.max_time or a callback ends the run")
+        if step < steps and self.trainer.is_global_zero and not self.said("trainer").fast_dev_run:
+            print(f"mmtx: {output}: training ended at step {step} of {steps}, by trainer.max_time or a callback", file=sys.stderr)
 
     def validate(self, **kwargs: Any) -> None:
         """Print the figures of the finished model in `--output`, or of a checkpoint, and write nothing."""
@@ -291,14 +301,32 @@ class FitCLI(private.PlainCLI):
         within("data.num_workers", getattr(self.datamodule, "num_workers", 0), 0, MOST_WORKERS)
 
     def _check_fit(self) -> None:
-        # The text tokenizer is trained without an optimizer and counts no steps.
+        trainer = self.said("trainer")
+        if isinstance(self.datamodule, SourceData):
+            # Its epoch is the whole run, so options that count epochs or cut them would do something else than they say.
+            if trainer.max_epochs not in (None, -1):
+                raise InputError(f"trainer.max_epochs: found {trainer.max_epochs}, expected none: trainer.max_steps is the length of "
+                                 "a run")
+            for name, default in (("limit_train_batches", 1.0), ("overfit_batches", 0.0)):
+                if (value := getattr(trainer, name)) not in (None, default) or type(value) is int and value:
+                    raise InputError(f"trainer.{name}: found {value}, expected none: trainer.max_steps is the length of a run, and "
+                                     "limit of a source in data.train takes fewer samples")
         if self.model.automatic_optimization:
             within("trainer.max_steps", self.trainer.max_steps, 1, LARGEST_OPTION)
+        elif isinstance(self.model, TextModule) and self.trainer.world_size > 1:
+            raise InputError(f"trainer.devices: found {self.trainer.world_size} processes, expected 1 for a text tokenizer")
         within("trainer.accumulate_grad_batches", self.trainer.accumulate_grad_batches, 1, LARGEST_OPTION)
         within("trainer.log_every_n_steps", self.trainer.log_every_n_steps, 0, LARGEST_OPTION)  # type: ignore[attr-defined]
-        every, clip = self.said("trainer").val_check_interval, self.trainer.gradient_clip_val
+        every, clip = trainer.val_check_interval, self.trainer.gradient_clip_val
         if isinstance(every, int | float) and every <= 0:
             raise InputError(f"trainer.val_check_interval: found {every}, expected more than 0 (limit_val_batches 0: no validation)")
+        batches = self.trainer.max_steps * self.trainer.accumulate_grad_batches
+        if isinstance(every, int) and 0 < batches < every and trainer.limit_val_batches != 0 and not trainer.fast_dev_run:
+            if trainer.check_val_every_n_epoch is not None:
+                raise InputError(f"trainer.val_check_interval: found {every}, expected at most {batches}, the batches of the run")
+            if self.trainer.is_global_zero:
+                print(f"mmtx: trainer.val_check_interval: found {every}, more than the {batches} batches of the run, so that it is "
+                      "not validated", file=sys.stderr)
         if clip is not None and not clip >= 0:  # which also refuses NaN
             raise InputError(f"trainer.gradient_clip_val: found {clip}, expected 0 or more")
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
@@ -405,6 +433,8 @@ STOCK_YAML = jsonargparse.get_loader("yaml")
 
 def load_yaml(text: str) -> Any:
     """Check and read YAML: of files, of files that these name, and of values on the command line."""
+    if text == "None":  # what jsonargparse makes of null on the command line for a field of a field, as model.optimizer.muon_lr
+        return None
     check_yaml(text, "configuration")
     return STOCK_YAML(text)
 
@@ -431,7 +461,7 @@ def shipped_configs(arguments: list[str]) -> list[str]:
 
 def _config(name: str) -> str:
     path = find_shipped(name)
-    read_text(path)  # so that an error names the file
+    read_yaml_text(path)  # so that an error names the file
     return str(path)
 
 
@@ -441,6 +471,8 @@ def main(word: str, arguments: list[str]) -> None:
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*WeightAveraging callback with a model that overrides.*")
+    warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided.*")
+    warnings.filterwarnings("ignore", message=".*configure_optimizers` returned `None`.*")  # the text tokenizer has none
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     # `sys.argv` stays as it is: the other processes of a run on several devices are started with it.
     warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")

@@ -25,7 +25,7 @@ from mmtx.model import Decoder
 from mmtx.training.checkpoint_check import check_weights
 from mmtx.training.private import share_among_all
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # rank 0 gets everything, the others nothing
+FULL_STATE_DICT = StateDictOptions(full_state_dict=True, cpu_offload=True)  # rank 0 gets everything, the others nothing
 
 
 class Sharded(ModelParallelStrategy):
@@ -43,7 +43,7 @@ class Sharded(ModelParallelStrategy):
         super().setup_environment()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return get_optimizer_state_dict(self.model, getattr(optimizer, "optimizer", optimizer), options=WHOLE)
+        return get_optimizer_state_dict(self.model, getattr(optimizer, "optimizer", optimizer), options=FULL_STATE_DICT)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         checkpoint = self.checkpoint_io.load_checkpoint(self.broadcast(checkpoint_path))
@@ -68,13 +68,13 @@ def shard(decoder: Decoder, mesh: DeviceMesh) -> None:
 
 
 @contextmanager
-def whole(module: LightningModule) -> Iterator[None]:
+def gathered(module: LightningModule) -> Iterator[None]:
     """In this context, a sharded `module.decoder` is an unsharded copy on rank 0; all ranks must enter it together."""
     decoder: Decoder = getattr(module, "decoder", None)
     if not isinstance(decoder, FSDPModule):
         yield
         return
-    if weights := get_model_state_dict(decoder, options=WHOLE):
+    if weights := get_model_state_dict(decoder, options=FULL_STATE_DICT):
         module.decoder = Decoder(decoder.config, build_encoder).to(module.device).train(decoder.training)
         module.decoder.load_state_dict(weights)
     try:

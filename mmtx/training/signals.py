@@ -50,7 +50,7 @@ class Termination:
         if self.asked is None:
             self.asked, self.when = number, time.monotonic()
 
-    def agreed(self, trainer: Trainer) -> bool:
+    def requested(self, trainer: Trainer) -> bool:
         """Whether any rank was asked to end; all ranks must call this together."""
         return trainer.strategy.reduce_boolean_decision(self.asked is not None, all=False)
 

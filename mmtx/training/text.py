@@ -9,7 +9,7 @@ import torch
 from lightning import LightningDataModule, LightningModule
 from torch.utils.data import DataLoader
 
-from mmtx.data.collection import DataSource, given, read_sources
+from mmtx.data.collection import DataSource, read_sources, require_sources
 from mmtx.data.sample import Text
 from mmtx.data.sources import MAX_BAD
 from mmtx.modality.text import TextTokenizer
@@ -28,7 +28,7 @@ class TextData(LightningDataModule):
         self.train_sources, self.max_bad = train, max_bad
 
     def setup(self, stage: str) -> None:
-        found = read_sources(given(self.train_sources, "train"), self.max_bad)
+        found = read_sources(require_sources(self.train_sources, "train"), self.max_bad)
         found.finish()
         self.texts = [part.text for sample in found.samples for turn in sample.turns for part in turn.parts
                       if isinstance(part, Text)]

@@ -19,6 +19,7 @@ from mmtx.modality.base import load_tokenizer
 from mmtx.modality.vocoder import CENTS, CLARITY, LOWEST, PITCHES, VocoderConfig, hertz, track_frames
 from mmtx.schema import within
 from mmtx.training.codec_data import CodecBatch, CodecData
+from mmtx.training.discriminator import MOST_WEIGHT
 from mmtx.training.module import Means, TrainingModule
 from mmtx.training.optimizer import OptimizerConfig, configure
 
@@ -38,6 +39,10 @@ class VocoderData(CodecData):
         super().__init__(*args, **kwargs)
         within("data.steps", steps, 1, 2**24)
         self.steps = steps
+
+    def setup(self, stage: str) -> None:
+        within("data.steps", self.steps, 1, cast(VocoderModule, self.trainer.lightning_module).tokenizer.config.chunk)
+        super().setup(stage)
 
     def _sounds(self, waveforms: list[Tensor], generator: Generator) -> Tensor:
         return self._augmented_cuts(waveforms, self.steps, generator)
@@ -66,6 +71,9 @@ class VocoderModule(TrainingModule):
             init_from: folder of an audio tokenizer with a vocoder of these sizes, whose weights to start from.
         """
         super().__init__()
+        within("model.clean_prob", clean_prob, 0, 1)
+        for name, weight in (("mel_weight", mel_weight), ("pitch_weight", pitch_weight)):
+            within(f"model.{name}", weight, 0, MOST_WEIGHT)
         codec = load_tokenizer(find_shipped(tokenizer))
         if not isinstance(codec, AudioTokenizer):
             raise InputError(f"tokenizer: {tokenizer} is of kind {codec.kind!r}, expected 'audio'")
@@ -73,14 +81,14 @@ class VocoderModule(TrainingModule):
         self.tokenizer = codec.requires_grad_(False).train()
         codec.vocoder = codec.new_vocoder(vocoder)
         if init_from is not None:
-            codec.vocoder.load_state_dict(finished(init_from, vocoder, "init_from").vocoder.state_dict())
+            codec.vocoder.load_state_dict(load_matching(init_from, vocoder, "init_from").vocoder.state_dict())
         self.optimizer_config, self.clean_prob = optimizer, clean_prob
         self.mel_weight, self.pitch_weight = mel_weight, pitch_weight
         self.griffin_lim: float | None = None  # its STFT distance on the held-out cuts, once known
 
     def restore(self, folder: Path) -> None:
         """Load the finished tokenizer in a folder, which must have this fingerprint and a vocoder of this configuration."""
-        found, expected = finished(folder, self.tokenizer.vocoder.config, "output"), self.tokenizer.fingerprint
+        found, expected = load_matching(folder, self.tokenizer.vocoder.config, "output"), self.tokenizer.fingerprint
         if found.fingerprint != expected:
             raise InputError(f"output: {folder} holds a tokenizer of fingerprint {found.fingerprint[:12]}, expected "
                              f"{expected[:12]}, model.init_args.tokenizer")
@@ -134,7 +142,7 @@ class VocoderModule(TrainingModule):
             self.means.add("griffin_lim_stft_distance", stft_distance(fallback, true) * count, count)
 
     def on_validation_epoch_end(self) -> None:
-        figures = self.means.whole()
+        figures = self.means.compute()
         if self.first_validation:
             self.griffin_lim = figures.pop("griffin_lim_stft_distance", None)
         self.log_dict({f"{self.split}/{name}": value for name, value in figures.items()}, prog_bar=True, sync_dist=True)
@@ -145,7 +153,7 @@ class VocoderModule(TrainingModule):
         self.tokenizer.save(folder)
 
 
-def finished(folder: str | Path, config: VocoderConfig, name: str) -> AudioTokenizer:
+def load_matching(folder: str | Path, config: VocoderConfig, name: str) -> AudioTokenizer:
     """The tokenizer in the folder of option `name`. Raises InputError unless it has a vocoder of this configuration."""
     tokenizer = load_tokenizer(find_shipped(folder))
     vocoder = getattr(tokenizer, "vocoder", None)
