@@ -9,6 +9,9 @@ and coarse pixels, minus the mean of the training pictures. A note is right if i
 librosa, extra `bench`), and if a classifier trained on real notes recognises the family of its instrument. Each judge's
 own accuracy is reported first, on unseen real pictures and notes, and on their reconstructions by the model's tokenizer.
 
+A second judge is a captioner, by default the one that comes with mmtx, which was trained on the same names: a picture or
+note is right if its caption is the one that it was generated from, and of a note also each part of it.
+
 Copying: the distance of generated samples to the nearest training sample, compared with the distances among training
 samples, and with the distance of reconstructed training samples to the nearest, which is what a copy would have.
 """
@@ -27,6 +30,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 from audio_quality import pitch
+from PIL import Image
 from tqdm import tqdm
 
 import mmtx
@@ -46,6 +50,7 @@ SHORT, SHORT_TRAIN = 12, 300    # generated media per kind, and training images,
 SIDE, RATE = 64, 16_000         # resolution in pixels and sample rate in Hz for the judges
 CELLS, DIRECTIONS = (8, 4), 8   # of the gradient histograms
 CENTS = 50
+CAPTIONER = "demos/starter"
 SHARPNESS, PENALTY = 1.5, 1e-2  # of the kernel ridge
 
 
@@ -88,6 +93,13 @@ def generate(model: mmtx.Model, captions: Sequence[str], out: str, sampling: dic
         seed = sampling["seed"] + first
         made += map(judged, model.generate_batch(captions[first:first + BATCH], out, **{**sampling, "seed": seed}))
     return made
+
+
+def captions_of(captioner: mmtx.Model, media: Sequence[np.ndarray]) -> list[str]:
+    """What the captioner says of judged media."""
+    marked = [mmtx.Image(Image.fromarray(item.transpose(1, 2, 0))) if item.ndim == 3 else mmtx.Audio(torch.from_numpy(item))
+              for item in media]
+    return captioner.caption(marked)
 
 
 # -- Images --------------------------------------------------------------------------------------------------
@@ -133,7 +145,7 @@ class Gallery:
         return (near > right[:, None]).sum(1) + 1
 
 
-def judge_pictures(model: mmtx.Model, sampling: dict, short: bool) -> dict:
+def judge_pictures(model: mmtx.Model, captioner: mmtx.Model, sampling: dict, short: bool) -> dict:
     style, train = read(STYLE), read(PICTURES, SHORT_TRAIN if short else None)
     names, real = [sample.caption for sample in style], originals(train)
     gallery = Gallery(originals(style), names, np.mean([look(picture) for picture in progress(real, "look")], axis=0))
@@ -146,6 +158,7 @@ def judge_pictures(model: mmtx.Model, sampling: dict, short: bool) -> dict:
                                   ("generated", drawn, asked)):
         ranks = gallery.ranks(pictures, titles)
         figures |= {f"name at rank {most}, {who}": share(ranks <= most) for most in (1, 10)}
+        figures[f"name by captioner, {who}"] = share(np.array(captions_of(captioner, pictures)) == titles)
     return figures | distances("picture", drawn, real, again, pixel_features)
 
 
@@ -190,10 +203,11 @@ def in_tune(sounds: Sequence[np.ndarray], samples: Sequence[Sample]) -> np.ndarr
     return np.array([f is not None and abs(1200 * np.log2(f / w)) <= CENTS for f, w in zip(found, wanted, strict=True)])
 
 
-def judge_notes(model: mmtx.Model, sampling: dict, short: bool) -> dict:
+def judge_notes(model: mmtx.Model, captioner: mmtx.Model, sampling: dict, short: bool) -> dict:
     train, unseen = read(NOTES), read(UNSEEN_NOTES, SHORT if short else None)
     known, real = spread(train, len(unseen)), originals(train)
     families = Families(real, [sample.metadata["family"] for sample in train])
+    family_of = {sample.metadata["instrument"]: sample.metadata["family"] for sample in train}
     played = {name: generate(model, [sample.caption for sample in samples], "audio", sampling)
               for name, samples in (("known", known), ("unseen", unseen))}
     figures = {}
@@ -203,6 +217,12 @@ def judge_notes(model: mmtx.Model, sampling: dict, short: bool) -> dict:
         figures[f"family, {who}"] = share(families.right(sounds, [sample.metadata["family"] for sample in samples]))
         if importlib.util.find_spec("librosa"):
             figures[f"pitch, {who}"] = share(in_tune(sounds, samples))
+        named = [caption.rpartition(", ") for caption in captions_of(captioner, sounds)]
+        for field, said in (("instrument", [instrument for instrument, _, _ in named]),
+                            ("family", [family_of.get(instrument) for instrument, _, _ in named]),
+                            ("note", [note for _, _, note in named])):
+            right = [word == sample.metadata[field] for word, sample in zip(said, samples, strict=True)]
+            figures[f"{field} by captioner, {who}"] = share(np.array(right))
     again = copies(model, spread(known, CONTROLS))
     return figures | distances("note", played["known"], real, again,
                                lambda sound: mel_features(sound, RATE, power=1, floor=1.0))
@@ -253,6 +273,7 @@ def main():
     parser.add_argument("--guidance_scale", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", choices=("image", "audio"), default=["image", "audio"])
+    parser.add_argument("--captioner", default=CAPTIONER, help=f"model that captions what was generated, default: {CAPTIONER}")
     parser.add_argument("--device")
     parser.add_argument("--short", action="store_true", help=f"{SHORT} pictures and twice {SHORT} notes only")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
@@ -260,18 +281,19 @@ def main():
     torch.set_num_threads(1)
     if "audio" in options.kinds and not importlib.util.find_spec("librosa"):
         print("librosa is not installed, pitches are left out: pip install 'mmtx[bench]'", file=sys.stderr)
-    model = mmtx.load(options.model, options.device)
+    model, captioner = (mmtx.load(folder, options.device) for folder in (options.model, options.captioner))
     sampling = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "guidance_scale", "seed")}
     figures = {}
     for kind, judge in (("image", judge_pictures), ("audio", judge_notes)):
         if kind in options.kinds:
-            figures |= judge(model, sampling, options.short)
+            figures |= judge(model, captioner, sampling, options.short)
     chosen = [f"{name} {value}" for name, value in sampling.items()]
     print(", ".join([options.model, *chosen, f"torch {torch.__version__}"]))
     for name, value in figures.items():
         print(f"{name:40} {', '.join(f'{key} {number}' for key, number in value.items())}")
     if options.output:
-        facts = {"model": options.model, "sampling": sampling, "short": options.short, "torch": torch.__version__}
+        facts = {"model": options.model, "captioner": options.captioner, "sampling": sampling, "short": options.short,
+                 "torch": torch.__version__}
         options.output.write_text(json.dumps({**facts, "figures": figures}, indent=1) + "\n", encoding="utf-8")
 
 
