@@ -3,7 +3,7 @@
 Shapes: T pieces of a text, h rows and w columns of codes (for a sound, time steps and bands), D width of features.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -115,7 +115,7 @@ class Document:
         object.__setattr__(self, "turns", tuple(merged))
 
 
-def _items(given: Any, owner: str, name: str) -> Iterable[Any]:
-    if isinstance(given, str) or not isinstance(given, Iterable):
+def _items(given: Any, owner: str, name: str) -> Sequence[Any]:
+    if isinstance(given, str) or not isinstance(given, Sequence):
         raise InputError(f"{owner}: found {type(given).__name__}, expected a tuple of {name}")
     return given

@@ -81,6 +81,11 @@ def test_answers_are_those_of_the_model_here(served):
     captions = here.caption(seen, max_new_tokens=12)
     assert there.caption(seen, max_new_tokens=12) == captions and len({*captions}) > 1
     assert list(there.stream("a red circle", max_new_tokens=9)) == [here.generate("a red circle", max_new_tokens=9)]
+    for mixed in ("any", "document"):  # of which an engine can write the text
+        written = there.generate("a red circle", mixed, max_new_tokens=9)
+        assert [*there.stream("a red circle", mixed, max_new_tokens=9)] == written and all(isinstance(part, str) for part in written)
+        legal, _ = there._legal(mixed, Sampling(), [])
+        assert legal.any() and not legal[[here.vocabulary.opening(kind) for kind in here.vocabulary.media]].any()
     for size in (None, (16, 24)):
         assert np.array_equal(there.generate("a red circle", "image", size), here.generate("a red circle", "image", size))
     assert np.array_equal(there.outpaint(picture(3), 8), here.outpaint(picture(3), 8))

@@ -1,4 +1,4 @@
-"""`mmtx generate`: answer a prompt with text, a picture or a sound."""
+"""`mmtx generate`: answer a prompt with text, a picture or a sound, or go on with a text."""
 
 import argparse
 

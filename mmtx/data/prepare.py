@@ -231,10 +231,8 @@ def _rows(source: DataSource, skipped: SkipCounter) -> Iterator[Sample | InputEr
                 yield row
             elif is_selected(row, source.select or {}):
                 made = variants(row)
-                skipped.rows += len(made) - 1
+                skipped.rows += max(0, len(made) - 1)  # a row that they leave out still counts
                 yield from made
-
-                skipped.rows += not made  # a row that they leave out still counts, as one that `select` leaves out
 
 
 def _finish(folder: Path, plan: dict, shards: Sequence[dict], samples: int,

@@ -115,6 +115,7 @@ class RemoteModel(Model):
         state = self.grammar.start(1, out, prefix=torch.tensor([prefix]) if prefix else None)
         allowed = self.grammar.allowed(state)[0].numpy().copy()
         if out not in v.media:
+            allowed[[v.opening(kind) for kind in v.media]] = False  # within a medium an engine does not know what is legal
             return allowed, sampling.max_new_tokens
         if v.bands(out) is None:
             if int(state.remaining) < 1:
