@@ -4,7 +4,8 @@
 
 The shipped models on held-out starter data: along the ids that float32 weights choose greedily, the share of steps in which 8-bit
 weights choose the same (without the first id of an answer, for which both prefill in float32). Captions of the first --count media
-of each source are then generated both ways and scored. --model is another model folder, for captions alone.
+of each source are then generated both ways and scored. Pictures are drawn for names that the generator was trained on, and for
+names that it was not: there it is unsure, and all rounding tells. --model is another model folder, for captions alone.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import torch
 from measure import RESULTS, machine, versions
 
 import mmtx
-from mmtx.data.collection import read_config, read_sources
+from mmtx.data.collection import DataSource, read_config, read_source, read_sources
 from mmtx.data.tokens import usable
 from mmtx.document import Document, TextPart, Turn
 from mmtx.files import shipped
@@ -34,6 +35,7 @@ from mmtx.sequence import Prompt, prompt
 ROOT = Path(__file__).parents[1]
 SAME, LOSS = 0.99, 0.005  # targets: minimum share of equal steps, maximum difference of a metric
 BATCH = 32
+DRAWN = {"names of training": "images-train-*.tar.gz", "other names": "images-test-unseen-emoji.tar.gz"}
 
 
 class Beside(Engine):
@@ -105,11 +107,12 @@ def captions(folder: str, count: int) -> dict:
     return found
 
 
-def pictures(count: int) -> dict:
-    """Equal steps in image generation, with the shipped generator."""
+def pictures(pattern: str, count: int) -> dict:
+    """Equal steps in image generation, with the shipped generator and `count` names evenly spread over those of a source."""
     model = mmtx.load(shipped("demos/generate"), "cpu")
-    said = ["cat", "red circle", "trumpet", "house", "tree", "dog", "moon", "car", "fish", "flower", "sun", "apple"][:count]
-    asked = [Document((Turn("user", (TextPart(model.tokenizers["text"].encode(text)),)),)) for text in said]
+    names = sorted({sample.caption for sample in read_source(DataSource([str(shipped("demos/data/starter") / pattern)]))})
+    chosen = [names[i] for i in np.linspace(0, len(names) - 1, min(count, len(names))).astype(int)]
+    asked = [Document((Turn("user", (TextPart(model.tokenizers["text"].encode(name)),)),)) for name in chosen]
     same, steps = agreement(model, asked, "image")
     return {"media": len(asked), "steps": steps, "same": same / steps}
 
@@ -124,7 +127,7 @@ def main() -> None:
         options.count = 8
     found = captions(options.model or DEFAULT_MODEL, options.count)
     if options.model is None:
-        found["pictures drawn"] = pictures(2 if options.short else 12)
+        found |= {f"drawn, {what}": pictures(pattern, options.count) for what, pattern in DRAWN.items()}
     print("| what | answers | steps | same id | largest difference of a score |\n| --- | --- | --- | --- | --- |")
     for name, each in found.items():
         difference = f"{each['largest difference']:.4f} ({each['of']})" if "of" in each else "-"
