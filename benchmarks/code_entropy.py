@@ -1,13 +1,13 @@
 """How many bits does a picture or a sound cost when the decoder is the compressor?
 
     python benchmarks/code_entropy.py
-    python benchmarks/code_entropy.py --limit 32 --no_write
+    python benchmarks/code_entropy.py --model runs/starter/entropy-model/model --no_write
 
 An arithmetic coder with the decoder's probabilities needs -log2 of the probability of each code, and a few bits more (Deletang
 et al. 2024, https://arxiv.org/abs/2309.10668). Without a model, each code costs the logarithm of the codebook size. In between
 are two controls, fitted to the model's training data, part of which is coded here: the frequency of each digit of a code, and
 that given the same digit of the previous code. Each is measured with the caption as a prompt, which must then be sent too, and
-without. Writes results/code_entropy.json.
+without. Only what the model has a tokenizer for is measured. Writes results/code_entropy.json.
 """
 
 import argparse
@@ -94,12 +94,15 @@ def main() -> None:
     model = mmtx.load(options.model, device="cpu")
     result = {"name": "code_entropy", "date": date.today().isoformat(), "model": options.model, "sets": {}}
     print(f"{'bits a code':28} {'codes':>8} {'digits':>8} {'pairs':>8} {'decoder':>8} {'+ caption':>10}")
-    controls = {kind: [DigitCounts(model.vocabulary.levels(kind), order) for order in (0, 1)] for kind in LEARNT}
-    for kind, source in LEARNT.items():
-        for document in documents_of(source, COUNTED, model):
+    controls = {kind: [DigitCounts(model.vocabulary.levels(kind), order) for order in (0, 1)]
+                for kind in LEARNT if kind in model.tokenizers}
+    for kind in controls:
+        for document in documents_of(LEARNT[kind], COUNTED, model):
             for control in controls[kind]:
                 control.add(medium_of(document).array)
     for name, (kind, source) in SETS.items():
+        if kind not in controls:
+            continue
         documents = documents_of(source, options.limit, model)
         sizes = [medium_of(document).array.size for document in documents]
         silent = [Document((replace(document.turns[0], parts=()), document.turns[1])) for document in documents]
