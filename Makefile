@@ -70,7 +70,8 @@ docs: $(VENV)/.installed-docs
 mutants: $(VENV)/.installed-test
 	$(VENV)/bin/python tests/mutants/run.py $(MUTANTS)
 
-# litgpt pins old versions of packages that mmtx needs: install it in a separate folder, with psutil but no other dependencies.
+# litgpt and torchtune need old versions of packages that mmtx needs, too: they are in a separate folder, with what they import only.
+PEERS := litgpt==0.5.13 psutil torchtune==0.6.1 torchao==0.9.0 omegaconf==2.4.0 tiktoken==0.14.0
 SPEED := loss_memory packed_cost input_wait media_speed captions_speed decode_speed llamacpp_speed train_speed startup
 
 bench: $(VENV)/.installed-bench
@@ -123,7 +124,7 @@ $(VENV)/.installed-docs: $(VENV)/.installed-test
 	touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pip install -q --no-deps --target $(VENV)/peers litgpt==0.5.13 psutil
+	$(VENV)/bin/python -m pip install -q --no-deps --target $(VENV)/peers $(PEERS)
 	touch $@
 
 clean:

@@ -1,12 +1,12 @@
-"""Training tokens per second: mmtx, transformers' Qwen3ForCausalLM and litgpt's GPT, the same network and the same work.
+"""Training tokens per second: mmtx, transformers' Qwen3ForCausalLM, litgpt's GPT and torchtune's TransformerDecoder.
 
     python benchmarks/train_speed.py --threads 1
     python benchmarks/train_speed.py --device cuda --precision bf16 --shapes 0.6b
 
-Each is trained as its own users would: in a process of its own, with the same initial weights, fused AdamW, and its own
-loss over all tokens. A step is forward, loss, backward, optimizer. They take turns of a few steps, and their first losses
-must agree. litgpt pins old versions of mmtx's dependencies: `pip install --no-deps litgpt` (into a folder of its own, which
-goes into PYTHONPATH); without it, its row is left out.
+The same network and the same work, and each is trained as its own users would: in a process of its own, with the same initial
+weights, fused AdamW, and its own loss over all tokens. A step is forward, loss, backward, optimizer. They take turns of a few steps,
+and their first losses must agree. litgpt and torchtune need old versions of other packages: `make bench` installs them, with what
+they import only, into a folder of their own that goes into PYTHONPATH. Without it, their rows are left out.
 """
 
 import argparse
@@ -33,7 +33,8 @@ SHAPES = {
     "100m": (dict(vocabulary_size=32_768, width=640, depth=12, heads=10, kv_heads=10, head_dim=64, mlp_dim=1728), 4, 512),
     "0.6b": (dict(vocabulary_size=151_936, width=1024, depth=28, heads=16, kv_heads=8, head_dim=128, mlp_dim=3072), 4, 2048),
 }
-BARS = {"cpu": {"transformers": 1.5, "litgpt": 1.3}, "cuda": {"transformers": 1.2, "litgpt": 1.2}}
+BARS = {"cpu": {"transformers": 1.5, "litgpt": 1.3, "torchtune": 1.3},
+        "cuda": {"transformers": 1.2, "litgpt": 1.2, "torchtune": 1.2}}
 
 
 class Ours(nn.Module):
@@ -109,7 +110,58 @@ class LitGPT(nn.Module):
         return self.loss(self.model(ids), targets)
 
 
-CANDIDATES = {"mmtx": Ours, "transformers": Transformers, "litgpt": LitGPT}
+class TorchTune(nn.Module):
+    def __init__(self, decoder: Decoder, context: int):
+        from torchtune.modules import (
+            FeedForward,
+            MultiHeadAttention,
+            RMSNorm,
+            RotaryPositionalEmbeddings,
+            TransformerDecoder,
+            TransformerSelfAttentionLayer,
+        )
+        from torchtune.modules.loss import CEWithChunkedOutputLoss
+
+        super().__init__()
+        c = decoder.config
+        norm = lambda size: RMSNorm(size, eps=c.norm_eps)
+        linear = lambda inputs, outputs: nn.Linear(inputs, outputs, bias=False)
+        queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
+        self.loss = CEWithChunkedOutputLoss()
+        self.model = TransformerDecoder(
+            tok_embeddings=nn.Embedding(c.vocabulary_size, c.width), max_seq_len=context, num_heads=c.heads,
+            head_dim=c.head_dim, norm=norm(c.width), output=linear(c.width, c.vocabulary_size),
+            layers=nn.ModuleList(TransformerSelfAttentionLayer(
+                attn=MultiHeadAttention(
+                    embed_dim=c.width, num_heads=c.heads, num_kv_heads=c.kv_heads, head_dim=c.head_dim,
+                    q_proj=linear(c.width, queries), k_proj=linear(c.width, keys), v_proj=linear(c.width, keys),
+                    output_proj=linear(queries, c.width), q_norm=norm(c.head_dim), k_norm=norm(c.head_dim),
+                    pos_embeddings=RotaryPositionalEmbeddings(c.head_dim, context, int(c.rope_theta)), max_seq_len=context),
+                mlp=FeedForward(gate_proj=linear(c.width, c.mlp_dim), up_proj=linear(c.width, c.mlp_dim),
+                                down_proj=linear(c.mlp_dim, c.width)),
+                sa_norm=norm(c.width), mlp_norm=norm(c.width)) for _ in range(c.depth)))
+        self.model.set_num_output_chunks(self.loss.num_output_chunks)
+        # torchtune rotates neighbours, where the others rotate the first half of a head with the second.
+        neighbours = lambda weight: weight.unflatten(0, (-1, 2, c.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+        weights = {"tok_embeddings.weight": decoder.embedding.weight, "norm.scale": decoder.norm.weight,
+                   "output.weight": decoder.output.weight}
+        for i, block in enumerate(decoder.blocks):
+            attention, gate_up = block.attention, block.feed_forward.gate_up
+            query, key, value = attention.qkv.weight.split(attention.qkv.sizes)
+            gate, up = gate_up.weight.split(gate_up.sizes)
+            layer = {"attn.q_proj.weight": neighbours(query), "attn.k_proj.weight": neighbours(key),
+                     "attn.v_proj.weight": value, "attn.output_proj.weight": attention.out.weight,
+                     "attn.q_norm.scale": attention.query_norm.weight, "attn.k_norm.scale": attention.key_norm.weight,
+                     "sa_norm.scale": block.attention_norm.weight, "mlp_norm.scale": block.feed_forward_norm.weight,
+                     "mlp.w1.weight": gate, "mlp.w3.weight": up, "mlp.w2.weight": block.feed_forward.down.weight}
+            weights |= {f"layers.{i}.{name}": part for name, part in layer.items()}
+        self.model.load_state_dict(weights)
+
+    def forward(self, ids, targets):
+        return self.loss(self.model(ids), targets)
+
+
+CANDIDATES = {"mmtx": Ours, "transformers": Transformers, "litgpt": LitGPT, "torchtune": TorchTune}
 
 
 def train(name: str, shape: str, device: str, precision: str, threads: int, compiled: bool, channel) -> None:
