@@ -28,6 +28,7 @@ except ImportError:  # not on Windows
     fcntl = None
 
 PACKAGE = Path(__file__).parent
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\n"
 MOST_JSON = 2**20  # bytes of a JSON file, unless the reader expects more
 CONFIG = "config.json"
 # All file names that saving a model or a tokenizer writes. A folder with any other is not ours alone.
@@ -44,7 +45,8 @@ NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.ENOTSUP}  # from f
 def open_regular(path: str | Path) -> int:
     """Open a regular file for reading -> its descriptor.
 
-    Raises InputError for anything else, such as a folder, or a pipe or device, which could be read forever.
+    Raises InputError for anything else, such as a folder, or a pipe or device, which could be read forever, and for the text that
+    Git puts in the place of a large file if it is without LFS.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # else opening a pipe waits for a writer
@@ -55,6 +57,10 @@ def open_regular(path: str | Path) -> int:
     if not stat.S_ISREG(mode := os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise InputError(f"{path}: found {'a folder' if stat.S_ISDIR(mode) else 'a pipe or device'}, expected a file")
+    if os.read(descriptor, len(LFS_POINTER)) == LFS_POINTER:
+        os.close(descriptor)
+        raise InputError(f"{path}: found a pointer of Git LFS, expected the file itself (git lfs pull)")
+    os.lseek(descriptor, 0, os.SEEK_SET)
     return descriptor
 
 

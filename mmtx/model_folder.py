@@ -69,6 +69,8 @@ def read_model_config(folder: Path) -> DecoderConfig:
     values = read_json(path)
     if isinstance(values, dict) and "kind" in values and "decoder" not in values:
         raise InputError(f"{folder}: found a tokenizer, expected a model")
+    if isinstance(values, dict) and "model_type" in values and "decoder" not in values:
+        raise InputError(f"{folder}: found a model of transformers, expected one of mmtx, which mmtx convert makes of it")
     if not isinstance(values, dict) or type(values.get("format")) is not int or values["format"] != FORMAT:
         raise InputError(f"{path}: not a model of mmtx (expected \"format\": {FORMAT})")
     if values.keys() != {"format", "decoder"}:

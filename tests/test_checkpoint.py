@@ -14,7 +14,7 @@ from fresh import context
 
 from mmtx.errors import InputError
 from mmtx.files import write_file
-from mmtx.training.checkpoint import AtomicCheckpointIO, damage, newest
+from mmtx.training.checkpoint import AtomicCheckpointIO, by_age, damage, newest
 
 NUMBERS = 50_000
 
@@ -78,6 +78,13 @@ def test_the_newest_is_the_one_written_last(tmp_path):
     write(tmp_path, 900)
     path = write(tmp_path, 5)
     assert newest(tmp_path) == path
+
+
+def test_a_copy_that_somebody_keeps_is_no_checkpoint_of_the_run(tmp_path):
+    path = write(tmp_path, 5)
+    for name in ("step-000000005-good.ckpt", "step-000000005 copy.ckpt", "step-5.ckpt"):
+        (tmp_path / name).write_bytes(path.read_bytes())
+    assert newest(tmp_path) == path and by_age(tmp_path) == [path]
 
 
 def test_a_flipped_byte_is_noticed_wherever_it_is(tmp_path, capsys):

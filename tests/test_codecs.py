@@ -383,6 +383,27 @@ def test_codes_out_of_range_are_refused(codec):
             codec.decode(np.array([[0, code], [0, 0]]))
 
 
+@pytest.mark.parametrize("codes, told", [
+    (np.zeros((0, 2), int), r"found shape \(0, 2\), expected \(.*\) with at least one code"), (np.zeros(3, int), r"found shape \(3,\)"),
+    (np.zeros((1, 2, 2), int), r"found shape \(1, 2, 2\)"), (np.array([[0.5, 1]]), "found float64, expected whole numbers"),
+    (np.zeros((2, 2), bool), "found bool, expected whole numbers")])
+def test_codes_of_another_shape_or_type_are_refused(codec, codes, told):
+    with pytest.raises(InputError, match=f"{codec.kind} codes: {told}"):
+        codec.decode(codes)
+    if codec.bands:
+        with pytest.raises(InputError, match=rf"found shape \(2, 3\), expected \(t, {codec.bands}\)"):
+            codec.decode(np.zeros((2, 3), int))
+
+
+@pytest.mark.parametrize("medium", [torch.rand(3, 20, 20), torch.zeros(20, 20, 3, dtype=torch.uint8), torch.zeros(1, 20, 20, dtype=torch.uint8),
+                                    torch.zeros(3, 0, 20, dtype=torch.uint8), np.zeros((3, 20, 20), np.uint8), torch.zeros(2, 100),
+                                    torch.zeros(100, dtype=torch.float64), torch.zeros(100, dtype=torch.int16), np.zeros(100, np.float32), None])
+def test_media_of_another_shape_or_type_are_refused(codec, medium):
+    """A picture of floats from 0 to 1 would be taken for a black one."""
+    with pytest.raises(InputError, match=f"{codec.kind}: found .*, expected a tensor .*, as mmtx.data.media.load_{codec.kind} returns it"):
+        codec.encode(medium)
+
+
 @pytest.mark.parametrize("damage", ["no weights", "cut weights", "other sizes", "unknown field", "no json", "no kind"])
 def test_broken_folder(codec, damage, tmp_path):
     folder = tmp_path / "codec"

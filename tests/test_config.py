@@ -17,11 +17,11 @@ from fresh import context
 
 from mmtx.cli import main
 from mmtx.data.collection import read_config
-from mmtx.data.yaml_check import DEEPEST, LONGEST, MOST_VALUES, check_yaml
+from mmtx.data.yaml_check import DEEPEST, LONGEST, MOST_VALUES, Loader, check_yaml
 from mmtx.errors import InputError
 from mmtx.schema import within
 from mmtx.training.codec_data import CodecData
-from mmtx.training.run import is_trusted_only
+from mmtx.training.run import STOCK_YAML, is_trusted_only
 from mmtx.training.vocoder import VocoderData
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
@@ -74,6 +74,33 @@ def test_values_and_files_that_a_configuration_names_are_looked_at_too(tmp_path,
             main(["fit", "--model", value, "--output", str(tmp_path / "run")])
         error = capsys.readouterr().err
         assert stop.value.code == 2 and "found more than" in error and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize("text, key, line", [
+    ("trainer:\n  max_steps: 5\n  devices: 1\n  max_steps: 9\n", "max_steps", 4),
+    ("data: {}\nmodel: {}\n'data': {}\n", "data", 3),
+    ("- {a: 1, b: {c: [1, 2], a: 3}, a: 4}\n", "a", 1)], ids=["within a section", "a section", "in one line"])
+def test_a_key_that_is_given_twice_is_named(text, key, line, tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    for command in ("fit", "prepare"):
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--config", str(path), "--output", str(tmp_path / "run")])
+        assert stop.value.code == 2
+        assert capsys.readouterr().err == f"mmtx: error: {path}: found {key} twice in a mapping, the second time in line {line}\n"
+
+
+def test_a_key_may_be_in_several_mappings_and_several_may_be_merged():
+    check_yaml("a: &a {x: 1, y: a}\nb: &b {x: 2, z: [x, x, {x: x}]}\nc: {<<: *a, <<: *b, x: 3, y: x}\n? [x, x]\n: x\n? {x: x}\n: x\n*a : x\n",
+               "config")
+
+
+@pytest.mark.parametrize("word", ["1e-3", "-2E5", "+1.5e+3", "1.", ".5", "1_000.5", "1_000", ".inf", "-.INF", ".nan", "2020-01-31", "12:30",
+                                  "012", "0x1f", "no", "True", "~", "null", "e5", "1e", "1e5x", "7435e", "-", ".", "1.2.3", "'1e-3'"])
+def test_a_value_is_the_same_for_all_commands(word):
+    """`mmtx fit` reads a configuration through jsonargparse, `prepare` and `evaluate` read it themselves."""
+    found, expected = yaml.load(f"a: [{word}]", Loader)["a"][0], STOCK_YAML(f"a: [{word}]")["a"][0]
+    assert type(found) is type(expected) and (found == expected or found != found and expected != expected)
 
 
 def test_what_is_no_configuration_is_named(tmp_path):

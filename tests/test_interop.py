@@ -1,5 +1,6 @@
 """Pretrained language models in: families, tokenizers, chat formats and grown vocabularies, against transformers."""
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -23,7 +24,7 @@ from mmtx.inference.sampling import Sampling
 from mmtx.interop.convert import convert
 from mmtx.interop.export import export
 from mmtx.modality.base import load_tokenizer
-from mmtx.modality.pretrained_text import PretrainedText
+from mmtx.modality.pretrained_text import ALPHABET, PretrainedText
 from mmtx.pipeline import load
 from mmtx.sequence import in_user_turns, loss_mask, parse, prompt, render
 from mmtx.training.ctc import ctc_loss
@@ -194,11 +195,36 @@ def test_pieces_that_are_told_with_scores_are_those_that_may_come(media, tmp_pat
 def test_ids_of_pieces_may_have_gaps(tmp_path):
     """A row between them that no piece has is never written, and an id beyond the rows of the embedding is one clear error."""
     split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    content = json.dumps({"model": {"type": "BPE", "vocab": {"a": 0, "b": 5}, "merges": []}, "pre_tokenizer": split})
-    text = PretrainedText(content, 7)
-    assert text.decode(text.encode("ab")) == "ab" and text.control == {1, 2, 3, 4, 6}
-    with fails("rows of the embedding: found 5, expected 6 or more"):
-        PretrainedText(content, 5)
+    vocabulary = {**{character: n for n, character in enumerate(ALPHABET)}, "ab": 260}
+    content = json.dumps({"model": {"type": "BPE", "vocab": vocabulary, "merges": []}, "pre_tokenizer": split})
+    text = PretrainedText(content, 262)
+    assert text.decode(text.encode("ab")) == "ab" and text.control == {256, 257, 258, 259, 261}
+    with fails("rows of the embedding: found 260, expected 261 or more"):
+        PretrainedText(content, 260)
+
+
+@pytest.mark.parametrize("change, told", [
+    ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}}, "changes 'b' to ' b'"),
+    ({"normalizer": {"type": "Lowercase"}}, r"changes '  .*A.*' to '  .*a.*', expected .* no normalizer but NFC"),
+    ({"normalizer": {"type": "NFKC"}}, r"changes '  .*' to '  fiA A b  '"),
+    ({"normalizer": {"type": "Strip", "strip_left": True, "strip_right": False}}, "changes '  .*' to "),
+    ({"normalizer": {"type": "NFC"}}, None),  # of Qwen2
+    ({"model": {"type": "BPE", "vocab": {"b": 0, "\u0120": 1}, "merges": []}}, "found no pieces for 241 bytes, whose text would be lost"),
+])
+def test_a_tokenizer_that_changes_the_text_is_refused(change, told):
+    split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    model = {"type": "BPE", "vocab": {character: n for n, character in enumerate(ALPHABET)}, "merges": []}
+    content = json.dumps({"model": model, "pre_tokenizer": split, **change})
+    with contextlib.nullcontext() if told is None else fails(told):
+        PretrainedText(content, 300, where="tokenizer.json")
+
+
+def test_dropout_of_training_is_off():
+    split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    vocabulary = {**{character: n for n, character in enumerate(ALPHABET)}, "ab": 256}
+    content = json.dumps({"model": {"type": "BPE", "dropout": 0.5, "vocab": vocabulary, "merges": [["a", "b"]]}, "pre_tokenizer": split})
+    text = PretrainedText(content, 257)
+    assert {tuple(text.encode("ab")) for _ in range(50)} == {(256,)}
 
 
 def test_a_stream_in_a_chat_format_is_the_whole_answer(media, tmp_path):
@@ -337,6 +363,69 @@ def test_settings_of_another_type_are_named(broken, values, told):
     change(broken / "config.json", **values)
     with fails(f"config.json: {told}"):
         convert(broken)
+
+
+@pytest.mark.parametrize("differs", [False, True])
+def test_an_output_that_was_untied_in_training_is_read_as_in_transformers(differs, tmp_path):
+    """Its config.json may still say that it is tied."""
+    save_model(tmp_path, "llama scaled")
+    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    output = tensors["model.embed_tokens.weight"].clone().bfloat16().float() if differs else tensors["model.embed_tokens.weight"].clone()
+    safetensors.torch.save_file({**tensors, "lm_head.weight": output}, tmp_path / "model.safetensors", {"format": "pt"})
+    ours, theirs = convert(tmp_path), transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.arange(40)
+    expected, found = theirs(ids[None]).logits[0].detach(), full(ours, ids)
+    assert torch.allclose(found[:, :theirs.config.vocab_size], expected, atol=1e-4) and ours.decoder.config.tied is not differs
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_template_for_training_and_one_among_several_are_read_as_in_transformers(several, broken):
+    template = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}"
+                "{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}"
+                "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    (broken / "chat_template.jinja").write_text(template)
+    if several:
+        (broken / "chat_template.jinja").unlink()
+        named = [{"name": "tools", "template": "{{ tools }}"}, {"name": "default", "template": template}]
+        change(broken / "tokenizer_config.json", chat_template=named)
+    model, said = convert(broken), ["hello", "yes", "and now?"]
+    expected = transformers.AutoTokenizer.from_pretrained(broken).apply_chat_template(
+        messages(*said), add_generation_prompt=True, return_dict=False)
+    assert prompt(conversation(model, *said), model.vocabulary).ids.tolist() == expected
+    if several:
+        change(broken / "tokenizer_config.json", chat_template=named[:1])
+        with fails("found no default among several chat templates, expected one, as chat_template.jinja"):
+            convert(broken)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_pointer_of_git_lfs_is_told_as_that(broken, name, tmp_path):
+    convert(broken).save(tmp_path / "model")
+    ours = tmp_path / "model" / ("text" if name == "tokenizer.json" else "") / name
+    for file, read in ((broken / name, lambda: convert(broken)), (ours, lambda: load(tmp_path / "model", "cpu"))):
+        file.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 538090408\n")
+        with fails(rf"{name}: found a pointer of Git LFS, expected the file itself \(git lfs pull\)"):
+            read()
+
+
+def test_a_model_of_another_program_is_told_as_that(broken, tmp_path):
+    with fails("in: found a model of transformers, expected one of mmtx, which mmtx convert makes of it"):
+        load(broken, "cpu")
+    convert(broken).save(tmp_path / "model")
+    with fails("model: found a model of mmtx, expected one of transformers"):
+        convert(tmp_path / "model")
+    (broken / "config.json").rename(broken / "adapter_config.json")
+    with fails("in: found an adapter of peft, expected a whole model, as `merge_and_unload` makes it"):
+        convert(broken)
+
+
+def test_a_gguf_that_is_no_file_is_told(tmp_path):
+    os.mkfifo(tmp_path / "pipe.gguf")
+    (tmp_path / "folder.gguf").mkdir()
+    (tmp_path / "pointer.gguf").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    for name, told in (("pipe", "a pipe or device"), ("pointer", "a pointer of Git LFS"), ("folder", "a folder")):
+        with fails(f"{name}.gguf: found {told}, expected"):
+            convert(tmp_path / f"{name}.gguf")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja"])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import re
 import struct
 import subprocess
@@ -148,6 +149,22 @@ def test_a_log_gets_a_line_for_each_step_and_sounds_can_be_heard(fit, monkeypatc
     monkeypatch.setenv("TQDM_DISABLE", "1")
     fit("silent", "--trainer.enable_progress_bar", "true", "--trainer.max_steps", "1")
     assert capsys.readouterr().out == ""
+
+
+def test_callbacks_and_profilers_that_are_asked_to_speak_do(fit):
+    told = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logger = logging.getLogger("lightning.pytorch")
+    logger.addHandler(handler)
+    stopping = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "val/loss", "verbose": True}}
+    try:
+        fit("loud", "--trainer.callbacks", json.dumps([stopping]), "--trainer.profiler", "simple")
+    finally:
+        logger.removeHandler(handler)
+    told = "\n".join(told)
+    assert "Metric val/loss improved" in told and "FIT Profiler Report" in told
+    assert "GPU available" not in told and "weights_only" not in told
 
 
 def test_a_run_tells_what_it_was_made_with(whole):

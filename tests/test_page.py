@@ -210,7 +210,7 @@ def test_mistakes_in_what_is_made_are_told(demo, media):
     for body, told in (({"out": "image"}, "content: found nothing"), ({"out": "video"}, "out: found 'video', expected 'image' or 'audio'"),
                        ({"out": "audio", "begin": item(media[0])}, "begin: found image, expected audio"),
                        ({"out": "image", "begin": item(media[0][:80])}, "begin.image_url.url: not a whole picture"),
-                       ({"out": "image", "begin": {"type": "input_audio", "input_audio": {}}}, "begin.input_audio.data: Field required"),
+                       ({"out": "image", "begin": {"type": "input_audio", "input_audio": {}}}, "begin.input_audio.data: found none, expected one"),
                        ({"out": "image", "content": "a", "kept": "0.5"}, "kept: found '0.5', expected a valid number"),
                        ({"out": "audio", "content": "a", "seconds": math.nan}, "seconds: found nan, expected a finite number"),
                        ({"out": "audio", "content": "a", "seconds": 11}, "seconds: found 11, expected less than or equal to 10"),

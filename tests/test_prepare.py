@@ -265,9 +265,9 @@ def test_parts_of_something_else_are_refused(tokenizers, tmp_path):
     rows.write_text("\n".join(json.dumps({"text": f"line {n}"}) for n in range(10)))
     source, output = DataSource([str(rows)]), tmp_path / "a"
     prepare(source, tokenizers, output, rows=2, part=(1, 2))
-    with pytest.raises(InputError, match="part-1-of-2: was begun with shard_rows 2, found 3; expected the same"):
+    with pytest.raises(InputError, match="part-1-of-2: was begun with rows 2, found 3; expected the same"):
         prepare(source, tokenizers, output, rows=3)
-    with pytest.raises(InputError, match="part-1-of-2: was begun with shard_rows 2, found 3; expected the same"):
+    with pytest.raises(InputError, match="part-1-of-2: was begun with rows 2, found 3; expected the same"):
         prepare(source, tokenizers, output, rows=3, part=(1, 2))
     rows.write_text(rows.read_text().replace("line 4", "line four"))
     with pytest.raises(InputError, match="shard-00002.safetensors: the sources changed since it was written"):
@@ -319,6 +319,12 @@ def test_a_part_that_is_none_is_refused(word):
     with pytest.raises(SystemExit) as stop:
         main(["prepare", "x", "--output", "y", f"--part={word}"])
     assert stop.value.code == 2
+
+
+def test_a_second_tokenizer_of_a_kind_is_refused(folders, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["prepare", "x.jsonl", "--output", str(tmp_path / "a"), "--tokenizers", *folders, folders[0]])
+    assert f"error: {folders[0]}: found a second text tokenizer, expected one of each kind" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -435,7 +441,7 @@ def test_changed_sources_are_refused(tokenizers, tmp_path):
     write(*rows)
     again(num_workers=2, max_bad=0.5)
     assert content(tmp_path / "a") == expected
-    for options, told in (({"rows": 5}, "shard_rows 4, found 5"), ({"features": True}, "features False, found True")):
+    for options, told in (({"rows": 5}, "rows 4, found 5"), ({"features": True}, "features False, found True")):
         with pytest.raises(InputError, match=f"was begun with {told}; expected the same, or another --output"):
             again(**options)
 

@@ -13,7 +13,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.connectors.logger_connector import _LoggerConnector
@@ -37,7 +37,9 @@ METHODS = [
     (_FitLoop, "_should_accumulate", "ends_step"),
     (_TrainingEpochLoop, "_should_check_val_fx", "validation_due"),
     (_LoggerConnector, "update_train_step_metrics", "log_step_now"),
-    (_SignalConnector, "_sigterm_notifier_fn", "on_sigterm"),
+    (_SignalConnector, "_sigterm_notifier_fn", "on_signals"),
+    (_SignalConnector, "_slurm_sigusr_handler_fn", "on_signals"),
+    (_CheckpointConnector, "_parse_ckpt_path", "load_only_what_is_given"),
     (_SubprocessScriptLauncher, "_call_children_scripts", "launch_within"),
     (_CheckpointConnector, "restore_model", "before_restoring"),
     (_CheckpointConnector, "restore_training_state", "before_restoring"),
@@ -57,6 +59,7 @@ def test_a_trainer_has_the_attributes():
     assert hasattr(trainer.fit_loop, "_data_fetcher") and hasattr(trainer.fit_loop.epoch_loop.val_loop, "restarting")
     assert isinstance(trainer._signal_connector, _SignalConnector) and isinstance(trainer._logger_connector, _LoggerConnector)
     assert ModelParallelStrategy()._data_parallel_size == "auto"
+    assert [DDPStrategy(start_method=name)._start_method for name in ("popen", "spawn")] == ["popen", "spawn"]
 
 
 def test_sigterm_goes_to_the_handler():
@@ -75,7 +78,7 @@ def test_sigterm_goes_to_the_handler():
 
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
                       enable_model_summary=False, max_steps=1)
-    private.on_sigterm(trainer, lambda number, *_: seen.append(number))
+    private.on_signals(trainer, lambda number, *_: seen.append(number), lambda number, *_: None)
     trainer.fit(Asked(), [0])
     assert seen == [signal.SIGTERM]
 

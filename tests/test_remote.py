@@ -99,6 +99,8 @@ def test_answers_are_those_of_the_model_here(served):
     # With a seed the engine's own choices repeat themselves.
     drawn = [there.generate("a", temperature=2.0, max_new_tokens=10, seed=seed) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
+    drawn = [there.generate("a", temperature=2.0, max_new_tokens=10, seed=2**32 - 1) for _ in range(2)]  # random to the engine
+    assert drawn[0] == drawn[1]
     # Prompts of one call have random numbers of their own.
     prompts = [there._prompt("a red circle")] * 2
     first, second = there._answer(prompts, "text", Sampling(max_new_tokens=10, temperature=2.0, seed=1))

@@ -204,6 +204,7 @@ LOST = {
     "the wrong kind": ({"messages": chat("<audio>", "a"), "audios": ["a.png"]}, ["'audios[0]'", "a file of kind audio"]),
     "no base64": ({"messages": chat([{"type": "input_audio", "input_audio": {"data": "?", "format": "wav"}}], "a")},
                   ["input_audio", "'?'", "base64"]),
+    "a data URL without its end": ({"image": f"data:image/png;base64,{INLINE}A", "text": "a"}, ["'image'", "data:image/png;base64, expected base64"]),
     "a list in a list": ({"messages": chat("<image>", "a"), "images": [["a.png"]]}, ["'images[0]'", "a path or URL"]),
     "an unknown role": ({"conversations": [{"from": "tool", "value": "a"}]}, ["conversations[0]", "'tool'"]),
     "history": ({"query": "a", "response": "b", "history": "no"}, ["'history'", "'no'"]),
@@ -211,6 +212,9 @@ LOST = {
     "an instruction that is none": ({"query": "a", "response": "b", "system": 3}, ["'system'", "3"]),
     "an offset below 0": ({"audio_filepath": "a.wav", "text": "a", "offset": -1, "duration": 1}, ["'offset'", "-1"]),
     "NaN": ({"audio_filepath": "a.wav", "text": "a", "offset": float("nan"), "duration": 1}, ["'offset'", "nan"]),
+    "an offset below 0 in a part": ({"messages": chat([{"type": "audio", "audio": "a.wav", "offset": -1}], "a")},
+                                    ["messages[0].content[0]", "'offset'", "-1"]),
+    "a question without text": ({"messages": chat("What?", "a", "", names=("user", "assistant", "user"))}, ["'messages[2].content' is ''"]),
     "no seconds": ({"audio_filepath": "a.wav", "text": "a", "duration": 0}, ["'duration'", "0"]),
     "no number": ({"audio_filepath": "a.wav", "text": "a", "duration": True}, ["'duration'", "True"]),
 }
@@ -254,6 +258,18 @@ def test_a_cut_of_a_sound(folder):
     changed = [replace(sample, turns=(replace(sample.turns[0], parts=(replace(medium, **more),)), *sample.turns[1:]))
                for more in ({}, {"seconds": 0.25}, {"speed": 2.0})]
     assert len({stamp_of([one]) for one in changed}) == 3
+
+
+@pytest.mark.parametrize("row", [
+    {"messages": chat([{"type": "audio", "audio": "a.wav", "offset": 1.5, "duration": 2.25}, {"type": "audio", "audio": "b.wav"}], "a")},
+    {"audios": [{"path": "a.wav", "offset": 1.5, "duration": 2.25}, "b.wav"], "text": "a"},
+    {"audio": [{"data": base64.b64encode(b"a.wav").decode(), "offset": "1.5", "duration": 2.25}, {"url": "b.wav", "offset": None}], "text": "a"},
+])
+def test_a_cut_of_a_sound_in_an_object(folder, row):
+    (sample,) = rows_of(folder, row)
+    first, second = sample.turns[0].parts
+    assert said(sample) == [("user", [W, V]), ("assistant", ["a"])]
+    assert [(part.start, part.seconds) for part in (first, second)] == [(1.5, 2.25), (0.0, None)]
 
 
 @pytest.mark.skipif("start" not in signature(load_audio).parameters, reason="load_audio reads no cuts yet")
@@ -353,7 +369,7 @@ def test_fields_that_are_none(given, told):
 LACKING = [({"image": None, "text": "a"}, "image"), ({"audio": None, "caption": "a", "text": "a"}, "audio"),
            ({"images": None, "text": "See <image>."}, "images"), ({"audio_filepath": None, "text": "a", "duration": 1}, "audio_filepath"),
            ({"file_name": None, "text": "a"}, "file_name"), ({"image": None, "audio": None, "text": "a"}, "image"),
-           ({"image": None, "question": "What?", "answer": "a"}, "image"), ({"image": None}, "image")]
+           ({"image": None, "question": "What?", "answer": "a"}, "image"), ({"image": None}, "image"), ({"image": "", "text": "a"}, "image")]
 
 
 @pytest.mark.parametrize("row, named", LACKING)
@@ -395,6 +411,7 @@ def test_a_row_without_a_medium_of_another_name(folder):
     ({"messages": chat("Hello", "a"), "image": None, "audios": None}, [("user", ["Hello"]), ("assistant", ["a"])]),
     ({"prompt": chat("Hello"), "completion": chat("a", names=("assistant",)), "images": None}, [("user", ["Hello"]), ("assistant", ["a"])]),
     ({"images": [], "text": "a"}, [(None, ["a"])]),  # a list of none
+    ({"messages": chat("Hello", "a"), "image": ""}, [("user", ["Hello"]), ("assistant", ["a"])]),
     ({"image": "a.png", "images": None, "audio": None, "text": "a"}, [("user", [A]), ("assistant", ["a"])]),
 ])
 def test_rows_that_need_no_medium(folder, row, expected):

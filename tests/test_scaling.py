@@ -249,7 +249,8 @@ def test_a_plan_at_the_edge_of_the_sizes_says_so(budget, told, tmp_path, capsys,
 
 @pytest.mark.parametrize("options, found", [
     ([], "no budget"), (["--flops", "1e15", "--hours", "2"], "--flops and --hours"), (["--hours", "2"], "--hours,"),
-    (["--flops", "nan"], "nan"), (["--flops", "-1"], "-1"), (["--flops", "1e15", "--rate", "2"], "--flops and --rate")])
+    (["--flops", "1e-320"], "1e-320 FLOPs"), (["--hours", "1e-200", "--rate", "1e-200"], "0 FLOPs"),
+    (["--hours", "1e200", "--rate", "1e200"], "inf FLOPs"), (["--flops", "nan"], "nan"), (["--flops", "-1"], "-1"), (["--flops", "1e15", "--rate", "2"], "--flops and --rate")])
 def test_budgets_that_are_none_are_refused(options, found, tmp_path, capsys, models):
     with pytest.raises(SystemExit) as stop:
         main(["plan", "--model", str(tmp_path / "64-1000" / "model"), *options])

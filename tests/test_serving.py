@@ -202,6 +202,12 @@ def test_a_stream_is_the_answer_in_pieces(server, media):
     assert events[-1].usage == whole.usage and events[-2].choices[0].finish_reason == whole.choices[0].finish_reason
 
 
+def test_a_proxy_is_told_not_to_hold_a_stream_back(server):
+    asked = server.client.chat.completions.with_raw_response.create(
+        model=NAME, max_tokens=4, messages=[{"role": "user", "content": "a"}], stream=True)
+    assert (asked.headers["x-accel-buffering"], asked.headers["cache-control"]) == ("no", "no-cache")
+
+
 def test_a_stream_tells_its_role_once(server, media):
     with server.client.chat.completions.stream(model=NAME, max_tokens=40, messages=[
             {"role": "user", "content": [item(media[0])]}]) as stream:
@@ -310,7 +316,7 @@ def test_transcriptions_are_captions(model, server, media):
 
 
 def test_a_form_with_a_field_that_is_not_understood_is_refused(server, media):
-    with pytest.raises(openai.BadRequestError, match="language: Extra inputs"):
+    with pytest.raises(openai.BadRequestError, match="language: found a field that this server"):
         server.client.audio.transcriptions.create(model=NAME, file=("a.wav", media[2]), language="en")
 
 
@@ -366,6 +372,7 @@ def test_speech_is_sent_while_it_is_made(speaker, spoken, form, pieces):
     with asked as answer:
         assert answer.headers["content-type"] == {"wav": "audio/wav", "pcm": "audio/pcm", "opus": "audio/ogg", "flac": "audio/flac",
                                                   "mp3": "audio/mpeg"}[form]
+        assert answer.headers["x-accel-buffering"] == "no"
         found = list(answer.iter_bytes())
     data = b"".join(found)
     assert len([chunk for chunk in found if chunk]) >= pieces
@@ -456,8 +463,19 @@ def test_what_is_null_is_not_given(server):
     answer, expected = ask({**replied, **more}, extra_body=dict.fromkeys(names)), ask(replied)
     assert answer.choices[0].message.content == expected.choices[0].message.content and answer.usage == expected.usage
     for message, options in (({**replied, "refusal": "no"}, {}), (replied, {"extra_body": {"store": False}})):
-        with pytest.raises(openai.BadRequestError, match="Extra inputs are not permitted"):
+        with pytest.raises(openai.BadRequestError, match="found a field that this server does not support, expected none of this name"):
             ask(message, **options)
+
+
+def test_what_asks_for_nothing_is_not_refused(server):
+    """Some clients send each field with its default, and the limit under both of its names."""
+    more = {"stop": [], "tools": [], "logit_bias": {}, "response_format": {"type": "text"}, "max_completion_tokens": 12}
+    asked = server.chat("a", max_tokens=12, extra_body=more)
+    assert asked.choices[0].message == server.chat("a", max_tokens=12).choices[0].message
+    with pytest.raises(openai.BadRequestError, match=r"response_format.type: found 'json_object', expected 'text'"):
+        server.chat("a", response_format={"type": "json_object"})
+    with pytest.raises(openai.BadRequestError, match=r"messages: found \[\]: List should have at least 1 item"):
+        server.client.chat.completions.create(model=NAME, messages=[])
 
 
 # -- Bad requests --------------------------------------------------------------------------------------------
@@ -481,10 +499,11 @@ def silence(seconds: float) -> bytes:
     ([words("a"), item(b"RIFF0000WAVE")], {}, 400, "messages[0].content[1]"),
     ([item(silence(70))], {}, 400, "found 70.0 s, expected up to 60 s"),
     ([item(b"GIF89a")], {}, 400, "not a whole picture"),
-    ([{"type": "image_url", "image_url": {"url": "data:image/png;base64,%%%"}}], {}, 400, "not base64"),
+    ([{"type": "image_url", "image_url": {"url": "data:image/png;base64,%%%"}}], {}, 400, "not base64 (Only base64 data is allowed), found '%%%'"),
     ([{"type": "image_url", "image_url": {"url": "/etc/passwd"}}], {}, 400, "does not fetch URLs"),
     ([{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}], {}, 400, "does not fetch URLs"),
-    ([{"type": "file", "file": {}}], {}, 400, "type"),
+    ([{"type": "file", "file": {}}], {}, 400, "messages[0].content[0].type: found 'file', expected one of 'text', 'image_url', 'input_"),
+    (None, {}, 400, "messages[0].content: found none, expected one"),
     ("a", {"extra_body": {"guided": 1}}, 400, "guided"),
     ("a", {"temperature": -1}, 400, "temperature: found -1.0"),
     ("a", {"top_p": 2.0}, 400, "top_p"),
@@ -509,7 +528,8 @@ def silence(seconds: float) -> bytes:
     ([words("a"), words(5)], {}, 400, "messages[0].content[1].text: found 5, expected a valid string"),
     ([{"type": "image_url", "image_url": "a"}], {}, 400, "messages[0].content[0].image_url: found 'a', expected a JSON object"),
     ([{"type": "image_url", "image_url": {"url": 5}}], {}, 400, "messages[0].content[0].image_url.url: found 5, expected a valid string"),
-    ("a", {"max_completion_tokens": 3}, 400, "max_tokens: Extra inputs"),  # beside max_tokens
+    ("a", {"max_completion_tokens": 3}, 400, ", expected one limit, not different max_tokens and max_completion_tokens"),  # beside 16
+    ("a", {"extra_body": {"logit_bias": {"5": 1}}}, 400, "logit_bias: found a field that this server does not support"),
     ("a" * 9000, {}, 400, "expected up to 4096 in all"),
     ("a", {"stop": ["b"]}, 400, "stop"),
     ("a" * 200_000, {}, 400, "found 200000 characters, expected up to 131072"),
@@ -553,7 +573,7 @@ def test_whole_numbers_are_numbers(server, media):
 
 def test_mistakes_of_forms_and_sizes_are_told(server):
     named = lambda name: b'--x\r\nContent-Disposition: form-data; name="%s"\r\n\r\ntiny\r\n' % name
-    for more, told in ((named(b"file"), "file: found 'tiny', expected a file"), (b"", "file: Field required"),
+    for more, told in ((named(b"file"), "file: found 'tiny', expected a file"), (b"", "file: found none, expected one"),
                        (named(b"file") + named(b"temperature"), "temperature: found 'tiny', expected a valid number")):
         status, answer = post(server, AS_FORM, named(b"model") + more + b"--x--\r\n", "/v1/audio/transcriptions")
         assert status == 400 and told in answer["error"]["message"]
@@ -701,6 +721,9 @@ def test_a_key_is_asked_for(small_server):
         connection.sendall(HEAD.replace("\n", "\r\n").encode().replace(b"secret", other) + b"Content-Length: 2\r\n\r\n{}")
         status, _, told = answer_of(connection)
         assert status == 401 and told["error"]["code"] == "invalid_api_key"
+    for scheme, expected in (("Basic", 401), ("bearer", 400), ("BEARER ", 400)):  # whatever its case; the body is none
+        status, *_ = answer_of(small_server.raw(f"{HEAD.replace('Bearer', scheme)}Connection: close\nContent-Length: 2\n\n", b"{}"))
+        assert status == expected
     for path, status in (("/v1/models", 401), ("/metrics", 401), ("/health", 200)):
         found, *_ = answer_of(small_server.raw(f"GET {path} HTTP/1.1\nHost: 127.0.0.1\nConnection: close\n\n"))
         assert found == status

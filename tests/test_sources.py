@@ -115,7 +115,7 @@ def chat(content, role="user"):
         ({"image": "a.png"}, ["'caption' or 'text'"]),
         ({"caption": "x"}, ["'text'", "caption"]),
         ({"image": "b.png", "text": "x"}, ["'image'", "b.png", "no such file"]),
-        ({"image": "", "text": "x"}, ["'image'", "path"]),
+        ({"image": "", "text": "x"}, ["'image'", "is empty"]),
         ({"image": {"bytes": "x"}, "text": "x"}, ["'image'", "path"]),
         ({"image": "a\0.png", "text": "x"}, ["'image'", "no such file"]),
         ({"image": "a.wav", "text": "x"}, ["'image'", "a.wav", "a file of kind image"]),
@@ -290,7 +290,8 @@ def test_what_is_hidden_is_no_sample(tmp_path):
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ([("k.png", b"x")], ["'caption' or 'text'"]),
+        ([("k.png", b"x")], ["k.png alone", "k.txt or .json"]),
+        ([("k.png", b"x"), ("k.json", b'{"label": 3}')], ["'caption' or 'text'", "['label']"]),
         ([("k.json", b'{"caption": "x"}')], ["none", "one picture or sound"]),
         ([("k.png", b"x"), ("k.jpg", b"x"), ("k.txt", b"x")], ["expected one picture", "k.png", "k.jpg"]),
         ([("k.png", b"x"), ("k.json", b"{")], ["k.json", "not JSON"]),

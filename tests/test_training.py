@@ -230,6 +230,33 @@ def test_a_run_that_begins_anew_where_another_was_says_so(root, decoder_data, ca
     assert "starts from the beginning and replaces the existing model" in capfd.readouterr().err
 
 
+SLURM = {"NTASKS": "1", "NTASKS_PER_NODE": "1", "JOB_NAME": "train", "JOB_ID": "42", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+
+
+def test_a_job_of_a_cluster_that_is_about_to_end_is_requeued_and_goes_on(root, decoder_data, monkeypatch, tmp_path, capfd):
+    steps = {**TRAINER, "max_steps": 4, "limit_val_batches": 0}
+    whole = fit(root / "at-home", DECODER_MODULE, decoder_data, steps)
+    for name, value in ({f"SLURM_{name}": value for name, value in SLURM.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $* >> {tmp_path}/asked\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    step = DecoderModule.training_step
+    with monkeypatch.context() as patched:
+        patched.setattr(DecoderModule, "training_step",
+                        lambda self, batch, index: (index == 2 and signal.raise_signal(signal.SIGUSR1), step(self, batch, index))[1])
+        with pytest.raises(SystemExit) as stop:
+            fit(root / "cluster", DECODER_MODULE, decoder_data, steps)
+    assert stop.value.code == 128 + signal.SIGUSR1 and (tmp_path / "asked").read_text() == "requeue 42\n"
+    assert "mmtx: job 42 is requeued; it goes on if its command has --ckpt_path last" in capfd.readouterr().err
+    assert [path.name for path in (root / "cluster").rglob("*.ckpt")] and not list((root / "cluster").glob("*.ckpt"))
+    resumed = fit(root / "cluster", DECODER_MODULE, decoder_data, steps, ("--ckpt_path", "last"))
+    assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    (root / "cluster" / "hpc_ckpt_1.ckpt").write_bytes(b"which Lightning would load there, whatever it is told")
+    fit(root / "cluster", DECODER_MODULE, decoder_data, steps)
+    assert "starts from the beginning" in capfd.readouterr().err
+
+
 # -- Validate, test, predict ---------------------------------------------------------------------------------
 
 
@@ -546,6 +573,16 @@ MISTAKES = {
     "wrong choice": ("trainer", "precision", "17", ["trainer.precision", "found 17", "bf16-mixed"]),
     "no steps": ("trainer", "max_steps", -1, ["trainer.max_steps", "found -1"]),
     "no such device": ("trainer", "accelerator", "abacus", ["trainer", "abacus"]),
+    "devices of another machine": ("trainer", "devices", [0, 1], ["trainer: `devices`", "int > 0"]),
+    "spawned processes": ("trainer", "strategy", "ddp_spawn", ['trainer.strategy: found one that spawns', '"ddp"']),
+    "forked processes": ("trainer", "strategy", {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": {
+        "start_method": "fork"}}, ["trainer.strategy: found one that spawns or forks its processes"]),
+    "no value": ("data", "tokens_per_batch", None, ["data.tokens_per_batch: found None, expected int"]),
+    "no value of a model": ("model", "z_loss", None, ["model.z_loss: found None, expected float"]),
+    "no value within": ("model", "optimizer", {"betas": None}, ["model.optimizer.betas: found None, expected tuple"]),
+    "no options": ("model", "optimizer", None, ["model.optimizer: found None, expected its options, or no such key"]),
+    "no value for the trainer": ("trainer", "max_steps", None, ["trainer.max_steps: found None, expected int"]),
+    "no weights of losses": ("model", "loss_weights", None, ["model.loss_weights: found None"]),
 }
 
 
@@ -693,7 +730,22 @@ def test_an_average_of_weights_leaves_frozen_ones_as_they_are(dtype):
         averaging.on_train_batch_end(trainer, module, None, None, 0)
     averaging.on_train_end(trainer, module)
     assert torch.equal(module.frozen, frozen)
-    assert torch.allclose(module.moving, torch.full((3,), (1.0 * 0.9 + 2 * 0.1) * 0.9 + 3 * 0.1))
+    assert torch.allclose(module.moving, torch.full((3,), (0.81 * 1 + 0.9 * 2 + 3) / (0.81 + 0.9 + 1)))
+
+
+@pytest.mark.parametrize("decay", [0.999, 1 - 1e-12])
+def test_an_average_of_a_short_run_is_not_that_of_its_first_step(decay):
+    module, trainer = lightning.LightningModule(), SimpleNamespace(is_last_batch=False, global_step=0)
+    module.moving = torch.nn.Parameter(torch.zeros(3))
+    averaging = EMAWeightAveraging(decay, use_buffers=False)
+    averaging.setup(trainer, module, "fit")
+    for step in range(1, 101):
+        module.moving.data += 1
+        trainer.global_step = step
+        averaging.on_train_batch_end(trainer, module, None, None, 0)
+    averaging.on_train_end(trainer, module)
+    counts = [decay ** (100 - step) for step in range(1, 101)]
+    assert torch.allclose(module.moving, torch.full((3,), sum(step * count for step, count in enumerate(counts, 1)) / sum(counts)))
 
 
 def test_samples_are_those_with_a_caption_wherever_they_stand(decoder_data, tmp_path):

@@ -161,6 +161,7 @@ def test_a_long_sound_is_cut_where_it_is_quietest():
     parts = [(1.0, 1), (0.25, 0.01), (0.5, 1), (0.25, 0.02), (1.0, 1), (0.25, 0.02), (0.33, 1)]  # seconds and loudness
     whole = torch.from_numpy(np.concatenate([loud * rng.normal(size=round(s * RATE)) for s, loud in parts]).astype(np.float32))
     pieces = cut_at_pauses(whole, RATE, 2.0)
+    whole = whole - whole.mean()
     begins = [next(k for k in range(len(whole)) if torch.equal(whole[k:k + 99], piece[:99])) / RATE for piece in pieces]
     within_pauses = [(1.0, 1.25), (1.75, 2.0), (3.0, 3.25)]
     assert len(pieces) == 3 and begins[0] == 0
@@ -180,6 +181,18 @@ def test_what_is_quiet_around_speech_is_left_out(noise):
     for piece in pieces:  # with a margin of 0.1 s, and a moment of 0.025 s
         assert RATE <= len(piece) <= 1.26 * RATE
     assert cut_at_pauses(torch.zeros(3 * RATE), RATE, 1.0) == [] == cut_at_pauses(torch.zeros(0), RATE, 1.0)
+
+
+@pytest.mark.parametrize("offset", [-0.02, 0.1])
+def test_an_offset_of_the_recorder_is_not_heard(offset):
+    rng = np.random.default_rng(1)
+    silence = np.zeros(RATE)
+    whole = torch.from_numpy(np.concatenate([silence, 0.1 * rng.normal(size=RATE), silence]).astype(np.float32))
+    (piece,), (same,) = cut_at_pauses(whole, RATE, 3.5), cut_at_pauses(whole + offset, RATE, 3.5)
+    assert len(piece) < 1.26 * RATE and torch.allclose(piece, same, atol=1e-6)
+    assert cut_at_pauses(torch.full((RATE,), offset), RATE, 3.5) == [] == cut_at_pauses(torch.full((1,), offset), RATE, 3.5)
+    model, spoken = mmtx.load("demos/speech", device="cpu"), load_audio("demos/examples/speech.ogg", RATE).numpy()
+    assert model.transcribe(mmtx.Audio(spoken + np.float32(offset), RATE)) == model.transcribe(mmtx.Audio(spoken, RATE))
 
 
 def test_nobody_speaks_in_silence():
@@ -261,7 +274,11 @@ def test_the_server_transcribes_and_captions_where_a_request_says_how_to_choose(
         ask = lambda **more: client.post("/v1/audio/transcriptions", files={"file": ("a.wav", medium.data)}, data={"model": "tiny", **more})
         assert ask().json() == {"text": model.transcribe(medium)}
         assert ask(response_format="text").text == model.transcribe(medium)
-        assert ask(temperature="0").json() == {"text": model.caption(medium)} != ask().json()
+        assert ask(temperature="0", top_p="1").json() == ask().json()  # the defaults
+        assert ask(top_p="2").json()["error"]["message"] == "top_p: found 2.0, expected a number in (0, 1]"
+        assert ask(max_tokens="256").json() == {"text": model.caption(medium)} != ask().json()
+        drawn = {"text": model.caption(medium, temperature=1.0, seed=3, max_new_tokens=256)}
+        assert ask(temperature="1", seed="3").json() == drawn != ask().json()
 
 
 def test_a_transcript_needs_no_room_for_the_whole_sound(model):
@@ -270,7 +287,7 @@ def test_a_transcript_needs_no_room_for_the_whole_sound(model):
     with TestClient(make_app(model, "tiny", Limits(tokens=400, seconds=10)), base_url="http://127.0.0.1") as client:
         ask = lambda data, **more: client.post("/v1/audio/transcriptions", files={"file": ("a.wav", data)}, data={"model": "tiny", **more})
         assert ask(medium.data).json() == {"text": model.transcribe(medium)}
-        captioned = ask(medium.data, temperature="0")
+        captioned = ask(medium.data, max_tokens="1")
         assert (captioned.status_code, captioned.json()["error"]["code"]) == (400, "context_length_exceeded")
         refused = ask(wav(10.5))
         assert refused.status_code == 400 and "expected up to 10 s" in refused.json()["error"]["message"]

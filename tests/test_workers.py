@@ -73,7 +73,7 @@ def test_a_killed_process_is_told_whatever_it_held():
             pool.processes[0][0].kill()
             assert not wait(results, timeout=60).not_done
             ended = [future for future in results if future.exception()]
-            assert all(isinstance(future.exception(), WorkerDied) for future in ended)
+            assert all(isinstance(future.exception(), WorkerDied) and "out of memory" in str(future.exception()) for future in ended)
             assert all(future.result()[1] == n for n, future in enumerate(results, 20) if future not in ended)
         finally:
             pool.end()
@@ -94,6 +94,21 @@ def test_a_killed_process_ends_prepare_in_one_line_and_the_same_command_goes_on(
             prepare(DataSource([str(path)]), tokenizers, tmp_path / "a", rows=1)
     assert not [name for name in os.listdir(tmp_path / "a") if "part" in name or name == ".lock"]
     assert prepare(DataSource([str(path)]), tokenizers, tmp_path / "a", rows=100)["documents"] == 400
+
+
+def test_a_script_that_its_own_processes_would_run_again_is_told(tmp_path):
+    """New processes import the script that started them, which fails: that is no lack of memory."""
+    (tmp_path / "script.py").write_text("""import operator, pickle
+from mmtx.data.workers import WorkerDied, Workers
+pool = Workers(1, operator.add, 1)
+try:
+    pool.submit(pickle.dumps((2,))).result()
+except WorkerDied as died:
+    print(died)
+pool.end()
+""")
+    ran = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.stdout == "died with status 1, see above; a script that starts processes needs `if __name__ == \"__main__\":`\n"
 
 
 # -- Rows with any content -----------------------------------------------------------------------------------

@@ -47,6 +47,8 @@ def run(options: argparse.Namespace) -> None:
     if options.file and not options.runs:
         raise InputError("--file: found no --runs, expected the folder of runs to plot")
     budget = options.flops or options.hours * 3600 * options.rate
+    if not 1 <= budget < float("inf"):  # which hours and rate, each a number above 0, can make
+        raise InputError(f"budget: found {budget:.4g} FLOPs, expected a finite number of 1 or more")
     config = read_model_config(find_shipped(options.model) if options.model else shipped(DEFAULT_MODEL))
     runs = read_runs(options.runs) if options.runs else []
     unique = options.unique_tokens

@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
     from mmtx.data.prepare import prepare
     from mmtx.data.sources import MAX_BAD
     from mmtx.files import find_shipped, shipped
-    from mmtx.modality.base import load_tokenizer
+    from mmtx.modality.base import Tokenizer, load_tokenizer
 
     check_source_options(options)
     if not options.sources and not options.config:
@@ -70,7 +70,11 @@ def run(options: argparse.Namespace) -> None:
         outputs = [check_output(options.output) / str(list(dict.fromkeys(read)).index(what)) for what in read]
         if options.trusted:
             sources = [replace(source, trusted=True) for source in sources]
-    loaded = {tokenizer.kind: tokenizer for tokenizer in (load_tokenizer(find_shipped(folder)) for folder in folders)}
+    loaded: dict[str, Tokenizer] = {}
+    for folder in folders:
+        tokenizer = load_tokenizer(find_shipped(folder))
+        if loaded.setdefault(tokenizer.kind, tokenizer) is not tokenizer:
+            raise InputError(f"{folder}: found a second {tokenizer.kind} tokenizer, expected one of each kind")
     tokenizers = {kind: loaded[kind] for kind in MODALITIES if kind in loaded}
     done = set()
     for source, output in zip(sources, outputs, strict=True):

@@ -156,7 +156,7 @@ class AudioAugmentation:
         shift, tilt, noise, gain = torch.rand(4, generator=generator).tolist()
         if self.speed:
             factor = 2 ** (self.speed * (2 * float(torch.rand((), generator=generator)) - 1) / 12)
-            played = F.interpolate(waveform[None, None], size=round(len(waveform) / factor), mode="linear")[0, 0]
+            played = F.interpolate(waveform[None, None], size=max(1, round(len(waveform) / factor)), mode="linear")[0, 0]
             waveform = F.pad(played, (0, max(0, len(waveform) - len(played))))[:len(waveform)]
         samples = round((2 * shift - 1) * self.shift * rate)
         if samples >= 0:

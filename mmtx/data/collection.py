@@ -15,7 +15,7 @@ from mmtx.data.sample import Sample
 from mmtx.data.sources import MAX_BAD, SkipCounter, check_select, read_rows
 from mmtx.data.storage import scrub
 from mmtx.data.variants import load_variants
-from mmtx.data.yaml_check import LOADER, read_yaml_text
+from mmtx.data.yaml_check import Loader, read_yaml_text
 from mmtx.errors import InputError
 
 Task = Literal["caption", "generate"]
@@ -89,7 +89,7 @@ class TrainingData(NamedTuple):
 def read_config(path: str | Path) -> TrainingData:
     """Read the configuration of a decoder. Raises InputError when it is another."""
     try:
-        config = yaml.load(read_yaml_text(path), LOADER)
+        config = yaml.load(read_yaml_text(path), Loader)
         data, model = (config[name]["init_args"] for name in ("data", "model"))
         folders = [folder for folder in data["tokenizers"].values() if folder is not None]
         train, held_out = ([DataSource(**source) for source in data[name]] for name in ("train", "validation"))

@@ -126,9 +126,9 @@ def _measured(samples: Sequence[Sample], first: int, measure: Measure, num_worke
                 yield from running.popleft().result()
         for future in running:
             yield from future.result()
-    except WorkerDied:
-        raise InputError(f"data.num_workers: one of the {num_workers} worker processes that read the samples died (out of memory?); "
-                         "the same command starts again") from None
+    except WorkerDied as died:
+        raise InputError(f"data.num_workers: one of the {num_workers} worker processes that read the samples {died}; the same "
+                         "command starts again") from None
     finally:
         pool.end()
 

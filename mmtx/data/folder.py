@@ -136,6 +136,9 @@ def captioned(key: str, files: list[tuple[str, Found]], where: str, name_prefix:
         known = ", ".join(extension for modality in MODALITIES.values() for extension in modality.extensions)
         raise InputError(f"{where}: found {os.path.basename(name)}, which is not read, expected one of {known}")
     beside = {suffix(name): source for name, source in sources}
+    if len(files) == 1:
+        raise InputError(f"{where}: found {os.path.basename(name)} alone, expected its caption beside it, in "
+                         f"{os.path.basename(key)}.txt or .json")
     if len(beside) < len(files):
         raise InputError(f"{where}: found {', '.join(os.path.basename(name) for name, _ in files)}, expected one of each")
     row = json_object(beside[".json"].read(), f"{where}.json") if ".json" in beside else {}

@@ -8,9 +8,10 @@
 | question and answer | "instruction" + "input" + "output" or another of PAIRS, after "history" |
 
 Media are "image", "images", "audio", "audios", "file_name" (image folders), or "audio_filepath" with "offset" and "duration"
-(NeMo). Placeholders <image> or <audio> in the texts say where media go, and must be as many as the media; without any, media
-come first in the first user turn. A field that looks like a medium and is not read is an error. So is an empty media field in a
-row without other media, except beside a chat, where data sets mark chats without media in this way.
+(NeMo); an object or a part of a message that names a sound may have the latter two as well. Placeholders <image> or <audio> in
+the texts say where media go, and must be as many as the media; without any, media come first in the first user turn. A field
+that looks like a medium and is not read is an error. So is an empty media field in a row without other media, except beside a
+chat, where data sets mark chats without media in this way.
 """
 
 import base64
@@ -21,10 +22,12 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
 from typing import Any, Literal, NamedTuple
+from urllib.parse import unquote_to_bytes
 
-from mmtx.data.fields import pop_number, pop_text, shown, text_of
+from mmtx.data.fields import pop_number, pop_text, reason, shown, text_of
 from mmtx.data.sample import Media, Part, SampleTurn, Text, known_kind, suffix
-from mmtx.data.storage import DatasetSource, MemorySource
+from mmtx.data.storage import DatasetSource, MemorySource, display
+from mmtx.data.trust import scheme_of
 from mmtx.errors import InputError
 from mmtx.modality.registry import MODALITIES, media_kinds
 
@@ -126,9 +129,9 @@ def turns_of(row: dict[str, Any], where: str, read: Reader | None, given: Sequen
 
 
 def empty_media(row: Mapping[str, Any], fields: Mapping[str, str | None] | None) -> list[str]:
-    """The media fields of a row that are null, by their names in the row; `fields` is that of a `DataSource`."""
+    """The media fields of a row that are null or "", by their names in the row; `fields` is that of a `DataSource`."""
     given = [(fields or {}).get(name, name) for name in names().fields]
-    return [name for name in given if name in row and row[name] is None]
+    return [name for name in given if name in row and row[name] in (None, "")]
 
 
 def _row_media(row: dict[str, Any], where: str, read: Reader) -> list[Media]:
@@ -165,20 +168,31 @@ def _media_of(value: Any, kind: str, at: str, where: str, read: Reader) -> list[
 
 def _medium(value: Any, kind: str, at: str, where: str, read: Reader | None) -> Media:
     """The medium of a path or URL, or of an object that holds one, or the bytes in base64."""
-    if isinstance(value, dict):
-        if isinstance(data := value.get("data"), str) and data:
-            return Media(kind, f"{where}: field {at!r}", MemorySource(_base64(data, at, where)))
-        value = value.get("url") or value.get("path") or value
-    if read is None:
+    inside = value if isinstance(value, dict) else {}
+    value = inside.get("url") or inside.get("path") or value
+    if isinstance(data := inside.get("data"), str) and data:
+        medium = Media(kind, f"{where}: field {at!r}", MemorySource(_base64(data, shown(data), at, where)))
+    elif read is None:
         raise InputError(f"{where}: field {at!r} is {shown(value)}, expected no medium other than the file next to this one")
-    return read(value, kind, at)
+    elif isinstance(value, str) and scheme_of(value) == "data":
+        medium = Media(kind, f"{where}: field {at!r}", MemorySource(_inline(value, at, where)))
+    else:
+        medium = read(value, kind, at)
+    return _cut_inside(inside, medium, at, where)
 
 
-def _base64(data: str, at: str, where: str) -> bytes:
+def _inline(url: str, at: str, where: str) -> bytes:
+    """The bytes in a data URL."""
+    head, _, data = url.partition(",")
+    return _base64(data, display(url), at, where) if head.lower().endswith(";base64") else unquote_to_bytes(data)
+
+
+def _base64(data: str, told: str, at: str, where: str) -> bytes:
+    """Bytes in base64, whose lines may be broken; errors show them as `told`."""
     try:
-        return base64.b64decode(data, validate=True)
-    except ValueError:
-        raise InputError(f"{where}: field {at!r} is {shown(data)}, expected base64") from None
+        return base64.b64decode("".join(data.split()), validate=True)
+    except ValueError as error:
+        raise InputError(f"{where}: field {at!r} is {told}, expected base64 ({reason(error)})") from None
 
 
 def _cut(row: dict[str, Any], medium: Media, where: str) -> Media:
@@ -190,6 +204,12 @@ def _cut(row: dict[str, Any], medium: Media, where: str) -> Media:
         return medium
     long = "the rest" if seconds is None else f"{seconds} s"
     return replace(medium, name=f"{medium.name} ({long} from {start} s)", start=start, seconds=seconds)
+
+
+def _cut_inside(given: Mapping[str, Any], medium: Media, at: str, where: str) -> Media:
+    """The medium of an object or of a part of a message: of a sound, what "offset" and "duration" there select."""
+    known = {name: value for name, value in given.items() if value is not None}
+    return _cut(known, medium, f"{where}: field {at!r}") if "offset" in known and MODALITIES[medium.kind].cuts else medium
 
 
 # -- The forms -----------------------------------------------------------------------------------------------
@@ -246,9 +266,9 @@ def _chat(messages: Any, name: str, where: str, read: Reader | None, marked: boo
                      for part in _part(item, where, f"{at}.{content_key}[{n}]", read, marked and role != "system")]
         else:
             parts = _text_parts(content, role, where, f"{at}.{content_key}", marked)
-        for name in LOSS_WEIGHTS if role == "assistant" else ():
-            if (value := rest.get(name)) is not None and not value:
-                raise InputError(f"{where}: field '{at}.{name}' is {shown(value)}, but every answer is trained on; expected rows "
+        for weight in LOSS_WEIGHTS if role == "assistant" else ():
+            if (value := rest.get(weight)) is not None and not value:
+                raise InputError(f"{where}: field '{at}.{weight}' is {shown(value)}, but every answer is trained on; expected rows "
                                  "without such answers")
         refuse_unread(rest, where, set(), at + ".")
         found.append(Message(role, parts))
@@ -271,7 +291,7 @@ def _part(item: Any, where: str, at: str, read: Reader | None, marked: bool) -> 
     value = {"data": item[given[0]]} if given[0] == "base64" else item[given[0]]
     rest = {name: value for name, value in item.items() if name not in ("type", given[0])}
     refuse_unread(rest, where, set(), at + ".")
-    return [_medium(value, medium, f"{at}.{given[0]}", where, read)]
+    return [_cut_inside(rest, _medium(value, medium, f"{at}.{given[0]}", where, read), at, where)]
 
 
 def _text_parts(text: Any, role: str, where: str, at: str, marked: bool) -> list[Part | Placeholder]:

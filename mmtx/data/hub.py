@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from mmtx.data.storage import DatasetSource, display, scrub
@@ -105,35 +106,49 @@ def rows(path: str, base: Base | None = None) -> Iterator[dict[str, Any]]:
             raise InputError(f"{display(path)}: found the splits {', '.join(found)}, expected the name of one, as in {how}")
         found = next(iter(found.values()))
     found = found.with_format(None)  # `save_to_disk` also saves what `set_format` asked for, such as tensors or some columns only
-    single, listed = ({column for column, kind in found.features.items() if is_media(kind)}
-                      for is_media in (_is_media, lambda kind: _is_media(getattr(kind, "feature", None))))
-    for column in (*single, *listed):
-        found = found.cast_column(column, _encoded(found.features[column]))
-    given = [column for column in found.column_names if column in single or column in listed]
-    texts = found.remove_columns(given)
+    given = [field.name for field in found.features.arrow_schema if _has_media(field.type)]
+    texts, stored = found.remove_columns(given), found.with_format("arrow")  # which decodes nothing, and leaves bytes on disk
+    classes = {column: kind.names for column, kind in texts.features.items() if isinstance(kind, datasets.ClassLabel)}
     for start in range(0, len(found), BATCH):
         batch = range(start, min(start + BATCH, len(found)))
-        # As Arrow tables: nothing is decoded, and bytes stay on disk.
-        there = found.select_columns(given).with_format("arrow")[batch] if given else None
+        there = stored.select_columns(given)[batch] if given else None
         rows = texts.select(batch) if texts.column_names else ({} for _ in batch)
         for place, (number, row) in enumerate(zip(batch, rows)):
+            for column, names in classes.items():
+                row[column] = None if row[column] in (None, -1) else names[row[column]]  # -1: not known
             for column in given:
-                cell = there[column][place]
-                if not cell.is_valid:
-                    row[column] = None
-                elif column in single:
-                    row[column] = DatasetSource(found, number, column, base)
-                else:
-                    row[column] = [DatasetSource(found, number, column, base, at) for at in range(len(cell))]
+                row[column] = _value(there[column][place], DatasetSource(stored, number, column, base))
             yield row
 
 
+def _value(cell: Any, source: DatasetSource) -> Any:
+    """The value of a cell, an Arrow scalar, with a source in place of each picture or sound."""
+    if not cell.is_valid or not _has_media(cell.type):
+        return cell.as_py()
+    if _is_media(cell.type):
+        return source
+    inner = lambda step: _value(cell[step], replace(source, place=(*source.place, step)))
+    return [inner(place) for place in range(len(cell))] if _is_list(cell.type) else {name: inner(name) for name in cell}
+
+
+def _has_media(kind: Any) -> bool:
+    """Whether an Arrow type is that of pictures or sounds, or of lists or objects that hold some."""
+    return _is_media(kind) or any(map(_has_media, [kind.value_type] if _is_list(kind) else _fields(kind).values()))
+
+
 def _is_media(kind: Any) -> bool:
-    import datasets
+    """Whether an Arrow type is that of one medium: bytes, or an object with them, as which the library stores pictures and sounds."""
+    return str(kind) in ("binary", "large_binary") or "bytes" in (inner := _fields(kind)) and _is_media(inner["bytes"])
 
-    return isinstance(kind, (datasets.Image, datasets.Audio)) or type(kind).__name__ in ("Video", "Pdf")
+
+def _is_list(kind: Any) -> bool:
+    import pyarrow
+
+    return isinstance(kind, (pyarrow.ListType, pyarrow.LargeListType, pyarrow.FixedSizeListType))
 
 
-def _encoded(kind: Any) -> Any:
-    """The same type of column, with decoding turned off."""
-    return type(kind)(_encoded(kind.feature)) if hasattr(kind, "feature") else type(kind)(decode=False)
+def _fields(kind: Any) -> dict[str, Any]:
+    """The types of the fields of objects; none for other types."""
+    import pyarrow
+
+    return {field.name: field.type for field in kind} if isinstance(kind, pyarrow.StructType) else {}

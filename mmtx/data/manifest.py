@@ -155,7 +155,8 @@ MANIFESTS: dict[str, Callable[[BinaryIO, str], Iterator[tuple[int, Any]]]] = {
 
 
 def parse_row(row: dict[str, Any], base: Base, number: int, where: str, fields: Fields = None) -> Sample:
-    empty, (row, ignored) = empty_media(row, fields), rename_fields(row, fields)
+    empty = empty_media(row, fields)
+    row, ignored = rename_fields({name: value for name, value in row.items() if name not in empty}, fields)
     key = next((row.pop(name) for name in ("key", "id") if name in row), number)
     if not isinstance(key, (str, int)):
         raise InputError(f"{where}: the key is {shown(key)}, expected a string or a whole number")
@@ -165,7 +166,7 @@ def parse_row(row: dict[str, Any], base: Base, number: int, where: str, fields: 
 
 def _media(value: Any, kind: str, base: Base, where: str, at: str) -> Media:
     if isinstance(value, DatasetSource):
-        return Media(kind, where if value.place is None else f"{where}: {at}", value)
+        return Media(kind, f"{where}: {at}" if value.place else where, value)
     if not isinstance(value, str) or not value:
         raise InputError(f"{where}: field {at!r} is {shown(value)}, expected a path or URL")
     path = base.join(value)

@@ -19,6 +19,7 @@ from mmtx.varlen import Packing
 from mmtx.vocabulary import Vocabulary
 
 LOOKAHEAD = 64     # documents beyond a full batch that `in_order` chooses from
+CHOICES = 4096     # most documents that it chooses among: a choice takes memory for the room times their number
 WINDOW = 16_384    # documents that are packed together, at least
 IN_WINDOW = 256    # batches of a window, at least: its last ones are not full
 MIN_FILL = 0.995   # share of real tokens from which on best fit is taken without trying the other way
@@ -197,7 +198,10 @@ def in_order(lengths: np.ndarray, room: int) -> list[list[int]]:
     waiting, look = deque(range(len(sizes))), LOOKAHEAD + int(room / lengths.mean())
     while waiting:
         near = [waiting.popleft() for _ in range(min(look, len(waiting)))]
-        taken = {0, *(place + 1 for place in fill([sizes[index] for index in near[1:]], room - sizes[near[0]]))}
+        first, left = 1, room - sizes[near[0]]
+        while len(near) - first > CHOICES and sizes[near[first]] <= left:
+            first, left = first + 1, left - sizes[near[first]]
+        taken = {*range(first), *(first + place for place in fill([sizes[index] for index in near[first:]], left))}
         groups.append([near[place] for place in sorted(taken)])
         waiting.extendleft(near[place] for place in reversed(range(len(near))) if place not in taken)
     return groups

@@ -148,9 +148,9 @@ def _shards(source: DataSource, setting: tuple, rows: int, num_workers: int, ski
                 samples += sum(isinstance(row, Sample) for row in block)
                 collect(AHEAD * num_workers)
             collect(0)
-    except WorkerDied:
-        raise InputError(f"{folder}: one of the {num_workers} worker processes (--num_workers) died (out of memory?); "
-                         "the same command resumes") from None
+    except WorkerDied as died:
+        raise InputError(f"{folder}: one of the {num_workers} worker processes (--num_workers) {died}; the same command "
+                         "resumes") from None
     finally:
         pool.end()
     wanted = set(map(shard_name, range(number)))
@@ -202,7 +202,8 @@ def _compare(folder: Path, plan: dict) -> None:
         if found != expected:
             if name == "vocabulary":
                 name, found, expected = "tokenizers", _fingerprints(found), _fingerprints(expected)
-            raise InputError(f"{folder}: was begun with {name} {expected}, found {found}; expected the same, or another --output")
+            option = name.removeprefix("shard_")
+            raise InputError(f"{folder}: was begun with {option} {expected}, found {found}; expected the same, or another --output")
 
 
 def _fingerprints(vocabulary: Any) -> str:

@@ -26,7 +26,7 @@ BLOCK = 65_536  # frames
 SEEK_DISTANCE = 30  # seconds before a cut up to which these are decoded rather than skipped by a seek
 INEXACT = ("VORBIS", "MPEG_LAYER_I", "MPEG_LAYER_II", "MPEG_LAYER_III")  # libsndfile seeks some samples off
 MAX_START = 86_400  # seconds: a day, which is decoded in vain if the format cannot seek
-TOLERANCE = 0.05  # seconds that a cut may reach beyond the end: lengths in manifests are rounded
+TOLERANCE = 0.25  # seconds that a cut may reach beyond the end: lengths in manifests are rounded, those of MP3 count its padding
 UNKNOWN = 0x7F000000  # sizes from here on are placeholders of programs that did not know the size yet
 FFMPEG = {  # format -> the demuxer of FFmpeg that may open it
     "MP4": "mov", "AAC": "aac", "WEBM": "matroska",
@@ -57,7 +57,7 @@ def read_sound(data: bytes, name: str, start: float = 0.0, seconds: float | None
     elif format == "OGG":
         blocks = _libsndfile(_ogg_links(data, name), name, start, uncut)
     elif format in AUDIO_FORMATS:
-        blocks = _libsndfile([data if format == "FLAC" else _whole_file(data, format, name)], name, start, uncut)
+        blocks = _libsndfile([_whole_file(data, format, name)], name, start, uncut)
     else:
         raise InputError(f"{name}: no sound that can be decoded, expected {', '.join(AUDIO_FORMATS)}")
     return _cut(blocks, name, start, seconds)
@@ -206,6 +206,8 @@ def _ffmpeg(data: bytes, format: str, name: str, start: float, uncut: bool) -> B
 
 def _whole_file(data: bytes, format: str, name: str) -> bytes:
     """`data`, checked to hold all that its headers declare; the length of a WAV is filled in if unknown."""
+    if format == "FLAC":  # has no length; libsndfile takes an ID3v1 tag behind it for damage
+        return data[:-128] if data[-128:].startswith(b"TAG") else data
     if format == "WAV":
         data, end = _wav_end(data)
     else:

@@ -3,6 +3,7 @@
 The sources are frozen and picklable, so that samples can be sent to the workers of a data loader.
 """
 
+import binascii
 import hashlib
 import io
 import os
@@ -65,26 +66,28 @@ class MemorySource:
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """A picture or sound in a column of a Hugging Face dataset whose columns were cast to `decode=False`."""
+    """A picture or sound in a column of a Hugging Face dataset in the format "arrow", which decodes nothing."""
 
     dataset: Any = field(repr=False)
     row: int
     column: str
     base: Base | None = field(default=None, repr=False)
-    place: int | None = field(default=None, repr=False)  # in a column of lists
+    place: tuple[str | int, ...] = field(default=(), repr=False)  # in a cell of lists and objects
 
     def read(self) -> bytes:
         """Return the bytes, from the dataset or from a file that it names."""
-        value = self.dataset.select_columns([self.column])[self.row][self.column]
-        if self.place is not None:
-            value = value[self.place]
-        if value is None or value["bytes"] is None and not value["path"]:
+        cell = self.dataset.select_columns([self.column])[self.row][self.column][0]
+        for step in self.place:
+            cell = cell[step]
+        value = cell.as_py()
+        data, path = (value, None) if isinstance(value, bytes) else (value["bytes"], value.get("path"))
+        if data is None and not path:
             raise InputError(f"row {self.row + 1}, column {self.column!r}: found nothing, expected a picture or sound")
-        if value["bytes"] is not None:
-            return value["bytes"]
-        if refusal := self.base and self.base.refusal(value["path"]):
-            raise InputError(f"row {self.row + 1}, column {self.column!r} names {display(value['path'])}: {refusal}")
-        return read(value["path"], MAX_BYTES, self.base)
+        if data is not None:
+            return data
+        if refusal := self.base and self.base.refusal(path):
+            raise InputError(f"row {self.row + 1}, column {self.column!r} names {display(path)}: {refusal}")
+        return read(path, MAX_BYTES, self.base)
 
     def stamp(self) -> bytes:
         """The dataset's fingerprint of the library."""
@@ -371,6 +374,6 @@ def _reason(error: Exception, remote: bool) -> str:
             return "permission denied"
         if isinstance(error, TimeoutError):
             return "no answer in time"
-        # Messages of other remote errors may hold URLs and signatures; that of a missing package is kept.
-        text = text if isinstance(error, ImportError) else type(error).__name__
+        # Messages of other remote errors may hold URLs and signatures; those of a missing package and of base64 do not.
+        text = text if isinstance(error, (ImportError, binascii.Error)) else type(error).__name__
     return f"cannot be read ({getattr(error, 'strerror', None) or text})"

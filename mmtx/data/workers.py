@@ -14,11 +14,20 @@ from typing import Any
 
 from mmtx.errors import InputError
 
+PATIENCE = 5  # seconds from the end of a process's pipe to that of the process
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
 class WorkerDied(Exception):
-    """A worker process ended before its work was done."""
+    """A worker process ended before its work was done; the message says how: "died ..."."""
+
+    def __init__(self, status: int | None):
+        """`status`: of the process, negative for the signal that killed it; None if unknown."""
+        if status is not None and status >= 0:  # the system kills with a signal
+            how = f"with status {status}, see above; a script that starts processes needs `if __name__ == \"__main__\":`"
+        else:
+            how = "(out of memory?)" if status in (None, -signal.SIGKILL) else f"of signal {-status}"
+        super().__init__(f"died {how}")
 
 
 class Workers:
@@ -61,7 +70,9 @@ class Workers:
             pipe.send_bytes(arguments)
             answer = pickle.loads(pipe.recv_bytes())
         except (EOFError, OSError):
-            raise WorkerDied from None
+            process = next(process for process, here in self.processes if here is pipe)
+            process.join(PATIENCE)
+            raise WorkerDied(process.exitcode) from None
         finally:
             self.free.put(pipe)
         if isinstance(answer, Exception):

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mmtx.errors import InputError
@@ -44,12 +46,23 @@ def chat_format_of(tokenizer: PretrainedText, where: Any) -> ChatFormat | None:
     return ChatFormat(opening, asked, answered, end, control)
 
 
+class Generation(Extension):
+    """{% generation %}, which encloses what an assistant says, so that transformers can train on it alone: its content is written."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 def render(tokenizer: PretrainedText, said: list[tuple[str, str]], where: Any) -> str:
     """Render a conversation with the template, up to the opening of an answer, as transformers does."""
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=["jinja2.ext.loopcontrols", Generation])
     environment.globals["raise_exception"] = refuse
     messages = [{"role": role, "content": text} for role, text in said]
     try:

@@ -26,7 +26,7 @@ from mmtx.schema import shown
 from mmtx.vocabulary import Vocabulary
 from mmtx.weights import PICKLES
 
-INDEX = "model.safetensors.index.json"
+INDEX, ADAPTER = "model.safetensors.index.json", "adapter_config.json"
 NOISE = 0.1  # of new rows around the mean of the text rows, in standard deviations of these
 
 
@@ -59,9 +59,13 @@ def convert(source: str | Path, media: Mapping[str, str | Path] | None = None, s
 
 def read_folder(folder: Path) -> tuple[DecoderConfig, dict[str, Tensor], PretrainedText]:
     """The sizes, tensors and text tokenizer of a folder of transformers."""
+    if not (folder / CONFIG).exists() and (folder / ADAPTER).exists():
+        raise InputError(f"{folder}: found an adapter of peft, expected a whole model, as `merge_and_unload` makes it")
     values = read_json(folder / CONFIG)
     if not isinstance(values, dict):
         raise InputError(f"{folder / CONFIG}: found {shown(values)}, expected an object")
+    if "decoder" in values and "model_type" not in values:
+        raise InputError(f"{folder}: found a model of mmtx, expected one of transformers")
     config = read_settings(values, folder / CONFIG)
     names = ["model.safetensors"]
     if (folder / INDEX).exists():
@@ -79,12 +83,18 @@ def read_folder(folder: Path) -> tuple[DecoderConfig, dict[str, Tensor], Pretrai
             found |= safetensors.torch.load_file(folder / name)
         except (SafetensorError, OSError) as error:
             raise InputError(f"{folder / name}: not a safetensors file ({str(error)[:80]})") from None
+    if config.tied and (output := found.get("lm_head.weight")) is not None:
+        # As transformers loads it: training may untie them without a note in config.json.
+        embedding = found.get("model.embed_tokens.weight", output)
+        config = replace(config, tied=torch.equal(embedding.float(), output.float()))
     template = read_text(folder / TEMPLATE, MOST_BYTES) if (folder / TEMPLATE).exists() else ""
     if not template and (path := folder / "tokenizer_config.json").exists():
         said = read_json(path)
         template = said.get("chat_template") or "" if isinstance(said, dict) else ""
+    if isinstance(template, list):  # of named templates, as transformers saved several before it had files for them
+        template = next((each.get("template") for each in template if isinstance(each, dict) and each.get("name") == "default"), None)
     if not isinstance(template, str):
-        raise InputError(f"{folder}: found several chat templates, expected one, as {TEMPLATE}")
+        raise InputError(f"{folder}: found no default among several chat templates, expected one, as {TEMPLATE}")
     content = read_text(folder / TOKENIZER, MOST_BYTES)
     text = PretrainedText(content, config.vocabulary_size, None, template, read_specials(folder), folder / TOKENIZER)
     return config, found, text

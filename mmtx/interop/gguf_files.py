@@ -1,6 +1,7 @@
 """GGUF files of language models, read and written with llama.cpp's package `gguf` (extra `interop`)."""
 
 import json
+import os
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from mmtx.config import DecoderConfig, RopeScaling
 from mmtx.errors import InputError
-from mmtx.files import require
+from mmtx.files import open_regular, require
 from mmtx.interop.families import family_named, family_of
 from mmtx.modality.pretrained_text import PretrainedText
 from mmtx.model import rotary_frequencies
@@ -34,6 +35,7 @@ def library() -> Any:
 def read_gguf(path: Path) -> tuple[DecoderConfig, dict[str, Tensor], PretrainedText]:
     """The sizes, tensors and text tokenizer of a file; tensors are dequantized to float32. Raises InputError."""
     gguf = library()
+    os.close(open_regular(path))  # the library would wait forever for a pipe
     try:
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}

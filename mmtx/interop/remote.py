@@ -29,6 +29,7 @@ from mmtx.vocabulary import Vocabulary
 TIMEOUT = 600  # seconds without data from the server
 TOGETHER = 4   # concurrent requests
 MOST_BYTES = 2**26  # of an answer
+RANDOM_SEED = 2**32 - 1  # which the server takes for -1: another one each time
 
 
 def connect(server: str, folder: str | Path | None = None) -> "RemoteModel":
@@ -100,7 +101,7 @@ class RemoteModel(Model):
                     "temperature": sampling.temperature, "top_k": sampling.top_k or 0, "return_tokens": True,
                     "top_p": 1.0 if sampling.top_p is None else sampling.top_p, "min_p": 0.0, "cache_prompt": True,
                     "samplers": ["top_k", "temperature", "top_p"],
-                    "seed": -1 if sampling.seed is None else (sampling.seed + first + number) % 2**32}
+                    "seed": -1 if sampling.seed is None else (sampling.seed + first + number) % RANDOM_SEED}
             ids = self.ask("/completion", body).get("tokens")
             if not isinstance(ids, list) or not all(type(ident) is int for ident in ids):
                 raise InputError(f"--server {self.server}: found no ids in its answer, expected the server of llama.cpp")

@@ -25,7 +25,7 @@ from mmtx.ambient import neutral, neutral_steps
 from mmtx.errors import InputError
 from mmtx.files import CONFIG, write_json
 from mmtx.modality.autoencoder import Codec, NetworkConfig, PatchAutoencoder, Reconstruction
-from mmtx.modality.base import Encoding, read_config
+from mmtx.modality.base import Encoding, read_config, wrong_medium
 from mmtx.modality.vocoder import PITCHES, Vocoder, VocoderConfig, pitch_logits
 from mmtx.schema import build, within
 from mmtx.weights import load_module, to_bytes
@@ -247,6 +247,7 @@ class AudioTokenizer(Codec):
         """Waveforms of any lengths -> codes (t, bands) and features (t, bands, D) or `patches` (t, bands, P) of each."""
         chunks, counts = [], []
         for waveform in waveforms:
+            check_waveform(waveform)
             pieces = [piece for columns in self._column_pieces(self._padded(waveform))
                       for piece in self._to_grid(columns).split(self.config.chunk)]
             chunks.extend(pieces)
@@ -270,6 +271,7 @@ class AudioTokenizer(Codec):
         seen = max((frames - 1) * c.hop + c.window, frames * c.hop + c.window // 2)
         held, started = self.hann.new_zeros(c.window // 2), False  # samples from half a window before the next chunk
         for waveform in waveforms:
+            check_waveform(waveform)
             held = torch.cat([held, waveform.to(held)])
             while len(held) >= seen:
                 yield self._encode_grid(self._columns(held[:(frames - 1) * c.hop + c.window]))
@@ -307,7 +309,7 @@ class AudioTokenizer(Codec):
 
     def decode_spectrogram(self, codes: np.ndarray) -> Tensor:
         """Codes (t, bands) -> log-mel (F, N)."""
-        codes = np.asarray(codes)
+        codes = self.as_grid(codes)
         chunk = self.config.chunk
         pieces = self.codes_to_grids([codes[i:i + chunk] for i in range(0, len(codes), chunk)])
         return self._to_mel(torch.cat(pieces))
@@ -330,6 +332,12 @@ class AudioTokenizer(Codec):
         if not c.pitch:
             return mel
         return torch.cat([mel, repeat(pitch.mean(-2), "... t n -> ... (t f) n", f=c.patch_frames)], -1)
+
+
+def check_waveform(waveform: Tensor) -> None:
+    """Raise InputError unless it is a float32 tensor (S,)."""
+    if not (isinstance(waveform, Tensor) and waveform.dtype == torch.float32 and waveform.ndim == 1):
+        raise wrong_medium("audio", waveform, "a tensor float32 (S,)")
 
 
 def in_chunks(pieces: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:

@@ -136,6 +136,14 @@ class MediaTokenizer(Tokenizer):
         decoder does not read the codes; without `codes` they may all be 0, which saves running the encoder here.
         """
 
+    def as_grid(self, codes: Any) -> np.ndarray:
+        """Codes to decode as an array (h, w), h and w at least 1. Raises InputError if they have another shape."""
+        found = np.asarray(codes)
+        if found.ndim != 2 or not found.size or self.bands not in (None, found.shape[1]):
+            expected = "(h, w)" if self.bands is None else f"(t, {self.bands})"
+            raise InputError(f"{self.kind} codes: found shape {found.shape}, expected {expected} with at least one code")
+        return found
+
     def encode_batch(self, media: Sequence[Tensor]) -> list[np.ndarray]:
         """Media of any sizes -> codes (h, w) of each."""
         return [encoding.codes for encoding in self.embed_batch(media)]
@@ -145,9 +153,17 @@ class MediaTokenizer(Tokenizer):
         return self.encode_batch([medium])[0]
 
 
+def wrong_medium(kind: str, medium: Any, expected: str) -> InputError:
+    """The error for a medium that is not a tensor as `expected`."""
+    found = f"{medium.dtype} {tuple(medium.shape)}" if isinstance(medium, Tensor) else type(medium).__name__
+    return InputError(f"{kind}: found {found}, expected {expected}, as mmtx.data.media.load_{kind} returns it")
+
+
 def check_codes(codes: Any, allowed: range, what: str) -> None:
-    """Raise InputError unless all codes, of any shape, are in the range `allowed`."""
+    """Raise InputError unless all codes, of any shape, are whole numbers in the range `allowed`."""
     found = np.asarray(codes)
+    if found.size and found.dtype.kind not in "iuO":  # O: beyond 64 bits
+        raise InputError(f"{what}: found {found.dtype}, expected whole numbers")
     if found.size and not allowed.start <= found.min() <= found.max() < allowed.stop:
         raise InputError(f"{what}: found {found.min()}..{found.max()}, expected {allowed.start}..{allowed.stop - 1}")
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from mmtx.ambient import neutral
 from mmtx.errors import InputError
 from mmtx.modality.autoencoder import Codec, NetworkConfig, PatchAutoencoder, Reconstruction
-from mmtx.modality.base import Encoding, Tokenizer
+from mmtx.modality.base import Encoding, Tokenizer, wrong_medium
 from mmtx.modality.encoder import Window, join, windows
 from mmtx.schema import within
 
@@ -82,6 +82,9 @@ class ImageTokenizer(Codec):
 
     def fit(self, picture: Tensor) -> Tensor:
         """Resize a picture, uint8 (3, H, W), to a size that this tokenizer reads, by the rules of the config."""
+        coloured = isinstance(picture, Tensor) and picture.dtype == torch.uint8 and picture.ndim == 3 and len(picture) == 3
+        if not coloured or not picture.numel():
+            raise wrong_medium("image", picture, "a tensor uint8 (3, H, W)")
         side, patch = self.config.side, self.config.patch
         height, width = picture.shape[-2:]
         if side is None or self.config.fit == "resize":
@@ -128,7 +131,7 @@ class ImageTokenizer(Codec):
     @neutral()
     def decode(self, codes: np.ndarray) -> Tensor:
         """Codes (h, w) -> a picture, uint8 (3, patch*h, patch*w)."""
-        codes = np.asarray(codes)
+        codes = self.as_grid(codes)
         plan = self.windows(*codes.shape)
         pixels = self._to_pixels(join(plan, self.codes_to_grids([codes[window.seen] for window in plan])))
         return to_uint8(pixels)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mmtx.errors import InputError
 from mmtx.files import CONFIG, read_json, require, write_json
+from mmtx.modality.audio import check_waveform
 from mmtx.modality.base import Encoding, MediaTokenizer, check_codes, read_config
 from mmtx.modality.image import ImageConfig, ImageTokenizer
 from mmtx.schema import build as check_settings
@@ -141,8 +142,9 @@ class Pretrained(MediaTokenizer, nn.Module):
         return [Encoding(found, None) for found in self.encode_batch(media)]
 
     def _checked(self, codes: np.ndarray) -> Tensor:
+        codes = self.as_grid(codes)
         check_codes(codes, range(self.size), f"{self.kind} codes")
-        return torch.from_numpy(np.asarray(codes).astype(np.int64)).to(self.device)
+        return torch.from_numpy(codes.astype(np.int64)).to(self.device)
 
 
 class PretrainedAudio(Pretrained):
@@ -199,6 +201,7 @@ class PretrainedAudio(Pretrained):
     @torch.no_grad()
     def encode(self, waveform: Tensor) -> np.ndarray:
         """Waveform (S,) of any length, padded with silence to whole steps -> codes (T, bands)."""
+        check_waveform(waveform)
         steps, bands = self.grid(waveform)
         sound = F.pad(waveform, (0, steps * self.hop - len(waveform))).to(self.device)[None, None]
         kind = self.network.config.model_type

@@ -26,6 +26,7 @@ def _alphabet() -> dict[str, int]:
 
 
 ALPHABET = _alphabet()
+UTF8 = {character for character, byte in ALPHABET.items() if byte not in (0xC0, 0xC1, *range(0xF5, 0x100))}
 
 
 class PretrainedText(Tokenizer):
@@ -62,6 +63,9 @@ class PretrainedText(Tokenizer):
         # The file keeps what was asked of the last call before it was saved; transformers resets both as well.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._tokenizer.model.dropout = None  # of training, which makes ids random
+        if missing := UTF8 - vocabulary.keys():
+            raise InputError(f"{where}: found no pieces for {len(missing)} bytes, whose text would be lost, expected all of UTF-8")
         used = {*vocabulary.values(), *(token["id"] for token in added)}
         within(f"{where}: rows of the embedding", size, max(used, default=-1) + 1, 2**22)
         self._size, self._bytes, self._names = size, [b"\xef\xbf\xbd"] * size, [""] * size
@@ -74,6 +78,9 @@ class PretrainedText(Tokenizer):
         for token in added:
             self._names[token["id"]] = token["content"]
             self._bytes[token["id"]] = b"" if token["special"] else token["content"].encode()
+        for text in ("b", "  \ufb01A\u00a0\uff21 b  "):
+            if (found := self.decode(self.encode(text))) != text:
+                raise InputError(f"{where}: changes {text!a} to {found!a}, expected add_prefix_space=false and no normalizer but NFC")
 
     @classmethod
     def from_folder(cls, folder: Path) -> "PretrainedText":
@@ -126,9 +133,6 @@ class PretrainedText(Tokenizer):
             return self._tokenizer.encode(text, add_special_tokens=False).ids
         finally:
             self._tokenizer.encode_special_tokens = True
-        # The file keeps what was asked of the last call before it was saved; transformers resets both as well.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
 
     def __reduce__(self) -> Any:
         return type(self), (self.content, self.size, self.chat_format, self.chat_template, self.specials)

@@ -9,6 +9,7 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from math import isfinite
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -87,10 +88,10 @@ class TextTokenizer(Tokenizer):
         # Texts are split at characters that are not kept: the trainer refuses more characters than pieces.
         runs = re.compile(f"[{re.escape(''.join(kept))}]+")
         # Without a text that has a space, the space would not be a piece, and would be decoded as U+2581.
-        corpus = [" ", *(run for text in texts for run in runs.findall(text))]
+        corpus = chain([" "], (run for text in texts for run in runs.findall(text)))
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(corpus),
+            sentence_iterator=corpus,
             model_writer=model,
             model_type="bpe",
             vocab_size=size,

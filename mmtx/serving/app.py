@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 MEDIA_THREADS = 2  # threads that decode and encode media
 SAMPLED = {"temperature", "top_p", "top_k", "seed"}  # fields of Sampling in a body
+UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # else a proxy such as nginx holds a stream back
 
 
 class Metrics:
@@ -213,7 +214,7 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
         if body.stream_options and not body.stream:
             raise Refused(400, "stream_options: found without stream, expected stream: true", "invalid_value", "stream_options")
         if body.stream:
-            return StreamingResponse(events(), media_type="text/event-stream")
+            return StreamingResponse(events(), headers=UNBUFFERED, media_type="text/event-stream")
         pieces = [piece async for piece in answer.pieces()]
         scored = [one for _, some, _ in pieces for one in some] if answer.top_logprobs is not None else None
         return {**shown(answer.text(answer.ids), scored, pieces[-1][2]), "usage": answer.usage()}
@@ -271,7 +272,8 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
     async def transcriptions(body: Annotated[api.TranscriptionBody, Form()]):
         check(body.model)
         part = await service.read(api.read_part, model, Audio(await body.file.read()), limits, "file")
-        if model.transcribes and not {*SAMPLED, "max_tokens"} & body.model_fields_set:
+        greedy = not Sampling.of(**body.model_dump(include=SAMPLED)).temperature  # many clients send the default, 0
+        if model.transcribes and greedy and body.max_tokens is None:
             text = await service.read(model.transcribe, part)  # in pieces, so that no prompt is as long as the sound
         else:
             answer = Answer(service, Document((Turn("user", (part,)),)), body)
@@ -301,7 +303,7 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
             async for piece in pieces:
                 yield piece
 
-        return StreamingResponse(sound(), media_type=MEDIA_TYPES[body.response_format])
+        return StreamingResponse(sound(), headers=UNBUFFERED, media_type=MEDIA_TYPES[body.response_format])
 
     return app
 

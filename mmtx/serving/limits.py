@@ -84,7 +84,14 @@ def _validation_error(error: Mapping[str, Any]) -> Refused:
     # For an item of a message, `loc` also has its type, which is the name of its field, too.
     where = "".join(f"[{place}]" if isinstance(place, int) else f".{place}" for place, before in zip(places, (None, *places))
                     if place != before or isinstance(place, int)).removeprefix(".") or "body"
-    if kind not in ("missing", "extra_forbidden"):
+    if kind == "missing":
+        message = "found none, expected one"
+    elif kind == "extra_forbidden":
+        message = "found a field that this server does not support, expected none of this name"
+    elif kind == "union_tag_invalid":
+        where += ".type"
+        message = f"found {error['ctx']['tag']!r:.40}, expected one of {error['ctx']['expected_tags']}"
+    else:
         expected = EXPECTED_BY_TYPE.get(kind) or message.removeprefix("Input should be ")
         message = f"found {reprlib.repr(error['input'])}{': ' if expected == message else ', expected '}{expected}"
     return Refused(400, f"{where}: {message}", kind, where[:200])
@@ -108,7 +115,7 @@ class LimitsMiddleware:
 
     def __init__(self, app, limits: Limits, key: str | None, loopback: bool, metrics):
         self.app, self.limits, self.loopback, self.metrics = app, limits, loopback, metrics
-        self.expected = f"Bearer {key}".encode() if key else None
+        self.expected = key.encode() if key else None
         self.places = asyncio.Semaphore(limits.requests)
 
     async def __call__(self, scope, receive, send):
@@ -136,11 +143,12 @@ class LimitsMiddleware:
 
     async def _admit(self, request: Request, send) -> None:
         scope, headers = request.scope, request.headers
-        host, given = headers.get("host", ""), headers.get("authorization", "").encode()
+        host, (scheme, _, given) = headers.get("host", ""), headers.get("authorization", "").partition(" ")
         if self.loopback and not OWN_HOST.fullmatch(host):  # against DNS rebinding by pages of other sites
             raise Refused(400, f"Host: found {host[:100]!r}, expected localhost or 127.0.0.1; without --host, this server "
                           "accepts requests from its own machine only", "invalid_host")
-        if self.expected and scope["path"] not in PUBLIC_PATHS and not hmac.compare_digest(given, self.expected):
+        if self.expected and scope["path"] not in PUBLIC_PATHS and not (
+                scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), self.expected)):
             raise Refused(401, "Authorization: expected \"Bearer KEY\" with the key of this server", "invalid_api_key")
         if request.method != "POST":
             return await self.app(scope, request.receive, send)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, cast
 
 from fastapi import UploadFile
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from mmtx.data.media import image_size
 from mmtx.document import Document, TextPart, Turn
@@ -30,9 +31,12 @@ class Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def drop_nulls(cls, given: Any) -> Any:
-        """Clients send null for fields that they leave unset, including ones that are unknown here."""
-        return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
+    def drop_unset(cls, given: Any) -> Any:
+        """Clients send fields that they leave unset, including ones that are unknown here, as null, [] or {}."""
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items()
+                if value is not None and (name in cls.model_fields or value not in ([], {}))}
 
 
 def as_items(given: Any) -> Any:
@@ -102,14 +106,30 @@ class SamplingBody(RequestBody):
     max_tokens: int | None = Field(None, ge=1, validation_alias=AliasChoices("max_completion_tokens", "max_tokens"))
     n: int = Field(1, ge=1, le=1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def one_limit(cls, given: Any) -> Any:
+        """Some clients send the limit under both of its names, for servers that know only one of them."""
+        names = "max_tokens", "max_completion_tokens"
+        if not isinstance(given, dict) or None in (limits := [given.get(name) for name in names]):
+            return given
+        if limits[0] != limits[1]:
+            raise PydanticCustomError("two_limits", "Input should be one limit, not different max_tokens and max_completion_tokens")
+        return {name: value for name, value in given.items() if name != names[0]}
+
 
 class StreamOptions(Body):
     include_usage: bool = False
 
 
+class ResponseFormat(Body):
+    type: Literal["text"]
+
+
 class TextBody(SamplingBody):
     stream: bool = False
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
     frequency_penalty: float = Field(0, ge=0, le=0)
     presence_penalty: float = Field(0, ge=0, le=0)
 
@@ -199,5 +219,5 @@ def to_medium(item: Item, limits: Limits, where: str) -> str | Image | Audio:
 def _decoded(text: str, where: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
-    except ValueError:
-        raise InputError(f"{where}: not base64") from None
+    except ValueError as error:
+        raise InputError(f"{where}: not base64 ({error}), found {text[:40]!r}") from None

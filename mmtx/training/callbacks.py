@@ -1,6 +1,7 @@
 """Callbacks that write what a run leaves behind: its configuration, the finished model folder, and samples to look at."""
 
 import io
+import math
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 from mmtx import __version__
 from mmtx.data.storage import redacted
@@ -157,13 +159,20 @@ class SaveModel(Callback):
 class EMAWeightAveraging(WeightAveraging):
     """Exponential moving average of the weights, which leaves frozen ones as they are; checkpoints hold its state by this name.
 
-    Lightning's rounds the sum of two products, so that frozen weights, and with them the fingerprint of a refined codec, change;
-    and it truncates the bytes of 4-bit weights.
+    Its start is corrected as that of Adam's moments: the weights of n steps ago count decay**n, those of the first step no more than
+    that. Lightning's leaves them all the rest, 74 % after 300 steps at 0.999. It also rounds the sum of two products, so that frozen
+    weights, and with them the fingerprint of a refined codec, change; and it truncates the bytes of 4-bit weights.
     """
 
     def __init__(self, decay: float, use_buffers: bool):
-        super().__init__(use_buffers=use_buffers, avg_fn=lambda average, weight, _: (
-            average.lerp(weight.to(average.dtype), 1 - decay) if average.is_floating_point() else weight))
+        def moved(average: Tensor, weight: Tensor, count: Tensor) -> Tensor:
+            """The average of `count` weights and one more."""
+            if not average.is_floating_point():
+                return weight
+            share = (1 - decay) / -torch.expm1((count + 1) * math.log(decay))  # (1 - decay) / (1 - decay**(count + 1))
+            return average.lerp(weight.to(average.dtype), share.to(average.dtype))
+
+        super().__init__(use_buffers=use_buffers, avg_fn=moved)
 
 
 class ShowSamples(Callback):
@@ -247,7 +256,7 @@ class ShowSamples(Callback):
             write_file(path.with_name(f"{path.name}-{row:02d}.ogg"), file.getvalue())
 
     @staticmethod
-    def _sheet(trainer: Trainer, tiles: list[tuple[torch.Tensor, str]], path: Path) -> None:
+    def _sheet(trainer: Trainer, tiles: list[tuple[Tensor, str]], path: Path) -> None:
         if (sheet := contact_sheet(tiles, path.with_suffix(".png"))) is not None:
             for writer in tensorboard_writers(trainer):
                 writer.add_image("samples", np.asarray(sheet), trainer.global_step, dataformats="HWC")
@@ -258,7 +267,7 @@ def tensorboard_writers(trainer: Trainer) -> list[Any]:
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
-def contact_sheet(tiles: list[tuple[torch.Tensor, str]], path: Path, columns: int = 8) -> Image.Image | None:
+def contact_sheet(tiles: list[tuple[Tensor, str]], path: Path, columns: int = 8) -> Image.Image | None:
     """Write pictures, uint8 (3, H, W), with a text below each, as one PNG; write nothing and return None without tiles."""
     if not tiles:
         return None

@@ -161,8 +161,11 @@ def damage(path: Path) -> str | None:
 
 
 def by_age(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, oldest first by modification time: a run that starts anew has lower steps than the last."""
-    return sorted(folder.glob("step-*.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    """The checkpoints of a folder, oldest first by modification time: a run that starts anew has lower steps than the last.
+
+    A file of another name, such as a copy that somebody keeps, is none of them.
+    """
+    return sorted(folder.glob(f"step-{'[0-9]' * 9}.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path.name))
 
 
 def newest(folder: Path) -> Path | None:

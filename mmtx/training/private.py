@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning import Trainer
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
 
 class PlainCLI(LightningCLI):
@@ -69,13 +69,23 @@ def log_step_now(trainer: Trainer) -> None:
     connector.update_train_step_metrics = rest  # type: ignore[method-assign]
 
 
-def on_sigterm(trainer: Trainer, handle: Callable[..., None]) -> None:
-    """Let `handle` handle SIGTERM instead of the trainer; call it before the trainer registers handlers, after all `setup`.
+def on_signals(trainer: Trainer, end: Callable[..., None], requeue: Callable[..., None]) -> None:
+    """Let `end` handle SIGTERM instead of the trainer, and `requeue` the signal with which SLURM announces the end of a job.
 
-    The trainer's own handler starts a collective operation inside the signal handler, while other ranks may be in another
-    one: then all ranks deadlock. It also ends training with status 0, and does not end a validation.
+    Call it before the trainer registers handlers, which is after all `setup` hooks. The trainer's own handler of SIGTERM starts a
+    collective operation inside the signal handler, while other ranks may be in another one: then all ranks deadlock. It also ends
+    training with status 0, and does not end a validation. That of SLURM writes a checkpoint in the middle of a step, and goes on.
     """
-    trainer._signal_connector._sigterm_notifier_fn = handle  # type: ignore[method-assign]
+    trainer._signal_connector._sigterm_notifier_fn = end  # type: ignore[method-assign]
+    trainer._signal_connector._slurm_sigusr_handler_fn = requeue  # type: ignore[method-assign]
+
+
+def load_only_what_is_given(trainer: Trainer) -> None:
+    """Let the trainer load the checkpoint that it is given, or none.
+
+    On a SLURM cluster it would load any hpc_ckpt_N.ckpt in the output folder instead of none.
+    """
+    trainer._checkpoint_connector._parse_ckpt_path = lambda _, path, **more: path  # type: ignore[method-assign]
 
 
 def launch_within(launcher: Any, around: Callable[[], AbstractContextManager]) -> None:
@@ -110,6 +120,14 @@ def before_restoring(trainer: Trainer, check: Callable[[Mapping[str, Any]], None
 def state_now(trainer: Trainer) -> dict[str, Any]:
     """The content of a checkpoint written now, to compare with one that was read; `save_checkpoint` can only write it."""
     return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+
+
+def copies_this_process(strategy: Strategy) -> bool:
+    """Whether a strategy's other processes are spawned or forked from this one, instead of running the same command.
+
+    They then wait for one another without end, or for an address that this process holds.
+    """
+    return getattr(strategy, "_start_method", "popen") not in (None, "popen")
 
 
 def share_among_all(strategy: ModelParallelStrategy) -> None:

@@ -11,7 +11,7 @@ import threading
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import jsonargparse
 import yaml
@@ -79,10 +79,32 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 class Parser(LightningArgumentParser):
     """Lightning's parser with one-line errors, instead of a page of options and a tree of all types that were tried."""
 
+    strict = False  # whether null is refused; of all parsers, since those of nested classes are made by jsonargparse
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # a nested parser, whose message the outer one quotes
             super().error(message, ex)
         raise input_error_in(ex) or InputError(one_line(message)) from None
+
+    def validate(self, namespace: jsonargparse.Namespace, **options: Any) -> None:  # type: ignore[override]
+        """As jsonargparse does; within `refuse_null`, null is a value only of types that include it.
+
+        Not of a group of options, either, as one whose lines are all commented out has.
+        """
+        super().validate(namespace, **options, skip_unset=not Parser.strict)
+        for name in self.groups if Parser.strict else ():
+            if namespace.get(name, "") is None:
+                raise TypeError(f'Parser key "{name}":\n  expected its options, or no such key. Got value: None')
+
+    def refuse_null(self, config: jsonargparse.Namespace) -> None:
+        """Raise InputError for a parsed configuration with null for a value that must be one."""
+        Parser.strict = True  # of nested parsers, too
+        try:
+            self.validate(config)
+        except TypeError as error:
+            self.error(str(error), error)
+        finally:
+            Parser.strict = False
 
 
 class FitCLI(private.PlainCLI):
@@ -112,7 +134,8 @@ class FitCLI(private.PlainCLI):
         parser.add_argument("--samples", type=int, default=16,
                             help="held-out samples to write to samples/ after each validation, 0 for none")
         parser.add_argument("--ema", type=float | None, default=None,
-                            help="decay of a running average of the weights, e.g. 0.999, which is validated and saved in their place")
+                            help="decay of a running average of the weights, which is validated and saved in their place; "
+                                 "e.g. 0.999, which averages about the last 1,000 steps")
         parser.add_argument("--max_skipped", type=int, default=10,
                             help="consecutive steps with a non-finite loss or gradient after which the run stops; each is skipped")
         parser.add_argument("--trusted_only", type=bool, default=False,
@@ -120,8 +143,9 @@ class FitCLI(private.PlainCLI):
                                  "files before importing them, and any `variants` and perceptual.network; only on the command line")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse as Lightning does, and check that the seed fits in 32 bits."""
+        """Parse as Lightning does, and check that no value is missing and that the seed fits in 32 bits."""
         super().parse_arguments(parser, args)
+        cast(Parser, parser).refuse_null(self.config)
         seed = self.config.get(str(self.config.get("subcommand")), self.config)["seed_everything"]
         if not isinstance(seed, bool):
             within("seed_everything", seed, 0, MOST_SEED)
@@ -183,9 +207,13 @@ class FitCLI(private.PlainCLI):
             kwargs |= {"max_epochs": 1, "max_steps": -1}
         kwargs |= {"plugins": [*as_list(trainer.plugins), self.checkpoint_io], "logger": loggers, "default_root_dir": str(output)}
         try:
-            return super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ValueError, ImportError) as error:
+            made = super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
             raise InputError(f"trainer: {' '.join(str(error).split())}") from None
+        if private.copies_this_process(made.strategy):
+            raise InputError('trainer.strategy: found one that spawns or forks its processes, expected "ddp" or "sharded"')
+        private.load_only_what_is_given(made)
+        return made
 
     def _callbacks(self, output: Path) -> list[Callback]:
         """The callbacks of `--output`, `--save_every`, `--samples`, `--ema` and `--max_skipped`."""
@@ -264,7 +292,8 @@ class FitCLI(private.PlainCLI):
         self.checkpoint_io.record = self.record()
         private.before_restoring(self.trainer, lambda found: check_weights(
             found["state_dict"], self.model.state_dict(), str(path)))
-        private.on_sigterm(self.trainer, lambda number, *_: sys.exit(status(number)))
+        end = lambda number, *_: sys.exit(status(number))
+        private.on_signals(self.trainer, end, end)
         if self.trainer.is_global_zero:
             print(f"mmtx: {self.word}: weights of {weights}", file=sys.stderr)
         return {**kwargs, "ckpt_path": path}
@@ -474,6 +503,8 @@ def main(word: str, arguments: list[str]) -> None:
     warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided.*")
     warnings.filterwarnings("ignore", message=".*configure_optimizers` returned `None`.*")  # the text tokenizer has none
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("callbacks", "profilers"):  # which speak only when they are asked to, with `verbose` or trainer.profiler
+        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.INFO)
     # `sys.argv` stays as it is: the other processes of a run on several devices are started with it.
     warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
     follow_launcher()
