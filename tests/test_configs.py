@@ -32,7 +32,7 @@ STARTS = {"smollm2/adapters.yaml": "demos/starter", "smollm2/projections.yaml": 
           "starter/speech-notes.yaml": "null"}
 # Data that the first lines of a config, or benchmarks/scaling_grid.py, make.
 MADE = ("runs/scaling/data/", "runs/notes/sounds-extra-", "runs/pictures/images-extra-", "runs/speech/speech-synthetic-")
-MODULES = {"text": TextModule, "image": ImageCodecModule, "audio": AudioCodecModule, "vocoder": VocoderModule}
+MODULES = {"text": TextModule, "image": ImageCodecModule, "audio": AudioCodecModule, "audio-fine": AudioCodecModule, "vocoder": VocoderModule}
 LEVELS = (8, 8, 8, 6, 5)
 # Parameters with a vocabulary of 1 024 text pieces and two codecs of LEVELS; each codec adds a row a digit.
 PARAMETERS = {
