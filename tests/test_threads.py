@@ -16,6 +16,7 @@ from mmtx.ambient import neutral, numpy_pools, run_single_threaded
 from mmtx.inference.thread_tuner import AGAIN, TRIAL, ThreadTuner
 
 ROOT = Path(__file__).parents[1]
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # that this process may use
 SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "GOTO_NUM_THREADS")
 PROGRAM = """
 import sys
@@ -46,7 +47,7 @@ print(before[0], before[1], sorted({{found for _, found in seen}}), sorted({{n f
     ("import torch; torch.set_num_threads(2)", {"OPENBLAS_NUM_THREADS": "2"}, 2, 2),
     ("import numpy, threadpoolctl; threadpoolctl.threadpool_limits(2, 'blas')", {"OMP_NUM_THREADS": "1"}, 2, 1),
 ])
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="OpenBLAS makes no more threads than there are cores")
+@pytest.mark.skipif(CORES < 2, reason="OpenBLAS makes no more threads than there are cores")
 def test_a_step_has_one_thread_of_numpys_and_the_program_its_own_number(first, given, numpy_threads, torch_threads, tiny_model,
                                                                         tmp_path):
     tiny_model.save(tmp_path / "model")

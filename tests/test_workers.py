@@ -203,9 +203,9 @@ def test_workers_of_a_loader_end_with_a_process_that_is_killed(method, tmp_path)
     with subprocess.Popen([sys.executable, tmp_path / "loading.py", method], stdout=subprocess.PIPE, text=True) as process:
         pids = [int(word) for word in process.stdout.readline().split()]
         process.stdout.close()
-        assert process.wait(60) == -signal.SIGKILL
+        assert process.wait(120) == -signal.SIGKILL
     assert len(set(pids)) == 2
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while any(Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][:3] for pid in pids):
         assert time.monotonic() < end, "workers are left"
         time.sleep(0.05)
