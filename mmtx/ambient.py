@@ -226,6 +226,7 @@ def run_single_threaded(run: Callable[[], Any]) -> Any:
     if not (pools := torch_pools()):
         inference = torch.is_inference_mode_enabled()
         return _pool().submit(lambda: torch.inference_mode(inference)(run)()).result()
+    torch.get_num_threads()  # in a thread's first call torch sets its own count, which would otherwise happen in `run`
     counts = [pool.get_num_threads() for pool in pools]
     try:
         for pool in pools:
