@@ -99,6 +99,16 @@ def test_calls_that_overlap_give_numpys_threads_back_with_the_last(monkeypatch):
             pool.set_num_threads(count)
 
 
+def test_the_first_call_of_a_new_thread_has_one_thread_of_torchs_too():
+    torch.set_num_threads(2)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(run_single_threaded, torch.get_num_threads).result() == 1
+            assert pool.submit(torch.get_num_threads).result() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("openmp", [True, False])
 def test_alone_has_one_thread_and_the_callers_inference_mode(openmp, monkeypatch):
     if not openmp:  # as where torch was built without it

@@ -715,35 +715,32 @@ def test_a_run_shows_no_samples_when_told_so(decoder_data, tmp_path):
     assert (tmp_path / "run" / "model").is_dir() and not (tmp_path / "run" / "samples").exists()
 
 
+def average_over_steps(module, decay, steps):
+    """Run the callback over steps that each add 1 to `moving`; the module then holds the average."""
+    averaging, trainer = EMAWeightAveraging(decay, use_buffers=False), SimpleNamespace(is_last_batch=False, global_step=0)
+    averaging.setup(trainer, module, "fit")
+    for trainer.global_step in range(1, steps + 1):
+        module.moving.data += 1
+        averaging.on_train_batch_end(trainer, module, None, None, 0)
+    averaging.on_train_end(trainer, module)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
 def test_an_average_of_weights_leaves_frozen_ones_as_they_are(dtype):
     """As a refined codec needs for its fingerprint, and 4-bit weights, which are bytes."""
     frozen = torch.arange(256).to(dtype) if dtype == torch.uint8 else torch.rand(4096, generator=torch.Generator().manual_seed(0)).to(dtype)
     module = lightning.LightningModule()
     module.frozen, module.moving = torch.nn.Parameter(frozen.clone(), requires_grad=False), torch.nn.Parameter(torch.zeros(3))
-    averaging = EMAWeightAveraging(decay=0.9, use_buffers=False)
-    trainer = SimpleNamespace(is_last_batch=False, global_step=0)
-    averaging.setup(trainer, module, "fit")
-    for step in range(1, 4):
-        module.moving.data += 1
-        trainer.global_step = step
-        averaging.on_train_batch_end(trainer, module, None, None, 0)
-    averaging.on_train_end(trainer, module)
+    average_over_steps(module, 0.9, 3)
     assert torch.equal(module.frozen, frozen)
     assert torch.allclose(module.moving, torch.full((3,), (0.81 * 1 + 0.9 * 2 + 3) / (0.81 + 0.9 + 1)))
 
 
 @pytest.mark.parametrize("decay", [0.999, 1 - 1e-12])
 def test_an_average_of_a_short_run_is_not_that_of_its_first_step(decay):
-    module, trainer = lightning.LightningModule(), SimpleNamespace(is_last_batch=False, global_step=0)
+    module = lightning.LightningModule()
     module.moving = torch.nn.Parameter(torch.zeros(3))
-    averaging = EMAWeightAveraging(decay, use_buffers=False)
-    averaging.setup(trainer, module, "fit")
-    for step in range(1, 101):
-        module.moving.data += 1
-        trainer.global_step = step
-        averaging.on_train_batch_end(trainer, module, None, None, 0)
-    averaging.on_train_end(trainer, module)
+    average_over_steps(module, decay, 100)
     counts = [decay ** (100 - step) for step in range(1, 101)]
     assert torch.allclose(module.moving, torch.full((3,), sum(step * count for step, count in enumerate(counts, 1)) / sum(counts)))
 

@@ -14,7 +14,6 @@ that looks like a medium and is not read is an error. So is an empty media field
 chat, where data sets mark chats without media in this way.
 """
 
-import base64
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,11 +21,10 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
 from typing import Any, Literal, NamedTuple
-from urllib.parse import unquote_to_bytes
 
 from mmtx.data.fields import pop_number, pop_text, reason, shown, text_of
 from mmtx.data.sample import Media, Part, SampleTurn, Text, known_kind, suffix
-from mmtx.data.storage import DatasetSource, MemorySource, display
+from mmtx.data.storage import DatasetSource, MemorySource, decode_base64, decode_data_url, display
 from mmtx.data.trust import scheme_of
 from mmtx.errors import InputError
 from mmtx.modality.registry import MODALITIES, media_kinds
@@ -171,26 +169,20 @@ def _medium(value: Any, kind: str, at: str, where: str, read: Reader | None) -> 
     inside = value if isinstance(value, dict) else {}
     value = inside.get("url") or inside.get("path") or value
     if isinstance(data := inside.get("data"), str) and data:
-        medium = Media(kind, f"{where}: field {at!r}", MemorySource(_base64(data, shown(data), at, where)))
+        medium = Media(kind, f"{where}: field {at!r}", _inline(data, decode_base64, shown(data), at, where))
     elif read is None:
         raise InputError(f"{where}: field {at!r} is {shown(value)}, expected no medium other than the file next to this one")
     elif isinstance(value, str) and scheme_of(value) == "data":
-        medium = Media(kind, f"{where}: field {at!r}", MemorySource(_inline(value, at, where)))
+        medium = Media(kind, f"{where}: field {at!r}", _inline(value, decode_data_url, display(value), at, where))
     else:
         medium = read(value, kind, at)
     return _cut_inside(inside, medium, at, where)
 
 
-def _inline(url: str, at: str, where: str) -> bytes:
-    """The bytes in a data URL."""
-    head, _, data = url.partition(",")
-    return _base64(data, display(url), at, where) if head.lower().endswith(";base64") else unquote_to_bytes(data)
-
-
-def _base64(data: str, told: str, at: str, where: str) -> bytes:
-    """Bytes in base64, whose lines may be broken; errors show them as `told`."""
+def _inline(text: str, decode: Callable[[str], bytes], told: str, at: str, where: str) -> MemorySource:
+    """The medium that stands in the row itself as a text; errors show it as `told`."""
     try:
-        return base64.b64decode("".join(data.split()), validate=True)
+        return MemorySource(decode(text))
     except ValueError as error:
         raise InputError(f"{where}: field {at!r} is {told}, expected base64 ({reason(error)})") from None
 

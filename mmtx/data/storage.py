@@ -3,6 +3,7 @@
 The sources are frozen and picklable, so that samples can be sent to the workers of a data loader.
 """
 
+import base64
 import binascii
 import hashlib
 import io
@@ -15,6 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import unquote_to_bytes
 
 from mmtx.data.trust import Base, is_url, is_web, scheme_of
 from mmtx.errors import InputError, escape
@@ -113,6 +115,17 @@ def folder_of(path: str) -> str:
     """The folder of a file; a URL without a path is its own."""
     folder = os.path.dirname(bare(path))
     return path if is_url(path) and not is_url(folder) else folder
+
+
+def decode_base64(text: str) -> bytes:
+    """Bytes in base64, whose lines may be broken. Raises binascii.Error if anything else is in it."""
+    return base64.b64decode("".join(text.split()), validate=True)
+
+
+def decode_data_url(url: str) -> bytes:
+    """The bytes in a data URL (RFC 2397). Raises binascii.Error."""
+    head, _, data = url.partition(",")
+    return decode_base64(data) if head.lower().endswith(";base64") else unquote_to_bytes(data)
 
 
 def join(folder: str, name: str) -> str:
@@ -232,6 +245,8 @@ def _opened(path: str, base: Base | None, seek: bool, start: int, stop: int | No
         stream = Stream(path, base, start, stop)
         return _copied(path, stream, stop is None) if seek and not stream.ranged else stream
     if is_url(path):
+        if scheme_of(path) == "data":
+            return io.BytesIO(decode_data_url(path))
         import fsspec
 
         return fsspec.open(path, "rb").open()

@@ -3,7 +3,6 @@
 Media come as bytes in the request; nothing is fetched.
 """
 
-import base64
 import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, cast
@@ -13,6 +12,7 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from mmtx.data.media import image_size
+from mmtx.data.storage import decode_base64
 from mmtx.document import Document, TextPart, Turn
 from mmtx.errors import InputError
 from mmtx.medium import Audio, Image, ReadMedium
@@ -218,6 +218,6 @@ def to_medium(item: Item, limits: Limits, where: str) -> str | Image | Audio:
 
 def _decoded(text: str, where: str) -> bytes:
     try:
-        return base64.b64decode(text, validate=True)
+        return decode_base64(text)
     except ValueError as error:
         raise InputError(f"{where}: not base64 ({error}), found {text[:40]!r}") from None
