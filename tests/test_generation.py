@@ -540,7 +540,7 @@ def test_top_k_keeps_the_k_best():
 
 
 @pytest.mark.parametrize(
-    ("top_p", "kept"), [(0.01, [1]), (0.39, [1]), (0.41, [1, 2]), (0.69, [1, 2]), (0.71, [1, 2, 3]), (1.0, [0, 1, 2, 3])]
+    ("top_p", "kept"), [(1e-46, [1]), (0.01, [1]), (0.39, [1]), (0.41, [1, 2]), (0.69, [1, 2]), (0.71, [1, 2, 3]), (1.0, [0, 1, 2, 3])]
 )
 def test_top_p_keeps_the_fewest_that_reach_p(top_p, kept):
     shares = draw(LOGITS, temperature=1.0, top_p=top_p)

@@ -219,6 +219,13 @@ def test_mistakes_in_what_is_made_are_told(demo, media):
         assert status == 400 and told in message
 
 
+@pytest.mark.parametrize(("route", "body"), [
+    ("attention", {"messages": [{"role": "user", "content": "a"}], "answer": "a"}), ("nearest", {"content": "a"}),
+    ("transcribe", {"sound": {"type": "input_audio", "input_audio": {"data": ""}}}), ("make", {"out": "image", "content": "a"})])
+def test_another_model_is_not_here(demo, route, body):
+    assert asked(demo, f"/demo/{route}", **body, model="other") == (404, "model: found 'other', expected 'starter'")
+
+
 def test_nearest_training_samples_are_those_of_the_models_vectors(demo, model, training, media):
     captions = {path: json.loads(path.with_suffix(".json").read_text())["caption"] for path in sorted(training.iterdir())
                 if path.suffix != ".json"}

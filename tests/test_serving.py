@@ -276,6 +276,24 @@ def test_logprobs_are_those_of_a_full_pass(model, server, media, stream):
     assert b"".join(bytes(one.bytes) for one in told).decode(errors="replace") == model.tokenizers["text"].decode(written)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_are_those_of_the_text_before_a_stop_sequence(server, media, stream):
+    whole = server.chat([item(media[1])], logprobs=True).choices[0]
+    tokens = whole.logprobs.content
+    before = ["", *(b"".join(bytes(token.bytes) for token in tokens[:number]).decode(errors="replace").rstrip("\ufffd")
+                    for number in range(1, len(tokens)))]  # the text before each token
+    text = whole.message.content
+    assert len(text) > 8
+    held = [character + "\0" for character, _ in Counter(text).most_common(4)]  # of which each is held back until the next comes
+    for stop, cut in ((held, None), *((two, text.find(two)) for two in (text[begin:begin + 2] for begin in range(0, len(text), 3)))):
+        answer = server.chat([item(media[1])], logprobs=True, stream=stream, stop=stop)
+        choices = [event.choices[0] for event in answer] if stream else answer.choices
+        told = [token for choice in choices if choice.logprobs for token in choice.logprobs.content]
+        assert told == [token for token, part in zip(tokens, before) if cut is None or len(part) < cut]
+        assert "".join((choice.delta if stream else choice.message).content for choice in choices) == text[:cut]
+        assert choices[-1].finish_reason == (whole.finish_reason if cut is None else "stop")
+
+
 def test_embeddings_are_the_mean_of_hidden_states(model, server, media):
     inputs = ["a red circle", "", [item(media[0])]]
     answer = server.client.embeddings.create(model=NAME, input=inputs)                               # base64
@@ -292,8 +310,18 @@ def test_embeddings_are_the_mean_of_hidden_states(model, server, media):
 def test_no_inputs_are_no_embeddings(server):
     with pytest.raises(openai.BadRequestError, match="input"):
         server.client.embeddings.create(model=NAME, input=[])
-    with pytest.raises(openai.BadRequestError, match=r"input\[0\]\[0\]: found 1, expected a JSON object"):
-        server.client.embeddings.create(model=NAME, input=[[1, 2]])
+
+
+def test_token_ids_are_not_taken_for_those_of_the_model(server):
+    """Clients that send them by default have a tokenizer of OpenAI's; the message says how they send text."""
+    told = "found [1, 2], expected text, not token ids, which another tokenizer may have made: for text set check_embedding_ctx_length=False"
+    for where, ask in (("input[0]", lambda: server.client.embeddings.create(model=NAME, input=[1, 2])),
+                       ("input[0]", lambda: server.client.embeddings.create(model=NAME, input=[[1, 2], [3]])),
+                       ("prompt", lambda: server.client.completions.create(model=NAME, prompt=[1, 2])),
+                       ("prompt", lambda: server.client.completions.create(model=NAME, prompt=[[1, 2]]))):
+        with pytest.raises(openai.BadRequestError) as error:
+            ask()
+        assert error.value.body["message"].startswith(f"{where}: {told}")
 
 
 def test_completions_go_on_with_a_plain_document(model, server):
@@ -531,7 +559,12 @@ def silence(seconds: float) -> bytes:
     ("a", {"max_completion_tokens": 3}, 400, ", expected one limit, not different max_tokens and max_completion_tokens"),  # beside 16
     ("a", {"extra_body": {"logit_bias": {"5": 1}}}, 400, "logit_bias: found a field that this server does not support"),
     ("a" * 9000, {}, 400, "expected up to 4096 in all"),
-    ("a", {"stop": ["b"]}, 400, "stop"),
+    ("a", {"stop": ""}, 400, "stop[0]: found '': String should have at least 1 character"),
+    ("a", {"stop": ["b", ""]}, 400, "stop[1]: found '': String should have at least 1 character"),
+    ("a", {"stop": 5}, 400, "stop: found 5, expected a valid list"),
+    ("a", {"stop": ["b", 5]}, 400, "stop[1]: found 5, expected a valid string"),
+    ("a", {"stop": list("abcde")}, 400, "stop: found ['a', 'b', 'c', 'd', 'e']: List should have at most 4 items"),
+    ("a", {"stop": "b" * 1001}, 400, "String should have at most 1000 characters"),
     ("a" * 200_000, {}, 400, "found 200000 characters, expected up to 131072"),
 ])
 def test_a_mistake_is_told_in_the_form_of_the_api(server, content, options, status, told):
@@ -577,8 +610,11 @@ def test_mistakes_of_forms_and_sizes_are_told(server):
                        (named(b"file") + named(b"temperature"), "temperature: found 'tiny', expected a valid number")):
         status, answer = post(server, AS_FORM, named(b"model") + more + b"--x--\r\n", "/v1/audio/transcriptions")
         assert status == 400 and told in answer["error"]["message"]
-    with pytest.raises(openai.BadRequestError, match="size: found 'big'"):
-        server.client.images.generate(model=NAME, prompt="a", size="big")
+    for size, told in (("big", "size: found 'big'"), *((size, f"size: found '{size}', expected width and height as multiples of 8, from 8 to 512")
+                                                      for size in ("17x16", "16x0", "0x16", "520x8", "8x9999"))):
+        with pytest.raises(openai.BadRequestError) as error:
+            server.client.images.generate(model=NAME, prompt="a", size=size)
+        assert error.value.body["message"].startswith(told) and error.value.body["param"] == "size"
 
 
 @pytest.mark.parametrize(("path", "body", "status"), [
@@ -597,6 +633,12 @@ def test_bodies_that_are_none(server, path, body, status):
     found, _, told = answer_of(server.raw(head, body))
     assert found == status and told["error"]["message"] and set(told["error"]) == {"message", "type", "param", "code"}
     assert len(told["error"]["message"]) <= 1000
+
+
+def test_a_base_url_without_its_end_is_told(server):
+    client = server.client.with_options(base_url=server.address)
+    with pytest.raises(openai.NotFoundError, match=r"found '/chat/completions', .* expected one such as /v1/chat/completions; .* ends in /v1"):
+        client.chat.completions.create(model=NAME, messages=[{"role": "user", "content": "a"}])
 
 
 PLAIN = json.dumps({"model": NAME, "max_tokens": 4, "messages": [{"role": "user", "content": "a"}]}).encode()
@@ -729,6 +771,15 @@ def test_a_key_is_asked_for(small_server):
         assert found == status
 
 
+def test_an_empty_key_is_no_server_without_one(monkeypatch, capsys):
+    monkeypatch.setenv("MMTX_API_KEY", "")
+    monkeypatch.setattr("mmtx.serving.app.serve", lambda *given: None)
+    with pytest.raises(SystemExit) as stop:
+        main(["serve", "--port", "0"])
+    assert stop.value.code == 2
+    assert capsys.readouterr() == ("", "mmtx: error: MMTX_API_KEY: found an empty key, expected a key; unset it for a server without one\n")
+
+
 @pytest.mark.parametrize("key", ["\u043a\u043b\u044e\u0447", "s3cr\u00e9t", "s3cr3t\udcff", "s3cr3t\n", " s3cr3t", "\t"])
 def test_a_key_that_cannot_be_sent_is_refused_at_the_start(key, monkeypatch, capsys):
     monkeypatch.setenv("MMTX_API_KEY", key)
@@ -762,6 +813,13 @@ def test_a_large_body_is_refused_whether_its_size_is_told_or_not(small_server):
             connection.sendall(b"10000\r\n" + bytes(0x10000) + b"\r\n")
     assert connection.recv(65536).startswith(b"HTTP/1.1 413")
     connection.close()
+
+
+def test_headers_without_an_end_are_refused(small_server):
+    """Before their end nobody has been asked for a key."""
+    connection = small_server.raw("GET /health HTTP/1.1\nHost: 127.0.0.1\nX: ", b"a" * 2 ** 17)
+    with connection:
+        assert connection.recv(65536).startswith(b"HTTP/1.1 400")
 
 
 def test_a_full_house_says_when_to_come_again(small_server):
@@ -811,6 +869,19 @@ def test_who_goes_frees_a_place_at_once(endless_server, stream):
     assert endless_server.chat("a", max_tokens=2).usage.completion_tokens == 2
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_has_stopped_is_computed_no_further(endless_server, stream):
+    """400,000 tokens would take minutes."""
+    text = endless_server.chat("a", max_tokens=20).choices[0].message.content
+    stop = text.rstrip("\ufffd")[-3:]  # without an incomplete character
+    before = endless_server.metric('mmtx_tokens_total{kind="generated"}')
+    answer = endless_server.chat("a", max_tokens=400_000, stop=stop, stream=stream)
+    shown = "".join(event.choices[0].delta.content for event in answer) if stream else answer.choices[0].message.content
+    assert shown == text[:text.index(stop)]
+    endless_server.wait_for("mmtx_prompts_running", 0)
+    assert endless_server.metric('mmtx_tokens_total{kind="generated"}') - before <= 20
+
+
 def test_nobody_waits_behind_long_answers(endless_server):
     """Each of which would take minutes."""
     body = json.dumps({"model": NAME, "max_tokens": 400_000, "messages": [{"role": "user", "content": "a"}]}).encode()
@@ -848,6 +919,31 @@ def test_an_answer_that_takes_too_long_ends(endless):
     assert process.process.returncode in (0, -signal.SIGTERM)
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", process.port), timeout=5)
+
+
+def test_who_does_not_read_an_answer_loses_the_place(model, monkeypatch):
+    """The buffers of a connection hold megabytes, so the sender is one that waits from the first piece on."""
+    monkeypatch.setattr("mmtx.serving.limits.UNREAD", 0.1)
+    body = json.dumps({"model": NAME, "stream": True, "max_tokens": 64, "messages": [{"role": "user", "content": "a"}]}).encode()
+    app, left = make_app(model, NAME, Limits(timeout=0.2), loopback=False), [{"type": "http.request", "body": body}]
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"", "headers": []}
+
+    async def receive() -> dict:
+        return left.pop() if left else await asyncio.Future()
+
+    async def send(message: dict) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Future()
+
+    async def ask() -> None:
+        async with app.router.lifespan_context(app):
+            ended, _ = await asyncio.wait({asyncio.ensure_future(app(scope, receive, send))}, timeout=20)
+            assert ended
+            async with asyncio.timeout(20):
+                while app.state.service.batches.running:
+                    await asyncio.sleep(0.02)
+
+    asyncio.run(ask())
 
 
 # -- Media that are encoded together --------------------------------------------------------------------------

@@ -58,8 +58,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _key() -> str | None:
-    """The key that callers need, if any. Raises InputError, without showing the key, if no header can hold it."""
-    key = os.environ.get("MMTX_API_KEY") or None
+    """The key that callers need, if any. Raises InputError, without showing the key, if it is empty or no header can hold it."""
+    key = os.environ.get("MMTX_API_KEY")
+    if key == "":
+        raise InputError("MMTX_API_KEY: found an empty key, expected a key; unset it for a server without one")
     if key and not (key.isascii() and key.isprintable() and key == key.strip()):
         raise InputError("MMTX_API_KEY: found a key that no header can hold, expected printable ASCII without blanks around it")
     return key

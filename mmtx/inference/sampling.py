@@ -134,8 +134,9 @@ def sample(logits: Tensor, sampling: Sampling, draws: Tensor | None = None) -> T
         logits = logits.masked_fill(logits < kept, -torch.inf)
     if sampling.top_p is not None and sampling.top_p < 1:
         ordered, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
-        # An id stays while the ids before it have not reached p: the best one always does.
+        # An id stays while the ids before it have not reached p. The best one always does, also if p is 0 in the type of the logits.
         drop = ordered.cumsum(-1) - ordered >= sampling.top_p
+        drop[..., 0] = False
         logits = logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -torch.inf)
     # The first id at which the sum of the probabilities reaches the random number: one number chooses among all ids.
     shares = logits.softmax(-1)

@@ -7,9 +7,9 @@ import json
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import numpy as np
@@ -31,6 +31,8 @@ from mmtx.serving import messages as api
 from mmtx.serving.batches import BatchScheduler, Job
 from mmtx.serving.limits import DEADLINE, LOOPBACK, Limits, LimitsMiddleware, Refused, as_refused, in_time
 from mmtx.serving.sounds import MEDIA_TYPES, encoded, in_thread
+from mmtx.serving.stops import begun_stop, find_stop
+from mmtx.vocabulary import MAX_SIDE
 
 if TYPE_CHECKING:
     from mmtx.modality.pretrained_text import PretrainedText
@@ -88,6 +90,11 @@ class Service:
         async with in_time(self.deadline()):
             return await asyncio.get_running_loop().run_in_executor(threads, work, *given)
 
+    def check(self, model: str) -> None:
+        """Raises Refused if a request asks for another model."""
+        if model != self.name:
+            raise Refused(404, f"model: found {model[:100]!r}, expected {self.name!r}", "model_not_found", "model")
+
     def deadline(self) -> float:
         """The deadline of the current request, in the event loop's time."""
         return DEADLINE.get()
@@ -100,6 +107,18 @@ class Service:
         rows, columns = prefix[1] - v.height(1) + 1, prefix[2] - v.width(1) + 1
         return len(prefix) + rows * columns + 2  # the picture's closing tag, and <end>
 
+    def picture_size(self, asked: str) -> tuple[int, int] | None:
+        """Height and width of "WIDTHxHEIGHT"; None for "auto". Raises Refused if the model cannot draw a picture of this size."""
+        self.model._check_kind("image")
+        width, _, height = asked.partition("x")
+        if not height:
+            return None
+        edges, patch = (int(height), int(width)), self.model._image_config.patch
+        if any(edge % patch or not patch <= edge <= MAX_SIDE * patch for edge in edges):
+            raise Refused(400, f"size: found {asked!r}, expected width and height as multiples of {patch}, from {patch} to "
+                          f"{MAX_SIDE * patch}", "invalid_value", "size")
+        return edges
+
     def embed(self, document: Document) -> np.ndarray:
         (encoded,) = self.model.encode_documents([document], codes=False)
         return self.model.embed_prompt(prompt(encoded, self.model.vocabulary))
@@ -109,8 +128,10 @@ class Answer:
     """An answer in progress, with its ids so far; with `top_logprobs`, also the log-probability of each id and of so many others."""
 
     def __init__(self, service: Service, document: Document, body: api.SamplingBody, out: str = "text",
-                 size: tuple[int, int] | None = None, stream: bool = False, top_logprobs: int | None = None):
-        self.service, self.top_logprobs, self.length = service, top_logprobs, service.model.prompt_length(document)
+                 size: tuple[int, int] | None = None, stream: bool = False, top_logprobs: int | None = None,
+                 stops: Sequence[str] = ()):
+        self.service, self.top_logprobs, self.stops = service, top_logprobs, stops
+        self.length = service.model.prompt_length(document)
         self.ids: list[int] = []  # written so far, <end> included
         self.text_ids = service.model.vocabulary.range("text")
         room = service.limits.tokens - self.length
@@ -120,16 +141,17 @@ class Answer:
                           "context_length_exceeded")
         sampling = Sampling.of(**body.model_dump(include=SAMPLED), max_new_tokens=body.max_tokens or min(256, room))
         self.job = Job(document, self.length, out, sampling, size, service.deadline(),
-                       stream or top_logprobs is not None, top_logprobs is not None)
+                       stream or bool(stops) or top_logprobs is not None, top_logprobs is not None)
 
-    async def steps(self) -> AsyncIterator[list[tuple[int, torch.Tensor | None]]]:
+    async def steps(self) -> AsyncGenerator[list[tuple[int, torch.Tensor | None]], None]:
         """New ids with their scores, as they come, without <end>."""
         v, tokens = self.service.model.vocabulary, self.service.metrics.tokens
         tokens.labels("prompt").inc(self.length)
-        async for new in self.service.batches.answer(self.job):
-            tokens.labels("generated").inc(len(new))
-            self.ids += [ident for ident, _ in new]
-            yield [(ident, scores) for ident, scores in new if ident not in (v.end, v.eos)]
+        async with aclosing(self.service.batches.answer(self.job)) as answer:
+            async for new in answer:
+                tokens.labels("generated").inc(len(new))
+                self.ids += [ident for ident, _ in new]
+                yield [(ident, scores) for ident, scores in new if ident not in (v.end, v.eos)]
 
     async def codes(self) -> AsyncIterator[int]:
         async for new in self.steps():
@@ -138,15 +160,21 @@ class Answer:
 
     async def pieces(self) -> AsyncIterator[tuple[str, list[dict], str | None]]:
         """Pieces of text as they come, the log-probabilities of their ids and, in the last, the finish reason."""
-        shown, scored = 0, []
-        async for new in self.steps():
-            scored += [self._scored(ident, scores) for ident, scores in new if scores is not None]
-            text = self.text(self.ids)
-            if self.job.stream and text[shown:] and not text.endswith("\ufffd"):  # hold back incomplete characters
-                yield text[shown:], scored, None
-                shown, scored = len(text), []
-        v = self.service.model.vocabulary
-        yield self.text(self.ids)[shown:], scored, "stop" if self.ids[-1] in (v.end, v.eos) else "length"
+        text, shown, cut = "", 0, None
+        scored: list[tuple[int, dict]] = []  # of ids not shown yet, each with the length of the text before it
+        async with aclosing(self.steps()) as steps:
+            async for new in steps:
+                scored += [(len(text), self._scored(ident, scores)) for ident, scores in new if scores is not None]
+                text = self.text(self.ids).rstrip("\ufffd")  # hold back incomplete characters
+                if (cut := find_stop(text, self.stops)) is not None:
+                    break
+                clear = len(text) - begun_stop(text, self.stops)
+                if self.job.stream and clear > shown:
+                    yield text[shown:clear], [entry for begin, entry in scored if begin < clear], None
+                    shown, scored = clear, [(begin, entry) for begin, entry in scored if begin >= clear]
+        v, text = self.service.model.vocabulary, self.text(self.ids)
+        reason = "length" if cut is None and self.ids[-1] not in (v.end, v.eos) else "stop"
+        yield text[shown:cut], [entry for begin, entry in scored if cut is None or begin < cut], reason
 
     def text(self, ids: Sequence[int]) -> str:
         """The text among ids."""
@@ -176,6 +204,9 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
     service = Service(model, name, limits)
 
     async def reraise(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException) and error.status_code == 404 and not isinstance(error, Refused):
+            raise Refused(404, f"found {request.url.path[:100]!r}, which is no route of this server, expected one such as "
+                          "/v1/chat/completions; for most clients the base URL ends in /v1", "unknown_url")
         raise error
 
     app = FastAPI(title="mmtx", lifespan=service.lifespan, docs_url=None, redoc_url=None, openapi_url=None,
@@ -183,12 +214,8 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
     app.state.service = service
     app.add_middleware(LimitsMiddleware, limits=limits, key=key, loopback=loopback, metrics=service.metrics)
 
-    def check(model_id: str) -> None:
-        if model_id != name:
-            raise Refused(404, f"model: found {model_id[:100]!r}, expected {name!r}", "model_not_found", "model")
-
     async def read(body: api.RequestBody, content: Sequence[api.Item], where: str, role: str | None = "user") -> Document:
-        check(body.model)
+        service.check(body.model)
         return Document((Turn(role, await service.read(api.read_parts, model, content, limits, where)),))
 
     async def written(answer: Answer, body: api.TextBody, kind: str, choice: Callable[[str, bool], dict]) -> Any:
@@ -217,7 +244,7 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
             return StreamingResponse(events(), headers=UNBUFFERED, media_type="text/event-stream")
         pieces = [piece async for piece in answer.pieces()]
         scored = [one for _, some, _ in pieces for one in some] if answer.top_logprobs is not None else None
-        return {**shown(answer.text(answer.ids), scored, pieces[-1][2]), "usage": answer.usage()}
+        return {**shown("".join(text for text, *_ in pieces), scored, pieces[-1][2]), "usage": answer.usage()}
 
     @app.get("/health")
     async def health() -> dict:
@@ -233,23 +260,25 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
 
     @app.get("/v1/models/{asked_for:path}")  # a name may have a slash; /metrics shows this path
     async def retrieve_model(asked_for: str) -> dict:
-        check(asked_for)
+        service.check(asked_for)
         return {"id": name, "object": "model", "created": service.created, "owned_by": "mmtx"}
 
     @app.post("/v1/chat/completions")
     async def chat(body: api.ChatBody):
-        check(body.model)
+        service.check(body.model)
         if body.top_logprobs and not body.logprobs:
             raise Refused(400, "top_logprobs: found without logprobs, expected logprobs: true", "invalid_value", "top_logprobs")
         document = await service.read(api.read_document, model, body.messages, limits)
-        answer = Answer(service, document, body, stream=body.stream, top_logprobs=(body.top_logprobs or 0) if body.logprobs else None)
+        answer = Answer(service, document, body, stream=body.stream, stops=body.stop,
+                        top_logprobs=(body.top_logprobs or 0) if body.logprobs else None)
         kind, key = ("chat.completion.chunk", "delta") if body.stream else ("chat.completion", "message")
         role = lambda first: {"role": "assistant"} if first else {}  # clients concatenate the fields of a stream
         return await written(answer, body, kind, lambda text, first: {key: {**role(first), "content": text}})
 
     @app.post("/v1/completions")
     async def completions(body: api.CompletionBody):
-        answer = Answer(service, await read(body, body.prompt, "prompt", None), body, "document", stream=body.stream)
+        document = await read(body, body.prompt, "prompt", None)
+        answer = Answer(service, document, body, "document", stream=body.stream, stops=body.stop)
         return await written(answer, body, "text_completion", lambda text, first: {"text": text})
 
     @app.post("/v1/embeddings")
@@ -270,7 +299,7 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
 
     @app.post("/v1/audio/transcriptions", dependencies=[Depends(form)])
     async def transcriptions(body: Annotated[api.TranscriptionBody, Form()]):
-        check(body.model)
+        service.check(body.model)
         part = await service.read(api.read_part, model, Audio(await body.file.read()), limits, "file")
         greedy = not Sampling.of(**body.model_dump(include=SAMPLED)).temperature  # many clients send the default, 0
         if model.transcribes and greedy and body.max_tokens is None:
@@ -282,9 +311,7 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
 
     @app.post("/v1/images/generations")
     async def images(body: api.ImagesBody) -> dict:
-        width, _, height = body.size.partition("x")  # or auto
-        size = (int(height), int(width)) if height else None
-        answer = Answer(service, await read(body, body.prompt, "prompt"), body, "image", size)
+        answer = Answer(service, await read(body, body.prompt, "prompt"), body, "image", service.picture_size(body.size))
         v, file = model.vocabulary, io.BytesIO()
         (picture,) = await service.read(model.detokenize, [v.bos, *[ident async for ident in answer.codes()], v.eos])
         picture.save(file, "PNG")
@@ -324,5 +351,5 @@ def serve(model: Model, name: str, host: str, port: int, limits: Limits, key: st
     shown = f"[{host}]" if ":" in host else host
     print(f"{name} answers at http://{shown}:{listener.getsockname()[1]}/{'' if page else 'v1'}", flush=True)
     config = uvicorn.Config(app, log_level="warning", timeout_keep_alive=30, timeout_graceful_shutdown=10, server_header=False,
-                            limit_concurrency=8 * limits.requests)
+                            limit_concurrency=8 * limits.requests, http="h11")  # httptools does not limit the size of headers
     uvicorn.Server(config).run(sockets=[listener])

@@ -9,7 +9,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -86,7 +86,7 @@ class BatchScheduler:
             self._jobs.append(job)
             self._changed.notify_all()
 
-    async def answer(self, job: Job) -> AsyncIterator[list[tuple[int, torch.Tensor | None]]]:
+    async def answer(self, job: Job) -> AsyncGenerator[list[tuple[int, torch.Tensor | None]], None]:
         """The ids of a job with their scores, as they come. Closing the iterator early drops the job."""
         self.submit(job)
         try:

@@ -27,6 +27,7 @@ MIB = 2 ** 20
 PUBLIC_PATHS = ("/", "/health")  # paths that need no key
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OWN_HOST = re.compile(rf"({'|'.join(re.escape(f'[{name}]' if ':' in name else name) for name in LOOPBACK)})(:\d*)?", re.IGNORECASE)
+UNREAD = 5  # seconds after its deadline until an answer is dropped that its caller does not read, and that so cannot be ended
 GONE = 499  # status counted if a caller disconnects before the answer begins, as in nginx
 EXPECTED_BY_TYPE = {"model_type": "a JSON object", "model_attributes_type": "a JSON object", "value_error": "a file",
                     "union_tag_not_found": "a JSON object with its type"}  # pydantic and FastAPI speak of Python here
@@ -203,10 +204,13 @@ class LimitsMiddleware:
                 pass
             answer.cancel()
 
-        DEADLINE.set(asyncio.get_running_loop().time() + self.limits.timeout)
+        loop = asyncio.get_running_loop()
+        DEADLINE.set(loop.time() + self.limits.timeout)
         answer, watcher = asyncio.ensure_future(self.app(request.scope, replay, send)), asyncio.ensure_future(watch())
+        timer = loop.call_at(DEADLINE.get() + UNREAD, answer.cancel)
         try:
             with suppress(asyncio.CancelledError):
                 await answer
         finally:
             watcher.cancel()
+            timer.cancel()

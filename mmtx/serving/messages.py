@@ -21,6 +21,7 @@ from mmtx.pipeline import Model
 from mmtx.serving.limits import Limits
 
 MAX_PIECE_LENGTH = 32  # most characters in a piece of text: SentencePiece makes none of more than 16 by default
+MAX_STOP_LENGTH = 1000  # characters of a stop sequence, which are compared with the text after each token
 ROLES = {"user": "user", "assistant": "assistant", "system": "user", "developer": "user"}  # as in training
 
 
@@ -46,13 +47,26 @@ def as_items(given: Any) -> Any:
 
 def unwrap_single(given: Any) -> Any:
     """A list of one prompt, as some clients send it -> that prompt."""
-    return given[0] if isinstance(given, list) and len(given) == 1 and isinstance(given[0], str) else given
+    return given[0] if isinstance(given, list) and len(given) == 1 and isinstance(given[0], (str, list)) else given
 
 
 def as_inputs(given: Any) -> Any:
     """Text or a list of items -> a list of one input."""
     several = isinstance(given, list) and (not given or isinstance(given[0], (str, list)))
     return given if several else [given]
+
+
+def refuse_ids(given: Any) -> Any:
+    """Raise an error for a list of token ids: clients make them with a tokenizer of OpenAI's, so they would be another text here."""
+    if isinstance(given, list) and given and all(type(one) is int for one in given):
+        raise PydanticCustomError("token_ids", "Input should be text, not token ids, which another tokenizer may have made: for text "
+                                  "set check_embedding_ctx_length=False in LangChain, tokenized_requests=False in lm-eval")
+    return given
+
+
+def as_list(given: Any) -> Any:
+    """One text -> a list of it."""
+    return [given] if isinstance(given, str) else given
 
 
 class ImageURL(Body):
@@ -83,6 +97,7 @@ class AudioItem(Body):
 Item = Annotated[TextItem | ImageItem | AudioItem, Field(discriminator="type")]
 Content = Annotated[list[Item], BeforeValidator(as_items)]
 TextContent = Annotated[list[TextItem], BeforeValidator(as_items)]
+StopSequence = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 
 
 class Message(Body):
@@ -132,6 +147,7 @@ class TextBody(SamplingBody):
     response_format: ResponseFormat | None = None
     frequency_penalty: float = Field(0, ge=0, le=0)
     presence_penalty: float = Field(0, ge=0, le=0)
+    stop: Annotated[list[StopSequence], Field(max_length=4), BeforeValidator(as_list)] = []
 
 
 class ChatBody(TextBody):
@@ -141,11 +157,11 @@ class ChatBody(TextBody):
 
 
 class CompletionBody(TextBody):
-    prompt: Annotated[TextContent, BeforeValidator(unwrap_single)]
+    prompt: Annotated[TextContent, BeforeValidator(refuse_ids), BeforeValidator(unwrap_single)]
 
 
 class EmbeddingsBody(RequestBody):
-    input: Annotated[list[Content], BeforeValidator(as_inputs), Field(min_length=1)]
+    input: Annotated[list[Annotated[Content, BeforeValidator(refuse_ids)]], BeforeValidator(as_inputs), Field(min_length=1)]
     encoding_format: Literal["float", "base64"] = "float"
 
 
