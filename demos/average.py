@@ -1,7 +1,7 @@
 """Averages the weights of models that were trained on from one another, which is often better than any one of them.
 
 The model that comes with mmtx is such an average (model soups, Wortsman et al. 2022, https://arxiv.org/abs/2203.05482). If a
-model got another encoder on the way, each weight of the first model is averaged over those that have it in the same shape.
+model got another encoder on the way, the encoder and its projection are averaged over the models that have that of the first.
 
     python demos/average.py runs/starter/captions/model runs/starter/captions-more/model --output runs/starter/mean
 """
@@ -21,6 +21,7 @@ def average(folders: Sequence[str]) -> mmtx.Model:
     """The first model, with weights averaged over the models that have them. Raises InputError if sizes or tokenizers differ."""
     models = [mmtx.load(folder, "cpu") for folder in folders]
     first = models[0]
+    inputs = lambda model, kind: (model.decoder.config.encoders.get(kind), model.decoder.config.features.get(kind))
     blocks = [replace(model.decoder.config, encoders={}, features={}) for model in models]
     for folder, model, config in zip(folders, models, blocks, strict=True):
         if config != blocks[0] or model.vocabulary.to_json() != first.vocabulary.to_json():
@@ -28,7 +29,9 @@ def average(folders: Sequence[str]) -> mmtx.Model:
     weights = [model.decoder.state_dict() for model in models]
     with torch.no_grad():
         for name, weight in first.decoder.state_dict().items():
-            alike = [each[name] for each in weights if name in each and each[name].shape == weight.shape]
+            module, kind, *_ = name.split(".")
+            alike = [each[name] for model, each in zip(models, weights, strict=True)
+                     if module not in ("encoders", "projections") or inputs(model, kind) == inputs(first, kind)]
             weight.copy_(torch.stack(alike).mean(0))
     return first
 

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from mmtx.config import DecoderConfig
+from mmtx.config import DecoderConfig, EfficientNetConfig, EncoderConfig
 from mmtx.errors import InputError
 from mmtx.files import CONFIG
 from mmtx.modality.encoder import build_encoder
@@ -55,7 +56,7 @@ def cost(config: DecoderConfig, tokens: int, length: int) -> Cost:
     """
     c = config
     with torch.device("meta"):
-        decoder = Decoder(replace(c, depth=1, ctc_blocks=None), build_encoder)  # all blocks are alike
+        decoder = Decoder(replace(c, depth=1, encoders={}, ctc_blocks=None))  # all blocks are alike
     block = sum(p.numel() for p in decoder.blocks[0].parameters())
     matrices = c.depth * sum(p.numel() for p in decoder.blocks[0].parameters() if p.dim() == 2)
     attention = 4 * c.depth * c.heads * c.head_dim * length
@@ -64,8 +65,15 @@ def cost(config: DecoderConfig, tokens: int, length: int) -> Cost:
     # Composed rows are made once per batch; in the backward pass only their digits get a gradient.
     composed = 2 * coded * digits * c.width
     products = tokens * (2 * matrices + attention + 2 * c.vocabulary_size * c.width)
-    return Cost(sum(p.numel() for p in decoder.parameters()) + (c.depth - 1) * block, c.depth * block,
-                products + composed, 3 * products + 2 * composed, matrices)
+    parameters = sum(p.numel() for p in decoder.parameters()) + sum(map(_encoder_parameters, c.encoders.values()))
+    return Cost(parameters + (c.depth - 1) * block, c.depth * block, products + composed, 3 * products + 2 * composed, matrices)
+
+
+@lru_cache
+def _encoder_parameters(config: EncoderConfig | EfficientNetConfig) -> int:
+    """Parameters of an encoder, which takes a second to build and does not depend on the decoder's size."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in build_encoder(config).parameters())
 
 
 def sizes(config: DecoderConfig) -> list[DecoderConfig]:
@@ -91,13 +99,12 @@ class Plan(NamedTuple):
     effective_tokens: float  # tokens of new data with the same effect
 
 
-def plan(source: str, config: DecoderConfig, budget: float, batch: int, length: int, tokens_of: Callable[[Cost], float] | None,
-         law: "Law | None" = None, unique: float | None = None) -> Plan:
-    """The decoder for a budget of FLOPs: the one whose `tokens_of` tokens use it up, or with the least loss by a law."""
+def plan(source: str, made: Sequence[tuple[DecoderConfig, Cost]], budget: float, batch: int,
+         tokens_of: Callable[[Cost], float] | None, law: "Law | None" = None, unique: float | None = None) -> Plan:
+    """The one of some decoders for a budget of FLOPs: that whose `tokens_of` tokens use it up, or with the least loss by a law."""
     def tokens(c: Cost) -> float:
         return budget * batch / c.training
 
-    made = [(size, cost(size, batch, length)) for size in sizes(config)]
     if tokens_of is not None:
         size, found = min(made, key=lambda each: abs(math.log(tokens(each[1]) / tokens_of(each[1]))))
     else:
@@ -114,9 +121,10 @@ def plans(config: DecoderConfig, budget: float, batch: int, length: int, law: "L
           unique: float | None = None) -> list[Plan]:
     """The plans of all sources; `unique` is the number of tokens before the data repeats."""
     factor, power = KAPLAN
-    found = [plan("Hoffmann et al. 2022", config, budget, batch, length, lambda c: TOKENS_A_PARAMETER * c.parameters, law, unique),
-             plan("Kaplan et al. 2020", config, budget, batch, length, lambda c: factor * c.blocks ** power, law, unique)]
-    return found if law is None else [*found, plan("your runs", config, budget, batch, length, None, law, unique)]
+    made = [(size, cost(size, batch, length)) for size in sizes(config)]
+    found = [plan("Hoffmann et al. 2022", made, budget, batch, lambda c: TOKENS_A_PARAMETER * c.parameters, law, unique),
+             plan("Kaplan et al. 2020", made, budget, batch, lambda c: factor * c.blocks ** power, law, unique)]
+    return found if law is None else [*found, plan("your runs", made, budget, batch, None, law, unique)]
 
 
 def effective_tokens_of(tokens: float, unique: float | None) -> float:

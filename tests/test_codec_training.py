@@ -1,6 +1,8 @@
 """Training of the codecs on real pictures and sounds: health in every validation, the discriminator, what it leaves alone."""
 
+import json
 import math
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +11,10 @@ import safetensors.torch
 import torch
 import yaml
 from lightning import Trainer
+from PIL import Image
 
 from mmtx.cli import main
-from mmtx.data.collection import DataSource
+from mmtx.data.collection import DataSource, read_source
 from mmtx.errors import InputError
 from mmtx.modality.audio import AudioConfig
 from mmtx.modality.autoencoder import NetworkConfig
@@ -65,12 +68,12 @@ def module(kind: str, learning_rate=1e-3, **more):
     return made(config, optimizer, **more)
 
 
-def train(module, steps=2) -> dict[str, float]:
+def train(module, steps=2, sources=FEW) -> dict[str, float]:
     """Train with clipping and one validation -> what was logged last."""
     trainer = Trainer(accelerator="cpu", max_steps=steps, val_check_interval=steps, check_val_every_n_epoch=None,
                       gradient_clip_val=0.01, num_sanity_val_steps=0, logger=False, enable_checkpointing=False,
                       enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False)
-    trainer.fit(module, CodecData(FEW, FEW, batch_size=4, multi_size_prob=0.5))
+    trainer.fit(module, CodecData(sources, sources, batch_size=4, multi_size_prob=0.5))
     return {name: float(value) for name, value in trainer.logged_metrics.items()}
 
 
@@ -302,6 +305,46 @@ def test_before_its_start_a_critic_changes_nothing(kind):
 def test_adversarial_config_is_checked(values, message):
     with pytest.raises(InputError, match=message):
         AdversarialConfig(**values)
+
+
+# -- Data ----------------------------------------------------------------------------------------------------
+
+
+def without_captions(folder: Path, form: str) -> Path:
+    """Three pictures as a source that has no captions, beside what makes no difference to a codec."""
+    there = folder / "pictures"
+    there.mkdir()
+    for number in range(3):
+        Image.new("RGB", (40, 30), (80 * number, 0, 0)).save(there / f"{number}.png")
+    (there / "0.json").write_text('{"caption": " ", "width": 40}')
+    (there / "1.txt").write_text("")
+    rows = [{"image": f"pictures/{number}.png", "label": number} for number in range(3)]
+    if form == "folder":
+        (there / "metadata.csv").write_text("file_name,label\n0.png,7\n")
+        return there
+    if form == "tar":
+        with tarfile.open(folder / "all.tar", "w") as tar:
+            tar.add(there, "")
+        return folder / "all.tar"
+    if form == "dataset":
+        datasets = pytest.importorskip("datasets")
+        kinds = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+        rows = [{**row, "image": str(folder / row["image"])} for row in rows]
+        datasets.Dataset.from_list(rows, features=kinds).save_to_disk(folder / "saved")
+        return folder / "saved"
+    lines = {"jsonl": [json.dumps({**row, "text": ""} if row["label"] else row) for row in rows],
+             "csv": ["image,caption", *(f"{row['image']}," for row in rows)]}[form]
+    (folder / f"rows.{form}").write_text("\n".join(lines))
+    return folder / f"rows.{form}"
+
+
+@pytest.mark.parametrize("form", ["folder", "tar", "jsonl", "csv", "dataset"])
+def test_a_codec_needs_no_captions(tmp_path, form, capfd):
+    source = str(without_captions(tmp_path, form))
+    assert math.isfinite(train(module("image"), steps=1, sources=[DataSource([source])])["train/loss"])
+    assert "skipped" not in capfd.readouterr().err
+    with pytest.raises(InputError, match="3 of 3 rows cannot be used" if form != "folder" else "metadata.csv and no captions|3 of 3"):
+        read_source(DataSource([source]))
 
 
 # -- mmtx fit ------------------------------------------------------------------------------------------------

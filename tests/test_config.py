@@ -186,7 +186,17 @@ MISTAKES = {
         "swa_lrs": -1}}], r"trainer.callbacks: .*swa_lrs. should a positive float"),
     "no such callback": ("callbacks", [{"class_path": "EarlyStoping"}], r"trainer.callbacks: .*EarlyStoping"),
     "no such metric": ("callbacks", [{"class_path": f"{CALLBACKS}.EarlyStopping", "init_args": {"monitor": "val/los"}}],
-                       r"trainer: Early stopping conditioned on metric `val/los` which is not available.*val/loss"),
+                       r"trainer.callbacks: found the monitor 'val/los', expected one of train/loss, .*val/loss[^`\]]*$"),
+    "no such metric to choose by": ("callbacks", [{"class_path": f"{CALLBACKS}.ModelCheckpoint", "init_args": {"monitor": "val/los"}}],
+                                    r"trainer.callbacks: found the monitor 'val/los', expected one of train/loss, .*val/loss[^`\]]*$"),
+    "two of a kind": ("callbacks", 2 * [{"class_path": f"{CALLBACKS}.EarlyStopping", "init_args": {"monitor": "val/loss"}}],
+                      r"trainer: Found more than one stateful callback of type `EarlyStopping`"),
+    "a search for a size": ("callbacks", [{"class_path": f"{CALLBACKS}.BatchSizeFinder"}],
+                            r"trainer.callbacks: found BatchSizeFinder, expected data.batch_size or data.tokens_per_batch"),
+    "an average of epochs": ("callbacks", [{"class_path": f"{CALLBACKS}.StochasticWeightAveraging", "init_args": {
+        "swa_lrs": 1e-3, "swa_epoch_start": 1}}], r"trainer.callbacks: found StochasticWeightAveraging, expected ema"),
+    "a backbone": ("callbacks", [{"class_path": f"{CALLBACKS}.BackboneFinetuning"}],
+                   r"trainer.callbacks: found BackboneFinetuning, expected another, for DecoderModule has no backbone"),
     "a schedule of accumulation": ("callbacks", [{"class_path": f"{CALLBACKS}.GradientAccumulationScheduler", "init_args": {
         "scheduling": {0: 2}}}], r"trainer.callbacks: found GradientAccumulationScheduler, expected trainer.accumulate_grad_batches"),
     "a search for a rate": ("callbacks", [{"class_path": f"{CALLBACKS}.LearningRateFinder"}],
@@ -220,6 +230,26 @@ def test_mistakes_in_classes_of_lightning_are_one_line(name, tiny, tmp_path, cap
     lines = [line for line in capsys.readouterr().err.splitlines() if "Seed set" not in line and "parameters train" not in line]
     assert stop.value.code == 2 and len(lines) == 1 and re.match(f"mmtx: error: {told}", lines[0]), lines
     assert len(lines[0]) < 900 and "class path" not in lines[0] and "Union" not in lines[0], lines
+
+
+@pytest.mark.parametrize("options", [{"limit_val_batches": 0}, {"val_check_interval": 9}])
+def test_what_watches_validation_needs_one(tiny, tmp_path, capsys, options):
+    callback = {"class_path": f"{CALLBACKS}.EarlyStopping", "init_args": {"monitor": "val/loss"}}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**tiny, "trainer": {**tiny["trainer"], **options, "callbacks": [callback]}}))
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(path), "--output", str(tmp_path / "run")])
+    assert "trainer.callbacks: found EarlyStopping of val/loss, expected another metric" in capsys.readouterr().err
+
+
+def test_a_callback_with_a_default_that_yaml_lacks(tiny, tmp_path):
+    """That of `Timer` is a member of an enumeration: its configuration could not be written."""
+    callback = {"class_path": f"{CALLBACKS}.Timer", "init_args": {"duration": "00:01:00:00"}}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**tiny, "trainer": {**tiny["trainer"], "callbacks": [callback]}}))
+    main(["fit", "--config", str(path), "--output", str(tmp_path / "run")])
+    written = yaml.safe_load((tmp_path / "run" / "metrics" / "config.yaml").read_text())
+    assert written["trainer"]["callbacks"][0]["init_args"] == {"duration": "00:01:00:00", "interval": "step", "verbose": True}
 
 
 @pytest.mark.parametrize("command, kind, option", [

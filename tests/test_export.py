@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,11 +15,16 @@ from mmtx.cli import main
 from mmtx.config import DecoderConfig
 from mmtx.document import Document, MediaPart, TextPart, Turn
 from mmtx.errors import InputError
-from mmtx.interop.convert import convert
+from mmtx.interop.chat import chat_format_of
+from mmtx.interop.convert import convert, read_folder
 from mmtx.interop.export import export
+from mmtx.interop.families import read_weights
+from mmtx.interop.gguf_files import read_gguf
+from mmtx.modality.pretrained_text import PretrainedText
 from mmtx.model import Decoder
 from mmtx.pipeline import Model, load
 from mmtx.sequence import prompt, render
+from mmtx.vocabulary import Vocabulary
 
 transformers = pytest.importorskip("transformers")
 SAID = ("hello", "What is 12+3?", "a red  circle\näöü 🙂", "trumpet, C 4")
@@ -75,12 +81,37 @@ def test_transformers_gives_the_same_scores_and_answers(models, name, tmp_path):
     assert theirs.generation_config.eos_token_id == v.end
 
 
+def read_back(path):
+    """A model of text alone that has the weights of an exported one: what was a composed id there is a row of text here."""
+    config, found, text = read_gguf(path) if path.suffix == ".gguf" else read_folder(path)
+    text = PretrainedText(text.content, text.size, chat_format_of(text, path), text.chat_template, text.specials, path)
+    decoder = Decoder(config)
+    decoder.load_state_dict(read_weights(config, found, path, path.suffix == ".gguf"))
+    return SimpleNamespace(decoder=decoder, tokenizers={"text": text}, vocabulary=Vocabulary.build({"text": text}))
+
+
 def test_a_model_goes_out_and_comes_back(models, tmp_path):
-    """The exported folder is a pretrained model again: what was a composed id there is a row of text here."""
     export(models["qwen2"], "transformers", tmp_path / "out")
-    back = convert(tmp_path / "out")
     ids = list(range(0, models["qwen2"].vocabulary.size, 7))
-    assert torch.allclose(full(back, ids)[:, :models["qwen2"].vocabulary.size], full(models["qwen2"], ids), atol=1e-4)
+    assert torch.allclose(full(read_back(tmp_path / "out"), ids), full(models["qwen2"], ids), atol=1e-4)
+
+
+@pytest.mark.parametrize("to", ["transformers", "gguf"])
+@pytest.mark.parametrize("name", ["ours", "qwen3"])
+def test_an_exported_model_is_no_pretrained_one(models, media, name, to, tmp_path):  # noqa: F811
+    """Its codes would be pieces of text, and those of --image others."""
+    path = tmp_path / ("out" if to == "transformers" else "out.gguf")
+    export(models[name], to, path)
+    told = "found a text tokenizer 'llama'" if (name, to) == ("ours", "gguf") else "mmtx exported, with codes of image and audio"
+    for given in ({}, media):
+        with pytest.raises(InputError, match=told):
+            convert(path, given)
+
+
+def test_an_exported_model_of_text_alone_is_converted(tmp_path):
+    save_model(tmp_path / "in", "qwen3")
+    export(convert(tmp_path / "in"), "transformers", tmp_path / "out")
+    assert convert(tmp_path / "out").vocabulary.kinds == ("text",)
 
 
 @pytest.mark.parametrize("name", ["ours", *CASES])
@@ -95,8 +126,8 @@ def test_gguf_holds_the_same_model(models, name, tmp_path):
             found = theirs(torch.from_numpy(ids)[None]).logits[0]
         assert torch.allclose(full(model, ids), found, atol=1e-4)
     if name != "ours":
-        back = convert(path)
-        assert torch.allclose(full(back, ids)[:, :model.vocabulary.size], full(model, ids), atol=1e-4)
+        back = read_back(path)
+        assert torch.allclose(full(back, ids), full(model, ids), atol=1e-4)
         assert back.tokenizers["text"].encode(SAID[2]) == model.tokenizers["text"].encode(SAID[2])
         assert prompt(conversation(back, "hi"), back.vocabulary).ids.tolist() == prompt(conversation(model, "hi"), model.vocabulary).ids.tolist()
 

@@ -242,6 +242,18 @@ def test_16_bit_is_scaled_not_clipped():
         load_image(Image.fromarray(np.array([[70_000]], np.int32)))
 
 
+def test_32_bit_grey_holds_8_bits_or_16():
+    """PIL's mode "I", which `Image.fromarray` makes of int32 and `convert("I")` of 8 bits, was taken for 16: nearly black."""
+    values = np.array([[0, 1, 128, 255]], np.uint8)
+    grey = Image.fromarray(values).convert("I")
+    for picture in (grey, encode(grey, "TIFF"), Image.fromarray(values.astype(np.int32))):
+        assert load_image(picture)[0, 0].tolist() == [0, 1, 128, 255]
+    grey.info["transparency"] = 1
+    assert load_image(grey)[0, 0].tolist() == [0, 255, 128, 255]
+    with Image.open(io.BytesIO(b"P5 4 1 65535 " + np.array([0, 1, 128, 255], ">u2").tobytes())) as dark:
+        assert dark.mode == "I" and load_image(dark)[0, 0].tolist() == [0, 0, 0, 1]
+
+
 def test_other_modes():
     assert pixel(load_image(encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "TIFF"))) == RED
     near = torch.tensor(pixel(load_image(encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"))))

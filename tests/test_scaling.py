@@ -12,8 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmtx.cli import main
-from mmtx.config import CodeRange, DecoderConfig
+from mmtx.config import CodeRange, DecoderConfig, EncoderConfig
 from mmtx.errors import InputError
+from mmtx.modality.encoder import build_encoder
 from mmtx.model import Decoder
 from mmtx.scaling import Run, cost, effective_tokens_of, fit, held_out, isoflop_plot, plans, read_runs
 from mmtx.vocabulary import Vocabulary
@@ -108,6 +109,13 @@ def test_what_noisy_runs_foretell_has_an_interval_that_holds_it():
     low, high = law.interval(run.parameters, run.tokens)
     assert len(law.resampled) == 20 and low < high
     assert low * 0.99 <= loss(run.parameters, run.tokens) <= high * 1.01
+
+
+def test_encoders_count_at_every_size():
+    small = EncoderConfig(192, 32, 2, 1, 8)
+    config = replace(CONFIGS[0], features={"image": 32, "audio": 32}, encoders={"image": small, "audio": replace(small, patch=64)})
+    for each in (config, replace(config, width=192, depth=2)):
+        assert cost(each, 8192, 512).parameters == sum(p.numel() for p in Decoder(each, build_encoder).parameters())
 
 
 def test_a_plan_for_a_decoder_with_ctc_is_that_without(law):

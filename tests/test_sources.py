@@ -241,6 +241,43 @@ def test_unknown_source(tmp_path):
         read(f"{tmp_path}/*.jsonl")
 
 
+def test_tables_of_the_package_datasets_are_told_how_to_read(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    parquet.write_table(pyarrow.table({"text": ["said"]}), tmp_path / "a" / "b" / "x.parquet")
+    with pytest.raises(InputError, match=f"x.parquet: unknown kind of data.*; hf://{tmp_path}/a/b reads .parquet") as failure:
+        read(tmp_path / "a" / "b" / "x.parquet")
+    with pytest.raises(InputError, match=f"a: no samples in it; hf://{tmp_path}/a reads .parquet"):
+        read(tmp_path / "a")
+    pytest.importorskip("datasets")
+    told = str(failure.value).split("; ")[1].split(" ")[0]
+    assert [sample.caption for sample in read(told)] == ["said"]
+
+
+@pytest.mark.parametrize("name, stands_for", [
+    ("x-{000..003}.tar", ["x-000.tar", "x-001.tar", "x-002.tar", "x-003.tar"]),
+    ("x{8..10}", ["x8", "x9", "x10"]), ("x{08..10}", ["x08", "x09", "x10"]), ("x{2..0}", ["x2", "x1", "x0"]),
+    ("{a,b}/{c,}d", ["a/cd", "a/d", "b/cd", "b/d"]), ("{a,b{1..2}}", ["a", "b1", "b2"]),
+    ("s3://x/{0..1}.tar", ["s3://x/0.tar", "s3://x/1.tar"]), ("{a}{}{..}{a..b}", ["{a}{}{..}{a..b}"]),
+    ('data:application/jsonl,{"text": "a, b"}', ['data:application/jsonl,{"text": "a, b"}'])])
+def test_braces_are_those_of_the_shell(name, stands_for):
+    """WebDataset names its shards so, and a shell expands them neither in quotes nor in a configuration."""
+    assert expand(name) == stands_for
+
+
+def test_shards_named_with_braces(tmp_path):
+    for number in range(4):
+        shard(tmp_path / f"x-{number:03}.tar", [(f"{number}.png", b"x"), (f"{number}.txt", b"x")])
+    assert [sample.key for sample in read(f"{tmp_path}/x-{{002..001}}.tar")] == ["2", "1"]
+    assert [sample.key for sample in read(f"{tmp_path}/x-00{{3,[01]}}.tar")] == ["3", "0", "1"]
+    with pytest.raises(InputError, match="x-004.tar: no such file"):
+        read(f"{tmp_path}/x-{{003..005}}.tar")
+    (tmp_path / "x-{0..1}.tar").symlink_to(tmp_path / "x-003.tar")
+    assert [sample.key for sample in read(f"{tmp_path}/x-{{0..1}}.tar")] == ["3"]  # a file of this very name is meant
+    with pytest.raises(InputError, match="found braces for more than 1,000,000 names"):
+        read("{0..999999}{0..999999}.tar")
+
+
 # Shards and folders.
 
 

@@ -178,7 +178,19 @@ def test_a_folder_that_is_no_start_is_told_before_the_data_are_read(option, deco
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         fit(tmp_path / "run", module, data)
-    check_mistake(stop, capsys, ["no/such/folder", "no such folder"])
+    check_mistake(stop, capsys, [f"model.init_args.{option}: ", "no/such/folder", "no such folder"])
+
+
+def test_a_run_that_goes_on_without_what_it_began_with_says_why(run, decoder_data, tmp_path, capsys):
+    begun = shutil.copytree(run / "model", tmp_path / "begun")
+    module = changed(DECODER_MODULE, "init_args.init_from", str(begun))
+    steps = {**TRAINER, "max_steps": 3, "limit_val_batches": 0}
+    fit(tmp_path / "run", module, decoder_data, steps)
+    shutil.rmtree(begun)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        fit(tmp_path / "run", module, decoder_data, steps, ("--ckpt_path", "last"))
+    check_mistake(stop, capsys, [f"model.init_args.init_from: {begun}: no such folder", "; a resumed run needs it as well"])
 
 
 def test_a_text_tokenizer_of_the_same_size_but_other_pieces_is_no_start(run, decoder_data, tmp_path, capsys):
@@ -343,6 +355,10 @@ def test_predict_writes_what_the_model_says(run, config, capsys):
 def test_without_a_model_of_its_own_a_run_is_what_it_starts_from(run, config, root, capsys):
     found = figures(capsys, "validate", *config, "--output", str(root / "unmade"), "--model.init_from", str(run / "model"))
     assert found == pytest.approx(measured(run), rel=1e-6)
+    main(["validate", *config, "--output", str(root / "unmade"), "--model.init_from", str(run / "model")])
+    assert f"weights of {run}/model, with which the run begins: {root}/unmade has no model yet" in capsys.readouterr().err
+    main(["validate", *config])
+    assert f"weights of {run}/model\n" in capsys.readouterr().err
 
 
 HELD_OUT_MISTAKES = {

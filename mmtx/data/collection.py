@@ -108,9 +108,9 @@ def read_source(source: DataSource, max_bad: float = MAX_BAD) -> list[Sample]:
     return samples
 
 
-def _read(source: DataSource, skipped: SkipCounter) -> list[Sample]:
+def _read(source: DataSource, skipped: SkipCounter, captions: bool = True) -> list[Sample]:
     samples = read_rows(source.paths, skipped, source.select, to_stderr, trusted=source.trusted, fields=source.fields,
-                        follow_links=source.follow_links)
+                        follow_links=source.follow_links, captions=captions)
     read, variants = len(samples), load_variants(source.variants)
     made = [variants(sample) for sample in samples]
     skipped.rows += sum(max(0, len(some) - 1) for some in made)  # a row that they leave out still counts
@@ -147,12 +147,12 @@ class Collected(NamedTuple):
             skipped.finish(to_stderr)
 
 
-def read_sources(sources: Sequence[DataSource], max_bad: float) -> Collected:
-    """Read all sources. Raises InputError as `mmtx.data.sources.read` does."""
+def read_sources(sources: Sequence[DataSource], max_bad: float, captions: bool = True) -> Collected:
+    """Read all sources; without `captions`, also media without a text. Raises InputError as `mmtx.data.sources.read` does."""
     whole = Collected([], [], [])
     for source in sources:
         skipped = SkipCounter(max_bad)
-        found = _read(source, skipped)
+        found = _read(source, skipped, captions)
         whole.samples.extend(found)
         whole.repeats.extend([source.repeat] * len(found))
         whole.counters.extend([skipped] * len(found))

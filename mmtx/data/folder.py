@@ -20,7 +20,8 @@ Found = MediaSource | InputError  # the location of a file or member, or why it 
 
 
 def read_folder(path: str, fields: Mapping[str, str | None] | None = None, follow_links: bool = False,
-                report: Callable[[str], None] | None = None, sources: tuple[str, ...] = ()) -> Iterator[Sample | InputError]:
+                report: Callable[[str], None] | None = None, sources: tuple[str, ...] = (),
+                captions: bool = True) -> Iterator[Sample | InputError]:
     """Samples of a folder; files whose names end like `sources` are sources of their own, which are reported and left out."""
     groups: dict[str, list[tuple[str, Found]]] = {}
     within = []
@@ -31,7 +32,7 @@ def read_folder(path: str, fields: Mapping[str, str | None] | None = None, follo
         # Names of unreadable folders end in a separator, which makes each a key of its own.
         groups.setdefault(os.path.splitext(name)[0], []).append((name, found))
     tables = [name for name in METADATA if os.path.isfile(os.path.join(path, name))]
-    if tables and not any(known_kind(name) is None for group in groups.values() if len(group) > 1 for name, _ in group):
+    if captions and tables and not any(known_kind(name) is None for group in groups.values() if len(group) > 1 for name, _ in group):
         raise InputError(f"{path}: found {tables[0]} and no captions beside the media, expected {os.path.join(path, tables[0])} "
                          "as the source")
     alone = []
@@ -39,7 +40,7 @@ def read_folder(path: str, fields: Mapping[str, str | None] | None = None, follo
         # A text file without a medium, such as a README or a licence, is not a sample.
         if any(known_kind(name) or isinstance(found, InputError) for name, found in group):
             where = os.path.join(path, key)
-            yield attempt(partial(captioned, key, group, where, os.path.join(path, ""), fields))
+            yield attempt(partial(captioned, key, group, where, os.path.join(path, ""), fields, captions))
         else:
             alone += [name for name, _ in group]
     if alone and report is not None:
@@ -120,8 +121,8 @@ def is_hidden(name: str) -> bool:
 
 
 def captioned(key: str, files: list[tuple[str, Found]], where: str, name_prefix: str,
-              fields: Mapping[str, str | None] | None = None) -> Sample:
-    """The sample of one medium with KEY.json, KEY.txt or both (JSON fields take precedence)."""
+              fields: Mapping[str, str | None] | None = None, captions: bool = True) -> Sample:
+    """The sample of one medium with KEY.json, KEY.txt or both (JSON fields take precedence); without `captions`, or alone."""
     sources: list[tuple[str, MediaSource]] = []
     for name, found in files:
         if isinstance(found, InputError):
@@ -136,7 +137,7 @@ def captioned(key: str, files: list[tuple[str, Found]], where: str, name_prefix:
         known = ", ".join(extension for modality in MODALITIES.values() for extension in modality.extensions)
         raise InputError(f"{where}: found {os.path.basename(name)}, which is not read, expected one of {known}")
     beside = {suffix(name): source for name, source in sources}
-    if len(files) == 1:
+    if captions and len(files) == 1:
         raise InputError(f"{where}: found {os.path.basename(name)} alone, expected its caption beside it, in "
                          f"{os.path.basename(key)}.txt or .json")
     if len(beside) < len(files):
@@ -147,5 +148,5 @@ def captioned(key: str, files: list[tuple[str, Found]], where: str, name_prefix:
         row["caption"] = decode(beside[".txt"].read(), f"{where}.txt").strip()
     if {"caption", "text"} & row.keys():  # a caption takes precedence over a chat
         ignored |= {name: row.pop(name) for name in CHATS if name in row}
-    turns = turns_of(row, where, None, (Media(kind_of(name), name_prefix + name, source),), TEXTS)
+    turns = turns_of(row, where, None, (Media(kind_of(name), name_prefix + name, source),), TEXTS, captions=captions)
     return Sample(key, turns, row | ignored, where)

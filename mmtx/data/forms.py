@@ -97,12 +97,12 @@ class Message(NamedTuple):
 
 
 def turns_of(row: dict[str, Any], where: str, read: Reader | None, given: Sequence[Media] = (),
-             texts: Sequence[str] = TEXTS, empty: Sequence[str] = ()) -> tuple[SampleTurn, ...]:
+             texts: Sequence[str] = TEXTS, empty: Sequence[str] = (), captions: bool = True) -> tuple[SampleTurn, ...]:
     """Remove the turns from a row, leaving its metadata.
 
     `read` turns the value of a field into a medium; None: all media are `given`, as files beside the row. The caption is the
-    first of `texts` that the row has. `empty` names the media fields without a value. Raises InputError for a row of no known
-    form, and if a medium is missing or would be dropped.
+    first of `texts` that the row has. `empty` names the media fields without a value. Without `captions`, media beside no text are
+    a user turn. Raises InputError for a row of no known form, and if a medium is missing or would be dropped.
     """
     beside = list(given) or _row_media(row, where, read)
     chats = [name for name in CHATS if name in row]
@@ -119,6 +119,9 @@ def turns_of(row: dict[str, Any], where: str, read: Reader | None, given: Sequen
         messages = _system(row, where) + _chat(row.pop(chats[0]), chats[0], where, read, bool(beside))
     elif text is None and pair:
         messages = _system(row, where) + _pair(row, pair, where, read, bool(beside))
+    elif beside and not captions and (text is None or not str(row[text]).strip()):
+        row.pop(text or "", None)
+        messages = [Message("user", list(beside))]
     else:
         messages = _captioned(pop_text(row, named, where), beside)
     turns = _fill_placeholders(messages, beside, where)

@@ -20,20 +20,21 @@ INVALID_UTF8 = re.compile("[\udc80-\udcff]")   # a byte that is not UTF-8
 MOST_LINES = 100  # of a cell of a TSV file: each new line is parsed with all before it
 
 
-def read_manifest(path: str, trusted: bool = False, fields: Fields = None) -> Iterator[Sample | InputError]:
+def read_manifest(path: str, trusted: bool = False, fields: Fields = None, captions: bool = True) -> Iterator[Sample | InputError]:
     name = display(path)
     with open_binary(path) as file:
         base = Base(folder_of(uncached(path)), file.private, trusted)
         for number, row in MANIFESTS[suffix(path)](file, name):
-            yield attempt(partial(_row, row, base, number, f"{name} row {number}", fields))
+            yield attempt(partial(_row, row, base, number, f"{name} row {number}", fields, captions))
 
 
-def _row(row: bytes | dict[str, Any] | InputError | None, base: Base, number: int, where: str, fields: Fields) -> Sample:
+def _row(row: bytes | dict[str, Any] | InputError | None, base: Base, number: int, where: str, fields: Fields,
+         captions: bool) -> Sample:
     if isinstance(row, InputError):
         raise row
     if row is None:
         raise InputError(f"{where}: found more than {MAX_ROW} bytes, the most for a row")
-    return parse_row(json_object(row, where) if isinstance(row, bytes) else row, base, number, where, fields)
+    return parse_row(json_object(row, where) if isinstance(row, bytes) else row, base, number, where, fields, captions)
 
 
 def _json_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes | None]]:
@@ -154,13 +155,13 @@ MANIFESTS: dict[str, Callable[[BinaryIO, str], Iterator[tuple[int, Any]]]] = {
     ".tsv": partial(_table, _tsv_rows, "tabs")}
 
 
-def parse_row(row: dict[str, Any], base: Base, number: int, where: str, fields: Fields = None) -> Sample:
+def parse_row(row: dict[str, Any], base: Base, number: int, where: str, fields: Fields = None, captions: bool = True) -> Sample:
     empty = empty_media(row, fields)
     row, ignored = rename_fields({name: value for name, value in row.items() if name not in empty}, fields)
     key = next((row.pop(name) for name in ("key", "id") if name in row), number)
     if not isinstance(key, (str, int)):
         raise InputError(f"{where}: the key is {shown(key)}, expected a string or a whole number")
-    turns = turns_of(row, where, lambda value, kind, at: _media(value, kind, base, where, at), empty=empty)
+    turns = turns_of(row, where, lambda value, kind, at: _media(value, kind, base, where, at), empty=empty, captions=captions)
     return Sample(str(key), turns, row | ignored, where)
 
 

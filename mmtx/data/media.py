@@ -75,7 +75,8 @@ def load_image(data: Any, name: str | None = None) -> torch.Tensor:
     """Return a picture as uint8 (C=3, H, W), upright, transparency over white; the first frame of several.
 
     `data` is one of: encoded bytes; a path or URL; a PIL image; a numpy array (H, W) or (H, W, 1|3|4);
-    a tensor (H, W) or (1|3|4, H, W). Arrays are uint8, or floats in [0, 1]. `name` is used in error messages.
+    a tensor (H, W) or (1|3|4, H, W). Arrays are uint8, or floats in [0, 1]. 32-bit whole numbers of a PIL image or a TIFF are
+    8 bits if none is above 255, else 16. `name` is used in error messages.
     Raises InputError for anything that is not a complete picture of at most 64 megapixels.
     """
     name = _name(data, name, "image")
@@ -169,11 +170,12 @@ def _tensor(picture: Image.Image, name: str) -> torch.Tensor:
 
 def _rgb(picture: Image.Image, name: str) -> Image.Image:
     """Convert any mode to 8-bit RGB. Pillow itself clips 16-bit grey to white and turns transparency black."""
-    if picture.mode.startswith("I"):  # "I;16" and its byte orders; some tools pass 16 bits as "I"
+    if picture.mode.startswith("I"):  # "I;16" and its byte orders; "I" holds 8 or 16 bits, as its values show
         values, transparent = np.asarray(picture), picture.info.get("transparency")
         if picture.mode == "I" and (values.min() < 0 or values.max() > 65_535):
             raise InputError(f"{name}: pixels from {values.min()} to {values.max()}, expected 8 or 16 bit")
-        grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        eight = picture.mode == "I" and picture.format != "PPM" and values.max() <= 255  # Pillow scales those of PPM to 16 bits
+        grey = (values if eight else (values.astype(np.uint32) + 128) // 257).astype(np.uint8)
         if isinstance(transparent, int):
             grey[values == transparent] = 255
         picture = Image.fromarray(grey)

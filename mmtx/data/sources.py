@@ -8,14 +8,17 @@
 | `.tar`, `.tar.gz`, `.tgz` | WebDataset shard: KEY.webp + KEY.json with "caption" or "text", or KEY.txt |
 | `hf://NAME[:SPLIT]`, folder of `save_to_disk` | Hugging Face dataset with columns named like the fields of a manifest |
 
-All but the last may also be a glob pattern or an fsspec URL (folders: local only). A medium with a caption becomes a user
-turn (the medium) and an assistant turn (the caption). Other fields become metadata. Tars are never extracted.
+All but the last may also be a glob pattern, a name with braces (`train-{000..127}.tar`) or an fsspec URL (folders: local only). A
+medium with a caption becomes a user turn (the medium) and an assistant turn (the caption). Other fields become metadata. Tars are
+never extracted.
 """
 
 import glob
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from mmtx.data import hub
@@ -31,6 +34,9 @@ from mmtx.files import user_path
 
 MAX_BAD = 0.01      # share of the rows of a source that may be unusable, by default
 PLAN = "plan.json"  # in a folder of `mmtx prepare` from the start
+BRACES = re.compile(r"\{(?:(\d{1,9})\.\.(\d{1,9})|([^{}]*,[^{}]*))\}")
+MOST_NAMES = 10**6  # that braces may stand for
+TABLES = (".parquet", ".arrow")  # which the package `datasets` reads
 
 
 class SkipCounter:
@@ -95,14 +101,14 @@ def read(
 
 def read_rows(sources: str | Iterable[str], skipped: SkipCounter, select: dict[str, list] | None = None,
               report: Callable[[str], None] | None = None, *, trusted: bool = False, fields: Fields = None,
-              follow_links: bool = False) -> list[Sample]:
-    """`read` with the counter of a source that goes through further stages, the last of which reports it."""
+              follow_links: bool = False, captions: bool = True) -> list[Sample]:
+    """`read` with the counter of a source that goes through further stages, the last of which reports it; `captions` of `scan`."""
     sources = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     if not sources:
         raise InputError("no data source is given, expected at least one manifest, folder or shard")
     samples = []
     for source in sources:
-        for row in scan(source, trusted, fields, follow_links, report):
+        for row in scan(source, trusted, fields, follow_links, report, captions):
             skipped.rows += 1
             if isinstance(row, InputError):
                 skipped.skip(row)
@@ -158,19 +164,19 @@ def _facts(sample: Sample) -> dict[str, Any]:
 
 
 def scan(source: str, trusted: bool = False, fields: Fields = None, follow_links: bool = False,
-         report: Callable[[str], None] | None = None) -> Iterator[Sample | InputError]:
+         report: Callable[[str], None] | None = None, captions: bool = True) -> Iterator[Sample | InputError]:
     """The samples of one source, in a fixed order; a bad row is yielded as its InputError, so that the caller can continue.
 
-    Files that are left out and count as no row are reported to `report`, in one line. Raises InputError if the source as a whole
-    is missing, empty, damaged or of an unknown kind.
+    Files that are left out and count as no row are reported to `report`, in one line. Without `captions`, a medium without a text
+    is a sample, too. Raises InputError if the source as a whole is missing, empty, damaged or of an unknown kind.
     """
     for path in expand(os.fspath(source)):
         empty = True
-        for row in _reader(path, trusted, fields, follow_links, report):
+        for row in _reader(path, trusted, fields, follow_links, report, captions):
             empty = False
             yield row
         if empty:
-            raise InputError(f"{display(path)}: no samples in it")
+            raise InputError(f"{display(path)}: no samples in it{_hint(path)}")
 
 
 def is_prepared(path: str) -> bool:
@@ -181,6 +187,32 @@ def is_prepared(path: str) -> bool:
 
 
 def expand(source: str) -> list[str]:
+    """The paths that a name with braces or a glob pattern stands for; anything else unchanged, but for a leading ~."""
+    if scheme_of(source) == "data" or not is_url(source) and os.path.exists(source):
+        return [source]
+    names = [*islice(_braced(source), MOST_NAMES + 1)]
+    if len(names) > MOST_NAMES:
+        raise InputError(f"{display(source)}: found braces for more than {MOST_NAMES:,} names")
+    return [path for name in dict.fromkeys(names) for path in _matches(name)]
+
+
+def _braced(name: str) -> Iterator[str]:
+    """The names that {000..127} and {a,b} in a name stand for, as in a shell."""
+    if (found := BRACES.search(name)) is None:
+        yield name
+        return
+    first, last, words = found.groups()
+    if words is None:
+        low, high = int(first), int(last)
+        width = max(len(first), len(last)) if re.match(r"0\d", first) or re.match(r"0\d", last) else 0  # pads with zeros
+        inside: Iterable[str] = (f"{number:0{width}}" for number in range(low, high + 1) or range(low, high - 1, -1))
+    else:
+        inside = words.split(",")
+    for middle in inside:
+        yield from _braced(name[:found.start()] + middle + name[found.end():])
+
+
+def _matches(source: str) -> list[str]:
     """The paths that match a glob pattern, sorted; anything else unchanged, but for a leading ~."""
     if is_url(source):
         if "*" not in source:
@@ -198,26 +230,35 @@ def expand(source: str) -> list[str]:
 
 
 def _reader(path: str, trusted: bool, fields: Fields, follow_links: bool,
-            report: Callable[[str], None] | None) -> Iterator[Sample | InputError]:
+            report: Callable[[str], None] | None, captions: bool) -> Iterator[Sample | InputError]:
     name = bare(path).lower()
     folder = not is_url(path) and os.path.isdir(path)
     if suffix(path) in MANIFESTS and not folder:
-        return read_manifest(path, trusted, fields)
+        return read_manifest(path, trusted, fields, captions)
     if name.endswith(SHARDS) and not folder:
-        return read_tar(path, fields)
+        return read_tar(path, fields, captions)
     if hub.is_dataset(path):
-        return _dataset(path, trusted, fields)
+        return _dataset(path, trusted, fields, captions)
     if is_prepared(path):
         raise InputError(f"{display(path)}: found shards of `mmtx prepare`, which only the training of a decoder reads, "
                          "expected pictures, sounds or texts")
     if folder:
-        return read_folder(path, fields, follow_links, report, (*MANIFESTS.keys() - {".json"}, *SHARDS))  # .json is a caption there
+        tables = (*MANIFESTS.keys() - {".json"}, *SHARDS, *TABLES)  # .json is a caption there
+        return read_folder(path, fields, follow_links, report, tables, captions)
     if not is_url(path) and not os.path.exists(path):
         raise InputError(f"{display(path)}: no such file or folder")
-    raise InputError(f"{display(path)}: unknown kind of data, expected a folder, {', '.join((*MANIFESTS, *SHARDS))}")
+    raise InputError(f"{display(path)}: unknown kind of data, expected a folder, {', '.join((*MANIFESTS, *SHARDS))}{_hint(path)}")
 
 
-def _dataset(path: str, trusted: bool, fields: Fields) -> Iterator[Sample | InputError]:
+def _hint(path: str) -> str:
+    """How a table, or a folder of tables, that the package `datasets` reads is named."""
+    folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
+    tables = [path] if folder != path else glob.glob("**/*", root_dir=folder, recursive=True)
+    found = not is_url(path) and any(suffix(name) in TABLES for name in tables)
+    return f"; {hub.PREFIX}{folder} reads {' and '.join(TABLES)} files" if found else ""
+
+
+def _dataset(path: str, trusted: bool, fields: Fields, captions: bool) -> Iterator[Sample | InputError]:
     base = hub.base_of(path, trusted)
     for number, row in enumerate(hub.rows(path, base), 1):
-        yield attempt(partial(parse_row, row, base, number, f"{display(path)} row {number}", fields))
+        yield attempt(partial(parse_row, row, base, number, f"{display(path)} row {number}", fields, captions))

@@ -37,7 +37,7 @@ class Member(NamedTuple):
     trouble: str | None  # why it is not a plain file
 
 
-def read_tar(path: str, fields: Mapping[str, str | None] | None = None) -> Iterator[Sample | InputError]:
+def read_tar(path: str, fields: Mapping[str, str | None] | None = None, captions: bool = True) -> Iterator[Sample | InputError]:
     """Read the samples of a shard; its whole index is built first, since the members of a sample need not be adjacent."""
     groups: dict[tuple[int, str], list[tuple[str, Found]]] = {}
     for archive, name, found in _members(path):
@@ -45,7 +45,7 @@ def read_tar(path: str, fields: Mapping[str, str | None] | None = None) -> Itera
         groups.setdefault((archive, os.path.splitext(name)[0]), []).append((name, found))
     for (_, key), files in groups.items():
         where = f"{display(path)} member {key}"
-        yield attempt(partial(captioned, key, files, where, f"{display(path)} member ", fields))
+        yield attempt(partial(captioned, key, files, where, f"{display(path)} member ", fields, captions))
 
 
 def _members(path: str) -> Iterator[tuple[int, str, Found]]:

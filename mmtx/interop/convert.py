@@ -19,6 +19,7 @@ from mmtx.interop.families import read_settings, read_weights
 from mmtx.interop.gguf_files import read_gguf
 from mmtx.modality.base import Tokenizer, load_tokenizer
 from mmtx.modality.pretrained_text import TEMPLATE, TOKENIZER, PretrainedText, read_specials
+from mmtx.modality.registry import media_kinds
 from mmtx.modality.text import MOST_BYTES
 from mmtx.model import Decoder
 from mmtx.pipeline import Model
@@ -39,13 +40,17 @@ def convert(source: str | Path, media: Mapping[str, str | Path] | None = None, s
         seed: for the noise in the rows of new ids.
 
     Raises:
-        InputError: an unsupported family, a tokenizer that does not fit, or tensors that are missing or have other shapes.
+        InputError: an unsupported family, a tokenizer that does not fit, tensors that are missing or have other shapes, or a model
+            that `export` wrote, whose codes would become pieces of text.
     """
     path = find_model(source)
     gguf = path.suffix == ".gguf"
     if not gguf and path.is_file():
         raise InputError(f"{path}: found a file, expected a folder of transformers, or a file whose name ends in .gguf")
+    if not gguf and (path / TOKENIZER).is_file():
+        _refuse_own(read_text(path / TOKENIZER, MOST_BYTES), path)
     config, found, text = read_gguf(path) if gguf else read_folder(path)
+    _refuse_own(text.content, path)
     text = PretrainedText(text.content, text.size, chat_format_of(text, path), text.chat_template, text.specials, path)
     state = read_weights(config, found, path, gguf)
     tokenizers: dict[str, Tokenizer] = {"text": text}
@@ -55,6 +60,13 @@ def convert(source: str | Path, media: Mapping[str, str | Path] | None = None, s
             raise InputError(f"--{kind}: {folder} holds a tokenizer for {tokenizers[kind].kind}")
     vocabulary = Vocabulary.build(tokenizers)
     return Model(grow(config, state, vocabulary, text, seed), vocabulary, tokenizers).to("cpu")
+
+
+def _refuse_own(content: str, path: Path) -> None:
+    """Raise InputError for the tokenizer.json of a model that `export` wrote, which names the codes of its media."""
+    if own := [kind for kind in media_kinds() if f"<{kind}:0>" in content]:
+        raise InputError(f"{path}: found a model that mmtx exported, with codes of {' and '.join(own)}, expected a pretrained one; "
+                         "the folder that it was exported from is the model itself")
 
 
 def read_folder(folder: Path) -> tuple[DecoderConfig, dict[str, Tensor], PretrainedText]:

@@ -1,4 +1,4 @@
-"""Data of codecs: media of one kind, read and checked before training, cut and augmented by index.
+"""Data of codecs: media of one kind, with or without captions, read and checked before training, cut and augmented by index.
 
 Shapes: B batch, H height, W width, S samples, F frames, M mels.
 """
@@ -83,13 +83,13 @@ class CodecData(SourceData):
         self.tokenizer = cast(Codec, self.trainer.lightning_module.tokenizer)
         if stage == "test":
             if not hasattr(self, "test_media"):
-                self.test_media, _, _ = self._load(read_sources(test_sources(self.test), self.max_bad), "test")
+                self.test_media, _, _ = self._load(read_sources(test_sources(self.test), self.max_bad, captions=False), "test")
             return
         if hasattr(self, "train_media") or stage != "fit" and hasattr(self, "validation_media"):
             return
         # Rows of all sources are read before the media of any.
-        train = read_sources(require_sources(self.train_sources, "train"), self.max_bad) if stage == "fit" else None
-        held_out = read_sources(require_sources(self.validation_sources, "validation"), self.max_bad)
+        train = read_sources(require_sources(self.train_sources, "train"), self.max_bad, captions=False) if stage == "fit" else None
+        held_out = read_sources(require_sources(self.validation_sources, "validation"), self.max_bad, captions=False)
         self.validation_media, _, _ = self._load(held_out, "validation")
         if train is not None:
             self.train_media, self.weights, self.names = self._load(train, "train")

@@ -154,11 +154,15 @@ class DecoderModule(TrainingModule):
 
     def prepare_data(self) -> None:
         """Raise InputError for a folder without a model now, before the data are read, which may take minutes."""
-        for folder in (self.init_from, self.encoders_from):
-            if folder is not None:
-                read_model(folder)
-        if self.image_encoder is not None:
-            find_image_encoder(self.image_encoder)
+        for name, read in (("init_from", read_model), ("encoders_from", read_model), ("image_encoder", find_image_encoder)):
+            try:
+                if (folder := getattr(self, name)) is not None:
+                    read(folder)
+            except InputError as error:
+                if self.finished:
+                    raise
+                option = "" if str(error).startswith(name) else f"model.init_args.{name}: "
+                raise InputError(f"{option}{error}; a resumed run needs it as well, since checkpoints lack its sizes") from None
 
     def configure_model(self) -> None:
         if self.decoder is not None:

@@ -10,13 +10,21 @@ import sys
 import threading
 import warnings
 from contextlib import ExitStack
+from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import jsonargparse
 import yaml
 from lightning import LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, LearningRateFinder
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BatchSizeFinder,
+    Callback,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -68,8 +76,9 @@ LARGEST_OPTION = 10**9  # of steps, other counts and weights
 MOST_WORKERS = 2**12
 MOST_SEED = 2**32 - 1  # of NumPy's global generator, which a run seeds too
 TRUSTED = ["mmtx", "lightning"]  # packages whose classes a configuration from others may name
-# Callbacks that change the settings that a run was planned with, and the option to set instead.
-PLANNED = {GradientAccumulationScheduler: "trainer.accumulate_grad_batches", LearningRateFinder: "model.optimizer.learning_rate"}
+# Callbacks that change the settings that a run was planned with or need several epochs, and the option to set instead.
+PLANNED = {GradientAccumulationScheduler: "trainer.accumulate_grad_batches", LearningRateFinder: "model.optimizer.learning_rate",
+           BatchSizeFinder: "data.batch_size or data.tokens_per_batch", StochasticWeightAveraging: "ema"}
 # Beginnings of lines in jsonargparse's messages that carry no information about the value.
 NOISE = ("Does not validate", "Subtypes:", "Errors:", "Problem with given class_path", "Given value", "Subclass types expect",
          "a class path (str)", "a dict with")
@@ -208,7 +217,7 @@ class FitCLI(private.PlainCLI):
         kwargs |= {"plugins": [*as_list(trainer.plugins), self.checkpoint_io], "logger": loggers, "default_root_dir": str(output)}
         try:
             made = super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+        except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
             raise InputError(f"trainer: {' '.join(str(error).split())}") from None
         if private.copies_this_process(made.strategy):
             raise InputError('trainer.strategy: found one that spawns or forks its processes, expected "ddp" or "sharded"')
@@ -295,7 +304,8 @@ class FitCLI(private.PlainCLI):
         end = lambda number, *_: sys.exit(status(number))
         private.on_signals(self.trainer, end, end)
         if self.trainer.is_global_zero:
-            print(f"mmtx: {self.word}: weights of {weights}", file=sys.stderr)
+            begun = "" if path or weights == self.output / "model" else f", with which the run begins: {self.output} has no model yet"
+            print(f"mmtx: {self.word}: weights of {weights}{begun}", file=sys.stderr)
         return {**kwargs, "ckpt_path": path}
 
     def _finished(self) -> Path:
@@ -350,7 +360,9 @@ class FitCLI(private.PlainCLI):
         if isinstance(every, int | float) and every <= 0:
             raise InputError(f"trainer.val_check_interval: found {every}, expected more than 0 (limit_val_batches 0: no validation)")
         batches = self.trainer.max_steps * self.trainer.accumulate_grad_batches
-        if isinstance(every, int) and 0 < batches < every and trainer.limit_val_batches != 0 and not trainer.fast_dev_run:
+        validates = trainer.limit_val_batches != 0
+        if isinstance(every, int) and 0 < batches < every and validates and not trainer.fast_dev_run:
+            validates = False
             if trainer.check_val_every_n_epoch is not None:
                 raise InputError(f"trainer.val_check_interval: found {every}, expected at most {batches}, the batches of the run")
             if self.trainer.is_global_zero:
@@ -359,8 +371,13 @@ class FitCLI(private.PlainCLI):
         if clip is not None and not clip >= 0:  # which also refuses NaN
             raise InputError(f"trainer.gradient_clip_val: found {clip}, expected 0 or more")
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            found, monitor = f"trainer.callbacks: found {type(callback).__name__}", getattr(callback, "monitor", None)
             if (option := PLANNED.get(type(callback))) is not None:
-                raise InputError(f"trainer.callbacks: found {type(callback).__name__}, expected {option}")
+                raise InputError(f"{found}, expected {option}")
+            if isinstance(callback, BackboneFinetuning) and not hasattr(self.model, "backbone"):
+                raise InputError(f"{found}, expected another, for {type(self.model).__name__} has no backbone")
+            if isinstance(monitor, str) and monitor.startswith("val/") and not validates:
+                raise InputError(f"{found} of {monitor}, expected another metric, for this run is not validated")
         within("model.z_loss", getattr(self.model, "z_loss", 0), 0, LARGEST_OPTION)
         within("data.seed", getattr(self.datamodule, "seed", 0), 0, 2**64 - 1)
         self._check_workers()
@@ -442,6 +459,7 @@ def input_error_in(error: BaseException | None) -> InputError | None:
 def command_line(arguments: list[str], run: bool, held: ExitStack | None = None) -> FitCLI:
     """Build everything that a command line names and, with `run`, run its first word, the subcommand."""
     jsonargparse.set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))  # raised for text that is not YAML
+    yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_str(str(value.value)))  # defaults of Lightning
     return FitCLI(
         LightningModule,
         LightningDataModule,
@@ -455,6 +473,16 @@ def command_line(arguments: list[str], run: bool, held: ExitStack | None = None)
         word=arguments[0] if run else "fit",
         held=held or ExitStack(),
     )
+
+
+def missing_metric(message: str) -> str | None:
+    """Lightning's message that a callback monitors a metric that does not exist, in one clear line; None for any other message."""
+    found = re.search(r"ModelCheckpoint\(monitor='(.+?)'\).* returned metrics: \[(.*?)\]", message) or re.search(
+        r"Early stopping conditioned on metric `(.+?)` .* following: (.*)", message)
+    if found is None:
+        return None
+    metrics = [name for name in re.findall(r"[^`', ]+", found[2]) if name not in ("epoch", "step")]
+    return f"trainer.callbacks: found the monitor {found[1]!r}, expected one of {', '.join(metrics)}"
 
 
 STOCK_YAML = jsonargparse.get_loader("yaml")
@@ -517,7 +545,7 @@ def main(word: str, arguments: list[str]) -> None:
         with ExitStack() as held:
             command_line([word, *shipped_configs(arguments)], True, held)
     except MisconfigurationException as error:
-        raise InputError(f"trainer: {' '.join(str(error).split())}") from None
+        raise InputError(missing_metric(str(error)) or f"trainer: {' '.join(str(error).split())}") from None
     except ValueError as error:
         if (mistake := input_error_in(error)) is None:
             raise
@@ -527,8 +555,8 @@ def main(word: str, arguments: list[str]) -> None:
             raise
         raise InputError(f"output: {error.filename or ''} cannot be written ({error.strerror})") from None
     except RuntimeError as error:
-        if early := re.search(r"Early stopping conditioned on metric.*", str(error)):
-            raise InputError(f"trainer: {early[0]}") from None
+        if early := missing_metric(str(error)):
+            raise InputError(early) from None
         if not (ended := re.search(r"DataLoader worker \(pid\(?s?\)? ?[\d, ]+\).*", str(error))):
             raise
         raise InputError(f"data.num_workers: {ended[0].rstrip('.')} (out of memory?); the same command with --ckpt_path last "
