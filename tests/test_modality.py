@@ -13,7 +13,8 @@ from mmtx.modality.registry import MODALITIES
 from mmtx.vocabulary import Vocabulary
 
 # Recorded before modalities were described in one place: (fingerprint, all files) of the shipped tokenizers.
-TOKENIZERS = {"text": ("2ddafbca02cce51c", "2358492acc20ad71"), "image": ("0fa8ea1912c7e99d", "700d87aebb8c55af"), "audio": ("ac90e568e04ef48e", "bf7ed20159999231")}
+TOKENIZERS = {"text": ("2ddafbca02cce51c", "2358492acc20ad71"), "image": ("0fa8ea1912c7e99d", "700d87aebb8c55af"), "audio": ("ac90e568e04ef48e", "bf7ed20159999231"),
+              "audio-fine": ("d07927f5c78e0d6a", "9ee99f106ebc77fc")}
 # The same of vocabularies: vocabulary.json, the numbers of modalities, and what the grammar allows on a walk.
 VOCABULARIES = {
     "text": ("dc04da0496646571", "bb7d7384cf0ad942", "c1d48272b2bc664e"),
