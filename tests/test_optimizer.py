@@ -9,6 +9,7 @@ from torch import nn
 
 from mmtx.errors import InputError
 from mmtx.model import Block, BlockConfig
+from mmtx.training import optimizer as muon
 from mmtx.training.optimizer import Muon, OptimizerConfig, configure, orthogonal
 
 BLOCK = BlockConfig(width=24, heads=4, kv_heads=2, head_dim=8, mlp_dim=40, causal=True)
@@ -108,6 +109,24 @@ def test_a_fused_projection_is_turned_part_by_part():
     for part, gradient in zip(moved, qkv.weight.grad.split(qkv.sizes), strict=True):
         expected = orthogonal(gradient * (0.05 * 0.95 + 0.05)) * 0.01 * 0.2 * max(part.shape) ** 0.5
         assert torch.allclose(part, expected, atol=1e-6)
+
+
+def test_batches_of_matrices_move_as_each_would_alone(monkeypatch):
+    modules = [nn.ModuleList([network(), network()]) for _ in range(3)]
+    # Alone; in batches of two matrices of 24 x 24, and one left over, in groups of several parameters; all at once.
+    for module, batch, group in zip(modules, (1, 1200, 10 ** 9), (1, 3000, 10 ** 9), strict=True):
+        monkeypatch.setattr(muon, "BATCH_ELEMENTS", {"cpu": batch})
+        monkeypatch.setattr(muon, "GROUP_ELEMENTS", {"cpu": group})
+        config = OptimizerConfig(warmup_steps=0, muon_lr=0.01, weight_decay=0.0)
+        taken = configure(module, config, 10 ** 9, precision="bf16-mixed")["optimizer"]
+        give_gradients(module, 0)
+        taken.step()
+    before = nn.ModuleList([network(), network()]).state_dict()
+    for name, alone in modules[0].state_dict().items():
+        moved = (alone - before[name]).norm()
+        assert moved > 0
+        for module in modules[1:]:
+            assert (module.state_dict()[name] - alone).norm() < 0.02 * moved, name
 
 
 def test_the_second_step_goes_on_with_the_momentum_of_the_first():
