@@ -56,12 +56,6 @@ class Score(NamedTuple):
 # Metrics: one number per item.
 
 
-def exact(predicted: Sequence[str], true: Sequence[str]) -> list[float]:
-    """Per item: 1.0 if the prediction equals the truth, character by character, else 0.0."""
-    _check_pairs(predicted, true)
-    return [float(p == t) for p, t in zip(predicted, true)]
-
-
 def words(text: str) -> list[str]:
     """Lower-cased words without punctuation: apostrophes are dropped ("don't": "dont"), other marks separate words."""
     text = re.sub("['\u2019\u02bc]", "", unicodedata.normalize("NFKC", text).lower())

@@ -26,7 +26,6 @@ from mmtx.evaluation import (
     Score,
     character_errors,
     confidence_interval,
-    exact,
     field_scores,
     mel_features,
     pixel_features,
@@ -43,11 +42,11 @@ NAME_FIELDS, NOTE_FIELDS = CAPTIONS.NAME_FIELDS, CAPTIONS.NOTE_FIELDS
 NAMES, NOTES = (f"demos/data/starter_captions.py:{name}" for name in ("names", "notes"))
 
 
-def test_exact_compares_every_character():
-    assert exact(["cat", "Cat", "cat ", ""], ["cat", "cat", "cat", ""]) == [1.0, 0.0, 0.0, 1.0]
+def test_predictions_and_items_are_as_many():
     for predicted, true in (([], []), (["cat"], []), (["cat"], ["cat", "dog"])):
-        with pytest.raises(InputError, match=f"found {len(predicted)} predictions for {len(true)} items"):
-            exact(predicted, true)
+        for errors in (word_errors, character_errors):
+            with pytest.raises(InputError, match=f"found {len(predicted)} predictions for {len(true)} items"):
+                errors(predicted, true)
 
 
 @pytest.mark.parametrize(
