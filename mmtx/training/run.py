@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import (
     Callback,
     GradientAccumulationScheduler,
     LearningRateFinder,
+    ModelCheckpoint,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.cli import LightningArgumentParser
@@ -378,6 +379,12 @@ class FitCLI(private.PlainCLI):
                 raise InputError(f"{found}, expected another, for {type(self.model).__name__} has no backbone")
             if isinstance(monitor, str) and monitor.startswith("val/") and not validates:
                 raise InputError(f"{found} of {monitor}, expected another metric, for this run is not validated")
+            if isinstance(callback, ModelCheckpoint):
+                try:
+                    callback.format_checkpoint_name({})
+                except (AttributeError, LookupError, ValueError) as error:
+                    raise InputError(f"{found} with the filename {callback.filename!r} ({error}), expected one such as "
+                                     '"{step}-{val/loss:.2f}"') from None
         within("model.z_loss", getattr(self.model, "z_loss", 0), 0, LARGEST_OPTION)
         within("data.seed", getattr(self.datamodule, "seed", 0), 0, 2**64 - 1)
         self._check_workers()
