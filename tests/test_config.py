@@ -21,7 +21,8 @@ from mmtx.data.yaml_check import DEEPEST, LONGEST, MOST_VALUES, Loader, check_ya
 from mmtx.errors import InputError
 from mmtx.schema import within
 from mmtx.training.codec_data import CodecData
-from mmtx.training.run import STOCK_YAML, is_trusted_only
+from mmtx.training.parser import STOCK_YAML
+from mmtx.training.run import is_trusted_only
 from mmtx.training.vocoder import VocoderData
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))

@@ -12,27 +12,18 @@ import warnings
 from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import jsonargparse
 import yaml
 from lightning import LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import (
-    BackboneFinetuning,
-    BatchSizeFinder,
-    Callback,
-    GradientAccumulationScheduler,
-    LearningRateFinder,
-    ModelCheckpoint,
-    StochasticWeightAveraging,
-)
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mmtx.data.output import check_output, lock_folder
-from mmtx.data.storage import recorded, scrub
-from mmtx.data.yaml_check import check_yaml, read_yaml_text
+from mmtx.data.storage import recorded
+from mmtx.data.yaml_check import read_yaml_text
 from mmtx.errors import InputError
 from mmtx.files import find_shipped, user_path, write_file
 from mmtx.hub import find_model
@@ -42,16 +33,14 @@ from mmtx.training import private
 from mmtx.training.callbacks import EMAWeightAveraging, ProgressBar, SaveConfig, SaveModel, ShowSamples
 from mmtx.training.checkpoint import AtomicCheckpointIO, Checkpoints, by_age, flatten, may_change, newest
 from mmtx.training.checkpoint_check import check_weights
-from mmtx.training.codec import CodecModule
-from mmtx.training.decoder import DecoderModule
 from mmtx.training.guard import SkipNonFinite
 from mmtx.training.loggers import Metrics, TensorBoard
 from mmtx.training.memory import keep_memory
+from mmtx.training.parser import Parser, input_error_in, load_yaml, refused
+from mmtx.training.run_checks import LARGEST_OPTION, check_fit, check_run, missing_metric
 from mmtx.training.sharding import Sharded
 from mmtx.training.signals import follow_launcher, launch_uninterrupted, status
-from mmtx.training.source_data import SourceData
 from mmtx.training.text import TextModule
-from mmtx.training.vocoder import VocoderModule
 
 # Options of `trainer` in which a resumed run must agree with the run that it continues.
 RESUMED_TRAINER = ("max_steps", "accumulate_grad_batches", "precision", "gradient_clip_val", "gradient_clip_algorithm")
@@ -71,50 +60,10 @@ TRAINER = {
     "enable_model_summary": False,
 }
 STEPS = {"validate": "validation_step", "test": "test_step", "predict": "predict_step"}
-SOURCES = ("train", "validation", "test")  # options of `data` that are lists of `DataSource`
 PREDICTIONS = "predictions.jsonl"
-LARGEST_OPTION = 10**9  # of steps, other counts and weights
-MOST_WORKERS = 2**12
 MOST_SEED = 2**32 - 1  # of NumPy's global generator, which a run seeds too
 TRUSTED = ["mmtx", "lightning"]  # packages whose classes a configuration from others may name
-# Callbacks that change the settings that a run was planned with or need several epochs, and the option to set instead.
-PLANNED = {GradientAccumulationScheduler: "trainer.accumulate_grad_batches", LearningRateFinder: "model.optimizer.learning_rate",
-           BatchSizeFinder: "data.batch_size or data.tokens_per_batch", StochasticWeightAveraging: "ema"}
-# Beginnings of lines in jsonargparse's messages that carry no information about the value.
-NOISE = ("Does not validate", "Subtypes:", "Errors:", "Problem with given class_path", "Given value", "Subclass types expect",
-         "a class path (str)", "a dict with")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-
-
-class Parser(LightningArgumentParser):
-    """Lightning's parser with one-line errors, instead of a page of options and a tree of all types that were tried."""
-
-    strict = False  # whether null is refused; of all parsers, since those of nested classes are made by jsonargparse
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error:  # a nested parser, whose message the outer one quotes
-            super().error(message, ex)
-        raise input_error_in(ex) or InputError(one_line(message)) from None
-
-    def validate(self, namespace: jsonargparse.Namespace, **options: Any) -> None:  # type: ignore[override]
-        """As jsonargparse does; within `refuse_null`, null is a value only of types that include it.
-
-        Not of a group of options, either, as one whose lines are all commented out has.
-        """
-        super().validate(namespace, **options, skip_unset=not Parser.strict)
-        for name in self.groups if Parser.strict else ():
-            if namespace.get(name, "") is None:
-                raise TypeError(f'Parser key "{name}":\n  expected its options, or no such key. Got value: None')
-
-    def refuse_null(self, config: jsonargparse.Namespace) -> None:
-        """Raise InputError for a parsed configuration with null for a value that must be one."""
-        Parser.strict = True  # of nested parsers, too
-        try:
-            self.validate(config)
-        except TypeError as error:
-            self.error(str(error), error)
-        finally:
-            Parser.strict = False
 
 
 class FitCLI(private.PlainCLI):
@@ -246,7 +195,8 @@ class FitCLI(private.PlainCLI):
 
     def fit(self, **kwargs: Any) -> None:
         """`Trainer.fit`, where "last" is the newest sound checkpoint."""
-        self._check_fit()
+        check_fit(self.trainer, self.said("trainer"), self.model, self.datamodule, self.said("ema"))
+        launch_uninterrupted(self.trainer.strategy.launcher)
         self.checkpoint_io.record = self.record()
         given, output = self.said("ckpt_path"), self.output
         path = self._checkpoint(given)
@@ -289,8 +239,7 @@ class FitCLI(private.PlainCLI):
         step, name = STEPS[self.word], type(self.model).__name__
         if getattr(type(self.model), step) is getattr(LightningModule, step):
             raise InputError(f"model: found {name}, which has no {step}, expected another for mmtx {self.word}")
-        self._check_workers()
-        self._check_precision()
+        check_run(self.trainer, self.model, self.datamodule)
         if isinstance(self.trainer.strategy, Sharded):
             raise InputError(f'trainer.strategy: found "sharded", expected "auto" or "ddp" for mmtx {self.word}')
         path = self._checkpoint(self.said("ckpt_path"))
@@ -331,81 +280,6 @@ class FitCLI(private.PlainCLI):
             raise InputError(f'ckpt_path: {path}: no such file, expected a checkpoint or "last"')
         return file
 
-    def _check_precision(self) -> None:
-        precision = self.trainer.precision
-        if isinstance(self.model, CodecModule | VocoderModule) and precision in ("16-true", "bf16-true", "64-true"):
-            raise InputError(f'trainer.precision: found "{precision}", expected "32-true", "bf16-mixed" or "16-mixed" for '
-                             "tokenizers, whose spectrograms and codes are computed in float32")
-
-    def _check_workers(self) -> None:
-        within("data.num_workers", getattr(self.datamodule, "num_workers", 0), 0, MOST_WORKERS)
-
-    def _check_fit(self) -> None:
-        trainer = self.said("trainer")
-        if isinstance(self.datamodule, SourceData):
-            # Its epoch is the whole run, so options that count epochs or cut them would do something else than they say.
-            if trainer.max_epochs not in (None, -1):
-                raise InputError(f"trainer.max_epochs: found {trainer.max_epochs}, expected none: trainer.max_steps is the length of "
-                                 "a run")
-            for name, default in (("limit_train_batches", 1.0), ("overfit_batches", 0.0)):
-                if (value := getattr(trainer, name)) not in (None, default) or type(value) is int and value:
-                    raise InputError(f"trainer.{name}: found {value}, expected none: trainer.max_steps is the length of a run, and "
-                                     "limit of a source in data.train takes fewer samples")
-        if self.model.automatic_optimization:
-            within("trainer.max_steps", self.trainer.max_steps, 1, LARGEST_OPTION)
-        elif isinstance(self.model, TextModule) and self.trainer.world_size > 1:
-            raise InputError(f"trainer.devices: found {self.trainer.world_size} processes, expected 1 for a text tokenizer")
-        within("trainer.accumulate_grad_batches", self.trainer.accumulate_grad_batches, 1, LARGEST_OPTION)
-        within("trainer.log_every_n_steps", self.trainer.log_every_n_steps, 0, LARGEST_OPTION)  # type: ignore[attr-defined]
-        every, clip = trainer.val_check_interval, self.trainer.gradient_clip_val
-        if isinstance(every, int | float) and every <= 0:
-            raise InputError(f"trainer.val_check_interval: found {every}, expected more than 0 (limit_val_batches 0: no validation)")
-        batches = self.trainer.max_steps * self.trainer.accumulate_grad_batches
-        validates = trainer.limit_val_batches != 0
-        if isinstance(every, int) and 0 < batches < every and validates and not trainer.fast_dev_run:
-            validates = False
-            if trainer.check_val_every_n_epoch is not None:
-                raise InputError(f"trainer.val_check_interval: found {every}, expected at most {batches}, the batches of the run")
-            if self.trainer.is_global_zero:
-                print(f"mmtx: trainer.val_check_interval: found {every}, more than the {batches} batches of the run, so that it is "
-                      "not validated", file=sys.stderr)
-        if clip is not None and not clip >= 0:  # which also refuses NaN
-            raise InputError(f"trainer.gradient_clip_val: found {clip}, expected 0 or more")
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            found, monitor = f"trainer.callbacks: found {type(callback).__name__}", getattr(callback, "monitor", None)
-            if (option := PLANNED.get(type(callback))) is not None:
-                raise InputError(f"{found}, expected {option}")
-            if isinstance(callback, BackboneFinetuning) and not hasattr(self.model, "backbone"):
-                raise InputError(f"{found}, expected another, for {type(self.model).__name__} has no backbone")
-            if isinstance(monitor, str) and monitor.startswith("val/") and not validates:
-                raise InputError(f"{found} of {monitor}, expected another metric, for this run is not validated")
-            if isinstance(callback, ModelCheckpoint):
-                try:
-                    callback.format_checkpoint_name({})
-                except (AttributeError, LookupError, ValueError) as error:
-                    raise InputError(f"{found} with the filename {callback.filename!r} ({error}), expected one such as "
-                                     '"{step}-{val/loss:.2f}"') from None
-        within("model.z_loss", getattr(self.model, "z_loss", 0), 0, LARGEST_OPTION)
-        within("data.seed", getattr(self.datamodule, "seed", 0), 0, 2**64 - 1)
-        self._check_workers()
-        self._check_precision()
-        strategy = self.trainer.strategy
-        launch_uninterrupted(strategy.launcher)
-        if isinstance(strategy, Sharded):
-            self._check_sharded()
-        elif not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
-            raise InputError(f'trainer.strategy: found {type(strategy).__name__}, expected "ddp" or "sharded", whose '
-                             "checkpoints a kill cannot damage")
-
-    def _check_sharded(self) -> None:
-        if not isinstance(self.model, DecoderModule):
-            raise InputError('trainer.strategy: found "sharded", which shares out decoders only, expected "ddp"')
-        if self.said("ema") is not None:
-            raise InputError('ema: found an average of the weights, expected none with trainer.strategy "sharded"')
-        if self.model.optimizer_config.muon_lr is not None:
-            raise InputError(f"model.init_args.optimizer.muon_lr: found {self.model.optimizer_config.muon_lr}, expected none "
-                             'with trainer.strategy "sharded", since Muon turns whole matrices')
-
     def record(self) -> dict[str, Any]:
         """All settings that determine the batches and the model, as plain values by name."""
         config = self.config.get(str(self.subcommand), self.config).as_dict()
@@ -434,35 +308,6 @@ def as_list(value: Any) -> list:
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
-def one_line(message: str) -> str:
-    """A message of jsonargparse, reduced to the key, the value found and what was expected."""
-    keys = re.findall(r'Parser key "([^"]+)"', message)
-    if keys[-1:] and keys[-1] in SOURCES and "DataSource'" not in message:  # otherwise one source is wrong
-        given = scrub(re.findall(r"(?:Got value: |\bval=|class_path (?='))(.*)", message)[-1].rstrip(":)"))
-        return f"{'.'.join(keys)}: found {given:.80}, expected a list of sources, as in [{{paths: [FILE]}}]"
-    found = re.findall(r"(?:Got|Given) value: (?!NestedArg|Namespace)(.*)", message)
-    facts = re.sub(r"Parser key \"[^\"]+\":|\. Got value: .*|Expected a <class 'NoneType'>", "", message)
-    facts = re.sub(r"Expected a (?:typing\.)?", "expected ", re.sub(r"<class '([^']+)'>", r"\1", facts))
-    lines = [line.strip(" -") for line in facts.splitlines()]
-    told = [f"found {value}" for value in found[:1] if len(value) < 80]
-    told += [line for line in lines if line and not line.startswith(NOISE)]
-    return scrub(": ".join(filter(None, [".".join(keys), ", ".join(told)])))
-
-
-def refused(message: str) -> str:
-    """A message of jsonargparse, reduced to the reason why a class rejects its arguments."""
-    noise = (*NOISE, "Expected a ", "Not a valid subclass")
-    lines = (line.strip(" -") for line in message.splitlines())
-    return scrub("; ".join(line for line in lines if line and not line.startswith(noise)))
-
-
-def input_error_in(error: BaseException | None) -> InputError | None:
-    """The InputError that `error` wraps, since jsonargparse wraps errors of constructors."""
-    while error is not None and not isinstance(error, InputError):
-        error = error.__cause__ or error.__context__
-    return error
-
-
 def command_line(arguments: list[str], run: bool, held: ExitStack | None = None) -> FitCLI:
     """Build everything that a command line names and, with `run`, run its first word, the subcommand."""
     jsonargparse.set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))  # raised for text that is not YAML
@@ -480,27 +325,6 @@ def command_line(arguments: list[str], run: bool, held: ExitStack | None = None)
         word=arguments[0] if run else "fit",
         held=held or ExitStack(),
     )
-
-
-def missing_metric(message: str) -> str | None:
-    """Lightning's message that a callback monitors a metric that does not exist, in one clear line; None for any other message."""
-    found = re.search(r"ModelCheckpoint\(monitor='(.+?)'\).* returned metrics: \[(.*?)\]", message) or re.search(
-        r"Early stopping conditioned on metric `(.+?)` .* following: (.*)", message)
-    if found is None:
-        return None
-    metrics = [name for name in re.findall(r"[^`', ]+", found[2]) if name not in ("epoch", "step")]
-    return f"trainer.callbacks: found the monitor {found[1]!r}, expected one of {', '.join(metrics)}"
-
-
-STOCK_YAML = jsonargparse.get_loader("yaml")
-
-
-def load_yaml(text: str) -> Any:
-    """Check and read YAML: of files, of files that these name, and of values on the command line."""
-    if text == "None":  # what jsonargparse makes of null on the command line for a field of a field, as model.optimizer.muon_lr
-        return None
-    check_yaml(text, "configuration")
-    return STOCK_YAML(text)
 
 
 def is_trusted_only(arguments: list[str]) -> bool:
