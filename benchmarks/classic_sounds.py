@@ -15,6 +15,7 @@ Writes results/classic_sounds.json.
 import argparse
 import io
 import math
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -25,7 +26,7 @@ import soundfile
 import torch
 import torchaudio.functional as AF
 from audio_quality import NOTES, SPEECH, cents, character_error_rate, near, pitch, read, transcript, whisper
-from measure import write_result
+from measure import require, write_result
 from torch import Tensor
 from tqdm import tqdm
 
@@ -118,6 +119,10 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=96, help="of notes and of sentences, default: 96")
     parser.add_argument("--no_write", action="store_true")
     options = parser.parse_args()
+    for name in ("pystoi", "pesq", "speechmos"):
+        require(name, name)
+    if shutil.which("c2enc") is None:
+        raise SystemExit("c2enc is not installed, expected Debian's package codec2")
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(options.tokenizer)
     sets = {name: read(path, tokenizer, options.limit) for name, path in (("speech", SPEECH), ("notes", NOTES))}

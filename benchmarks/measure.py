@@ -1,8 +1,11 @@
 """Shared code of the speed benchmarks: interleaved measurements of mmtx and its peers, medians and ratios, results as JSON."""
 
+import argparse
+import importlib.util
 import json
 import os
 import platform
+import shutil
 from collections.abc import Callable, Mapping
 from datetime import date
 from importlib import metadata
@@ -14,6 +17,19 @@ import mmtx
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "litgpt", "lightning", "numpy")
+
+
+def require(module: str, install: str) -> None:
+    """End with one line if a module is not installed that mmtx itself does not need."""
+    if importlib.util.find_spec(module) is None:
+        raise SystemExit(f"{module} is not installed, expected pip install {install}")
+
+
+def interpreter(name: str) -> str:
+    """The absolute path of a Python, since scripts start it in another folder. Links stay: an environment's Python is one."""
+    if (found := shutil.which(name)) is None:
+        raise argparse.ArgumentTypeError(f"found {name}, expected a Python that can be run")
+    return os.path.abspath(found)
 
 
 def interleave(candidates: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:

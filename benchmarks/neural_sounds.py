@@ -22,7 +22,7 @@ import torch
 import yaml
 from audio_quality import NOTES, SPEECH, read
 from classic_sounds import aligned, judged_notes
-from measure import write_result
+from measure import require, write_result
 from torch import Tensor, nn
 
 from mmtx.data.augment import AudioAugmentation
@@ -124,6 +124,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/neural_sounds"), help="folder for our codec")
     parser.add_argument("--no_write", action="store_true")
     options = parser.parse_args()
+    require("pystoi", "pystoi")
     torch.set_num_threads(1)
     judge = load_tokenizer(find_shipped("tokenizers/audio"))
     folder = find_shipped("demos/data/starter")

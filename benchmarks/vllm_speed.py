@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from decode_speed import qwen3, random_decoder
 from llamacpp_speed import SHAPES, ours
-from measure import interleave, report
+from measure import interleave, interpreter, report
 
 from mmtx.grammar import Grammar
 from mmtx.inference.row import prepack_weights
@@ -109,7 +109,7 @@ def measure(name: str, rows: int, options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--python", required=True, help="the interpreter of an environment with vLLM")
+    parser.add_argument("--python", required=True, type=interpreter, help="the interpreter of an environment with vLLM")
     parser.add_argument("--shape", choices=SHAPES, nargs="+", default=["192x4", "384x6", "640x12"])
     parser.add_argument("--rows", type=int, choices=BARS, nargs="+", default=list(BARS))
     parser.add_argument("--rounds", type=int, default=3)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from argparse import ArgumentTypeError
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import attention_variants  # noqa: E402
 import learning_rate  # noqa: E402
 from halves import halved  # noqa: E402
+from measure import interpreter  # noqa: E402
 from side_by_side import Task, _choose, side_by_side  # noqa: E402
 
 SPEED = re.search(r"^SPEED := (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)[1].split()
@@ -57,6 +59,15 @@ def test_make_bench_runs_every_script_that_reports_speed():
     reporting = {path.stem for path in (ROOT / "benchmarks").glob("*.py")
                  if "measure import interleave" in path.read_text(encoding="utf-8")}
     assert reporting - {"vllm_speed"} == set(SPEED)  # which needs an environment of its own
+
+
+def test_another_python_is_found_from_any_folder(tmp_path, monkeypatch):
+    (tmp_path / "env").mkdir()
+    (tmp_path / "env" / "python").symlink_to(sys.executable)
+    monkeypatch.chdir(tmp_path)
+    assert interpreter("env/python") == str(tmp_path / "env" / "python")
+    with pytest.raises(ArgumentTypeError, match="found none/python, expected a Python"):
+        interpreter("none/python")
 
 
 @pytest.mark.slow

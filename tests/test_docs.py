@@ -1,12 +1,14 @@
 """Every command and every block of Python in the README and the docs runs as printed, trainings with fewer steps.
 
-A block behind a comment `<!-- not run: why -->` is left out. Blocks of a page run in their order in one folder that looks like
+A block behind a comment `<!-- not run: why -->` is left out; its commands, and those in configs, docstrings and the Makefile, are
+parsed. Blocks of a page run in their order in one folder that looks like
 a checkout; blocks of Python of a page share their names.
 """
 
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from functools import partial
@@ -17,12 +19,18 @@ import numpy as np
 import pytest
 from conftest import Codes
 
+from mmtx.cli import TRAINING, _parser
 from mmtx.document import Document, MediaPart, TextPart, Turn
+from mmtx.errors import InputError
 from mmtx.sequence import parse, render
+from mmtx.training import run as training
 from mmtx.vocabulary import Vocabulary
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "Makefile", *(
+    path for folder in ("benchmarks", "configs", "demos", "tokenizers") for path in sorted((ROOT / folder).rglob("*"))
+    if path.suffix in (".md", ".yaml", ".py"))]
 PARTS = {"text": TextPart, "image": partial(MediaPart, "image"), "audio": partial(MediaPart, "audio")}
 CHECKOUT = ("benchmarks", "configs", "demos", "tokenizers", "docs", "Makefile", "constraints.txt")
 SHORT = "--trainer.max_steps 2 --trainer.val_check_interval 2 --samples 2"  # what a training in the docs is made shorter by
@@ -68,6 +76,53 @@ def test_a_page_runs_as_printed(page, tmp_path):
             command = ["bash", "-euo", "pipefail", "-c", shortened(block.text)]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, f"{block.text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+def commands(begin: str) -> dict[str, Path]:
+    """Command lines that begin with `begin`, of code, comments and docstrings, and those in prose that name a path -> their file."""
+    found = {}
+    for path in DOCUMENTED:
+        text = path.read_text(encoding="utf-8").replace("$(MMTX)", "mmtx").replace("$(VENV)/bin/", "")
+        text = re.sub(r"\\+\n\s*", " ", re.sub(r"\$\(\w+\)", "", text))
+        for prose, line in re.findall(
+                rf"`({begin}(?=[^\n`]*/)[^\n`]*)`|^[#\s]*(?:[A-Z_]+=\S+ )*({begin}[^\n'#]*(?:'[^']*'[^\n'#]*)*)", text, re.M):
+            found[prose or line] = path
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_documented_commands_of_mmtx_parse(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    lines = commands(r"mmtx [a-z]+ (?=[^\n`]*--)")
+    assert len(lines) > 60
+    for line, path in lines.items():
+        words = shlex.split(line)[1:]
+        if "--plugin" in words:  # tests/test_plugin.py runs them, in processes of their own
+            continue
+        if words[0] == "fit" and {word for word in words if word.startswith("--")} <= {"--config", "--output"}:
+            continue  # tests/test_configs.py builds what they do
+        try:
+            if words[0] in TRAINING:
+                with pytest.raises(SystemExit):
+                    training.main(words[0], [*words[1:], "--print_config"])
+            else:
+                _parser().parse_args(words)
+        except InputError as error:
+            pytest.fail(f"{path.relative_to(ROOT)}: {line}\n{error}")
+        capsys.readouterr()
+
+
+def test_documented_options_of_scripts_exist():
+    lines = commands(r"python \S+\.py ?")
+    assert len(lines) > 60
+    for line, path in lines.items():
+        script, *words = shlex.split(line)[1:]
+        file = next((folder / script for folder in (ROOT, path.parent) if (folder / script).exists()), None)
+        assert file, f"{path.relative_to(ROOT)}: {script}"
+        known = file.read_text(encoding="utf-8")
+        missing = [word for word in words if word.startswith("--") and f'"{word}"' not in known]
+        assert not missing, f"{path.relative_to(ROOT)}: {line}"
 
 
 def test_links_between_pages_lead_somewhere():
