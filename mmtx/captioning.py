@@ -11,6 +11,7 @@ from mmtx.data.storage import display
 from mmtx.data.trust import is_url
 from mmtx.errors import InputError
 from mmtx.inference.sampling import Sampling
+from mmtx.medium import user_name
 from mmtx.modality.registry import media_kinds
 from mmtx.pipeline import Model, iterate
 
@@ -34,8 +35,8 @@ def find_media(names: str | Path | Sequence[str | Path], kind: str | None = None
     if kind is not None and kind not in media_kinds():
         raise InputError(f"kind: found {kind!r:.40}, expected one of {', '.join(media_kinds())}")
     for name in map(str, [names] if isinstance(names, (str, Path)) else iterate(names, "name")):
-        path = Path(name)
         try:
+            path = Path(name := user_name(name))
             if not name:
                 yield InputError("found an empty name, expected a file or folder")
             elif is_url(name) or path.is_file():
@@ -51,6 +52,8 @@ def find_media(names: str | Path | Sequence[str | Path], kind: str | None = None
                 yield InputError(f"{name}: found neither a file nor a folder")
             else:
                 yield InputError(f"{name}: no such file or folder")
+        except InputError as error:
+            yield error
         except (OSError, ValueError) as error:  # a folder that may not be listed, or an invalid name
             yield InputError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})")
 

@@ -29,9 +29,11 @@ class Part:
             raise InputError(f"{self.kind} part: found rows of different lengths, expected {self.ndim} dimensions") from None
         if array.ndim != self.ndim:
             raise InputError(f"{self.kind} part: found shape {array.shape}, expected {self.ndim} dimensions")
-        if array.dtype.kind not in "iu" and not (array.dtype.kind == "f" and (array == np.rint(array)).all()):
+        with np.errstate(invalid="ignore"):
+            whole = array.astype(np.int64, copy=False) if array.dtype.kind in "iuf" else None
+        if whole is None or (whole != array).any():  # also what is beyond 64 bits
             raise InputError(f"{self.kind} part: found {array.dtype}, expected whole numbers")
-        array = array.astype(np.int64, copy=False)
+        array = whole
         array.flags.writeable = False
         object.__setattr__(self, self.field, array)
 

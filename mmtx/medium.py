@@ -22,7 +22,7 @@ from mmtx.data.sound_files import MAX_CHANNELS, RATES
 from mmtx.data.storage import display, open_binary
 from mmtx.document import MediaPart
 from mmtx.errors import InputError
-from mmtx.files import write_whole
+from mmtx.files import user_path, write_whole
 from mmtx.modality.base import Tokenizer
 from mmtx.modality.registry import MODALITIES, media_kinds
 
@@ -100,8 +100,8 @@ class Sound(NamedTuple):
     def save(self, path: str | Path) -> None:
         """Write it atomically to a file, whose extension chooses the format.
 
-        Formats are .wav, .flac, .ogg, .mp3, .aiff, .au, .caf, .w64, and others that libsndfile writes. Raises InputError if the
-        file cannot be written, or samples or rate are invalid.
+        Formats are .wav, .flac, .ogg, .mp3, .aiff, .au, .caf, .w64, and others that libsndfile writes. Samples outside [-1, 1] are
+        clipped. Raises InputError if the file cannot be written, or samples or rate are invalid.
         """
         import soundfile
 
@@ -117,11 +117,15 @@ class Sound(NamedTuple):
         channels = samples.shape[1] if samples.ndim == 2 else 1
         if not 0 < channels <= MAX_CHANNELS:
             raise InputError(f"samples: found {channels} channels in shape {samples.shape}, expected numbers (S,) or (S, C)")
+        if samples.dtype.kind == "f":
+            if not np.isfinite(samples).all():  # of which LAME ends the process, too
+                raise InputError("samples: found NaN or infinite ones, expected finite numbers")
+            samples = samples.clip(-1, 1)  # as PCM is anyway; LAME ends the process if samples are far too loud
         try:
             with soundfile.SoundFile(file, "w", int(self.rate), channels, format=form[1:]) as sink:
                 for first in range(0, len(samples), WRITE_CHUNK):
                     sink.write(samples[first:first + WRITE_CHUNK])
-            write_whole(Path(os.path.realpath(path)), file.getvalue())  # a link stays a link
+            write_whole(Path(os.path.realpath(user_path(path))), file.getvalue())  # a link stays a link
         except (OSError, RuntimeError, TypeError, ValueError) as error:  # soundfile's errors differ in where they keep the reason
             reason = getattr(error, "strerror", None) or getattr(error, "error_string", None) or error
             raise InputError(f"{path}: cannot be written ({reason})") from None
@@ -144,14 +148,20 @@ def as_medium(item: Any) -> BaseMedium:
                              "it in mmtx.Audio(...) or mmtx.Image(...)")
         return Audio(item) if item.ndim == 1 else Image(item)
     if isinstance(item, (str, Path)):
-        with open_binary(str(item)) as file:
-            kind = kind_of(str(item), file.read(64))
+        name = user_name(item)
+        with open_binary(name) as file:
+            kind = kind_of(name, file.read(64))
         if kind is None:
             further = tuple(name for kind in media_kinds()[2:] for name in MODALITIES[kind].extensions)
-            raise InputError(f"{display(str(item))}: found neither a picture nor a sound that can be read, expected "
+            raise InputError(f"{display(name)}: found neither a picture nor a sound that can be read, expected "
                              f"{', '.join(IMAGE_FORMATS + AUDIO_FORMATS + further)}")
-        return Medium(kind, str(item))
+        return Medium(kind, name)
     raise InputError(f"found {type(item).__name__}, expected a path, PIL image, array, tensor, Image or Audio")
+
+
+def user_name(name: str | Path) -> str:
+    """A user's path or URL, with a leading ~ expanded unless there is a file of that very name."""
+    return os.fspath(user_path(name) if str(name).startswith("~") and not os.path.exists(name) else name)
 
 
 def could_be_sound(item: np.ndarray | torch.Tensor) -> bool:

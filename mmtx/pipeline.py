@@ -40,7 +40,7 @@ from mmtx.inference.row import prepack_weights
 from mmtx.inference.sampling import Sampling
 from mmtx.inference.transcription import cut_at_pauses, transcribe
 from mmtx.inference.weights import Weights
-from mmtx.medium import Audio, BaseMedium, Media, ReadMedium, Sound, as_medium, check_open, to_array, to_sound
+from mmtx.medium import Audio, BaseMedium, Media, ReadMedium, Sound, as_medium, check_open, to_array, to_sound, user_name
 from mmtx.modality.base import Encoding, Tokenizer, load_tokenizer, media_tokenizer
 from mmtx.modality.encoder import build_encoder
 from mmtx.modality.registry import MODALITIES, media_kinds
@@ -101,7 +101,9 @@ class Model:
     Many threads may use one model concurrently, and each gets the answers that it would get alone; only `to`,
     `prepare_for_inference` and changes of the weights must not overlap with other calls. A model can be copied (`copy.deepcopy`),
     pickled, and used in other processes, spawned or forked. Torch's threads do not survive a fork, so the first call in the child
-    sets torch to one thread. Global settings of torch in the program do not change answers (`mmtx.ambient`).
+    sets torch to one thread. With the start method "forkserver", the default of Python 3.14, a model is too many file descriptors
+    for an argument: call `torch.multiprocessing.set_sharing_strategy("file_system")` first, or load the model in the child.
+    Global settings of torch in the program do not change answers (`mmtx.ambient`).
     """
 
     def __init__(self, decoder: Decoder, vocabulary: Vocabulary, tokenizers: Mapping[str, Tokenizer]):
@@ -213,7 +215,7 @@ class Model:
         """Answer documents of codes (everything up to the last user turn) with text."""
         if not isinstance(sampling, Sampling):
             raise InputError(f"sampling: found {type(sampling).__name__}, expected a Sampling")
-        return self._answer_texts([_up_to_last_user(document) for document in _documents(documents)], sampling)
+        return self._answer_texts(_asked(documents), sampling)
 
     @neutral()
     def transcribe(self, sounds: Any, *, chunk_length_s: float = 3.5) -> str | list[str]:
@@ -255,7 +257,7 @@ class Model:
     def transcribe_documents(self, documents: Iterable[Document]) -> list[str]:
         """Transcribe the sound with which the last user turn of each document ends."""
         self._check_transcribes()
-        text, asked = self.tokenizers["text"], [_up_to_last_user(document) for document in _documents(documents)]
+        text, asked = self.tokenizers["text"], _asked(documents)
         for number, document in enumerate(asked):
             if not any(isinstance(part, MediaPart) and part.kind == "audio" and part.features is not None
                        for turn in document.turns[-1:] for part in turn.parts):
@@ -476,7 +478,7 @@ class Model:
 
     def _size_prefix(self, out: str, size: tuple[int, int] | None) -> list[int]:
         if not isinstance(out, str):
-            raise InputError(f"out: found {type(out).__name__}, expected {', '.join(self.tokenizers)} or any")
+            raise InputError(f"out: found {type(out).__name__}, expected one of {', '.join(self.grammar.rules.starts)}")
         if out not in self.grammar.rules.starts:
             raise InputError(f"out: found {out!r:.40}, expected one of {', '.join(self.grammar.rules.starts)}")
         if out != "image" or "image" not in self.tokenizers:
@@ -585,7 +587,8 @@ class Model:
     def prompt_length(self, document: Document) -> int:
         """Number of tokens of a document's prompt; its media need not be encoded yet."""
         (document,) = _documents([document])
-        blank = lambda part: part.blank if isinstance(part, ReadMedium) else part
+        read = lambda medium: medium if isinstance(medium, ReadMedium) else self.read_medium(medium)
+        blank = lambda part: read(part).blank if isinstance(part, BaseMedium) else part
         turns = tuple(replace(turn, parts=tuple(map(blank, turn.parts))) for turn in document.turns)
         return len(prompt(Document(turns), self.vocabulary).ids)
 
@@ -631,8 +634,8 @@ class Model:
             return item.data
         data, name = item.data, None
         if isinstance(data, (str, Path)):
-            name = display(str(data))
-            data = FileSource(str(data)).read()
+            name = display(path := user_name(data))
+            data = FileSource(path).read()
         if isinstance(data, PILImage.Image):
             check_open(data)
         return MODALITIES[item.kind].get("read")(self.tokenizers[item.kind], data, name, **item.options())
@@ -655,6 +658,16 @@ class Model:
             if other.fingerprint == own.fingerprint:
                 return other
         return own
+
+
+def _asked(documents: Any) -> list[Document]:
+    """Each document up to its last user turn. Raises InputError for media that are not encoded."""
+    asked = [_up_to_last_user(document) for document in _documents(documents)]
+    for number, document in enumerate(asked):
+        if other := [part for turn in document.turns for part in turn.parts if not isinstance(part, Part)]:
+            with numbered("document", number, len(asked)):
+                raise InputError(f"found {type(other[0]).__name__}, expected parts of codes, as `encode_documents` makes them")
+    return asked
 
 
 def _up_to_last_user(document: Document) -> Document:

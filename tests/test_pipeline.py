@@ -22,6 +22,7 @@ import mmtx
 from mmtx.document import Document, MediaPart, TextPart, Turn
 from mmtx.files import find_shipped, shipped
 from mmtx.inference.generation import steps
+from mmtx.inference.sampling import Sampling
 from mmtx.inference.torch_engine import TorchEngine
 from mmtx.modality import image
 from mmtx.modality.audio import CHUNKS
@@ -327,6 +328,15 @@ def test_caption_documents_ask_up_to_the_last_user_turn(tiny_model, monkeypatch)
     assert asked == [Document((one,)), Document((one, two, one)), Document((one,))]
 
 
+def test_media_of_documents_are_encoded_first(lively_model, pixels):
+    document = Document((Turn("user", (mmtx.Image(pixels),)),))
+    with pytest.raises(mmtx.InputError, match="document 2 of 2: found Image, expected parts of codes, as `encode_documents` makes them"):
+        lively_model.caption_documents([*lively_model.encode_documents([document]), document])
+    (encoded,) = lively_model.encode_documents([document])
+    assert lively_model.prompt_length(document) == lively_model.prompt_length(encoded)
+    assert lively_model.caption_documents([encoded], Sampling(**SHORT)) == [lively_model.caption(pixels, **SHORT)]
+
+
 @pytest.mark.parametrize("media, told", [
     ("nothing.png", ["nothing.png", "no such file"]),
     (3, ["int", "expected a path"]),
@@ -352,6 +362,27 @@ def test_caption_names_what_it_cannot_read(tiny_model, media, told):
     with pytest.raises(mmtx.InputError) as error:
         tiny_model.caption(media)
     assert all(word in str(error.value) for word in told), error.value
+
+
+def test_media_lie_in_the_home_of_the_user(tiny_model, files, tone, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(files))
+    expected = tiny_model.tokenize([files / "picture.png", files / "sound.wav"])
+    assert tiny_model.tokenize([Path("~/picture.png"), mmtx.Audio("~/sound.wav")]) == expected
+    assert tiny_model.tokenize([mmtx.Image("~/picture.png"), mmtx.Audio(Path("~/sound.wav"))]) == expected
+    assert tiny_model.caption("~/picture.png", **SHORT) == tiny_model.caption(files / "picture.png", **SHORT)
+    assert [*mmtx.find_media(["~/picture.png", "~"])] == [str(files / name) for name in ("picture.png", "picture.png", "sound.wav")]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    mmtx.Sound(tone, RATE).save("~/a.wav")
+    assert (tmp_path / "a.wav").is_file()
+    for call in (tiny_model.caption, lambda name: tiny_model.caption(mmtx.Image(name)), mmtx.Sound(tone, RATE).save):
+        with pytest.raises(mmtx.InputError, match="~nobody-of-this-name/a.wav: found ~nobody-of-this-name, the home of no user here"):
+            call("~nobody-of-this-name/a.wav")
+    (error,) = mmtx.find_media(["~nobody-of-this-name/a.wav"])
+    assert "the home of no user here" in str(error)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "~").mkdir()
+    shutil.copy(files / "picture.png", "~/picture.png")  # a file of this very name is meant
+    assert tiny_model.tokenize(Path("~/picture.png")) == tiny_model.tokenize(files / "picture.png")
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", None])
@@ -422,7 +453,7 @@ def test_a_str_of_a_prompt_is_text_whatever_it_says(tiny_model, text):
     (lambda model, _: model.generate("a", size=(8, 8)), "size: found \\(8, 8\\) with out='text', expected it only with out='image'"),
     (lambda model, _: model.generate("a", out="image", size=(8, 8, 8)), "size: found"),
     (lambda model, _: model.generate("a", out="image", size=(8.0, 8.0)), "size: found"),
-    (lambda model, _: model.generate("a", out=None), "out: found NoneType"),
+    (lambda model, _: model.generate("a", out=None), "out: found NoneType, expected one of text, image, audio, any, document"),
     (lambda model, _: next(model.stream("a", out=["text"])), "out: found list"),
     (lambda model, _: model.generate_batch("ab"), "prompts: found str"),
     (lambda model, _: model.generate_batch(None), "prompts: found NoneType, expected a list of prompts"),
@@ -684,6 +715,9 @@ def test_a_sound_that_cannot_be_saved_there_is_one_line(tone, tmp_path, monkeypa
     (np.zeros((2, 100)), RATE, "wav", r"samples: found 100 channels in shape \(2, 100\), expected numbers \(S,\)"),
     (np.array(["a"]), RATE, "wav", "samples: found <U1"), ("abc", RATE, "wav", "samples: found <U3"),
     (np.zeros(9, np.float16), RATE, "wav", r"a\.wav: cannot be written \(.*float16"),
+    (np.array([0, np.nan]), RATE, "wav", "samples: found NaN or infinite ones, expected finite numbers"),
+    (np.array([0, -np.inf], np.float32), RATE, "ogg", "samples: found NaN or infinite ones"),
+    (np.full((9, 2), np.nan, np.float32), RATE, "flac", "samples: found NaN or infinite ones"),
 ])
 def test_a_sound_that_is_none_leaves_the_file_that_was_there(tone, tmp_path, samples, rate, form, told):
     """A rate that Vorbis does not have ended the whole program."""
@@ -701,6 +735,35 @@ sound = mmtx.Sound(np.random.default_rng(0).normal(0, 0.1, 4_800_000).astype(np.
 sound.save(sys.argv[1])
 print(soundfile.info(sys.argv[1]).frames)
 """
+
+
+SAVED_WRONG = """
+import sys
+import numpy as np, mmtx
+sound = mmtx.Sound(np.random.default_rng(0).normal(0, 0.1, 5000), 16_000)
+sound._replace(samples=sound.samples * 1e20).save(sys.argv[1])
+try:
+    sound._replace(samples=sound.samples * np.nan).save(sys.argv[1])
+except mmtx.InputError as error:
+    print(error)
+"""
+
+
+def test_no_sound_ends_the_program(tmp_path):
+    """LAME did, if samples were NaN or far too loud."""
+    done = subprocess.run([sys.executable, "-c", SAVED_WRONG, tmp_path / "a.mp3"], capture_output=True, text=True, timeout=240,
+                          cwd=Path(__file__).parents[1])
+    assert (done.stdout, done.returncode) == ("samples: found NaN or infinite ones, expected finite numbers\n", 0), done.stderr
+    assert len(soundfile.read(tmp_path / "a.mp3")[0]) == 5000
+
+
+@pytest.mark.parametrize("form", ["wav", "flac", "ogg", "mp3"])
+def test_samples_that_are_too_loud_are_clipped(tone, tmp_path, form):
+    """Vorbis and LAME wrote them as they were, or silence."""
+    for samples, name in ((tone * 1e3, "a"), ((tone * 1e3).clip(-1, 1), "b")):
+        mmtx.Sound(samples, RATE).save(tmp_path / f"{name}.{form}")
+    (one, _), (other, _) = (soundfile.read(tmp_path / f"{name}.{form}") for name in "ab")
+    assert np.array_equal(one, other) and 0.9 < np.abs(one).max() < 1.5
 
 
 def test_five_minutes_are_saved_in_every_form(tmp_path):
