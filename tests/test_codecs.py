@@ -397,7 +397,8 @@ def test_codes_of_another_shape_or_type_are_refused(codec, codes, told):
 
 @pytest.mark.parametrize("medium", [torch.rand(3, 20, 20), torch.zeros(20, 20, 3, dtype=torch.uint8), torch.zeros(1, 20, 20, dtype=torch.uint8),
                                     torch.zeros(3, 0, 20, dtype=torch.uint8), np.zeros((3, 20, 20), np.uint8), torch.zeros(2, 100),
-                                    torch.zeros(100, dtype=torch.float64), torch.zeros(100, dtype=torch.int16), np.zeros(100, np.float32), None])
+                                    torch.zeros(100, dtype=torch.float64), torch.zeros(100, dtype=torch.int16), np.zeros(100, np.float32), None,
+                                    torch.full((100,), torch.nan), torch.full((100,), torch.inf)])
 def test_media_of_another_shape_or_type_are_refused(codec, medium):
     """A picture of floats from 0 to 1 would be taken for a black one."""
     with pytest.raises(InputError, match=f"{codec.kind}: found .*, expected a tensor .*, as mmtx.data.media.load_{codec.kind} returns it"):

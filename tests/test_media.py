@@ -648,6 +648,9 @@ def test_bad_source_rate_and_missing_file(tmp_path):
         with pytest.raises(InputError, match=f"sound: {option} '16000', expected a number"):
             load_audio(wave(), 16_000, **{option: "16000"})
     assert len(load_audio(wave(), 16_000, source_rate=np.int64(16_000), start=np.float32(0.5))) == 8_000
+    for rate in ("x", 0, -1, 16_000.5, float("nan")):
+        with pytest.raises(InputError, match=rf"sound: rate {rate!r}, expected a whole number of Hz"):
+            load_audio(wave(), rate)
     for rate in (0, -1, 10**9, float("nan")):
         with pytest.raises(InputError, match=f"{rate} Hz"):
             load_audio(wave(), 16_000, source_rate=rate)

@@ -16,6 +16,7 @@ from mmtx.config import DecoderConfig
 from mmtx.data.collection import DataSource
 from mmtx.data.packing import PackedBatches
 from mmtx.document import Document, TextPart, Turn
+from mmtx.errors import InputError
 from mmtx.modality.audio import AudioConfig
 from mmtx.modality.image import ImageConfig
 from mmtx.modality.vocoder import VocoderConfig
@@ -83,6 +84,21 @@ def test_what_a_step_draws_depends_on_its_number_alone(folders):
         Trainer(max_steps=4, limit_val_batches=0, **PLAIN).fit(module, DecoderData(folders, sources, sources, max_seq_len=255))
         drawn.append(module.drawn)
     assert drawn[0] == drawn[1] and len(set(drawn[0])) == 4
+
+
+def test_mistakes_of_a_program_are_named(folders):
+    sources = [DataSource(**runs.FEW[0])]
+    with pytest.raises(InputError, match=r"Trainer: found max_steps -1, expected the steps of the run"):
+        Trainer(max_epochs=1, **PLAIN).fit(Noting(), DecoderData(folders, sources, sources, max_seq_len=255))
+    data = DecoderData(folders, sources, sources, max_seq_len=255)
+    data.setup("fit")
+    with pytest.raises(InputError, match=r"DecoderData: found no trainer, expected Trainer\(max_steps=...\).fit"):
+        data.train_dataloader()
+    for wrong in ("folder", ["folder"], sources[0]):
+        with pytest.raises(InputError, match=r"train: found .*, expected a list of DataSource"):
+            DecoderData(folders, wrong, sources).setup("fit")
+        with pytest.raises(InputError, match=r"validation: found .*, expected a list of DataSource"):
+            DecoderData(folders, sources, wrong).setup("fit")
 
 
 # -- Ranks and batches -----------------------------------------------------------------------------------------

@@ -163,6 +163,13 @@ def require_sources(sources: list[DataSource], name: str) -> list[DataSource]:
     """The sources of an option. Raises InputError if there are none."""
     if not sources:
         raise InputError(f"data.{name}: found none, expected at least one source, as in [{{paths: [FILE]}}]")
+    return _sources(sources, name)
+
+
+def _sources(sources: list[DataSource], name: str) -> list[DataSource]:
+    """Raise InputError for anything else than a list of sources, as a program may give."""
+    if not isinstance(sources, (list, tuple)) or not all(isinstance(source, DataSource) for source in sources):
+        raise InputError(f"{name}: found {sources!r:.80}, expected a list of DataSource, as in [DataSource([FILE])]")
     return sources
 
 
@@ -170,7 +177,7 @@ def test_sources(sources: list[DataSource] | None) -> list[DataSource]:
     """The sources of `mmtx test`. Raises InputError if there are none."""
     if not sources:
         raise InputError("data.test: found none, expected sources for mmtx test (mmtx validate takes those of data.validation)")
-    return sources
+    return _sources(sources, "test")
 
 
 def to_stderr(line: str) -> None:

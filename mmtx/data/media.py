@@ -10,7 +10,7 @@ import math
 import os
 import threading
 from functools import lru_cache
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Protocol
 
 import numpy as np
@@ -243,6 +243,8 @@ def load_audio(
                           ("semitones", semitones)):
         if value is not None and not isinstance(value, Real):
             raise InputError(f"{name}: {option} {_line(repr(value))}, expected a number")
+    if not isinstance(rate, Integral) or rate < 1:
+        raise InputError(f"{name}: rate {_line(repr(rate))}, expected a whole number of Hz")
     if not (0 <= start <= MAX_START and (seconds is None or 0 < seconds < math.inf)):  # also true for NaN
         raise InputError(f"{name}: found start={start} and seconds={seconds}, expected a start from 0 to {MAX_START} and "
                          "more than 0 seconds")

@@ -335,9 +335,12 @@ class AudioTokenizer(Codec):
 
 
 def check_waveform(waveform: Tensor) -> None:
-    """Raise InputError unless it is a float32 tensor (S,)."""
+    """Raise InputError unless it is a float32 tensor (S,) of finite numbers: NaN has no code."""
     if not (isinstance(waveform, Tensor) and waveform.dtype == torch.float32 and waveform.ndim == 1):
         raise wrong_medium("audio", waveform, "a tensor float32 (S,)")
+    if not waveform.isfinite().all():
+        raise InputError("audio: found NaN or infinite samples, expected a tensor of finite ones, "
+                         "as mmtx.data.media.load_audio returns it")
 
 
 def in_chunks(pieces: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:

@@ -151,6 +151,7 @@ class CodecData(SourceData):
             self.audio_augmentation(cut, self._audio.rate, generator)
             if self.audio_augmentation and torch.rand((), generator=generator) < 0.5 else cut
             for cut in self._cuts(waveforms, steps, generator)])
+
     def _cuts(self, waveforms: list[Tensor], steps: int, generator: Generator) -> Iterator[Tensor]:
         samples = steps * self.tokenizer.config.patch_frames * self.tokenizer.config.hop
         for waveform in waveforms:
@@ -159,9 +160,8 @@ class CodecData(SourceData):
             yield F.pad(cut, (0, samples - len(cut)))
 
     def train_dataloader(self) -> ResumableLoader:
-        steps = self.trainer.max_steps * self.trainer.accumulate_grad_batches
         collate = {"image": self._pictures, "audio": self._sounds}.get(self.tokenizer.kind, self._pieces)
-        return ResumableLoader(self._batches(self.train_media, collate, steps, self.weights), self.num_workers)
+        return ResumableLoader(self._batches(self.train_media, collate, self.batches_of_run(), self.weights), self.num_workers)
 
     def _pieces(self, media: list[Tensor], generator: Generator) -> Tensor:
         """Pieces of the media of a training batch, as their codec cuts them."""

@@ -107,11 +107,10 @@ class DecoderData(SourceData):
         return [self.train_documents.where(number) for number in batch.samples.tolist()]
 
     def train_dataloader(self) -> ResumableLoader:
-        trainer = self.trainer
+        steps = self.batches_of_run()
         batches = PackedBatches(
             self.train_documents, self.vocabulary, self.tokens_per_batch, repeats=self.train_documents.repeats, seed=self.seed,
-            steps=trainer.max_steps * trainer.accumulate_grad_batches, rank=trainer.global_rank,
-            world=trainer.world_size)
+            steps=steps, rank=self.trainer.global_rank, world=self.trainer.world_size)
         return ResumableLoader(batches, self.num_workers)
 
     def val_dataloader(self) -> DataLoader:

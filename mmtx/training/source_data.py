@@ -5,6 +5,7 @@ from lightning import LightningDataModule
 from mmtx.data.augment import AudioAugmentation, ImageAugmentation
 from mmtx.data.collection import DataSource
 from mmtx.data.sources import MAX_BAD
+from mmtx.errors import InputError
 
 
 class SourceData(LightningDataModule):
@@ -38,3 +39,11 @@ class SourceData(LightningDataModule):
         self.train_sources, self.validation_sources, self.test = train, validation, test
         self.image_augmentation, self.audio_augmentation = image_augmentation, audio_augmentation
         self.num_workers, self.max_bad, self.seed = num_workers, max_bad, seed
+
+    def batches_of_run(self) -> int:
+        """Training batches of each process. Raises InputError without a trainer that says how many steps there are."""
+        if self.trainer is None:
+            raise InputError(f"{type(self).__name__}: found no trainer, expected Trainer(max_steps=...).fit(model, data)")
+        if self.trainer.max_steps < 1:
+            raise InputError(f"Trainer: found max_steps {self.trainer.max_steps}, expected the steps of the run, which is one epoch")
+        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
