@@ -27,9 +27,11 @@ def with_media(kind: Any, default: Any, help: str) -> Callable[[type], type]:
     """Give a dataclass a field for each kind of media registered at its definition; `help` describes it, as in "weight of {}."."""
     def extended(cls: type) -> type:
         more_help = "".join(f"    {name}: {help.format(name)}\n    " for name in media_kinds())
-        names = {"__doc__": f"{cls.__doc__}{more_help}", "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        names = {"__doc__": f"{cls.__doc__}{more_help}", "__qualname__": cls.__qualname__}
         more = [(name, kind, field(default=default)) for name in media_kinds()]
-        return make_dataclass(cls.__name__, more, bases=(cls,), namespace=names, frozen=True)
+        made = make_dataclass(cls.__name__, more, bases=(cls,), namespace=names, frozen=True)
+        made.__module__ = cls.__module__  # from Python 3.12 on, make_dataclass sets its caller's, where pickle would not find it
+        return made
     return extended
 
 
