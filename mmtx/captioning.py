@@ -10,8 +10,8 @@ from mmtx.data.sample import kind_of
 from mmtx.data.storage import display
 from mmtx.data.trust import is_url
 from mmtx.errors import InputError
+from mmtx.files import user_name
 from mmtx.inference.sampling import Sampling
-from mmtx.medium import user_name
 from mmtx.modality.registry import media_kinds
 from mmtx.pipeline import Model, iterate
 

@@ -125,6 +125,11 @@ def user_path(name: str | os.PathLike) -> Path:
         raise InputError(f"{name}: found {Path(name).parts[0]}, the home of no user here") from None
 
 
+def user_name(name: str | os.PathLike) -> str:
+    """A user's path or URL of media, with a leading ~ expanded unless there is a file of that very name."""
+    return os.fspath(user_path(name) if str(name).startswith("~") and not os.path.exists(name) else name)
+
+
 def find_shipped(name: str | Path) -> Path:
     """Find a folder or file that a user named: at that path or, if there is none, among those shipped with mmtx.
 

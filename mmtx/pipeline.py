@@ -30,7 +30,7 @@ from mmtx.data.sound_files import MAX_SECONDS
 from mmtx.data.storage import FileSource, display
 from mmtx.document import Document, MediaPart, Part, TextPart, Turn
 from mmtx.errors import InputError
-from mmtx.files import Content, replace_folder, shipped
+from mmtx.files import Content, replace_folder, shipped, user_name
 from mmtx.grammar import Grammar
 from mmtx.hub import model_card, push
 from mmtx.inference.choose import choose_engine
@@ -40,7 +40,7 @@ from mmtx.inference.row import prepack_weights
 from mmtx.inference.sampling import Sampling
 from mmtx.inference.transcription import cut_at_pauses, transcribe
 from mmtx.inference.weights import Weights
-from mmtx.medium import Audio, BaseMedium, Media, ReadMedium, Sound, as_medium, check_open, to_array, to_sound, user_name
+from mmtx.medium import Audio, BaseMedium, Media, ReadMedium, Sound, as_medium, check_open, to_array, to_sound
 from mmtx.modality.base import Encoding, Tokenizer, load_tokenizer, media_tokenizer
 from mmtx.modality.encoder import build_encoder
 from mmtx.modality.registry import MODALITIES, media_kinds

@@ -30,7 +30,7 @@ from mmtx.data.storage import bare, display, is_url, listed
 from mmtx.data.trust import scheme_of
 from mmtx.data.webdataset import SHARDS, read_tar
 from mmtx.errors import InputError
-from mmtx.files import user_path
+from mmtx.files import user_name
 
 MAX_BAD = 0.01      # share of the rows of a source that may be unusable, by default
 PLAN = "plan.json"  # in a folder of `mmtx prepare` from the start
@@ -219,8 +219,7 @@ def _matches(source: str) -> list[str]:
             return [source]
         found = listed(source)
     else:
-        if source.startswith("~") and not os.path.exists(source):
-            source = os.fspath(user_path(source))
+        source = user_name(source)
         if os.path.exists(source) or not glob.has_magic(source):
             return [source]
         found = sorted(glob.glob(source, recursive=True))
