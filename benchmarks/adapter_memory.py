@@ -31,11 +31,11 @@ from measure import require
 
 from mmtx.cli import main as mmtx
 from mmtx.config import CodeRange, DecoderConfig
-from mmtx.files import find_shipped
 from mmtx.interop.convert import convert
 from mmtx.modality.pretrained_text import PretrainedText
 from mmtx.model import Decoder
 from mmtx.pipeline import Model
+from mmtx.shipped_files import find_shipped
 from mmtx.vocabulary import Vocabulary
 
 WAYS = {"full": None, "lora": {"rank": 16, "alpha": 32.0}, "qlora": {"rank": 16, "alpha": 32.0, "load_in_4bit": True}}

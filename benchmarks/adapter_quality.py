@@ -21,7 +21,7 @@ import mmtx
 from mmtx.cli import main as run
 from mmtx.data.collection import read_config, read_sources
 from mmtx.data.tokens import usable
-from mmtx.files import CONFIG
+from mmtx.saved_folder import CONFIG
 
 ROOT = Path(__file__).parents[1]
 START = ROOT / "demos" / "starter"

@@ -37,9 +37,9 @@ from mmtx.data.collection import DataSource, read_source
 from mmtx.data.sample import Media, Sample
 from mmtx.data.tokens import load_media
 from mmtx.errors import InputError
-from mmtx.files import find_shipped
 from mmtx.modality.audio import AudioTokenizer
 from mmtx.modality.base import load_tokenizer
+from mmtx.shipped_files import find_shipped
 from mmtx.training.vocoder import stft_distance
 
 NOTES = "demos/data/starter/sounds-test-unseen-notes.tar.gz"

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from mmtx.data.augment import ImageAugmentation
 from mmtx.data.collection import DataSource, read_source
 from mmtx.data.tokens import Augmentation
-from mmtx.files import find_shipped
 from mmtx.modality.base import load_tokenizer
 from mmtx.modality.encoder import PatchEncoder
 from mmtx.modality.image import ImageTokenizer, to_float
+from mmtx.shipped_files import find_shipped
 from mmtx.training.optimizer import OptimizerConfig, configure
 
 WEIGHTS = (0.0, 0.002, 0.01)

@@ -23,9 +23,9 @@ from mmtx.data.collection import read_config, read_source
 from mmtx.data.sample import Media
 from mmtx.data.tokens import load_media, seed_of
 from mmtx.embedding import Features
-from mmtx.files import find_shipped
 from mmtx.modality.base import load_tokenizer
 from mmtx.model import Decoder
+from mmtx.shipped_files import find_shipped
 from mmtx.varlen import Packing
 from mmtx.vocabulary import Vocabulary
 

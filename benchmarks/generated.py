@@ -39,8 +39,8 @@ from mmtx.data.media import load_audio, load_image
 from mmtx.data.sample import Media, Sample
 from mmtx.errors import InputError
 from mmtx.evaluation import confidence_interval, mel_features, pixel_features
-from mmtx.files import find_shipped
 from mmtx.pipeline import BATCH
+from mmtx.shipped_files import find_shipped
 
 DATA = "demos/data/starter"
 PICTURES, STYLE = "images-train-*.tar.gz", "images-test-unseen-style.tar.gz"

@@ -28,9 +28,9 @@ from mmtx.data.collection import DataSource, read_source
 from mmtx.data.sample import Media
 from mmtx.data.tokens import load_media
 from mmtx.errors import InputError
-from mmtx.files import find_shipped
 from mmtx.modality.base import load_tokenizer
 from mmtx.modality.image import ImageTokenizer, resize, to_float
+from mmtx.shipped_files import find_shipped
 from mmtx.training.codec import CodebookUsage, picture_quality
 
 STARTER = "demos/data/starter"

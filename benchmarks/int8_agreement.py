@@ -22,7 +22,6 @@ import mmtx
 from mmtx.data.collection import DataSource, read_config, read_source, read_sources
 from mmtx.data.tokens import usable
 from mmtx.document import Document, TextPart, Turn
-from mmtx.files import shipped
 from mmtx.inference.choose import choose_engine
 from mmtx.inference.engine import Engine
 from mmtx.inference.sampling import Sampling
@@ -31,6 +30,7 @@ from mmtx.model_folder import DEFAULT_MODEL
 from mmtx.pipeline import Model
 from mmtx.report import _figures, _reader
 from mmtx.sequence import Prompt, prompt
+from mmtx.shipped_files import shipped
 
 ROOT = Path(__file__).parents[1]
 SAME, LOSS = 0.99, 0.005  # targets: minimum share of equal steps, maximum difference of a metric

@@ -29,11 +29,11 @@ from mmtx.data.augment import AudioAugmentation
 from mmtx.data.collection import DataSource, read_source
 from mmtx.data.sample import Media
 from mmtx.data.tokens import load_media
-from mmtx.files import find_shipped
 from mmtx.modality.audio import AudioConfig, AudioTokenizer
 from mmtx.modality.autoencoder import NetworkConfig
 from mmtx.modality.base import load_tokenizer
 from mmtx.modality.vocoder import VocoderConfig
+from mmtx.shipped_files import find_shipped
 from mmtx.training.codec import AudioCodecModule
 from mmtx.training.optimizer import OptimizerConfig, configure
 from mmtx.training.vocoder import TRAINING, VocoderModule, stft_distance

@@ -29,10 +29,10 @@ from measure import require
 
 from mmtx.config import CodeRange, DecoderConfig
 from mmtx.data.collection import read_config, read_source
-from mmtx.files import find_shipped
 from mmtx.interop.convert import convert
 from mmtx.modality.base import load_tokenizer
 from mmtx.model import Decoder
+from mmtx.shipped_files import find_shipped
 from mmtx.varlen import Packing
 from mmtx.vocabulary import Vocabulary
 

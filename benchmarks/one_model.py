@@ -34,9 +34,9 @@ from mmtx.data.packing import PackedBatches
 from mmtx.data.sample import Sample
 from mmtx.data.tokens import Augmentation, to_documents
 from mmtx.evaluation import mel_features
-from mmtx.files import find_shipped
 from mmtx.modality.base import load_tokenizer
 from mmtx.pipeline import Model
+from mmtx.shipped_files import find_shipped
 from mmtx.vocabulary import Vocabulary
 
 STYLE = "noto"  # style of the generated images

@@ -24,7 +24,7 @@ from side_by_side import Task, side_by_side, slots
 from mmtx.cli import main as mmtx
 from mmtx.config import DecoderConfig
 from mmtx.errors import InputError
-from mmtx.files import CONFIG
+from mmtx.saved_folder import CONFIG
 from mmtx.scaling import RESAMPLES, held_out, read_runs, sizes
 
 ROOT = Path(__file__).parents[1]

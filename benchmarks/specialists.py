@@ -40,7 +40,6 @@ from mmtx.data.packing import Batch, PackedBatches
 from mmtx.data.sample import Media, Sample
 from mmtx.data.tokens import Augmentation, load_media, to_documents
 from mmtx.document import Document, MediaPart
-from mmtx.files import find_shipped
 from mmtx.loss import next_token_loss
 from mmtx.modality.base import load_tokenizer
 from mmtx.modality.efficientnet import PretrainedEncoder
@@ -48,6 +47,7 @@ from mmtx.modality.encoder import build_encoder
 from mmtx.model import Decoder
 from mmtx.pipeline import Model
 from mmtx.sequence import Rendered
+from mmtx.shipped_files import find_shipped
 from mmtx.training.decoder import image_encoder_in
 from mmtx.training.optimizer import OptimizerConfig, configure
 from mmtx.vocabulary import Vocabulary

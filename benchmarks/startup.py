@@ -19,8 +19,8 @@ from pathlib import Path
 from captions_speed import SOURCES
 from measure import interleave, report
 
-from mmtx.files import find_shipped
 from mmtx.model_folder import DEFAULT_MODEL
+from mmtx.shipped_files import find_shipped
 
 FLOOR = "import torch and read the weights"
 READ = """

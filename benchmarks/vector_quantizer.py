@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from mmtx.data.augment import ImageAugmentation
 from mmtx.data.tokens import seed_of
-from mmtx.files import find_shipped
 from mmtx.modality.autoencoder import NetworkConfig, PatchAutoencoder
 from mmtx.modality.image import ImageConfig, ImageTokenizer, to_float
+from mmtx.shipped_files import find_shipped
 from mmtx.training.codec import picture_quality
 from mmtx.training.optimizer import OptimizerConfig, configure
 from mmtx.training.run import TRAINER

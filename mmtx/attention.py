@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mmtx.embedding import Features
 from mmtx.errors import InputError
+from mmtx.files import user_path
 from mmtx.modality.base import Tokenizer
 from mmtx.model import Decoder, rotary_embedding
 from mmtx.sequence import Prompt, gather_features
@@ -79,7 +80,7 @@ class Word(NamedTuple):
         return [place - 1 for place in self.places]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttentionMaps:
     """The attention weights of a stream, with labels of its positions, the words of the answer and the media."""
 
@@ -163,7 +164,7 @@ class AttentionMaps:
             axis.set_xlabel("is read")
             axis.set_ylabel("reads")
         try:
-            figure.savefig(path, dpi=120)
+            figure.savefig(user_path(path) if isinstance(path, (str, os.PathLike)) else path, dpi=120)
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: cannot be written ({error})") from None
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 from mmtx.data.folder import files_in
 from mmtx.data.sample import kind_of
 from mmtx.data.storage import display
-from mmtx.data.trust import is_url
+from mmtx.data.urls import is_url
 from mmtx.errors import InputError
 from mmtx.files import user_name
 from mmtx.inference.sampling import Sampling

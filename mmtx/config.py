@@ -8,13 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from mmtx.errors import InputError
-from mmtx.schema import within
+from mmtx.schema import typed, within
 
 # Fields that files contain only where they differ from the plain Qwen3 family.
 OPTIONAL = ("ctc_blocks", "encoders", "qk_norm", "qkv_bias", "rope_scaling")
 MOST_COMPOSED = 2**26  # elements of the matrix that composes embedding rows
 
 
+@typed
 @dataclass(frozen=True)
 class RopeScaling:
     """Llama 3's scaling of rotary positions: pairs that rotate slowly are slowed by `factor`, fast ones are left alone.
@@ -35,6 +36,7 @@ class RopeScaling:
         return 1 / ((1 - share) / self.factor + share)
 
 
+@typed
 @dataclass(frozen=True)
 class CodeRange:
     """Ids [start, start + product of levels), whose codes are mixed-radix numbers of digits with these levels."""
@@ -52,6 +54,7 @@ class CodeRange:
         return self.start + math.prod(self.levels)
 
 
+@typed
 @dataclass(frozen=True)
 class EncoderConfig:
     """Sizes of an encoder trained along with a decoder: `patch` numbers in, `width` out, windows of `chunk` patches a side."""
@@ -70,6 +73,7 @@ class EncoderConfig:
             raise InputError(f"encoders: width: found {self.width} with {self.heads} heads, expected a multiple of 4 * heads")
 
 
+@typed
 @dataclass(frozen=True)
 class Stage:
     """A stage of an EfficientNet: blocks with `channels` outputs, widened inside by `expansion`; the first has the `stride`."""
@@ -85,6 +89,7 @@ class Stage:
             within(f"encoders: stages: {name}", getattr(self, name), 1, most)
 
 
+@typed
 @dataclass(frozen=True)
 class EfficientNetShape:
     """An EfficientNet: output channels of its first convolution, the stem, and its stages."""
@@ -93,12 +98,12 @@ class EfficientNetShape:
     stages: tuple[Stage, ...]
 
     def __post_init__(self):
-        object.__setattr__(self, "stages", tuple(s if isinstance(s, Stage) else Stage(**s) for s in self.stages))
         within("encoders: stem", self.stem, 1, 2**14)
         within("encoders: stages", len(self.stages), 1, 64)
         within("encoders: blocks of all stages", sum(stage.blocks for stage in self.stages), 1, 2**8)
 
 
+@typed
 @dataclass(frozen=True)
 class EfficientNetConfig(EfficientNetShape):
     """Sizes of an EfficientNet trained along with a decoder: patches of `patch` numbers in, `width` features of each out.
@@ -142,13 +147,7 @@ class EfficientNetConfig(EfficientNetShape):
         return fine if self.fine_stage == len(self.stages) else fine + last
 
 
-def encoder_config(given: "EncoderConfig | EfficientNetConfig | Mapping[str, Any]") -> EncoderConfig | EfficientNetConfig:
-    """The configuration of an encoder, built from a mapping if it is one; EfficientNets have `stages`."""
-    if isinstance(given, Mapping):
-        return EfficientNetConfig(**given) if "stages" in given else EncoderConfig(**given)
-    return given
-
-
+@typed
 @dataclass(frozen=True)
 class DecoderConfig:
     """Sizes of the decoder; training fills in `vocabulary_size`, `composed`, `features`, `encoders` and `ctc_blocks`.
@@ -192,9 +191,6 @@ class DecoderConfig:
     ctc_blocks: int | None = None
 
     def __post_init__(self):
-        ranges = tuple(r if isinstance(r, CodeRange) else CodeRange(r["start"], tuple(r["levels"])) for r in self.composed)
-        object.__setattr__(self, "composed", ranges)
-        object.__setattr__(self, "encoders", {kind: encoder_config(given) for kind, given in self.encoders.items()})
         for name, most in (("width", 2**16), ("depth", 2**12), ("heads", 2**12), ("kv_heads", 2**12), ("head_dim", 2**12),
                            ("mlp_dim", 2**20)):
             within(name, getattr(self, name), 1, most)
@@ -202,8 +198,6 @@ class DecoderConfig:
         within("rope_theta", self.rope_theta, 1e-3, 1e12)
         within("norm_eps", self.norm_eps, 0, 1)
         if (scaling := self.rope_scaling) is not None:
-            if isinstance(scaling, Mapping):
-                object.__setattr__(self, "rope_scaling", scaling := RopeScaling(**scaling))
             within("rope_scaling.factor", scaling.factor, 1, 1e6)
             within("rope_scaling.low_frequency", scaling.low_frequency, 1e-6, 1e6)
             within("rope_scaling.high_frequency", scaling.high_frequency, scaling.low_frequency + 1e-6, 2e6)
@@ -215,14 +209,14 @@ class DecoderConfig:
         for kind, encoder in self.encoders.items():
             if encoder.width != self.features.get(kind):
                 raise InputError(f"encoders.{kind[:40]}: found width {encoder.width}, expected features of that width")
-        digits = sum(level for r in ranges for level in r.levels)
-        within("composed: ids times digits", sum(r.stop - r.start for r in ranges) * digits, 0, MOST_COMPOSED)
+        digits = sum(level for r in self.composed for level in r.levels)
+        within("composed: ids times digits", sum(r.stop - r.start for r in self.composed) * digits, 0, MOST_COMPOSED)
         if self.heads % self.kv_heads:
             raise InputError(f"heads: found {self.heads}, expected a multiple of kv_heads={self.kv_heads}")
         if self.head_dim % 2:
             raise InputError(f"head_dim: found {self.head_dim}, expected an even number")
         end = self.plain_rows
-        for r in ranges:
+        for r in self.composed:
             if r.start != end:
                 raise InputError(f"composed: found a range at id {r.start}, expected it at {end}")
             end = r.stop

@@ -9,7 +9,8 @@ from typing import Any
 from mmtx import __version__
 from mmtx.config import DecoderConfig
 from mmtx.errors import InputError
-from mmtx.files import find_shipped, require
+from mmtx.extras import require
+from mmtx.shipped_files import find_shipped
 from mmtx.vocabulary import Vocabulary
 
 NAME = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+(@[\w./-]+)?", re.ASCII)  # of a model, and of a branch, tag or commit

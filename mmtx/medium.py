@@ -25,23 +25,33 @@ from mmtx.errors import InputError
 from mmtx.files import user_name, user_path, write_whole
 from mmtx.modality.base import Tokenizer
 from mmtx.modality.registry import MODALITIES, media_kinds
+from mmtx.schema import typed
 
 MIN_SOUND_ASPECT = 32   # times as long as wide: not a picture
 WRITE_CHUNK = 2 ** 16   # samples passed to libsndfile at a time: its Vorbis encoder crashes on some millions
 
 
 class BaseMedium:
-    """An object marked as a medium of some kind."""
+    """An object marked as a medium of some kind. Media are equal if their data are, arrays by their values."""
 
     kind: str
     data: Any
+
+    def __eq__(self, other: object) -> bool:
+        return (isinstance(other, BaseMedium) and type(self) is type(other) and self.kind == other.kind
+                and self.options() == other.options() and _same(self.data, other.data))
+
+    def __hash__(self) -> int:
+        # Arrays have no hash, since they may change, and tensors one of their identity.
+        return hash((self.kind, self.data if isinstance(self.data, (str, bytes, Path)) else type(self.data)))
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments for `Modality.read`."""
         return {}
 
 
-@dataclass(frozen=True)
+@typed
+@dataclass(frozen=True, eq=False)
 class Medium(BaseMedium):
     """Marks a path, a URL, or any object that the modality reads, as a medium of the given kind."""
 
@@ -53,7 +63,7 @@ class Medium(BaseMedium):
             raise InputError(f"kind: found {self.kind!r:.40}, expected one of {', '.join(media_kinds())}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Image(BaseMedium):
     """Marks an object as a picture: a path, URL, PIL image, uint8 or float array (H, W, C) or tensor (C, H, W)."""
 
@@ -61,7 +71,7 @@ class Image(BaseMedium):
     kind: ClassVar[str] = "image"  # type: ignore[misc]  # one for all, where a `Medium` has its own
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Audio(BaseMedium):
     """Marks an object as a sound: a path, URL, or samples (S,) or (S, C) at `rate` Hz (None: the model's rate)."""
 
@@ -91,11 +101,34 @@ class ReadMedium(BaseMedium):
         return MediaPart(self.kind, np.zeros(self.grid, np.int64))
 
 
+def _same(data: Any, other: Any) -> bool:
+    """Whether the data of two media are equal: not if that cannot be told."""
+    if data is other or type(data) is not type(other):
+        return data is other
+    if isinstance(data, np.ndarray):
+        return data.dtype == other.dtype and np.array_equal(data, other)
+    if isinstance(data, torch.Tensor):
+        return (data.dtype, data.device) == (other.dtype, other.device) and torch.equal(data, other)
+    try:
+        return bool(data == other)
+    except (ValueError, RuntimeError):  # of arrays inside
+        return False
+
+
 class Sound(NamedTuple):
-    """A generated sound: float samples (S,) in [-1, 1] and their rate in Hz."""
+    """A generated sound: float samples (S,) in [-1, 1] and their rate in Hz. Sounds are equal if all of their samples are."""
 
     samples: np.ndarray
     rate: int
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sound) and self.rate == other.rate and _same(self.samples, other.samples)
+
+    def __ne__(self, other: object) -> bool:  # that of a tuple would compare the arrays
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash((len(self.samples), self.rate))
 
     def save(self, path: str | Path) -> None:
         """Write it atomically to a file, whose extension chooses the format.

@@ -6,11 +6,14 @@ from typing import NamedTuple
 
 from mmtx.config import OPTIONAL, DecoderConfig
 from mmtx.errors import InputError
-from mmtx.files import CONFIG, Content, read_json, shipped, write_json
+from mmtx.files import Content
 from mmtx.hub import find_model
+from mmtx.json_files import read_json, write_json
 from mmtx.modality.base import Tokenizer, load_tokenizer, media_tokenizer
 from mmtx.modality.registry import MODALITIES, unknown
+from mmtx.saved_folder import CONFIG
 from mmtx.schema import build, shown
+from mmtx.shipped_files import shipped
 from mmtx.vocabulary import Vocabulary
 from mmtx.weights import Runs, to_parts
 

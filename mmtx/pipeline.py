@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
+from io import IOBase
 from numbers import Integral, Real
 from operator import index
 from pathlib import Path
@@ -25,12 +26,13 @@ import torch
 from PIL import Image as PILImage
 
 from mmtx.ambient import MOST_THREADS, in_threads, neutral, neutral_steps
+from mmtx.atomic_folder import replace_folder
 from mmtx.attention import AttentionMaps, attention_maps
 from mmtx.data.sound_files import MAX_SECONDS
 from mmtx.data.storage import FileSource, display
 from mmtx.document import Document, MediaPart, Part, TextPart, Turn
 from mmtx.errors import InputError
-from mmtx.files import Content, replace_folder, shipped, user_name
+from mmtx.files import Content, user_name
 from mmtx.grammar import Grammar
 from mmtx.hub import model_card, push
 from mmtx.inference.choose import choose_engine
@@ -46,10 +48,11 @@ from mmtx.modality.encoder import build_encoder
 from mmtx.modality.registry import MODALITIES, media_kinds
 from mmtx.model import Decoder
 from mmtx.model_folder import WEIGHTS, model_files, read_model
-from mmtx.schema import within
+from mmtx.schema import typed, within
 from mmtx.sequence import Prompt, parse, prompt, render
+from mmtx.shipped_files import shipped
 from mmtx.vocabulary import Vocabulary
-from mmtx.weights import load_module
+from mmtx.weights import load_module, weights_of
 
 if TYPE_CHECKING:
     from mmtx.modality.image import ImageConfig, ImageTokenizer
@@ -106,6 +109,7 @@ class Model:
     Global settings of torch in the program do not change answers (`mmtx.ambient`).
     """
 
+    @typed
     def __init__(self, decoder: Decoder, vocabulary: Vocabulary, tokenizers: Mapping[str, Tokenizer]):
         self.decoder, self.vocabulary, self.tokenizers = decoder, vocabulary, dict(tokenizers)
         self.grammar = Grammar(vocabulary)
@@ -182,7 +186,7 @@ class Model:
         return push(name, self.save, card, private)
 
     def _files(self) -> Iterator[tuple[str, Content]]:
-        return model_files(self.decoder.config, self.decoder.state_dict(), self.vocabulary, self.tokenizers)
+        return model_files(self.decoder.config, weights_of(self.decoder), self.vocabulary, self.tokenizers)
 
     # -- Captions --------------------------------------------------------------------------------------------
 
@@ -193,7 +197,7 @@ class Model:
         Args:
             media: a path or URL, PIL image, array, tensor, `Image` or `Audio`, or a list of these. A 1-D array is a
                 sound at the model's sample rate (use `Audio` for another), any other array a picture; an array that could
-                be a multi-channel sound must be marked as `Image` or `Audio`.
+                be a multi-channel sound must be marked as `Image` or `Audio`. An iterator and a column of pandas count as lists.
             start_index: index of the first medium if a longer list is captioned in parts: with a `seed`, the random
                 choices of an answer depend on its index.
             **sampling: fields of `Sampling`; greedy by default.
@@ -464,9 +468,9 @@ class Model:
         return tuple(self.encode_parts(self._map_numbered(parts if _is_list(parts) else [parts], as_media), codes))
 
     @staticmethod
-    def _map_numbered(items: Sequence[Any], make: Callable[[Any], Any], name: str = "item") -> list[Any]:
+    def _map_numbered(items: Iterable[Any], make: Callable[[Any], Any], name: str = "item") -> list[Any]:
         """Apply `make` to each item; errors state its number."""
-        made = []
+        items, made = [*items], []
         for number, item in enumerate(items):
             with numbered(name, number, len(items)):
                 made.append(make(item))
@@ -726,5 +730,8 @@ def _documents(documents: Any) -> list[Document]:
 
 
 def _is_list(item: Any) -> bool:
-    """Whether several media are given; a `Sound` is a tuple, but one medium."""
-    return isinstance(item, (list, tuple)) and not isinstance(item, Sound)
+    """Whether several media are given: a list, an iterator, or a column of a table. A `Sound` is a tuple, but one medium."""
+    if isinstance(item, (list, tuple, Iterator)):
+        return not isinstance(item, (Sound, IOBase))
+    # Columns of pandas, and arrays of names or objects.
+    return getattr(item, "ndim", 0) == 1 and getattr(item.dtype, "kind", "") in ("O", "U")

@@ -9,7 +9,8 @@ from types import ModuleType, TracebackType
 from typing import Any
 
 from mmtx.errors import InputError
-from mmtx.files import find_shipped
+from mmtx.files import user_path
+from mmtx.shipped_files import find_shipped
 
 
 def import_file(path: str | Path, at: str) -> ModuleType:
@@ -18,7 +19,7 @@ def import_file(path: str | Path, at: str) -> ModuleType:
     Worker processes find it through its folder, which is appended to `sys.path`. Raises InputError, starting with `at`, if the
     file cannot be imported or has the name of another module.
     """
-    path = Path(path)
+    path = user_path(path)
     name, place = path.stem, str(path.absolute())
     if not path.is_file() or path.suffix != ".py" or not name.isidentifier():
         raise InputError(f"{at}: found no such Python file, expected NAME.py")

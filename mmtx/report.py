@@ -9,7 +9,7 @@ import numpy as np
 from mmtx.data.collection import Collected, DataSource, progress, read_sources
 from mmtx.data.media import load_audio, load_image
 from mmtx.data.sample import Media, Sample, with_captions
-from mmtx.data.sources import MAX_BAD
+from mmtx.data.skip_counter import MAX_BAD
 from mmtx.data.storage import display
 from mmtx.data.tokens import usable
 from mmtx.errors import InputError, escape

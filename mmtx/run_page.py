@@ -15,7 +15,9 @@ import soundfile
 from PIL import Image
 
 from mmtx.errors import InputError, escape
-from mmtx.files import CONFIG, read_bytes, read_json
+from mmtx.files import read_bytes
+from mmtx.json_files import read_json
+from mmtx.saved_folder import CONFIG
 
 WIDE, TALL, POINTS = 420, 150, 400   # pixels of a chart; most points of a curve
 MOST_BYTES = 2 ** 28                 # of a file

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from mmtx.config import DecoderConfig, EfficientNetConfig, EncoderConfig
 from mmtx.errors import InputError
-from mmtx.files import CONFIG
 from mmtx.modality.encoder import build_encoder
 from mmtx.model import Decoder
 from mmtx.model_folder import read_model_config
 from mmtx.run_page import read_curves
+from mmtx.saved_folder import CONFIG
 from mmtx.vocabulary import Vocabulary
 
 TOKENS_A_PARAMETER = 20.0         # Hoffmann et al. 2022, counting all parameters

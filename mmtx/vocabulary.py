@@ -20,10 +20,11 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from mmtx.errors import InputError
-from mmtx.files import read_json, write_file, write_json
+from mmtx.files import user_path, write_file
+from mmtx.json_files import read_json, write_json
 from mmtx.modality.base import ChatFormat, Tokenizer, check_codes
 from mmtx.modality.registry import MODALITIES, unknown
-from mmtx.schema import build, shown, within
+from mmtx.schema import build, shown, typed, within
 
 FORMAT = 1
 MOST_IDS = 2**30  # of a kind; ids have 32 bits
@@ -249,12 +250,13 @@ class Vocabulary:
 
     def save(self, path: str | Path) -> None:
         """Write it as a JSON file. Raises InputError if it cannot be written."""
-        write_file(Path(path), self.to_json())
+        write_file(user_path(path), self.to_json())
 
     @classmethod
+    @typed
     def load(cls, path: str | Path) -> "Vocabulary":
         """Read what `save` wrote. Raises InputError if it is missing, damaged or of another format."""
-        return cls.of(read_json(path), path)
+        return cls.of(read_json(user_path(path)), path)
 
     @classmethod
     def of(cls, value: Any, path: str | Path) -> "Vocabulary":

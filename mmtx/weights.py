@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mmtx.errors import InputError
-from mmtx.files import CONFIG, open_regular, parse_json
+from mmtx.files import open_regular
+from mmtx.json_files import parse_json
+from mmtx.saved_folder import CONFIG
 from mmtx.schema import shown
 
 M = TypeVar("M", bound=nn.Module)
@@ -168,6 +170,11 @@ def _compare(found: Mapping[str, TensorInfo], expected: Mapping[str, Tensor], pa
         if shape != tuple(tensor.shape) or not fits:
             raise InputError(f"{path}: does not fit {CONFIG}: tensor {shown(name)} is {dtype} {shown(str(shape))}, "
                              f"expected {'floats' if fits else tensor.dtype} {tuple(tensor.shape)}")
+
+
+def weights_of(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """The weights of a module by name, without what `torch.compile` adds to names."""
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in module.state_dict(prefix=prefix).items()}
 
 
 def to_bytes(weights: Mapping[str, Tensor]) -> bytes:

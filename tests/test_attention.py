@@ -1,6 +1,7 @@
 """What the model attends to: equal to the attentions of transformers, and on the right cells of the right media."""
 
 import copy
+import io
 from dataclasses import replace
 
 import numpy as np
@@ -13,9 +14,9 @@ import mmtx
 from mmtx import attention
 from mmtx.attention import AttentionMaps, attention_weights
 from mmtx.config import DecoderConfig, RopeScaling
-from mmtx.files import shipped
 from mmtx.model import Decoder, rotary_embedding
 from mmtx.pipeline import Model
+from mmtx.shipped_files import shipped
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
 TONE = (0.7 * np.sin(np.arange(3000) * 0.2)).astype(np.float32)
@@ -130,6 +131,15 @@ def test_a_plot_is_a_picture(lively, tmp_path, parts, options):
     lively.attention(parts, "costs $5 or $6, a blue square").plot(tmp_path / "a.png", **options)
     pixels = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))
     assert min(pixels.shape[:2]) > 100 and pixels.std() > 10
+
+
+def test_maps_are_kept_in_sets_and_plotted_in_the_home_of_the_user(lively, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found, again = (lively.attention(PARTS, "a red circle") for _ in range(2))
+    assert found == found and found != again and len({found, again}) == 2
+    found.plot("~/plot.png")
+    found.plot(file := io.BytesIO())
+    assert (tmp_path / "plot.png").is_file() and file.getvalue()
 
 
 def test_a_plot_of_some_places_has_their_weights(lively, tmp_path):

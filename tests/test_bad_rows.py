@@ -3,7 +3,6 @@
 import io
 import json
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from mmtx.data.corpus import read_corpus
 from mmtx.data.prepare import prepare
 from mmtx.errors import InputError
 from mmtx.report import report
+from mmtx.training.codec import CodecModule
 from mmtx.training.codec_data import CodecData
 
 ROWS = 20
@@ -41,8 +41,7 @@ def decoder(source, limit, model, folder):
 
 def codec(source, limit, model, folder):
     data = CodecData([source], [source], max_bad=limit)
-    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(tokenizer=model.tokenizers["image"]))
-    data.setup("fit")
+    data.attach(CodecModule(model.tokenizers["image"]), steps=1)
     return len(data.train_media)
 
 

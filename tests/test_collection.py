@@ -131,7 +131,7 @@ def test_only_one_question_with_one_answer_can_be_with_swapped_turns(row, found,
 
 
 @pytest.mark.parametrize("field, value, told", [
-    ("task", "draw", "task: found 'draw', expected one of caption, generate"),
+    ("task", "draw", "task: found 'draw', expected one of 'caption', 'generate'"),
     ("cond_drop_prob", -0.1, "cond_drop_prob: found -0.1, expected a share from 0 to 1"), ("cond_drop_prob", 1.1, "cond_drop_prob: found 1.1"),
     ("cond_drop_prob", float("nan"), "cond_drop_prob: found nan"),
 ])

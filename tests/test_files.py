@@ -13,11 +13,15 @@ from pathlib import Path
 import pytest
 
 import mmtx
-from mmtx import files
+from mmtx import atomic_folder
+from mmtx.atomic_folder import replace_folder
 from mmtx.errors import InputError
-from mmtx.files import check_target, find_shipped, read_bytes, read_json, replace_folder
+from mmtx.files import read_bytes
+from mmtx.json_files import read_json
 from mmtx.modality.base import load_tokenizer
 from mmtx.modality.text import TextTokenizer
+from mmtx.saved_folder import check_target
+from mmtx.shipped_files import find_shipped
 
 ROOT = Path(__file__).parents[1]
 
@@ -145,7 +149,7 @@ def test_a_link_stays_and_its_folder_is_replaced(pair, tmp_path):
 @pytest.mark.parametrize("mode", [0o700, 0o2775, 0o555])
 def test_the_rights_of_a_folder_stay(pair, tmp_path, monkeypatch, mode, dance):
     if dance:
-        monkeypatch.setattr(files, "exchange", no_exchange)
+        monkeypatch.setattr(atomic_folder, "exchange", no_exchange)
     folder = tmp_path / "model"
     folder.mkdir()
     for tokenizer in pair:
@@ -191,7 +195,7 @@ def test_a_run_is_refused_before_it_begins(tmp_path):
 CHILD = textwrap.dedent("""
     import errno, os, signal, sys
     from pathlib import Path
-    from mmtx import files
+    from mmtx import atomic_folder
     target, source, dance, first = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "True", int(sys.argv[4])
     items = [(str(p.relative_to(source)), p.read_bytes()) for p in sorted(source.rglob("*")) if p.is_file()]
     calls = 0
@@ -211,8 +215,8 @@ CHILD = textwrap.dedent("""
         raise OSError(errno.ENOSYS, "no such call")
     for name in ("fsync", "rename", "mkdir", "chmod", "rmdir", "unlink"):
         setattr(os, name, killing(getattr(os, name)))
-    files.exchange = refuse if dance else killing(files.exchange)
-    files.replace_folder(target, items)
+    atomic_folder.exchange = refuse if dance else killing(atomic_folder.exchange)
+    atomic_folder.replace_folder(target, items)
     print(calls)
 """)
 
@@ -273,7 +277,7 @@ def test_a_failure_of_any_step_leaves_the_old_or_the_new(pair, tmp_path, monkeyp
 
     for name in ("fsync", "rename", "mkdir", "open"):
         monkeypatch.setattr(os, name, failing_call(getattr(os, name)))
-    monkeypatch.setattr(files, "exchange", no_exchange if dance else failing_call(files.exchange))
+    monkeypatch.setattr(atomic_folder, "exchange", no_exchange if dance else failing_call(atomic_folder.exchange))
     old.save(folder)
     new.save(folder)
     steps = 0
@@ -295,10 +299,10 @@ def test_a_failure_of_any_step_leaves_the_old_or_the_new(pair, tmp_path, monkeyp
 
 
 def test_all_is_on_the_disk_before_the_names_change(pair, tmp_path, monkeypatch):
-    done, sync, swap = [], os.fsync, files.exchange
+    done, sync, swap = [], os.fsync, atomic_folder.exchange
     pair[0].save(tmp_path / "model")
     monkeypatch.setattr(os, "fsync", lambda file: (sync(file), done.append(os.fstat(file).st_ino)))
-    monkeypatch.setattr(files, "exchange", lambda one, other: (done.append("swap"), swap(one, other)))
+    monkeypatch.setattr(atomic_folder, "exchange", lambda one, other: (done.append("swap"), swap(one, other)))
     pair[1].save(tmp_path / "model")
     folder = tmp_path / "model"
     inodes = [path.stat().st_ino for path in (*folder.iterdir(), folder)]

@@ -179,17 +179,18 @@ def test_pieces_that_are_told_with_scores_are_those_that_may_come(media, tmp_pat
     save_model(tmp_path, "qwen2")
     model = convert(tmp_path, media)
     v, text = model.vocabulary, model.tokenizers["text"]
-    answer = object.__new__(pytest.importorskip("mmtx.serving.app").Answer)  # of no request
-    answer.service, answer.text_ids, answer.top_logprobs = SimpleNamespace(model=model), v.range("text"), 5
-    scores = torch.zeros(v.size)
+    pytest.importorskip("fastapi")
+    from mmtx.serving.choices import token_scores
+
+    allowed, scores = model.grammar.allowed(model.grammar.start(1, "text"))[0], torch.zeros(v.size)
     forbidden = [ident for ident in v.chat_format.control if ident != v.end]
     scores[forbidden], scores[v.end] = 50.0, 3.0
     (half,) = [ident for ident in range(text.size) if text.piece(ident) == "\u00c3"]  # how the byte C3 is written
-    told = answer._scored(half, scores)
+    (told,) = token_scores(model, [half], scores[None], allowed, 5)
     count = len(v.range("text")) - len(forbidden)
     assert told["bytes"] == [0xC3] and told["logprob"] == pytest.approx(-math.log(count - 1 + math.exp(3)))
     assert [one["logprob"] for one in told["top_logprobs"]] == pytest.approx([told["logprob"] + 3] + [told["logprob"]] * 4)
-    assert answer._scored(half, scores.bfloat16()) == told  # which has all of these numbers exactly
+    assert token_scores(model, [half], scores[None].bfloat16(), allowed, 5) == [told]  # which has all of these numbers exactly
 
 
 def test_ids_of_pieces_may_have_gaps(tmp_path):

@@ -46,7 +46,8 @@ def pixel(image, row=0, column=0):
 # Pictures.
 
 
-def test_image_from_bytes_path_and_objects(tmp_path):
+def test_image_from_bytes_path_and_objects(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     array = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)  # (H, W, C)
     wanted = torch.from_numpy(array).permute(2, 0, 1)
     picture = Image.fromarray(array)
@@ -55,7 +56,7 @@ def test_image_from_bytes_path_and_objects(tmp_path):
     floats = array / 255.0
     tensor_floats = (wanted / 255).requires_grad_()
     encoded = path.read_bytes()
-    for data in (path, str(path), f"file://{path}", encoded, bytearray(encoded), picture, array):
+    for data in (path, str(path), f"file://{path}", "~/x.png", encoded, bytearray(encoded), picture, array):
         assert torch.equal(load_image(data), wanted)
     for data in (wanted, floats, floats.astype(np.float32), tensor_floats, array[:, ::-1][:, ::-1]):
         assert torch.equal(load_image(data), wanted)

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from mmtx.files import shipped
+from mmtx.errors import InputError
 from mmtx.grammar import Grammar
 from mmtx.modality.base import MediaTokenizer, load_tokenizer
 from mmtx.modality.registry import MODALITIES
+from mmtx.modality.text import TextTokenizer
+from mmtx.shipped_files import shipped
 from mmtx.vocabulary import Vocabulary
 
 # Recorded before modalities were described in one place: (fingerprint, all files) of the shipped tokenizers.
@@ -70,6 +72,18 @@ def test_vocabularies_that_ship_are_written_as_they_are():
     for model in ("demos/starter", "demos/generate", "demos/prose", "demos/speech"):
         path = shipped(model) / "vocabulary.json"
         assert Vocabulary.load(path).to_json() == path.read_bytes()
+
+
+def test_tokenizers_and_vocabularies_lie_in_the_home_of_the_user(tokenizers, vocabulary, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for kind, tokenizer in tokenizers.items():
+        tokenizer.save(f"~/{kind}")
+        assert load_tokenizer(f"~/{kind}").fingerprint == type(tokenizer).from_folder(f"~/{kind}").fingerprint == tokenizer.fingerprint
+    assert TextTokenizer.from_file("~/text/tokenizer.model").size == tokenizers["text"].size
+    vocabulary.save("~/vocabulary.json")
+    assert Vocabulary.load("~/vocabulary.json").to_json() == (tmp_path / "vocabulary.json").read_bytes() == vocabulary.to_json()
+    with pytest.raises(InputError, match="~nobody-of-this-name/text: found ~nobody-of-this-name, the home of no user here"):
+        load_tokenizer("~nobody-of-this-name/text")
 
 
 def test_every_class_that_is_registered_keeps_the_contract():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import mmtx
-from mmtx.files import shipped
+from mmtx.shipped_files import shipped
 
 NOTEBOOK = Path(__file__).parents[1] / "demos" / "tour.ipynb"
 

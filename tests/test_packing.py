@@ -21,7 +21,8 @@ from mmtx.data.collection import DataSource, read_source
 from mmtx.data.documents import Documents
 from mmtx.data.packing import PackedBatches, best_fit, fill, in_order, pack
 from mmtx.data.sample import Media, Sample, SampleTurn, Text
-from mmtx.data.sources import SkipCounter, read
+from mmtx.data.skip_counter import SkipCounter
+from mmtx.data.sources import read
 from mmtx.data.storage import MemorySource
 from mmtx.data.tokens import Augmentation, load_media, seed_of, to_documents
 from mmtx.document import Document, MediaPart, TextPart, Turn

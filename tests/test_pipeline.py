@@ -3,11 +3,13 @@
 import copy
 import io
 import json
+import pickle
 import shutil
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,6 @@ from PIL import Image as PILImage
 
 import mmtx
 from mmtx.document import Document, MediaPart, TextPart, Turn
-from mmtx.files import find_shipped, shipped
 from mmtx.inference.generation import steps
 from mmtx.inference.sampling import Sampling
 from mmtx.inference.torch_engine import TorchEngine
@@ -32,6 +33,7 @@ from mmtx.model_folder import DEFAULT_MODEL
 from mmtx.pipeline import BATCH, BATCH_TOKENS, Model, by_length
 from mmtx.pipeline import SHORT as SHORT_PROMPT
 from mmtx.sequence import render
+from mmtx.shipped_files import find_shipped, shipped
 from mmtx.vocabulary import Vocabulary
 
 RATE = 16_000
@@ -110,6 +112,21 @@ def test_the_rate_of_an_array_counts(tiny_model, tone):
     # Twice the rate is half the time: half as many codes.
     at_rate, at_double = (len(tiny_model.tokenize([mmtx.Audio(tone, rate)])) for rate in (RATE, 2 * RATE))
     assert at_double < 0.7 * at_rate
+
+
+def test_several_media_come_in_any_order_that_they_have(tiny_model, files):
+    names = [str(files / name) for name in ("picture.png", "sound.wav")]
+    expected = tiny_model.caption(names, **SHORT)
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame({"path": names, "object": [Path(name) for name in names]}, index=[7, 3])
+    for several in (tuple(names), iter(names), (name for name in names), np.array(names), table["path"], table["object"], table["path"].array,
+                    np.array([Path(name) for name in names], object)):
+        assert tiny_model.caption(several, **SHORT) == expected, type(several)
+    assert tiny_model.tokenize(iter(["a", Path(names[0])])) == tiny_model.tokenize(["a", Path(names[0])])
+    with open(names[0], "rb") as file:
+        for one in (set(names), {"path": names[0]}, table, file, io.BytesIO(b"x")):
+            with pytest.raises(mmtx.InputError, match=f"^found {type(one).__name__}, expected a path"):
+                tiny_model.caption(one)
 
 
 def test_captions_depend_on_the_picture(tiny_model):
@@ -346,7 +363,7 @@ def test_media_of_documents_are_encoded_first(lively_model, pixels):
     (np.zeros((0,), np.float32), ["sound"]),
     (np.array([np.nan], np.float32), ["NaN"]),
     (np.array(0.5), ["shape ()"]),
-    (np.array([None, 1.0], object), ["object"]),
+    (np.array([None, 1.0], object), ["item 1 of 2", "NoneType"]),
     (b"abc", ["bytes", "expected a path"]),
     ("x" * 5000, ["xxx", "too long"]),
     (mmtx.Image(None), ["NoneType"]),
@@ -383,6 +400,35 @@ def test_media_lie_in_the_home_of_the_user(tiny_model, files, tone, tmp_path, mo
     (tmp_path / "~").mkdir()
     shutil.copy(files / "picture.png", "~/picture.png")  # a file of this very name is meant
     assert tiny_model.tokenize(Path("~/picture.png")) == tiny_model.tokenize(files / "picture.png")
+
+
+@pytest.mark.parametrize("make, one, other", [
+    (mmtx.Image, np.zeros((4, 4, 3), np.uint8), np.ones((4, 4, 3), np.uint8)),
+    (mmtx.Image, np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4, 3), np.float32)),
+    (mmtx.Image, torch.zeros(3, 4, 4), torch.ones(3, 4, 4)),
+    (mmtx.Image, torch.zeros(3, 4, 4), np.zeros((3, 4, 4))),
+    (mmtx.Image, PILImage.new("RGB", (4, 4)), PILImage.new("RGB", (4, 4), "red")),
+    (mmtx.Image, "a.png", "b.png"),
+    (mmtx.Audio, np.zeros(4, np.float32), np.zeros(5, np.float32)),
+    (partial(mmtx.Medium, "image"), [np.zeros(4)], [np.ones(4)]),
+    (partial(mmtx.Sound, rate=RATE), np.zeros(4, np.float32), np.ones(4, np.float32)),
+], ids=range(9))
+def test_media_are_equal_if_their_data_are(make, one, other):
+    first, second = make(one), make(other)
+    assert [first == same for same in (first, second)] == [True, False]
+    assert [first != same for same in (first, second, one, "a.png")] == [False, True, True, True]
+    alike = [make(copy.deepcopy(one)), copy.copy(first), *([] if isinstance(one, list) else [copy.deepcopy(first), pickle.loads(pickle.dumps(first))])]
+    if not isinstance(one, list):  # whose arrays cannot be compared as one value
+        assert all(item == first and hash(item) == hash(first) for item in alike)
+        assert len({first, *alike, second}) == 2 and {first: 1}[alike[0]] == 1 and [second, first].index(alike[0]) == 1
+
+
+def test_media_of_another_kind_or_rate_differ():
+    sound = np.zeros(4, np.float32)
+    assert mmtx.Audio(sound, RATE) != mmtx.Audio(sound) and mmtx.Sound(sound, RATE) != mmtx.Sound(sound, 8000)
+    assert mmtx.Image("a.png") != mmtx.Audio("a.png") and mmtx.Medium("image", "a") != mmtx.Medium("audio", "a")
+    assert mmtx.Image("a.png") != mmtx.Medium("image", "a.png")
+    assert tuple(mmtx.Sound(sound, RATE)) == (sound, RATE)
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", None])
@@ -900,6 +946,23 @@ def test_a_saved_model_answers_as_before(tiny_model, saved, files, tone):
     assert loaded.caption(items, **SAMPLED) == tiny_model.caption(items, **SAMPLED)
     assert loaded.vocabulary == tiny_model.vocabulary
     assert loaded.decoder.config == tiny_model.decoder.config
+
+
+@pytest.mark.parametrize("part", ["whole", "block"])
+def test_a_compiled_model_saves_what_it_had_before(part, tiny_model, tmp_path):
+    tiny_model.save(tmp_path / "plain")
+    model = copy.deepcopy(tiny_model)
+    if part == "whole":
+        model.decoder = torch.compile(model.decoder, backend="eager")
+        codec = model.tokenizers["image"]
+        codec.network = torch.compile(codec.network, backend="eager")
+    else:
+        model.decoder.blocks[0] = torch.compile(model.decoder.blocks[0], backend="eager")
+    model.save(tmp_path / "compiled")
+    for path in filter(Path.is_file, (tmp_path / "plain").rglob("*")):
+        assert (tmp_path / "compiled" / path.relative_to(tmp_path / "plain")).read_bytes() == path.read_bytes(), path
+    assert {kind: tokenizer.fingerprint for kind, tokenizer in model.tokenizers.items()} == {
+        kind: tokenizer.fingerprint for kind, tokenizer in tiny_model.tokenizers.items()}
 
 
 def test_saving_twice_gives_the_same_bytes_and_replaces(tiny_model, saved):

@@ -208,11 +208,11 @@ BAD = [
     ("dotless.py", stub(extension="smell"), "modality 'smell': found the extension 'smell', expected one in lower case with its dot"),
     ("upper.py", stub(extension=".SML"), "modality 'smell': found the extension '.SML', expected one in lower case with its dot"),
     ("captions.py", stub(extension=".json"), "modality 'smell': found the extension '.json', which captions have, expected another"),
-    ("letters.py", stub(facts=", fields=('scent')"), "modality 'smell': found fields 'scent', expected a tuple of strings"),
+    ("letters.py", stub(facts=", fields=('scent')"), "Modality: fields: found 'scent', expected a list of strings"),
     ("worded.py", stub(word="audio"), "modality 'smell': found 'audio' in tokenizers, which 'audio' already uses"),
     ("lacking.py", stub(more="    grid = MediaTokenizer.grid\n    files = MediaTokenizer.files"), "tokenizer 'smell': Stub lacks files, grid"),
     ("unread.py", stub(read="None"), "modality 'smell': found read None, expected a function"),
-    ("laid.py", stub(layout="ring"), "modality 'smell': found layout 'ring', expected 'grid' or 'steps'"),
+    ("laid.py", stub(layout="ring"), "Modality: layout: found 'ring', expected one of 'pieces', 'grid', 'steps'"),
     ("named.py", stub(kind="any"), "modality: found the kind 'any', expected a lower-case word other than special, any"),
     ("json.py", stub(), "json.py: found another module of the name 'json', expected a name of its own"),
     ("no-name.py", stub(), "no-name.py: found no such Python file, expected NAME.py"),
@@ -244,6 +244,13 @@ def test_a_file_that_a_plugin_cannot_read_is_named(monkeypatch, error, told):
     monkeypatch.setitem(MODALITIES, "smell", Modality("smell", "steps", {"smell": "no:Stub"}, read=read))
     with pytest.raises(InputError, match=f"^{told}$"):
         load_media(Media("smell", "row 1: x.smell", MemorySource(b"x")), {"smell": None})
+
+
+def test_a_plugin_lies_in_the_home_of_the_user(tmp_path):
+    (tmp_path / "scents_at_home.py").write_text(stub())
+    code = "import mmtx; mmtx.load_plugin('~/scents_at_home.py'); from mmtx.modality.registry import MODALITIES; assert 'smell' in MODALITIES"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "HOME": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_plugin_that_is_not_there_and_one_without_a_name(tmp_path):

@@ -15,7 +15,7 @@ import soundfile
 import yaml
 from PIL import Image
 
-from mmtx.data import fields
+from mmtx.data import text_files
 from mmtx.data.collection import DataSource, read_config, read_source
 from mmtx.data.media import load_audio
 from mmtx.data.prepare import prepare, stamp_of
@@ -317,10 +317,11 @@ def test_values_of_a_source_are_of_their_types(folder, tmp_path, monkeypatch):
         return read_config(tmp_path / "config.yaml").train[0]
 
     assert source().paths == DataSource(Path("rows.jsonl")).paths == DataSource([Path("rows.jsonl")]).paths == ["rows.jsonl"]
-    for values, told in (({"select": {"caption": "ab"}}, "select: field 'caption' has 'ab', expected a list of values"),
-                         ({"limit": 1.5}, "limit: found 1.5, expected a whole number of at least 1"),
-                         ({"repeat": "2"}, "repeat: found '2', expected a whole number of at least 1"),
-                         ({"repeat": True}, "repeat: found True, expected a whole number of at least 1"),
+    for values, told in (({"select": {"caption": "ab"}}, "select['caption']: found 'ab', expected a list of values"),
+                         ({"limit": 1.5}, "limit: found 1.5, expected a whole number or None"),
+                         ({"limit": 0}, "limit: found 0, expected a whole number of at least 1"),
+                         ({"repeat": "2"}, "repeat: found '2', expected a whole number"),
+                         ({"repeat": True}, "repeat: found True, expected a whole number"),
                          ({"trusted": "no"}, "trusted: found 'no', expected true or false"),
                          ({"follow_links": 1}, "follow_links: found 1, expected true or false")):
         with pytest.raises(InputError, match=f"^{re.escape(told)}$"):
@@ -424,7 +425,7 @@ def test_rows_that_need_no_medium(folder, row, expected):
 
 
 def test_a_list_of_rows(folder, monkeypatch):
-    monkeypatch.setattr(fields, "CHUNK", 7)  # rows lie over many pieces
+    monkeypatch.setattr(text_files, "CHUNK", 7)  # rows lie over many pieces
     rows = [{"text": f"ä{n} [,{{}}]"} for n in range(5)] + [{"image": "a.png", "text": "😀" * 30}]
     (folder / "x.json").write_text("\ufeff" + json.dumps(rows, indent=1, ensure_ascii=False))
     samples = read(str(folder / "x.json"))
@@ -436,7 +437,7 @@ def test_a_list_of_rows(folder, monkeypatch):
 
 @pytest.mark.parametrize("chunk", [1, 7, 16, 64])
 def test_lines_over_many_pieces(folder, monkeypatch, chunk):
-    monkeypatch.setattr(fields, "CHUNK", max(chunk, 2))
+    monkeypatch.setattr(text_files, "CHUNK", max(chunk, 2))
     rows = [{"text": f"ä{n}" * n} for n in range(1, 12)]
     assert [sample.caption for sample in rows_of(folder, *rows)] == [row["text"] for row in rows]
 
@@ -584,10 +585,10 @@ def test_what_rows_may_hold(tmp_path, row, words):
 
 
 def test_long_rows_are_left_out_one_by_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(fields, "MAX_ROW", 100)
+    monkeypatch.setattr(text_files, "MAX_ROW", 100)
     monkeypatch.setattr("mmtx.data.manifest.MAX_ROW", 100)
     for chunk in (16, 64, 101, 1000):
-        monkeypatch.setattr(fields, "CHUNK", chunk)
+        monkeypatch.setattr(text_files, "CHUNK", chunk)
         long = json.dumps({"text": "x" * 150})
         path = tmp_path / "x.jsonl"
         path.write_text(f'{long}\n{{"text": "b"}}\n{long}{long}{long}\n\n{{"text": "c"}}\n{long}')

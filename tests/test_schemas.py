@@ -1,6 +1,7 @@
 """Files of models, tokenizers and shards that are damaged or hostile: right, or refused in one short line that says where."""
 
 import copy
+import inspect
 import json
 import re
 import shutil
@@ -18,13 +19,29 @@ import torch
 
 import mmtx
 import mmtx.weights
+from mmtx import config
+from mmtx.data.collection import DataSource
 from mmtx.data.prepared import tensors
 from mmtx.errors import InputError
+from mmtx.modality.audio import AudioConfig, AudioTokenizer
+from mmtx.modality.autoencoder import NetworkConfig
 from mmtx.modality.base import load_tokenizer
 from mmtx.modality.encoder import build_encoder
+from mmtx.modality.image import ImageConfig, ImageTokenizer
+from mmtx.modality.registry import Modality, register
 from mmtx.modality.text import TextTokenizer, read_pieces
+from mmtx.modality.vocoder import VocoderConfig
 from mmtx.model import Decoder
-from mmtx.schema import build
+from mmtx.schema import build, typed
+from mmtx.training.adapters import LoRA
+from mmtx.training.codec import ImageCodecModule
+from mmtx.training.codec_data import CodecData
+from mmtx.training.ctc import CTCConfig
+from mmtx.training.decoder import DecoderModule, LossWeights
+from mmtx.training.decoder_data import DecoderData, TokenizerFolders
+from mmtx.training.discriminator import AdversarialConfig
+from mmtx.training.optimizer import OptimizerConfig
+from mmtx.vocabulary import Vocabulary
 from mmtx.weights import DTYPES, load_module, to_bytes
 
 STARTER = Path(__file__).parents[1] / "demos" / "starter"
@@ -448,3 +465,77 @@ def test_a_shard_is_compared_once(fresh, monkeypatch):
     monkeypatch.setattr(module, "digest", lambda made: (counted.append(1), real(made))[1])
     fuzz_files.read_prepared(folder)
     assert len(counted) == 2 * 3  # three shards, two sources
+
+
+# -- Arguments of programs -----------------------------------------------------------------------------------
+
+SMALL = ImageConfig(patch=8, side=16, network=NetworkConfig(width=16, heads=1, encoder_depth=0, decoder_depth=0, levels=(4, 4)))
+SOURCES = [DataSource("x")]
+# Functions and classes of the Python API, each with arguments that it takes.
+CALLS: dict[Callable, dict[str, Any]] = {
+    config.DecoderConfig: {}, config.RopeScaling: {"factor": 2.0}, config.CodeRange: {"start": 0, "levels": (2,)},
+    config.EncoderConfig: {"patch": 12, "width": 16, "heads": 1, "depth": 1, "chunk": 4}, ImageConfig: {}, AudioConfig: {}, NetworkConfig: {},
+    VocoderConfig: {}, OptimizerConfig: {}, LoRA: {}, LossWeights: {}, CTCConfig: {"blocks": 1}, AdversarialConfig: {},
+    DataSource: {"paths": ["x"]}, TokenizerFolders: {"text": "x"}, Modality: {"kind": "smell", "layout": "grid", "tokenizers": {}},
+    DecoderData: {"tokenizers": TokenizerFolders("tokenizers/text"), "train": SOURCES, "validation": SOURCES},
+    CodecData: {"train": SOURCES, "validation": SOURCES}, DecoderModule: {"decoder": config.DecoderConfig()},
+    ImageCodecModule: {"tokenizer": SMALL}, ImageTokenizer: {"config": SMALL}, AudioTokenizer: {}, ImageTokenizer(SMALL).at: {"side": 16},
+    TextTokenizer.train: {"texts": ["a b"], "size": 300}, load_tokenizer: {"folder": "tokenizers/text"}, register: {}, mmtx.load_plugin: {},
+    Vocabulary.load: {"path": STARTER / "vocabulary.json"}, mmtx.Model: {"decoder": None, "vocabulary": None, "tokenizers": {}},
+    mmtx.Medium: {"kind": "image", "data": 1}, mmtx.read: {"path": "x"},
+}
+OTHERS = (None, 3, -1, 3.5, float("nan"), 10**400, True, "x", b"x", {}, {"x": 1}, [], ["x"], (1, 2), object(), np.zeros(3), torch.zeros(2, 2), int)
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__qualname__)
+def test_an_argument_of_another_type_is_one_line(call):
+    refused = 0
+    for name in inspect.signature(call).parameters.keys() - {"options"}:
+        for other in OTHERS:
+            try:
+                call(**{**CALLS[call], name: other})
+            except InputError as error:
+                refused += 1
+                assert "\n" not in str(error) and "expected" in str(error) or "cannot" in str(error) or "no such" in str(error), error
+    assert refused > 8
+
+
+def test_an_argument_is_named_with_what_was_expected():
+    for call, told in (
+        (lambda: ImageTokenizer(SMALL).at("x"), "ImageTokenizer.at: side: found 'x', expected a whole number or None"),
+        (lambda: config.DecoderConfig(width=3.5), "DecoderConfig: width: found 3.5, expected a whole number"),
+        (lambda: NetworkConfig(levels=["8"]), "NetworkConfig: levels[0]: found '8', expected a whole number"),
+        (lambda: DecoderData({"imagee": "x"}, [], []), "DecoderData: tokenizers: missing a required argument: 'text', expected text"),
+        (lambda: TokenizerFolders("x", image=3), "TokenizerFolders: image: found 3, expected a string or None"),
+        (lambda: DecoderModule("small"), "DecoderModule: decoder: found 'small', expected DecoderConfig"),
+        (lambda: TextTokenizer.train("a b", 300), "TextTokenizer.train: texts: found 'a b', expected Iterable"),
+        (lambda: load_tokenizer(3), "load_tokenizer: folder: found 3, expected a string or a path"),
+    ):
+        with pytest.raises(InputError, match=f"^{re.escape(told)}"):
+            call()
+
+
+def test_what_stands_for_another_type_becomes_it(tmp_path):
+    made = config.DecoderConfig(7, np.int64(96), rope_theta=np.float32(2), composed=[{"start": 1, "levels": [2, 3]}],
+                                features={"image": np.uint8(8)}, encoders={"image": {"patch": 12, "width": 8, "heads": 1, "depth": 1, "chunk": 4}})
+    assert made == config.DecoderConfig(7, 96, rope_theta=2.0, composed=(config.CodeRange(1, (2, 3)),), features={"image": 8},
+                                        encoders={"image": config.EncoderConfig(12, 8, 1, 1, 4)})
+    assert [type(value) for value in (made.width, made.rope_theta, made.features["image"], made.composed)] == [int, float, int, tuple]
+    assert TokenizerFolders(tmp_path).text == str(tmp_path)
+    assert DecoderModule({"width": 32, "heads": 1, "kv_heads": 1}).config.width == 32
+    given = {kind: str(Path(__file__).parents[1] / "tokenizers" / kind) for kind in ("text", "image")}
+    assert [*DecoderData(given, [], []).tokenizers] == ["text", "image"]
+
+
+def test_a_checked_function_keeps_its_signature_and_the_errors_of_python():
+    @typed
+    def named(a: int, *rest: int, b: str | Path = "c", **more: int) -> tuple:
+        """Documented."""
+        return a, rest, b, more
+
+    assert named(1, 2, b=Path("x"), d="not checked") == (1, (2,), "x", {"d": "not checked"})
+    assert (named.__name__, named.__doc__, str(inspect.signature(named))[:8]) == ("named", "Documented.", "(a: int,")
+    with pytest.raises(TypeError, match=r"named\(\) missing 1 required positional argument: 'a'"):
+        named()
+    with pytest.raises(TypeError, match=r"__init__\(\) got an unexpected keyword argument 'widht'"):
+        config.DecoderConfig(widht=3)

@@ -96,7 +96,7 @@ def written(folder: Path) -> str:
 def run(tiny_model, tmp_path, capfd, monkeypatch):
     """Run a command in an empty folder with a cache in it -> status, and what it printed, after looking for the mark."""
     monkeypatch.setenv("MMTX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("mmtx.data.web.PAUSE", 0.01)
+    monkeypatch.setattr("mmtx.data.retry.PAUSE", 0.01)
     tiny_model.save(tmp_path / "model")
     for kind, tokenizer in tiny_model.tokenizers.items():
         tokenizer.save(tmp_path / kind)

@@ -15,8 +15,11 @@ import pytest
 
 from mmtx.captioning import find_media
 from mmtx.data.collection import DataSource, read_source
+from mmtx.data.patterns import expand
 from mmtx.data.sample import Text, kind_of
-from mmtx.data.sources import SkipCounter, expand, is_selected, read, scan
+from mmtx.data.selection import is_selected
+from mmtx.data.skip_counter import SkipCounter
+from mmtx.data.sources import read, scan
 from mmtx.data.storage import FileSource, MemorySource, display
 from mmtx.errors import InputError
 

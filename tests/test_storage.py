@@ -25,7 +25,7 @@ from PIL import Image
 from servers import serving
 
 from mmtx.cli import main
-from mmtx.data import storage, web
+from mmtx.data import connection, response, retry, storage
 from mmtx.data.collection import DataSource, read_source
 from mmtx.data.sources import read as read_samples
 from mmtx.data.sources import scan
@@ -39,12 +39,13 @@ DATA = random.Random(0).randbytes(300_000)
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
     """Limits that a loaded machine keeps, which tests of them make shorter, quick repeats, and a cache of the test's own."""
-    for name, value in (("CONNECT", 5.0), ("IDLE", 5.0), ("TOTAL", 20.0), ("PAUSE", 0.01), ("LONGEST_PAUSE", 0.5)):
-        monkeypatch.setattr(web, name, value)
+    for module, name, value in ((connection, "CONNECT", 5.0), (connection, "IDLE", 5.0), (retry, "TOTAL", 20.0), (retry, "PAUSE", 0.01),
+                                (retry, "LONGEST_PAUSE", 0.5)):
+        monkeypatch.setattr(module, name, value)
     monkeypatch.setenv("MMTX_CACHE", str(tmp_path / "cache"))
     yield
-    for wire in web._open.__dict__.pop("wires", {}).values():
-        wire.close()
+    while connection.pool.waiting:
+        connection.pool.waiting.popitem()[1].close()
 
 
 @pytest.fixture
@@ -215,9 +216,9 @@ def test_layers_that_copy_whole_files_first_are_left_out(server, monkeypatch, tm
 
 @pytest.mark.parametrize("route", ["silent", "after the head", "in the body", "trickling head", "trickling body", "trickling chunks"])
 def test_a_server_that_does_not_go_on_is_left_in_time(server, monkeypatch, route):
-    monkeypatch.setattr(web, "SLOWEST", 10_000)
-    monkeypatch.setattr(web, "IDLE", 0.3)
-    monkeypatch.setattr(web, "TOTAL", 0.9)
+    monkeypatch.setattr(retry, "SLOWEST", 10_000)
+    monkeypatch.setattr(connection, "IDLE", 0.3)
+    monkeypatch.setattr(retry, "TOTAL", 0.9)
 
     def answer(request):
         if route == "silent":
@@ -248,7 +249,7 @@ def test_a_server_that_does_not_go_on_is_left_in_time(server, monkeypatch, route
 
 
 def test_time_of_the_reader_does_not_count(server, monkeypatch):
-    monkeypatch.setattr(web, "TOTAL", 0.5)
+    monkeypatch.setattr(retry, "TOTAL", 0.5)
     server.routes["/a"] = lambda request: request.answer(DATA)
     with open_binary(server.address + "/a") as file:
         whole = file.read(100)
@@ -257,8 +258,8 @@ def test_time_of_the_reader_does_not_count(server, monkeypatch):
 
 
 def test_a_large_source_may_take_longer_than_one_medium(server, monkeypatch):
-    monkeypatch.setattr(web, "SLOWEST", 10_000)
-    monkeypatch.setattr(web, "TOTAL", 0.6)
+    monkeypatch.setattr(retry, "SLOWEST", 10_000)
+    monkeypatch.setattr(retry, "TOTAL", 0.6)
     server.routes["/a"] = lambda request: request.chunked(DATA[i:i + 30_000] for i in range(0, len(DATA), 30_000)
                                                           if not time.sleep(0.1))
     assert stream(server.address + "/a") == DATA
@@ -274,7 +275,7 @@ class Stuck(fsspec.AbstractFileSystem):
 
 def test_a_back_end_that_does_not_go_on_is_left_in_time(monkeypatch):
     fsspec.register_implementation("stuck", Stuck, clobber=True)
-    monkeypatch.setattr(web, "TOTAL", 0.2)
+    monkeypatch.setattr(retry, "TOTAL", 0.2)
     assert refused("stuck://me:secret@x") == "no complete response within 0.2 s"
 
 
@@ -298,8 +299,8 @@ def test_errors_of_back_ends_are_told_as_what_they_are(monkeypatch, error, told)
 
 
 def test_pieces_that_come_in_time_do_not_go_on_for_ever(server, monkeypatch):
-    monkeypatch.setattr(web, "SLOWEST", 10**9)
-    monkeypatch.setattr(web, "TOTAL", 0.5)
+    monkeypatch.setattr(retry, "SLOWEST", 10**9)
+    monkeypatch.setattr(retry, "TOTAL", 0.5)
     server.routes["/a"] = lambda request: request.chunked(DATA[:70_000] for _ in range(50) if not request.stopped.wait(0.1))
     assert refused(server.address + "/a", stream) == "no complete response within 0.5 s"
 
@@ -351,9 +352,9 @@ def test_what_passes_is_tried_again(server):
     told.clear()
     wait = "3600"  # more than is waited for
     assert refused(server.address + "/a") == "HTTP 503 (the server is busy)" and len(told) == 1
-    assert web.retry_after("7") == 7 and web.retry_after("soon") is None and web.retry_after(None) is None
-    assert web.retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0 and web.retry_after("-1") is None
-    assert web.retry_after("9" * 40) is None
+    assert response.retry_after("7") == 7 and response.retry_after("soon") is None and response.retry_after(None) is None
+    assert response.retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0 and response.retry_after("-1") is None
+    assert response.retry_after("9" * 40) is None
 
 
 def test_a_lost_connection_is_gone_on_with_where_ranges_allow_it(server):
@@ -406,12 +407,12 @@ def test_answers_that_are_none(server):
 
 
 def test_servers_that_are_not_there(server, monkeypatch):
-    monkeypatch.setattr(web, "CONNECT", 1.0)
+    monkeypatch.setattr(connection, "CONNECT", 1.0)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         closed = f"http://127.0.0.1:{free.getsockname()[1]}"
         assert refused(closed + "/a?secret") == "the connection was refused"  # bound, but not listened to
-    monkeypatch.setattr(web, "RETRIES", 0)
+    monkeypatch.setattr(retry, "RETRIES", 0)
     assert "host" in refused("http://no-such-host.invalid/a?secret")
     with socket.create_server(("127.0.0.1", 0)) as plain:
         def greet():
@@ -446,7 +447,7 @@ def test_a_certificate_that_is_not_valid(tmp_path):
         assert refused(url) == "its certificate is not valid (self-signed certificate)"
         trusting = ssl.create_default_context(cafile=str(tmp_path / "cert"))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(web, "tls", lambda: trusting)
+            patch.setattr(connection, "tls", lambda: trusting)
             assert read(url) == DATA and stream(url) == DATA
             assert refused(url.replace("localhost", "127.0.0.1")).startswith("its certificate is not valid (IP address mismatch")
 
@@ -683,7 +684,7 @@ def test_a_name_that_stands_for_a_private_address(server, monkeypatch):
     port = server.server_address[1]
     server.routes["/set/a.png"] = both
     public, url = Base(f"http://data.example:{port}/set"), f"http://data.example:{port}/set/a.png"
-    assert web.addresses("data.example", port, 1)[0][1][0] == "93.184.216.34"
+    assert connection.addresses("data.example", port, 1)[0][1][0] == "93.184.216.34"
     with pytest.raises(InputError, match="set/a.png: found a private address, expected a public one .*--trusted"):
         FileSource(url, base=public).read()
     assert not server.asked
@@ -692,7 +693,7 @@ def test_a_name_that_stands_for_a_private_address(server, monkeypatch):
     # Nor is a connection that is open already a way around it.
     with pytest.raises(InputError, match="found a private address"):
         FileSource(url, base=public).read()
-    monkeypatch.setattr("mmtx.data.web.is_public", lambda address: True)
+    monkeypatch.setattr("mmtx.data.connection.is_public", lambda address: True)
     assert FileSource(url, base=Base(trusted=True)).read() == DATA
 
 

@@ -140,7 +140,7 @@ def test_no_text(texts):
 
 
 def test_size_too_small():
-    with pytest.raises(InputError, match="found size 257, expected at least 258"):
+    with pytest.raises(InputError, match="size: found 257, expected 258 or more"):
         TextTokenizer.train(["a"], 257)
 
 

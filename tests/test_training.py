@@ -19,22 +19,29 @@ from torch.utils.data import DataLoader
 import mmtx
 from mmtx.cli import main
 from mmtx.config import DecoderConfig
+from mmtx.data.augment import ImageAugmentation
 from mmtx.data.collection import DataSource, read_source
 from mmtx.data.output import lock_folder
 from mmtx.data.packing import PackedBatches
 from mmtx.data.sources import scan
 from mmtx.data.tokens import to_documents
 from mmtx.errors import InputError
+from mmtx.modality.autoencoder import NetworkConfig
 from mmtx.modality.base import load_tokenizer
+from mmtx.modality.image import ImageConfig
 from mmtx.modality.text import TextTokenizer
 from mmtx.training import checkpoint
+from mmtx.training.adapters import LoRA
 from mmtx.training.callbacks import EMAWeightAveraging, ShowSamples
 from mmtx.training.checkpoint import AtomicCheckpointIO
-from mmtx.training.decoder import DecoderModule
+from mmtx.training.codec import ImageCodecModule
+from mmtx.training.codec_data import CodecData
+from mmtx.training.decoder import DecoderModule, LossWeights
 from mmtx.training.decoder_data import DecoderData, TokenizerFolders
 from mmtx.training.optimizer import OptimizerConfig
 from mmtx.training.run import TRAINER as TRAINER_DEFAULTS
 from mmtx.training.run import command_line
+from mmtx.training.text import TextModule
 
 STARTER = Path(__file__).parents[1] / "demos" / "data" / "starter"
 IMAGES, SOUNDS = str(STARTER / "images-train-004.tar.gz"), str(STARTER / "sounds-train-001.tar.gz")
@@ -465,6 +472,129 @@ def test_tokenizers_of_module_and_data_are_the_same(folders, decoder_data, tmp_p
     with pytest.raises(SystemExit) as stop:
         fit(tmp_path / "run", module, decoder_data)
     check_mistake(stop, capsys, ["model.init_args.tokenizers: found others (text)", "(text, image, audio)"])
+
+
+# -- Without a trainer ---------------------------------------------------------------------------------------
+
+
+class ByAdamW(DecoderModule):
+    """Notes the loss of each step: the mean over its targets of what is minimised."""
+
+    def configure_optimizers(self):
+        self.found = []
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    def training_step(self, batch, index):
+        total = super().training_step(batch, index)
+        self.found.append(float(total.detach() / self._weights()[batch.modality].sum()))
+        return total
+
+
+def own_loop(module: DecoderModule, data: DecoderData) -> list[float]:
+    """Train as a plain loop does -> the loss of each step."""
+    optimizer, found = torch.optim.AdamW(module.parameters(), lr=1e-3), []
+    for batch in data.train_dataloader():
+        loss = module.loss(batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(float(loss.detach()))
+    return found
+
+
+@pytest.mark.parametrize("options", [
+    {"continuous_inputs": True}, {"continuous_inputs": True, "train_encoder": True, "loss_weights": LossWeights(text=2.0)}],
+    ids=["features", "encoders"])
+def test_a_loop_of_ones_own_has_the_losses_of_a_trainer(options, folders, tmp_path):
+    folders, sources = TokenizerFolders(**{kind: str(folder) for kind, folder in folders.items()}), [DataSource(**s) for s in FEW]
+    plain = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
+             "enable_model_summary": False}
+    made = lambda: DecoderData(folders, sources, sources, tokens_per_batch=128, max_seq_len=127, image_augmentation=ImageAugmentation())
+    module, data = ByAdamW(DecoderConfig(**DECODER), **options), made()
+    data.attach(module, steps=5)
+    twin, trainer = copy.deepcopy(module), Trainer(max_steps=5, **plain)
+    twin.own_data = None
+    found = own_loop(module, data)
+    trainer.fit(twin, made())
+    assert found == pytest.approx(twin.found, rel=1e-5) and len(found) == 5 and found[0] > found[-1]
+    # Elsewhere the loss is what validation logs.
+    (figures,) = trainer.validate(twin, made(), verbose=False)
+    module.eval()
+    with torch.no_grad():
+        losses = [(float(module.loss(batch)), float(module._weights()[batch.modality].sum())) for batch in data.val_dataloader()]
+    assert len(losses) > 1
+    assert sum(loss * weight for loss, weight in losses) / sum(weight for _, weight in losses) == pytest.approx(
+        figures["val/loss"], rel=1e-4)
+    # A checkpoint of the trainer answers without it.
+    trainer.save_checkpoint(tmp_path / "twin.ckpt")
+    given = {"decoder": DecoderConfig(**DECODER), "weights_only": True, **options}
+    loaded = DecoderModule.load_from_checkpoint(tmp_path / "twin.ckpt", tokenizers=folders, **given)
+    media = [Image.new("RGB", (32, 32), colour) for colour in ("red", "white")]
+    assert loaded.model().caption(media, max_new_tokens=4) == twin.model().caption(media, max_new_tokens=4)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), twin.parameters(), strict=True))
+    with pytest.raises(InputError, match="tokenizers: found none, expected folders of tokenizers"):
+        DecoderModule.load_from_checkpoint(tmp_path / "twin.ckpt", **given)
+
+
+def test_what_is_asked_of_a_module_too_early_is_told(tmp_path):
+    module = DecoderModule(DecoderConfig(**DECODER))
+    for early in (module.model, lambda: module.loss(None), lambda: module.save(tmp_path / "model")):
+        with pytest.raises(InputError, match=r"DecoderModule: found no decoder yet, expected Trainer\(...\).fit\(model, data\) or data.attach"):
+            early()
+    with pytest.raises(InputError, match="TextModule: found no tokenizer yet"):
+        TextModule(300).save(tmp_path / "model")
+    sources = [DataSource(**FEW[0])]
+    for data in (DecoderData(TokenizerFolders("tokenizers/text"), sources, sources), CodecData(sources, sources)):
+        for early in (data.train_dataloader, data.val_dataloader, data.test_dataloader):
+            with pytest.raises(InputError, match=f"{type(data).__name__}: found no trainer, expected"):
+                early()
+
+
+def test_a_module_trains_on_data_of_its_own_tokenizers_alone(folders):
+    sources = [DataSource(**FEW[0])]
+    made = lambda *kinds: DecoderData({kind: folders[kind] for kind in kinds}, sources, sources, max_seq_len=255)
+    module = DecoderModule(DecoderConfig(**DECODER))
+    made("text", "image").attach(module, steps=1)
+    made("text", "image").attach(module, steps=1)
+    with pytest.raises(InputError, match=r"tokenizers: found others \(text, image\) than those of the data \(text, image, audio\)"):
+        made("text", "image", "audio").attach(module, steps=1)
+
+
+def test_a_compiled_decoder_is_saved_as_any(folders, tmp_path):
+    module = DecoderModule(DecoderConfig(**DECODER), init_from=None)
+    data = DecoderData(TokenizerFolders(str(folders["text"]), image=str(folders["image"])), [DataSource(**FEW[0])], [DataSource(**FEW[0])])
+    data.attach(module, steps=1)
+    module.save(tmp_path / "plain")
+    module.decoder = torch.compile(module.decoder, backend="eager")
+    assert own_loop(module, data)[0] > 1
+    module.save(tmp_path / "model")
+    mmtx.load(tmp_path / "model", "cpu")
+    lora = DecoderModule(DecoderConfig(**DECODER), lora=LoRA(), init_from=str(tmp_path / "plain"))
+    data.attach(lora, steps=1)
+    lora.decoder.blocks[0] = torch.compile(lora.decoder.blocks[0], backend="eager")
+    lora.save(tmp_path / "merged")
+    assert (tmp_path / "merged" / "model.safetensors").read_bytes() == (tmp_path / "plain" / "model.safetensors").read_bytes()
+
+
+def test_a_codec_trains_in_a_loop_of_ones_own():
+    data = CodecData([DataSource(**FEW[0])], [DataSource(**FEW[0])], batch_size=4)
+    with pytest.raises(InputError, match=r"CodecData: found no trainer, expected .* data.attach\(model, steps=...\)"):
+        data.setup("fit")
+    module = ImageCodecModule(ImageConfig(patch=16, side=32, network=NetworkConfig(**NETWORK)))
+    data.attach(module, steps=3, rank=1, world=2)
+    batches = [batch for loader in (data.train_dataloader(), data.val_dataloader()) for batch in loader]
+    assert [tuple(batch.media.shape) for batch in batches] == [(4, 3, 32, 32)] * 3 + [(2, 3, 32, 32)]
+    assert module.loss(batches[0].media, module.tokenizer(batches[0].media).output).isfinite()
+
+
+@pytest.mark.parametrize(("options", "told"), [
+    ({"steps": 0}, "steps: found 0"), ({"steps": 1.5}, "steps: found 1.5"),
+    ({"steps": 1, "rank": 2, "world": 2}, "rank: found 2, expected 0 or more, and 1 at most")])
+def test_a_loop_that_is_none_is_told(options, told, folders):
+    sources = [DataSource(**FEW[0])]
+    data = DecoderData(TokenizerFolders(str(folders["text"])), sources, sources)
+    with pytest.raises(InputError, match=told):
+        data.attach(DecoderModule(DecoderConfig(**DECODER)), **options)
 
 
 # -- Visible defaults ----------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 import pytest
 
-from mmtx.data.trust import Base, after_redirect, is_below, is_link_local, is_public, is_url, literal
+from mmtx.data.ip_addresses import is_link_local, is_public, literal
+from mmtx.data.trust import Base, after_redirect, is_below
+from mmtx.data.urls import is_url
 
 FOLDER = "https://data.example/set/v1"
 STRANGER = Base(FOLDER)

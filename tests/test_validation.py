@@ -94,11 +94,12 @@ def test_mistakes_of_a_program_are_named(folders):
     data.setup("fit")
     with pytest.raises(InputError, match=r"DecoderData: found no trainer, expected Trainer\(max_steps=...\).fit"):
         data.train_dataloader()
-    for wrong in ("folder", ["folder"], sources[0]):
-        with pytest.raises(InputError, match=r"train: found .*, expected a list of DataSource"):
-            DecoderData(folders, wrong, sources).setup("fit")
-        with pytest.raises(InputError, match=r"validation: found .*, expected a list of DataSource"):
-            DecoderData(folders, sources, wrong).setup("fit")
+    for wrong, place, expected in (("folder", "", "a list of DataSource"), (["folder"], r"\[0\]", "DataSource"),
+                                   (sources[0], "", "a list of DataSource")):
+        with pytest.raises(InputError, match=f"^DecoderData: train{place}: found .*, expected {expected}$"):
+            DecoderData(folders, wrong, sources)
+        with pytest.raises(InputError, match=f"^DecoderData: validation{place}: found .*, expected {expected}$"):
+            DecoderData(folders, sources, wrong)
 
 
 # -- Ranks and batches -----------------------------------------------------------------------------------------

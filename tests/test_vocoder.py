@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -435,9 +434,8 @@ def test_shares_weights_and_cuts_of_the_vocoder_are_in_range(tmp_path):
         with pytest.raises(InputError, match=f"model.{name}: found -1.0, expected 0 or more"):
             VocoderModule(str(tmp_path / "codec"), SMALL, **{name: -1.0})
     data = VocoderData([], [], steps=CHUNK + 1)
-    data.trainer = SimpleNamespace(lightning_module=VocoderModule(str(tmp_path / "codec"), SMALL))
     with pytest.raises(InputError, match=f"data.steps: found {CHUNK + 1}, expected 1 or more, and {CHUNK} at most"):
-        data.setup("fit")
+        data.attach(VocoderModule(str(tmp_path / "codec"), SMALL), steps=1)
 
 
 def test_another_kind_of_tokenizer_is_refused():

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from mmtx.data import webdataset
+from mmtx.data import tar_files, webdataset
 from mmtx.data.collection import DataSource, read_source
-from mmtx.data.fields import MAX_CAPTION
+from mmtx.data.folder import MAX_CAPTION
 from mmtx.data.sources import read, scan
 from mmtx.errors import InputError
 
@@ -291,7 +291,7 @@ def test_what_a_shard_holds_in_memory_is_bounded(tmp_path, monkeypatch):
 
 
 def test_what_a_shard_unpacks_to_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(webdataset, "MAX_RATIO_FREE", 2**20)
+    monkeypatch.setattr(tar_files, "MAX_RATIO_FREE", 2**20)
     data = tar_of(*pair("a"), member("unread.bin", bytes(5 * 2**20) + b"x"))
     with pytest.raises(InputError, match="x.tar.gz: unpacks to more than 100 times its size"):
         found_in(tmp_path / "x.tar.gz", gzip.compress(data))

@@ -14,8 +14,8 @@ def add(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from mmtx.files import check_target
     from mmtx.interop.convert import convert
+    from mmtx.saved_folder import check_target
 
     check_target(options.output)  # before anything is fetched
     media = {kind: folder for kind in ("image", "audio") if (folder := getattr(options, kind)) is not None}

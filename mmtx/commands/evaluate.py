@@ -48,10 +48,12 @@ def evaluation(options: argparse.Namespace) -> Iterator[str]:
     from dataclasses import replace
 
     from mmtx.data.collection import read_config
-    from mmtx.data.sources import MAX_BAD, expand, is_prepared
+    from mmtx.data.patterns import expand
+    from mmtx.data.skip_counter import MAX_BAD
+    from mmtx.data.sources import is_prepared
     from mmtx.data.storage import display
-    from mmtx.files import find_shipped
     from mmtx.report import report
+    from mmtx.shipped_files import find_shipped
 
     check_source_options(options)
     if options.config:

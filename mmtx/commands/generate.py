@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
         if getattr(options, name) is not None and (options.begin is None or options.out != out):
             raise InputError(f"--{name}: found without --begin or with --out {options.out}, expected --begin and --out {out}")
     if options.model is None and options.server is None and options.out in DEFAULT_MODELS:
-        from mmtx.files import shipped
+        from mmtx.shipped_files import shipped
 
         options.model = shipped(DEFAULT_MODELS[options.out])
     model, parts = load_model(options), parts_of(options.parts)

@@ -20,7 +20,8 @@ def add(commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from mmtx.data.collection import to_stderr
-    from mmtx.data.sources import SkipCounter, scan
+    from mmtx.data.skip_counter import SkipCounter
+    from mmtx.data.sources import scan
     from mmtx.data.tokens import usable
     from mmtx.sequence import render
 

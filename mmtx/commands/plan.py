@@ -37,9 +37,9 @@ def _amount(word: str) -> float:
 
 
 def run(options: argparse.Namespace) -> None:
-    from mmtx.files import find_shipped, shipped
     from mmtx.model_folder import DEFAULT_MODEL, read_model_config
     from mmtx.scaling import EPOCHS, RESAMPLES, effective_tokens_of, fit, held_out, isoflop_plot, plans, read_runs, sizes
+    from mmtx.shipped_files import find_shipped, shipped
 
     if (options.flops is None) == (options.hours is None) or (options.hours is None) != (options.rate is None):
         given = [f"--{name}" for name in ("flops", "hours", "rate") if getattr(options, name) is not None]

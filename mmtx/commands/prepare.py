@@ -48,9 +48,9 @@ def run(options: argparse.Namespace) -> None:
     from mmtx.data.collection import DataSource, read_config, require_sources
     from mmtx.data.output import check_output
     from mmtx.data.prepare import prepare
-    from mmtx.data.sources import MAX_BAD
-    from mmtx.files import find_shipped, shipped
+    from mmtx.data.skip_counter import MAX_BAD
     from mmtx.modality.base import Tokenizer, load_tokenizer
+    from mmtx.shipped_files import find_shipped, shipped
 
     check_source_options(options)
     if not options.sources and not options.config:

@@ -72,10 +72,10 @@ def _page(options: argparse.Namespace, model):
     from functools import partial
 
     from mmtx.captioning import find_media
-    from mmtx.files import shipped
     from mmtx.pipeline import load
     from mmtx.serving.nearest import NearestNeighbours
     from mmtx.serving.page import add_page
+    from mmtx.shipped_files import shipped
 
     def other(given: str | None, along: str):
         folder = given or (None if options.model else shipped(along))

@@ -19,7 +19,7 @@ def add(commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from mmtx.captioning import find_media, transcribe_files
-    from mmtx.files import shipped
+    from mmtx.shipped_files import shipped
 
     options.model = options.model or shipped(MODEL)
     files = list(find_media(options.files, "audio"))

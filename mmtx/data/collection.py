@@ -5,18 +5,22 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_type_hints
 
 import yaml
 from tqdm import tqdm
 
-from mmtx.data.forms import names
+from mmtx.data.field_names import names
+from mmtx.data.read_options import ReadOptions
 from mmtx.data.sample import Sample
-from mmtx.data.sources import MAX_BAD, SkipCounter, check_select, read_rows
+from mmtx.data.selection import check_select
+from mmtx.data.skip_counter import MAX_BAD, SkipCounter
+from mmtx.data.sources import read_rows
 from mmtx.data.storage import scrub
 from mmtx.data.variants import load_variants
 from mmtx.data.yaml_check import Loader, read_yaml_text
 from mmtx.errors import InputError
+from mmtx.schema import fitted
 
 Task = Literal["caption", "generate"]
 
@@ -51,23 +55,20 @@ class DataSource:
     reader: str | None = None
 
     def __post_init__(self):
-        paths = [self.paths] if isinstance(self.paths, (str, os.PathLike)) else self.paths
-        object.__setattr__(self, "paths", [os.fspath(path) for path in paths])
+        if isinstance(self.paths, (str, os.PathLike)):
+            object.__setattr__(self, "paths", [self.paths])
+        for name, kind in get_type_hints(DataSource).items():
+            object.__setattr__(self, name, fitted(kind, getattr(self, name), name))
         check_select(self.select or {})
-        for name in ("trusted", "follow_links"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise InputError(f"{name}: found {value!r:.40}, expected true or false")
         given = {name: value for name, value in (self.fields or {}).items() if value is not None}
         if wrong := sorted(set(given) - set(names().read)):
             raise InputError(f"fields: found {wrong[0]!r}, expected one of {', '.join(names().read)}")
         if len(set(given.values())) < len(given):
             raise InputError(f"fields: found {list(given.values())}, expected a different field for each")
-        if self.task not in get_args(Task):
-            raise InputError(f"task: found {self.task!r}, expected one of {', '.join(get_args(Task))}")
         if not 0 <= self.cond_drop_prob <= 1:
             raise InputError(f"cond_drop_prob: found {self.cond_drop_prob}, expected a share from 0 to 1")
         for name in ("repeat", "limit"):
-            if (value := getattr(self, name)) is not None and (type(value) is not int or value < 1):
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{name}: found {value!r:.40}, expected a whole number of at least 1")
 
 
@@ -109,8 +110,8 @@ def read_source(source: DataSource, max_bad: float = MAX_BAD) -> list[Sample]:
 
 
 def _read(source: DataSource, skipped: SkipCounter, captions: bool = True) -> list[Sample]:
-    samples = read_rows(source.paths, skipped, source.select, to_stderr, trusted=source.trusted, fields=source.fields,
-                        follow_links=source.follow_links, captions=captions)
+    options = ReadOptions(source.trusted, source.fields, source.follow_links, captions, to_stderr)
+    samples = read_rows(source.paths, skipped, options, source.select)
     read, variants = len(samples), load_variants(source.variants)
     made = [variants(sample) for sample in samples]
     skipped.rows += sum(max(0, len(some) - 1) for some in made)  # a row that they leave out still counts
@@ -163,13 +164,6 @@ def require_sources(sources: list[DataSource], name: str) -> list[DataSource]:
     """The sources of an option. Raises InputError if there are none."""
     if not sources:
         raise InputError(f"data.{name}: found none, expected at least one source, as in [{{paths: [FILE]}}]")
-    return _sources(sources, name)
-
-
-def _sources(sources: list[DataSource], name: str) -> list[DataSource]:
-    """Raise InputError for anything else than a list of sources, as a program may give."""
-    if not isinstance(sources, (list, tuple)) or not all(isinstance(source, DataSource) for source in sources):
-        raise InputError(f"{name}: found {sources!r:.80}, expected a list of DataSource, as in [DataSource([FILE])]")
     return sources
 
 
@@ -177,7 +171,7 @@ def test_sources(sources: list[DataSource] | None) -> list[DataSource]:
     """The sources of `mmtx test`. Raises InputError if there are none."""
     if not sources:
         raise InputError("data.test: found none, expected sources for mmtx test (mmtx validate takes those of data.validation)")
-    return _sources(sources, "test")
+    return sources
 
 
 def to_stderr(line: str) -> None:

@@ -9,9 +9,11 @@ import numpy as np
 
 from mmtx.data.collection import DataSource, read_sources
 from mmtx.data.documents import Documents
+from mmtx.data.patterns import expand
 from mmtx.data.prepared import Prepared
 from mmtx.data.sample import Sample
-from mmtx.data.sources import MAX_BAD, expand, is_prepared
+from mmtx.data.skip_counter import MAX_BAD
+from mmtx.data.sources import is_prepared
 from mmtx.data.storage import display
 from mmtx.data.tokens import Augmentation
 from mmtx.errors import InputError

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from mmtx.data.sample import Media, Sample, Text
-from mmtx.data.sources import MAX_BAD, SkipCounter
+from mmtx.data.skip_counter import MAX_BAD, SkipCounter
 from mmtx.data.tokens import Augmentation, document_of, encode_samples, load_sample, seed_of
 from mmtx.data.workers import WorkerDied, Workers
 from mmtx.errors import InputError

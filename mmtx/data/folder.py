@@ -2,37 +2,39 @@
 
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
-from mmtx.data.fields import MAX_CAPTION, attempt, decode, json_object, rename_fields
-from mmtx.data.forms import CHATS, TEXTS, turns_of
-from mmtx.data.sample import Media, Sample, kind_of, known_kind, suffix
+from mmtx.data.field_names import CHATS
+from mmtx.data.forms import turns_of
+from mmtx.data.read_options import ReadOptions
+from mmtx.data.row_media import MediaReader
+from mmtx.data.sample import Media, Sample, attempt, kind_of, known_kind, suffix
 from mmtx.data.storage import FileSource, MediaSource
+from mmtx.data.text_files import decode, json_object
 from mmtx.errors import InputError
 from mmtx.modality.registry import MODALITIES
 
+MAX_CAPTION = 2**20   # bytes of a caption or of the JSON beside a medium
 METADATA = ("metadata.jsonl", "metadata.csv")  # a manifest inside a folder of media, as in `datasets`
 SPECIAL = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFBLK: "a device", stat.S_IFCHR: "a device"}
 
 Found = MediaSource | InputError  # the location of a file or member, or why it cannot be used
 
 
-def read_folder(path: str, fields: Mapping[str, str | None] | None = None, follow_links: bool = False,
-                report: Callable[[str], None] | None = None, sources: tuple[str, ...] = (),
-                captions: bool = True) -> Iterator[Sample | InputError]:
+def read_folder(path: str, options: ReadOptions, sources: tuple[str, ...] = ()) -> Iterator[Sample | InputError]:
     """Samples of a folder; files whose names end like `sources` are sources of their own, which are reported and left out."""
     groups: dict[str, list[tuple[str, Found]]] = {}
     within = []
-    for name, found in sorted(files_in(path, follow_links, sources), key=lambda file: file[0]):
+    for name, found in sorted(files_in(path, options.follow_links, sources), key=lambda file: file[0]):
         if not name.endswith(os.sep) and not is_wanted(name):
             within.append(name)
             continue
         # Names of unreadable folders end in a separator, which makes each a key of its own.
         groups.setdefault(os.path.splitext(name)[0], []).append((name, found))
     tables = [name for name in METADATA if os.path.isfile(os.path.join(path, name))]
-    if captions and tables and not any(known_kind(name) is None for group in groups.values() if len(group) > 1 for name, _ in group):
+    beside = (name for group in groups.values() if len(group) > 1 for name, _ in group)
+    if options.captions and tables and all(map(known_kind, beside)):
         raise InputError(f"{path}: found {tables[0]} and no captions beside the media, expected {os.path.join(path, tables[0])} "
                          "as the source")
     alone = []
@@ -40,14 +42,14 @@ def read_folder(path: str, fields: Mapping[str, str | None] | None = None, follo
         # A text file without a medium, such as a README or a licence, is not a sample.
         if any(known_kind(name) or isinstance(found, InputError) for name, found in group):
             where = os.path.join(path, key)
-            yield attempt(partial(captioned, key, group, where, os.path.join(path, ""), fields, captions))
+            yield attempt(captioned, key, group, where, os.path.join(path, ""), options)
         else:
             alone += [name for name, _ in group]
-    if alone and report is not None:
-        report(f"{path}: left out {len(alone)} .txt and .json files without a picture or sound of their name; "
-               f"first: {alone[0]}")
-    if within and report is not None:
-        report(f"{path}: left out {len(within)} tables and tars, which are sources of their own; first: {within[0]}")
+    if alone and options.report is not None:
+        options.report(f"{path}: left out {len(alone)} .txt and .json files without a picture or sound of their name; "
+                       f"first: {alone[0]}")
+    if within and options.report is not None:
+        options.report(f"{path}: left out {len(within)} tables and tars, which are sources of their own; first: {within[0]}")
 
 
 def files_in(path: str, follow_links: bool, more: tuple[str, ...] = ()) -> Iterator[tuple[str, Found]]:
@@ -120,8 +122,7 @@ def is_hidden(name: str) -> bool:
     return any(part.startswith(".") and part != ".." for part in Path(name).parts)
 
 
-def captioned(key: str, files: list[tuple[str, Found]], where: str, name_prefix: str,
-              fields: Mapping[str, str | None] | None = None, captions: bool = True) -> Sample:
+def captioned(key: str, files: list[tuple[str, Found]], where: str, name_prefix: str, options: ReadOptions) -> Sample:
     """The sample of one medium with KEY.json, KEY.txt or both (JSON fields take precedence); without `captions`, or alone."""
     sources: list[tuple[str, MediaSource]] = []
     for name, found in files:
@@ -137,16 +138,16 @@ def captioned(key: str, files: list[tuple[str, Found]], where: str, name_prefix:
         known = ", ".join(extension for modality in MODALITIES.values() for extension in modality.extensions)
         raise InputError(f"{where}: found {os.path.basename(name)}, which is not read, expected one of {known}")
     beside = {suffix(name): source for name, source in sources}
-    if captions and len(files) == 1:
+    if options.captions and len(files) == 1:
         raise InputError(f"{where}: found {os.path.basename(name)} alone, expected its caption beside it, in "
                          f"{os.path.basename(key)}.txt or .json")
     if len(beside) < len(files):
         raise InputError(f"{where}: found {', '.join(os.path.basename(name) for name, _ in files)}, expected one of each")
     row = json_object(beside[".json"].read(), f"{where}.json") if ".json" in beside else {}
-    row, ignored = rename_fields(row, fields)
+    row, ignored = options.rename(row)
     if ".txt" in beside and not {"caption", "text"} & row.keys():
         row["caption"] = decode(beside[".txt"].read(), f"{where}.txt").strip()
     if {"caption", "text"} & row.keys():  # a caption takes precedence over a chat
         ignored |= {name: row.pop(name) for name in CHATS if name in row}
-    turns = turns_of(row, where, None, (Media(kind_of(name), name_prefix + name, source),), TEXTS, captions=captions)
+    turns = turns_of(row, MediaReader(where, None), (Media(kind_of(name), name_prefix + name, source),), captions=options.captions)
     return Sample(key, turns, row | ignored, where)

@@ -14,73 +14,19 @@ that looks like a medium and is not read is an error. So is an empty media field
 chat, where data sets mark chats without media in this way.
 """
 
-import re
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from functools import lru_cache
-from itertools import islice
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-from mmtx.data.fields import pop_number, pop_text, reason, shown, text_of
-from mmtx.data.sample import Media, Part, SampleTurn, Text, known_kind, suffix
-from mmtx.data.storage import DatasetSource, MemorySource, decode_base64, decode_data_url, display
-from mmtx.data.trust import scheme_of
+from mmtx.data.field_names import CHATS, PAIRS, TEXTS, names
+from mmtx.data.fields import pop_text, shown, text_of
+from mmtx.data.row_media import MediaReader
+from mmtx.data.sample import Media, Part, SampleTurn, Text
+from mmtx.data.unread import refuse_unread
 from mmtx.errors import InputError
-from mmtx.modality.registry import MODALITIES, media_kinds
 
-FILE_NAME = "file_name"  # a field with a medium, whose extension says its kind
-TEXTS = ("caption", "text", "transcription", "transcript", "sentence")  # the first of these in a row is its caption
-CHATS = ("messages", "conversations")
-PAIRS = (("instruction", "output"), ("query", "response"), ("prompt", "completion"), ("prompt", "response"),
-         ("question", "answer"))
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 LOSS_WEIGHTS = ("weight", "loss", "train")  # of a message, in OpenAI, ms-swift and Axolotl: 0 or false leaves it out of the loss
-MAX_INSPECTED = 64  # items that are examined of a list or object in an unread field
-
-# Names of fields that hold a medium or its location: sure words, and words that need an ending since they are ambiguous.
-VIDEO = ("video", "movie|clip|film")
-_NUMBER = r"[_-]?(?:\d+|[a-d])"
-_ENDING = r"[_-]?(?:path|file|file_?name|file_?path|url|uri|link|src|bytes|data|content|b64|base64|list|array)s?"
-
-
-class Names(NamedTuple):
-    """The names by which rows refer to media."""
-
-    fields: dict[str, str | None]      # field -> kind of the media in it; None: by its extension
-    types: dict[str, str]              # type of a part of a message -> kind of the medium
-    placeholder: re.Pattern[str]       # a placeholder of a medium in a text
-    embedded: re.Pattern[str]          # a path inside a text, as in the first Qwen-VL
-    lookalikes: dict[str, re.Pattern[str]]  # kind -> names of fields that look like media of it
-
-    @property
-    def read(self) -> tuple[str, ...]:
-        """All names of fields that are read."""
-        return (*self.fields, *TEXTS, *CHATS, *dict.fromkeys(name for pair in PAIRS for name in pair), "input", "history",
-                "system", "offset", "duration", "key", "id")
-
-
-def names() -> Names:
-    """The names of all registered modalities."""
-    return _names(media_kinds())
-
-
-@lru_cache
-def _names(kinds: tuple[str, ...]) -> Names:
-    modalities, tags = [MODALITIES[kind] for kind in kinds], "|".join((*kinds, "video"))
-    words = {**{modality.kind: modality.words for modality in modalities}, "video": VIDEO}
-    return Names(
-        {**{name: modality.kind for modality in modalities for name in modality.fields}, FILE_NAME: None},
-        {name: modality.kind for modality in modalities for name in modality.types},
-        re.compile(f"<({tags})>"),
-        re.compile(rf"<(img|{tags})>[^<>\n]{{1,1000}}</\1>"),
-        {kind: re.compile(rf"(?:[a-z]+[_-])?(?:(?:{sure})s?(?P<number>{_NUMBER})?(?:{_ENDING})?" +
-                          (rf"|(?:{other})s?{_ENDING})" if other else ")"))
-         for kind, (sure, other) in words.items()},
-    )
-
-
-Reader = Callable[[Any, str, str], Media]  # the value of a media field, its kind and its name -> the medium
 
 
 class Placeholder(NamedTuple):
@@ -96,19 +42,19 @@ class Message(NamedTuple):
     parts: list[Part | Placeholder]
 
 
-def turns_of(row: dict[str, Any], where: str, read: Reader | None, given: Sequence[Media] = (),
-             texts: Sequence[str] = TEXTS, empty: Sequence[str] = (), captions: bool = True) -> tuple[SampleTurn, ...]:
+def turns_of(row: dict[str, Any], reader: MediaReader, given: Sequence[Media] = (), empty: Sequence[str] = (),
+             captions: bool = True) -> tuple[SampleTurn, ...]:
     """Remove the turns from a row, leaving its metadata.
 
-    `read` turns the value of a field into a medium; None: all media are `given`, as files beside the row. The caption is the
-    first of `texts` that the row has. `empty` names the media fields without a value. Without `captions`, media beside no text are
-    a user turn. Raises InputError for a row of no known form, and if a medium is missing or would be dropped.
+    `reader` reads the media that the row names; `given` are those of files beside it. `empty` names the media fields without a
+    value. Without `captions`, media beside no text are a user turn. Raises InputError for a row of no known form, and if a medium
+    is missing or would be dropped.
     """
-    beside = list(given) or _row_media(row, where, read)
+    where, beside = reader.where, list(given) or reader.of_row(row)
     chats = [name for name in CHATS if name in row]
     if chats and (clash := [name for name in (*CHATS, "text") if name in row and name != chats[0]]):
         raise InputError(f"{where}: found the fields {[chats[0], *clash]}, expected one of them")
-    named = tuple(texts) if beside else ("text",)
+    named = TEXTS if beside else ("text",)
     text = next((name for name in named if name in row), None)
     pair = next((pair for pair in PAIRS if all(name in row for name in pair)), None)
     talk = bool(chats) or text is None and pair is not None and isinstance(row[pair[0]], list)
@@ -116,9 +62,9 @@ def turns_of(row: dict[str, Any], where: str, read: Reader | None, given: Sequen
         raise InputError(f"{where}: field {empty[0]!r} is empty and no other has a medium, expected one; rows of text alone have no "
                          "such field")
     if chats:
-        messages = _system(row, where) + _chat(row.pop(chats[0]), chats[0], where, read, bool(beside))
+        messages = _system(row, where) + _chat(row.pop(chats[0]), chats[0], reader, bool(beside))
     elif text is None and pair:
-        messages = _system(row, where) + _pair(row, pair, where, read, bool(beside))
+        messages = _system(row, where) + _pair(row, pair, reader, bool(beside))
     elif beside and not captions and (text is None or not str(row[text]).strip()):
         row.pop(text or "", None)
         messages = [Message("user", list(beside))]
@@ -127,87 +73,6 @@ def turns_of(row: dict[str, Any], where: str, read: Reader | None, given: Sequen
     turns = _fill_placeholders(messages, beside, where)
     refuse_unread(row, where, {part.kind for turn in turns for part in turn.parts if isinstance(part, Media)})
     return turns
-
-
-def empty_media(row: Mapping[str, Any], fields: Mapping[str, str | None] | None) -> list[str]:
-    """The media fields of a row that are null or "", by their names in the row; `fields` is that of a `DataSource`."""
-    given = [(fields or {}).get(name, name) for name in names().fields]
-    return [name for name in given if name in row and row[name] in (None, "")]
-
-
-def _row_media(row: dict[str, Any], where: str, read: Reader) -> list[Media]:
-    """The media that the fields of a row name, pictures before sounds."""
-    media: list[Media] = []
-    fields = names().fields
-    if fields.keys().isdisjoint(row):
-        return media
-    nemo = "audio_filepath" in row
-    for kind in media_kinds():
-        found = [name for name in fields if fields[name] == kind and name in row]
-        if len(found) > 1:
-            raise InputError(f"{where}: found the fields {found}, expected one of them")
-        for name in found:
-            media += _media_of(row.pop(name), kind, name, where, read)
-    name = row.get(FILE_NAME)
-    if isinstance(name, str) and not media:
-        kind = known_kind(name)
-        if kind or not suffix(name):
-            media = _media_of(row.pop(FILE_NAME), kind or media_kinds()[0], FILE_NAME, where, read)
-    sounds = [place for place, medium in enumerate(media) if MODALITIES[medium.kind].cuts]
-    if sounds and (nemo or "offset" in row):
-        if len(sounds) > 1:
-            raise InputError(f"{where}: found {len(sounds)} sounds beside 'offset' or 'duration', expected one")
-        media[sounds[0]] = _cut(row, media[sounds[0]], where)
-    return media
-
-
-def _media_of(value: Any, kind: str, at: str, where: str, read: Reader) -> list[Media]:
-    if isinstance(value, list):
-        return [_medium(item, kind, f"{at}[{place}]", where, read) for place, item in enumerate(value)]
-    return [_medium(value, kind, at, where, read)]
-
-
-def _medium(value: Any, kind: str, at: str, where: str, read: Reader | None) -> Media:
-    """The medium of a path or URL, or of an object that holds one, or the bytes in base64."""
-    inside = value if isinstance(value, dict) else {}
-    value = inside.get("url") or inside.get("path") or value
-    if isinstance(data := inside.get("data"), str) and data:
-        medium = Media(kind, f"{where}: field {at!r}", _inline(data, decode_base64, shown(data), at, where))
-    elif read is None:
-        raise InputError(f"{where}: field {at!r} is {shown(value)}, expected no medium other than the file next to this one")
-    elif isinstance(value, str) and scheme_of(value) == "data":
-        medium = Media(kind, f"{where}: field {at!r}", _inline(value, decode_data_url, display(value), at, where))
-    else:
-        medium = read(value, kind, at)
-    return _cut_inside(inside, medium, at, where)
-
-
-def _inline(text: str, decode: Callable[[str], bytes], told: str, at: str, where: str) -> MemorySource:
-    """The medium that stands in the row itself as a text; errors show it as `told`."""
-    try:
-        return MemorySource(decode(text))
-    except ValueError as error:
-        raise InputError(f"{where}: field {at!r} is {told}, expected base64 ({reason(error)})") from None
-
-
-def _cut(row: dict[str, Any], medium: Media, where: str) -> Media:
-    """The part of a sound that "offset" and "duration" of a NeMo manifest select."""
-    start, seconds = pop_number(row, "offset", 0, where) or 0.0, pop_number(row, "duration", 0, where)
-    if seconds == 0:
-        raise InputError(f"{where}: field 'duration' is 0, expected more than 0")
-    if not start and seconds is None:
-        return medium
-    long = "the rest" if seconds is None else f"{seconds} s"
-    return replace(medium, name=f"{medium.name} ({long} from {start} s)", start=start, seconds=seconds)
-
-
-def _cut_inside(given: Mapping[str, Any], medium: Media, at: str, where: str) -> Media:
-    """The medium of an object or of a part of a message: of a sound, what "offset" and "duration" there select."""
-    known = {name: value for name, value in given.items() if value is not None}
-    return _cut(known, medium, f"{where}: field {at!r}") if "offset" in known and MODALITIES[medium.kind].cuts else medium
-
-
-# -- The forms -----------------------------------------------------------------------------------------------
 
 
 def _captioned(text: str, media: Sequence[Media]) -> list[Message]:
@@ -222,11 +87,12 @@ def _system(row: dict[str, Any], where: str) -> list[Message]:
     return [] if isinstance(text, str) and not text.strip() else [Message("system", [Text(text_of(text, where, "system"))])]
 
 
-def _pair(row: dict[str, Any], pair: tuple[str, str], where: str, read: Reader | None, marked: bool) -> list[Message]:
+def _pair(row: dict[str, Any], pair: tuple[str, str], reader: MediaReader, marked: bool) -> list[Message]:
+    where = reader.where
     question, answer = (row.pop(name) for name in pair)
     if isinstance(question, list) and isinstance(answer, list):  # messages, as in TRL
         return [message for name, some in zip(pair, (question, answer))
-                for message in _chat(some, name, where, read, marked)]
+                for message in _chat(some, name, reader, marked)]
     messages = []
     past = row.pop("history", [])
     if not isinstance(past, list) or any(not isinstance(item, list) or len(item) != 2 for item in past):
@@ -241,7 +107,8 @@ def _pair(row: dict[str, Any], pair: tuple[str, str], where: str, read: Reader |
     return [*messages, Message("user", asked), Message("assistant", _text_parts(answer, "assistant", where, pair[1], marked))]
 
 
-def _chat(messages: Any, name: str, where: str, read: Reader | None, marked: bool) -> list[Message]:
+def _chat(messages: Any, name: str, reader: MediaReader, marked: bool) -> list[Message]:
+    where = reader.where
     if not isinstance(messages, list) or not messages:
         raise InputError(f"{where}: field {name!r} is {shown(messages)}, expected a list of messages")
     found = []
@@ -258,7 +125,7 @@ def _chat(messages: Any, name: str, where: str, read: Reader | None, marked: boo
             raise InputError(f"{where}: field {at!r} has role {shown(speaker)}, expected user, assistant or system")
         if isinstance(content, list) and content:
             parts = [part for n, item in enumerate(content)
-                     for part in _part(item, where, f"{at}.{content_key}[{n}]", read, marked and role != "system")]
+                     for part in _part(item, f"{at}.{content_key}[{n}]", reader, marked and role != "system")]
         else:
             parts = _text_parts(content, role, where, f"{at}.{content_key}", marked)
         for weight in LOSS_WEIGHTS if role == "assistant" else ():
@@ -270,8 +137,8 @@ def _chat(messages: Any, name: str, where: str, read: Reader | None, marked: boo
     return found
 
 
-def _part(item: Any, where: str, at: str, read: Reader | None, marked: bool) -> list[Part | Placeholder]:
-    kind = item.get("type") if isinstance(item, dict) else None
+def _part(item: Any, at: str, reader: MediaReader, marked: bool) -> list[Part | Placeholder]:
+    where, kind = reader.where, item.get("type") if isinstance(item, dict) else None
     if kind == "text":
         text = text_of(item.get("text"), where, f"{at}.text")
         rest = {name: value for name, value in item.items() if name not in ("type", "text")}
@@ -286,7 +153,7 @@ def _part(item: Any, where: str, at: str, read: Reader | None, marked: bool) -> 
     value = {"data": item[given[0]]} if given[0] == "base64" else item[given[0]]
     rest = {name: value for name, value in item.items() if name not in ("type", given[0])}
     refuse_unread(rest, where, set(), at + ".")
-    return [_cut_inside(rest, _medium(value, medium, f"{at}.{given[0]}", where, read), at, where)]
+    return [reader.cut_inside(rest, reader.medium(value, medium, f"{at}.{given[0]}"), at)]
 
 
 def _text_parts(text: Any, role: str, where: str, at: str, marked: bool) -> list[Part | Placeholder]:
@@ -339,66 +206,3 @@ def _fill_placeholders(messages: Sequence[Message], beside: Sequence[Media], whe
             message, first = Message(role, [*first, *message.parts]), []
         turns.append(SampleTurn(role, tuple(queues[p.kind].popleft() if isinstance(p, Placeholder) else p for p in message.parts)))
     return (SampleTurn("user", tuple(first)), *turns) if first else tuple(turns)
-
-
-# -- Media that must not be dropped --------------------------------------------------------------------------
-
-
-def refuse_unread(row: dict[str, Any], where: str, kinds: set[str], prefix: str = "") -> None:
-    """Raise InputError if a field that was not read looks like a medium; `kinds` are those of the media that were read.
-
-    Other fields may hold the name or URL of a medium that was read; these stay metadata.
-    """
-    for name, value in row.items():
-        if isinstance(value, (str, list, dict, bytes, DatasetSource)) and value and (found := _unread(name, value, kinds)):
-            kind, at, value = found
-            what = "a video, which is" if kind == "video" else "which looks like a medium and is"
-            raise InputError(f"{where}: field {prefix + at!r} is {shown(value)}, {what} not read; expected pictures and "
-                             f"sounds in {', '.join(names().fields)}, or in what `fields` names")
-
-
-def _unread(name: str, value: Any, kinds: set[str]) -> tuple[str | None, str, Any] | None:
-    """Kind, name and value of an unread medium in a field, if there is one."""
-    kind, numbered = _kind_by_name(name, media_kinds())
-    if kind and (kind not in kinds or numbered or isinstance(value, list) and len(value) > 1):
-        return kind, name, value
-    return _by_value(name, value, kinds)
-
-
-@lru_cache(4096)
-def _kind_by_name(name: str, kinds: tuple[str, ...]) -> tuple[str | None, bool]:
-    """The kind of medium that the name of a field suggests, and whether the name is numbered."""
-    name = name.lower()
-    if kind := known_kind("x." + name):  # columns of WebDataset shards: "jpg", "wav"
-        return kind, False
-    for kind, pattern in _names(kinds).lookalikes.items():
-        if match := pattern.fullmatch(name):
-            return kind, bool(match["number"])
-    return None, False
-
-
-def _by_value(name: str, value: Any, kinds: set[str], depth: int = 0) -> tuple[str | None, str, Any] | None:
-    if isinstance(value, str):
-        kind = _kind_by_value(value)
-        return (kind, name, value) if kind and kind not in kinds else None
-    if isinstance(value, (bytes, DatasetSource)):
-        return None, name, value
-    if isinstance(value, dict):
-        items: Iterable = ((f"{name}.{key}", item) for key, item in value.items())
-    else:
-        items = ((f"{name}[{place}]", item) for place, item in enumerate(value))
-    for at, item in islice(items, MAX_INSPECTED):
-        if isinstance(item, (str, list, dict, bytes, DatasetSource)) and depth < 4:
-            if found := _by_value(at, item, kinds, depth + 1):
-                return found
-    return None
-
-
-def _kind_by_value(text: str) -> str | None:
-    """The kind of medium that a text refers to, if it is a path, URL or data URL of one."""
-    if text.startswith("data:"):
-        kind = text[5:].partition("/")[0]
-        return kind if kind in names().lookalikes else None
-    if "." not in text[-6:] and "?" not in text and "#" not in text or len(text) > 4096 or "\n" in text:
-        return None
-    return known_kind(text.partition("#")[0])

@@ -12,7 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 from mmtx.data.storage import DatasetSource, display, scrub
-from mmtx.data.trust import Base, is_url
+from mmtx.data.trust import Base
+from mmtx.data.urls import is_url
 from mmtx.errors import InputError
 
 PREFIX = "hf://"

@@ -1,40 +1,36 @@
 """Manifests: rows of JSON or of a table with a header, in the forms of `mmtx.data.forms`; paths are relative to the manifest."""
 
-import csv
-import os
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, BinaryIO
 
-from mmtx.data.fields import MAX_ROW, attempt, json_object, lines, objects, reason, rename_fields, shown
-from mmtx.data.forms import empty_media, turns_of
-from mmtx.data.sample import Media, Sample, known_kind, suffix
-from mmtx.data.storage import DatasetSource, FileSource, display, folder_of, is_url, open_binary, uncached
+from mmtx.data.field_names import empty_media
+from mmtx.data.fields import shown
+from mmtx.data.forms import turns_of
+from mmtx.data.read_options import ReadOptions
+from mmtx.data.row_media import MediaReader
+from mmtx.data.sample import Sample, attempt, suffix
+from mmtx.data.storage import display, folder_of, open_binary, uncached
+from mmtx.data.tables import csv_rows, read_table, tsv_rows
+from mmtx.data.text_files import MAX_ROW, json_object, lines, objects
 from mmtx.data.trust import Base
 from mmtx.errors import InputError
 
-Fields = Mapping[str, str | None] | None  # that of a `DataSource`
-QUOTED = re.compile('"(?:[^"]|"")*"')  # a quoted cell, as spreadsheet programs write it
-INVALID_UTF8 = re.compile("[\udc80-\udcff]")   # a byte that is not UTF-8
-MOST_LINES = 100  # of a cell of a TSV file: each new line is parsed with all before it
 
-
-def read_manifest(path: str, trusted: bool = False, fields: Fields = None, captions: bool = True) -> Iterator[Sample | InputError]:
+def read_manifest(path: str, options: ReadOptions) -> Iterator[Sample | InputError]:
     name = display(path)
     with open_binary(path) as file:
-        base = Base(folder_of(uncached(path)), file.private, trusted)
+        base = Base(folder_of(uncached(path)), file.private, options.trusted)
         for number, row in MANIFESTS[suffix(path)](file, name):
-            yield attempt(partial(_row, row, base, number, f"{name} row {number}", fields, captions))
+            yield attempt(_row, row, base, number, f"{name} row {number}", options)
 
 
-def _row(row: bytes | dict[str, Any] | InputError | None, base: Base, number: int, where: str, fields: Fields,
-         captions: bool) -> Sample:
+def _row(row: bytes | dict[str, Any] | InputError | None, base: Base, number: int, where: str, options: ReadOptions) -> Sample:
     if isinstance(row, InputError):
         raise row
     if row is None:
         raise InputError(f"{where}: found more than {MAX_ROW} bytes, the most for a row")
-    return parse_row(json_object(row, where) if isinstance(row, bytes) else row, base, number, where, fields, captions)
+    return parse_row(json_object(row, where) if isinstance(row, bytes) else row, base, number, where, options)
 
 
 def _json_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes | None]]:
@@ -47,134 +43,17 @@ def _json_list(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes | None]]:
     yield from enumerate(objects(file, name), 1)
 
 
-def _table(rows: Callable[[Iterator[str]], Iterator[list[str] | str]], separators: str, file: BinaryIO,
-           name: str) -> Iterator[tuple[int, dict[str, str | None] | InputError]]:
-    """The rows after the header, with empty cells as null; `rows` splits lines into cells, or yields why it cannot."""
-    def texts() -> Iterator[str]:
-        for number, line in enumerate(lines(file, name), 1):
-            if line is None:
-                raise InputError(f"{name} line {number}: found more than {MAX_ROW} bytes, the most for a row")
-            yield line.decode("utf-8-sig", "surrogateescape") + "\n"
-
-    csv.field_size_limit(max(MAX_ROW, csv.field_size_limit()))  # of the whole process, by default 128 kB
-    header, number = None, 0
-    for cells in rows(texts()):
-        if not isinstance(cells, str) and not any(map(str.strip, cells)):  # an empty line, or commas alone, as spreadsheets write
-            continue
-        if header is None:
-            if isinstance(cells, str):
-                raise InputError(f"{name}: no header that can be read ({cells})")
-            header = [cell.strip() for cell in cells]
-            if any(map(INVALID_UTF8.search, header)):
-                raise InputError(f"{name}: found the header {shown(header)}, which is not UTF-8, expected UTF-8 text")
-            if len(header) == 1 and re.search(r"[,;\t|]", header[0]):
-                raise InputError(f"{name}: found the header {shown(header)}, expected columns separated by {separators}")
-            if "" in header or len(set(header)) < len(header):
-                raise InputError(f"{name}: found the header {shown(header)}, expected a different name in each column")
-            continue
-        number += 1
-        if isinstance(cells, str):
-            yield number, InputError(f"{name} row {number}: not a row of a table ({cells})")
-        elif stray := [place for place, cell in enumerate(cells) if INVALID_UTF8.search(cell)]:
-            column = shown(header[stray[0]]) if stray[0] < len(header) else "after the last"
-            yield number, InputError(f"{name} row {number}: the column {column} is not UTF-8 text")
-        elif len(cells) != len(header):
-            yield number, InputError(f"{name} row {number}: found {len(cells)} cells, expected {len(header)} as the header has")
-        else:
-            yield number, {column: cell.strip() or None for column, cell in zip(header, cells)}
-
-
-def _csv_rows(texts: Iterator[str]) -> Iterator[list[str] | str]:
-    reader = csv.reader(texts, strict=True, skipinitialspace=True)
-    while True:
-        first = reader.line_num + 1
-        try:
-            yield next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield reason(error)
-            for _ in range(first, reader.line_num):  # each line swallowed by a quote is a missing row
-                yield f"a quote is open since line {first}"
-
-
-def _tsv_rows(texts: Iterator[str]) -> Iterator[list[str] | str]:
-    """The rows of a TSV file, or why a line is not one.
-
-    A line with as many cells as the header is a row; its quotes are literal unless they enclose a whole cell, since most
-    programs that write tabs quote nothing. A line with another number of cells may be part of a quoted cell of several lines.
-    """
-    width, held = 0, list[str]()  # lines of a row that is not complete
-
-    def plain(text: str) -> list[str]:
-        return [cell[1:-1].replace('""', '"') if QUOTED.fullmatch(cell) else cell for cell in text.rstrip("\r\n").split("\t")]
-
-    def joined(some: list[str]) -> list[str] | None:
-        """The row that the lines form together, if they form exactly one."""
-        reader = csv.reader(some, delimiter="\t", strict=True)
-        try:
-            cells = next(reader)
-        except csv.Error:
-            return None
-        return cells if reader.line_num == len(some) else None
-
-    def lost() -> Iterator[list[str] | str]:
-        for text in held:
-            yield cells if len(cells := plain(text)) == width else "a quote that is not closed"
-        held.clear()
-
-    for text in texts:
-        cells = plain(text)
-        if not width and cells == [""]:
-            continue
-        width = width or len(cells)
-        if len(cells) == width:
-            # Further cells may follow the end of a multi-line cell; a cell with both tabs and line breaks is not accepted.
-            if held and (row := joined([*held, text])) is not None and len(row) == width and not any("\t" in cell for cell in row):
-                held.clear()
-                yield row
-                continue
-            yield from lost()
-            if cells[-1].startswith('"') and cells[-1].count('"') % 2:  # the next line tells whether the cell goes on
-                held.append(text)
-            else:
-                yield [] if cells == [""] else cells
-            continue
-        held.append(text)
-        if (row := joined(held)) is not None:
-            held.clear()
-            yield row
-        elif len(held) == MOST_LINES:
-            yield from lost()
-    yield from lost()
-
-
 # Extension -> reader of its rows.
 MANIFESTS: dict[str, Callable[[BinaryIO, str], Iterator[tuple[int, Any]]]] = {
-    ".jsonl": _json_lines, ".json": _json_list, ".csv": partial(_table, _csv_rows, "commas"),
-    ".tsv": partial(_table, _tsv_rows, "tabs")}
+    ".jsonl": _json_lines, ".json": _json_list, ".csv": partial(read_table, csv_rows, "commas"),
+    ".tsv": partial(read_table, tsv_rows, "tabs")}
 
 
-def parse_row(row: dict[str, Any], base: Base, number: int, where: str, fields: Fields = None, captions: bool = True) -> Sample:
-    empty = empty_media(row, fields)
-    row, ignored = rename_fields({name: value for name, value in row.items() if name not in empty}, fields)
+def parse_row(row: dict[str, Any], base: Base, number: int, where: str, options: ReadOptions) -> Sample:
+    empty = empty_media(row, options)
+    row, ignored = options.rename({name: value for name, value in row.items() if name not in empty})
     key = next((row.pop(name) for name in ("key", "id") if name in row), number)
     if not isinstance(key, (str, int)):
         raise InputError(f"{where}: the key is {shown(key)}, expected a string or a whole number")
-    turns = turns_of(row, where, lambda value, kind, at: _media(value, kind, base, where, at), empty=empty, captions=captions)
+    turns = turns_of(row, MediaReader(where, base), empty=empty, captions=options.captions)
     return Sample(str(key), turns, row | ignored, where)
-
-
-def _media(value: Any, kind: str, base: Base, where: str, at: str) -> Media:
-    if isinstance(value, DatasetSource):
-        return Media(kind, f"{where}: {at}" if value.place else where, value)
-    if not isinstance(value, str) or not value:
-        raise InputError(f"{where}: field {at!r} is {shown(value)}, expected a path or URL")
-    path = base.join(value)
-    if refusal := base.refusal(path):
-        raise InputError(f"{where}: field {at!r} names {display(path)}: {refusal}")
-    if known_kind(path) not in (kind, None):
-        raise InputError(f"{where}: field {at!r} names {display(path)}, expected a file of kind {kind}")
-    if not is_url(path) and not os.path.isfile(path):
-        raise InputError(f"{where}: field {at!r} names {display(path)}: no such file")
-    return Media(kind, f"{where}: {display(path)}", FileSource(path, base=base))

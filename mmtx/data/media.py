@@ -25,6 +25,7 @@ from mmtx.data.picture_files import BITS, ORIENTATION, PHOTOMETRIC, PictureFile,
 from mmtx.data.sound_files import MAX_CHANNELS, MAX_START, check_sound, cut, read_sound
 from mmtx.data.storage import FileSource, display
 from mmtx.errors import InputError
+from mmtx.files import user_name
 
 PEAK = 0.7
 SILENCE = 1e-4  # peak (-80 dB, three steps of 16 bit) up to which a sound is not normalised: that would amplify noise
@@ -325,7 +326,7 @@ def _array(data: np.ndarray | torch.Tensor, name: str) -> np.ndarray:
 
 def _bytes(data: Any, name: str) -> bytes:
     if isinstance(data, (str, os.PathLike)):
-        data = FileSource(os.fspath(data)).read()
+        data = FileSource(user_name(data)).read()
     if not isinstance(data, (bytes, bytearray, memoryview)):
         raise InputError(f"{name}: found {type(data).__name__}, expected bytes, a path, an image or an array")
     if not len(data):

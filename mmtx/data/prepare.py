@@ -29,14 +29,17 @@ from mmtx.data.output import LOCK, check_output, lock_folder
 from mmtx.data.prepared import DONE, FORMAT, INDEX, shard_name, tensors
 from mmtx.data.prepared import digest as _digest
 from mmtx.data.sample import Media, Sample
-from mmtx.data.sources import MAX_BAD, PLAN, SkipCounter, is_selected, scan
+from mmtx.data.selection import is_selected
+from mmtx.data.skip_counter import MAX_BAD, SkipCounter
+from mmtx.data.sources import PLAN, scan
 from mmtx.data.storage import recorded
 from mmtx.data.tokens import ENCODE_AT_ONCE, Augmentation, encode_samples, load_sample
 from mmtx.data.variants import load_variants
 from mmtx.data.workers import WorkerDied, Workers
 from mmtx.document import Document, MediaPart
 from mmtx.errors import InputError
-from mmtx.files import read_json, write_file, write_json
+from mmtx.files import write_file
+from mmtx.json_files import read_json, write_json
 from mmtx.modality.base import Tokenizer
 from mmtx.schema import within
 from mmtx.sequence import render

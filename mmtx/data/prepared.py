@@ -24,11 +24,13 @@ import numpy as np
 import torch
 
 from mmtx.data.collection import DataSource
-from mmtx.data.sources import MAX_BAD, SkipCounter
-from mmtx.data.storage import cache, display, download, is_url, join, read
+from mmtx.data.skip_counter import MAX_BAD, SkipCounter
+from mmtx.data.storage import cache, display, download, join, read
 from mmtx.data.tokens import Augmentation, seed_of
+from mmtx.data.urls import is_url
 from mmtx.errors import InputError
-from mmtx.files import open_regular, parse_json
+from mmtx.files import open_regular
+from mmtx.json_files import parse_json
 from mmtx.schema import build, shown, within
 from mmtx.sequence import Rendered, Span, in_user_turns, loss_mask
 from mmtx.vocabulary import Vocabulary

@@ -4,12 +4,13 @@ Everything here is frozen and picklable, so that samples can be sent to the work
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
 
 from mmtx.data.storage import MediaSource, bare
+from mmtx.errors import InputError
 from mmtx.modality.registry import MODALITIES
 
 # Known extensions that belong to no modality: such files count as unusable, and are never skipped silently.
@@ -103,6 +104,14 @@ class Sample:
 
 def _text(turns: Iterable[SampleTurn]) -> str:
     return "".join(part.text for turn in turns for part in turn.parts if isinstance(part, Text))
+
+
+def attempt(parse: Callable[..., Sample], *arguments: Any) -> Sample | InputError:
+    """The sample of a row, or why there is none."""
+    try:
+        return parse(*arguments)
+    except InputError as error:
+        return error
 
 
 def with_captions(samples: Sequence[Sample]) -> list[Sample]:

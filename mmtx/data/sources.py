@@ -15,66 +15,23 @@ never extracted.
 
 import glob
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
-from itertools import islice
-from typing import Any
 
 from mmtx.data import hub
-from mmtx.data.fields import attempt, shown
 from mmtx.data.folder import read_folder
-from mmtx.data.manifest import MANIFESTS, Fields, parse_row, read_manifest
-from mmtx.data.sample import Sample, suffix
-from mmtx.data.storage import bare, display, is_url, listed
-from mmtx.data.trust import scheme_of
+from mmtx.data.manifest import MANIFESTS, parse_row, read_manifest
+from mmtx.data.patterns import expand
+from mmtx.data.read_options import Fields, ReadOptions
+from mmtx.data.sample import Sample, attempt, suffix
+from mmtx.data.selection import keep_selected
+from mmtx.data.skip_counter import MAX_BAD, SkipCounter
+from mmtx.data.storage import bare, display
+from mmtx.data.urls import is_url, scheme_of
 from mmtx.data.webdataset import SHARDS, read_tar
 from mmtx.errors import InputError
-from mmtx.files import user_name
 
-MAX_BAD = 0.01      # share of the rows of a source that may be unusable, by default
 PLAN = "plan.json"  # in a folder of `mmtx prepare` from the start
-BRACES = re.compile(r"\{(?:(\d{1,9})\.\.(\d{1,9})|([^{}]*,[^{}]*))\}")
-MOST_NAMES = 10**6  # that braces may stand for
 TABLES = (".parquet", ".arrow")  # which the package `datasets` reads
-
-
-class SkipCounter:
-    """Counts the unusable rows of a source, which are too many if they are more than a share (`max_bad`) of all its rows.
-
-    All commands use this definition. A row is bad, once, whether it cannot be read, one of its media is damaged, or it needs
-    too many tokens: one counter goes through all stages. All rows of a source count, including those that `select` or `limit`
-    leave out, since a row that cannot be read has no fields to select it by.
-    """
-
-    def __init__(self, limit: float, rows: int = 0):
-        """`limit` is the share of rows that may be bad, 0 to 1; `rows` is the number of rows so far."""
-        if not 0 <= limit <= 1:
-            raise InputError(f"max_bad is {limit}, expected a share from 0 to 1")
-        self.limit, self.rows = limit, rows
-        self.count = 0
-        self.first: list[str] = []
-
-    def skip(self, error: InputError) -> None:
-        """Count one bad row; the first three are kept for the message."""
-        self.count += 1
-        if len(self.first) < 3:
-            self.first.append(str(error))
-
-    def summary(self) -> str:
-        """One line: how many rows were bad, and the first of them."""
-        return f"{self.count} of {self.rows} rows cannot be used; first: {'; '.join(self.first)}"
-
-    def check(self) -> None:
-        """Raise InputError if more than the share `limit` of the rows were bad."""
-        if self.count > self.limit * self.rows:
-            raise InputError(f"{self.summary()} (at most {self.limit:.3%} may be bad)")
-
-    def finish(self, report: Callable[[str], None] | None) -> None:
-        """`check` after the last stage, and `report` the summary if any rows were bad."""
-        self.check()
-        if self.count and report is not None:
-            report("skipped: " + self.summary())
 
 
 def read(
@@ -94,21 +51,20 @@ def read(
     Raises InputError for a missing or empty source, too many bad rows, or if nothing is left.
     """
     skipped = SkipCounter(max_bad)
-    samples = read_rows(sources, skipped, select, report, trusted=trusted, fields=fields, follow_links=follow_links)
+    samples = read_rows(sources, skipped, ReadOptions(trusted, fields, follow_links, report=report), select)
     skipped.finish(report)
     return samples
 
 
-def read_rows(sources: str | Iterable[str], skipped: SkipCounter, select: dict[str, list] | None = None,
-              report: Callable[[str], None] | None = None, *, trusted: bool = False, fields: Fields = None,
-              follow_links: bool = False, captions: bool = True) -> list[Sample]:
-    """`read` with the counter of a source that goes through further stages, the last of which reports it; `captions` of `scan`."""
+def read_rows(sources: str | Iterable[str], skipped: SkipCounter, options: ReadOptions,
+              select: dict[str, list] | None = None) -> list[Sample]:
+    """`read` with the counter of a source that goes through further stages, the last of which reports it."""
     sources = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     if not sources:
         raise InputError("no data source is given, expected at least one manifest, folder or shard")
     samples = []
     for source in sources:
-        for row in scan(source, trusted, fields, follow_links, report, captions):
+        for row in _scan(source, options):
             skipped.rows += 1
             if isinstance(row, InputError):
                 skipped.skip(row)
@@ -117,50 +73,10 @@ def read_rows(sources: str | Iterable[str], skipped: SkipCounter, select: dict[s
     skipped.check()
     names = ", ".join(display(os.fspath(source)) for source in sources)
     none = f"{names}: no sample is left of {skipped.rows} rows"
-    kept = _select(samples, select or {}, none)
+    kept = keep_selected(samples, select or {}, none)
     if not kept:
         raise InputError(none)
     return kept
-
-
-def check_select(wanted: dict[str, list]) -> None:
-    """Raise InputError unless each field has a list: the letters of a text would be taken for values."""
-    for field, values in wanted.items():
-        if not isinstance(values, (list, tuple)):
-            raise InputError(f"select: field {field!r} has {shown(values)}, expected a list of values")
-
-
-def _select(samples: list[Sample], wanted: dict[str, list], none: str) -> list[Sample]:
-    check_select(wanted)
-    for field, values in wanted.items():
-        facts = [_facts(sample) for sample in samples]
-        known = sorted({name for fact in facts for name in fact})
-        if samples and field not in known:
-            raise InputError(f"select: no sample has the field {field!r}, expected one of {known}")
-        pairs = zip(samples, facts, strict=True)
-        kept = [sample for sample, fact in pairs if field in fact and any(_same(fact[field], value) for value in values)]
-        if samples and not kept:
-            some = [*dict.fromkeys(shown(fact[field]) for fact in facts if field in fact)]
-            some[5:] = ["..."] if len(some) > 5 else []
-            raise InputError(f"{none}: found {', '.join(some)} in the field {field!r}, "
-                             f"expected one of {shown(values)} (select)")
-        samples = kept
-    return samples
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two values are equal; 1 is 1.0, but true is not 1."""
-    return one == other and isinstance(one, bool) == isinstance(other, bool)
-
-
-def is_selected(sample: Sample, wanted: dict[str, list]) -> bool:
-    """Whether `select` keeps a sample."""
-    facts = _facts(sample)
-    return all(field in facts and any(_same(facts[field], value) for value in values) for field, values in wanted.items())
-
-
-def _facts(sample: Sample) -> dict[str, Any]:
-    return {"key": sample.key, "caption": sample.caption, **sample.metadata}
 
 
 def scan(source: str, trusted: bool = False, fields: Fields = None, follow_links: bool = False,
@@ -170,9 +86,13 @@ def scan(source: str, trusted: bool = False, fields: Fields = None, follow_links
     Files that are left out and count as no row are reported to `report`, in one line. Without `captions`, a medium without a text
     is a sample, too. Raises InputError if the source as a whole is missing, empty, damaged or of an unknown kind.
     """
+    return _scan(source, ReadOptions(trusted, fields, follow_links, captions, report))
+
+
+def _scan(source: str, options: ReadOptions) -> Iterator[Sample | InputError]:
     for path in expand(os.fspath(source)):
         empty = True
-        for row in _reader(path, trusted, fields, follow_links, report, captions):
+        for row in _reader(path, options):
             empty = False
             yield row
         if empty:
@@ -186,64 +106,21 @@ def is_prepared(path: str) -> bool:
     return os.path.isfile(os.path.join(path, PLAN))
 
 
-def expand(source: str) -> list[str]:
-    """The paths that a name with braces or a glob pattern stands for; anything else unchanged, but for a leading ~."""
-    if scheme_of(source) == "data" or not is_url(source) and os.path.exists(source):
-        return [source]
-    names = [*islice(_braced(source), MOST_NAMES + 1)]
-    if len(names) > MOST_NAMES:
-        raise InputError(f"{display(source)}: found braces for more than {MOST_NAMES:,} names")
-    return [path for name in dict.fromkeys(names) for path in _matches(name)]
-
-
-def _braced(name: str) -> Iterator[str]:
-    """The names that {000..127} and {a,b} in a name stand for, as in a shell."""
-    if (found := BRACES.search(name)) is None:
-        yield name
-        return
-    first, last, words = found.groups()
-    if words is None:
-        low, high = int(first), int(last)
-        width = max(len(first), len(last)) if re.match(r"0\d", first) or re.match(r"0\d", last) else 0  # pads with zeros
-        inside: Iterable[str] = (f"{number:0{width}}" for number in range(low, high + 1) or range(low, high - 1, -1))
-    else:
-        inside = words.split(",")
-    for middle in inside:
-        yield from _braced(name[:found.start()] + middle + name[found.end():])
-
-
-def _matches(source: str) -> list[str]:
-    """The paths that match a glob pattern, sorted; anything else unchanged, but for a leading ~."""
-    if is_url(source):
-        if "*" not in source:
-            return [source]
-        found = listed(source)
-    else:
-        source = user_name(source)
-        if os.path.exists(source) or not glob.has_magic(source):
-            return [source]
-        found = sorted(glob.glob(source, recursive=True))
-    if not found:
-        raise InputError(f"{display(source)}: no file matches this pattern")
-    return found
-
-
-def _reader(path: str, trusted: bool, fields: Fields, follow_links: bool,
-            report: Callable[[str], None] | None, captions: bool) -> Iterator[Sample | InputError]:
+def _reader(path: str, options: ReadOptions) -> Iterator[Sample | InputError]:
     name = bare(path).lower()
     folder = not is_url(path) and os.path.isdir(path)
     if suffix(path) in MANIFESTS and not folder:
-        return read_manifest(path, trusted, fields, captions)
+        return read_manifest(path, options)
     if name.endswith(SHARDS) and not folder:
-        return read_tar(path, fields, captions)
+        return read_tar(path, options)
     if hub.is_dataset(path):
-        return _dataset(path, trusted, fields, captions)
+        return _dataset(path, options)
     if is_prepared(path):
         raise InputError(f"{display(path)}: found shards of `mmtx prepare`, which only the training of a decoder reads, "
                          "expected pictures, sounds or texts")
     if folder:
         tables = (*MANIFESTS.keys() - {".json"}, *SHARDS, *TABLES)  # .json is a caption there
-        return read_folder(path, fields, follow_links, report, tables, captions)
+        return read_folder(path, options, tables)
     if not is_url(path) and not os.path.exists(path):
         raise InputError(f"{display(path)}: no such file or folder")
     raise InputError(f"{display(path)}: unknown kind of data, expected a folder, {', '.join((*MANIFESTS, *SHARDS))}{_hint(path)}")
@@ -257,7 +134,7 @@ def _hint(path: str) -> str:
     return f"; {hub.PREFIX}{folder} reads {' and '.join(TABLES)} files" if found else ""
 
 
-def _dataset(path: str, trusted: bool, fields: Fields, captions: bool) -> Iterator[Sample | InputError]:
-    base = hub.base_of(path, trusted)
+def _dataset(path: str, options: ReadOptions) -> Iterator[Sample | InputError]:
+    base = hub.base_of(path, options.trusted)
     for number, row in enumerate(hub.rows(path, base), 1):
-        yield attempt(partial(parse_row, row, base, number, f"{display(path)} row {number}", fields, captions))
+        yield attempt(parse_row, row, base, number, f"{display(path)} row {number}", options)

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import unquote_to_bytes
 
-from mmtx.data.trust import Base, is_url, is_web, scheme_of
+from mmtx.data.trust import Base
+from mmtx.data.urls import is_url, is_web, scheme_of
 from mmtx.errors import InputError, escape
+from mmtx.schema import typed
 
 MAX_BYTES = 256 * 2**20  # of one medium: more than 600 s of stereo PCM at 48 kHz
 LONGEST = 200            # characters of a name in a message
@@ -180,6 +182,7 @@ def redacted(path: str) -> str:
 # -- Opening and reading -------------------------------------------------------------------------------------
 
 
+@typed
 def read(path: str, limit: int = MAX_BYTES, base: Base | None = None, offset: int = 0, size: int | None = None) -> bytes:
     """All bytes of a local file or URL, or `size` of them from `offset`.
 
@@ -211,13 +214,13 @@ def _bounded(path: str, run: Any, *arguments: Any) -> Any:
     """Call `run`, within the time for one medium if an fsspec backend reads it, which may have no timeout of its own."""
     if not is_url(path) or is_web(path) or scheme_of(path) == "data":
         return run(*arguments)
-    from mmtx.data import web
+    from mmtx.data import retry
 
     try:
-        return web.in_time(web.TOTAL, run, *arguments)
+        return retry.in_time(retry.TOTAL, run, *arguments)
     except TimeoutError:
         pass
-    raise InputError(f"{display(path)}: no complete response within {web.TOTAL:g} s")
+    raise InputError(f"{display(path)}: {retry.out_of_time()}")
 
 
 @contextmanager
@@ -273,7 +276,8 @@ def _listed(pattern: str) -> list[str]:
     if is_web(pattern):
         import aiohttp
 
-        from mmtx.data.web import CONNECT, IDLE, TOTAL
+        from mmtx.data.connection import CONNECT, IDLE
+        from mmtx.data.retry import TOTAL
 
         options = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(TOTAL, sock_connect=CONNECT, sock_read=IDLE)}}
     files, path = fsspec.core.url_to_fs(pattern, **options)
@@ -377,14 +381,15 @@ def _reason(error: Exception, remote: bool) -> str:
         return "no such file"
     text = scrub(str(error))
     if remote:
-        from mmtx.data import web
+        from mmtx.data.response import STATUS, status_message
+        from mmtx.data.retry import Failure
 
-        if isinstance(error, web.Failure):
+        if isinstance(error, Failure):
             return str(error)
         answer = getattr(error, "response", None)
         codes = getattr(error, "status", None), getattr(answer, "status_code", None), getattr(error, "code", None)
-        if status := next((code for code in codes if isinstance(code, int) and code in web.STATUS), None):
-            return web.status_message(status)
+        if status := next((code for code in codes if isinstance(code, int) and code in STATUS), None):
+            return status_message(status)
         if isinstance(error, PermissionError):
             return "permission denied"
         if isinstance(error, TimeoutError):

@@ -9,7 +9,7 @@ import torch
 from mmtx.data.augment import AudioAugmentation, ImageAugmentation
 from mmtx.data.media import Sampled
 from mmtx.data.sample import Media, Sample, Text
-from mmtx.data.sources import SkipCounter
+from mmtx.data.skip_counter import SkipCounter
 from mmtx.document import Document, MediaPart, Part, TextPart, Turn
 from mmtx.errors import InputError
 from mmtx.modality.base import Encoding, Tokenizer

@@ -10,85 +10,17 @@ Chained and formatting URLs (`simplecache::`, `reference://`, ...) make fsspec r
 write them, in a config or on the command line. The same rules hold for redirects.
 """
 
-import ipaddress
 import os
 import re
-import socket
 from dataclasses import dataclass, replace
 from urllib.parse import unquote, urlsplit
 
+from mmtx.data.ip_addresses import is_link_local, is_public, literal
+from mmtx.data.urls import CONTROL, PORTS, is_chained, is_url, is_valid_url, is_web, origin, scheme_of
+
 SCHEMES = ("https", "http", "s3", "gs", "gcs", "az", "abfs", "abfss", "hf")
 OPTION = " (`trusted: true` or --trusted allows it)"
-# At least two letters: "C://data" is a Windows path.
-URL = re.compile(r"(?:[a-z][a-z0-9+.-]+::)*[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
-CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # URL parsers drop some of these
-PORTS = {"http": 80, "https": 443}
-METADATA = {ipaddress.ip_address(address) for address in ("169.254.169.254", "fd00:ec2::254", "100.100.100.200")}
-NAT64 = ipaddress.ip_network("64:ff9b::/96")
 DECODINGS = 8  # most levels of nested percent-encoding
-
-
-def is_url(path: str) -> bool:
-    """Whether `path` is a URL, rather than a path of the local file system."""
-    return URL.match(path) is not None
-
-
-def is_web(path: str) -> bool:
-    """Whether `path` is an http or https URL, which our own client opens and fsspec never sees."""
-    return scheme_of(path) in PORTS
-
-
-def scheme_of(path: str) -> str:
-    """The scheme of a URL in lower case: "https", "data", "simplecache::s3"."""
-    found = URL.match(path)
-    return found[0].lower().removesuffix("//").removesuffix(":") if found else ""
-
-
-def is_chained(path: str) -> bool:
-    """Whether fsspec would take `path` for a chain of URLs."""
-    return "::" in path and is_url(path) and not is_web(path)
-
-
-def is_public(address: str) -> bool:
-    """Whether an IP address belongs to the public internet, also if embedded in an IPv6 address."""
-    found = _unwrapped(address)
-    return found.is_global and not found.is_multicast and found not in METADATA
-
-
-def is_link_local(address: str) -> bool:
-    """Whether an IP address is link-local, or that of a cloud's metadata service, which gives out secrets."""
-    found = _unwrapped(address)
-    return found.is_link_local or found in METADATA
-
-
-def _unwrapped(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    found = ipaddress.ip_address(address.split("%")[0])
-    if found.version == 6:
-        embedded = found.ipv4_mapped or found.sixtofour or (found.teredo and found.teredo[1])
-        if not embedded and found in NAT64 or not embedded and int(found) >> 32 == 0 and int(found) > 1:  # ::a.b.c.d
-            embedded = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
-        found = embedded or found
-    return found
-
-
-def literal(host: str) -> str | None:
-    """The IP address of a host written as one, in any notation (decimal, octal, hexadecimal, short); None for a name."""
-    try:
-        return str(ipaddress.ip_address(host.strip("[]").split("%")[0]))
-    except ValueError:
-        try:
-            return socket.inet_ntoa(socket.inet_aton(host.rstrip(".")))
-        except (OSError, UnicodeEncodeError):
-            return None
-
-
-def origin(url: str) -> tuple[str, str, int | None]:
-    """Scheme, host and port of a URL. Raises ValueError if it has no valid host or port."""
-    parts = urlsplit(url)
-    scheme, host = parts.scheme.lower(), (parts.hostname or "").rstrip(".")
-    if not host or re.search(r"[\s\\]", parts.netloc):
-        raise ValueError("no host")
-    return scheme, host, parts.port or PORTS.get(scheme)
 
 
 def is_below(url: str, folder: str) -> bool:
@@ -203,14 +135,6 @@ def after_redirect(base: Base | None, asked: str, private: bool) -> Base:
 def _unversioned(url: str) -> str:
     """A URL of the Hugging Face hub without the version of its data set; any other unchanged."""
     return re.sub("@[^/]*", "", url, count=1) if scheme_of(url) == "hf" else url
-
-
-def is_valid_url(url: str) -> bool:
-    """Whether a URL has a host, and no control characters, which other parsers might drop."""
-    try:
-        return bool(origin(url)) and not CONTROL.search(url)
-    except ValueError:
-        return False
 
 
 def _is_absolute(name: str) -> bool:

@@ -12,18 +12,21 @@ from torch import Tensor
 
 from mmtx.config import CodeRange, DecoderConfig
 from mmtx.errors import InputError
-from mmtx.files import CONFIG, find_shipped, open_regular, read_json, read_text
+from mmtx.files import open_regular, read_text
 from mmtx.hub import find_model
 from mmtx.interop.chat import chat_format_of
 from mmtx.interop.families import read_settings, read_weights
 from mmtx.interop.gguf_files import read_gguf
+from mmtx.json_files import read_json
 from mmtx.modality.base import Tokenizer, load_tokenizer
 from mmtx.modality.pretrained_text import TEMPLATE, TOKENIZER, PretrainedText, read_specials
 from mmtx.modality.registry import media_kinds
 from mmtx.modality.text import MOST_BYTES
 from mmtx.model import Decoder
 from mmtx.pipeline import Model
+from mmtx.saved_folder import CONFIG
 from mmtx.schema import shown
+from mmtx.shipped_files import find_shipped
 from mmtx.vocabulary import Vocabulary
 from mmtx.weights import PICKLES
 

@@ -9,13 +9,16 @@ from typing import Any, cast
 
 import safetensors.torch
 
+from mmtx.atomic_folder import replace_folder
 from mmtx.errors import InputError
-from mmtx.files import CONFIG, replace_folder, user_path, write_json
+from mmtx.files import user_path
 from mmtx.interop.families import write_settings, write_weights
 from mmtx.interop.gguf_files import CONTROL, NORMAL, UNUSED, USER_DEFINED, write_gguf
+from mmtx.json_files import write_json
 from mmtx.modality.pretrained_text import TEMPLATE, TOKENIZER, PretrainedText
 from mmtx.modality.text import BYTE, SPACE, UNKNOWN, TextTokenizer
 from mmtx.pipeline import Model
+from mmtx.saved_folder import CONFIG
 
 MAX_SEQ_LEN = 8192  # context length in tokens, from which engines allocate memory
 TAGS = ("{{ '<bos>' }}{% for message in messages %}{{ '<user>' if message['role'] == 'user' else '<assistant>' }}"

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mmtx.config import DecoderConfig, RopeScaling
 from mmtx.errors import InputError
-from mmtx.files import open_regular, require
+from mmtx.extras import require
+from mmtx.files import open_regular
 from mmtx.interop.families import family_named, family_of
 from mmtx.modality.pretrained_text import PretrainedText
 from mmtx.model import rotary_frequencies

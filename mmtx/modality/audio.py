@@ -23,12 +23,14 @@ from torch import Tensor
 
 from mmtx.ambient import neutral, neutral_steps
 from mmtx.errors import InputError
-from mmtx.files import CONFIG, write_json
+from mmtx.files import user_path
+from mmtx.json_files import write_json
 from mmtx.modality.autoencoder import Codec, NetworkConfig, PatchAutoencoder, Reconstruction
 from mmtx.modality.base import Encoding, read_config, wrong_medium
 from mmtx.modality.vocoder import PITCHES, Vocoder, VocoderConfig, pitch_logits
-from mmtx.schema import build, within
-from mmtx.weights import load_module, to_bytes
+from mmtx.saved_folder import CONFIG
+from mmtx.schema import build, typed, within
+from mmtx.weights import load_module, to_bytes, weights_of
 
 FLOOR = 1e-3              # mel magnitudes below it count as silence: 70 dB under a full-scale tone
 CENTRE, SPREAD = -4.5, 2  # scale log magnitudes of peak-normalised sound to about [-1, 3]
@@ -37,6 +39,7 @@ GRIFFIN_LIM_MOMENTUM = 0.99
 CHUNKS = 16               # whose spectrogram is computed at a time, so that temporary memory does not grow with the sound
 
 
+@typed
 @dataclass(frozen=True)
 class AudioConfig:
     """Spectrogram, patches and network of an audio tokenizer.
@@ -83,6 +86,7 @@ class AudioTokenizer(Codec):
     parts = ("vocoder",)
     later = ("pitch",)
 
+    @typed
     def __init__(self, config: AudioConfig = AudioConfig()):
         super().__init__()
         self.config = config
@@ -109,12 +113,12 @@ class AudioTokenizer(Codec):
         return {
             **files,
             CONFIG: write_json({**self.values(), "vocoder": asdict(self.vocoder.config)}),
-            "vocoder.safetensors": to_bytes(self.vocoder.state_dict()),
+            "vocoder.safetensors": to_bytes(weights_of(self.vocoder)),
         }
 
     @classmethod
     def from_folder(cls, folder: Path) -> "AudioTokenizer":
-        folder = Path(folder)
+        folder = user_path(folder)
         tokenizer = cast(AudioTokenizer, super().from_folder(folder))
         if (values := read_config(folder, cls.kind).get("vocoder")) is not None:
             config, matrix = build(VocoderConfig, values, folder / CONFIG, "vocoder"), tokenizer._mel_matrix
@@ -260,6 +264,7 @@ class AudioTokenizer(Codec):
         return encodings
 
     @neutral_steps
+    @typed
     def encode_stream(self, waveforms: Iterable[Tensor]) -> Iterator[np.ndarray]:
         """One sound in pieces (S,) of any lengths, including 0 -> its codes in pieces (t, bands): those of `encode`.
 

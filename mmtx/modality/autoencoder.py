@@ -19,19 +19,22 @@ from torch import Tensor, nn
 
 from mmtx.config import EncoderConfig
 from mmtx.errors import InputError
-from mmtx.files import CONFIG, write_json
+from mmtx.files import user_path
+from mmtx.json_files import write_json
 from mmtx.modality.base import Encoding, MediaTokenizer, check_codes, read_config
 from mmtx.modality.encoder import NORM_EPS, PatchEncoder
 from mmtx.modality.fsq import FSQ
 from mmtx.model import Block, RMSNorm, initialise
-from mmtx.schema import build, within
-from mmtx.weights import load_module, to_bytes
+from mmtx.saved_folder import CONFIG
+from mmtx.schema import build, typed, within
+from mmtx.weights import load_module, to_bytes, weights_of
 
 MOST_CODES = 2**20  # of a quantizer, which needs tables of this length
 ENCODE_BATCH = 64  # grids in one pass of the network
 ENCODING = ("embed", "encoder", "encoder_norm", "to_latent")  # parts of the network that codes depend on
 
 
+@typed
 @dataclass(frozen=True)
 class NetworkConfig:
     """Sizes of the encoder and the decoder, and the quantizer's levels, whose product is the codebook size."""
@@ -43,7 +46,6 @@ class NetworkConfig:
     levels: tuple[int, ...] = (8, 8, 8, 6, 5)
 
     def __post_init__(self):
-        object.__setattr__(self, "levels", tuple(self.levels))
         for name, least, most in (("width", 1, 2**16), ("heads", 1, 2**10), ("encoder_depth", 0, 2**10), ("decoder_depth", 0, 2**10)):
             within(f"network.{name}", getattr(self, name), least, most)
         within("network.levels", len(self.levels), 1, 64)
@@ -186,12 +188,12 @@ class Codec(MediaTokenizer, nn.Module):
         return self._files(ENCODING)
 
     def files(self) -> dict[str, bytes]:
-        return self._files(tuple(name for name, _ in self.network.named_children()), to_bytes)
+        return self._files(None, to_bytes)
 
-    def _files(self, parts: tuple[str, ...], to_bytes=safetensors.torch.save) -> dict[str, bytes]:
-        """The configuration, and the weights of some parts of the network."""
-        weights = {name: tensor.contiguous().cpu() for name, tensor in self.network.state_dict(prefix="network.").items()
-                   if name.split(".")[1] in parts}
+    def _files(self, parts: tuple[str, ...] | None, to_bytes=safetensors.torch.save) -> dict[str, bytes]:
+        """The configuration, and the weights of some parts of the network, or of all."""
+        weights = {name: tensor.contiguous().cpu() for name, tensor in weights_of(self.network, "network.").items()
+                   if parts is None or name.split(".")[1] in parts}
         return {
             CONFIG: write_json(self.values()),
             "model.safetensors": to_bytes(weights),
@@ -199,7 +201,7 @@ class Codec(MediaTokenizer, nn.Module):
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Codec":
-        folder = Path(folder)
+        folder = user_path(folder)
         values = {key: value for key, value in read_config(folder, cls.kind).items() if key not in ("kind", *cls.parts)}
         config: Any = build(cls.Config, values, folder / CONFIG, optional=cls.later)
         return load_module(lambda: cls(config), folder / "model.safetensors").eval()

@@ -5,7 +5,7 @@ Codes are local: they start at 0 in every modality. `mmtx.vocabulary` gives them
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 
 from mmtx.ambient import neutral
+from mmtx.atomic_folder import put_back, replace_folder
 from mmtx.errors import InputError
-from mmtx.files import CONFIG, put_back, read_json, replace_folder
+from mmtx.files import user_path
+from mmtx.json_files import read_json
 from mmtx.modality.registry import MODALITIES
-from mmtx.schema import shown
+from mmtx.saved_folder import CONFIG
+from mmtx.schema import shown, typed
 
 
 class Encoding(NamedTuple):
@@ -78,7 +81,7 @@ class Tokenizer(ABC):
         """Return all files that `save` writes: file name -> content. Equal tokenizers give equal files.
 
         One is config.json, a JSON object whose field `kind` is a key of `Modality.tokenizers`. All names must be in
-        `mmtx.files.WRITTEN`; otherwise saving again would refuse the folder as not written by mmtx.
+        `mmtx.saved_folder.WRITTEN`; otherwise saving again would refuse the folder as not written by mmtx.
         """
 
     @classmethod
@@ -144,9 +147,10 @@ class MediaTokenizer(Tokenizer):
             raise InputError(f"{self.kind} codes: found shape {found.shape}, expected {expected} with at least one code")
         return found
 
-    def encode_batch(self, media: Sequence[Tensor]) -> list[np.ndarray]:
+    @typed
+    def encode_batch(self, media: Iterable[Tensor]) -> list[np.ndarray]:
         """Media of any sizes -> codes (h, w) of each."""
-        return [encoding.codes for encoding in self.embed_batch(media)]
+        return [encoding.codes for encoding in self.embed_batch([*media])]
 
     def encode(self, medium: Tensor) -> np.ndarray:
         """A medium of any size -> codes (h, w), int64."""
@@ -174,9 +178,10 @@ def media_tokenizer(tokenizers: Mapping[str, Tokenizer], kind: str) -> MediaToke
 
 
 @neutral()
+@typed
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Load a tokenizer of any kind; `config.json` in the folder names the kind."""
-    folder = Path(folder)
+    folder = user_path(folder)
     put_back(folder)
     classes = {word: modality for modality in MODALITIES.values() for word in modality.tokenizers}
     word = read_config(folder, *classes)["kind"]

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from mmtx.config import EfficientNetConfig, EfficientNetShape, EncoderConfig, Stage
 from mmtx.errors import InputError
-from mmtx.files import CONFIG, read_json
+from mmtx.json_files import read_json
+from mmtx.saved_folder import CONFIG
 from mmtx.schema import build
 from mmtx.weights import load_module
 

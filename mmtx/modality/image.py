@@ -18,12 +18,13 @@ from mmtx.errors import InputError
 from mmtx.modality.autoencoder import Codec, NetworkConfig, PatchAutoencoder, Reconstruction
 from mmtx.modality.base import Encoding, Tokenizer, wrong_medium
 from mmtx.modality.encoder import Window, join, windows
-from mmtx.schema import within
+from mmtx.schema import typed, within
 
 LARGE = 2 ** 22  # elements of a picture
 MAX_ROWS = 64  # the stream has size tokens <h:1>..<h:64> and <w:1>..<w:64>
 
 
+@typed
 @dataclass(frozen=True)
 class ImageConfig:
     """Size rules and network of an image tokenizer.
@@ -59,11 +60,13 @@ class ImageTokenizer(Codec):
     kind = "image"
     Config = ImageConfig
 
+    @typed
     def __init__(self, config: ImageConfig = ImageConfig()):
         super().__init__()
         self.config = config
         self.network = PatchAutoencoder(3 * config.patch ** 2, config.network)
 
+    @typed
     def at(self, side: int | None, fit: Literal["pad", "crop", "resize"] | None = None) -> "ImageTokenizer":
         """The same codec for pictures of another size, without training: it shares this one's weights.
 

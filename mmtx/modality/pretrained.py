@@ -8,7 +8,7 @@ have no levels, so a decoder learns one embedding row for each, and there are no
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, cast
@@ -20,10 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtx.errors import InputError
-from mmtx.files import CONFIG, read_json, require, write_json
+from mmtx.extras import require
+from mmtx.json_files import read_json, write_json
 from mmtx.modality.audio import check_waveform
 from mmtx.modality.base import Encoding, MediaTokenizer, check_codes, read_config
 from mmtx.modality.image import ImageConfig, ImageTokenizer
+from mmtx.saved_folder import CONFIG
 from mmtx.schema import build as check_settings
 from mmtx.schema import shown
 from mmtx.weights import load_module
@@ -133,7 +135,7 @@ class Pretrained(MediaTokenizer, nn.Module):
     @abstractmethod
     def encode(self, medium: Tensor) -> np.ndarray: ...
 
-    def encode_batch(self, media: Sequence[Tensor]) -> list[np.ndarray]:
+    def encode_batch(self, media: Iterable[Tensor]) -> list[np.ndarray]:
         """Media of any sizes -> codes of each. One by one: padding would change the codes of these networks."""
         return [self.encode(medium) for medium in media]
 

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mmtx.errors import InputError
-from mmtx.files import CONFIG, read_json, read_text, require, write_json
-from mmtx.modality.base import ChatFormat, Tokenizer, check_codes, read_config
-from mmtx.modality.text import MOST_BYTES, check_unicode
+from mmtx.extras import require
+from mmtx.files import read_text, user_path
+from mmtx.json_files import read_json, write_json
+from mmtx.modality.base import ChatFormat, Tokenizer, read_config
+from mmtx.modality.text import MOST_BYTES, check_unicode, whole_numbers
+from mmtx.saved_folder import CONFIG
 from mmtx.schema import build, shown, within
 
 TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
@@ -84,7 +87,7 @@ class PretrainedText(Tokenizer):
 
     @classmethod
     def from_folder(cls, folder: Path) -> "PretrainedText":
-        folder = Path(folder)
+        folder = user_path(folder)
         config, where = read_config(folder, "pretrained text"), folder / CONFIG
         if config.keys() != {"kind", "size", "markup", "specials"}:
             raise InputError(f"{where}: found the fields {shown(', '.join(config))}, expected kind, size, markup, specials")
@@ -122,8 +125,7 @@ class PretrainedText(Tokenizer):
 
     def decode(self, codes: Sequence[int]) -> str:
         """Pieces to text; special tokens give none. Raises InputError on a code outside [0, size)."""
-        codes = [int(code) for code in codes]
-        check_codes(codes, range(self.size), "text codes")
+        codes = whole_numbers(codes, range(self.size))
         return b"".join(self._bytes[code] for code in codes).decode("utf-8", errors="replace")
 
     def marked(self, text: str) -> list[int]:

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmtx.errors import InputError
-from mmtx.files import PARTS
 from mmtx.plugins import import_file
+from mmtx.saved_folder import PARTS
+from mmtx.schema import typed
 
 RESERVED = ("special", "any", "document", "video")  # words with another meaning where a kind is expected
 
 
+@typed
 @dataclass(frozen=True)
 class Modality:
     """One kind of media. Classes and functions are given directly, or as "module:name", which is imported on first use.
@@ -70,13 +72,9 @@ class Modality:
         if not re.fullmatch("[a-z][a-z0-9_]{0,30}", self.kind) or self.kind in RESERVED:
             raise InputError(f"modality: found the kind {self.kind!r:.60}, expected a lower-case word other than "
                              f"{', '.join(RESERVED)}")
-        if self.layout not in ("pieces", "grid", "steps") or (self.layout == "pieces") != (self.kind == "text"):
+        if (self.layout == "pieces") != (self.kind == "text"):
             raise InputError(f"modality {self.kind!r}: found layout {self.layout!r}, expected 'grid' or 'steps'")
         at = f"modality {self.kind!r}"
-        for name in ("extensions", "known", "fields", "types"):
-            values = getattr(self, name)
-            if not isinstance(values, (tuple, list)) or not all(isinstance(value, str) for value in values):
-                raise InputError(f"{at}: found {name} {values!r:.40}, expected a tuple of strings")
         for extension in (*self.extensions, *self.known):
             if extension in (".txt", ".json"):
                 raise InputError(f"{at}: found the extension {extension!r}, which captions have, expected another")
@@ -108,6 +106,7 @@ MODALITIES: dict[str, Modality] = {}  # by kind, text first
 PLUGINS: dict[str, str] = {}  # name of each module that `load_plugin` imported -> its path as given
 
 
+@typed
 def register(modality: Modality) -> Modality:
     """Make a modality known to all of mmtx, for the lifetime of the process.
 
@@ -158,6 +157,7 @@ def unknown(kind: str, where: object) -> InputError:
                       "--plugin FILE (in Python mmtx.load_plugin) with the file that registers it")
 
 
+@typed
 def load_plugin(path: str | Path) -> None:
     """Import a Python file that registers a modality, under the file's name; a second call does nothing.
 

@@ -11,14 +11,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from math import isfinite
+from operator import index
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import sentencepiece
 
 from mmtx.errors import InputError
-from mmtx.files import CONFIG, read_bytes, write_json
+from mmtx.files import read_bytes, user_path
+from mmtx.json_files import write_json
 from mmtx.modality.base import Tokenizer, check_codes, read_config
+from mmtx.saved_folder import CONFIG
+from mmtx.schema import shown, typed, within
 
 SPACE = "\u2581"  # SentencePiece writes a space as this character
 RESERVED = {SPACE, "\u2585"}  # the trainer takes the first for a space and drops texts with the second
@@ -66,6 +70,7 @@ class TextTokenizer(Tokenizer):
                 raise InputError(f"{where}: changes {text!a} to {found!a}, expected a model with {settings}")
 
     @classmethod
+    @typed
     def train(cls, texts: Iterable[str], size: int) -> "TextTokenizer":
         """Train a BPE model; equal texts and size give equal models.
 
@@ -73,8 +78,7 @@ class TextTokenizer(Tokenizer):
         bytes are single characters, the most common ones; others are written as bytes.
         Raises InputError if there is no text, or on a lone surrogate.
         """
-        if size <= FIXED:
-            raise InputError(f"text tokenizer: found size {size}, expected at least {FIXED + 1}")
+        within("text tokenizer: size", size, FIXED + 1, MOST_PIECES)
         texts = list(texts)
         counts: Counter[str] = Counter()
         for text in texts:
@@ -115,12 +119,12 @@ class TextTokenizer(Tokenizer):
     @classmethod
     def from_file(cls, path: str | Path) -> "TextTokenizer":
         """Load an existing `.model` file. Raises InputError that names what it lacks."""
-        return cls(read_bytes(path, MOST_BYTES), where=path)
+        return cls(read_bytes(user_path(path), MOST_BYTES), where=path)
 
     @classmethod
     def from_folder(cls, folder: Path) -> "TextTokenizer":
         """Read what `save` wrote."""
-        folder = Path(folder)
+        folder = user_path(folder)
         config = read_config(folder, cls.kind)
         tokenizer = cls.from_file(folder / MODEL_FILE)
         if write_json(config) != write_json(tokenizer._config):  # in Python 1 == 1.0 == True
@@ -156,8 +160,7 @@ class TextTokenizer(Tokenizer):
 
         Raises InputError on a code outside [0, size).
         """
-        codes = [int(code) for code in codes]
-        check_codes(codes, range(self.size), "text codes")
+        codes = whole_numbers(codes, range(self.size))
         return b"".join(self._bytes[code] for code in codes).decode("utf-8", errors="replace")
 
     def __reduce__(self):
@@ -241,6 +244,16 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
             return value, at
         if shift > 63:
             raise ValueError
+
+
+def whole_numbers(codes: Any, allowed: range) -> list[int]:
+    """Codes of text as a list of int. Raises InputError unless all are whole numbers in the range `allowed`."""
+    try:
+        found = [*map(index, codes)]
+    except TypeError:
+        raise InputError(f"text codes: found {shown(codes)}, expected whole numbers") from None
+    check_codes(found, allowed, "text codes")
+    return found
 
 
 def check_unicode(text: str) -> None:

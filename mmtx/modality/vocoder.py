@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtx.errors import InputError
-from mmtx.schema import within
+from mmtx.schema import typed, within
 
 SILENCE = -7.0            # log magnitude of silence, assumed beyond the ends of a sound
 LOWEST = 27.5             # Hz, of the first pitch bin: A0
@@ -38,6 +38,7 @@ CLARITY = 0.8             # share of a frame's energy that its period must expla
 PITCH_LOGIT = 12.0        # logit at the pitch of a frame that has one, falling to 0 a semitone away
 
 
+@typed
 @dataclass(frozen=True)
 class VocoderConfig:
     """Sizes of the network. `kernel` is in frames, odd; `expansion` is the ratio of the hidden width of a block to `width`."""

@@ -13,18 +13,20 @@ from torch import Tensor, nn
 
 from mmtx.embedding import TokenEmbedding
 from mmtx.errors import InputError
-from mmtx.files import require, write_whole
+from mmtx.extras import require
+from mmtx.files import write_whole
 from mmtx.interop.families import BLOCK, sizes_of
 from mmtx.modality.encoder import build_encoder
 from mmtx.model import Decoder
-from mmtx.schema import within
+from mmtx.schema import typed, within
 from mmtx.training.quantize import quantize, size_of, weight_of
-from mmtx.weights import Runs, file_parts
+from mmtx.weights import Runs, file_parts, weights_of
 
 NAME = "default"  # of the adapter in peft
 TARGETS = {"attention": ("qkv", "out"), "feed_forward": ("gate_up", "down")}
 
 
+@typed
 @dataclass(frozen=True)
 class LoRA:
     """Low-rank adapters (https://arxiv.org/abs/2106.09685) of a decoder that starts from a finished model.
@@ -95,8 +97,8 @@ class MergedWeights(Mapping[str, Runs]):
     """
 
     def __init__(self, decoder: Decoder):
-        layers = dict(decoder.named_modules())
-        own = {name.replace(".base_layer", ""): tensor for name, tensor in decoder.state_dict().items()
+        layers = {name.replace("_orig_mod.", ""): module for name, module in decoder.named_modules()}
+        own = {name.replace(".base_layer", ""): tensor for name, tensor in weights_of(decoder).items()
                if ".lora_" not in name and ".parametrizations." not in name}
         self.made: dict[str, Callable[[], Runs]] = {name: tensor.detach for name, tensor in own.items()}
         for name, layer in layers.items():

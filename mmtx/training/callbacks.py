@@ -23,11 +23,14 @@ from torch import Tensor
 from mmtx import __version__
 from mmtx.data.storage import redacted
 from mmtx.data.tokens import to_documents
-from mmtx.files import PACKAGE, check_target, write_file, write_json
+from mmtx.files import write_file
 from mmtx.inference.sampling import Sampling
+from mmtx.json_files import write_json
 from mmtx.medium import Sound, to_sound
 from mmtx.modality.registry import MODALITIES
 from mmtx.run_page import EVALUATION, step_of
+from mmtx.saved_folder import check_target
+from mmtx.shipped_files import PACKAGE
 from mmtx.training.checkpoint import check_finite
 from mmtx.training.codec import CodecModule
 from mmtx.training.decoder import DecoderModule

@@ -15,13 +15,13 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from mmtx.errors import InputError
-from mmtx.files import find_shipped
 from mmtx.modality.audio import AudioConfig, AudioTokenizer
 from mmtx.modality.autoencoder import ENCODING, Codec, Reconstruction
 from mmtx.modality.base import load_tokenizer
 from mmtx.modality.image import ImageConfig, ImageTokenizer
 from mmtx.modality.vocoder import hertz
-from mmtx.schema import within
+from mmtx.schema import typed, within
+from mmtx.shipped_files import find_shipped
 from mmtx.training.codec_data import CodecBatch
 from mmtx.training.discriminator import MOST_WEIGHT, AdversarialConfig, Discriminator, Perceptual, PerceptualConfig, adaptive_weight
 from mmtx.training.module import Means, TrainingModule, sum_over_ranks
@@ -78,6 +78,7 @@ class CodecModule(TrainingModule):
     tokenizer: Codec
     perceptual: Perceptual | None = None
 
+    @typed
     def __init__(self, tokenizer: Codec, optimizer: OptimizerConfig = OptimizerConfig(), l1_weight: float = 0.2,
                  refine: str | None = None, adversarial: AdversarialConfig | None = None, channels: int = 1):
         """
@@ -190,13 +191,14 @@ class CodecModule(TrainingModule):
         """Means over all held-out media -> figures to log."""
         return means
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         self.tokenizer.save(folder)
 
 
 class ImageCodecModule(CodecModule):
     """Training of an image tokenizer."""
 
+    @typed
     def __init__(self, tokenizer: ImageConfig = ImageConfig(), optimizer: OptimizerConfig = OptimizerConfig(),
                  l1_weight: float = 0.2, refine: str | None = None, perceptual: PerceptualConfig | None = None,
                  adversarial: AdversarialConfig | None = None):
@@ -262,6 +264,7 @@ class AudioCodecModule(CodecModule):
 
     tokenizer: AudioTokenizer
 
+    @typed
     def __init__(self, tokenizer: AudioConfig = AudioConfig(), optimizer: OptimizerConfig = OptimizerConfig(),
                  l1_weight: float = 0.2, refine: str | None = None, init_from: str | None = None, pitch_weight: float = 0.1,
                  adversarial: AdversarialConfig | None = None):

@@ -21,7 +21,7 @@ from mmtx.errors import InputError
 from mmtx.modality.audio import AudioTokenizer
 from mmtx.modality.autoencoder import Codec
 from mmtx.modality.image import resize, to_float
-from mmtx.schema import within
+from mmtx.schema import typed, within
 from mmtx.training.loader import ResumableLoader, loader
 from mmtx.training.source_data import SourceData
 
@@ -64,6 +64,7 @@ class CodecBatches(Dataset):
 class CodecData(SourceData):
     """Media of one kind, read and checked once before training, cut and augmented by index."""
 
+    @typed
     def __init__(self, train: list[DataSource], validation: list[DataSource], batch_size: int = 32, multi_size_prob: float = 0.0,
                  **options: Any):
         """
@@ -80,7 +81,7 @@ class CodecData(SourceData):
         self.contents: dict[str, list[Content]] = {}
 
     def setup(self, stage: str) -> None:
-        self.tokenizer = cast(Codec, self.trainer.lightning_module.tokenizer)
+        self.tokenizer = cast(Codec, self.required_loop().module.tokenizer)
         if stage == "test":
             if not hasattr(self, "test_media"):
                 self.test_media, _, _ = self._load(read_sources(test_sources(self.test), self.max_bad, captions=False), "test")
@@ -160,27 +161,29 @@ class CodecData(SourceData):
             yield F.pad(cut, (0, samples - len(cut)))
 
     def train_dataloader(self) -> ResumableLoader:
+        steps = self.batches_of_run()
         collate = {"image": self._pictures, "audio": self._sounds}.get(self.tokenizer.kind, self._pieces)
-        return ResumableLoader(self._batches(self.train_media, collate, self.batches_of_run(), self.weights), self.num_workers)
+        return ResumableLoader(self._batches(self.train_media, collate, steps, self.weights), self.num_workers)
 
     def _pieces(self, media: list[Tensor], generator: Generator) -> Tensor:
         """Pieces of the media of a training batch, as their codec cuts them."""
         return self.tokenizer.batch([self.tokenizer.piece(medium, generator) for medium in media])
 
     def val_dataloader(self) -> DataLoader:
-        return self._held_out(self.validation_media, "validation")
+        return self._held_out("validation")
 
     def test_dataloader(self) -> DataLoader:
-        return self._held_out(self.test_media, "test")
+        return self._held_out("test")
 
-    def _held_out(self, media: list[Tensor], name: str) -> DataLoader:
+    def _held_out(self, name: str) -> DataLoader:
+        loop = self.required_loop()
         # The cut of a medium depends only on its index, not on its batch.
         media = [self.held_out_piece(medium, Generator().manual_seed(seed_of(self.seed, number)))
-                 for number, medium in enumerate(media)]
+                 for number, medium in enumerate(getattr(self, f"{name}_media"))]
         if len({tuple(medium.shape) for medium in media}) > 1:
             expected = ' with `side` and fit "pad" or "crop"' if self.tokenizer.kind == "image" else " that cuts them"
             raise InputError(f"{name}: found {self.tokenizer.kind} of different sizes, expected a tokenizer{expected}")
-        steps = -(-len(media) // (self.batch_size * self.trainer.world_size))
+        steps = -(-len(media) // (self.batch_size * loop.world))
         return loader(self._batches(media, self.held_out, steps, None), self.num_workers)
 
     def held_out_steps(self) -> int:
@@ -198,8 +201,7 @@ class CodecData(SourceData):
         return self.tokenizer.batch(media)
 
     def _batches(self, media: list[Tensor], collate, steps: int, weights: Tensor | None) -> CodecBatches:
-        return CodecBatches(media, collate, self.batch_size, self.seed, steps, self.trainer.global_rank,
-                            self.trainer.world_size, weights)
+        return CodecBatches(media, collate, self.batch_size, self.seed, steps, self.loop.rank, self.loop.world, weights)
 
 
 def random_resized_crop(picture: Tensor, height: int, width: int, generator: Generator) -> Tensor:

@@ -23,9 +23,11 @@ from mmtx.data.packing import Batch
 from mmtx.embedding import TokenEmbedding
 from mmtx.errors import InputError
 from mmtx.model import Decoder
+from mmtx.schema import typed
 from mmtx.vocabulary import Vocabulary
 
 
+@typed
 @dataclass(frozen=True)
 class CTCConfig:
     """An auxiliary CTC loss by which the decoder transcribes the sounds of user turns while it reads them.

@@ -14,13 +14,13 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from mmtx.atomic_folder import replace_folder
 from mmtx.config import CodeRange, DecoderConfig, EfficientNetConfig, EncoderConfig
 from mmtx.data.packing import Batch
 from mmtx.data.sample import Sample
 from mmtx.data.storage import scrub
 from mmtx.data.tokens import to_documents
 from mmtx.errors import InputError
-from mmtx.files import replace_folder
 from mmtx.hub import find_model
 from mmtx.loss import TokenLoss, next_token_loss
 from mmtx.modality.autoencoder import Codec
@@ -30,7 +30,7 @@ from mmtx.modality.encoder import build_encoder
 from mmtx.model import Decoder, initialise
 from mmtx.model_folder import WEIGHTS, ModelParts, model_files, read_model
 from mmtx.pipeline import Model
-from mmtx.schema import within
+from mmtx.schema import typed, within
 from mmtx.training.adapters import LoRA, MergedWeights, adapt, merged, parameters_by_group, save_adapter
 from mmtx.training.ctc import CTCConfig, ctc_loss, states_behind
 from mmtx.training.decoder_data import TokenizerFolders, with_media
@@ -38,13 +38,13 @@ from mmtx.training.memory import releasing_memory
 from mmtx.training.module import Means, TrainingModule, sum_over_ranks
 from mmtx.training.mup import rescale, scaled
 from mmtx.training.optimizer import OptimizerConfig, configure
-from mmtx.training.private import data_of
 from mmtx.training.quantize import quantize_layer
 from mmtx.training.sharding import shard
 from mmtx.vocabulary import Vocabulary
-from mmtx.weights import load_module
+from mmtx.weights import load_module, weights_of
 
 
+@typed
 @with_media(float, 1.0, "weight of {} codes.")
 @dataclass(frozen=True)
 class LossWeights:
@@ -69,6 +69,7 @@ class LossWeights:
 class DecoderModule(TrainingModule):
     """Next-token training of the decoder; sizes that depend on the tokenizers are filled in."""
 
+    @typed
     def __init__(
         self,
         decoder: DecoderConfig,
@@ -165,9 +166,9 @@ class DecoderModule(TrainingModule):
                 raise InputError(f"{option}{error}; a resumed run needs it as well, since checkpoints lack its sizes") from None
 
     def configure_model(self) -> None:
+        self._take_tokenizers()  # also of a module that is built already, but for other data
         if self.decoder is not None:
             return
-        self._take_tokenizers()
         vocabulary = self.vocabulary
         # Not a buffer: a run in bfloat16 would round it.
         self.weights_on_device: Tensor | None = None
@@ -236,7 +237,7 @@ class DecoderModule(TrainingModule):
                 encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()})
 
     def _take_tokenizers(self) -> None:
-        theirs = getattr(data_of(self.trainer), "tokenizers", None)
+        theirs = getattr(self.data, "tokenizers", None)
         if self.tokenizers is None and theirs is None:
             raise InputError("model.init_args.tokenizers: found none, expected folders of tokenizers, since the data have none")
         found, expected = ({kind: tokenizer.fingerprint for kind, tokenizer in (some or {}).items()}
@@ -311,12 +312,24 @@ class DecoderModule(TrainingModule):
         self.seen = loss, log_sum  # for telemetry
         self.total += weights.sum()
         self.log("train/loss", ratio((loss * weights).sum(), weights.sum()), prog_bar=True)
-        # Ranks must agree on which weights have a gradient, whatever media their batches hold.
+        # The sum, not the mean: `on_before_optimizer_step` divides by the weights of all targets of the step at once.
+        return (total + self._idle(batch)) * self.trainer.accumulate_grad_batches
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The mean loss over the targets of a batch, for a loop without a trainer.
+
+        In training it is what a trainer minimises, with z-loss and CTC; after `eval` it is the cross entropy that validations log.
+        """
+        self.built()
+        weights = self._weights()[batch.modality]
+        total, loss, _ = self._losses(batch, weights)
+        return ratio(total + self._idle(batch) if self.training else (loss * weights).sum(), weights.sum())
+
+    def _idle(self, batch: Batch) -> Tensor | float:
+        """0, with a gradient of 0 for all that the batch leaves out: ranks must agree on which weights have a gradient."""
         absent = [modules[kind] for modules in (self.decoder.projections, self.decoder.encoders) for kind in modules
                   if kind not in batch.features]
-        idle = 0.0 * sum(parameter.sum() for module in absent for parameter in module.parameters())
-        # The sum, not the mean: `on_before_optimizer_step` divides by the weights of all targets of the step at once.
-        return (total + idle) * self.trainer.accumulate_grad_batches
+        return 0.0 * sum(parameter.sum() for module in absent for parameter in module.parameters())
 
     def on_train_batch_start(self, batch: Batch, index: int) -> None:
         if index % self.trainer.accumulate_grad_batches == 0:
@@ -381,16 +394,23 @@ class DecoderModule(TrainingModule):
             return TokenLoss(loss.total + ctc.weight * ctc_loss(output, heard, batch, self.vocabulary), loss.loss, loss.log_sum)
         return loss
 
+    def built(self) -> Decoder:
+        """The decoder. Raises InputError if it is not built yet, since its sizes come from the tokenizers."""
+        if self.decoder is None:
+            raise InputError(f"{type(self).__name__}: found no decoder yet, expected Trainer(...).fit(model, data) or "
+                             "data.attach(model, steps=...) before")
+        return self.decoder
+
     def model(self) -> Model:
         """The decoder with its tokenizers, for captions during training and for saving."""
-        decoder = self.decoder if self.lora is None else merged(self.decoder)
+        decoder = self.built() if self.lora is None else merged(self.built())
         return Model(decoder, self.vocabulary, self.tokenizers)
 
-    def save(self, folder: Path) -> None:
-        weights = self.decoder.state_dict() if self.lora is None else MergedWeights(self.decoder)
+    def save(self, folder: str | Path) -> None:
+        weights = weights_of(self.built()) if self.lora is None else MergedWeights(self.built())
         replace_folder(folder, model_files(self.config, weights, self.vocabulary, self.tokenizers))
         if self.lora is not None and self.lora.parts:
-            save_adapter(self.decoder, self.lora, folder.with_name("adapter"))
+            save_adapter(self.decoder, self.lora, Path(folder).with_name("adapter"))
 
 
 def image_encoder_in(folder: str, codec: MediaTokenizer) -> PretrainedEncoder:

@@ -13,9 +13,10 @@ from mmtx.data.packing import Batch, PackedBatches
 from mmtx.data.sample import with_captions
 from mmtx.data.tokens import Augmentation
 from mmtx.errors import InputError
-from mmtx.files import find_shipped
 from mmtx.modality.base import Tokenizer, load_tokenizer
 from mmtx.modality.registry import media_kinds
+from mmtx.schema import typed
+from mmtx.shipped_files import find_shipped
 from mmtx.training.loader import ResumableLoader, loader
 from mmtx.training.source_data import SourceData
 from mmtx.vocabulary import Vocabulary
@@ -35,6 +36,7 @@ def with_media(kind: Any, default: Any, help: str) -> Callable[[type], type]:
     return extended
 
 
+@typed
 @with_media(str | None, None, "folder of the {} tokenizer; null for a model without.")
 @dataclass(frozen=True)
 class TokenizerFolders:
@@ -59,6 +61,7 @@ class TokenizerFolders:
 class DecoderData(SourceData):
     """Samples -> documents of codes and features -> packed batches."""
 
+    @typed
     def __init__(self, tokenizers: TokenizerFolders, train: list[DataSource], validation: list[DataSource],
                  tokens_per_batch: int = 4096, max_seq_len: int = 1024, **options: Any):
         """
@@ -102,7 +105,7 @@ class DecoderData(SourceData):
 
     def _takes(self, option: str) -> bool:
         """Whether the decoder trains with an option that determines how media enter it."""
-        return getattr(getattr(self.trainer, "lightning_module", None), option, False)
+        return getattr(self.loop.module, option, False)
 
     def sample_names(self, batch: Batch) -> list[str]:
         """File and row of each sample of a training batch."""
@@ -112,18 +115,19 @@ class DecoderData(SourceData):
         steps = self.batches_of_run()
         batches = PackedBatches(
             self.train_documents, self.vocabulary, self.tokens_per_batch, repeats=self.train_documents.repeats, seed=self.seed,
-            steps=steps, rank=self.trainer.global_rank, world=self.trainer.world_size)
+            steps=steps, rank=self.loop.rank, world=self.loop.world)
         return ResumableLoader(batches, self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
-        return self._held_out(self.validation_documents)
+        return self._held_out("validation")
 
     def test_dataloader(self) -> DataLoader:
-        return self._held_out(self.test_documents)
+        return self._held_out("test")
 
-    def _held_out(self, documents: Corpus) -> DataLoader:
-        return loader(PackedBatches(documents, self.vocabulary, self.tokens_per_batch, shuffle=False,
-                                    rank=self.trainer.global_rank, world=self.trainer.world_size))
+    def _held_out(self, name: str) -> DataLoader:
+        loop = self.required_loop()
+        return loader(PackedBatches(getattr(self, f"{name}_documents"), self.vocabulary, self.tokens_per_batch, shuffle=False,
+                                    rank=loop.rank, world=loop.world))
 
     def predict_dataloader(self) -> DataLoader:
         """Lists of validation samples that have a caption. Raises InputError if there are none."""

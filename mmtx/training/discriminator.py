@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtx.errors import InputError
-from mmtx.schema import within
+from mmtx.schema import typed, within
 
 LARGEST = 1e4           # largest scale of the adversarial term, as in VQGAN
 MOST_WEIGHT = 10**9     # of a term in the loss
 
 
+@typed
 @dataclass(frozen=True)
 class PerceptualConfig:
     """Distance of pictures in the features of a pretrained network, which the user supplies.
@@ -48,6 +49,7 @@ class PerceptualConfig:
         within("perceptual.weight", self.weight, 0, MOST_WEIGHT)
 
 
+@typed
 @dataclass(frozen=True)
 class AdversarialConfig:
     """A discriminator that learns to tell reconstructions from originals, and the weight of its term in the codec's loss.

@@ -49,9 +49,19 @@ class Means:
 class TrainingModule(LightningModule):
     """The base of all training modules: random numbers that depend on the step alone, and a test that validates other samples."""
 
+    own_data: Any = None  # a data module that was attached without a trainer
+
+    @property
+    def data(self) -> Any:
+        """The data module that batches come from, or None if they come from a plain loader."""
+        try:
+            return data_of(self.trainer)
+        except (RuntimeError, AttributeError):  # without a trainer, or with Fabric's
+            return self.own_data
+
     def seed_step(self, index: int) -> None:
         """Seed torch for a training batch, so that a resumed run draws the numbers of an uninterrupted one."""
-        torch.manual_seed(seed_of(getattr(data_of(self.trainer), "seed", 0), index, self.global_rank))
+        torch.manual_seed(seed_of(getattr(self.data, "seed", 0), index, self.global_rank))
 
     @property
     def split(self) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmtx.errors import InputError
 from mmtx.modality.vocoder import ConvNeXtBlock
 from mmtx.model import Block, FusedLinear
-from mmtx.schema import within
+from mmtx.schema import typed, within
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the published method, for five iterations
 BATCH_ELEMENTS = {"cpu": 2 ** 20, "cuda": 2 ** 25}  # orthogonalised as one batch: small matrices alone would take as long as all
@@ -21,6 +21,7 @@ GROUP_ELEMENTS = {"cpu": 2 ** 22, "cuda": 2 ** 27}  # whose updates are held at 
 Members = list[tuple[Tensor, tuple[int, ...]]]  # parameters, each with the numbers of rows of the matrices fused in it
 
 
+@typed
 @dataclass(frozen=True)
 class OptimizerConfig:
     """Peak learning rates, with linear warm-up and linear decay to zero at the trainer's `max_steps`.

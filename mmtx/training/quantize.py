@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmtx.files import require
+from mmtx.extras import require
 from mmtx.model import Decoder
 
 

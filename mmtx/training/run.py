@@ -25,10 +25,11 @@ from mmtx.data.output import check_output, lock_folder
 from mmtx.data.storage import recorded
 from mmtx.data.yaml_check import read_yaml_text
 from mmtx.errors import InputError
-from mmtx.files import find_shipped, user_path, write_file
+from mmtx.files import user_path, write_file
 from mmtx.hub import find_model
 from mmtx.modality.registry import PLUGINS
 from mmtx.schema import within
+from mmtx.shipped_files import find_shipped
 from mmtx.training import private
 from mmtx.training.callbacks import EMAWeightAveraging, ProgressBar, SaveConfig, SaveModel, ShowSamples
 from mmtx.training.checkpoint import AtomicCheckpointIO, Checkpoints, by_age, flatten, may_change, newest

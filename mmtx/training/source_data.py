@@ -1,16 +1,30 @@
-"""The base of data for codecs and the decoder: where samples come from, and how they are read."""
+"""The base of data for codecs and the decoder: where samples come from, how they are read, and which loop takes the batches."""
+
+from typing import Any, NamedTuple
 
 from lightning import LightningDataModule
 
 from mmtx.data.augment import AudioAugmentation, ImageAugmentation
 from mmtx.data.collection import DataSource
-from mmtx.data.sources import MAX_BAD
+from mmtx.data.skip_counter import MAX_BAD
 from mmtx.errors import InputError
+from mmtx.schema import typed, within
+from mmtx.training.module import TrainingModule
+
+
+class Loop(NamedTuple):
+    """The training loop that takes batches: a trainer's, or the user's own."""
+
+    module: Any = None  # what it trains
+    batches: int = 0    # of each process
+    rank: int = 0
+    world: int = 1
 
 
 class SourceData(LightningDataModule):
     """Samples of sources for training, validation and test."""
 
+    @typed
     def __init__(
         self,
         train: list[DataSource],
@@ -39,11 +53,40 @@ class SourceData(LightningDataModule):
         self.train_sources, self.validation_sources, self.test = train, validation, test
         self.image_augmentation, self.audio_augmentation = image_augmentation, audio_augmentation
         self.num_workers, self.max_bad, self.seed = num_workers, max_bad, seed
+        self.own_loop = Loop()
+
+    @typed
+    def attach(self, module: TrainingModule, steps: int, rank: int = 0, world: int = 1) -> None:
+        """Prepare a training loop of the user's own, as a trainer would: build the module's network, and read the data.
+
+        `train_dataloader` then has `steps` batches, those of a trainer with as many `max_steps`; process `rank` of `world` gets its
+        own.
+        """
+        within("steps", steps, 1, 2**48)
+        within("rank", rank, 0, world - 1)
+        self.trainer = module.trainer = None
+        self.own_loop, module.own_data = Loop(module, steps, rank, world), self
+        module.prepare_data()
+        self.setup("fit")
+        module.configure_model()
+
+    @property
+    def loop(self) -> Loop:
+        """The loop of the trainer, or else the one that `attach` prepared."""
+        if (trainer := self.trainer) is None:
+            return self.own_loop
+        return Loop(trainer.lightning_module, trainer.max_steps * trainer.accumulate_grad_batches, trainer.global_rank,
+                    trainer.world_size)
+
+    def required_loop(self) -> Loop:
+        """`loop`. Raises InputError if there is none yet."""
+        if (loop := self.loop).module is None:
+            raise InputError(f"{type(self).__name__}: found no trainer, expected Trainer(max_steps=...).fit(model, data), or "
+                             "data.attach(model, steps=...) for a loop of your own")
+        return loop
 
     def batches_of_run(self) -> int:
-        """Training batches of each process. Raises InputError without a trainer that says how many steps there are."""
-        if self.trainer is None:
-            raise InputError(f"{type(self).__name__}: found no trainer, expected Trainer(max_steps=...).fit(model, data)")
-        if self.trainer.max_steps < 1:
+        """Training batches of each process. Raises InputError if it is not known how many there are."""
+        if (loop := self.required_loop()).batches < 1:
             raise InputError(f"Trainer: found max_steps {self.trainer.max_steps}, expected the steps of the run, which is one epoch")
-        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
+        return loop.batches

@@ -11,13 +11,16 @@ from torch.utils.data import DataLoader
 
 from mmtx.data.collection import DataSource, read_sources, require_sources
 from mmtx.data.sample import Text
-from mmtx.data.sources import MAX_BAD
+from mmtx.data.skip_counter import MAX_BAD
+from mmtx.errors import InputError
 from mmtx.modality.text import TextTokenizer
+from mmtx.schema import typed
 
 
 class TextData(LightningDataModule):
     """All texts of the samples, captions and prompts alike, as one batch."""
 
+    @typed
     def __init__(self, train: list[DataSource], max_bad: float = MAX_BAD):
         """
         Args:
@@ -40,6 +43,7 @@ class TextData(LightningDataModule):
 class TextModule(LightningModule):
     """Trains a SentencePiece model in one step."""
 
+    @typed
     def __init__(self, size: int = 1024):
         """
         Args:
@@ -60,5 +64,7 @@ class TextModule(LightningModule):
         self.log("pieces", torch.tensor(float(self.tokenizer.size)), prog_bar=True)
         self.log("characters_per_piece", torch.tensor(characters / max(1, pieces)), prog_bar=True)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
+        if self.tokenizer is None:
+            raise InputError("TextModule: found no tokenizer yet, expected Trainer(max_epochs=1).fit(model, data) before")
         self.tokenizer.save(folder)

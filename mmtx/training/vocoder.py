@@ -13,11 +13,11 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Generator, Tensor
 
 from mmtx.errors import InputError
-from mmtx.files import find_shipped
 from mmtx.modality.audio import AudioTokenizer
 from mmtx.modality.base import load_tokenizer
 from mmtx.modality.vocoder import CENTS, CLARITY, LOWEST, PITCHES, VocoderConfig, hertz, track_frames
-from mmtx.schema import within
+from mmtx.schema import typed, within
+from mmtx.shipped_files import find_shipped
 from mmtx.training.codec_data import CodecBatch, CodecData
 from mmtx.training.discriminator import MOST_WEIGHT
 from mmtx.training.module import Means, TrainingModule
@@ -41,7 +41,7 @@ class VocoderData(CodecData):
         self.steps = steps
 
     def setup(self, stage: str) -> None:
-        within("data.steps", self.steps, 1, cast(VocoderModule, self.trainer.lightning_module).tokenizer.config.chunk)
+        within("data.steps", self.steps, 1, cast(VocoderModule, self.required_loop().module).tokenizer.config.chunk)
         super().setup(stage)
 
     def _sounds(self, waveforms: list[Tensor], generator: Generator) -> Tensor:
@@ -57,6 +57,7 @@ class VocoderData(CodecData):
 class VocoderModule(TrainingModule):
     """Trains a vocoder for an audio tokenizer, and saves the tokenizer including the vocoder."""
 
+    @typed
     def __init__(self, tokenizer: str, vocoder: VocoderConfig = VocoderConfig(),
                  optimizer: OptimizerConfig = OptimizerConfig(), clean_prob: float = 0.25,
                  mel_weight: float = 1.0, pitch_weight: float = 0.3, init_from: str | None = None):
@@ -149,7 +150,7 @@ class VocoderModule(TrainingModule):
         if self.griffin_lim is not None:
             self.log(f"{self.split}/griffin_lim_stft_distance", self.griffin_lim, sync_dist=True)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         self.tokenizer.save(folder)
 
 
