@@ -38,15 +38,17 @@ from mmtx.inference.output_scores import OutputScores
 from mmtx.inference.sampling import Sampling
 from mmtx.model import Decoder
 from mmtx.sequence import prompt
-from mmtx.vocabulary import Vocabulary
+from mmtx.vocabulary import MAX_SIDE, Vocabulary
 
 openai = pytest.importorskip("openai")
+uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
 
 from mmtx.serving import messages as api  # noqa: E402
 from mmtx.serving.app import make_app, serve  # noqa: E402
 from mmtx.serving.batches import BatchScheduler, Job  # noqa: E402
-from mmtx.serving.limits import Limits, Refused  # noqa: E402
+from mmtx.serving.choices import Choice  # noqa: E402
+from mmtx.serving.limits import Limits, Refused, TimedHeaders  # noqa: E402
 from mmtx.serving.sounds import in_thread  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -317,8 +319,8 @@ def test_token_ids_are_not_taken_for_those_of_the_model(server):
     told = "found [1, 2], expected text, not token ids, which another tokenizer may have made: for text set check_embedding_ctx_length=False"
     for where, ask in (("input[0]", lambda: server.client.embeddings.create(model=NAME, input=[1, 2])),
                        ("input[0]", lambda: server.client.embeddings.create(model=NAME, input=[[1, 2], [3]])),
-                       ("prompt", lambda: server.client.completions.create(model=NAME, prompt=[1, 2])),
-                       ("prompt", lambda: server.client.completions.create(model=NAME, prompt=[[1, 2]]))):
+                       ("prompt[0]", lambda: server.client.completions.create(model=NAME, prompt=[1, 2])),
+                       ("prompt[0]", lambda: server.client.completions.create(model=NAME, prompt=[[1, 2]]))):
         with pytest.raises(openai.BadRequestError) as error:
             ask()
         assert error.value.body["message"].startswith(f"{where}: {told}")
@@ -327,14 +329,186 @@ def test_token_ids_are_not_taken_for_those_of_the_model(server):
 def test_completions_go_on_with_a_plain_document(model, server):
     answer = server.client.completions.create(model=NAME, prompt="a red", max_tokens=8)
     assert server.client.completions.create(model=NAME, prompt=["a red"], max_tokens=8).choices == answer.choices
-    with pytest.raises(openai.BadRequestError, match="prompt"):
-        server.client.completions.create(model=NAME, prompt=["a red", "a blue"], max_tokens=8)
     asked = prompt(Document((Turn(None, tuple(model.encode_parts(["a red"]))),)), model.vocabulary)
     (ids,) = model._answer([asked], "document", Sampling(max_new_tokens=8))
     texts = model.vocabulary.range("text")
     assert answer.choices[0].text == model.tokenizers["text"].decode([ident for ident in ids if ident in texts])
     assert answer.usage.prompt_tokens == len(asked.ids)
     assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (8, "length")
+
+
+# -- Several choices, and prompts that are echoed ----------------------------------------------------------------
+
+
+def by_choice(events) -> tuple[dict[int, str], dict[int, list], dict[int, str]]:
+    """Texts, log-probabilities of tokens and finish reasons of a stream, by the index of their choice."""
+    texts, scored, reasons = {}, {}, {}
+    for choice in (choice for event in events for choice in event.choices):
+        assert choice.index not in reasons  # the last piece has it
+        texts[choice.index] = texts.get(choice.index, "") + (choice.delta.content if hasattr(choice, "delta") else choice.text)
+        scored.setdefault(choice.index, []).extend(choice.logprobs.content if choice.logprobs else [])
+        if choice.finish_reason:
+            reasons[choice.index] = choice.finish_reason
+    return texts, scored, reasons
+
+
+def test_several_choices_are_drawn_on_their_own(model, server, media):
+    """Under a seed they are those of a list of as many equal prompts, and the first is the answer of one alone."""
+    options = {"temperature": 1.0, "seed": 7, "max_tokens": 20}
+    truth = model.generate_batch([[marked(media[1])]] * 5, temperature=1.0, seed=7, max_new_tokens=20)
+    assert len(set(truth)) == 5
+    before = [server.metric(f"mmtx_batch_size_{what}") for what in ("sum", "count")]
+    answer = server.chat([item(media[1])], n=4, **options)
+    assert [server.metric(f"mmtx_batch_size_{what}") - last for what, last in zip(("sum", "count"), before)] == [4, 1]
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert [choice.message.content for choice in answer.choices] == truth[:4]
+    one = server.chat([item(media[1])], **options)
+    assert one.choices[0].message.content == truth[0] and answer.usage.prompt_tokens == one.usage.prompt_tokens
+    events = [*server.chat([item(media[1])], n=5, stream=True, stream_options={"include_usage": True}, **options)]
+    texts, _, reasons = by_choice(events)
+    assert texts == dict(enumerate(truth)) and [reasons[number] for number in range(4)] == [one.finish_reason for one in answer.choices]
+    assert events[-1].usage.completion_tokens > answer.usage.completion_tokens > 4 * one.usage.completion_tokens // 2
+    first = [event.choices[0].delta.role for event in events if event.choices]
+    assert first.count("assistant") == 5 and set(first) == {"assistant", None}
+    drawn = server.chat([item(media[1])], n=8, temperature=1.0)
+    assert len({choice.message.content for choice in drawn.choices}) > 5
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_each_choice_has_stop_sequences_and_log_probabilities_of_its_own(server, stream):
+    options = {"temperature": 1.0, "seed": 3, "n": 4, "max_tokens": 24, "logprobs": True, "stream": stream}
+
+    def ask(**more) -> tuple[dict, dict, dict]:
+        answer = server.chat("a", **options, **more)
+        if stream:
+            return by_choice(answer)
+        return tuple({one.index: tell(one) for one in answer.choices} for tell in (
+            lambda one: one.message.content, lambda one: one.logprobs.content, lambda one: one.finish_reason))
+
+    texts, scored, _ = ask()
+    for number, text in texts.items():
+        assert b"".join(bytes(token.bytes) for token in scored[number]).decode(errors="replace") == text
+    whole, stop = texts[2], next(texts[2][begin:begin + 2] for begin in range(4, 20)
+                                 if all(texts[2][begin:begin + 2] not in text for number, text in texts.items() if number != 2))
+    found, told, reasons = ask(stop=stop)
+    assert found == {**texts, 2: whole[:whole.index(stop)]} and reasons[2] == "stop"
+    assert {number: told[number] for number in (0, 1, 3)} == {number: scored[number] for number in (0, 1, 3)}
+    assert told[2] == scored[2][:len(told[2])] != scored[2]
+
+
+def test_several_prompts_are_several_choices(model, server):
+    asked, options = ["a red", "", "a blue circle"], {"temperature": 1.0, "seed": 2}
+    answer = server.client.completions.create(model=NAME, prompt=asked, n=2, max_tokens=9, extra_body={"best_of": 2}, **options)
+    prompts = [model._prompt(text, "document") for text in asked for _ in range(2)]
+    texts = model.vocabulary.range("text")
+    truth = [model.tokenizers["text"].decode([ident for ident in ids if ident in texts])
+             for ids in model._answer(prompts, "document", Sampling(max_new_tokens=9, **options))]
+    assert [choice.index for choice in answer.choices] == [*range(6)] and [choice.text for choice in answer.choices] == truth
+    assert answer.usage.prompt_tokens == sum(len(one.ids) for one in prompts[::2])
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    events = [*server.client.completions.create(model=NAME, prompt=asked, n=2, max_tokens=9, stream=True, **options)]
+    assert by_choice(events)[0] == dict(enumerate(truth))
+
+
+def test_several_pictures_are_drawn_for_a_prompt(model, server):
+    answer = server.client.images.generate(model=NAME, prompt="a red circle", n=3, extra_body={"temperature": 1.0, "seed": 2})
+    drawn = [np.asarray(Image.open(io.BytesIO(base64.b64decode(one.b64_json)))) for one in answer.data]
+    truth = model.generate_batch(["a red circle"] * 3, out="image", temperature=1.0, seed=2)
+    assert len(drawn) == 3 and all(np.array_equal(one, other) for one, other in zip(drawn, truth))
+    assert not np.array_equal(drawn[0], drawn[1]) and answer.usage.output_tokens % 3 == 0
+
+
+def test_choices_of_all_prompts_are_counted(server):
+    ask = lambda **options: server.client.completions.create(model=NAME, **options)
+    for options, told in (({"prompt": ["a"] * 5, "n": 26}, "n: found 130 choices of all prompts, expected up to 128"),
+                          ({"prompt": ["a"] * 129}, "List should have at most 128 items after validation, not 129"),
+                          ({"prompt": []}, "prompt: found []: List should have at least 1 item"),
+                          ({"prompt": "a", "n": 2, "extra_body": {"best_of": 3}}, "best_of: found 3, expected n, 2"),
+                          ({"prompt": ["a"] * 20, "max_tokens": 256}, "of answer for 20 choices, expected up to 4096 in all")):
+        with pytest.raises(openai.BadRequestError, match=re.escape(told)):
+            ask(**options)
+    answer = ask(prompt=["a"] * 20)  # whose length is left to the server
+    assert len(answer.choices) == 20 and answer.usage.total_tokens <= 4096
+
+
+def full_pass(model, text: str) -> torch.Tensor:
+    """Log-probabilities of all ids after each token of a plain text, among those that may come in one."""
+    ids = torch.from_numpy(model._prompt(text, "document").ids).long()[None]
+    with torch.inference_mode():
+        logits = model.decoder.logits(model.decoder(ids, torch.arange(ids.shape[1])[None]))[0]
+    allowed = model.grammar.allowed(model.grammar.start(1, "document"))[0]
+    return logits[:, :len(allowed)].masked_fill(~allowed, -torch.inf).log_softmax(-1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echoed_prompt_has_the_log_probabilities_of_a_full_pass(model, server, stream):
+    """As lm-eval asks for them: of the last one, which is generated, it looks at the place alone."""
+    texts = ["a red circle and a é", " ".join(["a blue circle"] * 60)]  # the longer one in several passes of the output matrix
+    for most in (0, 1):
+        answer = server.client.completions.create(model=NAME, prompt=texts, max_tokens=most, echo=True, logprobs=2, stream=stream,
+                                                  stop="circle", extra_body={"temperature": 0, "seed": 1234})
+        choices = [choice for event in answer for choice in event.choices] if stream else answer.choices
+        for number, text in enumerate(texts):
+            mine = [choice for choice in choices if choice.index == number]
+            tokens, given, best, offsets = ([one for choice in mine if choice.logprobs for one in getattr(choice.logprobs, name)]
+                                            for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"))
+            ids, shares = model.tokenizers["text"].encode(text), full_pass(model, text)
+            assert len(given) == len(tokens) == len(best) == len(offsets) == len(ids) + most > 10
+            assert given[:len(ids)] == pytest.approx(shares[range(len(ids)), ids].tolist(), abs=1e-4)
+            assert given[len(ids):] == pytest.approx(shares[len(ids):].amax(-1).tolist()[:most], abs=1e-4)
+            assert [max(one.values()) for one in best] == pytest.approx(shares.amax(-1).tolist()[:len(given)], abs=1e-4)
+            whole = "".join(choice.text for choice in mine)
+            assert whole.startswith(text) and (most or whole == text) and mine[-1].finish_reason == "length"
+            assert [whole[begin:begin + len(token)] for begin, token in zip(offsets, tokens) if "�" not in token] == [
+                token for token in tokens if "�" not in token]
+        assert stream or answer.usage.completion_tokens == 2 * most
+
+
+def test_an_echo_needs_no_log_probabilities_and_no_answer(server):
+    ask = lambda **options: server.client.completions.create(model=NAME, prompt="a red", **options)
+    plain = ask(max_tokens=8)
+    assert ask(max_tokens=8, echo=True).choices[0].text == "a red" + plain.choices[0].text
+    for echo, text in ((False, ""), (True, "a red")):
+        answer = ask(max_tokens=0, echo=echo)
+        assert (answer.choices[0].text, answer.choices[0].finish_reason) == (text, "length")
+        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (plain.usage.prompt_tokens, 0)
+    scored = ask(max_tokens=8, logprobs=0)
+    assert scored.choices[0].text == plain.choices[0].text and [*scored.choices[0].logprobs.top_logprobs[0]] == scored.choices[0].logprobs.tokens[:1]
+
+
+def test_the_end_of_a_plain_document_has_a_log_probability(model):
+    """lm-eval asks for one token, and takes the last log-probability for that of this token, whichever it is."""
+    v, logits = model.vocabulary, torch.zeros(model.vocabulary.size)
+    for out, end, tokens in (("document", v.eos, ["<eos>"]), ("text", v.end, [])):
+        choice = Choice(model, 0, out, False, [], 0)
+        choice.add(end, logits)
+        piece = choice.piece(over=True)
+        assert (piece.text, [entry["token"] for _, entry in piece.scored], piece.finish_reason) == ("", tokens, "stop")
+
+
+def test_the_log_probability_of_a_token_is_that_among_those_that_may_come_there(model):
+    """In a plain document a picture may begin, of which the size comes next."""
+    v, choice = model.vocabulary, Choice(model, 0, "document", False, [], 0)
+    for ident in (v.image, v.height(2), v.width(1)):
+        choice.add(ident, torch.zeros(v.size))
+    told = [entry["logprob"] for _, entry in choice.piece(over=True).scored]
+    first = len(v.range("text")) + len(v.media) + 1  # or the end
+    assert told == pytest.approx([-math.log(count) for count in (first, MAX_SIDE, MAX_SIDE)])
+
+
+def test_bytes_become_characters_as_in_the_whole(model):
+    """Also bytes that are none, of which a stream shows what can be no other character."""
+    v, text, random = model.vocabulary, model.tokenizers["text"], np.random.default_rng(0)
+    texts = [ident for ident in v.range("text") if len(text.piece_bytes(ident - v.range("text").start)) == 1]
+    assert len(texts) > 200
+    for stream in (False, True):
+        ids = random.choice(texts, 400).tolist()
+        choice, pieces = Choice(model, 0, "text", stream, [], 0), []
+        for ident in ids:
+            choice.add(ident, None)
+            pieces.append(choice.piece(over=False).text)
+        pieces.append(choice.piece(over=True).text)
+        assert "".join(pieces) == text.decode([ident - v.range("text").start for ident in ids]) and any(pieces[:-1]) == stream
 
 
 def test_transcriptions_are_captions(model, server, media):
@@ -490,16 +664,22 @@ def test_what_is_null_is_not_given(server):
         model=NAME, messages=[{"role": "user", "content": "a"}, message, {"role": "user", "content": "and?"}], max_tokens=12, **options)
     answer, expected = ask({**replied, **more}, extra_body=dict.fromkeys(names)), ask(replied)
     assert answer.choices[0].message.content == expected.choices[0].message.content and answer.usage == expected.usage
-    for message, options in (({**replied, "refusal": "no"}, {}), (replied, {"extra_body": {"store": False}})):
+    for message, options in (({**replied, "refusal": "no"}, {}), (replied, {"extra_body": {"prediction": {"type": "content"}}})):
         with pytest.raises(openai.BadRequestError, match="found a field that this server does not support, expected none of this name"):
             ask(message, **options)
 
 
 def test_what_asks_for_nothing_is_not_refused(server):
     """Some clients send each field with its default, and the limit under both of its names."""
-    more = {"stop": [], "tools": [], "logit_bias": {}, "response_format": {"type": "text"}, "max_completion_tokens": 12}
-    asked = server.chat("a", max_tokens=12, extra_body=more)
-    assert asked.choices[0].message == server.chat("a", max_tokens=12).choices[0].message
+    more = {"stop": [], "tools": [], "logit_bias": {}, "response_format": {"type": "text"}, "max_completion_tokens": 12, "n": 1,
+            "user": "me", "safety_identifier": "me", "prompt_cache_key": "me", "metadata": {"run": "1"}, "store": False}
+    for tier in ("auto", "default"):
+        asked = server.chat("a", max_tokens=12, extra_body={**more, "service_tier": tier})
+        assert asked.choices[0].message == server.chat("a", max_tokens=12).choices[0].message
+    for name, value, told in (("store", True, "found True, expected False"), ("service_tier", "flex", "found 'flex', expected 'auto' or"),
+                              ("metadata", {"run": 1}, "found 1, expected a valid string")):
+        with pytest.raises(openai.BadRequestError, match=f"{name}.*: {told}"):
+            server.chat("a", extra_body={name: value})
     with pytest.raises(openai.BadRequestError, match=r"response_format.type: found 'json_object', expected 'text'"):
         server.chat("a", response_format={"type": "json_object"})
     with pytest.raises(openai.BadRequestError, match=r"messages: found \[\]: List should have at least 1 item"):
@@ -536,7 +716,9 @@ def silence(seconds: float) -> bytes:
     ("a", {"temperature": -1}, 400, "temperature: found -1.0"),
     ("a", {"top_p": 2.0}, 400, "top_p"),
     ("a", {"seed": -1}, 400, "seed"),
-    ("a", {"n": 2}, 400, "n: "),
+    ("a", {"n": 0}, 400, "n: found 0, expected greater than or equal to 1"),
+    ("a", {"n": 129}, 400, "n: found 129, expected less than or equal to 128"),
+    ("a", {"n": 16, "max_tokens": 500}, 400, "tokens of prompt and 8000 of answer for 16 choices, expected up to 4096 in all"),
     ("a", {"max_tokens": 5000}, 400, "tokens"),
     ("a", {"max_tokens": 0}, 400, "max_tokens: found 0, expected greater than or equal to 1"),
     ("a", {"max_tokens": "16"}, 400, "max_tokens: found '16', expected a valid integer"),
@@ -706,7 +888,6 @@ def test_head_is_answered_as_get_without_a_body(server, path, status):
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_error_of_ours_is_told_as_one_and_counted(model, monkeypatch, caplog, stream):
     """In the log stands what happened; the caller learns nothing of it."""
-    uvicorn = pytest.importorskip("uvicorn")
     server = uvicorn.Server(uvicorn.Config(make_app(mmtx.load(model.folder, "cpu"), NAME), port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
 
@@ -822,6 +1003,55 @@ def test_headers_without_an_end_are_refused(small_server):
         assert connection.recv(65536).startswith(b"HTTP/1.1 400")
 
 
+def closed_while(connection: socket.socket, data: bytes) -> bool:
+    """Whether a connection is closed while bytes are sent one at a time."""
+    connection.settimeout(0.1)
+    for byte in data:
+        try:
+            if connection.recv(1) == b"":
+                return True
+        except TimeoutError:
+            connection.sendall(bytes([byte]))
+        except ConnectionError:
+            return True
+    return False
+
+
+def test_headers_that_do_not_arrive_end_the_connection():
+    """The first ones and later ones; a body and an answer may take longer than headers may."""
+    async def app(scope, receive, send) -> None:
+        body = b""
+        while (message := await receive())["type"] == "http.request":
+            body += message["body"]
+            if not message["more_body"]:
+                break
+        await asyncio.sleep(1.0)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+        await send({"type": "http.response.body", "body": body})
+
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off", http=TimedHeaders, timeout_keep_alive=0.5))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.02)
+        connect = lambda: socket.create_connection(server.servers[0].sockets[0].getsockname(), timeout=20)
+        head = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n"
+        with connect() as silent, connect() as slow:
+            assert closed_while(slow, b"GET / HTTP/1.1\r\nX: " + b"a" * 40) and silent.recv(1) == b""
+        with connect() as good:
+            for _ in range(2):
+                good.sendall(head)
+                assert not closed_while(good, b"0123456789")
+                good.settimeout(20)
+                while not (answer := good.recv(4096)).endswith(b"\r\n\r\n0123456789"):
+                    assert answer
+            assert closed_while(good, head[:-1] * 2)
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
 def test_a_full_house_says_when_to_come_again(small_server):
     slow = [small_server.raw(f"{HEAD}Content-Length: 9\n\n", b"{") for _ in range(2)]
     deadline = time.monotonic() + 20
@@ -852,12 +1082,12 @@ def endless(model):
 @pytest.mark.parametrize("stream", [False, True])
 def test_who_goes_frees_a_place_at_once(endless_server, stream):
     """400,000 tokens would take minutes."""
-    body = json.dumps({"model": NAME, "stream": stream, "max_tokens": 400_000,
+    body = json.dumps({"model": NAME, "stream": stream, "n": 2, "max_tokens": 200_000,
                        "messages": [{"role": "user", "content": "a"}]}).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\nHost: localhost\nContent-Type: application/json\nContent-Length: {len(body)}\n\n"
     before = endless_server.answers()
     connections = [endless_server.raw(head, body)]
-    endless_server.wait_for("mmtx_prompts_running", 1)
+    endless_server.wait_for("mmtx_prompts_running", 2)
     connections += [endless_server.raw(head, body) for _ in range(2)]
     endless_server.wait_for("mmtx_requests_in_progress", 3)
     for connection in connections:
@@ -991,13 +1221,13 @@ def test_codes_that_the_decoder_never_reads_are_not_made(media, monkeypatch):
 def answers_of(model, media: list[bytes]) -> list[str | Exception]:
     """What requests that wait together are told."""
     async def told(batches: BatchScheduler, job: Job) -> str:
-        (ids,) = [[ident for ident, _ in new] async for new in batches.answer(job)]  # not live: all at once
+        (ids, _) = [[ident for ident, _ in new or ()] async for _, new in batches.answer([job])]  # not live: all at once
         return model.tokenizers["text"].decode([ident for ident in ids if ident != model.vocabulary.end])
 
     async def ask() -> list[str | Exception]:
         batches, deadline = BatchScheduler(model), asyncio.get_running_loop().time() + 60
         documents = [Document((Turn("user", (model.read_medium(marked(data)),)),)) for data in media]
-        jobs = [Job(document, model.prompt_length(document), "text", Sampling(max_new_tokens=9), None, deadline)
+        jobs = [Job(document, model.prompt_length(document), "text", Sampling(max_new_tokens=9), None, deadline, asyncio.Queue())
                 for document in documents]
         try:
             return await asyncio.gather(*(told(batches, job) for job in jobs), return_exceptions=True)
@@ -1025,8 +1255,8 @@ def test_time_runs_while_a_prompt_waits(model, media, monkeypatch):
 
     async def ids(batches: BatchScheduler, seconds: float) -> list[int]:
         deadline = asyncio.get_running_loop().time() + seconds
-        job = Job(document, model.prompt_length(document), "text", Sampling(max_new_tokens=9), None, deadline)
-        return [ident async for new in batches.answer(job) for ident, _ in new]
+        job = Job(document, model.prompt_length(document), "text", Sampling(max_new_tokens=9), None, deadline, asyncio.Queue())
+        return [ident async for _, new in batches.answer([job]) for ident, _ in new or ()]
 
     async def ask() -> list[int]:
         batches = BatchScheduler(model)
@@ -1103,12 +1333,14 @@ def test_scores_are_those_of_their_row_when_others_have_left(model):
 
 
 def test_an_address_with_colons_is_shown_in_brackets(model, monkeypatch, capsys):
-    monkeypatch.setattr("uvicorn.Server.run", lambda server, sockets: sockets[0].close())
+    monkeypatch.setattr("uvicorn.Server.run", lambda server, sockets: sockets[0].close() or served.append(server.config))
+    served = []
     try:
         serve(model, NAME, "::1", 0, Limits(), None)
     except InputError:
         pytest.skip("this machine has no IPv6")
     assert re.fullmatch(rf"{NAME} answers at http://\[::1\]:\d+/v1\n", capsys.readouterr().out)
+    assert [(config.http, config.timeout_keep_alive) for config in served] == [(TimedHeaders, 30)]
 
 
 def test_a_port_that_is_taken_is_a_mistake_of_one_line(server, model):

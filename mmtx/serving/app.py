@@ -10,13 +10,14 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any
 
 import numpy as np
-import torch
+import uvicorn
 from fastapi import Depends, FastAPI, Form, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse, Response, StreamingResponse
+from PIL.Image import Image
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
 
@@ -29,14 +30,10 @@ from mmtx.pipeline import Model
 from mmtx.sequence import prompt
 from mmtx.serving import messages as api
 from mmtx.serving.batches import BatchScheduler, Job
-from mmtx.serving.limits import DEADLINE, LOOPBACK, Limits, LimitsMiddleware, Refused, as_refused, in_time
+from mmtx.serving.choices import Choice, Piece, Scored, completion_logprobs, read_prompt
+from mmtx.serving.limits import DEADLINE, LOOPBACK, Limits, LimitsMiddleware, Refused, TimedHeaders, as_refused, in_time
 from mmtx.serving.sounds import MEDIA_TYPES, encoded, in_thread
-from mmtx.serving.stops import begun_stop, find_stop
 from mmtx.vocabulary import MAX_SIDE
-
-if TYPE_CHECKING:
-    from mmtx.modality.pretrained_text import PretrainedText
-    from mmtx.modality.text import TextTokenizer
 
 MEDIA_THREADS = 2  # threads that decode and encode media
 SAMPLED = {"temperature", "top_p", "top_k", "seed"}  # fields of Sampling in a body
@@ -101,11 +98,10 @@ class Service:
 
     def picture_length(self, size: tuple[int, int] | None) -> int:
         """Tokens of an answer that is a picture of this height and width, or the tokenizer's; 1 if the model chooses the size."""
-        v, prefix = self.model.vocabulary, self.model._size_prefix("image", size)
-        if not prefix:
+        if not (prefix := self.model._size_prefix("image", size)):
             return 1
-        rows, columns = prefix[1] - v.height(1) + 1, prefix[2] - v.width(1) + 1
-        return len(prefix) + rows * columns + 2  # the picture's closing tag, and <end>
+        state: Any = self.model.grammar.start(1, "image", prefix=prefix)
+        return len(prefix) + int(state.remaining) + 2  # the picture's closing tag, and <end>
 
     def picture_size(self, asked: str) -> tuple[int, int] | None:
         """Height and width of "WIDTHxHEIGHT"; None for "auto". Raises Refused if the model cannot draw a picture of this size."""
@@ -125,78 +121,63 @@ class Service:
 
 
 class Answer:
-    """An answer in progress, with its ids so far; with `top_logprobs`, also the log-probability of each id and of so many others."""
+    """The answer to a request, in progress: `n` choices for each document."""
 
-    def __init__(self, service: Service, document: Document, body: api.SamplingBody, out: str = "text",
+    def __init__(self, service: Service, documents: Sequence[Document], body: api.SamplingBody, out: str = "text",
                  size: tuple[int, int] | None = None, stream: bool = False, top_logprobs: int | None = None,
-                 stops: Sequence[str] = ()):
-        self.service, self.top_logprobs, self.stops = service, top_logprobs, stops
-        self.length = service.model.prompt_length(document)
-        self.ids: list[int] = []  # written so far, <end> included
-        self.text_ids = service.model.vocabulary.range("text")
-        room = service.limits.tokens - self.length
-        least = max(body.max_tokens or 1, service.picture_length(size) if out == "image" else 1)  # a picture is never cut
+                 stops: Sequence[str] = (), echo: bool = False):
+        """With `top_logprobs`, pieces have log-probabilities, also of as many other tokens; with `echo`, the prompt comes first."""
+        self.service, self.documents, self.top_logprobs, self.echo = service, documents, top_logprobs, echo
+        n, asked, most = body.n, body.max_tokens, service.limits.tokens
+        if (count := n * len(documents)) > api.MAX_CHOICES:
+            raise Refused(400, f"n: found {count} choices of all prompts, expected up to {api.MAX_CHOICES}", "invalid_value", "n")
+        lengths = [service.model.prompt_length(document) for document in documents]
+        self.n, self.length, given = n, sum(lengths), n * sum(lengths)  # usage counts a prompt once
+        room = (most - given) // count
+        least = max(1 if asked is None else asked, service.picture_length(size) if out == "image" else 0)  # a picture is never cut
         if room < least:
-            raise Refused(400, f"{self.length} tokens of prompt and {least} of answer, expected up to {service.limits.tokens} in all",
+            several = f" for {count} choices" if count > 1 else ""
+            raise Refused(400, f"{given} tokens of prompt and {count * least} of answer{several}, expected up to {most} in all",
                           "context_length_exceeded")
-        sampling = Sampling.of(**body.model_dump(include=SAMPLED), max_new_tokens=body.max_tokens or min(256, room))
-        self.job = Job(document, self.length, out, sampling, size, service.deadline(),
-                       stream or bool(stops) or top_logprobs is not None, top_logprobs is not None)
+        sampling = Sampling.of(**body.model_dump(include=SAMPLED), max_new_tokens=asked or min(256, room) or 1)
+        live, queue = stream or bool(stops) or top_logprobs is not None, asyncio.Queue[Any]()
+        self.choices = [Choice(service.model, number, out, stream, stops, top_logprobs or 0) for number in range(count)]
+        self.jobs = [Job(documents[number // n], lengths[number // n], out, sampling, size, service.deadline(), queue, number, live,
+                         top_logprobs is not None) for number in range(0 if asked == 0 else count)]
 
-    async def steps(self) -> AsyncGenerator[list[tuple[int, torch.Tensor | None]], None]:
-        """New ids with their scores, as they come, without <end>."""
-        v, tokens = self.service.model.vocabulary, self.service.metrics.tokens
+    async def steps(self) -> AsyncGenerator[tuple[Choice, list[int] | None], None]:
+        """A choice with its new ids, which it has got, or with None at its end."""
+        tokens = self.service.metrics.tokens
         tokens.labels("prompt").inc(self.length)
-        async with aclosing(self.service.batches.answer(self.job)) as answer:
-            async for new in answer:
-                tokens.labels("generated").inc(len(new))
-                self.ids += [ident for ident, _ in new]
-                yield [(ident, scores) for ident, scores in new if ident not in (v.end, v.eos)]
+        async with aclosing(self.service.batches.answer(self.jobs)) as answer:
+            async for number, new in answer:
+                choice = self.choices[number]
+                if choice.finish_reason:  # a stop sequence came first
+                    continue
+                for ident, logits in new or ():
+                    choice.add(ident, logits)
+                tokens.labels("generated").inc(len(new or ()))
+                yield choice, None if new is None else [ident for ident, _ in new]
+        for choice in self.choices[len(self.jobs):]:  # if no tokens are asked for
+            yield choice, None
 
-    async def codes(self) -> AsyncIterator[int]:
-        async for new in self.steps():
-            for ident, _ in new:
-                yield ident
-
-    async def pieces(self) -> AsyncIterator[tuple[str, list[dict], str | None]]:
-        """Pieces of text as they come, the log-probabilities of their ids and, in the last, the finish reason."""
-        text, shown, cut = "", 0, None
-        scored: list[tuple[int, dict]] = []  # of ids not shown yet, each with the length of the text before it
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """Pieces of the text of all choices, as they come."""
+        for number, document in enumerate(self.documents if self.echo else ()):
+            told = await self.service.read(read_prompt, self.service.model, document, self.top_logprobs)
+            for choice in self.choices[number * self.n:(number + 1) * self.n]:
+                choice.echo(*told)
         async with aclosing(self.steps()) as steps:
-            async for new in steps:
-                scored += [(len(text), self._scored(ident, scores)) for ident, scores in new if scores is not None]
-                text = self.text(self.ids).rstrip("\ufffd")  # hold back incomplete characters
-                if (cut := find_stop(text, self.stops)) is not None:
-                    break
-                clear = len(text) - begun_stop(text, self.stops)
-                if self.job.stream and clear > shown:
-                    yield text[shown:clear], [entry for begin, entry in scored if begin < clear], None
-                    shown, scored = clear, [(begin, entry) for begin, entry in scored if begin >= clear]
-        v, text = self.service.model.vocabulary, self.text(self.ids)
-        reason = "length" if cut is None and self.ids[-1] not in (v.end, v.eos) else "stop"
-        yield text[shown:cut], [entry for begin, entry in scored if cut is None or begin < cut], reason
-
-    def text(self, ids: Sequence[int]) -> str:
-        """The text among ids."""
-        return self.service.model.tokenizers["text"].decode([ident - self.text_ids.start for ident in ids if ident in self.text_ids])
+            async for choice, new in steps:
+                piece = choice.piece(over=new is None)
+                if piece.finish_reason and new:
+                    self.service.batches.cancel([self.jobs[choice.number]])
+                if piece.text or piece.finish_reason:
+                    yield piece
 
     def usage(self, read: str = "prompt_tokens", written: str = "completion_tokens") -> dict:
-        return {read: self.length, written: len(self.ids), "total_tokens": self.length + len(self.ids)}
-
-    def _scored(self, ident: int, scores: torch.Tensor) -> dict:
-        """Log-probability of an id among all that the grammar allows, at temperature 1, and those of the best of these."""
-        grammar = self.service.model.grammar
-        allowed = grammar.allowed(grammar.start(1, "text"), len(scores))[0]
-        shares = scores.float().masked_fill(~allowed, -torch.inf).log_softmax(0)
-        best = shares.topk(min(self.top_logprobs or 0, len(shares))).indices.tolist()
-        entries = [{"token": self.text([one]), "logprob": max(float(shares[one]), -9999.0), "bytes": self._bytes(one)}
-                   for one in (ident, *best)]
-        return {**entries[0], "top_logprobs": entries[1:]}
-
-    def _bytes(self, ident: int) -> list[int]:
-        """The bytes of a piece of text, possibly part of a character; none for other ids."""
-        tokenizer = cast("TextTokenizer | PretrainedText", self.service.model.tokenizers["text"])
-        return list(tokenizer.piece_bytes(ident - self.text_ids.start)) if ident in self.text_ids else []
+        count = sum(len(choice.ids) for choice in self.choices)
+        return {read: self.length, written: count, "total_tokens": self.length + count}
 
 
 def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None = None, loopback: bool = True) -> FastAPI:
@@ -218,33 +199,34 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
         service.check(body.model)
         return Document((Turn(role, await service.read(api.read_parts, model, content, limits, where)),))
 
-    async def written(answer: Answer, body: api.TextBody, kind: str, choice: Callable[[str, bool], dict]) -> Any:
-        """Text as one object or as events; `choice(text, first)` puts a piece in the form of a route."""
+    async def written(answer: Answer, body: api.TextBody, kind: str, text_of: Callable[[str, bool], dict],
+                      logprobs_of: Callable[[Scored], dict]) -> Any:
+        """Text as one object or as events, in the form of a route; `text_of` also gets whether a piece is the first of its choice."""
         head = {"id": f"{kind[:4]}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": name}
 
-        def shown(text: str, scored: list[dict] | None, reason: str | None, first: bool = True) -> dict:
-            logprobs = None if scored is None else {"content": scored, "refusal": None}
-            return {**head, "choices": [{"index": 0, **choice(text, first), "finish_reason": reason, "logprobs": logprobs}]}
+        def shown(piece: Piece, first: bool = True) -> dict:
+            scored = answer.top_logprobs is not None and (piece.scored or not body.stream)
+            return {"index": piece.choice, **text_of(piece.text, first), "finish_reason": piece.finish_reason,
+                    "logprobs": logprobs_of(piece.scored) if scored else None}
 
         async def events() -> AsyncIterator[str]:
-            event, first = lambda value: f"data: {json.dumps(value)}\n\n", True
+            event, begun = lambda value: f"data: {json.dumps({**head, **value})}\n\n", set()
             try:
-                async for text, scored, reason in answer.pieces():
-                    yield event(shown(text, scored or None, reason, first))
-                    first = False
+                async for piece in answer.pieces():
+                    yield event({"choices": [shown(piece, piece.choice not in begun)]})
+                    begun.add(piece.choice)
                 if body.stream_options and body.stream_options.include_usage:
-                    yield event({**head, "choices": [], "usage": answer.usage()})
+                    yield event({"choices": [], "usage": answer.usage()})
                 yield "data: [DONE]\n\n"
             except Exception as error:  # the status has been sent
-                yield event(as_refused(error).body)
+                yield f"data: {json.dumps(as_refused(error).body)}\n\n"
 
         if body.stream_options and not body.stream:
             raise Refused(400, "stream_options: found without stream, expected stream: true", "invalid_value", "stream_options")
         if body.stream:
             return StreamingResponse(events(), headers=UNBUFFERED, media_type="text/event-stream")
-        pieces = [piece async for piece in answer.pieces()]
-        scored = [one for _, some, _ in pieces for one in some] if answer.top_logprobs is not None else None
-        return {**shown("".join(text for text, *_ in pieces), scored, pieces[-1][2]), "usage": answer.usage()}
+        pieces = sorted([piece async for piece in answer.pieces()])  # one for each choice
+        return {**head, "choices": [shown(piece) for piece in pieces], "usage": answer.usage()}
 
     @app.get("/health")
     async def health() -> dict:
@@ -269,17 +251,21 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
         if body.top_logprobs and not body.logprobs:
             raise Refused(400, "top_logprobs: found without logprobs, expected logprobs: true", "invalid_value", "top_logprobs")
         document = await service.read(api.read_document, model, body.messages, limits)
-        answer = Answer(service, document, body, stream=body.stream, stops=body.stop,
+        answer = Answer(service, [document], body, stream=body.stream, stops=body.stop,
                         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None)
         kind, key = ("chat.completion.chunk", "delta") if body.stream else ("chat.completion", "message")
         role = lambda first: {"role": "assistant"} if first else {}  # clients concatenate the fields of a stream
-        return await written(answer, body, kind, lambda text, first: {key: {**role(first), "content": text}})
+        return await written(answer, body, kind, lambda text, first: {key: {**role(first), "content": text}},
+                             lambda scored: {"content": [entry for _, entry in scored], "refusal": None})
 
     @app.post("/v1/completions")
     async def completions(body: api.CompletionBody):
-        document = await read(body, body.prompt, "prompt", None)
-        answer = Answer(service, document, body, "document", stream=body.stream, stops=body.stop)
-        return await written(answer, body, "text_completion", lambda text, first: {"text": text})
+        if body.best_of not in (None, body.n):
+            raise Refused(400, f"best_of: found {body.best_of}, expected n, {body.n}", "invalid_value", "best_of")
+        documents = [await read(body, content, f"prompt[{number}]", None) for number, content in enumerate(body.prompt)]
+        answer = Answer(service, documents, body, "document", stream=body.stream, top_logprobs=body.logprobs, stops=body.stop,
+                        echo=body.echo)
+        return await written(answer, body, "text_completion", lambda text, _: {"text": text}, completion_logprobs)
 
     @app.post("/v1/embeddings")
     async def embeddings(body: api.EmbeddingsBody) -> dict:
@@ -305,24 +291,26 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
         if model.transcribes and greedy and body.max_tokens is None:
             text = await service.read(model.transcribe, part)  # in pieces, so that no prompt is as long as the sound
         else:
-            answer = Answer(service, Document((Turn("user", (part,)),)), body)
-            text = "".join([text async for text, *_ in answer.pieces()])
+            answer = Answer(service, [Document((Turn("user", (part,)),))], body)
+            text = "".join([piece.text async for piece in answer.pieces()])
         return PlainTextResponse(text) if body.response_format == "text" else {"text": text}
 
     @app.post("/v1/images/generations")
     async def images(body: api.ImagesBody) -> dict:
-        answer = Answer(service, await read(body, body.prompt, "prompt"), body, "image", service.picture_size(body.size))
-        v, file = model.vocabulary, io.BytesIO()
-        (picture,) = await service.read(model.detokenize, [v.bos, *[ident async for ident in answer.codes()], v.eos])
-        picture.save(file, "PNG")
-        return {"created": int(time.time()), "data": [{"b64_json": base64.b64encode(file.getvalue()).decode()}],
+        document, v = await read(body, body.prompt, "prompt"), model.vocabulary
+        answer = Answer(service, [document], body, "image", service.picture_size(body.size))
+        async for _ in answer.steps():
+            pass
+        pictures = [await service.read(model.detokenize, [v.bos, *choice.ids[:-1], v.eos]) for choice in answer.choices]
+        return {"created": int(time.time()), "data": [{"b64_json": _png(picture)} for (picture,) in pictures],
                 "usage": answer.usage("input_tokens", "output_tokens")}
 
     @app.post("/v1/audio/speech")
     async def speech(body: api.SpeechBody) -> Response:
-        answer = Answer(service, await read(body, body.input, "input"), body, "audio", stream=True)
-        pieces = in_thread(service.speech_threads, answer.codes(), lambda ids: encoded(
-            model.stream_sound(ids), body.response_format), lambda: service.batches.cancel(answer.job))
+        answer = Answer(service, [await read(body, body.input, "input")], body, "audio", stream=True)
+        codes = (ident async for _, new in answer.steps() for ident in new or ())
+        pieces = in_thread(service.speech_threads, codes, lambda ids: encoded(
+            model.stream_sound(ids), body.response_format), lambda: service.batches.cancel(answer.jobs))
         first = await anext(pieces)  # errors until then are reported with a status
 
         async def sound() -> AsyncIterator[bytes]:
@@ -335,11 +323,15 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
     return app
 
 
+def _png(picture: Image) -> str:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
 def serve(model: Model, name: str, host: str, port: int, limits: Limits, key: str | None,
           page: Callable[[FastAPI], None] | None = None) -> None:
     """Serve until SIGINT or SIGTERM; `page` adds the web page of `mmtx demo`."""
-    import uvicorn
-
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
     except OSError as error:
@@ -351,5 +343,5 @@ def serve(model: Model, name: str, host: str, port: int, limits: Limits, key: st
     shown = f"[{host}]" if ":" in host else host
     print(f"{name} answers at http://{shown}:{listener.getsockname()[1]}/{'' if page else 'v1'}", flush=True)
     config = uvicorn.Config(app, log_level="warning", timeout_keep_alive=30, timeout_graceful_shutdown=10, server_header=False,
-                            limit_concurrency=8 * limits.requests, http="h11")  # httptools does not limit the size of headers
+                            limit_concurrency=8 * limits.requests, http=TimedHeaders)
     uvicorn.Server(config).run(sockets=[listener])

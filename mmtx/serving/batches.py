@@ -10,8 +10,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ CUT = ("text", "document")  # kinds of answers that end at their limit, whatever
 
 @dataclass(eq=False)
 class Job:
-    """A prompt being answered. `queue` gets lists of ids with their scores (V,) or None; at the end None, or an error."""
+    """A prompt being answered. `queue` gets `number` with lists of ids and their scores (V,) or None; then None, or an error."""
 
     document: Document  # its media are decoded, and are encoded together with those of other jobs
     length: int         # tokens of its prompt
@@ -42,14 +42,15 @@ class Job:
     sampling: Sampling
     size: tuple[int, int] | None
     deadline: float     # in the event loop's time
+    queue: asyncio.Queue     # shared by the jobs of a request
+    number: int = 0          # among the jobs of its request, which determines the random choices under a seed
     stream: bool = False     # whether ids are delivered as they come, not all at the end
     logprobs: bool = False   # whether scores are wanted
     cancelled: bool = False  # whether the caller no longer waits
     written: int = 0
     undelivered: list[tuple[int, torch.Tensor | None]] = field(default_factory=list)
-    queue: asyncio.Queue = field(default_factory=asyncio.Queue)
 
-    @property
+    @cached_property
     def settings(self) -> tuple:
         """The settings that jobs of a batch must share; not the limit of answers in CUT: longer ones start with the same ids."""
         cut = None if self.out in CUT else self.sampling.max_new_tokens
@@ -81,32 +82,34 @@ class BatchScheduler:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, job: Job) -> None:
-        with self._changed:
-            self._jobs.append(job)
-            self._changed.notify_all()
+    async def answer(self, jobs: Sequence[Job]) -> AsyncGenerator[tuple[int, list[tuple[int, torch.Tensor | None]] | None], None]:
+        """The number of a job with its new ids and their scores, as they come, and with None at its end; `jobs` share a queue.
 
-    async def answer(self, job: Job) -> AsyncGenerator[list[tuple[int, torch.Tensor | None]], None]:
-        """The ids of a job with their scores, as they come. Closing the iterator early drops the job."""
-        self.submit(job)
+        Closing the iterator early drops the jobs.
+        """
+        with self._changed:
+            self._jobs += jobs
+            self._changed.notify_all()
+        going = {job.number for job in jobs}
         try:
-            while True:
-                async with in_time(job.deadline):
-                    new = await job.queue.get()
-                if new is None:
-                    return
+            while going:
+                async with in_time(jobs[0].deadline):
+                    number, new = await jobs[0].queue.get()
                 if isinstance(new, Exception):
                     raise new
-                yield new
+                if new is None:
+                    going.discard(number)
+                yield number, new
         finally:
-            self.cancel(job)
+            self.cancel(jobs)
 
-    def cancel(self, job: Job) -> None:
-        """Abandon a job: its place is freed at once, or at the next step of its batch, and its queue ends."""
-        job.cancelled = True
-        with self._changed, suppress(ValueError):
-            self._jobs.remove(job)
-        job.queue.put_nowait(None)
+    def cancel(self, jobs: Sequence[Job]) -> None:
+        """Abandon jobs: each frees its place at once, or at the next step of its batch, and ends in its queue."""
+        for job in jobs:
+            job.cancelled = True
+            job.queue.put_nowait((job.number, None))
+        with self._changed:
+            self._jobs = [job for job in self._jobs if not job.cancelled]
 
     async def close(self) -> None:
         """Stop after the turns in progress; jobs that have not begun are refused."""
@@ -114,7 +117,7 @@ class BatchScheduler:
             self._closed = True
             self._changed.notify_all()
         for job in self._jobs:
-            job.queue.put_nowait(Refused(503, "the server is shutting down", "going_down"))
+            job.queue.put_nowait((job.number, Refused(503, "the server is shutting down", "going_down")))
         for thread in self._threads:
             await asyncio.to_thread(thread.join)
 
@@ -178,8 +181,8 @@ class BatchScheduler:
         documents = self.model.encode_documents([job.document for job in jobs], codes=False)
         prompts = [prompt(document, v) for document in documents]
         sampling = replace(way.sampling, max_new_tokens=max(job.sampling.max_new_tokens for job in jobs))
-        # With a seed, each job draws as the first of its own list; without one, independently.
-        places = range(len(jobs)) if sampling.seed is None else [0] * len(jobs)
+        # With a seed, each job draws by its place in its own request; without one, independently.
+        places = range(len(jobs)) if sampling.seed is None else [job.number for job in jobs]
         engines: list[OutputScores] = []
 
         def scored(*asked: Any) -> OutputScores:
@@ -204,11 +207,11 @@ class BatchScheduler:
 
     def _deliver(self, jobs: Sequence[Job], ended: Sequence[Job], last: Exception | None) -> None:
         """Put new ids into the queues of `jobs`, and `last` into those of `ended`, in the thread of the event loop."""
-        new = [(job.queue, job.undelivered) for job in jobs] + [(job.queue, last) for job in ended]
+        new = [(job, job.undelivered) for job in jobs] + [(job, last) for job in ended]
 
         def put() -> None:
-            for queue, item in new:
-                queue.put_nowait(item)
+            for job, item in new:
+                job.queue.put_nowait((job.number, item))
 
         for job in jobs:
             job.undelivered = []

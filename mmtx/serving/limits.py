@@ -20,6 +20,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
+from uvicorn.protocols.http.h11_impl import H11Protocol  # httptools does not limit the size of headers
 
 from mmtx.errors import InputError, one_line
 
@@ -106,6 +107,21 @@ async def in_time(deadline: float) -> AsyncIterator[None]:
             yield
     except TimeoutError:
         raise Refused(504, "the answer was not ready in time", "timeout") from None
+
+
+class TimedHeaders(H11Protocol):
+    """A connection that is closed unless headers arrive within `timeout_keep_alive` seconds of its start or of the last response.
+
+    uvicorn itself does not time the first headers, and stops the timer of others at their first byte.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
+        super().connection_made(transport)
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def data_received(self, data: bytes) -> None:
+        self.conn.receive_data(data)
+        self.handle_events()  # which stops the timer when headers are complete
 
 
 class LimitsMiddleware:

@@ -22,6 +22,8 @@ from mmtx.serving.limits import Limits
 
 MAX_PIECE_LENGTH = 32  # most characters in a piece of text: SentencePiece makes none of more than 16 by default
 MAX_STOP_LENGTH = 1000  # characters of a stop sequence, which are compared with the text after each token
+MAX_CHOICES = 128  # of all prompts of a request together, as in OpenAI's API
+LIMIT = AliasChoices("max_completion_tokens", "max_tokens")
 ROLES = {"user": "user", "assistant": "assistant", "system": "user", "developer": "user"}  # as in training
 
 
@@ -45,11 +47,6 @@ def as_items(given: Any) -> Any:
     return [{"type": "text", "text": given}] if isinstance(given, str) else given
 
 
-def unwrap_single(given: Any) -> Any:
-    """A list of one prompt, as some clients send it -> that prompt."""
-    return given[0] if isinstance(given, list) and len(given) == 1 and isinstance(given[0], (str, list)) else given
-
-
 def as_inputs(given: Any) -> Any:
     """Text or a list of items -> a list of one input."""
     several = isinstance(given, list) and (not given or isinstance(given[0], (str, list)))
@@ -64,7 +61,7 @@ def refuse_ids(given: Any) -> Any:
     return given
 
 
-def as_list(given: Any) -> Any:
+def as_texts(given: Any) -> Any:
     """One text -> a list of it."""
     return [given] if isinstance(given, str) else given
 
@@ -107,10 +104,12 @@ class Message(Body):
 
 
 class RequestBody(Body):
-    """Fields of all requests."""
+    """Fields of all requests; what names the user is ignored."""
 
     model: str
     user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
 
 
 class SamplingBody(RequestBody):
@@ -118,7 +117,7 @@ class SamplingBody(RequestBody):
     top_p: float | None = None
     top_k: int | None = None
     seed: int | None = None
-    max_tokens: int | None = Field(None, ge=1, validation_alias=AliasChoices("max_completion_tokens", "max_tokens"))
+    max_tokens: int | None = Field(None, ge=1, validation_alias=LIMIT)
     n: int = Field(1, ge=1, le=1)
 
     @model_validator(mode="before")
@@ -141,13 +140,20 @@ class ResponseFormat(Body):
     type: Literal["text"]
 
 
-class TextBody(SamplingBody):
+class ChoicesBody(SamplingBody):
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+
+
+class TextBody(ChoicesBody):
     stream: bool = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     frequency_penalty: float = Field(0, ge=0, le=0)
     presence_penalty: float = Field(0, ge=0, le=0)
-    stop: Annotated[list[StopSequence], Field(max_length=4), BeforeValidator(as_list)] = []
+    stop: Annotated[list[StopSequence], Field(max_length=4), BeforeValidator(as_texts)] = []
+    metadata: dict[str, str] = {}  # ignored: OpenAI stores it with the answer
+    store: Literal[False] = False
+    service_tier: Literal["auto", "default"] = "auto"
 
 
 class ChatBody(TextBody):
@@ -157,11 +163,16 @@ class ChatBody(TextBody):
 
 
 class CompletionBody(TextBody):
-    prompt: Annotated[TextContent, BeforeValidator(refuse_ids), BeforeValidator(unwrap_single)]
+    prompt: Annotated[list[Annotated[TextContent, BeforeValidator(refuse_ids)]], Field(min_length=1, max_length=MAX_CHOICES),
+                      BeforeValidator(as_inputs)]
+    max_tokens: int | None = Field(None, ge=0, validation_alias=LIMIT)
+    echo: bool = False
+    logprobs: int | None = Field(None, ge=0, le=20)
+    best_of: int | None = None
 
 
 class EmbeddingsBody(RequestBody):
-    input: Annotated[list[Annotated[Content, BeforeValidator(refuse_ids)]], BeforeValidator(as_inputs), Field(min_length=1)]
+    input: Annotated[list[Annotated[Content, BeforeValidator(refuse_ids)]], Field(min_length=1), BeforeValidator(as_inputs)]
     encoding_format: Literal["float", "base64"] = "float"
 
 
@@ -172,7 +183,7 @@ class TranscriptionBody(SamplingBody):
     response_format: Literal["json", "text"] = "json"
 
 
-class ImagesBody(SamplingBody):
+class ImagesBody(ChoicesBody):
     prompt: TextContent
     size: str = Field("auto", pattern=r"^(auto|\d{1,4}x\d{1,4})$")
     response_format: Literal["b64_json"] = "b64_json"

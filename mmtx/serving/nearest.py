@@ -14,7 +14,7 @@ from mmtx.ambient import one_thread
 from mmtx.data.collection import DataSource, read_sources
 from mmtx.data.media import load_audio, load_image
 from mmtx.data.sample import Media, Sample
-from mmtx.data.sources import MAX_BAD
+from mmtx.data.skip_counter import MAX_BAD
 from mmtx.data.tokens import usable
 from mmtx.document import Document, MediaPart, Turn
 from mmtx.errors import InputError
