@@ -1,7 +1,8 @@
-"""Captions and transcripts of many files, in which a bad file does not affect the others."""
+"""Captions, labels and transcripts of many files, in which a bad file does not affect the others."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -22,7 +23,7 @@ Answer = Callable[[list[str], int], list[str]]  # files, and the index of the fi
 
 
 class Captioned(NamedTuple):
-    """A file with its caption or transcript, or with the reason why it has none."""
+    """A file with its caption, labels or transcript, or with the reason why it has none."""
 
     name: str
     caption: str | None
@@ -68,6 +69,21 @@ def caption_files(model: Model, files: Iterable[str | InputError], **sampling: A
     """
     Sampling.of(**sampling)  # a wrong option is reported once, not for each file
     return _answer_files(files, lambda names, first: cast(list[str], model.caption(names, start_index=first, **sampling)))
+
+
+def classify_files(model: Model, files: Iterable[str | InputError], candidate_labels: Sequence[str], question: str | None = None,
+                   top: int = 1) -> Iterator[Captioned]:
+    """Classify files and URLs, many at a time -> each in order, with its `top` labels as "0.917 panda, 0.046 koala", or its error.
+
+    Args:
+        model: as returned by `mmtx.load`.
+        files: as found by `find_media`.
+        candidate_labels, question: of `Model.classify`.
+        top: most labels of a file.
+    """
+    model.classify([], candidate_labels, question)  # a wrong label is reported once, not for each file
+    write = lambda found: ", ".join(f"{share:.3f} {label}" for label, share in islice(found.items(), top))
+    return _answer_files(files, lambda names, first: [write(found) for found in model.classify(names, candidate_labels, question)])
 
 
 def transcribe_files(model: Model, files: Iterable[str | InputError], **options: Any) -> Iterator[Captioned]:

@@ -10,7 +10,21 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from mmtx import __version__, limit_openmp_spin
-from mmtx.commands import caption, convert, evaluate, export, generate, inspect, plan, prepare, report, serve, tokens, transcribe
+from mmtx.commands import (
+    caption,
+    classify,
+    convert,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    plan,
+    prepare,
+    report,
+    serve,
+    tokens,
+    transcribe,
+)
 from mmtx.commands.arguments import print_error
 from mmtx.errors import InputError
 from mmtx.modality.registry import load_plugin
@@ -25,7 +39,7 @@ TRAINING = {  # by mmtx.training.run
     "predict": "caption data.validation, to predictions.jsonl in the output folder",
 }
 # In the order of --help.
-COMMANDS = (caption, transcribe, generate, tokens, inspect, prepare, convert, export, evaluate, report, plan, serve)
+COMMANDS = (caption, classify, transcribe, generate, tokens, inspect, prepare, convert, export, evaluate, report, plan, serve)
 
 
 @limit_openmp_spin()

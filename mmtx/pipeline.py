@@ -36,6 +36,7 @@ from mmtx.files import Content, user_name
 from mmtx.grammar import Grammar
 from mmtx.hub import model_card, push
 from mmtx.inference.choose import choose_engine
+from mmtx.inference.classification import Labels, label_ends
 from mmtx.inference.engine import pad
 from mmtx.inference.generation import Choose, generate, steps
 from mmtx.inference.row import prepack_weights
@@ -220,6 +221,43 @@ class Model:
         if not isinstance(sampling, Sampling):
             raise InputError(f"sampling: found {type(sampling).__name__}, expected a Sampling")
         return self._answer_texts(_asked(documents), sampling)
+
+    @neutral()
+    def classify(self, media: Any, candidate_labels: Iterable[str],
+                 question: str | None = None) -> dict[str, float] | list[dict[str, float]]:
+        """Say which of some labels fits a picture or sound best, and with which probability.
+
+        The probability of a label is that of answers that are the label, or begin with it and go on after a punctuation mark, as
+        "trumpet, C 4" does for "trumpet"; divided by the sum over all labels, as if no other answer were possible.
+
+        Args:
+            media: one picture or sound, or a list of them, in any form that `caption` takes.
+            candidate_labels: at least two different texts, best those that the model was trained to answer.
+            question: asked about each medium, as in training; by default none, as in `caption`.
+
+        Returns:
+            The labels with their probabilities, the most likely first; for a list of media, a list of that.
+        """
+        if not _is_list(media):
+            return cast(list, self.classify([media], candidate_labels, question))[0]
+        if not isinstance(question, str | None):
+            raise InputError(f"question: found {type(question).__name__}, expected text")
+        asked = self._parts([] if question is None else [question])
+        parts = self.encode_parts(self._map_numbered(media, as_medium), codes=False)
+        return self.classify_documents([Document((Turn("user", (part, *asked)),)) for part in parts], candidate_labels)
+
+    @neutral()
+    def classify_documents(self, documents: Iterable[Document], candidate_labels: Iterable[str]) -> list[dict[str, float]]:
+        """`classify` for documents of codes (everything up to the last user turn)."""
+        texts = typed_list(candidate_labels, "candidate_label", str, "text")
+        labels = Labels.of(texts, self.tokenizers["text"], self._label_ends)
+        prompts = [prompt(document, self.vocabulary) for document in _asked(documents)]
+        write = lambda chosen: [labels.probabilities(self.decoder, self.grammar, prompts[i], self._ready()) for i in chosen]
+        return [found for _, found in self._in_batches(write, [[number] for number in range(len(prompts))])]
+
+    @cached_property
+    def _label_ends(self) -> torch.Tensor:
+        return label_ends(self.tokenizers["text"], self.vocabulary)
 
     @neutral()
     def transcribe(self, sounds: Any, *, chunk_length_s: float = 3.5) -> str | list[str]:

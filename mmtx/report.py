@@ -39,7 +39,7 @@ CONTROL_RATE = 16_000  # Hz of sounds for the control, whatever the model's rate
 
 
 def report(model: Model, held_out: Sequence[DataSource], train: Sequence[DataSource], show: int = 8,
-           max_bad: float = MAX_BAD, transcribe: bool = False) -> Iterator[str]:
+           max_bad: float = MAX_BAD, transcribe: bool = False, closed_set: bool = False) -> Iterator[str]:
     """Yield a section for each held-out source: examples, then a table of figures.
 
     The figures are exact matches of each field that the source's `reader` reads from captions, and the word error rate; without a
@@ -48,7 +48,7 @@ def report(model: Model, held_out: Sequence[DataSource], train: Sequence[DataSou
     features; the strongest control is shown for each figure, and figures in which the model is behind it are listed. Without
     `train`, fields that only training samples can determine are left out. Samples whose last turn is not an answer in text are
     left out with a note. Up to `max_bad` of the rows of a source may be unusable. With `transcribe`, `Model.transcribe` answers
-    sounds.
+    sounds; with `closed_set`, `Model.classify` chooses among the captions of the source.
     """
     training = read_sources(train, max_bad)
     known = _facts(training.samples)
@@ -73,8 +73,11 @@ def report(model: Model, held_out: Sequence[DataSource], train: Sequence[DataSou
             raise InputError(f"no sample can be used: {found.counters[0].summary()}")
         samples, documents = zip(*pairs, strict=True)
         kind = _kind(samples)
-        predicted = (model.transcribe_documents if transcribe and kind == "audio" else model.caption_documents)(documents)
         true = [sample.caption for sample in samples]
+        if closed_set:
+            predicted = [next(iter(found)) for found in model.classify_documents(documents, dict.fromkeys(true))]
+        else:
+            predicted = (model.transcribe_documents if transcribe and kind == "audio" else model.caption_documents)(documents)
         if known and kind and kind not in controls and MODALITIES[kind].controls is not None:
             controls[kind] = _controls(training, kind)
         figures = _figures(samples, reader, predicted)

@@ -192,6 +192,25 @@ def test_evaluate_takes_its_data_from_a_config(run, folder):
     assert "pictures.jsonl: 1 samples" in out and out.count("pictures.jsonl: 2 samples") == 1
 
 
+def test_evaluate_chooses_among_the_captions_of_the_source(run, model, folder):
+    out = run("evaluate", "pictures.jsonl", "--closed_set", "--show", "2")
+    labels = ["a red circle", "a blue square"]
+    best = [max(found, key=found.get) for found in model.classify(["media/a.png", "media/b.png"], labels)]
+    row = next(line.split() for line in out.splitlines() if line.startswith("exact caption"))
+    assert row[2] == f"{np.mean([said == label for said, label in zip(best, labels, strict=True)]):.3f}"
+    assert set(best) <= set(labels) and out.count("a red circle") + out.count("a blue square") == 4
+
+
+def test_classify_prints_labels_with_their_probabilities(run, model, folder):
+    labels = ["a red circle", "a blue square", "trumpet"]
+    told = run("classify", "media", "--candidate_labels", *labels, "--top", "2", "--question", "what is it?")
+    names = ["media/a.png", "media/b.png", "media/c.wav"]
+    found = model.classify([folder / name for name in names], labels, "what is it?")
+    best = [", ".join(f"{share:.3f} {label}" for label, share in [*one.items()][:2]) for one in found]
+    assert told == "".join(f"{name}\t{text}\n" for name, text in zip(names, best, strict=True))
+    assert run("classify", "media/a.png", "--candidate_labels", *labels).count(",") == 0
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["caption", "--help"], ["evaluate", "--help"]])
 def test_help_succeeds(arguments, capsys):
     with pytest.raises(SystemExit) as stop:

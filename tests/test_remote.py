@@ -177,7 +177,7 @@ def test_mistakes_are_told_in_one_line(tokenizers, vocabulary, tiny_model, tmp_p
         with pytest.raises(InputError, match="guidance_scale: found 2.0 with --server"):
             connect(server.address, tmp_path / "model").generate("a", guidance_scale=2)
         remote = connect(server.address, tmp_path / "model")
-        for call in (lambda: remote.embed("a"), lambda: remote.attention("a", "b"), lambda: remote.save(tmp_path / "copy"),
+        for call in (lambda: remote.embed("a"), lambda: remote.attention("a", "b"), lambda: remote.classify([], ["a", "b"]), lambda: remote.save(tmp_path / "copy"),
                      lambda: remote.stream_ids([remote._prompt("a")])):
             with pytest.raises(InputError, match="answers with ids alone; expected a model that mmtx.load gives, whose weights are here"):
                 call()

@@ -29,8 +29,11 @@ def add(commands) -> None:
     parser.add_argument("--variants", default=None, metavar="FILE:FUNCTION",
                         help="function in a Python file that returns the samples to use in place of each sample, held out or of "
                         "--train, such as other questions; with --config, set it as `variants` of a source there")
-    parser.add_argument("--transcribe", action="store_true",
-                        help="transcribe sounds, as mmtx transcribe does, instead of captioning them")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--transcribe", action="store_true",
+                         help="transcribe sounds, as mmtx transcribe does, instead of captioning them")
+    instead.add_argument("--closed_set", action="store_true", help="choose each answer among the captions of the same source, as "
+                         "mmtx classify does, instead of generating it")
     parser.add_argument("--max_bad", type=float, help=MAX_BAD_HELP)
     parser.add_argument("--show", type=count(0), default=8, help="examples to print per source; default: 8")
     add_model_options(parser)
@@ -78,4 +81,4 @@ def evaluation(options: argparse.Namespace) -> Iterator[str]:
         raise InputError("found neither held-out sources nor --config, expected one of them")
     if options.max_bad is not None:
         max_bad = options.max_bad
-    yield from report(load_model(options), held_out, train, options.show, max_bad, options.transcribe)
+    yield from report(load_model(options), held_out, train, options.show, max_bad, options.transcribe, options.closed_set)

@@ -127,6 +127,24 @@ class TorchEngine(Engine):
         cache.positions.add_(1)
         self.hidden = weights.norm(x, s.length, torch.empty_like(x))
 
+    def branch(self, ids: Tensor, depths: Tensor, before: Tensor) -> Tensor:
+        """Final hidden states (T, D) of tokens that continue the only row in several ways at once, and do not stay in the cache.
+
+        The tokens `ids` (T,) are those of a tree: `depths` (T,) are their distances from the end of the row, the first being 0, and
+        `before` (T, T) bool marks which of them each one attends to, besides the row: its ancestors and itself.
+        """
+        weights, cache, x = self.weights, self.cache, self.decoder.embedding(ids)
+        s, positions = Scratch.of(weights.config, len(ids), x), cache.positions + depths
+        cos, sin = (each[positions][:, None] for each in (cache.cos, cache.sin))                           # (T, 1, K)
+        mask = F.pad(before, (cache.used, 0), value=True)
+        for layer, keys, values in zip(weights.layers_for(len(ids)), cache.keys, cache.values, strict=True):
+            layer.project(x, cos, sin, s)
+            query, key, value = (each.transpose(0, 1).to(keys.dtype) for each in (s.query, s.key, s.value))
+            key, value = (torch.cat([row[0, :, :cache.used], new], 1) for row, new in ((keys, key), (values, value)))
+            y = F.scaled_dot_product_attention(query[None], key[None], value[None], mask, enable_gqa=len(query) != len(key))[0]
+            layer.finish(x, y.to(x.dtype).transpose(0, 1).flatten(1), s)
+        return weights.norm(x, s.length, torch.empty_like(x))
+
     def _mask(self, seen: Tensor) -> Tensor:
         """The additive mask (B, 1, 1, T) for slots that hold a token of the row, `seen` (B, T)."""
         return torch.zeros_like(seen, dtype=self.cache.keys[0].dtype).masked_fill_(~seen, -torch.inf)[:, None, None]

@@ -83,7 +83,7 @@ class RemoteModel(Model):
         raise InputError(f"--server {self.server}: answers with ids alone; expected a model that mmtx.load gives, whose weights "
                          "are here, for scores, vectors, attention, transcripts and saving")
 
-    embed_prompt = attention = stream_ids = transcribe_documents = _files = _refused
+    embed_prompt = attention = stream_ids = transcribe_documents = classify_documents = _files = _refused
 
     def _answer(self, prompts: Sequence[Prompt], out: str, sampling: Sampling, prefix: Sequence[int] = (),
                 first: int = 0) -> list[list[int]]:
