@@ -2,8 +2,8 @@
 
 import argparse
 
+from mmtx.commands import evaluate
 from mmtx.commands.arguments import add_model_options
-from mmtx.commands.evaluate import evaluation
 from mmtx.files import user_path, write_file
 
 
@@ -23,9 +23,12 @@ def run(options: argparse.Namespace) -> None:
     folder = user_path(options.folder)
     files = {}
     if options.evaluate:
-        asked = argparse.Namespace(config=str(folder / "metrics" / "config.yaml"), model=str(folder / "model"), device=options.device,
-                                   trusted=False, fields=None, follow_links=False, max_bad=None, show=16, transcribe=False)
-        files[folder / EVALUATION] = "\n".join(evaluation(asked)).strip("\n") + "\n"
+        parser = argparse.ArgumentParser()
+        evaluate.add(parser.add_subparsers())
+        config = folder / "metrics" / "config.yaml"
+        asked = parser.parse_args(["evaluate", f"--config={config}", f"--model={folder / 'model'}", "--show=16"])
+        asked.device = options.device
+        files[folder / EVALUATION] = "\n".join(evaluate.evaluation(asked)).strip("\n") + "\n"
     files[options.file or folder / "report.html"] = run_page(folder, files.get(folder / EVALUATION))
     for file, text in files.items():
         write_file(file, text.encode())
