@@ -1,13 +1,13 @@
 # make quickstart   train on the starter data and caption held-out samples
 # make test-fast    test the token stream, the network and the tokenizers: under a minute
-# make test         run all tests, those without training first: 15 to 30 minutes
+# make test         run all tests, those without training first: 20 to 35 minutes on two cores
 # make test-long    run the long robustness tests: kills, full disks, fuzzing, a soak test (hours)
 # make lint         check the code with ruff and mypy
 # make docs         build the documentation in docs/_build
 # make mutants      mutation testing: plant one bug at a time and check that the tests catch it (MUTANTS='names' for some of them)
 # make bench        measure speed against other programs (BENCH_ARGS=--short: only check that all scripts run)
 # make gpu          all that needs a GPU, in ten minutes on one card: tests, training, decoding, captions (GPU_ARGS=--steps ...)
-# make starter      train everything from scratch: the three tokenizers and the vocoder, then the decoder (a few hours)
+# make starter      train everything from scratch: the three tokenizers and the vocoder, then the decoder (seven hours or more on two cores)
 #
 # Each of them first creates the virtual environment if it does not exist yet. Variables:
 #   PYTHON=python3.12          the Python to create it with, 3.11 or newer
@@ -44,7 +44,7 @@ quickstart: $(VENV)/.installed
 	$(MMTX) evaluate --model $(RUNS)/quickstart/model --config configs/quickstart/decoder.yaml $(EVALUATE_ARGS)
 
 test: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder $(TEST_ARGS)
+	$(VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --no-loadscope-reorder $(TEST_ARGS)
 
 FAST := layout kernels block model loss sequence vocabulary modality files schema fsq text optimizer formats packing encoders attention
 

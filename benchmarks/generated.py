@@ -34,12 +34,12 @@ from PIL import Image
 from tqdm import tqdm
 
 import mmtx
+from mmtx.batching import BATCH
 from mmtx.data.collection import DataSource, read_source
 from mmtx.data.media import load_audio, load_image
 from mmtx.data.sample import Media, Sample
 from mmtx.errors import InputError
 from mmtx.evaluation import confidence_interval, mel_features, pixel_features
-from mmtx.pipeline import BATCH
 from mmtx.shipped_files import find_shipped
 
 DATA = "demos/data/starter"

@@ -48,7 +48,7 @@ from mmtx.model import Decoder
 from mmtx.pipeline import Model
 from mmtx.sequence import Rendered
 from mmtx.shipped_files import find_shipped
-from mmtx.training.decoder import image_encoder_in
+from mmtx.training.initial_decoder import image_encoder_in
 from mmtx.training.optimizer import OptimizerConfig, configure
 from mmtx.vocabulary import Vocabulary
 

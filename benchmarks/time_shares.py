@@ -31,6 +31,7 @@ from train_speed import SHAPES as TRAINED
 from train_speed import Ours
 
 import mmtx
+from mmtx.batching import BATCH
 from mmtx.config import DecoderConfig
 from mmtx.document import Document, MediaPart, Turn
 from mmtx.inference.choose import choose_engine
@@ -41,7 +42,6 @@ from mmtx.inference.screen import Screen
 from mmtx.inference.weights import Weights
 from mmtx.model import Decoder
 from mmtx.model_folder import DEFAULT_MODEL
-from mmtx.pipeline import BATCH
 from mmtx.sequence import Prompt, prompt
 from mmtx.training.memory import keep_memory
 from mmtx.training.optimizer import OptimizerConfig, configure
@@ -159,7 +159,7 @@ def captions(name: str, times: int, files: int = 2 * BATCH) -> dict:
         mark, make, tokenizer = ((mmtx.Image, partial(MediaPart, "image"), "image") if kind == "pictures"
                                  else (mmtx.Audio, partial(MediaPart, "audio"), "audio"))
         media = [mark(data) for data in media[:files]]
-        tensors = [model._read(item) for item in media]
+        tensors = [model.read_medium(item).data for item in media]
         embed = partial(model.tokenizers[tokenizer].embed_batch, patches=tokenizer in model.decoder.encoders)
         asked = [prompt(Document((Turn("user", (make(*encoding),)),)), model.vocabulary) for encoding in embed(tensors)]
         weights = model._weights
@@ -176,7 +176,7 @@ def captions(name: str, times: int, files: int = 2 * BATCH) -> dict:
         found[kind] = {}
         for way, size in (("one at a time", 1), ("in batches", BATCH)):
             stages = {
-                "read": each(lambda batch: [model._read(item) for item in batch], media, size),
+                "read": each(lambda batch: [model.read_medium(item).data for item in batch], media, size),
                 "encode": each(embed, tensors, size),
                 "feed the prompt": each(feed, asked, size),
             }

@@ -28,8 +28,8 @@ from mmtx.modality.autoencoder import NetworkConfig, PatchAutoencoder
 from mmtx.modality.image import ImageConfig, ImageTokenizer, to_float
 from mmtx.shipped_files import find_shipped
 from mmtx.training.codec import picture_quality
+from mmtx.training.fit_cli import TRAINER
 from mmtx.training.optimizer import OptimizerConfig, configure
-from mmtx.training.run import TRAINER
 
 CONFIG = "configs/starter/image.yaml"
 ALIVE = dict(use_cosine_sim=True, kmeans_init=True, threshold_ema_dead_code=2)

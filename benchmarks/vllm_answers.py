@@ -42,11 +42,11 @@ def requests_of(model: mmtx.Model, kinds: list[str], count: int) -> list[dict]:
     """For each prompt and kind of answer: prompt ids, allowed ids, maximum length, and the answer of mmtx."""
     remote, found = RemoteModel(model.decoder, model.vocabulary, model.tokenizers), []
     for out in kinds:
-        prefix = model._size_prefix(out, None) or ([] if out == "text" else [model.vocabulary.opening(out)])
+        prefix = model.processor.size_prefix(out, None) or ([] if out == "text" else [model.vocabulary.opening(out)])
         sampling = Sampling(max_new_tokens=count)
         allowed, most = remote._legal(out, sampling, prefix)
         for words in PROMPTS:
-            prompt = model._prompt(words)
+            prompt = model.processor.prompt(words)
             (ours,) = model._answer([prompt], out, sampling, prefix)
             found.append({"out": out, "prompt": [*prompt.ids.tolist(), *prefix], "allowed": allowed.nonzero()[0].tolist(),
                           "count": most, "end": model.vocabulary.end, "ours": ours[len(prefix):]})

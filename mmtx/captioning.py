@@ -13,8 +13,9 @@ from mmtx.data.urls import is_url
 from mmtx.errors import InputError
 from mmtx.files import user_name
 from mmtx.inference.sampling import Sampling
+from mmtx.items import iterate
 from mmtx.modality.registry import media_kinds
-from mmtx.pipeline import Model, iterate
+from mmtx.pipeline import Model
 
 FILES_PER_CALL = 64  # files per call of the model: each thread of a CPU gets a batch, and captions appear as they come
 

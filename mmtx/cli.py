@@ -46,6 +46,9 @@ COMMANDS = (caption, classify, transcribe, generate, tokens, inspect, prepare, c
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command line. A user's mistake ends with one line on stderr and status 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the shell closed it (>&-)
+            setattr(sys, name, open(os.devnull, "w"))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # Names that are not UTF-8, and characters that the terminal's encoding lacks, are shown escaped.
@@ -70,8 +73,7 @@ def _run(arguments: list[str]) -> None:
         else:
             options = _parser().parse_args(arguments)
             options.run(options)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except OSError as error:
         if not isinstance(error, BrokenPipeError) and (error.errno not in NO_ROOM or error.filename is not None):
             raise

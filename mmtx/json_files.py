@@ -7,12 +7,12 @@ from typing import Any
 from mmtx.errors import InputError
 from mmtx.files import read_bytes
 
-MOST_JSON = 2**20  # bytes of a JSON file, unless the reader expects more
+MOST_JSON = 2**20  # bytes of a JSON file
 
 
-def read_json(path: str | Path, most: int = MOST_JSON) -> Any:
-    """The value of a JSON file of at most `most` bytes. Raises InputError if it is missing, too large or malformed."""
-    return parse_json(read_bytes(path, most), path)
+def read_json(path: str | Path) -> Any:
+    """The value of a JSON file of at most MOST_JSON bytes. Raises InputError if it is missing, too large or malformed."""
+    return parse_json(read_bytes(path, MOST_JSON), path)
 
 
 def parse_json(data: bytes, where: str | Path) -> Any:

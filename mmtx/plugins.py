@@ -21,8 +21,10 @@ def import_file(path: str | Path, at: str) -> ModuleType:
     """
     path = user_path(path)
     name, place = path.stem, str(path.absolute())
-    if not path.is_file() or path.suffix != ".py" or not name.isidentifier():
+    if not path.is_file() or path.suffix != ".py":
         raise InputError(f"{at}: found no such Python file, expected NAME.py")
+    if not name.isidentifier():
+        raise InputError(f"{at}: found the name {name!r}, expected letters, digits and underscores, so that Python can import it")
     if name in sys.modules:
         if getattr(sys.modules[name], "__file__", None) == place:
             return sys.modules[name]

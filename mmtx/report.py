@@ -11,7 +11,7 @@ from mmtx.data.media import load_audio, load_image
 from mmtx.data.sample import Media, Sample, with_captions
 from mmtx.data.skip_counter import MAX_BAD
 from mmtx.data.storage import display
-from mmtx.data.tokens import usable
+from mmtx.data.tokens import data_of, usable
 from mmtx.errors import InputError, escape
 from mmtx.evaluation import (
     MELS,
@@ -199,7 +199,8 @@ def _kind(samples: Sequence[Sample]) -> str | None:
 def _features(sample: Sample, kind: str) -> dict[str, np.ndarray]:
     """Sets of features of the first medium of a sample, by name."""
     media = next(part for turn in sample.turns for part in turn.parts if isinstance(part, Media))
-    return MODALITIES[kind].get("controls")(media.source.read(), media.name, **media.options)
+    data, options = data_of(media)
+    return MODALITIES[kind].get("controls")(data, media.name, **options)
 
 
 def picture_controls(data: bytes, name: str) -> dict[str, np.ndarray]:
@@ -208,7 +209,7 @@ def picture_controls(data: bytes, name: str) -> dict[str, np.ndarray]:
     return {preset: pixel_features(picture, **options) for preset, options in PIXELS.items()}
 
 
-def sound_controls(data: bytes, name: str, **played: Any) -> dict[str, np.ndarray]:
-    """Sets of features of an encoded sound, by preset; `played` are options of `load_audio`."""
+def sound_controls(data: bytes | np.ndarray, name: str, **played: Any) -> dict[str, np.ndarray]:
+    """Sets of features of a sound, by preset; `played` are options of `load_audio`."""
     sound = load_audio(data, CONTROL_RATE, name, **played)
     return {preset: mel_features(sound, **options) for preset, options in MELS.items()}

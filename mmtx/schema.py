@@ -25,11 +25,13 @@ MOST_ITEMS = 2**16  # of a list
 UNIONS, LISTS = (Union, types.UnionType), (list, tuple, Sequence)
 
 
-def shown(value: Any, most: int = 60) -> str:
-    """A value as text of at most `most` characters on one line, for error messages."""
+def shown(value: Any, most: int = 60, contents: bool = False) -> str:
+    """A value for an error message, on one line of `most` characters; a list or object is its type, or its `contents`."""
     if isinstance(value, int) and abs(value) > 10**30:  # Python refuses to print thousands of digits
         return "a number beyond all bounds"
-    text = ascii(value) if isinstance(value, int | float | str | None) else type(value).__name__
+    if isinstance(value, str | bytes):
+        value = value[:200]
+    text = repr(value) if contents or isinstance(value, int | float | str | None) else type(value).__name__
     return text if len(text) <= most else text[:most - 3] + "..."
 
 

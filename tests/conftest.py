@@ -1,6 +1,8 @@
 """Small real components that many tests share: a trained text tokenizer, random codecs and a random decoder."""
 
+import itertools
 import signal
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -27,13 +29,33 @@ SLOW = 1800  # seconds for a slow test; the others' limit is in pyproject.toml
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)  # fast ones first
-    for item in items:
-        slow = item.get_closest_marker("slow") is not None
-        if slow and not item.get_closest_marker("timeout"):
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    for item in slow:
+        if not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW))
-        # With several processes (`-n 2 --dist loadgroup`), tests of a file, which share fixtures, stay in one process.
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}{'-slow' if slow else ''}"))
+    # Fast ones first; then files with many slow ones, so that no process is left alone with them at the end.
+    count = Counter(item.path for item in slow)
+    items.sort(key=lambda item: (item in slow, -count[item.path] if item in slow else 0))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With several processes, tests of a file, which share fixtures, stay in one; its slow ones may go to another.
+
+    pytest-xdist 3.8 has `--dist loadgroup` for that, but its groups are lost with pytest 9.2, which has other node ids.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def add_node_collection(self, node, collection):
+            runs = itertools.groupby(collection, key=lambda name: name.partition("::")[0])
+            self.groups = {name: number for number, (_, names) in enumerate(runs) for name in names}
+            super().add_node_collection(node, collection)
+
+        def _split_scope(self, name):
+            return self.groups[name]
+
+    return Scheduling(config, log)
 
 
 def pytest_make_parametrize_id(val):

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -68,13 +69,30 @@ def start(config: dict, output: Path, *more: str, ranks: int = 1, log: Path | No
     processes = []
     for rank in range(ranks):
         local = {"LOCAL_RANK": str(rank)} if ranks > 1 else {}
-        processes.append(context.Process(target=_fit, args=(
-            ["fit", "--config", str(path), *more], {**environment, **local}, log)))
-        processes[-1].start()
+        processes.append(Program(["fit", "--config", str(path), *more], log, {**environment, **local}))
     return processes
 
 
-def _fit(arguments: list[str], environment: dict[str, str], log: Path) -> None:
+class Program(context.Process):
+    """`mmtx ARGUMENTS` in a process that is the first of a group, as subprocess.Popen runs one; what it prints goes to a file."""
+
+    def __init__(self, arguments: list[str], log: Path, environment: dict[str, str] | None = None):
+        super().__init__(target=_program, args=(arguments, environment or {}, log))
+        self.start()
+
+    def poll(self) -> int | None:
+        return self.exitcode
+
+    returncode = property(poll)
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.join(timeout)
+        if self.exitcode is None:
+            raise subprocess.TimeoutExpired("mmtx", timeout)
+        return self.exitcode
+
+
+def _program(arguments: list[str], environment: dict[str, str], log: Path) -> None:
     os.setpgid(0, 0)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)

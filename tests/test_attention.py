@@ -54,7 +54,7 @@ def theirs(decoder: Decoder, **given) -> torch.Tensor:
 
 def test_weights_are_those_of_transformers(lively):
     found = lively.attention(PARTS, "a blue square")
-    ids = [*lively._prompt(PARTS).ids.tolist(), *lively.tokenizers["text"].encode("a blue square")]
+    ids = [*lively.processor.prompt(PARTS).ids.tolist(), *lively.tokenizers["text"].encode("a blue square")]
     expected = theirs(lively.decoder, input_ids=torch.tensor([ids]))
     assert found.weights.shape == expected.shape == (2, 4, len(ids), len(ids))
     torch.testing.assert_close(found.weights, expected, atol=1e-5, rtol=0)
@@ -62,7 +62,7 @@ def test_weights_are_those_of_transformers(lively):
 
 
 def test_weights_over_features_are_those_of_transformers(with_features):
-    asked = with_features._prompt(PARTS)
+    asked = with_features.processor.prompt(PARTS)
     found = with_features.attention(PARTS, "violin")
     ids = torch.tensor([[*asked.ids.tolist(), *with_features.tokenizers["text"].encode("violin")]])
     inputs = with_features.decoder.embed(ids, attention.gather_features([(0, asked.spans)]))
@@ -77,12 +77,12 @@ def test_the_answer_is_the_models_own_unless_it_is_given(lively):
     given = lively.attention(PARTS, "trumpet, C 4")
     assert [word.text for word in given.words] == ["trumpet,", " C", " 4"]
     assert [place for word in given.words for place in word.places] == list(
-        range(len(lively._prompt(PARTS).ids), given.weights.shape[-1]))
+        range(len(lively.processor.prompt(PARTS).ids), given.weights.shape[-1]))
 
 
 def test_media_lie_where_their_codes_are(lively):
     found = lively.attention(PARTS, "a")
-    ids, v = lively._prompt(PARTS).ids, lively.vocabulary
+    ids, v = lively.processor.prompt(PARTS).ids, lively.vocabulary
     picture, sound = found.media
     assert (picture.kind, picture.grid) == ("image", (2, 2)) and sound.kind == "audio" and sound.grid[1] == v.bands("audio")
     for medium in found.media:

@@ -69,7 +69,7 @@ def test_all_commands_count_alike(command, select, bad, left, folder, tiny_model
     source = DataSource([str(folder / "rows.jsonl")], select)
     assert command(source, bad / ROWS, tiny_model, tmp_path / "one") == left
     # Each stage alone would be within the limit.
-    with pytest.raises(InputError, match=f"{bad} of {ROWS} rows cannot be used; first: .*rows.jsonl row 4.*may be bad"):
+    with pytest.raises(InputError, match=f"{bad} of {ROWS} rows cannot be used; first: .*rows.jsonl row 4.*may be bad, which max_bad sets"):
         command(source, bad / ROWS - 0.001, tiny_model, tmp_path / "two")
 
 

@@ -1,10 +1,9 @@
 """The benchmarks of speed run, in short form: what they find then says nothing, and nothing is written."""
 
+import glob
 import multiprocessing
-import os
 import re
 import shutil
-import subprocess
 import sys
 import tarfile
 from argparse import ArgumentTypeError
@@ -12,9 +11,11 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import fresh
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from mmtx.cli import main
 
@@ -38,8 +39,7 @@ def files() -> dict[Path, int]:
 @pytest.mark.parametrize("name", SPEED)
 def test_a_benchmark_of_speed_runs_in_short_form(name):
     before = files()
-    result = subprocess.run([sys.executable, f"benchmarks/{name}.py", "--short"], cwd=ROOT, capture_output=True, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    result = fresh.script(ROOT / f"benchmarks/{name}.py", "--short", cwd=ROOT)
     assert result.returncode == 0, result.stderr
     assert re.search(r"ours/this .*, bar [<>]= ", result.stdout), result.stdout
     assert files() == before
@@ -49,8 +49,7 @@ def test_a_benchmark_of_speed_runs_in_short_form(name):
 @pytest.mark.parametrize(("what", "told"), [("training", "GFLOP/s"), ("decoding", "GB/s"), ("captions", "feed the prompt")])
 def test_time_shares_run_in_short_form(what, told):
     before = files()
-    result = subprocess.run([sys.executable, "benchmarks/time_shares.py", what, "--short"], cwd=ROOT, capture_output=True,
-                            text=True)
+    result = fresh.script(ROOT / "benchmarks/time_shares.py", what, "--short", cwd=ROOT)
     assert result.returncode == 0 and told in result.stdout, result.stderr
     assert files() == before
 
@@ -70,27 +69,54 @@ def test_another_python_is_found_from_any_folder(tmp_path, monkeypatch):
         interpreter("none/python")
 
 
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """A function from a shipped configuration to one of a small decoder on the first samples of each source."""
+    root = tmp_path_factory.mktemp("few")
+
+    def cut(path: str) -> str:
+        target = root / Path(path).stem
+        with tarfile.open(path) as tar, tarfile.open(target, "w") as made:
+            for member in [tar.next() for _ in range(24 if "images" in target.name else 8)]:  # the pitch of a sound takes a second
+                made.addfile(member, tar.extractfile(member))
+        return str(target)
+
+    def few(name: str) -> Path:
+        config = yaml.safe_load((ROOT / "configs" / name).read_text(encoding="utf-8"))
+        model, data = config["model"]["init_args"], config["data"]["init_args"]
+        model["decoder"] |= {"width": 64, "depth": 1, "heads": 2, "kv_heads": 2, "mlp_dim": 128}
+        for source in (*data["train"], *data["validation"]):
+            source["paths"] = [cut(max(glob.glob(str(ROOT / path)))) for path in source["paths"]]
+            source.pop("select", None)
+        path = root / name.replace("/", "-")
+        path.write_text(yaml.safe_dump(config))
+        return path
+
+    return few
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("more, rows", [
-    ([], {"pictures": 7, "notes": 7}),
-    (["--config", "configs/starter/captions.yaml", "--tasks", "sentences"], {"sentences": 7}),
-    (["--tasks", "pictures", "--image_encoder", "demos/starter", "--only", "pretrained"], {"pictures": 2}),
+@pytest.mark.parametrize("config, more, rows", [
+    ("quickstart/decoder.yaml", [], {"pictures": 7, "notes": 7}),
+    ("starter/captions.yaml", ["--tasks", "sentences"], {"sentences": 7}),
+    ("quickstart/decoder.yaml", ["--short", "--tasks", "pictures", "--image_encoder", "demos/starter", "--only", "pretrained"],
+     {"pictures": 2}),
 ])
-def test_specialists_run_in_short_form(more, rows):
-    result = subprocess.run([sys.executable, "benchmarks/specialists.py", "--short", *more], cwd=ROOT, capture_output=True, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+def test_specialists_run_in_short_form(config, more, rows, few):
+    result = fresh.script(ROOT / "benchmarks/specialists.py", "--config", few(config), "--minutes", "0.001", *more, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     assert Counter(line.split()[0] for line in result.stdout.splitlines()) == rows
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, told", [
-    ("one_model", r"one for all: exact name \d\.\d+, instrument .*, note .*, picture .*, played instrument \d"),
-    ("caption_codec", r"weight 0\.01: psnr_db 2\d\..*, exact name, codes .*, exact name, features .*, picture \d"),
+@pytest.mark.parametrize("name, more, told", [
+    ("one_model", ["--minutes", "0.001"],
+     r"one for all: exact name \d\.\d+, instrument .*, note .*, picture .*, played instrument \d"),
+    ("caption_codec", ["--short", "--weights", "0", "0.01"],
+     r"weight 0\.01: psnr_db 2\d\..*, exact name, codes .*, exact name, features .*, picture \d"),
 ])
-def test_a_benchmark_of_tasks_runs_in_short_form(name, told):
-    result = subprocess.run([sys.executable, f"benchmarks/{name}.py", "--short"], cwd=ROOT, capture_output=True, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+def test_a_benchmark_of_tasks_runs_in_short_form(name, more, told, few):
+    result = fresh.script(ROOT / f"benchmarks/{name}.py", "--config", few("quickstart/decoder.yaml"), *more, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     assert re.search(told, result.stdout), result.stdout
 
@@ -119,8 +145,7 @@ def stream(tmp_path_factory):
 def test_a_benchmark_of_laws_runs_in_short_form(name, told, stream, tmp_path):
     before = files()
     more = ["--output", str(tmp_path / "runs")] if name == "scaling_grid" else []
-    result = subprocess.run([sys.executable, f"benchmarks/{name}.py", "--short", "--data", str(stream), *more], cwd=ROOT,
-                            capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    result = fresh.script(ROOT / f"benchmarks/{name}.py", "--short", "--data", str(stream), *more, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     assert re.search(told, result.stdout), result.stdout
     assert files() == before

@@ -38,7 +38,7 @@ def model(request, tiny_model, tmp_path):
 
 
 def test_log_probabilities_are_those_of_the_network(model):
-    asked = model._prompt("a red")
+    asked = model.processor.prompt("a red")
     answers = [model.tokenizers["text"].encode(text) for text in ("circle", "a blue square", "a", "a blue", "violin, D sharp 5")]
     ends = torch.tensor([model.vocabulary.end, *answers[0][:1]])
     found = log_probabilities(model.decoder, model.grammar, asked, answers, ends)
@@ -53,7 +53,7 @@ def test_log_probabilities_are_those_of_the_network(model):
 
 def test_all_answers_share_a_probability_of_one(tiny_model):
     """Answers begin with one of the text ids, or are empty."""
-    v, asked = tiny_model.vocabulary, tiny_model._prompt("a red")
+    v, asked = tiny_model.vocabulary, tiny_model.processor.prompt("a red")
     text = list(v.range("text"))
     found = log_probabilities(tiny_model.decoder, tiny_model.grammar, asked, [[ident] for ident in text], torch.tensor([v.end, *text]))
     empty = scores_after(tiny_model, asked.ids.tolist()).softmax(0)[v.end]

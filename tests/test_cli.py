@@ -428,14 +428,18 @@ def test_a_full_standard_output_is_one_line(folder):
     assert done.stderr == b"mmtx: error: standard output: cannot be written (No space left on device)\n"
 
 
-def test_debug_shows_where_a_mistake_was_found(folder):
-    plain = command("caption", "broken.png", "--model", "model", cwd=folder)
-    debug = command("caption", "broken.png", "--model", "model", cwd=folder, env={"MMTX_DEBUG": "1"})
-    assert plain.returncode == debug.returncode == 2
-    assert plain.stderr.count(b"\n") == 1
-    told = debug.stderr.decode()
-    assert told.endswith(plain.stderr.decode())
-    assert "Traceback" in told and "load_image" in told and "PIL" in told
+def test_debug_shows_where_a_mistake_was_found(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    told = []
+    for debug in ("", "1"):
+        monkeypatch.setenv("MMTX_DEBUG", debug)
+        with pytest.raises(SystemExit) as stop:
+            main(["caption", "broken.png", "--model", "model", "--device", "cpu"])
+        assert stop.value.code == 2
+        told.append(capsys.readouterr().err)
+    plain, debug = told
+    assert plain.count("\n") == 1 and debug.endswith(plain)
+    assert "Traceback" in debug and "load_image" in debug and "PIL" in debug
 
 
 def test_ctrl_c_ends_in_one_line_and_status_130(folder):

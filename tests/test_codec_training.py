@@ -408,6 +408,23 @@ def test_refining_trains_the_way_back_and_leaves_the_codes(kind, tmp_path):
     assert second.tokenizer.fingerprint == first.tokenizer.fingerprint
 
 
+@pytest.mark.parametrize("kind", ["image", "audio"])
+def test_a_codec_goes_on_from_a_finished_one_and_all_of_it_is_trained(kind, tmp_path):
+    first = module(kind)
+    train(first)
+    first.save(tmp_path / "first")
+    second = module(kind, learning_rate=1e-2, init_from=str(tmp_path / "first"))
+    before = {name: value.clone() for name, value in second.tokenizer.state_dict().items()}
+    assert all(torch.equal(value, before[name]) for name, value in first.tokenizer.state_dict().items())
+    train(second)
+    changed = {name.split(".")[1] for name, value in second.tokenizer.state_dict().items() if not torch.equal(before[name], value)}
+    assert {"embed", "encoder", "to_latent", "decoder", "to_patch"} <= changed
+    assert second.tokenizer.fingerprint != first.tokenizer.fingerprint
+    other = "audio" if kind == "image" else "image"
+    with pytest.raises(InputError, match=f"init_from: found a tokenizer for {kind}, expected one for {other}"):
+        module(other, init_from=str(tmp_path / "first"))
+
+
 def test_a_codec_grows_from_a_finished_one_and_learns_the_pitch(tmp_path):
     first = module("audio")
     first.save(tmp_path / "first")

@@ -1,5 +1,6 @@
 """Every shipped YAML is parsed and built by the machinery of `mmtx fit`, and its data and sizes are what it says."""
 
+import functools
 import glob
 import sys
 from dataclasses import asdict, replace
@@ -15,7 +16,8 @@ from mmtx.model_folder import read_model
 from mmtx.plugins import import_file
 from mmtx.training.codec import AudioCodecModule, ImageCodecModule
 from mmtx.training.decoder import DecoderModule
-from mmtx.training.run import TRAINER, command_line
+from mmtx.training.fit_cli import TRAINER
+from mmtx.training.run import command_line
 from mmtx.training.text import TextModule
 from mmtx.training.vocoder import VocoderModule
 
@@ -42,24 +44,28 @@ PARAMETERS = {
 }
 
 
-@pytest.fixture
-def built(tokenizers, tmp_path, monkeypatch):
-    """Build a config without training: its `FitCLI`, with tiny tokenizers, on a machine without GPUs."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["mmtx"])
+@pytest.fixture(scope="module")
+def built(tokenizers, tmp_path_factory):
+    """Build a config without training, once: its `FitCLI`, with tiny tokenizers, on a machine without GPUs."""
+    root = tmp_path_factory.mktemp("configs")
+    for kind, tokenizer in tokenizers.items():
+        tokenizer.save(root / kind)
 
+    @functools.cache
     def build(name):
-        arguments = ["--config", str(CONFIGS[name]), "--output", str(tmp_path / "run"),
+        arguments = ["--config", str(CONFIGS[name]), "--output", str(root / "run"),
                      "--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.strategy", "auto"]
         if "decoder" in yaml.safe_load(CONFIGS[name].read_text())["data"]["class_path"]:
-            for kind, tokenizer in tokenizers.items():
-                tokenizer.save(tmp_path / kind)
-                arguments += [f"--data.init_args.tokenizers.{kind}", str(tmp_path / kind)]
+            for kind in tokenizers:
+                arguments += [f"--data.init_args.tokenizers.{kind}", str(root / kind)]
         if name in STARTS:
             arguments += ["--model.init_args.init_from", STARTS[name]]
         return command_line(arguments, run=False)
 
-    return build
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", ["mmtx"])
+        yield build
 
 
 def test_there_are_configs():

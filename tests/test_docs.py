@@ -1,8 +1,8 @@
-"""Every command and every block of Python in the README and the docs runs as printed, trainings with fewer steps.
+"""Every command and every block of Python in the README and the docs runs as printed: trainings with fewer steps, evaluations on
+fewer samples.
 
 A block behind a comment `<!-- not run: why -->` is left out; its commands, and those in configs, docstrings and the Makefile, are
-parsed. Blocks of a page run in their order in one folder that looks like
-a checkout; blocks of Python of a page share their names.
+parsed. Blocks of a page run in their order in one folder that looks like a checkout; blocks of Python of a page share their names.
 """
 
 import json
@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tarfile
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +35,14 @@ DOCUMENTED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "Makefile", *(
 PARTS = {"text": TextPart, "image": partial(MediaPart, "image"), "audio": partial(MediaPart, "audio")}
 CHECKOUT = ("benchmarks", "configs", "demos", "tokenizers", "docs", "Makefile", "constraints.txt")
 SHORT = "--trainer.max_steps 2 --trainer.val_check_interval 2 --samples 2"  # what a training in the docs is made shorter by
+# Runs each line, the text of a block, in the same names and says that it is done.
+INTERPRETER = """def run(names):
+    import json, sys
+    for block in sys.stdin:
+        exec(json.loads(block), names)
+        print("\\n\\0", flush=True)
+run(globals())
+"""
 
 
 class Block(NamedTuple):
@@ -48,15 +57,24 @@ def blocks(page: Path) -> list[Block]:
     return [Block(language, block) for skip, language, block in found if not skip]
 
 
-def shortened(commands: str) -> str:
-    """Shell commands, those that train with few steps."""
+def shortened(commands: str, folder: Path) -> str:
+    """Shell commands, those that train with few steps, those that evaluate on few samples."""
     commands = commands.replace("\\\n", " ")
     lines = []
     for line in commands.splitlines():
         if line.startswith("mmtx fit") and "/text.yaml" not in line:
             line = f"{line.split('#')[0]} {SHORT}"
-        lines.append(line)
+        lines.append(re.sub(r"^(mmtx evaluate )(\S+\.tar\.gz)", lambda found: found[1] + first_samples(found[2], folder), line))
     return "\n".join(lines)
+
+
+def first_samples(shard: str, folder: Path) -> str:
+    """The name of a shard in `folder` with the first samples of another."""
+    few = folder / f"few-{Path(shard).stem}"
+    with tarfile.open(ROOT / shard) as tar, tarfile.open(few, "w") as made:
+        for member in [tar.next() for _ in range(32)]:
+            made.addfile(member, tar.extractfile(member))
+    return few.name
 
 
 @pytest.mark.slow
@@ -67,15 +85,20 @@ def test_a_page_runs_as_printed(page, tmp_path):
         (tmp_path / name).symlink_to(ROOT / name)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
                    "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
-    before = ""  # the Python of the page so far
-    for block in blocks(page):
-        if block.language == "python":
-            before += block.text
-            command = [sys.executable, "-c", before]
-        else:
-            command = ["bash", "-euo", "pipefail", "-c", shortened(block.text)]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, f"{block.text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    told = tmp_path / "stderr"
+    with told.open("w") as errors, subprocess.Popen([sys.executable, "-c", INTERPRETER], cwd=tmp_path, env=environment, text=True,
+                                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors) as python:
+        for block in blocks(page):
+            if block.language == "sh":
+                command = ["bash", "-euo", "pipefail", "-c", shortened(block.text, tmp_path)]
+                done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+                assert done.returncode == 0, f"{block.text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+                continue
+            python.stdin.write(json.dumps(block.text) + "\n")
+            python.stdin.flush()
+            if "\0\n" not in python.stdout:  # reads up to it, or to the end
+                pytest.fail(f"{block.text}\n{told.read_text()[-2000:]}")
+    assert python.returncode == 0, told.read_text()[-2000:]
 
 
 def commands(begin: str) -> dict[str, Path]:

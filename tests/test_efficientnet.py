@@ -2,11 +2,10 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import fresh
 import pytest
 import runs
 import torch
@@ -172,8 +171,7 @@ def test_a_mean_with_a_model_that_saw_otherwise_has_the_encoder_of_the_first(tok
             composed=tuple(CodeRange(vocabulary.range(kind).start, each) for kind, each in levels.items()))
         made[name] = Model(Decoder(sizes, build_encoder), vocabulary, tokenizers)
         made[name].save(tmp_path / name)
-    script = [sys.executable, str(runs.STARTER.parents[1] / "average.py"), "new", "new", "old", "--output", "mean"]
-    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = fresh.script(runs.STARTER.parents[1] / "average.py", "new", "new", "old", "--output", "mean", cwd=tmp_path, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     new, old, mean = (model.decoder.state_dict() for model in (*made.values(), mmtx.load(tmp_path / "mean", "cpu")))
     for name, weight in mean.items():

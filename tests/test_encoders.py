@@ -141,7 +141,7 @@ def test_codes_that_a_decoder_does_not_read_are_not_made(samples, tokenizers, vo
     assert ran and any(ident in vocabulary.range("image") and ident > vocabulary.range("image").start for ident in ids)
     for handle in handles:
         handle.remove()
-    first, second = (model._answer([model._prompt(asked, codes)], "text", Sampling.of(max_new_tokens=8))
+    first, second = (model._answer([model.processor.prompt(asked, codes)], "text", Sampling.of(max_new_tokens=8))
                      for codes in (False, True))
     assert first == second
 

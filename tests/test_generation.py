@@ -323,7 +323,7 @@ def test_the_size_of_batches_changes_no_answer(model, monkeypatch, request, out,
 
     found = []
     for size in (1, 2, 5, 32):
-        monkeypatch.setattr("mmtx.pipeline.BATCH", size)
+        monkeypatch.setattr("mmtx.batching.BATCH", size)
         found.append([plain(answer) for answer in model.generate_batch(SAID, **asked_for)])
     assert found[1:] == found[:1] * 3
     assert found[0][0] == plain(model.generate(SAID[0], **asked_for))

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import fresh
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +59,7 @@ def test_without_a_gpu_it_says_so():
 
 @pytest.mark.slow
 def test_every_step_runs_in_short_form(tmp_path):
-    done = subprocess.run([sys.executable, "benchmarks/gpu.py", "--short", "--device", "cpu", "--output", str(tmp_path), "--steps", *STEPS, *MORE], cwd=ROOT, capture_output=True, text=True)
+    done = fresh.script(ROOT / "benchmarks/gpu.py", "--short", "--device", "cpu", "--output", tmp_path, "--steps", *STEPS, *MORE, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "gpu.json").read_text())
     assert list(result["found"]) == [*STEPS, *MORE] and not any("failed" in figures for figures in result["found"].values())

@@ -151,6 +151,13 @@ def test_a_log_gets_a_line_for_each_step_and_sounds_can_be_heard(fit, monkeypatc
     assert capsys.readouterr().out == ""
 
 
+def test_a_run_without_standard_output(fit, monkeypatch):
+    """Of which Python makes none if the shell closed it, as in `mmtx fit ... >&-`."""
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setattr("sys.stdout", None)
+    assert (fit("closed", "--trainer.enable_progress_bar", "true", "--trainer.max_steps", "1") / "model").is_dir()
+
+
 def test_callbacks_and_profilers_that_are_asked_to_speak_do(fit):
     told = []
     handler = logging.Handler()

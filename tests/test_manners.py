@@ -309,7 +309,7 @@ def test_the_error_of_the_first_item_is_raised_and_no_more_are_begun(two_threads
 
 
 def test_many_threads_get_the_answers_of_one(model, expected, two_threads, monkeypatch):
-    monkeypatch.setattr("mmtx.pipeline.BATCH", 2)  # so that each call has batches in threads
+    monkeypatch.setattr("mmtx.batching.BATCH", 2)  # so that each call has batches in threads
     wanted = model.caption(MEDIA * 2, max_new_tokens=8)
     streamed = "".join(expected[7])
 

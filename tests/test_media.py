@@ -1,6 +1,7 @@
 """Pictures and sounds of every kind load to one form; every bad input is one InputError that names it."""
 
 import io
+import json
 import struct
 import zlib
 from pathlib import Path
@@ -11,11 +12,13 @@ import soundfile
 import torch
 from PIL import Image, ImageCms
 
-from mmtx.data import media, sound_files
+from mmtx import report
+from mmtx.data import media, sound_files, storage
 from mmtx.data.media import load_audio, load_image
 from mmtx.data.sample import kind_of, sniff
 from mmtx.data.sound_files import MAX_SECONDS
 from mmtx.data.sources import read
+from mmtx.data.tokens import load_sample
 from mmtx.errors import InputError
 
 STARTER = Path(__file__).parents[1] / "demos" / "data" / "starter"
@@ -657,6 +660,55 @@ def test_bad_source_rate_and_missing_file(tmp_path):
             load_audio(wave(), 16_000, source_rate=rate)
     with pytest.raises(InputError, match="gone.wav: no such file"):
         load_audio(tmp_path / "gone.wav", 16_000)
+
+
+ODD = {  # of which all bytes must be seen
+    "a WAV without its length": lambda data: data[:40] + b"\xff" * 4 + data[44:], "with zeros for it": lambda data: data[:40] + bytes(4) + data[44:],
+    "cut short": lambda data: data[:-5_000], "two in one": lambda data: data * 2, "an ID3 tag": lambda data: b"ID3\4\0\0\0\0\0\0" + data,
+    "a chunk behind the samples": lambda data: data + b"LIST\4\0\0\0abcd",
+}
+
+
+@pytest.mark.parametrize("make", [
+    lambda data: sound(data, 16_000), lambda data: sound(data, 16_000, subtype="PCM_24"), lambda data: sound(data, 16_000, subtype="FLOAT"),
+    lambda data: sound(data, 16_000, format="FLAC"), lambda data: sound(data, 16_000, format="OGG"),
+    *(lambda data, odd=odd: odd(sound(data, 16_000)) for odd in ODD.values()),
+    lambda data: sound(data, 16_000, format="FLAC") + b"TAG" + bytes(125), lambda data: sound(data, 16_000, format="RF64"),
+], ids=["WAV", "24 bits", "floats", "FLAC", "OGG", *ODD, "FLAC with a tag", "RF64"])
+def test_a_cut_of_a_file_is_that_of_its_bytes(tmp_path, make):
+    noise = np.random.default_rng(0).normal(0, 0.1, (16_000 * 40, 2))
+    data = make(noise)
+    (tmp_path / "x").write_bytes(data)
+
+    def cut(what, start, seconds):
+        try:
+            return load_audio(what, 8_000, "x", start=start, seconds=seconds)
+        except InputError as error:
+            return str(error)
+
+    for place in ((0, 0.5), (1.25, 0.5), (35.3, 1.1), (39, None), (39.5, 1), (45, 1)):
+        of_file, of_bytes = cut(tmp_path / "x", *place), cut(data, *place)
+        assert type(of_file) is type(of_bytes)
+        assert of_file == of_bytes if isinstance(of_file, str) else torch.equal(of_file, of_bytes)
+
+
+@pytest.mark.parametrize("name", ["x.wav", "x.flac"])
+def test_of_a_long_recording_only_the_cut_is_read(tmp_path, tokenizers, monkeypatch, name):
+    """Recordings may be longer and larger than a medium that is read as a whole."""
+    noise = np.random.default_rng(0).normal(0, 0.1, 16_000 * 20)
+    (tmp_path / name).write_bytes(sound(np.tile(noise, 40), 16_000, format=name[2:].upper()))
+    monkeypatch.setattr(storage, "MAX_BYTES", 1_000_000)
+    rows = [{"audio": name, "text": "a", "offset": start, "duration": 1} for start in (0, 700.5)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    samples = read(str(tmp_path / "rows.jsonl"))
+    cuts = [load_sample(one, tokenizers)[0] for one in samples]
+    assert torch.allclose(cuts[1], load_audio(noise[8_000:24_000], 16_000), atol=1e-3) and len(cuts[0]) == 16_000
+    assert report._features(samples[0], "audio").keys() == report.MELS.keys()  # of a control of `mmtx evaluate`
+    for start in (799.5, 900):
+        with pytest.raises(InputError, match=f"found a sound of 800.000 s, expected one that holds the segment from {start:g} s"):
+            load_audio(tmp_path / name, 16_000, start=start, seconds=1)
+    with pytest.raises(InputError, match="more than 1000000 bytes"):
+        load_audio(tmp_path / name, 16_000)
 
 
 def test_seconds_are_counted_before_decoding(monkeypatch):

@@ -4,16 +4,16 @@ import contextlib
 import os
 import resource
 import signal
-import subprocess
-import sys
 import types
 from pathlib import Path
 
 import pytest
 import runs
 import torch
+import yaml
 from fresh import context
 
+from mmtx.cli import main
 from mmtx.data.output import LOCK, check_output, lock_folder
 from mmtx.errors import InputError
 from mmtx.training.callbacks import SaveModel, contact_sheet
@@ -129,16 +129,17 @@ def test_a_second_fit_with_one_output_is_told_of_the_first(tmp_path):
     assert not (output / LOCK).exists() and (output / "model").is_dir()
 
 
-def test_a_second_prepare_with_one_output_is_told_of_the_first(tmp_path):
+def test_a_second_prepare_with_one_output_is_told_of_the_first(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n' * 20)
-    command = [sys.executable, "-m", "mmtx", "prepare", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out")]
-    with lock_folder(check_output(str(tmp_path / "out")), "output"):  # as the first one holds it
-        second = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    command = ["prepare", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out")]
+    with lock_folder(check_output(str(tmp_path / "out")), "output"), pytest.raises(SystemExit) as stop:  # as the first one holds it
+        main(command)
     told = f"mmtx: error: output: {tmp_path}/out is being written by process {os.getpid()}, expected another folder, or that process"
-    assert second.returncode == 2 and second.stderr.startswith(told) and second.stderr.count("\n") == 1
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith(told) and error.count("\n") == 1
     assert os.listdir(tmp_path / "out") == []
-    third = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert third.returncode == 0, third.stderr
+    main(command)
+    assert (tmp_path / "out" / "shard-00000.safetensors").exists()
 
 
 # -- No room -------------------------------------------------------------------------------------------------
@@ -186,12 +187,16 @@ def test_a_model_without_room_leaves_the_one_that_is_there(tiny_model, tmp_path)
 
 
 @pytest.mark.parametrize("blocked", ["metrics", "metrics/metrics.csv", "metrics/config.yaml", "samples", "checkpoints"])
-def test_what_stands_in_the_way_is_named(tmp_path, blocked):
+def test_what_stands_in_the_way_is_named(tmp_path, blocked, capsys):
     config = runs.prepare(tmp_path, steps=4)
+    config["data"]["init_args"]["num_workers"] = 0
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"output": str(tmp_path / "run"), **config}))
     path = tmp_path / "run" / blocked
     path.parent.mkdir(parents=True)
     path.mkdir() if "/" in blocked else path.write_text("mine")
-    assert runs.fit(config, tmp_path / "run") == [2], (tmp_path / "run.log").read_text()
-    lines = (tmp_path / "run.log").read_text().splitlines()
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", str(tmp_path / "run.yaml")])
+    lines = capsys.readouterr().err.splitlines()
     (line,) = [line for line in lines if line.startswith("mmtx: error")]
+    assert stop.value.code == 2
     assert "Traceback" not in "".join(lines) and f"run/{blocked}" in line and "cannot be written" in line

@@ -21,6 +21,8 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 import mmtx
+from mmtx.batching import BATCH, BATCH_TOKENS, by_length, run_batches
+from mmtx.batching import SHORT as SHORT_PROMPT
 from mmtx.document import Document, MediaPart, TextPart, Turn
 from mmtx.inference.generation import steps
 from mmtx.inference.sampling import Sampling
@@ -30,8 +32,7 @@ from mmtx.modality.audio import CHUNKS
 from mmtx.modality.text import TextTokenizer
 from mmtx.modality.vocoder import VocoderConfig
 from mmtx.model_folder import DEFAULT_MODEL
-from mmtx.pipeline import BATCH, BATCH_TOKENS, Model, by_length
-from mmtx.pipeline import SHORT as SHORT_PROMPT
+from mmtx.pipeline import Model
 from mmtx.sequence import render
 from mmtx.shipped_files import find_shipped, shipped
 from mmtx.vocabulary import Vocabulary
@@ -193,7 +194,7 @@ def test_more_prompts_than_a_batch_keep_their_order(lively_model, tone, pixels, 
     items = [tone[:3000], tone[:500], pixels, tone[:2000], pixels[:8], tone[:900], pixels[:, :9], tone[:1500]]
     expected = lively_model.caption(items, **SHORT)
     assert len(set(expected)) > 3
-    monkeypatch.setattr("mmtx.pipeline.BATCH", 2)
+    monkeypatch.setattr("mmtx.batching.BATCH", 2)
     assert lively_model.caption(items, **SHORT) == expected
     sampled = lively_model.caption(items, **SAMPLED)
     torch.set_num_threads(1)
@@ -203,7 +204,7 @@ def test_more_prompts_than_a_batch_keep_their_order(lively_model, tone, pixels, 
 @pytest.mark.parametrize("form", ["jpeg", "png"])
 def test_a_pil_image_may_be_given_twice(tiny_model, three_threads, form, monkeypatch):
     """Its file is read when its pixels are first asked for, and several threads ask."""
-    monkeypatch.setattr("mmtx.pipeline.BATCH", 2)
+    monkeypatch.setattr("mmtx.batching.BATCH", 2)
     file = io.BytesIO()
     PILImage.fromarray(np.random.default_rng(0).integers(0, 256, (700, 900, 3), dtype=np.uint8)).save(file, form)
     expected = tiny_model.caption(PILImage.open(file), **SHORT)
@@ -212,7 +213,7 @@ def test_a_pil_image_may_be_given_twice(tiny_model, three_threads, form, monkeyp
 
 
 def test_batches_run_in_threads_of_one_thread_each(tiny_model, monkeypatch, three_threads):
-    monkeypatch.setattr("mmtx.pipeline.BATCH", 2)
+    monkeypatch.setattr("mmtx.batching.BATCH", 2)
     barrier = threading.Barrier(3, timeout=30)      # passed only when three are at it at the same time
 
     def run(batch):
@@ -223,7 +224,7 @@ def test_batches_run_in_threads_of_one_thread_each(tiny_model, monkeypatch, thre
         with ThreadPoolExecutor(1) as pool:
             return pool.submit(torch.get_num_threads).result()
 
-    assert list(tiny_model._in_batches(run, [[0, 1], [2, 3], [4, 5]])) == [(n, (n * n, 1)) for n in range(6)]
+    assert list(run_batches(run, [[0, 1], [2, 3], [4, 5]], torch.device("cpu"))) == [(n, (n * n, 1)) for n in range(6)]
     assert torch.get_num_threads() == threads_of_a_new_thread() == 3
     with pytest.raises(mmtx.InputError, match="fourth"):
         tiny_model.caption([np.zeros((9, 9, 3), np.uint8)] * 3 + [mmtx.Image("fourth.png")])
@@ -281,7 +282,7 @@ def test_a_long_sound_costs_short_ones_nothing(lively_model, work):
 
 def test_sounds_that_are_held_at_a_time_are_bounded(lively_model, work, monkeypatch):
     _, held = work
-    monkeypatch.setattr("mmtx.pipeline.BATCH_VALUES", 8_000)
+    monkeypatch.setattr("mmtx.batching.BATCH_VALUES", 8_000)
     sounds = [np.random.default_rng(0).normal(0, 0.1, length) for length in (3000, 3000, 3000, 20_000, 500, 600)]
     together = lively_model.caption(sounds, **SHORT)
     assert held == [9_000, 20_000, 1_100]
@@ -588,8 +589,8 @@ def test_a_model_without_audio_says_so(tokenizers, tiny_model, tone):
 
 
 def test_a_document_is_continued_without_a_question(tiny_model):
-    assert tiny_model._prompt("a red", "document").ids.tolist() == tiny_model.tokenize("a red")[:-1]
-    assert tiny_model._prompt("a red", "text").ids.tolist() == tiny_model.tokenize("a red", format="chat")
+    assert tiny_model.processor.prompt("a red", "document").ids.tolist() == tiny_model.tokenize("a red")[:-1]
+    assert tiny_model.processor.prompt("a red", "text").ids.tolist() == tiny_model.tokenize("a red", format="chat")
     options = {"out": "document", "max_new_tokens": 12, "temperature": 1.0, "seed": 3}
     assert "".join(piece for piece in tiny_model.stream("a red", **options) if isinstance(piece, str)) == "".join(
         piece for piece in tiny_model.generate("a red", **options) if isinstance(piece, str))
@@ -638,7 +639,7 @@ PROMPTS = ["a", "a red circle, a blue square", ["a", np.zeros((16, 16, 3), np.ui
 def test_prompts_together_are_answered_as_each_alone(lively_model, out, guidance_scale, monkeypatch):
     sampling = {"max_new_tokens": 12, "guidance_scale": guidance_scale, "size": (8, 24) if out == "image" else None}
     alone = [lively_model.generate(parts, out, **sampling) for parts in PROMPTS]
-    monkeypatch.setattr("mmtx.pipeline.BATCH", 3)
+    monkeypatch.setattr("mmtx.batching.BATCH", 3)
     together = lively_model.generate_batch(PROMPTS, out, **sampling)
     assert len({str(plain(answer)) for answer in alone}) > 1
     assert [plain(answer) for answer in together] == [plain(answer) for answer in alone]
@@ -845,7 +846,7 @@ def test_stream_yields_whole_pictures(tiny_model):
 
 
 def test_stream_yields_whole_sounds_where_there_is_no_vocoder(tiny_model):
-    assert tiny_model._sound_decoder.vocoder is None
+    assert tiny_model.processor.sound_decoder.vocoder is None
     (streamed,) = tiny_model.stream("a", out="audio", **SAMPLED)
     made = tiny_model.generate("a", out="audio", **SAMPLED)
     assert streamed.rate == made.rate and np.array_equal(streamed.samples, made.samples)
@@ -869,7 +870,7 @@ def test_streamed_sounds_add_up_to_generate(player, said, monkeypatch):
     assert streamed.shape == made.samples.shape and np.abs(streamed - made.samples).max() < 1e-5
     # The first piece comes with the first chunk of codes: <audio>, and 32 time steps of two.
     assert began[0] == 65 < len(written) - 30
-    tokenizer = player._sound_decoder
+    tokenizer = player.processor.sound_decoder
     heard = tokenizer.config.chunk * tokenizer.config.patch_frames - tokenizer.vocoder.context
     assert len(pieces[0].samples) == heard * tokenizer.config.hop
 
@@ -1067,7 +1068,7 @@ def test_sound_comes_from_the_shipped_vocoder_if_the_codes_are_the_same(same, ti
     shipped = copy.deepcopy(own) if same else different(own)
     shipped.vocoder = shipped.new_vocoder(VocoderConfig(width=16, depth=1))
     shipped.save(tmp_path / "shipped")
-    monkeypatch.setattr("mmtx.pipeline.AUDIO_TOKENIZER", tmp_path / "shipped")
+    monkeypatch.setattr("mmtx.processor.AUDIO_TOKENIZER", tmp_path / "shipped")
     codes = np.arange(12).reshape(6, 2)
     ids = render(Document((Turn(None, (MediaPart("audio", codes),)),)), tiny_model.vocabulary).ids
     [sound] = mmtx.load(saved, device="cpu").detokenize(ids)

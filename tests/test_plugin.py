@@ -215,7 +215,7 @@ BAD = [
     ("laid.py", stub(layout="ring"), "Modality: layout: found 'ring', expected one of 'pieces', 'grid', 'steps'"),
     ("named.py", stub(kind="any"), "modality: found the kind 'any', expected a lower-case word other than special, any"),
     ("json.py", stub(), "json.py: found another module of the name 'json', expected a name of its own"),
-    ("no-name.py", stub(), "no-name.py: found no such Python file, expected NAME.py"),
+    ("no-name.py", stub(), "no-name.py: found the name 'no-name', expected letters, digits and underscores, so that Python can import it"),
 ]
 
 

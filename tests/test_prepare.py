@@ -10,7 +10,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import tarfile
 import threading
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import torch
 import yaml
 from tqdm import tqdm
@@ -173,12 +173,10 @@ def test_a_vocabulary_beyond_16_bits(media, tokenizers, tmp_path):
 # -- Kills and processes -------------------------------------------------------------------------------------
 
 
-def start(folders: list[str], output: Path, *more: str) -> subprocess.Popen:
-    """The command in a session of its own; what it prints goes to OUTPUT.log."""
+def start(folders: list[str], output: Path, *more: str) -> runs.Program:
+    """The command in a group of its own; what it prints goes to OUTPUT.log."""
     arguments = [*more, "--tokenizers", *folders, "--output", str(output), "--features", "--max_bad", "0.1"]
-    with open(f"{output}.log", "a") as log:
-        return subprocess.Popen([sys.executable, "-m", "mmtx", "prepare", *arguments], stdout=log, stderr=log,
-                                stdin=subprocess.DEVNULL, start_new_session=True)
+    return runs.Program(["prepare", *arguments], Path(f"{output}.log"))
 
 
 def ended(group: int) -> bool:
@@ -479,6 +477,7 @@ def test_folders_that_cannot_be_trained_on(whole, tokenizers, vocabulary, tmp_pa
     ("pictures", {}, {"augmentation": Augmentation(image=ImageAugmentation())}, "image_augmentation: .*expected null"),
     ("rows.jsonl", {}, {"augmentation": Augmentation(audio=AudioAugmentation())}, "audio_augmentation: .*expected null"),
     ("pictures", {"select": {"key": ["a"]}}, {}, "select: .*pictures is prepared"),
+    ("pictures", {"split": [0, 0.5]}, {}, "split: .*pictures is prepared"),
     ("rows.jsonl", {"task": "generate"}, {}, "task: .*not one question with one answer"),
     ("rows.jsonl", {}, {"max_seq_len": 40}, r"of 9 rows cannot be used; first: .*rows.jsonl row 1: found .* max_seq_len \+ 1 = 41"),
 ])
@@ -663,8 +662,6 @@ def test_the_line_to_train_can_be_pasted_into_a_shell(media, folders, tmp_path, 
 
 @pytest.mark.slow
 def test_training_from_shards_is_training_from_media(tmp_path):
-    import runs
-
     config = runs.prepare(tmp_path, steps=6)
     data = config["data"]["init_args"]
     config["model"]["init_args"]["continuous_inputs"] = True

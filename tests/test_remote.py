@@ -91,7 +91,7 @@ def test_answers_are_those_of_the_model_here(served):
     assert np.array_equal(there.outpaint(picture(3), 8), here.outpaint(picture(3), 8))
     # The engine may end a sound within a time step, which is then left out; until then it is the same.
     bands = here.vocabulary.bands("audio")
-    prompts = [here._prompt("trumpet, C 4")]
+    prompts = [here.processor.prompt("trumpet, C 4")]
     options = Sampling(max_new_tokens=6 * bands)
     (ours,), (theirs,) = (model._answer(prompts, "audio", options) for model in (here, there))
     assert theirs[-1] == here.vocabulary.closing("audio") and theirs[:-1] == ours[:len(theirs) - 1] and len(theirs) >= 2 + bands
@@ -102,7 +102,7 @@ def test_answers_are_those_of_the_model_here(served):
     drawn = [there.generate("a", temperature=2.0, max_new_tokens=10, seed=2**32 - 1) for _ in range(2)]  # random to the engine
     assert drawn[0] == drawn[1]
     # Prompts of one call have random numbers of their own.
-    prompts = [there._prompt("a red circle")] * 2
+    prompts = [there.processor.prompt("a red circle")] * 2
     first, second = there._answer(prompts, "text", Sampling(max_new_tokens=10, temperature=2.0, seed=1))
     assert first != second
 
@@ -178,7 +178,7 @@ def test_mistakes_are_told_in_one_line(tokenizers, vocabulary, tiny_model, tmp_p
             connect(server.address, tmp_path / "model").generate("a", guidance_scale=2)
         remote = connect(server.address, tmp_path / "model")
         for call in (lambda: remote.embed("a"), lambda: remote.attention("a", "b"), lambda: remote.classify([], ["a", "b"]), lambda: remote.save(tmp_path / "copy"),
-                     lambda: remote.stream_ids([remote._prompt("a")])):
+                     lambda: remote.stream_ids([remote.processor.prompt("a")])):
             with pytest.raises(InputError, match="answers with ids alone; expected a model that mmtx.load gives, whose weights are here"):
                 call()
         assert not (tmp_path / "copy").exists()

@@ -1,6 +1,7 @@
 """The field's forms of rows: what is read as which turn, and that no medium of a row is ever left out without a word."""
 
 import base64
+import io
 import json
 import pickle
 import random
@@ -71,6 +72,9 @@ FORMS = {
     "no placeholder": ({"messages": chat("What?", "a"), "images": ["a.png"]}, ASKED),
     "first in the user turn, not in the instruction": (
         {"messages": chat("Be brief.", "What?", "a", names=("system", "user", "assistant")), "images": ["a.png"]},
+        [("user", ["Be brief."]), *ASKED]),
+    "of OpenAI's developers": (
+        {"messages": chat("Be brief.", "What?", "a", names=("developer", "user", "assistant")), "images": ["a.png"]},
         [("user", ["Be brief."]), *ASKED]),
     "in order, among words": (
         {"messages": chat("Is <image> or\n<image> better, <audio>?", "a"), "images": ["b.png", "a.png"], "audios": ["a.wav"]},
@@ -209,6 +213,10 @@ LOST = {
     "an unknown role": ({"conversations": [{"from": "tool", "value": "a"}]}, ["conversations[0]", "'tool'"]),
     "history": ({"query": "a", "response": "b", "history": "no"}, ["'history'", "'no'"]),
     "an answer that is none": ({"query": "a", "response": 3}, ["'response'", "3"]),
+    "a call of a tool": ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
+                         ["'messages[1].tool_calls' is [{'id': '1'}]", "without calls of tools"]),
+    "a call beside a text": ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "function_call": {"name": "f"}}]},
+                             ["'messages[1].function_call'", "without calls of tools"]),
     "an instruction that is none": ({"query": "a", "response": "b", "system": 3}, ["'system'", "3"]),
     "an offset below 0": ({"audio_filepath": "a.wav", "text": "a", "offset": -1, "duration": 1}, ["'offset'", "-1"]),
     "NaN": ({"audio_filepath": "a.wav", "text": "a", "offset": float("nan"), "duration": 1}, ["'offset'", "nan"]),
@@ -241,6 +249,19 @@ def test_unknown_fields_stay_metadata(folder, row):
     assert sample.metadata == {name: value for name, value in row.items() if name not in ("text", "image", "messages")}
 
 
+def test_names_of_files_as_other_systems_write_them(folder):
+    """Windows writes backslashes, macOS the dots of an umlaut as a character of their own."""
+    (folder / "Bru\u0308cken").mkdir()
+    for name in ("gro\u0308ßer.png", "z\\\u00fc.png"):
+        Image.new("RGB", (8, 8)).save(folder / "Bru\u0308cken" / name)
+    for name in ("Br\u00fccken/gr\u00f6ßer.png", "Br\u00fccken\\gr\u00f6ßer.png", "Bru\u0308cken\\gro\u0308ßer.png", ".\\Br\u00fccken/gr\u00f6ßer.png",
+                 "Bru\u0308cken/z\\\u00fc.png"):
+        (sample,) = rows_of(folder, {"image": name, "text": "a"})
+        assert Image.open(io.BytesIO(sample.turns[0].parts[0].source.read())).size == (8, 8), name
+    (error,) = rows_of(folder, {"image": "Br\u00fccken\\gone.png", "text": "a"})
+    assert f"field 'image' names {folder}/Br\u00fccken\\gone.png: no such file" in str(error)
+
+
 def test_a_cut_of_a_sound(folder):
     row = {"audio_filepath": "a.wav", "text": "a", "offset": 1.5, "duration": 2.25, "speaker": 4}
     rest = {"audio_filepath": "a.wav", "text": "a", "offset": 1}
@@ -258,6 +279,25 @@ def test_a_cut_of_a_sound(folder):
     changed = [replace(sample, turns=(replace(sample.turns[0], parts=(replace(medium, **more),)), *sample.turns[1:]))
                for more in ({}, {"seconds": 0.25}, {"speed": 2.0})]
     assert len({stamp_of([one]) for one in changed}) == 3
+
+
+def test_a_cut_of_a_sound_by_its_end(folder):
+    """As annotations of long recordings have it, in a table with names of its own."""
+    table = [["Begin File", "Begin Time (s)", "End Time (s)", "Species"], ["a.wav", "1.5", "3.85", "owl"], ["a.wav", "0", "0.3", "owl"],
+             ["a.wav", "2", "2", "owl"], ["a.wav", "2", "later", "owl"]]
+    (folder / "x.tsv").write_text("\n".join(map("\t".join, table)))
+    fields = {"audio": "Begin File", "offset": "Begin Time (s)", "end": "End Time (s)", "text": "Species"}
+    *cuts, none, word = scan(str(folder / "x.tsv"), fields=fields)
+    media = [sample.turns[0].parts[0] for sample in cuts]
+    assert [(part.start, part.seconds) for part in media] == [(1.5, 2.35), (0.0, 0.3)] and not any(sample.metadata for sample in cuts)
+    assert media[0].name == f"{folder}/x.tsv row 1: {folder}/a.wav (2.35 s from 1.5 s)"
+    assert str(none) == f"{folder}/x.tsv row 3: field 'end' is 2, expected more than 'offset', which is 2"
+    assert "row 4: field 'end' is 'later', expected a number of at least 0" in str(word)
+    # A duration comes first, and an end without an offset cuts nothing.
+    both, alone = rows_of(folder, {"audio": "a.wav", "text": "a", "offset": 1, "duration": 1, "end": 5},
+                          {"audio": "a.wav", "text": "a", "end": 5})
+    assert (both.turns[0].parts[0].seconds, both.metadata) == (1.0, {"end": 5})
+    assert (alone.turns[0].parts[0].seconds, alone.metadata) == (None, {"end": 5})
 
 
 @pytest.mark.parametrize("row", [
@@ -490,10 +530,33 @@ def test_a_quoted_cell_after_a_blank(folder):
     assert [one.caption for one in scan(str(folder / "x.csv"))] == ["a cat, black", 'the "Tom"']
 
 
-@pytest.mark.parametrize("name, between", [("x.csv", ";"), ("x.csv", "\t"), ("x.csv", "|"), ("x.tsv", ","), ("x.tsv", ";")])
+@pytest.mark.parametrize("text", [
+    '\ufeffimage;text;age\r\na.png;a cat, black;3,5\r\na.png;"the ""Tom""; and\nmore";\r\n;;\r\n',
+    '\ufeffsep=;\r\nimage;"text";"age, in years"\r\na.png;a cat, black;3,5\r\na.png;"the ""Tom""; and\nmore";\r\n',
+    '\n\n"image"; text; "age, in years"\na.png ;a cat, black;3,5\na.png; "the ""Tom""; and\nmore";""\n',
+    'sep=,\nimage,text,age\na.png,"a cat, black","3,5"\na.png,"the ""Tom""; and\nmore",\n',
+])
+def test_a_table_as_excel_writes_it(folder, text):
+    """With semicolons, where the comma is the decimal point."""
+    (folder / "x.csv").write_text(text, encoding="utf-8", newline="")
+    one, two = scan(str(folder / "x.csv"))
+    assert said(one) == [("user", [A]), ("assistant", ["a cat, black"])] and list(one.metadata.values()) == ["3,5"]
+    assert said(two) == [("user", [A]), ("assistant", ['the "Tom"; and\nmore'])]
+
+
+def test_lines_of_a_table_with_semicolons_are_those_of_the_file(folder):
+    (folder / "x.csv").write_text('sep=;\n\nimage;text\na.png;x\na.png;"open\n')
+    first, second = scan(str(folder / "x.csv"))
+    assert first.caption == "x" and "row 2: not a row of a table" in str(second)
+    (folder / "x.csv").write_text("image;text\ra.png;x\r")  # of an old Macintosh
+    with pytest.raises(InputError, match="x.csv: no header that can be read"):
+        list(scan(str(folder / "x.csv")))
+
+
+@pytest.mark.parametrize("name, between", [("x.csv", "\t"), ("x.csv", "|"), ("x.tsv", ","), ("x.tsv", ";")])
 def test_a_table_with_other_separators(folder, name, between):
     (folder / name).write_text("\n".join([between.join(["image", "text"]), between.join(["a.png", "a cat, black"])]))
-    expected = "commas" if name == "x.csv" else "tabs"
+    expected = "commas or semicolons" if name == "x.csv" else "tabs"
     with pytest.raises(InputError, match=f"{name}: found the header .'image.*text'., expected columns separated by {expected}$"):
         list(scan(str(folder / name)))
 

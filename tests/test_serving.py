@@ -186,7 +186,7 @@ def words(text: str) -> dict:
 def test_an_answer_is_that_of_the_model_and_is_counted(model, server, media):
     for data in media[1:3]:
         answer = server.chat([words("what is this? é"), item(data)])
-        asked = model._prompt(["what is this? é", marked(data)])
+        asked = model.processor.prompt(["what is this? é", marked(data)])
         (ids,) = model._answer([asked], "text", Sampling(max_new_tokens=16))
         assert answer.choices[0].message.content == model.tokenizers["text"].decode(ids) != ""
         assert answer.choices[0].message.role == "assistant" and answer.model == NAME
@@ -264,7 +264,7 @@ def test_logprobs_are_those_of_a_full_pass(model, server, media, stream):
     answer = server.chat([item(media[1])], logprobs=True, top_logprobs=3, stream=stream)
     told = ([one for event in answer if event.choices and event.choices[0].logprobs for one in event.choices[0].logprobs.content]
             if stream else answer.choices[0].logprobs.content)
-    asked = model._prompt([marked(media[1])])
+    asked = model.processor.prompt([marked(media[1])])
     (written,) = model._answer([asked], "text", Sampling(max_new_tokens=16))
     assert len(told) == len(written) > 8
     ids = torch.tensor([*asked.ids, *written])[None]
@@ -301,12 +301,12 @@ def test_embeddings_are_the_mean_of_hidden_states(model, server, media):
     answer = server.client.embeddings.create(model=NAME, input=inputs)                               # base64
     plain = server.client.embeddings.create(model=NAME, input=inputs[0], encoding_format="float")
     for data, parts in zip(answer.data, (["a red circle"], [""], [marked(media[0])])):
-        ids = torch.from_numpy(model._prompt(parts).ids).long()[None]
+        ids = torch.from_numpy(model.processor.prompt(parts).ids).long()[None]
         with torch.inference_mode():
             mean = model.decoder(ids, torch.arange(ids.shape[1])[None])[0].mean(0)
         np.testing.assert_allclose(data.embedding, mean / mean.norm(), atol=1e-5)
     np.testing.assert_allclose(plain.data[0].embedding, answer.data[0].embedding, atol=1e-6)
-    assert answer.usage.prompt_tokens == sum(len(model._prompt(parts).ids) for parts in (["a red circle"], [""], [marked(media[0])]))
+    assert answer.usage.prompt_tokens == sum(len(model.processor.prompt(parts).ids) for parts in (["a red circle"], [""], [marked(media[0])]))
 
 
 def test_no_inputs_are_no_embeddings(server):
@@ -399,7 +399,7 @@ def test_each_choice_has_stop_sequences_and_log_probabilities_of_its_own(server,
 def test_several_prompts_are_several_choices(model, server):
     asked, options = ["a red", "", "a blue circle"], {"temperature": 1.0, "seed": 2}
     answer = server.client.completions.create(model=NAME, prompt=asked, n=2, max_tokens=9, extra_body={"best_of": 2}, **options)
-    prompts = [model._prompt(text, "document") for text in asked for _ in range(2)]
+    prompts = [model.processor.prompt(text, "document") for text in asked for _ in range(2)]
     texts = model.vocabulary.range("text")
     truth = [model.tokenizers["text"].decode([ident for ident in ids if ident in texts])
              for ids in model._answer(prompts, "document", Sampling(max_new_tokens=9, **options))]
@@ -433,7 +433,7 @@ def test_choices_of_all_prompts_are_counted(server):
 
 def full_pass(model, text: str) -> torch.Tensor:
     """Log-probabilities of all ids after each token of a plain text, among those that may come in one."""
-    ids = torch.from_numpy(model._prompt(text, "document").ids).long()[None]
+    ids = torch.from_numpy(model.processor.prompt(text, "document").ids).long()[None]
     with torch.inference_mode():
         logits = model.decoder.logits(model.decoder(ids, torch.arange(ids.shape[1])[None]))[0]
     allowed = model.grammar.allowed(model.grammar.start(1, "document"))[0]
@@ -540,7 +540,7 @@ def test_pictures_and_sounds_are_those_of_the_model(model, server):
 def test_a_picture_needs_room_for_all_of_its_codes(model, size):
     config = model.tokenizers["image"].config
     cells = (config.side ** 2 if size == "auto" else 32 * 16) // config.patch ** 2
-    length, status, told = len(model._prompt("a red circle").ids), {}, {}
+    length, status, told = len(model.processor.prompt("a red circle").ids), {}, {}
     for spare in (-1, 0):  # <image>, rows, columns, codes, </image>, <end>
         app = make_app(model, NAME, Limits(tokens=length + cells + 5 + spare))
         with TestClient(app, base_url="http://127.0.0.1") as client:
@@ -1303,7 +1303,7 @@ def test_what_is_wrong_with_one_is_not_told_to_the_others(model, media, monkeypa
 
 
 def test_rows_that_are_not_wanted_end(model):
-    prompts = [model._prompt(word) for word in ("a", "red", "blue", "circle")]
+    prompts = [model.processor.prompt(word) for word in ("a", "red", "blue", "circle")]
     sampling = Sampling(max_new_tokens=12)
     alone = [model._answer([one], "text", sampling)[0] for one in prompts]
     assert min(map(len, alone)) > 4
@@ -1318,7 +1318,7 @@ def test_rows_that_are_not_wanted_end(model):
 
 
 def test_scores_are_those_of_their_row_when_others_have_left(model):
-    prompts, engines = [model._prompt(word) for word in ("a", "red", "blue", "circle")], []
+    prompts, engines = [model.processor.prompt(word) for word in ("a", "red", "blue", "circle")], []
     choose = lambda *asked: engines.append(OutputScores(choose_engine(*asked))) or engines[-1]
     wanted, written, scores = torch.ones(4, dtype=torch.bool), [], []
     for ids in model.stream_ids(prompts, sampling=Sampling(max_new_tokens=8), wanted=wanted, choose=choose):

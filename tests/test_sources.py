@@ -17,7 +17,7 @@ from mmtx.captioning import find_media
 from mmtx.data.collection import DataSource, read_source
 from mmtx.data.patterns import expand
 from mmtx.data.sample import Text, kind_of
-from mmtx.data.selection import is_selected
+from mmtx.data.selection import Selection
 from mmtx.data.skip_counter import SkipCounter
 from mmtx.data.sources import read, scan
 from mmtx.data.storage import FileSource, MemorySource, display
@@ -167,7 +167,7 @@ def test_a_row_of_a_table_that_is_no_utf8_is_one_bad_row(tmp_path, name, between
     path.write_bytes(b"\n".join(map(between.join, rows)) + b"\n")
     first, second, third, last = scan(str(path))
     assert (first.caption, last.caption) == ("caf\u00e9", "tea")
-    assert str(second) == f"{path} row 2: the column 'text' is not UTF-8 text"
+    assert str(second) == f"{path} row 2: the column 'text' is not UTF-8 text, expected a table saved as UTF-8"
     assert str(third).startswith(f"{path} row 3: ")
     path.write_bytes(between.join((b"key", b"t\xe9xt")) + b"\n" + between.join((b"1", b"x")) + b"\n")
     with pytest.raises(InputError, match="found the header .* is not UTF-8"):
@@ -227,7 +227,7 @@ def test_select(tmp_path):
             read(path, select={"style": [value]})
     assert len(read(path, select={"style": [1.0]})) == 3
     # `mmtx prepare` asks sample by sample.
-    assert [is_selected(read(path)[1], {"style": [value]}) for value in (1, 1.0, "1", True)] == [True, True, False, False]
+    assert [Selection({"style": [value]}).has(read(path)[1]) for value in (1, 1.0, "1", True)] == [True, True, False, False]
 
 
 @pytest.mark.parametrize("name", ["gone.jsonl", "gone.tar", "gone.tar.gz", "gone", "gone.zip"])
@@ -352,6 +352,28 @@ def test_bad_samples_in_shards_and_folders(tmp_path, files, words):
         (tmp_path / "x.tar").unlink()
         error, sample = scan(str(tmp_path))
         assert words[0] in str(error) and f"{tmp_path}/k" in str(error) and sample.key == "z"
+
+
+def test_the_name_of_a_folder_is_the_caption(tmp_path, monkeypatch):
+    files = [("train/cats/1.PNG", b"x"), ("train/dogs/2.png", b"y"), ("train/dogs/old dogs/3.jpg", b"z"), ("train/dogs/3.json", b'{"id": 7}'),
+             ("train/dogs/3.webp", b"w")]
+    for name, data in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    fields = {"text": "folder"}
+    expected = ["cats", "dogs", "dogs", "old dogs"]
+    assert [one.caption for one in read(str(tmp_path / "train"), fields=fields)] == expected
+    assert sorted(one.caption for one in read(shard(tmp_path / "x.tar", files), fields=fields)) == expected
+    monkeypatch.chdir(tmp_path / "train" / "cats")  # a class alone, as a source
+    assert [one.caption for one in read([".", str(tmp_path / "train" / "dogs") + "/"], fields=fields)] == expected
+    (error, *_) = scan(str(tmp_path / "train"))
+    assert "1.PNG alone" in str(error) and "fields with text: folder" in str(error)
+    (error, *_) = scan(shard(tmp_path / "flat.tar", [("1.png", b"x")]), fields=fields)
+    assert "flat.tar member 1: field 'text' is '', expected text" in str(error)
+    # A field of this name beside the medium comes first, and without `fields` it is metadata like any other.
+    (tmp_path / "train" / "dogs" / "3.json").write_text('{"folder": "wolves"}')
+    assert read(str(tmp_path / "train"), fields=fields)[1].caption == "dogs"
+    assert read(str(tmp_path / "train"), fields=fields)[2].caption == "wolves"
 
 
 def test_json_fields_win_over_txt(tmp_path):

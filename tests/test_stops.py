@@ -50,7 +50,7 @@ def cut(text: str, stops: list[str]) -> int | None:
 def test_an_answer_ends_before_its_first_stop_sequence(prose, client, stream):
     text, reason, count = completion(client, stream)
     assert reason == "length" and count == 40 and len(text) > 60
-    (ids,) = prose._answer([prose._prompt("She was very", "document")], "document",
+    (ids,) = prose._answer([prose.processor.prompt("She was very", "document")], "document",
                            Sampling(max_new_tokens=40, temperature=0.8, seed=3))
     texts = [prose.tokenizers["text"].decode(ids[:number]) for number in range(len(ids) + 1)]
     assert texts[-1] == text

@@ -38,8 +38,8 @@ from mmtx.training.codec import ImageCodecModule
 from mmtx.training.codec_data import CodecData
 from mmtx.training.decoder import DecoderModule, LossWeights
 from mmtx.training.decoder_data import DecoderData, TokenizerFolders
+from mmtx.training.fit_cli import TRAINER as TRAINER_DEFAULTS
 from mmtx.training.optimizer import OptimizerConfig
-from mmtx.training.run import TRAINER as TRAINER_DEFAULTS
 from mmtx.training.run import command_line
 from mmtx.training.text import TextModule
 

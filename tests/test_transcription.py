@@ -205,7 +205,7 @@ def test_nobody_speaks_in_silence():
 
 
 def test_what_is_said_in_a_long_sound_is_what_is_said_in_its_pieces(model, monkeypatch):
-    monkeypatch.setattr("mmtx.pipeline.BATCH_VALUES", RATE)  # so that not all are held together
+    monkeypatch.setattr("mmtx.batching.BATCH_VALUES", RATE)  # so that not all are held together
     sounds = [sound(seconds, seed) for seed, seconds in enumerate((2.5, 0.4, 1.3))]
     expected = []
     for each in sounds:

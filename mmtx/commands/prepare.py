@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
         # Shards hold the outputs of encoders, not the inputs of an encoder that is trained along.
         frozen = "".join(f" --model.{name} {'false' if name == 'train_encoder' else 'null'}" for name in config.encoders)
         # The same samples are prepared once, however often they are used.
-        read = [repr((source.paths, source.select, source.fields, source.follow_links, source.variants)) for source in sources]
+        read = [repr((source.paths, source.selection, source.fields, source.follow_links, source.variants)) for source in sources]
         outputs = [check_output(options.output) / str(list(dict.fromkeys(read)).index(what)) for what in read]
         if options.trusted:
             sources = [replace(source, trusted=True) for source in sources]
@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> None:
         return
     default = asdict(DataSource([]))
     # The printed command is merged into the sources of the configuration: fields already applied, such as `select`, are reset.
-    done_with = ("select", "fields", "follow_links", "variants")
+    done_with = ("select", "split", "split_by", "fields", "follow_links", "variants")
     train = [{"paths": [str(output)], **{name: default[name] if name in done_with else value
                                          for name, value in asdict(source).items()
                                          if name not in ("paths", "trusted") and value != default[name]}}

@@ -50,7 +50,7 @@ def detokenize(options: argparse.Namespace) -> None:
         except ValueError:
             raise InputError(f"ids: found {word!r:.40}, expected whole numbers") from None
     model = load_model(options)
-    parts = model._to_media(finish(answer_in(ids, model.vocabulary), model.vocabulary))
+    parts = model.processor.to_media(finish(answer_in(ids, model.vocabulary), model.vocabulary))
     media = [part for part in parts if not isinstance(part, str)]
     if media and options.output is None:
         raise InputError("--output: found none, expected a folder for images and sounds")

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from mmtx.data.field_names import names
 from mmtx.data.read_options import ReadOptions
 from mmtx.data.sample import Sample
-from mmtx.data.selection import check_select
+from mmtx.data.selection import Selection
 from mmtx.data.skip_counter import MAX_BAD, SkipCounter
 from mmtx.data.sources import read_rows
 from mmtx.data.storage import scrub
@@ -29,7 +29,9 @@ Task = Literal["caption", "generate"]
 class DataSource:
     """Manifests, folders or shards that belong together.
 
-    paths: files, folders, glob patterns or URLs. select: keep samples whose metadata field is one of the values.
+    paths: files, folders, glob patterns or URLs. select: keep samples whose metadata field is one of the values. split: keep a
+    range of the samples, by a hash of their key or of the field `split_by`: [0, 0.9] to train on and [0.9, 1] to validate on are
+    nine and one of ten, never share a value of that field, and stay as they are when samples are added or moved.
     repeat: how often an epoch shows each sample. limit: keep this many samples, evenly spaced.
     task: "caption" reads samples as they are, with the medium as question and the text as answer; "generate" swaps the two.
     List a source twice to train both. cond_drop_prob: share of the views of a sample whose user turns are emptied, so that the
@@ -44,6 +46,8 @@ class DataSource:
 
     paths: list[str]
     select: dict[str, list[str | int | float | bool]] | None = None
+    split: list[float] | None = None
+    split_by: str | None = None
     repeat: int = 1
     limit: int | None = None
     task: Task = "caption"
@@ -59,7 +63,9 @@ class DataSource:
             object.__setattr__(self, "paths", [self.paths])
         for name, kind in get_type_hints(DataSource).items():
             object.__setattr__(self, name, fitted(kind, getattr(self, name), name))
-        check_select(self.select or {})
+        if self.split_by is not None and self.split is None:
+            raise InputError(f"split_by: found {self.split_by!r} without split, expected both")
+        self.selection.check()
         given = {name: value for name, value in (self.fields or {}).items() if value is not None}
         if wrong := sorted(set(given) - set(names().read)):
             raise InputError(f"fields: found {wrong[0]!r}, expected one of {', '.join(names().read)}")
@@ -70,6 +76,11 @@ class DataSource:
         for name in ("repeat", "limit"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{name}: found {value!r:.40}, expected a whole number of at least 1")
+
+    @property
+    def selection(self) -> Selection:
+        """Which samples are kept."""
+        return Selection(self.select or {}, self.split or (0, 1), self.split_by or "key")
 
 
 # Options of decoder training that do not go with prepared shards, which hold the outputs of frozen encoders.
@@ -111,7 +122,7 @@ def read_source(source: DataSource, max_bad: float = MAX_BAD) -> list[Sample]:
 
 def _read(source: DataSource, skipped: SkipCounter, captions: bool = True) -> list[Sample]:
     options = ReadOptions(source.trusted, source.fields, source.follow_links, captions, to_stderr)
-    samples = read_rows(source.paths, skipped, options, source.select)
+    samples = read_rows(source.paths, skipped, options, source.selection)
     read, variants = len(samples), load_variants(source.variants)
     made = [variants(sample) for sample in samples]
     skipped.rows += sum(max(0, len(some) - 1) for some in made)  # a row that they leave out still counts

@@ -34,7 +34,7 @@ class Names(NamedTuple):
     def read(self) -> tuple[str, ...]:
         """All names of fields that are read."""
         return (*self.fields, *TEXTS, *CHATS, *dict.fromkeys(name for pair in PAIRS for name in pair), "input", "history",
-                "system", "offset", "duration", "key", "id")
+                "system", "offset", "duration", "end", "key", "id")
 
 
 def names() -> Names:

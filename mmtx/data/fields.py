@@ -1,16 +1,21 @@
 """Values of the fields of a row: valid, or an error that names the row and the field."""
 
 import math
+from functools import partial
 from typing import Any
 
+from mmtx import schema
 from mmtx.errors import InputError
+
+shown = partial(schema.shown, most=80, contents=True)
 
 
 def pop_text(row: dict[str, Any], names: tuple[str, ...], where: str) -> str:
     for name in names:
         if name in row:
             return text_of(row.pop(name), where, name)
-    raise InputError(f"{where}: no field {' or '.join(map(repr, names))}, found the fields {shown(sorted(row))}")
+    raise InputError(f"{where}: no field {' or '.join(map(repr, names))}, found the fields {shown(sorted(row))}; expected one, or "
+                     f"its name in `fields`, as in {names[0]}: NAME")
 
 
 def pop_number(row: dict[str, Any], name: str, least: float, where: str) -> float | None:
@@ -35,14 +40,6 @@ def text_of(value: Any, where: str, at: str) -> str:
     except UnicodeEncodeError:
         raise InputError(f"{where}: field {at!r} contains a lone surrogate, expected Unicode text") from None
     return value
-
-
-def shown(value: Any) -> str:
-    """A value for an error message, on one line of bounded length."""
-    if isinstance(value, (str, bytes)):
-        value = value[:200]
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def reason(error: Exception) -> str:

@@ -17,6 +17,7 @@ from mmtx.modality.registry import MODALITIES
 
 MAX_CAPTION = 2**20   # bytes of a caption or of the JSON beside a medium
 METADATA = ("metadata.jsonl", "metadata.csv")  # a manifest inside a folder of media, as in `datasets`
+FOLDER = "folder"     # in `fields`, what stands for the name of the folder that a medium lies in
 SPECIAL = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFBLK: "a device", stat.S_IFCHR: "a device"}
 
 Found = MediaSource | InputError  # the location of a file or member, or why it cannot be used
@@ -123,7 +124,10 @@ def is_hidden(name: str) -> bool:
 
 
 def captioned(key: str, files: list[tuple[str, Found]], where: str, name_prefix: str, options: ReadOptions) -> Sample:
-    """The sample of one medium with KEY.json, KEY.txt or both (JSON fields take precedence); without `captions`, or alone."""
+    """The sample of one medium with KEY.json, KEY.txt or both (JSON fields take precedence); without `captions`, or alone.
+
+    If `fields` asks for FOLDER, its name is a field of the medium, so that it may be its caption.
+    """
     sources: list[tuple[str, MediaSource]] = []
     for name, found in files:
         if isinstance(found, InputError):
@@ -138,12 +142,17 @@ def captioned(key: str, files: list[tuple[str, Found]], where: str, name_prefix:
         known = ", ".join(extension for modality in MODALITIES.values() for extension in modality.extensions)
         raise InputError(f"{where}: found {os.path.basename(name)}, which is not read, expected one of {known}")
     beside = {suffix(name): source for name, source in sources}
-    if options.captions and len(files) == 1:
+    labelled = FOLDER in (options.fields or {}).values()
+    if options.captions and len(files) == 1 and not labelled:
         raise InputError(f"{where}: found {os.path.basename(name)} alone, expected its caption beside it, in "
-                         f"{os.path.basename(key)}.txt or .json")
+                         f"{os.path.basename(key)}.txt or .json, or the name of its folder as its caption: fields with "
+                         f"text: {FOLDER}")
     if len(beside) < len(files):
         raise InputError(f"{where}: found {', '.join(os.path.basename(name) for name, _ in files)}, expected one of each")
     row = json_object(beside[".json"].read(), f"{where}.json") if ".json" in beside else {}
+    if labelled:
+        folder = os.path.dirname(key) or (os.path.abspath(name_prefix) if name_prefix.endswith(os.sep) else "")
+        row = {FOLDER: os.path.basename(folder)} | row
     row, ignored = options.rename(row)
     if ".txt" in beside and not {"caption", "text"} & row.keys():
         row["caption"] = decode(beside[".txt"].read(), f"{where}.txt").strip()

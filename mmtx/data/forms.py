@@ -8,10 +8,10 @@
 | question and answer | "instruction" + "input" + "output" or another of PAIRS, after "history" |
 
 Media are "image", "images", "audio", "audios", "file_name" (image folders), or "audio_filepath" with "offset" and "duration"
-(NeMo); an object or a part of a message that names a sound may have the latter two as well. Placeholders <image> or <audio> in
-the texts say where media go, and must be as many as the media; without any, media come first in the first user turn. A field
-that looks like a medium and is not read is an error. So is an empty media field in a row without other media, except beside a
-chat, where data sets mark chats without media in this way.
+(NeMo); an object or a part of a message that names a sound may have the latter two as well, and beside "offset", "end" may stand
+for "duration". Placeholders <image> or <audio> in the texts say where media go, and must be as many as the media; without any,
+media come first in the first user turn. A field that looks like a medium and is not read is an error. So is an empty media field
+in a row without other media, except beside a chat, where data sets mark chats without media in this way.
 """
 
 from collections import deque
@@ -25,8 +25,9 @@ from mmtx.data.sample import Media, Part, SampleTurn, Text
 from mmtx.data.unread import refuse_unread
 from mmtx.errors import InputError
 
-ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system", "developer": "system"}
 LOSS_WEIGHTS = ("weight", "loss", "train")  # of a message, in OpenAI, ms-swift and Axolotl: 0 or false leaves it out of the loss
+CALLS = ("tool_calls", "function_call")  # of an answer in OpenAI's chats, for which a turn has no place
 
 
 class Placeholder(NamedTuple):
@@ -123,6 +124,8 @@ def _chat(messages: Any, name: str, reader: MediaReader, marked: bool) -> list[M
         role = ROLES.get(speaker) if isinstance(speaker, str) else None
         if role is None:
             raise InputError(f"{where}: field {at!r} has role {shown(speaker)}, expected user, assistant or system")
+        if role == "assistant" and (call := next((field for field in CALLS if rest.get(field)), None)):
+            raise InputError(f"{where}: field '{at}.{call}' is {shown(rest[call])}, expected answers without calls of tools")
         if isinstance(content, list) and content:
             parts = [part for n, item in enumerate(content)
                      for part in _part(item, f"{at}.{content_key}[{n}]", reader, marked and role != "system")]

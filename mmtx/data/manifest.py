@@ -45,7 +45,7 @@ def _json_list(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes | None]]:
 
 # Extension -> reader of its rows.
 MANIFESTS: dict[str, Callable[[BinaryIO, str], Iterator[tuple[int, Any]]]] = {
-    ".jsonl": _json_lines, ".json": _json_list, ".csv": partial(read_table, csv_rows, "commas"),
+    ".jsonl": _json_lines, ".json": _json_list, ".csv": partial(read_table, csv_rows, "commas or semicolons"),
     ".tsv": partial(read_table, tsv_rows, "tabs")}
 
 

@@ -22,8 +22,9 @@ from torchaudio.transforms import Resample
 
 from mmtx.data.formats import IMAGE_FORMATS, format_of
 from mmtx.data.picture_files import BITS, ORIENTATION, PHOTOMETRIC, PictureFile, check_size, orientation, picture_file
-from mmtx.data.sound_files import MAX_CHANNELS, MAX_START, check_sound, cut, read_sound
-from mmtx.data.storage import FileSource, display
+from mmtx.data.sound_files import MAX_CHANNELS, MAX_START, check_sound, cut, read_cut, read_sound
+from mmtx.data.storage import FileSource, display, open_binary
+from mmtx.data.urls import is_url
 from mmtx.errors import InputError
 from mmtx.files import user_name
 
@@ -260,7 +261,8 @@ def load_audio(
         samples = samples[first:last]
         check_sound(len(samples), source_rate, samples.shape[1], name)
     else:
-        samples, source_rate = read_sound(_bytes(data, name), name, start, seconds)
+        cut_out = cut_of_file(data, name, start, seconds) if isinstance(data, (str, os.PathLike)) else None
+        samples, source_rate = cut_out or read_sound(_bytes(data, name), name, start, seconds)
     if not np.isfinite(samples).all():
         raise InputError(f"{name}: NaN or infinite samples, expected a finite sound")
     # Some recordings carry the voice on one channel only, where a mean would halve it.
@@ -274,6 +276,15 @@ def load_audio(
         mono = _shift_pitch(mono, rate, 2 ** (semitones / 12))
     peak = mono.abs().max()
     return mono * (PEAK / peak) if peak > SILENCE else mono
+
+
+def cut_of_file(path: str | os.PathLike, name: str, start: float, seconds: float | None) -> tuple[np.ndarray, int] | None:
+    """Samples (S, C) and rate of a cut of a local file; None for a whole sound, and where `read_cut` has none."""
+    path = user_name(path)
+    if is_url(path) or not start and seconds is None:
+        return None
+    with open_binary(path, seek=True) as file:
+        return read_cut(file, name, start, seconds)
 
 
 def _shift_pitch(sound: torch.Tensor, rate: int, factor: float) -> torch.Tensor:

@@ -29,7 +29,6 @@ from mmtx.data.output import LOCK, check_output, lock_folder
 from mmtx.data.prepared import DONE, FORMAT, INDEX, shard_name, tensors
 from mmtx.data.prepared import digest as _digest
 from mmtx.data.sample import Media, Sample
-from mmtx.data.selection import is_selected
 from mmtx.data.skip_counter import MAX_BAD, SkipCounter
 from mmtx.data.sources import PLAN, scan
 from mmtx.data.storage import recorded
@@ -69,8 +68,8 @@ def prepare(
     For a part, returns only the numbers of its "shards" and "rows"; `max_bad` is checked when the parts are joined.
 
     Args:
-        source: its `paths`, `select`, `fields`, `follow_links`, `trusted` and `variants`. The rest applies in training, which
-            finds all samples.
+        source: its `paths`, `select`, `split`, `split_by`, `fields`, `follow_links`, `trusted` and `variants`. The rest applies
+            in training, which finds all samples.
         tokenizers: by kind; all that the sources need.
         output: a new folder, or one that was begun with the same arguments (`num_workers` and `max_bad` may differ).
         features: store the encoder's features of all pictures and sounds, for decoders with `continuous_inputs: true`.
@@ -87,7 +86,8 @@ def prepare(
     within("rows", rows, 1, 2**32)
     within("num_workers", num_workers, 1, MOST_WORKERS)
     skipped, vocabulary = SkipCounter(max_bad), Vocabulary.build(tokenizers)
-    reading = {name: value for name in ("fields", "follow_links", "variants") if (value := getattr(source, name))}
+    options = ("split", "split_by", "fields", "follow_links", "variants")
+    reading = {name: value for name in options if (value := getattr(source, name))}
     plan = {"format": FORMAT, "sources": [as_utf8(recorded(path)) for path in source.paths], "select": source.select,
             "shard_rows": rows, "features": features, "vocabulary": json.loads(vocabulary.to_json()), **reading}
     folder = check_output(os.fspath(output))
@@ -233,7 +233,7 @@ def _rows(source: DataSource, skipped: SkipCounter) -> Iterator[Sample | InputEr
             skipped.rows += 1
             if isinstance(row, InputError):
                 yield row
-            elif is_selected(row, source.select or {}):
+            elif source.selection.has(row):
                 made = variants(row)
                 skipped.rows += max(0, len(made) - 1)  # a row that they leave out still counts
                 yield from made

@@ -299,9 +299,10 @@ class Prepared:
             if entry.start != made.start:
                 raise InputError(f"{self.path}: its {kind} ids begin at {made.start}, those of this run at "
                                  f"{entry.start}; expected the same tokenizers of all kinds")
-        if source.select is not None:
-            raise InputError(f"select: {self.path} is prepared, its samples have no fields; expected none, or a folder "
-                             "that was prepared with this `select`")
+        for name in ("select", "split"):
+            if getattr(source, name) is not None:
+                raise InputError(f"{name}: {self.path} is prepared, its samples have no fields; expected none, or a folder "
+                                 f"that was prepared with this `{name}`")
         if source.variants is not None:
             raise InputError(f"variants: {self.path} is prepared, its samples are as they are; expected none, or a folder that was "
                              "prepared with these `variants`")

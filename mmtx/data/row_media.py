@@ -1,7 +1,8 @@
 """The media that a row names, as paths, URLs, objects or bytes in base64, and the cuts of its sounds."""
 
 import os
-from collections.abc import Callable, Mapping
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,7 +83,10 @@ class MediaReader:
         if known_kind(path) not in (kind, None):
             raise InputError(f"{told}, expected a file of kind {kind}")
         if not is_url(path) and not os.path.isfile(path):
-            raise InputError(f"{told}: no such file")
+            found = [] if self.base.remote else [*filter(os.path.isfile, map(self.base.join, _spellings(value)))]
+            if not found:
+                raise InputError(f"{told}: no such file")
+            path = found[0]
         return Media(kind, f"{self.where}: {name}", FileSource(path, base=self.base))
 
     def _inline(self, text: str, decode: Callable[[str], bytes], told: str, kind: str, at: str) -> Media:
@@ -99,11 +103,21 @@ class MediaReader:
         return _cut(known, medium, f"{self.where}: field {at!r}") if cut else medium
 
 
+def _spellings(name: str) -> Iterator[str]:
+    """A name as other systems write it: Windows with backslashes, macOS with the accent of a letter behind it."""
+    for text in dict.fromkeys((name, name.replace("\\", "/"))):
+        yield from (unicodedata.normalize(form, text) for form in ("NFC", "NFD"))
+
+
 def _cut(row: dict[str, Any], medium: Media, where: str) -> Media:
-    """The part of a sound that "offset" and "duration" of a NeMo manifest select."""
+    """The part of a sound that "offset" and "duration" (as in a NeMo manifest) or "offset" and "end" select."""
     start, seconds = pop_number(row, "offset", 0, where) or 0.0, pop_number(row, "duration", 0, where)
     if seconds == 0:
         raise InputError(f"{where}: field 'duration' is 0, expected more than 0")
+    if seconds is None and (end := pop_number(row, "end", 0, where)) is not None:
+        if end <= start:
+            raise InputError(f"{where}: field 'end' is {end:g}, expected more than 'offset', which is {start:g}")
+        seconds = round(end - start, 6)
     if not start and seconds is None:
         return medium
     long = "the rest" if seconds is None else f"{seconds} s"

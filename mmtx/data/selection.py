@@ -1,42 +1,69 @@
-"""`select` of a source: the samples that it keeps, by the values of their fields."""
+"""The samples that a source keeps: by the values of their fields (`select`), and by a hash (`split`)."""
 
-from typing import Any
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from mmtx.data.fields import shown
 from mmtx.data.sample import Sample
 from mmtx.errors import InputError
 
 
-def check_select(wanted: dict[str, list]) -> None:
-    """Raise InputError unless each field has a list: the letters of a text would be taken for values."""
-    for field, values in wanted.items():
-        if not isinstance(values, (list, tuple)):
-            raise InputError(f"select: field {field!r} has {shown(values)}, expected a list of values")
+class Selection(NamedTuple):
+    """`select`, `split` and `split_by` of a `DataSource`."""
 
+    select: Mapping[str, list] = {}
+    split: Sequence[float] = (0, 1)
+    split_by: str = "key"
 
-def keep_selected(samples: list[Sample], wanted: dict[str, list], none: str) -> list[Sample]:
-    """The samples that `select` keeps. Raises InputError, which begins with `none`, if a field leaves none."""
-    check_select(wanted)
-    for field, values in wanted.items():
-        facts = [_facts(sample) for sample in samples]
-        known = sorted({name for fact in facts for name in fact})
-        if samples and field not in known:
-            raise InputError(f"select: no sample has the field {field!r}, expected one of {known}")
-        pairs = zip(samples, facts, strict=True)
-        kept = [sample for sample, fact in pairs if _has(fact, field, values)]
+    def check(self) -> None:
+        """Raise InputError for fields without a list (the letters of a text would be taken for values), and for no range."""
+        for field, values in self.select.items():
+            if not isinstance(values, (list, tuple)):
+                raise InputError(f"select: field {field!r} has {shown(values)}, expected a list of values")
+        if not (len(self.split) == 2 and 0 <= self.split[0] < self.split[1] <= 1):
+            raise InputError(f"split: found {shown(self.split)}, expected two numbers in ascending order, from 0 to 1")
+
+    def keep(self, samples: list[Sample], none: str) -> list[Sample]:
+        """The samples that are kept. Raises InputError, which begins with `none`, if a field leaves none."""
+        self.check()
+        for field, values in self.select.items():
+            facts = [_facts(sample) for sample in samples]
+            known = sorted({name for fact in facts for name in fact})
+            if samples and field not in known:
+                raise InputError(f"select: no sample has the field {field!r}, expected one of {known}")
+            pairs = zip(samples, facts, strict=True)
+            kept = [sample for sample, fact in pairs if _has(fact, field, values)]
+            if samples and not kept:
+                some = [*dict.fromkeys(shown(fact[field]) for fact in facts if field in fact)]
+                some[5:] = ["..."] if len(some) > 5 else []
+                raise InputError(f"{none}: found {', '.join(some)} in the field {field!r}, "
+                                 f"expected one of {shown(values)} (select)")
+            samples = kept
+        kept = [sample for sample in samples if self._is_in_split(sample)]
         if samples and not kept:
-            some = [*dict.fromkeys(shown(fact[field]) for fact in facts if field in fact)]
-            some[5:] = ["..."] if len(some) > 5 else []
-            raise InputError(f"{none}: found {', '.join(some)} in the field {field!r}, "
-                             f"expected one of {shown(values)} (select)")
-        samples = kept
-    return samples
+            raise InputError(f"{none}: none of {len(samples)} is in the split {shown(list(self.split))}, expected a wider one, or "
+                             f"more different values of {self.split_by!r}")
+        return kept
+
+    def has(self, sample: Sample) -> bool:
+        """Whether a sample is kept. Raises InputError if it lacks the field of `split_by`."""
+        facts = _facts(sample)
+        return all(_has(facts, field, values) for field, values in self.select.items()) and self._is_in_split(sample)
+
+    def _is_in_split(self, sample: Sample) -> bool:
+        if tuple(self.split) == (0, 1):
+            return True
+        facts = _facts(sample)
+        if facts.get(self.split_by) is None:
+            raise InputError(f"{sample.where}: no field {self.split_by!r}, found {', '.join(map(repr, facts))} (split_by)")
+        first, end = self.split
+        return first <= place_of(facts[self.split_by]) < end
 
 
-def is_selected(sample: Sample, wanted: dict[str, list]) -> bool:
-    """Whether `select` keeps a sample."""
-    facts = _facts(sample)
-    return all(_has(facts, field, values) for field, values in wanted.items())
+def place_of(value: Any) -> float:
+    """A value's place in [0, 1): its hash, so that the same values are together, and stay where they are if others are added."""
+    return int.from_bytes(hashlib.sha256(str(value).encode(errors="surrogateescape")).digest()[:6]) / 2**48
 
 
 def _has(facts: dict[str, Any], field: str, values: list) -> bool:

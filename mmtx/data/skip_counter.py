@@ -36,7 +36,7 @@ class SkipCounter:
     def check(self) -> None:
         """Raise InputError if more than the share `limit` of the rows were bad."""
         if self.count > self.limit * self.rows:
-            raise InputError(f"{self.summary()} (at most {self.limit:.3%} may be bad)")
+            raise InputError(f"{self.summary()} (at most {self.limit:.3%} may be bad, which max_bad sets)")
 
     def finish(self, report: Callable[[str], None] | None) -> None:
         """`check` after the last stage, and `report` the summary if any rows were bad."""

@@ -8,8 +8,8 @@ import io
 import math
 import re
 import zlib
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO, Literal
 
 import numpy as np
 import soundfile
@@ -27,6 +27,7 @@ SEEK_DISTANCE = 30  # seconds before a cut up to which these are decoded rather 
 INEXACT = ("VORBIS", "MPEG_LAYER_I", "MPEG_LAYER_II", "MPEG_LAYER_III")  # libsndfile seeks some samples off
 MAX_START = 86_400  # seconds: a day, which is decoded in vain if the format cannot seek
 TOLERANCE = 0.25  # seconds that a cut may reach beyond the end: lengths in manifests are rounded, those of MP3 count its padding
+MAX_CHUNKS = 10_000  # of a WAV before its samples
 UNKNOWN = 0x7F000000  # sizes from here on are placeholders of programs that did not know the size yet
 FFMPEG = {  # format -> the demuxer of FFmpeg that may open it
     "MP4": "mov", "AAC": "aac", "WEBM": "matroska",
@@ -61,6 +62,40 @@ def read_sound(data: bytes, name: str, start: float = 0.0, seconds: float | None
     else:
         raise InputError(f"{name}: no sound that can be decoded, expected {', '.join(AUDIO_FORMATS)}")
     return _cut(blocks, name, start, seconds)
+
+
+class _Slices:
+    """The bytes of an open file, of which only the slices that are asked for are read."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.size = file, file.seek(0, io.SEEK_END)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, place: slice) -> bytes:
+        first, last, _ = place.indices(self.size)
+        self.file.seek(first)
+        return self.file.read(max(last - first, 0))
+
+
+def read_cut(file: BinaryIO, name: str, start: float, seconds: float | None) -> tuple[np.ndarray, int] | None:
+    """What `read_sound` returns for a cut of a WAV or FLAC file, of which the rest is not read, however long it is.
+
+    None for files of other formats and for those with anything unusual about them, of which `read_sound` must see all.
+    """
+    data = _Slices(file)
+    head = data[:64]
+    format = None if head[:3] == b"ID3" else format_of(head)
+    if format == "WAV":
+        end, unknown = _wav_end(data)
+        usual = unknown is None and 0 < end <= len(data) and not _another(format, data[end : end + 64])
+    else:
+        usual = format == "FLAC" and data[-128:][:3] != b"TAG"
+    if not usual:
+        return None
+    file.seek(0)
+    return _cut(_libsndfile([file], name, start, uncut=False), name, start, seconds)
 
 
 def check_sound(frames: int, rate: int, channels: int, name: str) -> None:
@@ -128,7 +163,7 @@ def _cut(blocks: Blocks, name: str, start: float, seconds: float | None) -> tupl
     return np.concatenate(kept), layout[0]
 
 
-def _libsndfile(parts: list[bytes], name: str, start: float, uncut: bool, samples: int | None = None) -> Blocks:
+def _libsndfile(parts: Sequence[bytes | BinaryIO], name: str, start: float, uncut: bool, samples: int | None = None) -> Blocks:
     """The blocks of consecutive files; `samples`: how many must be decodable, less the encoder delay.
 
     Of an `uncut` sound, the length is checked before any of it is decoded.
@@ -137,7 +172,7 @@ def _libsndfile(parts: list[bytes], name: str, start: float, uncut: bool, sample
     for part in parts:
         opened = False
         try:
-            with _Forward(io.BytesIO(part)) as file:
+            with _Forward(io.BytesIO(part) if isinstance(part, bytes) else part) as file:
                 opened, frames, rate = True, file.frames, file.samplerate
                 known = frames < 2**62
                 skipped = min(max(round(start * rate) - place, 0), frames)
@@ -150,6 +185,8 @@ def _libsndfile(parts: list[bytes], name: str, start: float, uncut: bool, sample
                         place += file.seek(skipped)
                     except soundfile.SoundFileError:  # some codecs cannot seek
                         pass
+                    if place == end:  # the cut is beyond the end, which is told by the length of the sound
+                        yield rate, place, np.zeros((0, file.channels), np.float32)
                 while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):
                     yield rate, place, block
                     place += len(block)
@@ -209,22 +246,36 @@ def _whole_file(data: bytes, format: str, name: str) -> bytes:
     if format == "FLAC":  # has no length; libsndfile takes an ID3v1 tag behind it for damage
         return data[:-128] if data[-128:].startswith(b"TAG") else data
     if format == "WAV":
-        data, end = _wav_end(data)
+        end, unknown = _wav_end(data)
+        if unknown is not None:
+            known = bytearray(data)
+            known[unknown : unknown + 4] = (end - unknown - 4).to_bytes(4, _wav_order(data))
+            data = bytes(known)
     else:
         end = {"AIFF": _aiff_end, "AU": _au_end, "CAF": _caf_end, "W64": _w64_end, "NIST": _nist_end, "MP4": _mp4_end,
                "WEBM": _webm_end, "AAC": _aac_end}[format](data)
     if end > len(data):
         raise InputError(f"{name}: cut short: {len(data)} bytes of {end} are there")
-    following = data[end : end + 64] if end else b""
-    if format in (format_of(following), format_of(following.lstrip(b"\0"))):
+    if end and _another(format, data[end : end + 64]):
         raise InputError(f"{name}: another {format} file follows at byte {end}, expected one sound")
     return data[:end] if end and format not in ("WAV", "AIFF") else data  # in these two, other chunks may follow the samples
 
 
-def _wav_end(data: bytes) -> tuple[bytes, int]:
-    order: Literal["big", "little"] = "big" if data[:4] == b"RIFX" else "little"
-    place, wide = 12, None  # offset of the 64-bit length in RF64
-    while place + 8 <= len(data):
+def _another(format: str, following: bytes) -> bool:
+    """Whether another file of the same format follows a sound."""
+    return format in (format_of(following), format_of(following.lstrip(b"\0")))
+
+
+def _wav_order(data: bytes | _Slices) -> Literal["big", "little"]:
+    return "big" if data[:4] == b"RIFX" else "little"
+
+
+def _wav_end(data: bytes | _Slices) -> tuple[int, int | None]:
+    """The end of the samples, 0 if there are none, and the place of their length in the file if it is not known there."""
+    order, place, wide = _wav_order(data), 12, None  # offset of the 64-bit length in RF64
+    for _ in range(MAX_CHUNKS):
+        if place + 8 > len(data):
+            break
         kind, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], order)
         if kind == b"ds64":
             wide = place + 16
@@ -234,12 +285,10 @@ def _wav_end(data: bytes) -> tuple[bytes, int]:
                 size = int.from_bytes(data[wide : wide + 8], order)
             ends = int.from_bytes(data[4:8], order) + 8  # the end that the file declares
             if size < UNKNOWN and (size or ends > start and not wide):
-                return data, start + size
-            known = bytearray(data)
-            known[place + 4 : start] = (len(data) - start).to_bytes(4, order)
-            return bytes(known), len(data)
+                return start + size, None
+            return len(data), place + 4
         place += 8 + size + size % 2
-    return data, 0
+    return 0, None
 
 
 def _aiff_end(data: bytes) -> int:

@@ -23,7 +23,7 @@ from mmtx.data.manifest import MANIFESTS, parse_row, read_manifest
 from mmtx.data.patterns import expand
 from mmtx.data.read_options import Fields, ReadOptions
 from mmtx.data.sample import Sample, attempt, suffix
-from mmtx.data.selection import keep_selected
+from mmtx.data.selection import Selection
 from mmtx.data.skip_counter import MAX_BAD, SkipCounter
 from mmtx.data.storage import bare, display
 from mmtx.data.urls import is_url, scheme_of
@@ -51,13 +51,13 @@ def read(
     Raises InputError for a missing or empty source, too many bad rows, or if nothing is left.
     """
     skipped = SkipCounter(max_bad)
-    samples = read_rows(sources, skipped, ReadOptions(trusted, fields, follow_links, report=report), select)
+    samples = read_rows(sources, skipped, ReadOptions(trusted, fields, follow_links, report=report), Selection(select or {}))
     skipped.finish(report)
     return samples
 
 
 def read_rows(sources: str | Iterable[str], skipped: SkipCounter, options: ReadOptions,
-              select: dict[str, list] | None = None) -> list[Sample]:
+              selection: Selection = Selection()) -> list[Sample]:
     """`read` with the counter of a source that goes through further stages, the last of which reports it."""
     sources = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     if not sources:
@@ -73,7 +73,7 @@ def read_rows(sources: str | Iterable[str], skipped: SkipCounter, options: ReadO
     skipped.check()
     names = ", ".join(display(os.fspath(source)) for source in sources)
     none = f"{names}: no sample is left of {skipped.rows} rows"
-    kept = keep_selected(samples, select or {}, none)
+    kept = selection.keep(samples, none)
     if not kept:
         raise InputError(none)
     return kept

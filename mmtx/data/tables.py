@@ -3,6 +3,7 @@
 import csv
 import re
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import BinaryIO
 
 from mmtx.data.fields import reason, shown
@@ -10,6 +11,7 @@ from mmtx.data.text_files import MAX_ROW, lines
 from mmtx.errors import InputError
 
 QUOTED = re.compile('"(?:[^"]|"")*"')  # a quoted cell, as spreadsheet programs write it
+DECLARED = re.compile(r"sep=([,;])\s*")        # a first line that tells Excel the separator
 INVALID_UTF8 = re.compile("[\udc80-\udcff]")   # a byte that is not UTF-8
 MOST_LINES = 100  # of a cell of a TSV file: each new line is parsed with all before it
 
@@ -44,7 +46,7 @@ def read_table(rows: Callable[[Iterator[str]], Iterator[list[str] | str]], separ
             yield number, InputError(f"{name} row {number}: not a row of a table ({cells})")
         elif stray := [place for place, cell in enumerate(cells) if INVALID_UTF8.search(cell)]:
             column = shown(header[stray[0]]) if stray[0] < len(header) else "after the last"
-            yield number, InputError(f"{name} row {number}: the column {column} is not UTF-8 text")
+            yield number, InputError(f"{name} row {number}: the column {column} is not UTF-8 text, expected a table saved as UTF-8")
         elif len(cells) != len(header):
             yield number, InputError(f"{name} row {number}: found {len(cells)} cells, expected {len(header)} as the header has")
         else:
@@ -52,7 +54,16 @@ def read_table(rows: Callable[[Iterator[str]], Iterator[list[str] | str]], separ
 
 
 def csv_rows(texts: Iterator[str]) -> Iterator[list[str] | str]:
-    reader = csv.reader(texts, strict=True, skipinitialspace=True)
+    """The rows of a CSV file, or why a line is not one; Excel writes semicolons where the comma is the decimal point."""
+    blank, header = 0, next(texts, "")
+    while header and not header.strip():
+        blank, header = blank + 1, next(texts, "")
+    if declared := DECLARED.fullmatch(header):
+        separator, header = declared[1], "\n"
+    else:
+        separator = ";" if ";" in header and "," not in QUOTED.sub("", header) else ","
+    texts = chain(["\n"] * blank, [header], texts)  # all lines count in the numbers of errors
+    reader = csv.reader(texts, delimiter=separator, strict=True, skipinitialspace=True)
     while True:
         first = reader.line_num + 1
         try:

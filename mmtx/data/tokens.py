@@ -1,15 +1,16 @@
 """Samples to documents of tokens: reads, augments and encodes their media."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
 
 from mmtx.data.augment import AudioAugmentation, ImageAugmentation
-from mmtx.data.media import Sampled
+from mmtx.data.media import Sampled, cut_of_file
 from mmtx.data.sample import Media, Sample, Text
 from mmtx.data.skip_counter import SkipCounter
+from mmtx.data.storage import FileSource
 from mmtx.document import Document, MediaPart, Part, TextPart, Turn
 from mmtx.errors import InputError
 from mmtx.modality.base import Encoding, Tokenizer
@@ -49,7 +50,7 @@ def load_media(media: Media, tokenizers: Mapping[str, Tokenizer], digest: Digest
     """Read a medium in the form that its tokenizer takes; its bytes are added to `digest`."""
     if media.kind not in tokenizers:
         raise InputError(f"{media.name}: found {media.kind}, but there is no {media.kind} tokenizer")
-    data = media.source.read()
+    data, options = data_of(media)
     if digest is not None:
         # The digest of an unchanged sound is the same as in versions before speed and semitones.
         played = ("" if media.speed == 1 else f"{media.speed} ") + ("" if media.semitones == 0 else f"{media.semitones} semitones ")
@@ -57,7 +58,7 @@ def load_media(media: Media, tokenizers: Mapping[str, Tokenizer], digest: Digest
         digest.update(data)
     modality = MODALITIES[media.kind]
     try:
-        return modality.get("read")(tokenizers[media.kind], data, media.name, **media.options)
+        return modality.get("read")(tokenizers[media.kind], data, media.name, **options)
     except InputError:
         raise
     except Exception as error:
@@ -66,10 +67,19 @@ def load_media(media: Media, tokenizers: Mapping[str, Tokenizer], digest: Digest
         raise InputError(f"{media.name}: {type(error).__name__}: {' '.join(str(error).split())[:150]}") from error
 
 
-def to_documents(samples: Sequence[Sample], tokenizers: Mapping[str, Tokenizer],
-                 progress: Callable[[Iterable], Iterable] = iter, patches: Collection[str] = ()) -> list[Document]:
+def data_of(media: Media) -> tuple[Any, dict[str, Any]]:
+    """What `read` of a modality takes, with its options: the bytes of a medium, or the samples of a cut of a long sound alone."""
+    source, options = media.source, media.options
+    if media.kind == "audio" and isinstance(source, FileSource) and source.size is None:
+        if found := cut_of_file(source.path, media.name, media.start, media.seconds):
+            samples, options["source_rate"] = found
+            return samples, {name: value for name, value in options.items() if name not in ("start", "seconds")}
+    return source.read(), options
+
+
+def to_documents(samples: Sequence[Sample], tokenizers: Mapping[str, Tokenizer], patches: Collection[str] = ()) -> list[Document]:
     """Samples as documents of codes, without augmentation. Raises InputError on the first that cannot be read."""
-    return [document for _, document in usable(samples, tokenizers, None, progress, patches)]
+    return [document for _, document in usable(samples, tokenizers, None, patches=patches)]
 
 
 def usable(samples: Sequence[Sample], tokenizers: Mapping[str, Tokenizer], skipped: SkipCounter | None,

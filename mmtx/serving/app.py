@@ -98,18 +98,18 @@ class Service:
 
     def picture_length(self, size: tuple[int, int] | None) -> int:
         """Tokens of an answer that is a picture of this height and width, or the tokenizer's; 1 if the model chooses the size."""
-        if not (prefix := self.model._size_prefix("image", size)):
+        if not (prefix := self.model.processor.size_prefix("image", size)):
             return 1
         state: Any = self.model.grammar.start(1, "image", prefix=prefix)
         return len(prefix) + int(state.remaining) + 2  # the picture's closing tag, and <end>
 
     def picture_size(self, asked: str) -> tuple[int, int] | None:
         """Height and width of "WIDTHxHEIGHT"; None for "auto". Raises Refused if the model cannot draw a picture of this size."""
-        self.model._check_kind("image")
+        self.model.processor.check_kind("image")
         width, _, height = asked.partition("x")
         if not height:
             return None
-        edges, patch = (int(height), int(width)), self.model._image_config.patch
+        edges, patch = (int(height), int(width)), self.model.processor.image_config.patch
         if any(edge % patch or not patch <= edge <= MAX_SIDE * patch for edge in edges):
             raise Refused(400, f"size: found {asked!r}, expected width and height as multiples of {patch}, from {patch} to "
                           f"{MAX_SIDE * patch}", "invalid_value", "size")

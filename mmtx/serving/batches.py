@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from mmtx.ambient import MOST_THREADS, one_thread
+from mmtx.batching import by_length
 from mmtx.document import Document
 from mmtx.inference.choose import choose_engine
 from mmtx.inference.output_scores import OutputScores
 from mmtx.inference.sampling import Sampling
-from mmtx.pipeline import Model, by_length
+from mmtx.pipeline import Model
 from mmtx.sequence import prompt
 from mmtx.serving.limits import Refused, in_time
 

@@ -206,8 +206,11 @@ def read_document(model: Model, messages: Sequence[Message], limits: Limits) -> 
 
 def read_parts(model: Model, content: Sequence[Item], limits: Limits, where: str) -> tuple[TextPart | ReadMedium, ...]:
     """Items of a message -> parts; media are decoded but not yet encoded."""
-    return tuple(read_part(model, to_medium(item, limits, f"{where}[{number}]"), limits, f"{where}[{number}]")
-                 for number, item in enumerate(content))
+    return tuple(read_item(model, item, limits, f"{where}[{number}]") for number, item in enumerate(content))
+
+
+def read_item(model: Model, item: Item, limits: Limits, where: str) -> TextPart | ReadMedium:
+    return read_part(model, to_medium(item, limits, where), limits, where)
 
 
 def read_part(model: Model, medium: str | Image | Audio, limits: Limits, where: str) -> TextPart | ReadMedium:

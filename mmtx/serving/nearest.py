@@ -11,6 +11,7 @@ import soundfile
 from PIL import Image
 
 from mmtx.ambient import one_thread
+from mmtx.batching import BATCH
 from mmtx.data.collection import DataSource, read_sources
 from mmtx.data.media import load_audio, load_image
 from mmtx.data.sample import Media, Sample
@@ -19,7 +20,7 @@ from mmtx.data.tokens import usable
 from mmtx.document import Document, MediaPart, Turn
 from mmtx.errors import InputError
 from mmtx.medium import Sound
-from mmtx.pipeline import BATCH, Model
+from mmtx.pipeline import Model
 from mmtx.sequence import prompt
 
 SIDE, RATE, EXCERPT = 128, 16_000, 10.0  # pixels, Hz and seconds of a sample's preview
@@ -53,9 +54,9 @@ class Neighbour(NamedTuple):
 class NearestNeighbours:
     """An index of training samples by the embedding of their first medium; `read` fills it, which may take minutes."""
 
-    def __init__(self, model: Model, sources: Sequence[DataSource], max_bad: float = MAX_BAD):
+    def __init__(self, model: Model, sources: Sequence[DataSource]):
         """Raises InputError if the sources cannot be read."""
-        self.model, self.found = model, read_sources(sources, max_bad)
+        self.model, self.found = model, read_sources(sources, MAX_BAD)
         self.samples: list[Sample] = []
         self.vectors: list[np.ndarray] = []
 

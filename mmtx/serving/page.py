@@ -135,15 +135,14 @@ def add_page(app: FastAPI, maker: Model | None = None, transcriber: Model | None
     def _transcribe(body: TranscribeBody) -> dict:
         if transcriber is None:
             raise Refused(404, "this server was started without a model that transcribes (--transcribe_model)")
-        sound = api.read_part(transcriber, api.to_medium(body.sound, limits, "sound"), limits, "sound")
-        return {"text": transcriber.transcribe(sound)}
+        return {"text": transcriber.transcribe(api.read_item(transcriber, body.sound, limits, "sound"))}
 
     def _make(body: MakeBody) -> dict:
         if body.out not in media(maker):
             raise InputError(f"out: found {body.out}, which this model cannot generate")
         parts, begin = api.read_parts(maker, body.content, limits, "content"), None
         if body.begin is not None:
-            begin = api.read_part(maker, api.to_medium(body.begin, limits, "begin"), limits, "begin")
+            begin = api.read_item(maker, body.begin, limits, "begin")
             if not isinstance(begin, ReadMedium) or begin.kind != body.out:
                 raise InputError(f"begin: found {begin.kind}, expected {body.out}")
             parts += (begin,)

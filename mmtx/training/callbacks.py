@@ -50,7 +50,8 @@ class ProgressBar(TQDMProgressBar):
     """
 
     def __init__(self):
-        self.plain = not sys.stdout.isatty() and "ipykernel" not in sys.modules
+        terminal = sys.stdout is not None and sys.stdout.isatty()  # it is None if the shell closed it (>&-)
+        self.plain = not terminal and "ipykernel" not in sys.modules
         super().__init__(refresh_rate=0 if self.plain else 1)
         self.last_step, self.timed_from = 0, (0, time.monotonic())  # last step reported; step and time that the speed counts from
 

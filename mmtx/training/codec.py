@@ -80,7 +80,8 @@ class CodecModule(TrainingModule):
 
     @typed
     def __init__(self, tokenizer: Codec, optimizer: OptimizerConfig = OptimizerConfig(), l1_weight: float = 0.2,
-                 refine: str | None = None, adversarial: AdversarialConfig | None = None, channels: int = 1):
+                 refine: str | None = None, adversarial: AdversarialConfig | None = None, channels: int = 1,
+                 init_from: str | None = None):
         """
         Args:
             tokenizer: the codec, for example of a plugin's class.
@@ -90,9 +91,15 @@ class CodecModule(TrainingModule):
                 further. Its codes and fingerprint do not change, so models trained with it remain valid.
             adversarial: a discriminator that learns to tell reconstructions from originals; none by default.
             channels: channels of the discriminator's input (B, channels, H, W); 1 for (B, H, W).
+            init_from: folder of a finished tokenizer whose weights to start from, encoder included, so that its codes change;
+                rows and columns that its matrices lack start at zero.
         """
         super().__init__()
         within("model.l1_weight", l1_weight, 0, MOST_WEIGHT)
+        if refine is not None and init_from is not None:
+            raise InputError(f"refine: found {refine} with init_from {init_from}, which would change its codes, expected one of them")
+        if init_from is not None:
+            grow(tokenizer, cast(Codec, load_tokenizer(find_shipped(init_from))))
         if refine is not None:
             tokenizer = load_matching(refine, tokenizer, "refine").train()
             for name in ENCODING:
@@ -201,7 +208,7 @@ class ImageCodecModule(CodecModule):
     @typed
     def __init__(self, tokenizer: ImageConfig = ImageConfig(), optimizer: OptimizerConfig = OptimizerConfig(),
                  l1_weight: float = 0.2, refine: str | None = None, perceptual: PerceptualConfig | None = None,
-                 adversarial: AdversarialConfig | None = None):
+                 adversarial: AdversarialConfig | None = None, init_from: str | None = None):
         """
         Args:
             tokenizer: patches, size rules and network.
@@ -211,8 +218,9 @@ class ImageCodecModule(CodecModule):
                 further. Its codes and fingerprint do not change, so models trained with it remain valid.
             perceptual: a pretrained network in whose features reconstructions are compared with originals; none by default.
             adversarial: a discriminator that learns to tell reconstructions from originals; none by default.
+            init_from: folder of a finished tokenizer whose weights to start from, encoder included, so that its codes change.
         """
-        super().__init__(ImageTokenizer(tokenizer), optimizer, l1_weight, refine, adversarial, channels=3)
+        super().__init__(ImageTokenizer(tokenizer), optimizer, l1_weight, refine, adversarial, channels=3, init_from=init_from)
         self.perceptual = Perceptual(perceptual) if perceptual else None
 
     def quality(self, media: Tensor, result: Reconstruction) -> dict[str, tuple[Tensor, Tensor | int]]:
@@ -250,6 +258,8 @@ class Pitch(NamedTuple):
 @torch.no_grad()
 def grow(codec: Codec, smaller: Codec) -> None:
     """Give a codec the weights of a finished one, padded with zeros where its own are larger."""
+    if smaller.kind != codec.kind:
+        raise InputError(f"init_from: found a tokenizer for {smaller.kind}, expected one for {codec.kind}")
     given = smaller.network.state_dict()
     for name, own in codec.network.state_dict().items():
         old = given.get(name)
@@ -280,13 +290,9 @@ class AudioCodecModule(CodecModule):
             pitch_weight: weight of the cross-entropy of the pitch, for a tokenizer with `pitch`.
             adversarial: a discriminator that learns to tell reconstructed spectrograms from originals; none by default.
         """
-        if refine is not None and init_from is not None:
-            raise InputError(f"refine: found {refine} with init_from {init_from}, which would change its codes, expected one of them")
         within("model.pitch_weight", pitch_weight, 0, MOST_WEIGHT)
-        super().__init__(AudioTokenizer(tokenizer), optimizer, l1_weight, refine, adversarial)
+        super().__init__(AudioTokenizer(tokenizer), optimizer, l1_weight, refine, adversarial, init_from=init_from)
         self.pitch_weight = pitch_weight
-        if init_from is not None:
-            grow(self.tokenizer, cast(Codec, load_tokenizer(find_shipped(init_from))))
 
     def loss(self, media: Tensor, output: Tensor) -> Tensor:
         loss = self.distance(media, output)

@@ -5,43 +5,35 @@ Shapes: N tokens of a batch, M supervised tokens, V vocabulary.
 
 import math
 import sys
-from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import cast
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmtx.atomic_folder import replace_folder
-from mmtx.config import CodeRange, DecoderConfig, EfficientNetConfig, EncoderConfig
+from mmtx.config import CodeRange, DecoderConfig
 from mmtx.data.packing import Batch
 from mmtx.data.sample import Sample
 from mmtx.data.storage import scrub
 from mmtx.data.tokens import to_documents
 from mmtx.errors import InputError
-from mmtx.hub import find_model
 from mmtx.loss import TokenLoss, next_token_loss
-from mmtx.modality.autoencoder import Codec
-from mmtx.modality.base import MediaTokenizer, media_tokenizer
-from mmtx.modality.efficientnet import PretrainedEncoder, is_encoder, read_encoder
-from mmtx.modality.encoder import build_encoder
-from mmtx.model import Decoder, initialise
-from mmtx.model_folder import WEIGHTS, ModelParts, model_files, read_model
+from mmtx.model import Decoder
+from mmtx.model_folder import model_files
 from mmtx.pipeline import Model
 from mmtx.schema import typed, within
 from mmtx.training.adapters import LoRA, MergedWeights, adapt, merged, parameters_by_group, save_adapter
 from mmtx.training.ctc import CTCConfig, ctc_loss, states_behind
 from mmtx.training.decoder_data import TokenizerFolders, with_media
-from mmtx.training.memory import releasing_memory
+from mmtx.training.initial_decoder import InitialDecoder
 from mmtx.training.module import Means, TrainingModule, sum_over_ranks
-from mmtx.training.mup import rescale, scaled
+from mmtx.training.mup import scaled
 from mmtx.training.optimizer import OptimizerConfig, configure
-from mmtx.training.quantize import quantize_layer
 from mmtx.training.sharding import shard
 from mmtx.vocabulary import Vocabulary
-from mmtx.weights import load_module, weights_of
+from mmtx.weights import weights_of
 
 
 @typed
@@ -124,14 +116,14 @@ class DecoderModule(TrainingModule):
             within("mup_base_width", mup_base_width, 1, 2**16)
         if lora is not None and mup_base_width is not None:
             raise InputError("mup_base_width: found one with lora, expected none: adapters have rates of their own")
+        self.initial = InitialDecoder(init_from, encoders_from, image_encoder, continuous_inputs, train_encoder,
+                                      lora is not None and lora.load_in_4bit, mup_base_width)
         self.lora, self.gradient_checkpointing, self.mup_base_width = lora, gradient_checkpointing, mup_base_width
-        self.init_from: str | Path | None = init_from
-        self.encoders_from, self.image_encoder, self.image_encoder_lr = encoders_from, image_encoder, image_encoder_lr
-        self.finished: Path | None = None  # `init_from` if it comes from `restore`: all must be the same
         self.tokenizers = None if tokenizers is None else tokenizers.load()
-        self.config, self.optimizer_config = decoder, optimizer
-        self.z_loss, self.ctc = z_loss, ctc
-        self.continuous_inputs, self.train_encoder = continuous_inputs, train_encoder
+        self.config, self.optimizer_config, self.image_encoder_lr = decoder, optimizer, image_encoder_lr
+        self.continuous_inputs, self.train_encoder = continuous_inputs, train_encoder  # which determine what the data give
+        self.z_loss, self.ctc, self.weights_by_kind = z_loss, ctc, asdict(loss_weights)
+        self.decoder: Decoder | None = None
         if train_encoder and not continuous_inputs:
             raise InputError("train_encoder: found true with continuous_inputs: false, expected continuous_inputs: true, since "
                              "codes need no encoder")
@@ -140,30 +132,18 @@ class DecoderModule(TrainingModule):
                              "sounds that enter as features")
         if ctc is not None and ctc.blocks > decoder.depth:
             raise InputError(f"ctc.blocks: found {ctc.blocks}, expected at most {decoder.depth}, decoder.depth")
-        if encoders_from is not None and not train_encoder:
-            raise InputError("model.init_args.encoders_from: found one with train_encoder: false, expected train_encoder: true")
-        if image_encoder is not None and not train_encoder:
-            raise InputError("model.init_args.image_encoder: found one with train_encoder: false, expected train_encoder: true")
+        for name, value in (("model.init_args.encoders_from", encoders_from), ("model.init_args.image_encoder", image_encoder),
+                            ("image_encoder_lr", image_encoder_lr)):
+            if value is not None and not train_encoder:
+                raise InputError(f"{name}: found one with train_encoder: false, expected train_encoder: true")
         if image_encoder_lr is not None:
             within("image_encoder_lr", image_encoder_lr, 0, 100)
-            if not train_encoder:
-                raise InputError("image_encoder_lr: found one with train_encoder: false, expected train_encoder: true")
             if lora is not None and lora.freeze_encoder:
                 raise InputError("image_encoder_lr: found one with lora.freeze_encoder: true, expected none")
-        self.weights_by_kind = asdict(loss_weights)
-        self.decoder: Decoder | None = None
 
     def prepare_data(self) -> None:
         """Raise InputError for a folder without a model now, before the data are read, which may take minutes."""
-        for name, read in (("init_from", read_model), ("encoders_from", read_model), ("image_encoder", find_image_encoder)):
-            try:
-                if (folder := getattr(self, name)) is not None:
-                    read(folder)
-            except InputError as error:
-                if self.finished:
-                    raise
-                option = "" if str(error).startswith(name) else f"model.init_args.{name}: "
-                raise InputError(f"{option}{error}; a resumed run needs it as well, since checkpoints lack its sizes") from None
+        self.initial.check_folders()
 
     def configure_model(self) -> None:
         self._take_tokenizers()  # also of a module that is built already, but for other data
@@ -173,27 +153,13 @@ class DecoderModule(TrainingModule):
         # Not a buffer: a run in bfloat16 would round it.
         self.weights_on_device: Tensor | None = None
         self.loss_weights = tuple(self.weights_by_kind[kind] for kind in vocabulary.modality_names)
-        ranges = [CodeRange(vocabulary.range(kind).start, levels) for kind in vocabulary.kinds
-                  if (levels := vocabulary.levels(kind))]
-        codecs = {kind: media_tokenizer(self.tokenizers, kind) for kind in vocabulary.kinds if vocabulary.levels(kind)}
-        before = None if self.init_from is None else read_model(self.init_from)
-        trained = self._trained_encoders(codecs) if self.train_encoder else {}
-        encoders = self._encoder_configs(codecs, trained, before) if self.train_encoder else {}
-        widths = {kind: encoders[kind].width if encoders else codec.feature_width for kind, codec in codecs.items()}
-        self.config = replace(self.config, vocabulary_size=vocabulary.size, composed=tuple(ranges),
-                              features=widths if self.continuous_inputs else {}, encoders=encoders,
-                              ctc_blocks=None if self.ctc is None else self.ctc.blocks)
-        if before is None:
-            self.decoder = Decoder(self.config, build_encoder)
-            self._take_encoders(self.config.encoders)
-            if self.mup_base_width is not None:
-                rescale(self.decoder, self.mup_base_width)
-        else:
-            self.decoder = self._begin_with(before)
-        for kind, encoder in trained.items():
-            self.decoder.encoders[kind].load_state_dict(encoder.weights)
-            if encoder.projection and len(encoder.projection["bias"]) == self.config.width:
-                self.decoder.projections[kind].load_state_dict(encoder.projection)
+        levels = {kind: levels for kind in vocabulary.kinds if (levels := vocabulary.levels(kind))}
+        if self.image_encoder_lr is not None and "image" not in levels:
+            raise InputError("image_encoder_lr: found one, expected none: there is no tokenizer of pictures")
+        config = replace(self.config, vocabulary_size=vocabulary.size, ctc_blocks=None if self.ctc is None else self.ctc.blocks,
+                         composed=tuple(CodeRange(vocabulary.range(kind).start, found) for kind, found in levels.items()))
+        self.decoder = self.initial.build(config, self.tokenizers, self._announce)
+        self.config = self.decoder.config
         self.decoder.gradient_checkpointing = self.gradient_checkpointing
         if self.lora is not None:
             if self.device_mesh is not None:
@@ -201,40 +167,6 @@ class DecoderModule(TrainingModule):
             adapt(self.decoder, self.lora, vocabulary.range("special").start)
         if self.device_mesh is not None:
             shard(self.decoder, self.device_mesh["data_parallel"])
-
-    def _trained_encoders(self, codecs: Mapping[str, MediaTokenizer]) -> dict[str, PretrainedEncoder]:
-        """Pretrained encoders by kind: those of `encoders_from` and `image_encoder`."""
-        for kind in (kind for kind, codec in codecs.items() if codec.encoder_config is None):
-            raise InputError(f"train_encoder: found a {kind} tokenizer without an encoder that trains, expected a codec of mmtx")
-        for name in ("image_encoder", "image_encoder_lr"):
-            if getattr(self, name) is not None and "image" not in codecs:
-                raise InputError(f"{name}: found one, expected none: there is no tokenizer of pictures")
-        found: dict[str, PretrainedEncoder] = {}
-        if self.image_encoder is not None:
-            found["image"] = image_encoder_in(self.image_encoder, codecs["image"])
-        others = {kind: codec for kind, codec in codecs.items() if kind not in found}
-        if self.encoders_from is not None and others:
-            found |= {kind: PretrainedEncoder(encoder.config, encoder.weights)
-                      for kind, encoder in encoders_of(read_model(self.encoders_from), others, "encoders_from").items()}
-        return found
-
-    def _encoder_configs(self, codecs: Mapping[str, MediaTokenizer], trained: Mapping[str, PretrainedEncoder],
-                         before: ModelParts | None) -> dict[str, EncoderConfig | EfficientNetConfig]:
-        """Configurations of all encoders: pretrained ones, else those of the model in `init_from`, else the codecs'."""
-        made = {} if before is None else before.config.encoders
-        found = {}
-        for kind, codec in codecs.items():
-            own = made[kind] if kind in made and made[kind].patch == codec.encoder_config.patch else codec.encoder_config
-            found[kind] = trained[kind].config if kind in trained else own
-        return found
-
-    def _take_encoders(self, kinds: Iterable[str]) -> None:
-        """Initialise encoders from the codecs' if their configurations are equal; the others keep their random weights."""
-        for kind in kinds:
-            codec = cast(Codec, self.tokenizers[kind])
-            if self.config.encoders[kind] == codec.encoder_config:
-                weights, encoder = codec.network.state_dict(), self.decoder.encoders[kind]
-                encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()})
 
     def _take_tokenizers(self) -> None:
         theirs = getattr(self.data, "tokenizers", None)
@@ -250,50 +182,14 @@ class DecoderModule(TrainingModule):
 
     def restore(self, folder: Path) -> None:
         """Load the finished model in a folder when the decoder is built; it must match this configuration and its tokenizers."""
-        self.init_from = self.finished = folder
-        self.encoders_from = self.image_encoder = None
-
-    def _begin_with(self, model: ModelParts) -> Decoder:
-        """The decoder of a finished model, in the precision of the run; with `load_in_4bit`, each layer is quantized once read."""
-        where = self.finished or "init_from"
-        given, wanted = asdict(model.config), asdict(self.config)
-        new = {"image"} if self.image_encoder is not None and given["features"] else set()
-        if new and self.global_rank == 0:
-            print(f"mmtx: {self.image_encoder} replaces the image encoder of {where}", file=sys.stderr)
-        # A model of codes alone may be given projections of features, and one without encoders may be given the codecs', which made
-        # the features that it has learnt to read.
-        added = {name for name in ("features", "encoders") if wanted[name] and not given[name] and self.finished is None}
-        free = added if self.finished else {*added, "ctc_blocks"}  # which has no weights
-        for name, value in wanted.items():
-            if name in ("features", "encoders") and name not in free:
-                alike = all(given[name].get(kind) == value.get(kind) for kind in {*given[name], *value} - new)
-            else:
-                alike = given[name] == value or name in free
-            if not alike:
-                raise InputError(f"{where}: found {name} {given[name]}, expected {value}")
-        same = self.finished or added == {"encoders"}
-        for kind, tokenizer in self.tokenizers.items() if same else [("text", self.tokenizers["text"])]:
-            found, expected = model.tokenizers[kind].fingerprint[:12], tokenizer.fingerprint[:12]
-            if found != expected:
-                raise InputError(f"{where}: found {'an' if kind[0] in 'aeiou' else 'a'} {kind} tokenizer of fingerprint {found}, "
-                                 f"expected {expected}, tokenizers.{kind}")
-        in_4_bits = quantize_layer if self.lora is not None and self.lora.load_in_4bit else None
-        with releasing_memory():
-            decoder = load_module(lambda: Decoder(model.config, build_encoder), model.folder / WEIGHTS, in_4_bits)
-        decoder.config = self.config
-        blank = {*self.config.features} if "features" in added else new
-        decoder.projections.update({kind: nn.Linear(self.config.features[kind], self.config.width) for kind in sorted(blank)})
-        for kind in sorted(blank):
-            initialise(decoder.projections[kind], self.config.depth)
-        fresh = {*self.config.encoders} if "encoders" in added else new
-        decoder.encoders.update({kind: build_encoder(self.config.encoders[kind]) for kind in sorted(fresh)})
-        self.decoder = decoder
-        self._take_encoders(sorted(fresh))
-        return decoder
+        self.initial.restore(folder)
 
     def on_fit_start(self) -> None:
+        self._announce(parameters_by_group(self.decoder))
+
+    def _announce(self, line: str) -> None:
         if self.global_rank == 0:
-            print(f"mmtx: {parameters_by_group(self.decoder)}", file=sys.stderr)
+            print(f"mmtx: {line}", file=sys.stderr)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         base, config, steps, precision = self.mup_base_width, self.optimizer_config, self.trainer.max_steps, self.trainer.precision
@@ -411,38 +307,6 @@ class DecoderModule(TrainingModule):
         replace_folder(folder, model_files(self.config, weights, self.vocabulary, self.tokenizers))
         if self.lora is not None and self.lora.parts:
             save_adapter(self.decoder, self.lora, Path(folder).with_name("adapter"))
-
-
-def image_encoder_in(folder: str, codec: MediaTokenizer) -> PretrainedEncoder:
-    """Read the image encoder in a folder. Raises InputError if there is none that takes the codec's patches."""
-    found = find_image_encoder(folder)
-    if isinstance(found, Path):
-        return read_encoder(found, codec.encoder_config.patch)
-    return encoders_of(found, {"image": codec}, "image_encoder")["image"]
-
-
-def find_image_encoder(folder: str) -> Path | ModelParts:
-    """The folder of an image encoder alone, or else the model in it. Raises InputError if it holds neither."""
-    path = find_model(folder)
-    if is_encoder(path):
-        return path
-    try:
-        return read_model(path)
-    except InputError as error:
-        raise InputError(f"image_encoder: {error}; or an encoder of pictures alone") from None
-
-
-def encoders_of(model: ModelParts, codecs: Mapping[str, MediaTokenizer], option: str) -> dict[str, PretrainedEncoder]:
-    """The encoders of a finished model for the patches of these codecs. Raises InputError that names `option` if one is missing."""
-    for kind, codec in codecs.items():
-        config, expected = model.config.encoders.get(kind), codec.encoder_config.patch
-        if config is None or config.patch != expected:
-            found = f"an encoder for patches of {config.patch} numbers" if config else "no encoder"
-            raise InputError(f"{option}: {model.folder}: found {found} for {kind}, expected one for patches of {expected} numbers, "
-                             f"as tokenizers.{kind} makes them")
-    decoder = load_module(lambda: Decoder(model.config, build_encoder), model.folder / WEIGHTS)
-    return {kind: PretrainedEncoder(model.config.encoders[kind], decoder.encoders[kind].state_dict(),
-                                    decoder.projections[kind].state_dict()) for kind in codecs}
 
 
 def ratio(total: Tensor, weight: Tensor) -> Tensor:
