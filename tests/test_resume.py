@@ -162,6 +162,22 @@ def test_a_damaged_newest_checkpoint_is_named_and_left_out(root, config, whole):
 
 
 @pytest.mark.slow
+def test_a_rank_that_was_left_alone_says_so_in_one_line(root, config):
+    endless = changed(runs.two_ranks(config), "trainer.max_steps", 10**6)
+    output = root / "left-alone"
+    processes = runs.start(endless, output, ranks=2)
+    try:
+        runs.wait_for(lambda: runs.latest(output) >= 2, processes)
+        os.kill(processes[1].pid, signal.SIGKILL)
+        processes[0].join(100)
+        assert processes[0].exitcode == 2
+        told = output.with_suffix(".log").read_text()
+        assert "mmtx: error: trainer.devices: another process of the run is gone (Connection " in told and "Traceback" not in told
+    finally:
+        runs.kill(processes)
+
+
+@pytest.mark.slow
 def test_two_ranks_go_on_after_a_kill_and_after_sigterm_to_either_one(root, config, whole):
     config, alone = runs.two_ranks(config), newest(whole[0] / "checkpoints")
     assert runs.fit(config, root / "more", "--ckpt_path", str(alone), ranks=2) == [2, 2]

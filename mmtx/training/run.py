@@ -112,6 +112,9 @@ def main(word: str, arguments: list[str]) -> None:
     except RuntimeError as error:
         if early := missing_metric(str(error)):
             raise InputError(early) from None
+        if lost := re.search(r"gloo.*(Connection (?:reset|closed) by peer)", str(error)):
+            raise InputError(f"trainer.devices: another process of the run is gone ({lost[1]}; out of memory?); the same command "
+                             "with --ckpt_path last goes on") from None
         if not (ended := re.search(r"DataLoader worker \(pid\(?s?\)? ?[\d, ]+\).*", str(error))):
             raise
         raise InputError(f"data.num_workers: {ended[0].rstrip('.')} (out of memory?); the same command with --ckpt_path last "
