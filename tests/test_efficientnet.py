@@ -203,6 +203,7 @@ def test_the_encoder_of_pictures_has_a_learning_rate_of_its_own(encoder):
 def test_a_decoder_begins_with_it_and_keeps_what_else_it_has_learnt(folder, tmp_path, capsys):
     """From nothing, from a finished model whose own encoder it replaces, and on from that without being told again."""
     run = runs.prepare(tmp_path, steps=3)
+    run["data"]["init_args"]["num_workers"] = 0
     options = run["model"]["init_args"]
     options |= {"continuous_inputs": True, "train_encoder": True, "optimizer": {"learning_rate": 0.0, "weight_decay": 0.0}}
     assert runs.fit(run, tmp_path / "first") == [0], (tmp_path / "first.log").read_text()

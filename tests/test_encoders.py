@@ -198,6 +198,7 @@ def test_encoders_that_fit_nothing_are_refused(model, tmp_path):
 @pytest.mark.slow
 def test_training_goes_on_from_a_model_of_frozen_features(tmp_path):
     config = runs.prepare(tmp_path, steps=2)
+    config["data"]["init_args"]["num_workers"] = 0
     options = config["model"]["init_args"]
     options["continuous_inputs"] = True
     assert runs.fit(config, tmp_path / "first") == [0], (tmp_path / "first.log").read_text()
@@ -224,6 +225,7 @@ def test_training_goes_on_from_a_model_of_frozen_features(tmp_path):
 @pytest.mark.slow
 def test_training_changes_the_encoders_and_no_tokenizer(tmp_path):
     config = runs.prepare(tmp_path, steps=3)
+    config["data"]["init_args"]["num_workers"] = 0
     config["model"]["init_args"] |= {"continuous_inputs": True, "train_encoder": True}
     assert runs.fit(config, tmp_path / "run") == [0], (tmp_path / "run.log").read_text()
     trained = mmtx.load(tmp_path / "run" / "model", "cpu")
