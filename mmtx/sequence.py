@@ -41,6 +41,13 @@ class Rendered(NamedTuple):
     spans: tuple[Span, ...] = ()
 
 
+class Pair(NamedTuple):
+    """Two documents that differ in their answers, of which the first is preferred."""
+
+    chosen: Rendered
+    rejected: Rendered
+
+
 class Prompt(NamedTuple):
     """The stream that a model is to continue."""
 

@@ -146,7 +146,7 @@ def test_a_source_names_a_wrong_value(field, value, told):
     ([SampleTurn("bot", (Text("a cat"),))], "gave a turn of role 'bot', expected 'user', 'assistant' or None"),
     ([SampleTurn("assistant", "a cat")], "gave the parts 'a cat', expected a tuple of mmtx.data.sample.Text and Media"),
     ([SampleTurn("assistant", None)], "gave the parts None, expected a tuple of mmtx.data.sample.Text and Media"),
-    ([SampleTurn("assistant", ("a cat",))], "gave the part 'a cat', expected an mmtx.data.sample.Text or Media"),
+    ([SampleTurn("assistant", ("a cat",))], "gave the part 'a cat', expected an mmtx.data.sample.Text, Media or Codes"),
     ([SampleTurn("assistant", (Text(" "),))], "gave the text ' ', expected text that is not blank"),
     ([SampleTurn("assistant", (Text(7),))], "gave the text 7, expected text that is not blank"),
     ([SampleTurn("user", (Media("smell", "x", MemorySource(b""), speed=2),))], "gave a medium of kind 'smell', expected one of image, audio"),

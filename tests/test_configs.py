@@ -33,7 +33,8 @@ STARTS = {"smollm2/adapters.yaml": "demos/starter", "smollm2/projections.yaml": 
           "starter/speech-extra.yaml": "null", "starter/speech-captions.yaml": "null", "starter/speech-last.yaml": "null",
           "starter/speech-notes.yaml": "null"}
 # Data that the first lines of a config, or benchmarks/scaling_grid.py, make.
-MADE = ("runs/scaling/data/", "runs/notes/sounds-extra-", "runs/pictures/images-extra-", "runs/speech/speech-synthetic-")
+MADE = ("runs/scaling/data/", "runs/notes/sounds-extra-", "runs/pictures/images-extra-", "runs/speech/speech-synthetic-",
+        "runs/preferences/")
 MODULES = {"text": TextModule, "image": ImageCodecModule, "audio": AudioCodecModule, "audio-fine": AudioCodecModule, "vocoder": VocoderModule}
 LEVELS = (8, 8, 8, 6, 5)
 # Parameters with a vocabulary of 1 024 text pieces and two codecs of LEVELS; each codec adds a row a digit.

@@ -95,6 +95,8 @@ def test_whatever_way_a_server_sends_it_is_read_to_the_end(server):
         "/chunks": lambda request: request.chunked(pieces), "/bytes": lambda request: request.chunked([DATA[:1], DATA[1:]]),
         "/packed": lambda request: request.answer(packed, "200 OK", "Content-Encoding: gzip"),
         "/packed-chunks": lambda request: request.chunked([packed[:100], packed[100:]], "Content-Encoding: gzip"),
+        "/packed-twice": lambda request: request.answer(gzip.compress(DATA[:9]) + gzip.compress(DATA[9:]), "200 OK", "Content-Encoding: gzip"),
+        "/packed-padded": lambda request: request.answer(packed + bytes(9), "200 OK", "Content-Encoding: gzip"),
         "/deflated": lambda request: request.answer(zlib.compress(DATA), "200 OK", "Content-Encoding: deflate"),
         "/continued": lambda request: (request.send("HTTP/1.1 100 Continue\r\n\r\n"), request.answer(DATA)),
         "/packed-range": lambda request: request.answer(packed, "206 Partial Content", f"Content-Range: bytes 0-{len(packed) - 1}/"
@@ -133,7 +135,10 @@ def test_what_is_cut_short_is_refused(server):
     def half_packed(request):
         request.chunked([packed[:1000]], "Content-Encoding: gzip")
 
-    server.routes |= {"/a": lost(DATA[:-1]), "/b": lost(b""), "/c": half_chunks, "/d": half_chunk, "/e": half_packed}
+    def half_member(request):
+        request.chunked([gzip.compress(DATA[:1000]), packed[:1000]], "Content-Encoding: gzip")
+
+    server.routes |= {"/a": lost(DATA[:-1]), "/b": lost(b""), "/c": half_chunks, "/d": half_chunk, "/e": half_packed, "/f": half_member}
     for path in server.routes:
         for run in (read, stream):
             assert refused(server.address + path, run).startswith("cut short"), path

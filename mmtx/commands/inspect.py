@@ -46,10 +46,12 @@ def run(options: argparse.Namespace) -> None:
             if isinstance(row, InputError):
                 skipped.skip(row)
                 continue
-            for sample, document in usable([row], model.tokenizers, skipped, patches=model.decoder.config.encoders):
-                left -= 1
+            found = usable(row.pair, model.tokenizers, skipped, patches=model.decoder.config.encoders)
+            left -= bool(found)
+            for sample, document in found:
                 rendered = render(document, v)
-                print(f"{legend}\n{sample.where}: {len(rendered.ids)} ids, {int(rendered.loss_mask.sum())} trained")
+                rejected = ", rejected" if sample.turns == row.rejected else ""
+                print(f"{legend}\n{sample.where}{rejected}: {len(rendered.ids)} ids, {int(rendered.loss_mask.sum())} trained")
                 legend = ""
                 words = []
                 for ident, trained in zip(rendered.ids.tolist(), rendered.loss_mask.tolist(), strict=True):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmtx.data.collection import DataSource, read_sources
+from mmtx.data.collection import DataSource, read_sources, to_stderr
 from mmtx.data.documents import Documents
 from mmtx.data.patterns import expand
 from mmtx.data.prepared import Prepared
@@ -18,7 +18,7 @@ from mmtx.data.storage import display
 from mmtx.data.tokens import Augmentation
 from mmtx.errors import InputError
 from mmtx.modality.base import Tokenizer
-from mmtx.sequence import Rendered
+from mmtx.sequence import Pair, Rendered
 from mmtx.vocabulary import Vocabulary
 
 
@@ -59,10 +59,10 @@ class Corpus:
         return [Content(part.digests, _always(part.path) if isinstance(part, Prepared) else part.where)
                 for part in self.parts]
 
-    def render(self, chosen: Sequence[tuple[int, int]]) -> list[Rendered]:
+    def render(self, chosen: Sequence[tuple[int, int]]) -> list[Rendered | Pair]:
         """Documents of (document, view) pairs; those of a part are rendered together, to share passes of the encoder."""
         owners = [self._part(number) for number, _ in chosen]
-        found: list[Rendered | None] = [None] * len(chosen)
+        found: list[Rendered | Pair | None] = [None] * len(chosen)
         for part in sorted(set(owners)):
             places = [place for place, owner in enumerate(owners) if owner == part]
             start = int(self.starts[part])
@@ -90,12 +90,14 @@ def read_corpus(
     max_bad: float = MAX_BAD,
     features: bool = False,
     patches: Collection[str] = (),
+    pairs: bool = False,
     num_workers: int = 0,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Corpus:
     """Open all sources. Raises InputError as `Documents` and `Prepared` do.
 
-    `features`: whether the decoder takes features; `patches`: the kinds of media of which it takes patches instead.
+    `features`: whether the decoder takes features; `patches`: the kinds of media of which it takes patches instead; `pairs`: whether
+    it learns from preferred and rejected answers, which prepared shards do not have.
     """
     parts: list[Documents | Prepared] = []
     repeats: list[np.ndarray | int] = []
@@ -106,13 +108,18 @@ def read_corpus(
         if not prepared:
             found = read_sources(list(group), max_bad)
             documents = Documents(found.samples, tokenizers, vocabulary, counters=found.counters, first=number,
-                                  patches=patches, num_workers=num_workers, progress=progress, **common)
+                                  patches=patches, pairs=pairs, num_workers=num_workers, progress=progress, **common)
             found.finish()
+            if not pairs:
+                tell_of_rejected(documents.samples)
             parts.append(documents)
             repeats.append(np.array(found.repeats)[np.array(documents.numbers) - number])
             number += len(found.samples)
             continue
         for source in group:
+            if pairs:
+                raise InputError(f"paths: found {display(source.paths[0])}, which is prepared, expected rows with a preferred and a "
+                                 "rejected answer, for model.dpo")
             for path in source.paths:
                 shards = Prepared(source, path, vocabulary, max_bad=max_bad, first=number, features=features,
                                   patches=patches, **common)
@@ -120,6 +127,12 @@ def read_corpus(
                 repeats.append(source.repeat)
                 number += shards.samples
     return Corpus(parts, repeats)
+
+
+def tell_of_rejected(samples: Sequence[Sample]) -> None:
+    """Say how many rejected answers are left out, if there are any."""
+    if count := sum(sample.rejected is not None for sample in samples):
+        to_stderr(f"{count} rows have a rejected answer, which only training with model.dpo reads; their preferred answers are kept")
 
 
 def _is_prepared(source: DataSource) -> bool:

@@ -7,18 +7,18 @@ from collections.abc import Callable, Collection, Generator, Iterable, Mapping, 
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from mmtx.data.sample import Media, Sample, Text
+from mmtx.data.sample import Codes, Media, Sample, Text
 from mmtx.data.skip_counter import MAX_BAD, SkipCounter
 from mmtx.data.tokens import Augmentation, document_of, encode_samples, load_sample, seed_of
 from mmtx.data.workers import WorkerDied, Workers
 from mmtx.errors import InputError
 from mmtx.modality.base import Encoding, Tokenizer, media_tokenizer
-from mmtx.sequence import Rendered, render
+from mmtx.sequence import Pair, Rendered, render
 from mmtx.vocabulary import Vocabulary
 
 BLOCK = 128          # samples that a process measures at a time
@@ -43,6 +43,7 @@ class Documents:
         patches: Collection[str] = (),
         counters: Sequence[SkipCounter] | None = None,
         first: int = 0,
+        pairs: bool = False,
         num_workers: int = 0,
         progress: Callable[[Iterable], Iterable] = iter,
     ):
@@ -51,17 +52,18 @@ class Documents:
         Media of the kinds in `patches` come with patches instead of features, for a decoder with encoders of its own.
 
         `counters` holds the counter of each sample's source, which limits how many may be skipped; by default all samples are of
-        one source. `first` is the number of the first sample; numbers seed the views. If `num_workers` is more than one, so many
-        processes measure.
+        one source. `first` is the number of the first sample; numbers seed the views. With `pairs`, each sample is rendered with
+        its preferred and with its rejected answer, and must have both; its length is the sum, less one. If `num_workers` is more
+        than one, so many processes measure.
         """
         if counters is None:
             counters = [SkipCounter(MAX_BAD, len(samples))] * len(samples)
         self.tokenizers, self.vocabulary, self.augmentation, self.seed = tokenizers, vocabulary, augmentation, seed
-        self.patches = patches
+        self.patches, self.pairs = patches, pairs
         self.samples: list[Sample] = []  # those that can be used
         self.numbers: list[int] = []     # their numbers among all samples, counted from `first`
         lengths, digests = [], []
-        with closing(_measured(samples, first, Measure(tokenizers, vocabulary, max_seq_len), num_workers)) as measured:
+        with closing(_measured(samples, first, Measure(tokenizers, vocabulary, max_seq_len, pairs), num_workers)) as measured:
             for number, (sample, found) in enumerate(zip(progress(samples), measured, strict=True), first):
                 if isinstance(found, InputError):
                     counters[number - first].skip(found)
@@ -84,18 +86,32 @@ class Documents:
         """File and row of a document."""
         return self.samples[number].where
 
-    def render(self, chosen: Sequence[tuple[int, int]]) -> list[Rendered]:
-        """Documents of (sample, view) pairs. All views of a sample have the same length and text, unless its prompt is dropped."""
-        seeds = [seed_of(self.seed, self.numbers[sample], view) for sample, view in chosen]
-        samples = [_drop(self.samples[sample], seed) for (sample, _), seed in zip(chosen, seeds, strict=True)]
+    def render(self, chosen: Sequence[tuple[int, int]]) -> list[Rendered | Pair]:
+        """Documents of (sample, view) pairs. All views of a sample have the same length and text, unless its prompt is dropped.
+
+        The answers of a pair have the same view of what they answer.
+        """
+        answers = [(answer, seed_of(self.seed, self.numbers[number], view)) for number, view in chosen
+                   for answer in _answers(self.samples[number], self.pairs)]
+        samples, seeds = [_drop(answer, seed) for answer, seed in answers], [seed for _, seed in answers]
         media = [load_sample(sample, self.tokenizers) for sample in samples]
         documents = encode_samples(samples, media, self.tokenizers, self.augmentation, seeds, self.patches, codes=False)
         rendered = [render(document, self.vocabulary) for document in documents]
-        for (sample, _), one in zip(chosen, rendered, strict=True):
-            if len(one.ids) > self.lengths[sample]:
-                raise InputError(f"{self.where(sample)}: found {len(one.ids)} tokens, expected {self.lengths[sample]} as at the "
-                                 "start of the run; its file has changed")
-        return rendered
+        found: list[Rendered | Pair] = [*map(Pair, rendered[::2], rendered[1::2])] if self.pairs else [*rendered]
+        for (number, _), one in zip(chosen, found, strict=True):
+            if (length := _length(one)) > self.lengths[number]:
+                raise InputError(f"{self.where(number)}: found {length} tokens, expected {self.lengths[number]} as at the start of "
+                                 "the run; its file has changed")
+        return found
+
+
+def _answers(sample: Sample, pairs: bool) -> tuple[Sample, ...]:
+    return sample.pair if pairs else (sample,)
+
+
+def _length(rendered: Rendered | Pair) -> int:
+    """Tokens of a document, or of both documents of a pair without the last of one: a batch leaves out the last of each."""
+    return 1 + sum(len(one.ids) - 1 for one in rendered) if isinstance(rendered, Pair) else len(rendered.ids)
 
 
 class Measure(NamedTuple):
@@ -104,6 +120,7 @@ class Measure(NamedTuple):
     tokenizers: Mapping[str, Tokenizer]
     vocabulary: Vocabulary
     max_seq_len: int
+    pairs: bool
 
 
 Measured = tuple[int, bytes] | InputError  # tokens of a document and the digest of the sample, or why it cannot be used
@@ -141,23 +158,34 @@ def _measure_block(measure: Measure, first: int, samples: Sequence[Sample]) -> l
 def _measure(sample: Sample, number: int, measure: Measure) -> Measured:
     """The length of the sample's document, rendered with all codes 0, and a digest of its contents."""
     digest = hashlib.blake2b(b"%d" % number, digest_size=8)  # the number seeds augmentation
+    if measure.pairs and sample.rejected is None:
+        return InputError(f"{sample.where}: found one answer, expected two, in fields 'chosen' and 'rejected', for model.dpo")
+    try:
+        found = [_blank(answer, measure, digest) for answer in _answers(sample, measure.pairs)]
+    except InputError as error:
+        return error
+    for rendered in found:
+        if len(rendered.ids) - 1 > measure.max_seq_len:
+            return InputError(f"{sample.where}: found {len(rendered.ids)} tokens, "
+                              f"expected at most max_seq_len + 1 = {measure.max_seq_len + 1}")
+        if not rendered.loss_mask.any():
+            return InputError(f"{sample.where}: found nothing to learn, expected an assistant turn or a plain document")
+    return _length(Pair(*found) if measure.pairs else found[0]), digest.digest()
+
+
+def _blank(sample: Sample, measure: Measure, digest: Any) -> Rendered:
+    """The sample's document with all codes of media 0; its contents are added to the digest."""
     for turn in sample.turns:
         texts = [part.text if isinstance(part, Text) else None for part in turn.parts]
         digest.update(f"{turn.role} {texts}".encode("utf-8", "backslashreplace"))
-    try:
-        media = load_sample(sample, measure.tokenizers, digest)
-        kinds = [part.kind for turn in sample.turns for part in turn.parts if isinstance(part, Media)]
-        blank = {kind: iter([Encoding(np.zeros(media_tokenizer(measure.tokenizers, kind).grid(tensor), int), None)
-                             for k, tensor in zip(kinds, media, strict=True) if k == kind]) for kind in set(kinds)}
-        rendered = render(document_of(sample, measure.tokenizers, blank), measure.vocabulary)
-    except InputError as error:
-        return error
-    if len(rendered.ids) - 1 > measure.max_seq_len:
-        return InputError(f"{sample.where}: found {len(rendered.ids)} tokens, "
-                          f"expected at most max_seq_len + 1 = {measure.max_seq_len + 1}")
-    if not rendered.loss_mask.any():
-        return InputError(f"{sample.where}: found nothing to learn, expected an assistant turn or a plain document")
-    return len(rendered.ids), digest.digest()
+        for part in turn.parts:
+            if isinstance(part, Codes):
+                digest.update(part.data)
+    media = load_sample(sample, measure.tokenizers, digest)
+    kinds = [part.kind for turn in sample.turns for part in turn.parts if isinstance(part, Media)]
+    blank = {kind: iter([Encoding(np.zeros(media_tokenizer(measure.tokenizers, kind).grid(tensor), int), None)
+                         for k, tensor in zip(kinds, media, strict=True) if k == kind]) for kind in set(kinds)}
+    return render(document_of(sample, measure.tokenizers, blank), measure.vocabulary)
 
 
 def _drop(sample: Sample, seed: int) -> Sample:

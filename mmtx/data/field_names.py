@@ -14,6 +14,7 @@ TEXTS = ("caption", "text", "transcription", "transcript", "sentence")  # the fi
 CHATS = ("messages", "conversations")
 PAIRS = (("instruction", "output"), ("query", "response"), ("prompt", "completion"), ("prompt", "response"),
          ("question", "answer"))
+PREFERENCES = ("chosen", "rejected", "rejected_response")
 
 # Names of fields that hold a medium or its location: sure words, and words that need an ending since they are ambiguous.
 VIDEO = ("video", "movie|clip|film")
@@ -34,7 +35,7 @@ class Names(NamedTuple):
     def read(self) -> tuple[str, ...]:
         """All names of fields that are read."""
         return (*self.fields, *TEXTS, *CHATS, *dict.fromkeys(name for pair in PAIRS for name in pair), "input", "history",
-                "system", "offset", "duration", "end", "key", "id")
+                *PREFERENCES, "system", "offset", "duration", "end", "key", "id")
 
 
 def names() -> Names:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mmtx.data.field_names import CHATS
-from mmtx.data.forms import turns_of
+from mmtx.data.pairs import answers_of
 from mmtx.data.read_options import ReadOptions
 from mmtx.data.row_media import MediaReader
 from mmtx.data.sample import Media, Sample, attempt, kind_of, known_kind, suffix
@@ -158,5 +158,6 @@ def captioned(key: str, files: list[tuple[str, Found]], where: str, name_prefix:
         row["caption"] = decode(beside[".txt"].read(), f"{where}.txt").strip()
     if {"caption", "text"} & row.keys():  # a caption takes precedence over a chat
         ignored |= {name: row.pop(name) for name in CHATS if name in row}
-    turns = turns_of(row, MediaReader(where, None), (Media(kind_of(name), name_prefix + name, source),), captions=options.captions)
-    return Sample(key, turns, row | ignored, where)
+    medium = Media(kind_of(name), name_prefix + name, source)
+    turns, rejected = answers_of(row, MediaReader(where, None), (medium,), captions=options.captions)
+    return Sample(key, turns, row | ignored, where, rejected=rejected)

@@ -10,8 +10,9 @@
 Media are "image", "images", "audio", "audios", "file_name" (image folders), or "audio_filepath" with "offset" and "duration"
 (NeMo); an object or a part of a message that names a sound may have the latter two as well, and beside "offset", "end" may stand
 for "duration". Placeholders <image> or <audio> in the texts say where media go, and must be as many as the media; without any,
-media come first in the first user turn. A field that looks like a medium and is not read is an error. So is an empty media field
-in a row without other media, except beside a chat, where data sets mark chats without media in this way.
+media come first in the first user turn. A part of a message may hold the codes of a medium in place of a file: {"type": "audio",
+"codes": [[17, 4], ...]}, a list for each row or time step. A field that looks like a medium and is not read is an error. So is an
+empty media field in a row without other media, except beside a chat, where data sets mark chats without media in this way.
 """
 
 from collections import deque
@@ -21,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 from mmtx.data.field_names import CHATS, PAIRS, TEXTS, names
 from mmtx.data.fields import pop_text, shown, text_of
 from mmtx.data.row_media import MediaReader
-from mmtx.data.sample import Media, Part, SampleTurn, Text
+from mmtx.data.sample import Codes, Media, Part, SampleTurn, Text
 from mmtx.data.unread import refuse_unread
 from mmtx.errors import InputError
 
@@ -149,6 +150,8 @@ def _part(item: Any, at: str, reader: MediaReader, marked: bool) -> list[Part | 
         return _split_placeholders(text) if marked else [Text(text)]
     if not isinstance(kind, str) or (medium := names().types.get(kind)) is None:
         raise InputError(f"{where}: field '{at}.type' is {shown(kind)}, expected text, {', '.join(names().types)}")
+    if "codes" in item:
+        return [_codes(item["codes"], medium, where, f"{at}.codes")]
     given = [name for name in dict.fromkeys((kind, medium, f"{medium}_url", "url", "path", "base64", "source"))
              if item.get(name) is not None]
     if not given:
@@ -157,6 +160,14 @@ def _part(item: Any, at: str, reader: MediaReader, marked: bool) -> list[Part | 
     rest = {name: value for name, value in item.items() if name not in ("type", given[0])}
     refuse_unread(rest, where, set(), at + ".")
     return [reader.cut_inside(rest, reader.medium(value, medium, f"{at}.{given[0]}"), at)]
+
+
+def _codes(value: Any, kind: str, where: str, at: str) -> Codes:
+    rows = value if isinstance(value, list) and value else [None]
+    whole = lambda row: isinstance(row, list) and row and all(type(code) is int and 0 <= code < 2**31 for code in row)
+    if not all(whole(row) and len(row) == len(rows[0]) for row in rows):
+        raise InputError(f"{where}: field {at!r} is {shown(value)}, expected the codes of {kind} as a list of equally long lists")
+    return Codes.of(kind, rows)
 
 
 def _text_parts(text: Any, role: str, where: str, at: str, marked: bool) -> list[Part | Placeholder]:

@@ -6,7 +6,7 @@ from typing import Any, BinaryIO
 
 from mmtx.data.field_names import empty_media
 from mmtx.data.fields import shown
-from mmtx.data.forms import turns_of
+from mmtx.data.pairs import answers_of
 from mmtx.data.read_options import ReadOptions
 from mmtx.data.row_media import MediaReader
 from mmtx.data.sample import Sample, attempt, suffix
@@ -55,5 +55,5 @@ def parse_row(row: dict[str, Any], base: Base, number: int, where: str, options:
     key = next((row.pop(name) for name in ("key", "id") if name in row), number)
     if not isinstance(key, (str, int)):
         raise InputError(f"{where}: the key is {shown(key)}, expected a string or a whole number")
-    turns = turns_of(row, MediaReader(where, base), empty=empty, captions=options.captions)
-    return Sample(str(key), turns, row | ignored, where)
+    turns, rejected = answers_of(row, MediaReader(where, base), empty=empty, captions=options.captions)
+    return Sample(str(key), turns, row | ignored, where, rejected=rejected)

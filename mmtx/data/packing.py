@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmtx.embedding import Features
 from mmtx.errors import InputError
-from mmtx.sequence import Rendered, code_follows, gather_features
+from mmtx.sequence import Pair, Rendered, code_follows, gather_features
 from mmtx.varlen import Packing
 from mmtx.vocabulary import Vocabulary
 
@@ -26,7 +26,7 @@ MIN_FILL = 0.995   # share of real tokens from which on best fit is taken withou
 
 
 class Batch(NamedTuple):
-    """A row of packed documents with its targets."""
+    """A row of packed documents with its targets; the two documents of a `Pair` follow each other."""
 
     ids: Tensor          # (1, N) int64, padded with <pad>
     positions: Tensor    # (1, N) position of each token in its document, from 0
@@ -44,7 +44,7 @@ class Packable(Protocol):
 
     lengths: np.ndarray  # (documents,) tokens of each; may be memory-mapped
 
-    def render(self, chosen: Sequence[tuple[int, int]]) -> list[Rendered]:
+    def render(self, chosen: Sequence[tuple[int, int]]) -> list[Rendered | Pair]:
         """Documents of (index, view) pairs."""
 
 
@@ -130,10 +130,12 @@ class PackedBatches(torch.utils.data.Dataset):
     def _batch(self, members: list[tuple[int, int]]) -> Batch:
         ids = np.full(self.tokens, self.vocabulary.pad, np.int64)
         positions = np.zeros(self.tokens, np.int64)
-        numbers = np.full(self.tokens, len(members), np.int64)
+        found = self.documents.render(members)
+        rendered = [document for one in found for document in (one if isinstance(one, Pair) else (one,))]
+        numbers = np.full(self.tokens, len(rendered), np.int64)
         supervised, targets, streams = [], [], []
         place = 0
-        for number, (document, trained, spans) in enumerate(self.documents.render(members)):
+        for number, (document, trained, spans) in enumerate(rendered):
             length = len(document) - 1
             streams.append((place, spans))
             ids[place:place + length] = document[:-1]

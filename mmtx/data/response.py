@@ -38,11 +38,15 @@ class Response:
         """Read some bytes of the body into the buffer; 0 at its end. Raises Failure if it was truncated."""
         if self.unpacked is None:
             return self._raw(buffer)
-        while not self.unpacked.eof:
-            packed = self.unpacked.unconsumed_tail
+        while True:
+            packed = self.unpacked.unconsumed_tail or self.unpacked.unused_data
             if not packed:
                 piece = bytearray(2**14)
                 packed = piece[:self._raw(memoryview(piece))]
+            if self.unpacked.eof:
+                if packed[:1] != b"\x1f":  # the end or padding, not another member
+                    return 0
+                self.unpacked = zlib.decompressobj(47)
             try:
                 data = self.unpacked.decompress(packed, len(buffer))
             except zlib.error:
@@ -52,7 +56,6 @@ class Response:
                 return len(data)
             if not packed:
                 raise Failure("cut short, its compressed transfer has no end", transient=True)
-        return 0
 
     def read(self, most: int) -> bytes:
         """The body, at most `most` bytes of it."""

@@ -4,6 +4,7 @@ Everything here is frozen and picklable, so that samples can be sent to the work
 """
 
 import os
+import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -71,7 +72,21 @@ class Media:
         return replace(self, semitones=semitones, name=f"{self.name} {semitones:+.4g} semitones")
 
 
-Part = Text | Media
+@dataclass(frozen=True)
+class Codes:
+    """A medium that is codes already, such as an answer that a model generated: (h, w) of the tokenizer of its kind."""
+
+    kind: str
+    height: int
+    data: bytes  # (h, w) int32, little-endian: a tenth of the memory of a list
+
+    @classmethod
+    def of(cls, kind: str, rows: Sequence[Sequence[int]]) -> "Codes":
+        codes = [code for row in rows for code in row]
+        return cls(kind, len(rows), struct.pack(f"<{len(codes)}i", *codes))
+
+
+Part = Text | Media | Codes
 
 
 @dataclass(frozen=True)
@@ -86,7 +101,8 @@ class SampleTurn:
 class Sample:
     """One row of a source. `where` names the source and the row in error messages.
 
-    `cond_drop_prob` is the share of its views in training whose user turns are emptied.
+    `cond_drop_prob` is the share of its views in training whose user turns are emptied. `rejected` are the same turns with a worse
+    answer, for direct preference optimization; None for most samples.
     """
 
     key: str
@@ -94,6 +110,13 @@ class Sample:
     metadata: dict[str, Any]
     where: str
     cond_drop_prob: float = 0.0
+    rejected: tuple[SampleTurn, ...] | None = None
+
+    @property
+    def pair(self) -> "tuple[Sample, ...]":
+        """The sample with its preferred answer and, if it has one, with the rejected one."""
+        chosen = replace(self, rejected=None)
+        return (chosen,) if self.rejected is None else (chosen, replace(chosen, turns=self.rejected))
 
     @property
     def caption(self) -> str:

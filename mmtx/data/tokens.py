@@ -8,12 +8,12 @@ import torch
 
 from mmtx.data.augment import AudioAugmentation, ImageAugmentation
 from mmtx.data.media import Sampled, cut_of_file
-from mmtx.data.sample import Media, Sample, Text
+from mmtx.data.sample import Codes, Media, Sample, Text
 from mmtx.data.skip_counter import SkipCounter
 from mmtx.data.storage import FileSource
 from mmtx.document import Document, MediaPart, Part, TextPart, Turn
 from mmtx.errors import InputError
-from mmtx.modality.base import Encoding, Tokenizer
+from mmtx.modality.base import Encoding, Tokenizer, check_codes, media_tokenizer
 from mmtx.modality.registry import MODALITIES
 
 ENCODE_AT_ONCE = 256  # samples whose media are in memory together
@@ -136,6 +136,19 @@ def document_of(sample: Sample, tokenizers: Mapping[str, Tokenizer], encodings: 
     def part_of(part) -> Part:
         if isinstance(part, Text):
             return TextPart(tokenizers["text"].encode(part.text))
+        if isinstance(part, Codes):
+            return _coded(part, tokenizers, sample.where)
         return MediaPart(part.kind, *next(encodings[part.kind]))
 
     return Document(tuple(Turn(turn.role, tuple(map(part_of, turn.parts))) for turn in sample.turns))
+
+
+def _coded(part: Codes, tokenizers: Mapping[str, Tokenizer], where: str) -> MediaPart:
+    if part.kind not in tokenizers:
+        raise InputError(f"{where}: found {part.kind}, but there is no {part.kind} tokenizer")
+    tokenizer, codes = media_tokenizer(tokenizers, part.kind), np.frombuffer(part.data, "<i4").reshape(part.height, -1)
+    try:
+        check_codes(codes, range(tokenizer.size), f"{part.kind} codes")
+        return MediaPart(part.kind, tokenizer.as_grid(codes))
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None

@@ -5,9 +5,10 @@ each of them anew in every view.
 """
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from mmtx.data.fields import shown
-from mmtx.data.sample import Media, Sample, SampleTurn, Text
+from mmtx.data.sample import Codes, Media, Sample, SampleTurn, Text
 from mmtx.document import ROLES
 from mmtx.errors import InputError
 from mmtx.modality.registry import MODALITIES, media_kinds
@@ -37,14 +38,20 @@ def _checked(made: Sample) -> Sample:
     """A sample of a user's function. Raises InputError if it is invalid, which type hints alone do not prevent."""
     if not isinstance(made, Sample):
         raise InputError(f"gave {type(made).__name__}, expected an mmtx.data.sample.Sample")
-    if not isinstance(made.turns, (tuple, list)):
-        raise InputError(f"gave the turns {shown(made.turns)}, expected a tuple of mmtx.data.sample.SampleTurn")
-    if not made.turns:
-        raise InputError("gave a sample without turns, expected at least one")
+    for turns in (made.turns,) if made.rejected is None else (made.turns, made.rejected):
+        _check_turns(turns)
     for name, kind in (("key", str), ("where", str), ("metadata", dict)):
         if not isinstance(value := getattr(made, name), kind):
             raise InputError(f"gave the {name} {shown(value)}, expected {kind.__name__}")
-    for turn in made.turns:
+    return made
+
+
+def _check_turns(turns: Any) -> None:
+    if not isinstance(turns, (tuple, list)):
+        raise InputError(f"gave the turns {shown(turns)}, expected a tuple of mmtx.data.sample.SampleTurn")
+    if not turns:
+        raise InputError("gave a sample without turns, expected at least one")
+    for turn in turns:
         if not isinstance(turn, SampleTurn):
             raise InputError(f"gave the turn {shown(turn)}, expected an mmtx.data.sample.SampleTurn")
         if turn.role not in ROLES:
@@ -60,8 +67,7 @@ def _checked(made: Sample) -> Sample:
                     raise InputError(f"gave a medium of kind {shown(part.kind)}, expected one of {', '.join(media_kinds())}")
                 if part.options and not MODALITIES[part.kind].cuts:
                     raise InputError(f"gave {part.kind} with {part.options}, which only sounds can have")
-            elif not isinstance(part, Text):
-                raise InputError(f"gave the part {shown(part)}, expected an mmtx.data.sample.Text or Media")
-            elif not (isinstance(part.text, str) and part.text.strip()):
+            elif not isinstance(part, Text | Codes):
+                raise InputError(f"gave the part {shown(part)}, expected an mmtx.data.sample.Text, Media or Codes")
+            elif isinstance(part, Text) and not (isinstance(part.text, str) and part.text.strip()):
                 raise InputError(f"gave the text {shown(part.text)}, expected text that is not blank")
-    return made

@@ -27,6 +27,7 @@ from mmtx.schema import typed, within
 from mmtx.training.adapters import LoRA, MergedWeights, adapt, merged, parameters_by_group, save_adapter
 from mmtx.training.ctc import CTCConfig, ctc_loss, states_behind
 from mmtx.training.decoder_data import TokenizerFolders, with_media
+from mmtx.training.dpo import DPOConfig, PairLoss, pair_loss, reference_of
 from mmtx.training.initial_decoder import InitialDecoder
 from mmtx.training.module import Means, TrainingModule, sum_over_ranks
 from mmtx.training.mup import scaled
@@ -79,6 +80,7 @@ class DecoderModule(TrainingModule):
         gradient_checkpointing: bool = False,
         mup_base_width: int | None = None,
         ctc: CTCConfig | None = None,
+        dpo: DPOConfig | None = None,
     ):
         """
         Args:
@@ -108,10 +110,16 @@ class DecoderModule(TrainingModule):
             mup_base_width: width at which the learning rates were tuned, to transfer them to this width (muP). Keep depth, head
                 width and batch size as they were there. None: the rates are for this width.
             ctc: with `continuous_inputs`, an auxiliary CTC loss by which the decoder learns to transcribe; none by default.
+            dpo: learn which of two answers is better, from rows with both, in place of predicting the next token; `init_from` is
+                what it starts from, and may not stray too far from. None by default.
         """
         super().__init__()
         if lora is not None and init_from is None:
             raise InputError("model.init_args.init_from: found none with lora, expected the model that is to be adapted")
+        if dpo is not None and init_from is None:
+            raise InputError("model.init_args.init_from: found none with dpo, expected the model whose answers are to improve")
+        if dpo is not None and ctc is not None:
+            raise InputError("ctc: found one with dpo, expected none: it is a loss of transcripts")
         if mup_base_width is not None:
             within("mup_base_width", mup_base_width, 1, 2**16)
         if lora is not None and mup_base_width is not None:
@@ -122,8 +130,9 @@ class DecoderModule(TrainingModule):
         self.tokenizers = None if tokenizers is None else tokenizers.load()
         self.config, self.optimizer_config, self.image_encoder_lr = decoder, optimizer, image_encoder_lr
         self.continuous_inputs, self.train_encoder = continuous_inputs, train_encoder  # which determine what the data give
-        self.z_loss, self.ctc, self.weights_by_kind = z_loss, ctc, asdict(loss_weights)
+        self.z_loss, self.ctc, self.dpo, self.weights_by_kind = z_loss, ctc, dpo, asdict(loss_weights)
         self.decoder: Decoder | None = None
+        self.begun: InitialDecoder | None = None  # what a finished run began with
         if train_encoder and not continuous_inputs:
             raise InputError("train_encoder: found true with continuous_inputs: false, expected continuous_inputs: true, since "
                              "codes need no encoder")
@@ -165,6 +174,11 @@ class DecoderModule(TrainingModule):
             if self.device_mesh is not None:
                 raise InputError("trainer.strategy: found sharded with lora, expected another")
             adapt(self.decoder, self.lora, vocabulary.range("special").start)
+        if self.dpo is not None:
+            if self.device_mesh is not None:
+                raise InputError("trainer.strategy: found sharded with dpo, expected another")
+            start = self.decoder if self.begun is None else self.begun.build(config, self.tokenizers, lambda _: None)
+            self.reference = [reference_of(start)]  # in a list, so that checkpoints and optimizers leave it out
         if self.device_mesh is not None:
             shard(self.decoder, self.device_mesh["data_parallel"])
 
@@ -182,6 +196,7 @@ class DecoderModule(TrainingModule):
 
     def restore(self, folder: Path) -> None:
         """Load the finished model in a folder when the decoder is built; it must match this configuration and its tokenizers."""
+        self.begun = replace(self.initial)
         self.initial.restore(folder)
 
     def on_fit_start(self) -> None:
@@ -204,22 +219,34 @@ class DecoderModule(TrainingModule):
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         weights = self._weights()[batch.modality]
-        total, loss, log_sum = self._losses(batch, weights)
-        self.seen = loss, log_sum  # for telemetry
-        self.total += weights.sum()
-        self.log("train/loss", ratio((loss * weights).sum(), weights.sum()), prog_bar=True)
+        if self.dpo is None:
+            found = self._losses(batch, weights)
+            tokens, loss, weight = found, (found.loss * weights).sum(), weights.sum()
+        else:
+            found = self._pair_loss(batch, weights)
+            tokens, loss, weight = found.tokens, found.loss.sum(), torch.tensor(float(len(found.loss)), device=self.device)
+            self.log("train/accuracy", (found.margin > 0).float().mean(), prog_bar=True)
+        self.seen = tokens.loss, tokens.log_sum  # for telemetry
+        self.total += weight
+        self.log("train/loss", ratio(loss, weight), prog_bar=True)
         # The sum, not the mean: `on_before_optimizer_step` divides by the weights of all targets of the step at once.
-        return (total + self._idle(batch)) * self.trainer.accumulate_grad_batches
+        return (found.total + self._idle(batch)) * self.trainer.accumulate_grad_batches
 
     def loss(self, batch: Batch) -> Tensor:
-        """The mean loss over the targets of a batch, for a loop without a trainer.
+        """The mean loss over the targets of a batch, or over its pairs with DPO, for a loop without a trainer.
 
         In training it is what a trainer minimises, with z-loss and CTC; after `eval` it is the cross entropy that validations log.
         """
         self.built()
         weights = self._weights()[batch.modality]
+        if self.dpo is not None:
+            pairs = self._pair_loss(batch, weights)
+            return (pairs.total + self._idle(batch)) / len(pairs.loss)
         total, loss, _ = self._losses(batch, weights)
         return ratio(total + self._idle(batch) if self.training else (loss * weights).sum(), weights.sum())
+
+    def _pair_loss(self, batch: Batch, weights: Tensor) -> PairLoss:
+        return pair_loss(self.dpo, self.decoder, self.reference[0].to(self.device), batch, weights)
 
     def _idle(self, batch: Batch) -> Tensor | float:
         """0, with a gradient of 0 for all that the batch leaves out: ranks must agree on which weights have a gradient."""
@@ -244,6 +271,12 @@ class DecoderModule(TrainingModule):
         self.means = Means()
 
     def validation_step(self, batch: Batch, index: int) -> None:
+        if self.dpo is not None:
+            if len(batch.samples):
+                pairs = self._pair_loss(batch, self._weights()[batch.modality])
+                for name, values in (("loss", pairs.loss), ("accuracy", pairs.margin > 0), ("margin", pairs.margin)):
+                    self.means.add(name, values.double().sum(), len(values))
+            return
         loss = self._losses(batch).loss.double().cpu()
         if not len(batch.samples):
             return

@@ -78,7 +78,7 @@ class DecoderData(SourceData):
         self.vocabulary = Vocabulary.build(self.tokenizers)
 
     def setup(self, stage: str) -> None:
-        takes = self._takes("continuous_inputs"), self._takes("train_encoder")
+        takes = tuple(map(self._takes, ("continuous_inputs", "train_encoder", "dpo")))
         if takes != getattr(self, "read_for", takes):  # it was read for another decoder, or before there was one
             for name in ("train_documents", "validation_documents", "test_documents"):
                 self.__dict__.pop(name, None)
@@ -95,8 +95,8 @@ class DecoderData(SourceData):
     def _read(self, sources: list[DataSource], name: str, **more: Any) -> Corpus:
         return read_corpus(sources, self.tokenizers, self.vocabulary, max_seq_len=self.max_seq_len, seed=self.seed,
                            max_bad=self.max_bad, features=self._takes("continuous_inputs"),
-                           patches=self.tokenizers if self._takes("train_encoder") else (), num_workers=self.num_workers,
-                           progress=progress(name), **more)
+                           patches=self.tokenizers if self._takes("train_encoder") else (), pairs=self._takes("dpo"),
+                           num_workers=self.num_workers, progress=progress(name), **more)
 
     @property
     def contents(self) -> dict[str, list[Content]]:
@@ -105,7 +105,7 @@ class DecoderData(SourceData):
 
     def _takes(self, option: str) -> bool:
         """Whether the decoder trains with an option that determines how media enter it."""
-        return getattr(self.loop.module, option, False)
+        return bool(getattr(self.loop.module, option, False))
 
     def sample_names(self, batch: Batch) -> list[str]:
         """File and row of each sample of a training batch."""
@@ -117,12 +117,6 @@ class DecoderData(SourceData):
             self.train_documents, self.vocabulary, self.tokens_per_batch, repeats=self.train_documents.repeats, seed=self.seed,
             steps=steps, rank=self.loop.rank, world=self.loop.world)
         return ResumableLoader(batches, self.num_workers)
-
-    def val_dataloader(self) -> DataLoader:
-        return self._held_out("validation")
-
-    def test_dataloader(self) -> DataLoader:
-        return self._held_out("test")
 
     def _held_out(self, name: str) -> DataLoader:
         loop = self.required_loop()
