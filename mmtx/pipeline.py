@@ -296,7 +296,8 @@ class Model:
         """Answer a prompt with text, a picture or a sound.
 
         Args:
-            parts: text (str), pictures and sounds (`Path`, PIL image, array, tensor, `Image`, `Audio`), or a list of them.
+            parts: text (str), pictures and sounds (`Path`, PIL image, array, tensor, `Image`, `Audio`), or a list of them; or a
+                conversation, a list of messages {"role": "user", "content": parts}, of which the last one is answered.
             out: "text", "image" or "audio"; with "any" the model chooses. With "document" there is no question and no answer:
                 the parts are the beginning of a plain document, as in training data of text alone, and the model goes on with it.
             size: height and width of a picture in pixels, multiples of the tokenizer's patch; by default the tokenizer's size.

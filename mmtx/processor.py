@@ -17,6 +17,7 @@ from PIL import Image as PILImage
 
 from mmtx.ambient import neutral
 from mmtx.batching import in_order, run_batches, run_by_values
+from mmtx.conversation import messages_of
 from mmtx.data.media import Sampled
 from mmtx.data.sound_files import MAX_SECONDS
 from mmtx.data.storage import FileSource, display
@@ -137,8 +138,16 @@ class Processor:
         return tuple(self.encode_parts(map_numbered(parts if is_list(parts) else [parts], as_media), codes))
 
     def prompt(self, parts: Any, out: str = "text", codes: bool = False) -> Prompt:
-        """The parts of `Model.generate` as a user turn, or as the beginning of a plain document; `codes` as in `encode_parts`."""
+        """The parts of `Model.generate` as a user turn, or as the beginning of a plain document, or the messages of a conversation.
+
+        `codes` as in `encode_parts`.
+        """
         plain = out == "document"  # outside of user turns, media are codes
+        if (messages := messages_of(parts)) is not None:
+            if plain:
+                raise InputError("out: found 'document' with messages, expected another: a plain document has no roles")
+            turn = lambda message: Turn(message[0], self.parts(message[1], codes or message[0] == "assistant"))
+            return prompt(Document(tuple(map_numbered(messages, turn, "message"))), self.vocabulary)
         return prompt(Document((Turn(None if plain else "user", self.parts(parts, codes or plain)),)), self.vocabulary)
 
     # -- Ids with which answers begin ------------------------------------------------------------------------

@@ -26,6 +26,9 @@ from mmtx.data.sample import Codes, Media, Part, SampleTurn, Text
 from mmtx.data.unread import refuse_unread
 from mmtx.errors import InputError
 
+# The roles of chats, and those of the stream, which has no system role: an instruction is a user turn of its own.
+CHAT_ROLES: dict[str | None, Literal["user", "assistant"]] = {
+    "user": "user", "assistant": "assistant", "system": "user", "developer": "user"}
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system", "developer": "system"}
 LOSS_WEIGHTS = ("weight", "loss", "train")  # of a message, in OpenAI, ms-swift and Axolotl: 0 or false leaves it out of the loss
 CALLS = ("tool_calls", "function_call")  # of an answer in OpenAI's chats, for which a turn has no place
@@ -194,16 +197,11 @@ def _split_placeholders(text: str) -> list[Part | Placeholder]:
             for part, after in zip(parts, [*parts[1:], None])]
 
 
-def _stream_role(role: str | None) -> Literal["user", "assistant"] | None:
-    """The role in the stream, which has no system role: an instruction is a user turn of its own."""
-    return "user" if role in ("user", "system") else "assistant" if role == "assistant" else None
-
-
 def _fill_placeholders(messages: Sequence[Message], beside: Sequence[Media], where: str) -> tuple[SampleTurn, ...]:
     """Messages as turns: media beside them fill the placeholders, or come first in the first user turn or plain document."""
     placeholders = [part.kind for message in messages for part in message.parts if isinstance(part, Placeholder)]
     if not placeholders and not beside:
-        return tuple(SampleTurn(_stream_role(role), tuple(part for part in parts if not isinstance(part, Placeholder)))
+        return tuple(SampleTurn(CHAT_ROLES.get(role), tuple(part for part in parts if not isinstance(part, Placeholder)))
                      for role, parts in messages)
     there = {id(part) for message in messages for part in message.parts}
     waiting = [medium for medium in beside if id(medium) not in there]
@@ -215,7 +213,7 @@ def _fill_placeholders(messages: Sequence[Message], beside: Sequence[Media], whe
                              f"{kind}, expected the same number of both")
     turns = []
     for message in messages:
-        role = _stream_role(message.role)
+        role = CHAT_ROLES.get(message.role)
         if message.role in ("user", None):
             message, first = Message(role, [*first, *message.parts]), []
         turns.append(SampleTurn(role, tuple(queues[p.kind].popleft() if isinstance(p, Placeholder) else p for p in message.parts)))

@@ -11,6 +11,7 @@ from fastapi import UploadFile
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from mmtx.data.forms import CHAT_ROLES
 from mmtx.data.media import image_size
 from mmtx.data.storage import decode_base64
 from mmtx.document import Document, TextPart, Turn
@@ -24,7 +25,6 @@ MAX_PIECE_LENGTH = 32  # most characters in a piece of text: SentencePiece makes
 MAX_STOP_LENGTH = 1000  # characters of a stop sequence, which are compared with the text after each token
 MAX_CHOICES = 128  # of all prompts of a request together, as in OpenAI's API
 LIMIT = AliasChoices("max_completion_tokens", "max_tokens")
-ROLES = {"user": "user", "assistant": "assistant", "system": "user", "developer": "user"}  # as in training
 
 
 class Body(BaseModel):
@@ -160,6 +160,9 @@ class ChatBody(TextBody):
     messages: list[Message] = Field(min_length=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    modalities: list[Literal["text"]] = ["text"]
+    tool_choice: Literal["auto", "none"] = "auto"
+    parallel_tool_calls: bool = True  # ignored: of tools, which are refused
 
 
 class CompletionBody(TextBody):
@@ -200,7 +203,7 @@ class SpeechBody(SamplingBody):
 def read_document(model: Model, messages: Sequence[Message], limits: Limits) -> Document:
     """Messages -> a document whose media are decoded but not yet encoded. Raises InputError that names the message and the part."""
     return Document(tuple(
-        Turn(ROLES[message.role], read_parts(model, message.content, limits, f"messages[{number}].content"))
+        Turn(CHAT_ROLES[message.role], read_parts(model, message.content, limits, f"messages[{number}].content"))
         for number, message in enumerate(messages)))
 
 
