@@ -17,10 +17,9 @@ import torch
 
 import mmtx
 from mmtx.data.collection import DataSource, progress, read_source
-from mmtx.document import Document, MediaPart, Turn
+from mmtx.document import MediaPart
 from mmtx.inference.sampling import Sampling
-from mmtx.loss import next_token_loss
-from mmtx.sequence import gather_features, parse, render
+from mmtx.sequence import parse
 
 TOGETHER = 32  # answers that are generated at a time
 
@@ -86,14 +85,8 @@ def answer(model: mmtx.Model, prompts: Sequence[str], options: argparse.Namespac
 
 def likelihood(judge: mmtx.Model, medium: Any, caption: str) -> float:
     """The log-probability of a caption of a medium."""
-    mark = mmtx.Image(medium) if not isinstance(medium, mmtx.Sound) else mmtx.Audio(medium.samples, medium.rate)
-    turns = (Turn(role, tuple(judge.encode_parts(parts))) for role, parts in (("user", [mark]), ("assistant", [caption])))
-    stream = render(Document(tuple(turns)), judge.vocabulary)
-    ids, trained = torch.from_numpy(stream.ids).long(), torch.from_numpy(stream.loss_mask[1:])
-    with torch.inference_mode():
-        hidden = judge.decoder(ids[None, :-1], torch.arange(len(ids) - 1)[None], features=gather_features([(0, stream.spans)]))[0]
-        output = judge.decoder.output or judge.decoder.embedding
-        return -float(next_token_loss(output, hidden[trained], ids[1:][trained], plain=int(trained.sum())).loss.sum())
+    [found] = judge.log_likelihood([medium if isinstance(medium, mmtx.Sound) else mmtx.Image(medium)], [caption])
+    return found
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from mmtx.files import Content
 from mmtx.grammar import Grammar
 from mmtx.hub import model_card, push
 from mmtx.inference.choose import choose_engine
-from mmtx.inference.classification import Labels, label_ends
+from mmtx.inference.classification import Labels, label_ends, log_probabilities
 from mmtx.inference.engine import pad
 from mmtx.inference.generation import Choose, generate, steps
 from mmtx.inference.prepared_weights import PreparedWeights
@@ -213,6 +213,23 @@ class Model:
         prompts = [prompt(document, self.vocabulary) for document in asked_documents(documents)]
         find = lambda asked: labels.probabilities(self.decoder, self.grammar, asked, self._weights)
         return run_each(find, prompts, self._device)
+
+    @neutral()
+    def log_likelihood(self, parts: Any, answers: Iterable[str]) -> list[float]:
+        """The log-probability of each text as the whole answer to a prompt, in nats, as generation at temperature 1 draws it.
+
+        `parts` is a prompt as in `generate`. Raises InputError for an answer without tokens.
+        """
+        texts = typed_list(answers, "answer", str, "text")
+        ids = map_numbered(texts, self._answer_ids, "answer")
+        end = torch.tensor([self.vocabulary.end])
+        find = lambda asked: log_probabilities(self.decoder, self.grammar, asked, ids, end, self._weights).tolist()
+        return run_each(find, [self.processor.prompt(parts)], self._device)[0] if ids else []
+
+    def _answer_ids(self, text: str) -> list[int]:
+        if not (ids := [*self.tokenizers["text"].encode(text)]):
+            raise InputError(f"found {text!r:.40}, expected text")
+        return ids
 
     @cached_property
     def _label_ends(self) -> torch.Tensor:

@@ -7,9 +7,12 @@ from test_interop import media, save_model  # noqa: F401
 
 import mmtx
 from mmtx.captioning import classify_files
+from mmtx.document import Document, Turn
 from mmtx.inference import classification
 from mmtx.inference.classification import label_ends, log_probabilities
 from mmtx.interop.convert import convert
+from mmtx.loss import next_token_loss
+from mmtx.sequence import gather_features, render
 from mmtx.shipped_files import shipped
 
 PIANO = "demos/examples/piano.ogg"
@@ -49,6 +52,25 @@ def test_log_probabilities_are_those_of_the_network(model):
             total += float(scores_after(model, before).log_softmax(0)[ident])
             before.append(ident)
         assert value == pytest.approx(total + float(scores_after(model, before).log_softmax(0)[ends].logsumexp(0)), abs=1e-3)
+
+
+def test_the_likelihood_of_an_answer_is_that_of_its_ids_and_the_end(starter):
+    answers = ["cat", "dog", "cat"]
+    found = starter.log_likelihood([mmtx.Image(shipped("demos/examples/cat.webp"))], answers)
+    assert found[0] == found[2] > found[1] and starter.log_likelihood("x", []) == []
+    [asked] = starter.processor.questions([mmtx.Image(shipped("demos/examples/cat.webp"))])
+    for answer, value in zip(answers[:2], found):
+        stream = render(Document((*asked.turns, Turn("assistant", tuple(starter.encode_parts([answer]))))), starter.vocabulary)
+        ids, trained = torch.from_numpy(stream.ids).long(), torch.from_numpy(stream.loss_mask[1:])
+        with torch.inference_mode():
+            features = gather_features([(0, stream.spans)])
+            hidden = starter.decoder(ids[None, :-1], torch.arange(len(ids) - 1)[None], features=features)[0][trained]
+            loss = next_token_loss(starter.decoder.embedding, hidden, ids[1:][trained], plain=int(trained.sum())).loss
+        assert 0 <= value + float(loss.sum()) < 0.01  # training also spares a little for tags that no answer in text has
+    with pytest.raises(mmtx.InputError, match="answer 2 of 2: found '', expected text"):
+        starter.log_likelihood("x", ["a", ""])
+    with pytest.raises(mmtx.InputError, match="answers: found str, expected a list of answers"):
+        starter.log_likelihood("x", "cat")
 
 
 def test_all_answers_share_a_probability_of_one(tiny_model):
