@@ -55,11 +55,12 @@ def test_log_probabilities_are_those_of_the_network(model):
 
 
 def test_the_likelihood_of_an_answer_is_that_of_its_ids_and_the_end(starter):
-    answers = ["cat", "dog", "cat"]
-    found = starter.log_likelihood([mmtx.Image(shipped("demos/examples/cat.webp"))], answers)
+    picture, sound = (mark(shipped(f"demos/examples/{name}")) for mark, name in ((mmtx.Image, "cat.webp"), (mmtx.Audio, "piano.ogg")))
+    found = starter.log_likelihood([picture], ["cat", "dog", "cat"])
     assert found[0] == found[2] > found[1] and starter.log_likelihood("x", []) == []
-    [asked] = starter.processor.questions([mmtx.Image(shipped("demos/examples/cat.webp"))])
-    for answer, value in zip(answers[:2], found):
+    [part] = starter.log_likelihood([sound], [KEYS])  # its captions go on with the note
+    for medium, answer, value in ((picture, "cat", found[0]), (picture, "dog", found[1]), (sound, KEYS, part)):
+        [asked] = starter.processor.questions([medium])
         stream = render(Document((*asked.turns, Turn("assistant", tuple(starter.encode_parts([answer]))))), starter.vocabulary)
         ids, trained = torch.from_numpy(stream.ids).long(), torch.from_numpy(stream.loss_mask[1:])
         with torch.inference_mode():
