@@ -1,13 +1,15 @@
 """Captions, labels and transcripts of many files, in which a bad file does not affect the others."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from mmtx.data.collection import DataSource
 from mmtx.data.folder import files_in
-from mmtx.data.sample import kind_of
+from mmtx.data.sample import Media, kind_of
+from mmtx.data.sources import is_rows, scan
 from mmtx.data.storage import display
 from mmtx.data.urls import is_url
 from mmtx.errors import InputError
@@ -20,7 +22,8 @@ from mmtx.pipeline import Model
 FILES_PER_CALL = 64  # files per call of the model: each thread of a CPU gets a batch, and captions appear as they come
 
 
-Answer = Callable[[list[str], int], list[str]]  # files, and the index of the first among all -> an answer for each
+File = str | Media  # a file or URL, or a medium of a row
+Answer = Callable[[list[File], int], list[str]]  # files, and the index of the first among all -> an answer for each
 
 
 class Captioned(NamedTuple):
@@ -31,9 +34,16 @@ class Captioned(NamedTuple):
     error: InputError | None = None
 
 
-def find_media(names: str | Path | Sequence[str | Path], kind: str | None = None) -> Iterator[str | InputError]:
-    """Files, URLs, and all media in folders, in order, with errors for those that are missing, empty or not of `kind`."""
+def find_media(names: str | Path | Sequence[str | Path], kind: str | None = None,
+               fields: Mapping[str, str | None] | None = None) -> Iterator[File | InputError]:
+    """Files, URLs, all media in folders, and those of the rows of manifests and tars, in order, with errors for those that are
+    missing, empty or not of `kind`.
+
+    Rows are those of `data.train` in a configuration, of which texts are ignored and may be missing; `fields` maps the fields that
+    are read to their names there. A row may cut a sound out of a recording.
+    """
     kinds = media_kinds() if kind is None else (kind,)
+    fields = DataSource([], fields=dict(fields or {})).fields
     if kind is not None and kind not in media_kinds():
         raise InputError(f"kind: found {kind!r:.40}, expected one of {', '.join(media_kinds())}")
     for name in map(str, [names] if isinstance(names, (str, Path)) else iterate(names, "name")):
@@ -41,6 +51,8 @@ def find_media(names: str | Path | Sequence[str | Path], kind: str | None = None
             path = Path(name := user_name(name))
             if not name:
                 yield InputError("found an empty name, expected a file or folder")
+            elif is_rows(name) and (is_url(name) or path.is_file()):
+                yield from _media_of_rows(name, kinds, fields)
             elif is_url(name) or path.is_file():
                 found = kind_of(name)
                 yield name if found in (None, *kinds) else InputError(f"{display(name)}: found {found}, expected {kind}")
@@ -60,7 +72,18 @@ def find_media(names: str | Path | Sequence[str | Path], kind: str | None = None
             yield InputError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})")
 
 
-def caption_files(model: Model, files: Iterable[str | InputError], **sampling: Any) -> Iterator[Captioned]:
+def _media_of_rows(name: str, kinds: Sequence[str], fields: Mapping[str, str | None] | None) -> Iterator[Media | InputError]:
+    for row in scan(name, fields=fields, captions=False):
+        if isinstance(row, InputError):
+            yield row
+            continue
+        media = [part for turn in row.turns for part in turn.parts if isinstance(part, Media) and part.kind in kinds]
+        yield from media
+        if not media:
+            yield InputError(f"{row.where}: found no medium, expected {' or '.join(kinds)}")
+
+
+def caption_files(model: Model, files: Iterable[File | InputError], **sampling: Any) -> Iterator[Captioned]:
     """Caption files and URLs, many at a time -> each in order, with its caption or its error.
 
     Args:
@@ -72,7 +95,7 @@ def caption_files(model: Model, files: Iterable[str | InputError], **sampling: A
     return _answer_files(files, lambda names, first: cast(list[str], model.caption(names, start_index=first, **sampling)))
 
 
-def classify_files(model: Model, files: Iterable[str | InputError], candidate_labels: Sequence[str], question: str | None = None,
+def classify_files(model: Model, files: Iterable[File | InputError], candidate_labels: Sequence[str], question: str | None = None,
                    top: int = 1) -> Iterator[Captioned]:
     """Classify files and URLs, many at a time -> each in order, with its `top` labels as "0.917 panda, 0.046 koala", or its error.
 
@@ -87,7 +110,7 @@ def classify_files(model: Model, files: Iterable[str | InputError], candidate_la
     return _answer_files(files, lambda names, first: [write(found) for found in model.classify(names, candidate_labels, question)])
 
 
-def transcribe_files(model: Model, files: Iterable[str | InputError], **options: Any) -> Iterator[Captioned]:
+def transcribe_files(model: Model, files: Iterable[File | InputError], **options: Any) -> Iterator[Captioned]:
     """Transcribe files and URLs of sounds, many at a time -> each in order, with its transcript or its error.
 
     Args:
@@ -99,8 +122,8 @@ def transcribe_files(model: Model, files: Iterable[str | InputError], **options:
     return _answer_files(files, lambda names, first: cast(list[str], model.transcribe(names, **options)))
 
 
-def _answer_files(files: Iterable[str | InputError], answer: Answer) -> Iterator[Captioned]:
-    waiting: list[str] = []
+def _answer_files(files: Iterable[File | InputError], answer: Answer) -> Iterator[Captioned]:
+    waiting: list[File] = []
     first = 0  # index of the first waiting file
     for place, found in enumerate(iterate(files, "file")):
         if not isinstance(found, InputError):
@@ -114,7 +137,7 @@ def _answer_files(files: Iterable[str | InputError], answer: Answer) -> Iterator
     yield from _answers(answer, waiting, first)
 
 
-def _answers(answer: Answer, names: list[str], first: int) -> Iterator[Captioned]:
+def _answers(answer: Answer, names: list[File], first: int) -> Iterator[Captioned]:
     """Answer files together; if one cannot be read, try the halves separately, down to that file."""
     if not names:
         return
@@ -122,10 +145,14 @@ def _answers(answer: Answer, names: list[str], first: int) -> Iterator[Captioned
         answers = answer(names, first)
     except InputError as error:
         if len(names) == 1:
-            yield Captioned(names[0], None, error)
+            yield Captioned(_name(names[0]), None, error)
             return
         half = len(names) // 2
         yield from _answers(answer, names[:half], first)
         yield from _answers(answer, names[half:], first + half)
     else:
-        yield from map(Captioned, names, answers)
+        yield from map(Captioned, map(_name, names), answers)
+
+
+def _name(file: File) -> str:
+    return file.name if isinstance(file, Media) else file

@@ -17,6 +17,7 @@ from PIL import Image as PILImage
 
 from mmtx.data.formats import AUDIO_FORMATS, IMAGE_FORMATS
 from mmtx.data.media import PIL_LOCK, Sampled
+from mmtx.data.sample import Media as SampleMedia
 from mmtx.data.sample import kind_of, suffix
 from mmtx.data.sound_files import MAX_CHANNELS, RATES
 from mmtx.data.storage import display, open_binary
@@ -171,6 +172,8 @@ def as_medium(item: Any) -> BaseMedium:
     """Mark an object by its type, shape or content, unless it is marked already. Raises InputError if that is unclear."""
     if isinstance(item, BaseMedium):
         return item
+    if isinstance(item, SampleMedia):
+        return Medium(item.kind, item)
     if isinstance(item, Sound):
         return Audio(item.samples, item.rate)
     if isinstance(item, PILImage.Image):

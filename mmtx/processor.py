@@ -19,8 +19,10 @@ from mmtx.ambient import neutral
 from mmtx.batching import in_order, run_batches, run_by_values
 from mmtx.conversation import messages_of
 from mmtx.data.media import Sampled
+from mmtx.data.sample import Media as SampleMedia
 from mmtx.data.sound_files import MAX_SECONDS
 from mmtx.data.storage import FileSource, display
+from mmtx.data.tokens import load_media
 from mmtx.document import Document, MediaPart, Part, TextPart, Turn
 from mmtx.errors import InputError
 from mmtx.files import user_name
@@ -65,6 +67,8 @@ class Processor:
         if isinstance(item, ReadMedium):
             return item.data
         data, name = item.data, None
+        if isinstance(data, SampleMedia):
+            return load_media(data, self.tokenizers)
         if isinstance(data, (str, Path)):
             name = display(path := user_name(data))
             data = FileSource(path).read()

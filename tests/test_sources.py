@@ -6,15 +6,19 @@ import io
 import json
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from mmtx.captioning import find_media
+import mmtx
+from mmtx.captioning import caption_files, find_media
 from mmtx.data.collection import DataSource, read_source
+from mmtx.data.media import load_audio
 from mmtx.data.patterns import expand
 from mmtx.data.sample import Text, kind_of
 from mmtx.data.selection import Selection
@@ -22,6 +26,7 @@ from mmtx.data.skip_counter import SkipCounter
 from mmtx.data.sources import read, scan
 from mmtx.data.storage import FileSource, MemorySource, display
 from mmtx.errors import InputError
+from mmtx.shipped_files import find_shipped
 
 STARTER = Path(__file__).parents[1] / "demos" / "data" / "starter"
 
@@ -510,3 +515,31 @@ def test_starter_data(pattern, count, kind):
 def test_sources_import_neither_torch_nor_numpy():
     code = "import sys, mmtx.data.sources; sys.exit(bool({'torch', 'numpy', 'fsspec'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
+
+
+def test_the_media_of_rows_are_found_without_texts_and_cut(tmp_path):
+    model = mmtx.load(device="cpu")
+    rate = model.tokenizers["audio"].rate
+    notes = [load_audio(str(find_shipped(f"demos/examples/{name}.ogg")), rate, seconds=1) for name in ("trumpet", "piano")]
+    mmtx.Sound(np.concatenate(notes), rate).save(tmp_path / "long.wav")
+    shutil.copy(find_shipped("demos/examples/cat.webp"), tmp_path / "cat.webp")
+    (tmp_path / "rows.csv").write_text("file,from,to\nlong.wav,0,1\nmissing.wav,0,1\nlong.wav,1,2\n")
+    names = {"audio": "file", "offset": "from", "end": "to"}
+    found = [*find_media([tmp_path / "rows.csv", tmp_path / "cat.webp"], fields=names)]
+    assert isinstance(found[1], InputError) and "rows.csv row 2: field 'audio' names" in str(found[1])
+    answered = [*caption_files(model, found)]
+    first, second = model.caption([mmtx.Audio(note) for note in notes])
+    assert first != second and [row.caption for row in answered] == [first, None, second, "cat"]
+    assert [row.name.rpartition("/")[2] for row in answered] == ["long.wav (1.0 s from 0.0 s)", "rows.csv row 2",
+                                                                 "long.wav (1.0 s from 1.0 s)", "cat.webp"]
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"text": "a"}, "row 1: found no medium, expected audio"), ({"image": "cat.webp"}, "row 1: found no medium, expected audio")])
+def test_a_row_without_the_kind_that_is_asked_for_is_named(row, message, tmp_path):
+    shutil.copy(find_shipped("demos/examples/cat.webp"), tmp_path / "cat.webp")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    (error,) = find_media(tmp_path / "rows.jsonl", "audio")
+    assert isinstance(error, InputError) and message in str(error)
+    with pytest.raises(InputError, match="fields: found 'file', expected one of image"):
+        [*find_media(tmp_path / "rows.jsonl", fields={"file": "audio"})]

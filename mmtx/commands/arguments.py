@@ -40,9 +40,13 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     """Options for reading sources on the command line, like the fields of a `DataSource` in a configuration."""
     parser.add_argument("--trusted", action="store_true", help="let rows of a source at a URL name local files, and URLs at any "
                         "address; default: only what lies below the source's own address, and public https URLs")
+    add_fields_option(parser)
+    parser.add_argument("--follow_links", action="store_true", help="also follow links in a folder that lead outside it")
+
+
+def add_fields_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fields", nargs="+", type=_field, default=None, metavar="FIELD=NAME", help="names of the fields in "
                         "the rows, e.g. image=img_path text=label; FIELD= for a field that is not to be read")
-    parser.add_argument("--follow_links", action="store_true", help="also follow links in a folder that lead outside it")
 
 
 def _field(word: str) -> tuple[str, str | None]:

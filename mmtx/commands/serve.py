@@ -89,6 +89,8 @@ def _page(options: argparse.Namespace, model):
     for found in find_media([str(shipped("demos/examples"))] if options.examples is None else options.examples):
         if isinstance(found, InputError):
             raise found
+        if not isinstance(found, str):
+            raise InputError(f"--examples: found {found.name}, a medium of a row, expected files or folders")
         examples.append(found)
     nearest = NearestNeighbours(model, [data_source(options, options.train)]) if options.train else None
     return partial(add_page, maker=maker, transcriber=transcriber, examples=examples, nearest=nearest)

@@ -2,14 +2,16 @@
 
 import argparse
 
-from mmtx.commands.arguments import add_model_options, add_precision_options, load_model, print_answers
+from mmtx.commands.arguments import add_fields_option, add_model_options, add_precision_options, load_model, print_answers
 
 MODEL = "demos/speech"
 
 
 def add(commands) -> None:
     parser = commands.add_parser("transcribe", help="transcribe speech")
-    parser.add_argument("files", nargs="+", help="sound files, folders of them, or URLs of files")
+    parser.add_argument("files", nargs="+", help="sound files, folders of them, URLs, or manifests and tars with rows "
+                        "of them, of which a row may cut a sound out of a recording")
+    add_fields_option(parser)
     parser.add_argument("--chunk_length_s", type=float, default=None, help="cut longer sounds at pauses into chunks of at most this "
                         "many seconds; best is the length of most training sounds; default: 3.5")
     add_model_options(parser, default=f"{MODEL}, which comes with mmtx")
@@ -22,6 +24,6 @@ def run(options: argparse.Namespace) -> None:
     from mmtx.shipped_files import shipped
 
     options.model = options.model or shipped(MODEL)
-    files = list(find_media(options.files, "audio"))
+    files = list(find_media(options.files, "audio", fields=dict(options.fields or [])))
     given = {} if options.chunk_length_s is None else {"chunk_length_s": options.chunk_length_s}
     print_answers(options.files, files, transcribe_files(load_model(options), files, **given))

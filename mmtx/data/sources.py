@@ -106,6 +106,11 @@ def is_prepared(path: str) -> bool:
     return os.path.isfile(os.path.join(path, PLAN))
 
 
+def is_rows(path: str) -> bool:
+    """Whether a file is a manifest or a tar, by its name."""
+    return suffix(path) in MANIFESTS or bare(path).lower().endswith(SHARDS)
+
+
 def _reader(path: str, options: ReadOptions) -> Iterator[Sample | InputError]:
     name = bare(path).lower()
     folder = not is_url(path) and os.path.isdir(path)
