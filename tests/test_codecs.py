@@ -320,7 +320,7 @@ def test_decoded_sound_never_leaves_the_range():
     ("config", "message"),
     [
         ({"mels": 80, "patch_mels": 33}, "mels: found 80, expected a multiple of patch_mels=33"),
-        ({"rate": 8_000}, "low, high: found 0.0, 8000.0"),
+        ({"rate": 8_000}, "low, high: found 0.0, 8000.0, expected 0 <= low < high <= rate / 2 = 4000"),
         ({"low": 500.0, "high": 400.0}, "low, high: found 500.0, 400.0"),
         ({"window": 128}, "window: found 128, expected .* hop=256"),
         ({"window": 1023}, "window: found 1023, expected an even number"),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
+from mmtx.commands.media import write_media
 from mmtx.data.sample import Media
 from mmtx.data.storage import MemorySource
 from mmtx.data.tokens import load_media
@@ -257,8 +258,18 @@ def test_a_plugin_that_is_not_there_and_one_without_a_name(tmp_path):
     missing, unnamed, after = run(tmp_path, ["tokenize", "--plugin", "no.py", "a"], ["tokenize", "a", "--plugin"],
                                   ["tokenize", "--", "--plugin"])
     assert missing.err == "mmtx: error: plugin no.py: found no such Python file, expected NAME.py\n"
-    assert unnamed.err == "mmtx: error: argument --plugin: expected one argument\n"
+    assert unnamed.err == "mmtx: error: argument --plugin: expected one argument (see mmtx --help)\n"
     assert after.status == 0 and after.out.split()[0] == "1025"
+
+
+def test_an_array_is_written_as_npy_and_as_nothing_else(tmp_path):
+    """A generated series in a file of the modality's own format was one of NumPy's, which the modality does not read."""
+    for name in ("made.npy", "made"):
+        write_media(np.arange(3), tmp_path / name)
+        assert np.load(tmp_path / name).tolist() == [0, 1, 2]
+    with pytest.raises(InputError, match=r"made.csv: found the extension '.csv', expected .npy, as an array is written"):
+        write_media(np.arange(3), tmp_path / "made.csv")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["made", "made.npy"]
 
 
 def test_grids_of_a_plugin_and_two_plugins_share_the_vocabulary(tmp_path):

@@ -421,6 +421,14 @@ def test_a_row_without_its_medium_is_no_text(folder, row, named):
     assert [said(before), said(after)] == [[("user", [A]), ("assistant", ["a"])], [(None, ["a"])]]
 
 
+@pytest.mark.parametrize("row", [{"path": "a.mp3", "sentence": "a"}, {"Datei": "a.png", "Titel": "a"}])
+def test_a_row_in_which_neither_medium_nor_text_has_a_known_name(folder, row):
+    """Of the first, with its caption in a field that is read beside media, it was said that there is no text."""
+    (found,) = rows_of(folder, row)
+    assert f"found neither a medium nor a 'text' in the fields {sorted(row)}; expected image, images, audio" in str(found)
+    assert str(found).endswith("or in `fields` what they are called here, as in image: NAME")
+
+
 @pytest.mark.parametrize("name", ["x.csv", "x.tsv", "x.json"])
 def test_a_cell_without_its_medium_is_counted(folder, name):
     rows = [["image", "audio", "style", "text"], ["a.png", "", "", "a"], ["", "", "1", "a"], ["", "a.wav", "", "a"]]

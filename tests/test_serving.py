@@ -672,12 +672,15 @@ def test_what_is_null_is_not_given(server):
 def test_what_asks_for_nothing_is_not_refused(server):
     """Some clients send each field with its default, and the limit under both of its names."""
     more = {"stop": [], "tools": [], "logit_bias": {}, "response_format": {"type": "text"}, "max_completion_tokens": 12, "n": 1,
-            "user": "me", "safety_identifier": "me", "prompt_cache_key": "me", "metadata": {"run": "1"}, "store": False}
+            "user": "me", "safety_identifier": "me", "prompt_cache_key": "me", "metadata": {"run": "1"}, "store": False,
+            "modalities": ["text"], "tool_choice": "none", "parallel_tool_calls": False}
     for tier in ("auto", "default"):
         asked = server.chat("a", max_tokens=12, extra_body={**more, "service_tier": tier})
         assert asked.choices[0].message == server.chat("a", max_tokens=12).choices[0].message
     for name, value, told in (("store", True, "found True, expected False"), ("service_tier", "flex", "found 'flex', expected 'auto' or"),
-                              ("metadata", {"run": 1}, "found 1, expected a valid string")):
+                              ("metadata", {"run": 1}, "found 1, expected a valid string"),
+                              ("modalities", ["text", "audio"], "found 'audio', expected 'text'"),
+                              ("tool_choice", "required", "found 'required', expected 'auto' or 'none'")):
         with pytest.raises(openai.BadRequestError, match=f"{name}.*: {told}"):
             server.chat("a", extra_body={name: value})
     with pytest.raises(openai.BadRequestError, match=r"response_format.type: found 'json_object', expected 'text'"):

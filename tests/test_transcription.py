@@ -261,6 +261,14 @@ def test_the_command_writes_down_files_with_the_model_for_speech(tmp_path, capsy
     assert stop.value.code == 1 and "bad.wav: no sound that can be decoded" in told.err and "a.png" not in told.err
 
 
+def test_transcripts_are_evaluated_with_the_model_for_speech(tmp_path, capsys):
+    """As `mmtx transcribe` takes it; that of captions, which cannot transcribe, was taken."""
+    (tmp_path / "a.wav").write_bytes(wav(0.4))
+    (tmp_path / "a.txt").write_text("not said")
+    cli.main(["evaluate", str(tmp_path), "--transcribe", "--device", "cpu"])
+    assert "character error rate" in capsys.readouterr().out
+
+
 def test_the_command_with_a_model_of_captions_is_one_line(tmp_path, capsys):
     (tmp_path / "a.wav").write_bytes(wav(0.4))
     with pytest.raises(SystemExit) as stop:

@@ -13,6 +13,7 @@ from mmtx.commands.arguments import (
     data_source,
     load_model,
 )
+from mmtx.commands.transcribe import MODEL
 from mmtx.errors import InputError
 
 
@@ -36,7 +37,7 @@ def add(commands) -> None:
                          "mmtx classify does, instead of generating it")
     parser.add_argument("--max_bad", type=float, help=MAX_BAD_HELP)
     parser.add_argument("--show", type=count(0), default=8, help="examples to print per source; default: 8")
-    add_model_options(parser)
+    add_model_options(parser, default=f"demos/starter, or {MODEL} with --transcribe; both come with mmtx")
     add_precision_options(parser)
     add_source_options(parser)
     parser.set_defaults(run=run)
@@ -56,9 +57,11 @@ def evaluation(options: argparse.Namespace) -> Iterator[str]:
     from mmtx.data.sources import is_prepared
     from mmtx.data.storage import display
     from mmtx.report import report
-    from mmtx.shipped_files import find_shipped
+    from mmtx.shipped_files import find_shipped, shipped
 
     check_source_options(options)
+    if options.transcribe:
+        options.model = options.model or shipped(MODEL)
     if options.config:
         config = read_config(find_shipped(options.config))
         train, held_out = ([source for source in sources if source.task == "caption"]

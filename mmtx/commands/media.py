@@ -37,6 +37,8 @@ def write_media(result, path: Path, option: str = "--file") -> None:
 
     if not path.suffix and hasattr(result, "save"):
         raise InputError(f"{option} {path}: found no extension, expected one such as .png or .wav")
+    if path.suffix not in ("", ".npy") and not hasattr(result, "save"):
+        raise InputError(f"{option} {path}: found the extension {path.suffix!r}, expected .npy, as an array is written")
     special = os.path.exists(path) and not path.is_file()  # a pipe or a device is written directly
     part = path if special else path.with_name(f".{path.stem[:64]}.{os.getpid()}{path.suffix}")
     try:

@@ -73,6 +73,9 @@ def turns_of(row: dict[str, Any], reader: MediaReader, given: Sequence[Media] = 
     elif beside and not captions and (text is None or not str(row[text]).strip()):
         row.pop(text or "", None)
         messages = [Message("user", list(beside))]
+    elif not beside and text is None:
+        raise InputError(f"{where}: found neither a medium nor a 'text' in the fields {shown(sorted(row))}; expected "
+                         f"{', '.join(names().fields)} or text, or in `fields` what they are called here, as in image: NAME")
     else:
         messages = _captioned(pop_text(row, named, where), beside)
     turns = _fill_placeholders(messages, beside, where)

@@ -69,7 +69,7 @@ class AudioConfig:
         if self.mels % self.patch_mels:
             raise InputError(f"mels: found {self.mels}, expected a multiple of patch_mels={self.patch_mels}")
         if not 0 <= self.low < self.high <= self.rate / 2:
-            raise InputError(f"low, high: found {self.low}, {self.high}, expected 0 <= low < high <= rate / 2")
+            raise InputError(f"low, high: found {self.low}, {self.high}, expected 0 <= low < high <= rate / 2 = {self.rate / 2:g}")
         if self.window <= self.hop or self.window % 2:  # without overlap, sound is lost where windows meet
             raise InputError(f"window: found {self.window}, expected an even number of more than hop={self.hop}")
 
