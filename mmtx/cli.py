@@ -86,19 +86,11 @@ def _run(arguments: list[str]) -> None:
 
 def _with_plugins(arguments: list[str]) -> list[str]:
     """Import each `--plugin FILE`, before anything that depends on the registered modalities -> the other arguments."""
-    rest: list[str] = []
-    words = iter(arguments)
-    for word in words:
-        if word == "--":
-            return [*rest, word, *words]
-        if word == "--plugin" and (file := next(words, None)) is None:
-            raise InputError("argument --plugin: expected one argument")
-        if word == "--plugin":
-            load_plugin(file)
-        elif word.startswith("--plugin="):
-            load_plugin(word.partition("=")[2])
-        else:
-            rest.append(word)
+    parser = Parser("mmtx", add_help=False, allow_abbrev=False)
+    parser.add_argument("--plugin", action="append", default=[])
+    options, rest = parser.parse_known_args(arguments)
+    for file in options.plugin:
+        load_plugin(file)
     return rest
 
 

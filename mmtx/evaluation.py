@@ -144,34 +144,22 @@ def confidence_interval(
 class NearestNeighbour:
     """Predicts the label of the training item at the smallest Euclidean distance (the first one on ties)."""
 
-    def __init__(self, features: np.ndarray, labels: Sequence) -> None:
-        self.features, self.labels = features, labels
-        self._norms = np.einsum("nd,nd->n", features, features)
-
-    @classmethod
-    def fit(cls, features: Iterable[np.ndarray], labels: Sequence) -> "NearestNeighbour":
-        """Store the features, N times (D,), and a label for each."""
-        stacked = _stack(features)
-        if len(stacked) != len(labels):
-            raise InputError(
-                f"control: found {len(stacked)} features and {len(labels)} labels, expected one each"
-            )
-        return cls(stacked, labels)
-
-    def neighbours(self, features: Iterable[np.ndarray]) -> np.ndarray:
-        """Features, N times (D,) -> int64 (N,), the index of the nearest training item of each."""
-        queries = _stack(features)
-        if queries.shape[1] != self.features.shape[1]:
-            raise InputError(
-                f"control: found features of width {queries.shape[1]}, expected {self.features.shape[1]}"
-            )
-        # |q - f|^2 without |q|^2, which is the same for every f. Double precision, since near ties occur.
-        chunks = [queries[i : i + CHUNK] for i in range(0, len(queries), CHUNK)]
-        return np.concatenate([(self._norms - 2 * (q @ self.features.T)).argmin(1) for q in chunks])
+    def __init__(self, features: Iterable[np.ndarray], labels: Sequence) -> None:
+        """Features, N times (D,), and a label for each."""
+        self.features, self.labels = _stack(features), labels
+        if len(self.features) != len(labels):
+            raise InputError(f"control: found {len(self.features)} features and {len(labels)} labels, expected one each")
 
     def predict(self, features: Iterable[np.ndarray]) -> list:
         """Features, N times (D,) -> the labels of the nearest training items."""
-        return [self.labels[i] for i in self.neighbours(features)]
+        queries = _stack(features)
+        if queries.shape[1] != self.features.shape[1]:
+            raise InputError(f"control: found features of width {queries.shape[1]}, expected {self.features.shape[1]}")
+        # |q - f|^2 without |q|^2, which is the same for every f. Double precision, since near ties occur.
+        norms = np.einsum("nd,nd->n", self.features, self.features)
+        chunks = [queries[i : i + CHUNK] for i in range(0, len(queries), CHUNK)]
+        nearest = np.concatenate([(norms - 2 * (q @ self.features.T)).argmin(1) for q in chunks])
+        return [self.labels[i] for i in nearest]
 
 
 def pixel_features(image: Any, size: int = 32, centred: bool = False) -> np.ndarray:
@@ -183,8 +171,10 @@ def pixel_features(image: Any, size: int = 32, centred: bool = False) -> np.ndar
     pixels = np.asarray(image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3:
         raise InputError(f"picture: found {pixels.dtype} of shape {pixels.shape}, expected uint8 (C, H, W)")
-    rows, columns = (_averages(length, size) for length in pixels.shape[1:])
-    small = (rows @ pixels.astype(np.float64) @ columns.T).ravel() / 255
+    import torch
+
+    average = torch.nn.functional.adaptive_avg_pool2d(torch.tensor(pixels, dtype=torch.double), size)
+    small: np.ndarray = average.flatten().numpy() / 255
     if not centred:
         return small
     small -= small.mean()
@@ -258,15 +248,6 @@ def _stack(features: Iterable[np.ndarray]) -> np.ndarray:
     if len(shapes) != 1 or len(next(iter(shapes))) != 1:
         raise InputError(f"control: found features of shapes {sorted(shapes)}, expected one shape (D,)")
     return np.stack(rows)
-
-
-def _averages(length: int, size: int) -> np.ndarray:
-    """Weights (size, length): row i averages the pixels that overlap its share of the length."""
-    edges = np.arange(size + 1) * length
-    first, last = edges[:-1] // size, -(-edges[1:] // size)
-    at = np.arange(length)
-    inside = ((at >= first[:, None]) & (at < last[:, None])).astype(np.float64)
-    return inside / inside.sum(1, keepdims=True)
 
 
 @lru_cache

@@ -146,7 +146,7 @@ def _controls(training: Collected, kind: str) -> dict[str, NearestNeighbour]:
         captions.append(sample.caption)
         for name, values in found.items():
             features.setdefault(name, []).append(values)
-    return {name: NearestNeighbour.fit(values, captions) for name, values in features.items()} if captions else {}
+    return {name: NearestNeighbour(values, captions) for name, values in features.items()} if captions else {}
 
 
 def _strongest(samples: Sequence[Sample], reader: FieldReader, controls: Mapping[str, NearestNeighbour],

@@ -17,7 +17,7 @@ from mmtx.cli import main
 from mmtx.data.output import LOCK, check_output, lock_folder
 from mmtx.errors import InputError
 from mmtx.training.callbacks import SaveModel, contact_sheet
-from mmtx.training.loggers import MetricsWriter
+from mmtx.training.loggers import Metrics
 
 
 @contextlib.contextmanager
@@ -146,22 +146,18 @@ def test_a_second_prepare_with_one_output_is_told_of_the_first(tmp_path, capsys)
 
 
 def test_metrics_without_room_leave_whole_rows(tmp_path):
-    writer = MetricsWriter(str(tmp_path))
-    path = tmp_path / "metrics.csv"
+    metrics, path = Metrics(tmp_path), tmp_path / "metrics" / "metrics.csv"
     for step in range(3):
-        writer.log_metrics({"loss": 1.0}, step)
-        writer.save()
+        metrics.log_metrics({"loss": 1.0}, step)
     rows = path.read_text()
     with room(len(rows) + 3):
-        writer.log_metrics({"loss": 1.0}, 3)
         with pytest.raises(InputError, match="metrics.csv: cannot be written .File too large"):
-            writer.save()
-        writer.save()  # as when the run ends: nothing is left to write
+            metrics.log_metrics({"loss": 1.0}, 3)
+        metrics.finalize("failed")  # as when the run ends: nothing is left to write
         assert path.read_text() == rows
-        writer.log_metrics({"loss": 1.0, "other": 2.0}, 3)
         with pytest.raises(InputError, match="metrics.csv: .*cannot be written .File too large"):
-            writer.save()
-    assert path.read_text() == rows and list(tmp_path.iterdir()) == [path]
+            metrics.log_metrics({"loss": 1.0, "other": 2.0}, 3)
+    assert path.read_text() == rows and list(path.parent.iterdir()) == [path]
 
 
 def test_samples_without_room_are_no_picture_at_all(tmp_path):

@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
     printed = options.out in ("text", "document")
     if not printed and options.file is None:
         raise InputError(f"--file: found none, expected the file to write the {options.out} to")
-    if printed and options.begin is not None:
+    if options.begin is not None and options.out not in ("image", "audio"):
         raise InputError(f"--begin: found --out {options.out}, expected --out image or --out audio")
     if printed and options.file is not None:
         raise InputError(f"--file: found --out {options.out}, which is printed, expected --out image or --out audio")
@@ -72,8 +72,6 @@ def run(options: argparse.Namespace) -> None:
         result = model.generate(parts, out=options.out, **sampling)
     elif options.out == "image":
         result = model.outpaint(options.begin, options.rows, parts, **sampling)
-    elif options.out != "audio":
-        raise InputError(f"--begin: found --out {options.out}, expected --out image or --out audio")
     else:
         del sampling["max_new_tokens"]  # set by --seconds
         result = model.continue_audio(options.begin, 1.0 if options.seconds is None else options.seconds, parts, **sampling)

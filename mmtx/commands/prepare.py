@@ -76,19 +76,16 @@ def run(options: argparse.Namespace) -> None:
         if loaded.setdefault(tokenizer.kind, tokenizer) is not tokenizer:
             raise InputError(f"{folder}: found a second {tokenizer.kind} tokenizer, expected one of each kind")
     tokenizers = {kind: loaded[kind] for kind in MODALITIES if kind in loaded}
-    done = set()
-    for source, output in zip(sources, outputs, strict=True):
-        if output not in done:
-            facts = prepare(source, tokenizers, output, features=features, rows=options.rows, num_workers=options.num_workers,
-                            max_bad=max_bad if options.max_bad is None else options.max_bad, part=options.part)
-            if options.part:
-                print(f"{output}: part {options.part[0]} of {options.part[1]}: {facts['shards']:,} shards, {facts['rows']:,} rows; "
-                      "the same command without --part joins the parts", flush=True)
-                done.add(output)
-                continue
+    for output in dict.fromkeys(outputs):
+        facts = prepare(sources[outputs.index(output)], tokenizers, output, features=features, rows=options.rows,
+                        num_workers=options.num_workers, max_bad=max_bad if options.max_bad is None else options.max_bad,
+                        part=options.part)
+        if options.part:
+            print(f"{output}: part {options.part[0]} of {options.part[1]}: {facts['shards']:,} shards, {facts['rows']:,} rows; "
+                  "the same command without --part joins the parts", flush=True)
+        else:
             print(f"{output}: {facts['documents']:,} documents, {facts['tokens']:,} tokens, {facts['shards']:,} shards, "
                   f"{facts['skipped']:,} of {facts['rows']:,} rows skipped", flush=True)
-        done.add(output)
     if options.part:
         return
     default = asdict(DataSource([]))

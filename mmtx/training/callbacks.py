@@ -29,17 +29,18 @@ from mmtx.json_files import write_json
 from mmtx.medium import Sound, to_sound
 from mmtx.modality.registry import MODALITIES
 from mmtx.run_page import EVALUATION, step_of
-from mmtx.saved_folder import check_target
+from mmtx.saved_folder import check_target, writing
 from mmtx.shipped_files import PACKAGE
 from mmtx.training.checkpoint import check_finite
 from mmtx.training.codec import CodecModule
 from mmtx.training.decoder import DecoderModule
 from mmtx.training.decoder_data import with_captions
-from mmtx.training.loggers import Metrics, writing
+from mmtx.training.loggers import Metrics
 from mmtx.training.private import data_of
 from mmtx.training.sharding import gathered
 
 TILE = 96   # pixels per side of a picture on a contact sheet
+COLUMNS = 8
 SOUNDS = 8  # sound files written after a validation
 
 
@@ -271,16 +272,16 @@ def tensorboard_writers(trainer: Trainer) -> list[Any]:
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
-def contact_sheet(tiles: list[tuple[Tensor, str]], path: Path, columns: int = 8) -> Image.Image | None:
+def contact_sheet(tiles: list[tuple[Tensor, str]], path: Path) -> Image.Image | None:
     """Write pictures, uint8 (3, H, W), with a text below each, as one PNG; write nothing and return None without tiles."""
     if not tiles:
         return None
-    rows = -(-len(tiles) // columns)
+    rows = -(-len(tiles) // COLUMNS)
     width, height = TILE + 8, TILE + 34
-    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    sheet = Image.new("RGB", (COLUMNS * width, rows * height), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (picture, text) in enumerate(tiles):
-        x, y = i % columns * width + 4, i // columns * height + 4
+        x, y = i % COLUMNS * width + 4, i // COLUMNS * height + 4
         sheet.paste(Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((TILE, TILE)), (x, y))
         short = "\n".join(line[:17] for line in text.split("\n"))
         draw.multiline_text((x, y + TILE + 2), short, fill="black", font_size=10, spacing=1)

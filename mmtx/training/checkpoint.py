@@ -26,6 +26,7 @@ from torch import Tensor
 from mmtx.data.corpus import Content
 from mmtx.errors import InputError
 from mmtx.files import sync_folder
+from mmtx.saved_folder import writing
 from mmtx.training import private
 from mmtx.training.checkpoint_check import check_checkpoint, check_fits, shown
 from mmtx.training.loader import ResumableLoader
@@ -56,10 +57,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         check_finite({name: checkpoint.get(name, {}) for name in
                       ("state_dict", "current_model_state", "optimizer_states")}, str(path))
-        try:
+        with writing(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{path.parent}: cannot be written ({error.strerror})") from None
         part = path.with_name(".part")  # one name for all, so that kills leave at most one behind
         writer = None
         try:
@@ -186,28 +185,19 @@ def newest(folder: Path) -> Path | None:
 
 def check_finite(values: Any, where: str) -> None:
     """Raise InputError that names the first tensor, at any nesting depth, with a value that is not finite."""
-    for name, tensor in _tensors(values):
+    for name, value in leaves(values):
         # The sum needs no extra memory, but may overflow although all values are finite.
-        if tensor.is_floating_point() and not (bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())):
+        if isinstance(value, Tensor) and value.is_floating_point() and not (value.sum().isfinite() or value.isfinite().all()):
             raise InputError(f"{where}: not written, for {name} holds values that are not finite")
 
 
-def _tensors(values: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    if isinstance(values, Tensor):
+def leaves(values: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """All values of nested mappings and lists, each with its dotted name."""
+    if not isinstance(values, Mapping | list | tuple):
         yield name, values
-    elif isinstance(values, Mapping | list | tuple):
-        items = values.items() if isinstance(values, Mapping) else enumerate(values)
-        for key, value in items:
-            yield from _tensors(value, f"{name}.{key}" if name else str(key))
-
-
-def flatten(values: Any, name: str = "") -> dict[str, Any]:
-    """Nested configuration -> plain values by dotted name."""
-    if isinstance(values, Mapping | list | tuple):
-        items = values.items() if isinstance(values, Mapping) else enumerate(values)
-        return {path: leaf for key, value in items
-                for path, leaf in flatten(value, f"{name}.{key}" if name else str(key)).items()}
-    return {name: values if isinstance(values, bool | int | float | str | None) else str(values)}
+        return
+    for key, value in values.items() if isinstance(values, Mapping) else enumerate(values):
+        yield from leaves(value, f"{name}.{key}" if name else str(key))
 
 
 class Checkpoints(Checkpoint):

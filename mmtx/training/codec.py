@@ -6,7 +6,7 @@ Shapes: B batch, C channels, H height, W width, F frames, M mels, K codes in the
 import math
 import sys
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -55,8 +55,7 @@ class CodebookUsage(NamedTuple):
 
 def _entropy(counts: Tensor) -> float:
     """Entropy in nats."""
-    share = counts / counts.sum().clamp_min(1)
-    return -float(torch.xlogy(share, share).sum())
+    return float(torch.special.entr(counts / counts.sum().clamp_min(1)).sum())
 
 
 def load_matching(folder: str | Path, like: Codec, name: str) -> Codec:
@@ -80,8 +79,8 @@ class CodecModule(TrainingModule):
 
     @typed
     def __init__(self, tokenizer: Codec, optimizer: OptimizerConfig = OptimizerConfig(), l1_weight: float = 0.2,
-                 refine: str | None = None, adversarial: AdversarialConfig | None = None, channels: int = 1,
-                 init_from: str | None = None):
+                 refine: str | None = None, adversarial: AdversarialConfig | None = None, init_from: str | None = None, *,
+                 channels: int = 1):
         """
         Args:
             tokenizer: the codec, for example of a plugin's class.
@@ -90,9 +89,9 @@ class CodecModule(TrainingModule):
             refine: folder of a finished tokenizer of this configuration, of which only the part that decodes is trained
                 further. Its codes and fingerprint do not change, so models trained with it remain valid.
             adversarial: a discriminator that learns to tell reconstructions from originals; none by default.
-            channels: channels of the discriminator's input (B, channels, H, W); 1 for (B, H, W).
             init_from: folder of a finished tokenizer whose weights to start from, encoder included, so that its codes change;
                 rows and columns that its matrices lack start at zero.
+            channels: channels of the discriminator's input (B, channels, H, W); 1 for (B, H, W).
         """
         super().__init__()
         within("model.l1_weight", l1_weight, 0, MOST_WEIGHT)
@@ -138,9 +137,6 @@ class CodecModule(TrainingModule):
     def shown(self, media: Tensor) -> Tensor:
         """The part of media that is compared and that the discriminator sees."""
         return media
-
-    def on_train_batch_start(self, batch: CodecBatch, index: int) -> None:
-        self.seed_step(index)
 
     def training_step(self, batch: CodecBatch, index: int) -> Tensor:
         output = self.tokenizer(batch.media).output
@@ -206,21 +202,16 @@ class ImageCodecModule(CodecModule):
     """Training of an image tokenizer."""
 
     @typed
-    def __init__(self, tokenizer: ImageConfig = ImageConfig(), optimizer: OptimizerConfig = OptimizerConfig(),
-                 l1_weight: float = 0.2, refine: str | None = None, perceptual: PerceptualConfig | None = None,
-                 adversarial: AdversarialConfig | None = None, init_from: str | None = None):
+    def __init__(self, tokenizer: ImageConfig = ImageConfig(), *args: Any, perceptual: PerceptualConfig | None = None,
+                 **options: Any):
         """
         Args:
             tokenizer: patches, size rules and network.
-            optimizer: learning rate and schedule.
-            l1_weight: weight of the absolute error relative to the squared error.
-            refine: folder of a finished tokenizer of this configuration, of which only the part that decodes is trained
-                further. Its codes and fingerprint do not change, so models trained with it remain valid.
             perceptual: a pretrained network in whose features reconstructions are compared with originals; none by default.
-            adversarial: a discriminator that learns to tell reconstructions from originals; none by default.
-            init_from: folder of a finished tokenizer whose weights to start from, encoder included, so that its codes change.
+            *args: of `CodecModule`.
+            **options: of `CodecModule`.
         """
-        super().__init__(ImageTokenizer(tokenizer), optimizer, l1_weight, refine, adversarial, channels=3, init_from=init_from)
+        super().__init__(ImageTokenizer(tokenizer), *args, channels=3, **options)
         self.perceptual = Perceptual(perceptual) if perceptual else None
 
     def quality(self, media: Tensor, result: Reconstruction) -> dict[str, tuple[Tensor, Tensor | int]]:
@@ -275,23 +266,16 @@ class AudioCodecModule(CodecModule):
     tokenizer: AudioTokenizer
 
     @typed
-    def __init__(self, tokenizer: AudioConfig = AudioConfig(), optimizer: OptimizerConfig = OptimizerConfig(),
-                 l1_weight: float = 0.2, refine: str | None = None, init_from: str | None = None, pitch_weight: float = 0.1,
-                 adversarial: AdversarialConfig | None = None):
+    def __init__(self, tokenizer: AudioConfig = AudioConfig(), *args: Any, pitch_weight: float = 0.1, **options: Any):
         """
         Args:
             tokenizer: spectrogram, patches and network.
-            optimizer: learning rate and schedule.
-            l1_weight: weight of the absolute error relative to the squared error.
-            refine: folder of a finished tokenizer of this configuration, of which only the part that decodes is trained
-                further. Its codes and fingerprint do not change, so models trained with it remain valid.
-            init_from: folder of a finished tokenizer whose weights to start from, encoder included; rows and columns that
-                its matrices lack, such as those for the pitch, start at zero.
             pitch_weight: weight of the cross-entropy of the pitch, for a tokenizer with `pitch`.
-            adversarial: a discriminator that learns to tell reconstructed spectrograms from originals; none by default.
+            *args: of `CodecModule`.
+            **options: of `CodecModule`.
         """
         within("model.pitch_weight", pitch_weight, 0, MOST_WEIGHT)
-        super().__init__(AudioTokenizer(tokenizer), optimizer, l1_weight, refine, adversarial, init_from=init_from)
+        super().__init__(AudioTokenizer(tokenizer), *args, channels=1, **options)
         self.pitch_weight = pitch_weight
 
     def loss(self, media: Tensor, output: Tensor) -> Tensor:

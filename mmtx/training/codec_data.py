@@ -169,12 +169,6 @@ class CodecData(SourceData):
         """Pieces of the media of a training batch, as their codec cuts them."""
         return self.tokenizer.batch([self.tokenizer.piece(medium, generator) for medium in media])
 
-    def val_dataloader(self) -> DataLoader:
-        return self._held_out("validation")
-
-    def test_dataloader(self) -> DataLoader:
-        return self._held_out("test")
-
     def _held_out(self, name: str) -> DataLoader:
         loop = self.required_loop()
         # The cut of a medium depends only on its index, not on its batch.

@@ -5,7 +5,6 @@ Shapes: B batch, C channels, H height and W width of a picture (frames and mels 
 
 import difflib
 import importlib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -89,7 +88,7 @@ class Perceptual:
         if config.weights is not None:
             _load(network, Path(config.weights))
         # A trained network has the same weights with every seed. An untrained one would judge by chance, and no figure would show it.
-        elif not _equal(network.state_dict(), _make(config, 1).state_dict()):
+        elif not all(map(torch.equal, network.state_dict().values(), _make(config, 1).state_dict().values())):
             raise InputError(f"perceptual.weights: found none, and {config.network} makes a network with random "
                              "weights; expected a file with weights, or `arguments` with which it comes trained "
                              "(torchvision: weights: DEFAULT, timm: pretrained: true)")
@@ -145,10 +144,6 @@ def _load(network: nn.Module, path: Path) -> None:
     except Exception as error:
         raise InputError(f"perceptual.weights: {path}: not weights of this network "
                          f"({' '.join(str(error).split())[:200]})") from None
-
-
-def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 class Discriminator(nn.Sequential):

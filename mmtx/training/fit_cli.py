@@ -15,20 +15,21 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mmtx.data.output import check_output, lock_folder
 from mmtx.data.storage import recorded
+from mmtx.data.workers import uninterrupted
 from mmtx.errors import InputError
 from mmtx.files import user_path, write_file
 from mmtx.hub import find_model
 from mmtx.schema import within
 from mmtx.training import private
 from mmtx.training.callbacks import EMAWeightAveraging, ProgressBar, SaveModel, ShowSamples
-from mmtx.training.checkpoint import AtomicCheckpointIO, Checkpoints, by_age, flatten, may_change, newest
+from mmtx.training.checkpoint import AtomicCheckpointIO, Checkpoints, by_age, leaves, may_change, newest
 from mmtx.training.checkpoint_check import check_weights
 from mmtx.training.guard import SkipNonFinite
 from mmtx.training.loggers import Metrics, TensorBoard
 from mmtx.training.parser import Parser, input_error_in, refused
 from mmtx.training.run_checks import LARGEST_OPTION, check_fit, check_run
 from mmtx.training.sharding import Sharded
-from mmtx.training.signals import launch_uninterrupted, status
+from mmtx.training.signals import status
 from mmtx.training.text import TextModule
 
 # Options of `trainer` in which a resumed run must agree with the run that it continues.
@@ -188,7 +189,8 @@ class FitCLI(private.PlainCLI):
     def fit(self, **kwargs: Any) -> None:
         """`Trainer.fit`, where "last" is the newest sound checkpoint."""
         check_fit(self.trainer, self.said("trainer"), self.model, self.datamodule, self.said("ema"))
-        launch_uninterrupted(self.trainer.strategy.launcher)
+        # Until the first step, other ranks end with the one that started them, which would be killed if they ended first.
+        private.launch_within(self.trainer.strategy.launcher, uninterrupted)
         self.checkpoint_io.record = self.record()
         given, output = self.said("ckpt_path"), self.output
         path = self._checkpoint(given)
@@ -276,15 +278,15 @@ class FitCLI(private.PlainCLI):
         """All settings that determine the batches and the model, as plain values by name."""
         config = self.parsed.as_dict()
         tokenizers = getattr(self.datamodule, "tokenizers", {})
-        record = flatten({
+        record = leaves({
             **{name: config[name] for name in ("seed_everything", "ema", "model", "data")},
             "trainer": {name: config["trainer"][name] for name in RESUMED_TRAINER},
             "tokenizers": {kind: tokenizer.fingerprint for kind, tokenizer in tokenizers.items()},
             "processes": self.trainer.world_size,
             **({"sharded": True} if isinstance(self.trainer.strategy, Sharded) else {}),
         })
-        return {name: recorded(value) if isinstance(value, str) else value for name, value in record.items()
-                if not may_change(name)}
+        return {name: value if isinstance(value, bool | int | float | None) else recorded(str(value))
+                for name, value in record if not may_change(name)}
 
 
 def is_first_rank() -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmtx.errors import InputError
 from mmtx.training.decoder import DecoderModule
+from mmtx.training.module import of_all_ranks
 from mmtx.training.private import data_of, ends_step
 from mmtx.training.sharding import full
 
@@ -61,14 +62,9 @@ class SkipNonFinite(Callback):
 
     def _names(self, trainer: Trainer) -> str:
         """Samples, on all ranks, of the batches whose loss is not finite or, if there are none, of all batches of the step."""
-        bad = [entry for entry in self.losses if not entry[2]]
-        names = [name for batch, index, _ in bad for name in self._samples(trainer, batch, index)]
-        every = [name for batch, index, _ in self.losses for name in self._samples(trainer, batch, index)]
-        if trainer.world_size > 1:
-            both: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(both, (names, every))
-            names, every = ([name for part in parts for name in part] for parts in zip(*both))
-        names = list(dict.fromkeys(names or every))
+        own = [(name, bool(finite)) for batch, index, finite in self.losses for name in self._samples(trainer, batch, index)]
+        found = [each for rank in of_all_ranks(own) for each in rank]
+        names = list(dict.fromkeys([name for name, finite in found if not finite] or [name for name, _ in found]))
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         return ", ".join(names[:NAMED]) + more
 

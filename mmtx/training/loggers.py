@@ -5,33 +5,20 @@ import io
 import os
 import struct
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
-from safetensors import SafetensorError
 from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 from tensorboardX.writer import FileWriter
 
-from mmtx.errors import InputError
 from mmtx.files import write_file
-
-
-@contextmanager
-def writing(path: str | Path) -> Iterator[None]:
-    """Turn operating-system errors in this context into an InputError about `path`."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
+from mmtx.saved_folder import writing
 
 
 def append(path: str | Path, data: bytes) -> None:
@@ -46,69 +33,21 @@ def append(path: str | Path, data: bytes) -> None:
         raise
 
 
-class MetricsWriter:
-    """Writes `folder/metrics.csv`; the file of an earlier run is left alone until `keep` says how many rows to keep.
-
-    Raises InputError if there is no room, and removes a partly written row.
-    """
-
-    def __init__(self, folder: str | Path):
-        self.path = Path(folder) / "metrics.csv"
-        self.names: list[str] = []
-        self.rows: list[dict[str, Any]] = []
-        with writing(folder):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-
-    def log_metrics(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Add a row, which `save` writes."""
-        self.rows.append({**{name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()},
-                          "step": step})
-
-    def save(self) -> None:
-        rows, self.rows = self.rows, []  # not retried when the run ends, if there is no room now
-        if not rows:
-            return
-        with writing(self.path):
-            new, there = {name for row in rows for name in row} - {*self.names}, self.path.is_file()
-            self.names = sorted({*self.names, *new})
-            if new and there:
-                self._rewrite()
-            append(self.path, self._table(rows, header=not there))
-
-    def keep(self, rows: int) -> None:
-        """Drop all but the first `rows` rows of the existing file."""
-        with writing(self.path):
-            if not rows:
-                self.path.unlink(missing_ok=True)
-            elif self.path.is_file():
-                with open(self.path, newline="") as file:
-                    self.names = next(csv.reader(file), [])
-                self._rewrite(rows)
-
-    def _rewrite(self, rows: int | None = None) -> None:
-        with open(self.path, newline="") as file:
-            kept = list(csv.DictReader(file))[:rows]
-        write_file(self.path, self._table(kept, header=True))
-
-    def _table(self, rows: list[dict[str, Any]], header: bool) -> bytes:
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, fieldnames=self.names)
-        if header:
-            writer.writeheader()
-        writer.writerows(rows)
-        return text.getvalue().encode()
-
-
 class Metrics(Logger):
-    """Logs to `folder/metrics/metrics.csv`, row by row; a resumed run continues after the rows of its checkpoint."""
+    """Logs to `folder/metrics/metrics.csv`, row by row; a resumed run continues after the rows of its checkpoint.
+
+    The file of an earlier run is left alone until `keep` says how many rows to keep. Raises InputError if there is no room, and
+    leaves no partly written row.
+    """
 
     name, version = "", "metrics"
 
     def __init__(self, folder: str | Path):
         super().__init__()
         self.folder = Path(folder)
+        self.path = self.folder / "metrics" / "metrics.csv"
         self.rows = 0
-        self.writer: MetricsWriter | None = None
+        self.columns: list[str] = []
 
     @property
     def save_dir(self) -> str:
@@ -116,29 +55,50 @@ class Metrics(Logger):
 
     @property
     def log_dir(self) -> str:
-        return str(self.folder / "metrics")
-
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> MetricsWriter:
-        if self.writer is None:
-            self.writer = MetricsWriter(self.log_dir)
-        return self.writer
+        return str(self.path.parent)
 
     @rank_zero_only
     def keep(self, rows: int) -> None:
         """Continue after the first `rows` rows of the existing file."""
-        self.experiment.keep(rows)
         self.rows = rows
+        with writing(self.path):
+            if not rows:
+                self.path.unlink(missing_ok=True)
+            elif self.path.is_file():
+                self._rewrite(self._read()[:rows])
 
     @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self.experiment.log_metrics(metrics, self.rows if step is None else step)
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        row = {**{name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()},
+               "step": self.rows if step is None else step}
         self.rows += 1
-        self.experiment.save()
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.is_file() and {*row} <= {*self.columns}:
+                append(self.path, self._table([row], header=False))
+            else:
+                self._rewrite([*self._read(), row])
 
     def log_hyperparams(self, params: Any, *arguments: Any, **more: Any) -> None:
         """Nothing: `metrics/config.yaml` has them."""
+
+    def _read(self) -> list[dict[str, Any]]:
+        if not self.path.is_file():
+            return []
+        with open(self.path, newline="") as file:
+            return list(csv.DictReader(file))
+
+    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+        self.columns = sorted({name for row in rows for name in row})
+        write_file(self.path, self._table(rows, header=True))
+
+    def _table(self, rows: list[dict[str, Any]], header: bool) -> bytes:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames=self.columns)
+        if header:
+            writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue().encode()
 
 
 class EventFile(FileWriter):

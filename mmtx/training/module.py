@@ -18,6 +18,15 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return x
 
 
+def of_all_ranks(value: Any) -> list[Any]:
+    """The value of each rank; all ranks must call this together."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    parts = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, value)
+    return parts
+
+
 class Means:
     """Sums and counts by name, in double precision, divided once at the end, over all batches of all ranks.
 
@@ -34,11 +43,7 @@ class Means:
 
     def compute(self) -> dict[str, float]:
         """The mean of each name with a count over all ranks, which must all call this together."""
-        parts = [self.sums]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            parts = [{}] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(parts, self.sums)
-        found = {}
+        parts, found = of_all_ranks(self.sums), {}
         for name in dict.fromkeys(name for part in parts for name in part):
             total, count = (sum(part[name][i] for part in parts if name in part) for i in range(2))
             if count:
@@ -62,6 +67,9 @@ class TrainingModule(LightningModule):
     def seed_step(self, index: int) -> None:
         """Seed torch for a training batch, so that a resumed run draws the numbers of an uninterrupted one."""
         torch.manual_seed(seed_of(getattr(self.data, "seed", 0), index, self.global_rank))
+
+    def on_train_batch_start(self, batch: Any, index: int) -> None:
+        self.seed_step(index)
 
     @property
     def split(self) -> str:

@@ -12,8 +12,7 @@ from typing import Any
 from lightning import Trainer
 from lightning.fabric.plugins.environments import LightningEnvironment
 
-from mmtx.data.workers import uninterrupted
-from mmtx.training.private import launch_within, on_signals
+from mmtx.training.private import on_signals
 
 LAUNCHER = "MMTX_LAUNCHER"  # id of the process that started this rank
 SAME = 0.5                  # seconds within which a second SIGINT is the same Ctrl-C, passed on by a launcher
@@ -44,7 +43,7 @@ class Termination:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self._note)
             if hasattr(signal, "pthread_sigmask"):
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # see `launch_uninterrupted`
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # which `FitCLI.fit` has blocked
 
     def _note(self, number: int, *_: Any) -> None:
         if number == signal.SIGINT and self.asked == signal.SIGINT and time.monotonic() - self.when > SAME:
@@ -99,14 +98,6 @@ def follow_launcher() -> None:
     os.environ[LAUNCHER] = str(os.getpid())
     if launcher not in (0, os.getpid()):
         threading.Thread(target=_follow, args=(launcher,), daemon=True, name="follow-launcher").start()
-
-
-def launch_uninterrupted(launcher: Any) -> None:
-    """Let the ranks that a launcher starts receive Ctrl-C only from the first step on.
-
-    Before that they end with the rank that started them, which would be killed if they ended first.
-    """
-    launch_within(launcher, uninterrupted)
 
 
 def _follow(launcher: int) -> None:

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 from lightning import LightningDataModule
+from torch.utils.data import DataLoader
 
 from mmtx.data.augment import AudioAugmentation, ImageAugmentation
 from mmtx.data.collection import DataSource
@@ -90,3 +91,13 @@ class SourceData(LightningDataModule):
         if (loop := self.required_loop()).batches < 1:
             raise InputError(f"Trainer: found max_steps {self.trainer.max_steps}, expected the steps of the run, which is one epoch")
         return loop.batches
+
+    def val_dataloader(self) -> DataLoader:
+        return self._held_out("validation")
+
+    def test_dataloader(self) -> DataLoader:
+        return self._held_out("test")
+
+    def _held_out(self, name: str) -> DataLoader:
+        """Batches of the held-out samples of an option: "validation" or "test"."""
+        raise NotImplementedError

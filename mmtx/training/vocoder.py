@@ -98,9 +98,6 @@ class VocoderModule(TrainingModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         return configure(self.tokenizer.vocoder, self.optimizer_config, self.trainer.max_steps, precision=self.trainer.precision)
 
-    def on_train_batch_start(self, batch: CodecBatch, index: int) -> None:
-        self.seed_step(index)
-
     def training_step(self, batch: CodecBatch, index: int) -> Tensor:
         true, vocoder = batch.media, self.tokenizer.vocoder
         with torch.no_grad():
