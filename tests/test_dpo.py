@@ -16,7 +16,7 @@ from mmtx.cli import main
 from mmtx.config import CodeRange, DecoderConfig
 from mmtx.data.collection import DataSource, read_source
 from mmtx.data.packing import PackedBatches
-from mmtx.data.sample import Codes, Sample, Text
+from mmtx.data.sample import Codes, Media, Sample
 from mmtx.data.tokens import document_of
 from mmtx.document import Document, Turn
 from mmtx.errors import InputError
@@ -162,17 +162,19 @@ def test_every_form_of_rows_gives_the_same_two_answers(form, tmp_path):
 
 
 def test_both_answers_see_the_media_of_the_row(tmp_path):
-    path = rows(tmp_path / "rows.jsonl", {"image": "cat.webp", "prompt": "<image>\nWhat?", "chosen": "cat", "rejected": "dog"})
+    path = rows(tmp_path / "rows.jsonl", {"image": "cat.webp", "prompt": "<image>\nWhat?", "chosen": "cat", "rejected": "dog"},
+                {"image": "cat.webp", "chosen": "cat", "rejected": "dog"})
     (tmp_path / "cat.webp").write_bytes((runs.STARTER.parents[1] / "examples" / "cat.webp").read_bytes())
-    (sample,) = read_source(DataSource([path]))
-    assert sample.turns[0] == sample.rejected[0] and [part.kind for part in sample.turns[0].parts if not isinstance(part, Text)] == ["image"]
+    for sample in read_source(DataSource([path])):
+        assert sample.turns[0] == sample.rejected[0] and [part.kind for part in sample.turns[0].parts if isinstance(part, Media)] == ["image"]
+        assert [turns[1].parts[0].text for turns in (sample.turns, sample.rejected)] == ["cat", "dog"]
 
 
 @pytest.mark.parametrize("row, message", [
     ({"prompt": "a", "chosen": "b", "rejected": "b"}, "row 1: found the same answer preferred and rejected, expected two"),
     ({"prompt": "a", "chosen": "b", "rejected": [{"role": "robot", "content": "c"}]}, "has role 'robot'"),
     ({"prompt": "a", "chosen": "", "rejected": "c"}, "expected text"),
-    ({"chosen": "b", "rejected": "c"}, "field 'messages' is 'b', expected a list of messages"),
+    ({"chosen": "b", "rejected": "c"}, "row 1: found 'chosen' and 'rejected' without what they answer"),
 ])
 def test_a_row_whose_answers_cannot_be_read_is_a_bad_row(row, message, tmp_path):
     with pytest.raises(InputError, match=message.replace("(", r"\(")):
