@@ -110,7 +110,8 @@ class Sample:
     metadata: dict[str, Any]
     where: str
     cond_drop_prob: float = 0.0
-    rejected: tuple[SampleTurn, ...] | None = None
+    # Not in the repr, from which `mmtx prepare` tells whether rows have changed: shards hold no rejected answers.
+    rejected: tuple[SampleTurn, ...] | None = field(default=None, repr=False)
 
     @property
     def pair(self) -> "tuple[Sample, ...]":
