@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import mmtx
+from mmtx.commands.arguments import count
 from mmtx.data.collection import DataSource, progress, read_source
 from mmtx.document import MediaPart
 from mmtx.inference.sampling import Sampling
@@ -27,13 +28,12 @@ TOGETHER = 32  # answers that are generated at a time
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pairs of answers to learn preferences from.")
     parser.add_argument("sources", nargs="+", help="media whose captions are the prompts")
-    parser.add_argument("--variants", metavar="FILE.py:FUNCTION", help="as in a configuration: more prompts of the same sources")
     parser.add_argument("--select", type=json.loads, metavar="JSON", help="as in a configuration: some samples only")
     parser.add_argument("--limit", type=int, help="evenly spread prompts")
     parser.add_argument("--out", choices=("image", "audio"), required=True)
     parser.add_argument("--model", default="demos/generate", help="default: demos/generate")
     parser.add_argument("--judge", default="demos/starter", help="a captioner; default: demos/starter")
-    parser.add_argument("--num_return_sequences", type=int, default=6, help="answers to each prompt; default: 6")
+    parser.add_argument("--num_return_sequences", type=count(2), default=6, help="answers to each prompt; default: 6")
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--margin", type=float, default=0.7, help="least difference in nats between best and worst; default: 0.7")
     parser.add_argument("--seed", type=int, default=0)
@@ -41,7 +41,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     try:
-        source = DataSource(options.sources, variants=options.variants, select=options.select, limit=options.limit)
+        source = DataSource(options.sources, select=options.select, limit=options.limit)
         prompts = [*dict.fromkeys(sample.caption for sample in read_source(source))]
         model, judge = mmtx.load(options.model), mmtx.load(options.judge)
         options.file.parent.mkdir(parents=True, exist_ok=True)
@@ -57,13 +57,14 @@ def main() -> None:
 
 def rows(model: mmtx.Model, judge: mmtx.Model, prompts: Sequence[str], options: argparse.Namespace) -> Iterable[dict[str, Any]]:
     """The rows of the prompts whose answers differ enough."""
-    count = options.num_return_sequences
-    each = max(1, TOGETHER // count)
+    tries = options.num_return_sequences
+    each = max(1, TOGETHER // tries)
     for first in progress("prompts")(range(0, len(prompts), each)):
         some = prompts[first:first + each]
-        answers = answer(model, [prompt for prompt in some for _ in range(count)], options, first * count)
+        answers = answer(model, [prompt for prompt in some for _ in range(tries)], options, first * tries)
         for number, prompt in enumerate(some):
-            judged = [(likelihood(judge, medium, prompt), part) for part, medium in answers[number * count:(number + 1) * count]]
+            judged = [(judge.log_likelihood([medium], [prompt])[0], part)
+                      for part, medium in answers[number * tries:(number + 1) * tries]]
             best, worst = (choose(judged, key=lambda pair: pair[0]) for choose in (max, min))
             if best[0] - worst[0] >= options.margin:
                 yield {"prompt": [{"role": "user", "content": prompt}], **{
@@ -81,12 +82,6 @@ def answer(model: mmtx.Model, prompts: Sequence[str], options: argparse.Namespac
     answers = [ids[:ids.index(v.end)] for ids in steps]
     parts = [parse([v.bos, *ids, v.eos], v).turns[0].parts[0] for ids in answers]
     return [(part, model.processor.to_media(ids)[0]) for part, ids in zip(parts, answers, strict=True)]
-
-
-def likelihood(judge: mmtx.Model, medium: Any, caption: str) -> float:
-    """The log-probability of a caption of a medium."""
-    [found] = judge.log_likelihood([medium if isinstance(medium, mmtx.Sound) else mmtx.Image(medium)], [caption])
-    return found
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Conversations as lists of messages with a role and content, as chat templates of transformers and clients of OpenAI write them.
+"""Conversations as lists of messages with a role and content, as the chat templates of transformers take them.
 
     [{"role": "user", "content": [mmtx.Image("cat.png"), "What is it?"]},
      {"role": "assistant", "content": "a cat"},

@@ -245,6 +245,7 @@ def test_a_killed_run_goes_on_bit_by_bit(start, tmp_path):
 @pytest.mark.parametrize("row, model, message", [
     ({"prompt": "a", "completion": "b"}, {}, "row 1: found one answer, expected two, in fields 'chosen' and 'rejected', for model.dpo"),
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, {"init_from": None}, "init_from: found none with dpo"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, {"ctc": {"blocks": 1}}, "ctc: found one with dpo, expected none"),
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, {"dpo": {"beta": 0.0}}, "dpo.beta: found 0.0, expected a finite number"),
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, {"dpo": {"sft_weight": -1.0}}, "dpo.sft_weight: found -1.0"),
     (coded([[99], [1]]), {"dpo": None}, "row 1: audio codes: found 1..99, expected 0..35"),
@@ -257,6 +258,16 @@ def test_what_cannot_be_trained_on_is_one_clear_error(row, model, message, start
         main(["fit", "--config", str(tmp_path / "run.yaml")])
     *_, error = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2 and error.startswith("mmtx: error: ") and message in error
+
+
+def test_prepared_shards_have_no_pairs(start, tmp_path, capsys):
+    path = rows(tmp_path / "rows.jsonl", *preferring(*WORDS))
+    main(["prepare", path, "--tokenizers", *start[0]["data"]["init_args"]["tokenizers"].values(), "--output", str(tmp_path / "shards")])
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**configured(start, str(tmp_path / "shards")), "output": str(tmp_path / "run")}))
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--config", str(tmp_path / "run.yaml")])
+    *_, error = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and "shards, which is prepared, expected rows with a preferred and a rejected answer" in error
 
 
 def test_without_dpo_the_preferred_answers_are_learned_and_the_others_are_told_of(start, tmp_path, capsys):

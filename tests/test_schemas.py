@@ -34,7 +34,7 @@ from mmtx.modality.vocoder import VocoderConfig
 from mmtx.model import Decoder
 from mmtx.schema import build, typed
 from mmtx.training.adapters import LoRA
-from mmtx.training.codec import ImageCodecModule
+from mmtx.training.codec import CodecModule, ImageCodecModule
 from mmtx.training.codec_data import CodecData
 from mmtx.training.ctc import CTCConfig
 from mmtx.training.decoder import DecoderModule, LossWeights
@@ -479,7 +479,7 @@ CALLS: dict[Callable, dict[str, Any]] = {
     DataSource: {"paths": ["x"]}, TokenizerFolders: {"text": "x"}, Modality: {"kind": "smell", "layout": "grid", "tokenizers": {}},
     DecoderData: {"tokenizers": TokenizerFolders("tokenizers/text"), "train": SOURCES, "validation": SOURCES},
     CodecData: {"train": SOURCES, "validation": SOURCES}, DecoderModule: {"decoder": config.DecoderConfig()},
-    ImageCodecModule: {"tokenizer": SMALL}, ImageTokenizer: {"config": SMALL}, AudioTokenizer: {}, ImageTokenizer(SMALL).at: {"side": 16},
+    ImageCodecModule: {"tokenizer": SMALL}, CodecModule: {"tokenizer": ImageTokenizer(SMALL)}, ImageTokenizer: {"config": SMALL}, AudioTokenizer: {}, ImageTokenizer(SMALL).at: {"side": 16},
     TextTokenizer.train: {"texts": ["a b"], "size": 300}, load_tokenizer: {"folder": "tokenizers/text"}, register: {}, mmtx.load_plugin: {},
     Vocabulary.load: {"path": STARTER / "vocabulary.json"}, mmtx.Model: {"decoder": None, "vocabulary": None, "tokenizers": {}},
     mmtx.Medium: {"kind": "image", "data": 1}, mmtx.read: {"path": "x"},

@@ -111,7 +111,7 @@ def read_corpus(
                                   patches=patches, pairs=pairs, num_workers=num_workers, progress=progress, **common)
             found.finish()
             if not pairs:
-                tell_of_rejected(documents.samples)
+                _tell_of_rejected(documents.samples)
             parts.append(documents)
             repeats.append(np.array(found.repeats)[np.array(documents.numbers) - number])
             number += len(found.samples)
@@ -129,7 +129,7 @@ def read_corpus(
     return Corpus(parts, repeats)
 
 
-def tell_of_rejected(samples: Sequence[Sample]) -> None:
+def _tell_of_rejected(samples: Sequence[Sample]) -> None:
     """Say how many rejected answers are left out, if there are any."""
     if count := sum(sample.rejected is not None for sample in samples):
         to_stderr(f"{count} rows have a rejected answer, which only training with model.dpo reads; their preferred answers are kept")

@@ -111,7 +111,7 @@ class DecoderModule(TrainingModule):
                 width and batch size as they were there. None: the rates are for this width.
             ctc: with `continuous_inputs`, an auxiliary CTC loss by which the decoder learns to transcribe; none by default.
             dpo: learn which of two answers is better, from rows with both, in place of predicting the next token; `init_from` is
-                what it starts from, and may not stray too far from. None by default.
+                what it starts from, and may not stray too far from. `z_loss` does not apply. None by default.
         """
         super().__init__()
         if lora is not None and init_from is None:
@@ -235,7 +235,7 @@ class DecoderModule(TrainingModule):
     def loss(self, batch: Batch) -> Tensor:
         """The mean loss over the targets of a batch, or over its pairs with DPO, for a loop without a trainer.
 
-        In training it is what a trainer minimises, with z-loss and CTC; after `eval` it is the cross entropy that validations log.
+        In training it is what a trainer minimises, with z-loss and CTC; after `eval` it is what validations log as loss.
         """
         self.built()
         weights = self._weights()[batch.modality]

@@ -104,7 +104,7 @@ class DecoderData(SourceData):
         return {"data.train": self.train_documents.contents(), "data.validation": self.validation_documents.contents()}
 
     def _takes(self, option: str) -> bool:
-        """Whether the decoder trains with an option that determines how media enter it."""
+        """Whether the decoder trains with an option that determines what the data give it."""
         return bool(getattr(self.loop.module, option, False))
 
     def sample_names(self, batch: Batch) -> list[str]:
