@@ -197,7 +197,8 @@ def attention_maps(decoder: Decoder, vocabulary: Vocabulary, tokenizers: Mapping
     labels = [text.decode([ident - texts.start]) if ident in texts else vocabulary.name(ident) for ident in ids]
     words = [Word(text.decode([ids[place] - texts.start for place in places]), tuple(places))
              for places in _words(labels, len(prompt.ids))]
-    return AttentionMaps(weights, tuple(labels), tuple(words), _media(ids, vocabulary, tokenizers))
+    merged = {span.start: span.codes for span in prompt.spans if span.codes is not None}
+    return AttentionMaps(weights, tuple(labels), tuple(words), _media(ids, vocabulary, tokenizers, merged))
 
 
 def _words(labels: Sequence[str], first: int) -> list[list[int]]:
@@ -212,8 +213,9 @@ def _words(labels: Sequence[str], first: int) -> list[list[int]]:
     return words
 
 
-def _media(ids: Sequence[int], vocabulary: Vocabulary, tokenizers: Mapping[str, Tokenizer]) -> tuple[MediaSpan, ...]:
-    """The media of a stream: runs of codes of one kind, between their tags."""
+def _media(ids: Sequence[int], vocabulary: Vocabulary, tokenizers: Mapping[str, Tokenizer],
+           merged: Mapping[int, np.ndarray]) -> tuple[MediaSpan, ...]:
+    """The media of a stream: runs of codes of one kind, between their tags; `merged`: all codes of those that start at a place."""
     media, place = [], 0
     for kind in vocabulary.media:
         codes = vocabulary.range(kind)
@@ -225,7 +227,8 @@ def _media(ids: Sequence[int], vocabulary: Vocabulary, tokenizers: Mapping[str, 
                 bands = vocabulary.bands(kind)
                 grid = (ids[place - 2] - vocabulary.height(1) + 1, -1) if bands is None else (-1, bands)
                 local = vocabulary.to_local(kind, ids[place:stop]).reshape(grid)
-                media.append(MediaSpan(kind, range(place, stop), local.shape, _shown(tokenizers[kind], local)))
+                shown = _shown(tokenizers[kind], merged.get(place, local))
+                media.append(MediaSpan(kind, range(place, stop), local.shape, shown))
             place = stop + 1
         place = 0
     return tuple(sorted(media, key=lambda medium: medium.places.start))

@@ -164,7 +164,8 @@ class DecoderConfig:
         norm_eps: what RMSNorm adds to the mean square.
         tied: use the embedding as the output matrix, too.
         composed: id ranges whose embedding rows are composed from the rows of their digits; they end the vocabulary.
-        features: for each kind of media, the width of the continuous features that may replace its codes as inputs.
+        features: for each kind of media, the width of the continuous features that may replace its codes as inputs; of all that
+            are one token together, where the vocabulary merges them.
         encoders: kinds that enter as patches instead; the decoder's own encoder makes their features.
         qk_norm: RMSNorm on every query and key head.
         qkv_bias: biases on queries, keys and values, as in Qwen2.
@@ -207,8 +208,9 @@ class DecoderConfig:
         for kind, size in self.features.items():
             within(f"features.{kind[:40]}", size, 1, 2**16)
         for kind, encoder in self.encoders.items():
-            if encoder.width != self.features.get(kind):
-                raise InputError(f"encoders.{kind[:40]}: found width {encoder.width}, expected features of that width")
+            if not (width := self.features.get(kind)) or width % encoder.width:
+                raise InputError(f"encoders.{kind[:40]}: found width {encoder.width}, expected features of that width, or of several "
+                                 "times that width if they are merged")
         digits = sum(level for r in self.composed for level in r.levels)
         within("composed: ids times digits", sum(r.stop - r.start for r in self.composed) * digits, 0, MOST_COMPOSED)
         if self.heads % self.kv_heads:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from mmtx.errors import InputError
@@ -73,6 +74,11 @@ class MediaPart(Part):
         if self.features is not None and tuple(self.features.shape[:2]) != self.codes.shape:
             raise InputError(f"{self.kind} part: found features of shape {tuple(self.features.shape)}, expected "
                              f"({', '.join(map(str, self.codes.shape))}, D) as its codes")
+
+    @classmethod
+    def blank(cls, kind: str, grid: tuple[int, int]) -> "MediaPart":
+        """A medium whose stream is as long as that of any with this grid (h, w): codes 0, and features of width 0."""
+        return cls(kind, np.zeros(grid, np.int64), torch.empty(*grid, 0))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,9 @@ Most ids have an embedding row of their own. The embedding of a scalar quantizer
 of its digits, so that a code never seen in training has a meaning.
 """
 
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,14 +20,35 @@ from mmtx.config import DecoderConfig
 
 
 class Features(NamedTuple):
-    """Features that replace the codes of one kind of media in a batch."""
+    """Features that replace the codes of one kind of media in a batch; a token has `merge` rows and columns of them, side by side."""
 
     places: Tensor  # (n,) indices into the B*T flattened tokens
-    values: Tensor  # (n, D), or patches (n, P) for a decoder with encoders
-    grids: tuple[tuple[int, int], ...] = ()  # rows and columns of each picture or sound, in order
+    values: Tensor  # (n, D), or patches (n, P) for a decoder with encoders; merged, D and P are those of all together
+    grids: tuple[tuple[int, int], ...] = ()  # rows and columns of tokens of each picture or sound, in order
+    merge: tuple[int, int] = (1, 1)
 
     def to(self, device: torch.device) -> "Features":
         return self._replace(places=self.places.to(device), values=self.values.to(device))
+
+    def encoded(self, encoder: Callable[[Tensor, Sequence[tuple[int, int]]], Tensor]) -> Tensor:
+        """The features (n, D) that an encoder makes of patches; it sees each picture or sound as a grid of single patches."""
+        rows, columns = self.merge
+        if self.merge == (1, 1):
+            return encoder(self.values, self.grids)
+        # For each patch of the tokens, one after the other: its index in the grids, row by row.
+        order = torch.cat([index + first for index, first in zip(
+            (_merged_order(*grid, rows, columns) for grid in self.grids),
+            accumulate((h * w * rows * columns for h, w in self.grids), initial=0))])
+        there = lambda places: places.to(self.values.device, non_blocking=True)
+        patches = self.values.unflatten(1, (rows * columns, -1)).flatten(0, 1)[there(order.argsort())]
+        found = encoder(patches, [(h * rows, w * columns) for h, w in self.grids])
+        return found[there(order)].unflatten(0, (-1, rows * columns)).flatten(1)
+
+
+@lru_cache(1024)
+def _merged_order(h: int, w: int, rows: int, columns: int) -> Tensor:
+    """The patches (h*rows * w*columns,) of a grid of h x w tokens, token by token."""
+    return torch.arange(h * w * rows * columns).view(h, rows, w, columns).transpose(1, 2).flatten()
 
 
 class NewRows(nn.Module):

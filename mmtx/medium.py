@@ -98,8 +98,8 @@ class ReadMedium(BaseMedium):
 
     @property
     def blank(self) -> MediaPart:
-        """As many codes as it has, all 0, for the length of its stream without encoding it."""
-        return MediaPart(self.kind, np.zeros(self.grid, np.int64))
+        """A part as long as its own, for the length of its stream without encoding it."""
+        return MediaPart.blank(self.kind, self.grid)
 
 
 def _same(data: Any, other: Any) -> bool:

@@ -174,9 +174,8 @@ class Decoder(nn.Module):
         x = self.embedding(ids)
         for kind, given in (features or {}).items():
             if kind in self.projections:
-                values = given.values.to(self.embedding.weight.dtype)
-                if kind in self.encoders:
-                    values = self.encoders[kind](values, given.grids)
+                given = given._replace(values=given.values.to(self.embedding.weight.dtype))
+                values = given.encoded(self.encoders[kind]) if kind in self.encoders else given.values
                 values = self.projections[kind](values)
                 x = x.flatten(0, 1).index_copy(0, given.places, values.to(x.dtype)).view_as(x)
         return x

@@ -1,5 +1,6 @@
 """The folder of a model: configuration, weights, vocabulary and tokenizers, which must fit together."""
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -49,8 +50,15 @@ def read_model(folder: str | Path | None) -> ModelParts:
     for kind, width in config.features.items():
         if kind not in MODALITIES:
             raise unknown(kind, folder / CONFIG)
-        if kind not in config.encoders and width != (found := getattr(tokenizers.get(kind), "feature_width", 0)):
-            raise InputError(f"{folder}: the decoder takes features of {kind} of width {width}, but its tokenizer gives {found}")
+        encoder, merged = config.encoders.get(kind), math.prod(vocabulary.merge(kind)) if kind in vocabulary.kinds else 1
+        found = encoder.width if encoder else getattr(tokenizers.get(kind), "feature_width", 0)
+        if width != merged * found:
+            many = "" if merged == 1 else f" for each of the {merged} that its vocabulary merges"
+            raise InputError(f"{folder}: the decoder takes features of {kind} of width {width}, but its "
+                             f"{'encoder' if encoder else 'tokenizer'} gives {found}{many}")
+    for entry in vocabulary.entries:
+        if entry.merge is not None and entry.kind not in config.features:
+            raise InputError(f"{folder}: the vocabulary merges features of {entry.kind}, but the decoder takes none")
     for kind, encoder in config.encoders.items():
         if kind not in tokenizers:
             raise InputError(f"{folder}: the decoder has an encoder for {kind}, but its vocabulary has no {kind} ids")

@@ -4,13 +4,14 @@
     turn   := <user> part* <end> | <assistant> part* <end> | part*
     part   := text pieces | <image> <h:H> <w:W> H*W codes </image> | <audio> codes </audio>
 
-Media of further modalities are enclosed in their own tags, in one of these two layouts ("grid" and "steps").
+Media of further modalities are enclosed in their own tags, in one of these two layouts ("grid" and "steps"). Where the vocabulary
+merges the features of a kind, a medium of a user turn has a token for each group of neighbours, and the size that follows from that.
 
 Shapes: T tokens of a stream, D width of features.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -29,8 +30,10 @@ class Span(NamedTuple):
 
     kind: str
     start: int  # position of its first code in the stream
-    values: Tensor  # (codes, D), or patches (codes, P) for a decoder with encoders
-    grid: tuple[int, int] | None = None  # rows and columns of the codes; encoders need it
+    values: Tensor  # (tokens, D), or patches (tokens, P) for a decoder with encoders
+    grid: tuple[int, int] | None = None  # rows and columns of the tokens; encoders need it
+    merge: tuple[int, int] = (1, 1)  # rows and columns of features that are one token, see `Vocabulary.merging`
+    codes: np.ndarray | None = None  # if merged: all codes of the medium, of which the stream has one for each token
 
 
 class Rendered(NamedTuple):
@@ -61,14 +64,16 @@ def render(document: Document, vocabulary: Vocabulary) -> Rendered:
     pieces: list[Sequence[int] | np.ndarray] = [[v.bos]]
     spans: list[Span] = []
     for turn in document.turns:
-        parts = [_part(part, v) for part in turn.parts]
+        given = [_merge(part, v) if turn.role == "user" and isinstance(part, MediaPart) else part for part in turn.parts]
+        parts = [_part(part, v) for part in given]
         if turn.role is not None:
             pieces.append([v.user if turn.role == "user" else v.assistant])
             place += 1
-        for part, ids in zip(turn.parts, parts, strict=True):
+        for whole, part, ids in zip(turn.parts, given, parts, strict=True):
             if turn.role == "user" and (features := getattr(part, "features", None)) is not None:
                 first = place + (3 if v.layout(part.kind) == "grid" else 1)  # after <kind> <h> <w>, or <kind>
-                spans.append(Span(part.kind, first, features.flatten(0, 1), tuple(features.shape[:2])))
+                spans.append(Span(part.kind, first, features.flatten(0, 1), tuple(features.shape[:2]), v.merge(part.kind),
+                                  None if part is whole else whole.array))
             pieces.append(ids)
             place += len(ids)
         if turn.role is not None:
@@ -97,15 +102,13 @@ def prompt(document: Document, vocabulary: Vocabulary) -> Prompt:
 
 def gather_features(streams: Iterable[tuple[int, Sequence[Span]]]) -> dict[str, Features]:
     """(index of its first token in the flattened batch, spans) of each stream -> the features of each kind."""
-    found: dict[str, tuple[list, list, list]] = {}
+    found: dict[str, list[tuple[int, Span]]] = {}
     for start, spans in streams:
         for span in spans:
-            places, values, grids = found.setdefault(span.kind, ([], [], []))
-            places.append(torch.arange(len(span.values)) + (start + span.start))
-            values.append(span.values)
-            grids.append(span.grid)
-    return {kind: Features(torch.cat(places), torch.cat(values), tuple(grids))
-            for kind, (places, values, grids) in found.items()}
+            found.setdefault(span.kind, []).append((start, span))
+    return {kind: Features(torch.cat([torch.arange(len(span.values)) + (start + span.start) for start, span in given]),
+                           torch.cat([span.values for _, span in given]), tuple(cast(Any, span.grid) for _, span in given),
+                           given[0][1].merge) for kind, given in found.items()}
 
 
 def loss_mask(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
@@ -193,6 +196,23 @@ def code_follows(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     width = (ids >= v.width(1)) & (ids <= v.width(MAX_SIDE))
     stepped = [v.opening(kind) for kind in v.media if v.layout(kind) == "steps"]
     return np.logical_or.reduce([v.modality_of(ids) > NUMBERED.index("text"), width, *(ids == tag for tag in stepped)])
+
+
+def _merge(part: MediaPart, v: Vocabulary) -> MediaPart:
+    """A medium whose features are merged: each group of neighbours side by side, with the code of its first.
+
+    Edges are filled up by repeating the last row and column.
+    """
+    rows, columns = v.merge(part.kind)
+    if rows == columns == 1:
+        return part
+    if part.features is None:
+        raise InputError(f"{part.kind} part: found codes alone in a user turn, expected features with them: this vocabulary merges "
+                         f"{rows} x {columns} features to a token")
+    h, w = part.codes.shape
+    down, across = (torch.arange(-(-side // size) * size).clamp_max(side - 1) for side, size in ((h, rows), (w, columns)))
+    grid = part.features[down][:, across].unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).transpose(1, 2)
+    return MediaPart(part.kind, part.codes[::rows, ::columns], grid.flatten(2))
 
 
 def _part(part: Part, v: Vocabulary) -> np.ndarray:

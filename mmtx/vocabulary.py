@@ -11,8 +11,8 @@ Shape letters: V vocabulary.
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, astuple, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -45,7 +45,7 @@ NAMES = (
 class Entry:
     """The ids [start, start + size) of one tokenizer, and what other modules need to know about it."""
 
-    OPTIONAL: ClassVar = ("tags",)  # omitted from the file if the kind has its tags in NAMES
+    OPTIONAL: ClassVar = ("tags", "merge")  # omitted from the file if None
 
     kind: str
     start: int
@@ -54,6 +54,7 @@ class Entry:
     levels: tuple[int, ...] | None = None  # FSQ levels of a codec, None if it has none
     bands: int | None = None  # codes per time step in the layout "steps", None in others
     tags: tuple[int, ...] | None = None  # slots of <kind> and </kind> if NAMES has none
+    merge: tuple[int, ...] | None = None  # rows and columns of features that are one token of a user turn; None: 1 and 1
 
     @property
     def layout(self) -> Literal["pieces", "grid", "steps"]:
@@ -123,7 +124,26 @@ class Vocabulary:
         # Further modalities take slots from the end, since NAMES grows from the beginning.
         free = SLOTS - 2 * sum(entry.tags is not None for entry in self.entries)
         tags = None if kind in NUMBERED else (free - 2, free - 1)
-        return Vocabulary((*self.entries, _entry(kind, tokenizer, self.size, tags)), self.chat_format)
+        return replace(self, entries=(*self.entries, _entry(kind, tokenizer, self.size, tags)))
+
+    def merging(self, sizes: Mapping[str, Sequence[int]]) -> "Vocabulary":
+        """Return a vocabulary with other merge sizes: (rows, columns) of neighbouring features that enter as one token, by kind.
+
+        As the patch merger of Qwen2-VL (https://arxiv.org/abs/2409.12191): fewer tokens for the same picture or sound. Only media
+        of user turns are merged, since what is generated are single codes. Raises InputError for a kind without features.
+        """
+        for kind in sizes:
+            self._entry(kind)
+        entries = tuple(replace(entry, merge=None if (size := tuple(sizes.get(entry.kind, (1, 1)))) == (1, 1) else size)
+                        for entry in self.entries)
+        for entry in entries:
+            _check_merge(entry, f"merge_size.{entry.kind}")
+        return replace(self, entries=entries)
+
+    def merge(self, kind: str) -> tuple[int, int]:
+        """Rows and columns of features of `kind` that are one token of a user turn."""
+        rows, columns = self._entry(kind).merge or (1, 1)
+        return rows, columns
 
     @property
     def size(self) -> int:
@@ -327,3 +347,17 @@ def _check_entry(entry: Entry, path: str | Path) -> None:
             len(entry.tags) == 2 and len(NAMES) <= entry.tags[0] < entry.tags[1] < SLOTS):
         expected = "none" if entry.kind in NUMBERED else f"two slots from {len(NAMES)} to {SLOTS - 1}"
         raise InputError(f"{at} field 'tags' is {shown(str(entry.tags))}, expected {expected}")
+    _check_merge(entry, f"{at} field 'merge'")
+
+
+def _check_merge(entry: Entry, what: str) -> None:
+    """Raise InputError for a merge size that streams of the entry's layout cannot have."""
+    if entry.merge is None:
+        return
+    if entry.levels is None:
+        raise InputError(f"{what}: found {str([*entry.merge]):.40}, expected none: a {entry.kind} tokenizer without a quantizer of "
+                         "its own has no features")
+    columns = MAX_SIDE if entry.layout == "grid" else 1  # bands stay apart, since each step has all of them
+    if len(entry.merge) != 2 or not (1 <= entry.merge[0] <= MAX_SIDE and 1 <= entry.merge[1] <= columns):
+        raise InputError(f"{what}: found {str([*entry.merge]):.40}, expected 1 to {MAX_SIDE} rows and "
+                         f"{'1' if columns == 1 else f'1 to {columns}'} columns, such as [2, {min(2, columns)}]")

@@ -83,8 +83,8 @@ class DataSource:
         return Selection(self.select or {}, self.split or (0, 1), self.split_by or "key")
 
 
-# Options of decoder training that do not go with prepared shards, which hold the outputs of frozen encoders.
-ENCODERS = ("train_encoder", "encoders_from", "image_encoder", "image_encoder_lr")
+# Options of decoder training that do not go with prepared shards, which hold the outputs of frozen encoders one by one.
+ENCODERS = ("train_encoder", "encoders_from", "image_encoder", "image_encoder_lr", "merge_size")
 
 
 class TrainingData(NamedTuple):

@@ -16,8 +16,9 @@ from mmtx.data.sample import Codes, Media, Sample, Text
 from mmtx.data.skip_counter import MAX_BAD, SkipCounter
 from mmtx.data.tokens import Augmentation, document_of, encode_samples, load_sample, seed_of
 from mmtx.data.workers import WorkerDied, Workers
+from mmtx.document import MediaPart
 from mmtx.errors import InputError
-from mmtx.modality.base import Encoding, Tokenizer, media_tokenizer
+from mmtx.modality.base import Tokenizer, media_tokenizer
 from mmtx.sequence import Pair, Rendered, render
 from mmtx.vocabulary import Vocabulary
 
@@ -86,6 +87,10 @@ class Documents:
         """File and row of a document."""
         return self.samples[number].where
 
+    def load(self, sample: Sample) -> list[torch.Tensor]:
+        """The media of a sample, in order; a subclass may keep them in memory."""
+        return load_sample(sample, self.tokenizers)
+
     def render(self, chosen: Sequence[tuple[int, int]]) -> list[Rendered | Pair]:
         """Documents of (sample, view) pairs. All views of a sample have the same length and text, unless its prompt is dropped.
 
@@ -94,7 +99,7 @@ class Documents:
         answers = [(answer, seed_of(self.seed, self.numbers[number], view)) for number, view in chosen
                    for answer in _answers(self.samples[number], self.pairs)]
         samples, seeds = [_drop(answer, seed) for answer, seed in answers], [seed for _, seed in answers]
-        media = [load_sample(sample, self.tokenizers) for sample in samples]
+        media = [self.load(sample) for sample in samples]
         documents = encode_samples(samples, media, self.tokenizers, self.augmentation, seeds, self.patches, codes=False)
         rendered = [render(document, self.vocabulary) for document in documents]
         found: list[Rendered | Pair] = [*map(Pair, rendered[::2], rendered[1::2])] if self.pairs else [*rendered]
@@ -183,9 +188,9 @@ def _blank(sample: Sample, measure: Measure, digest: Any) -> Rendered:
                 digest.update(part.data)
     media = load_sample(sample, measure.tokenizers, digest)
     kinds = [part.kind for turn in sample.turns for part in turn.parts if isinstance(part, Media)]
-    blank = {kind: iter([Encoding(np.zeros(media_tokenizer(measure.tokenizers, kind).grid(tensor), int), None)
-                         for k, tensor in zip(kinds, media, strict=True) if k == kind]) for kind in set(kinds)}
-    return render(document_of(sample, measure.tokenizers, blank), measure.vocabulary)
+    blank = iter([MediaPart.blank(kind, media_tokenizer(measure.tokenizers, kind).grid(tensor))
+                  for kind, tensor in zip(kinds, media, strict=True)])
+    return render(document_of(sample, measure.tokenizers, lambda _: next(blank)), measure.vocabulary)
 
 
 def _drop(sample: Sample, seed: int) -> Sample:

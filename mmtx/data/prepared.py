@@ -299,6 +299,9 @@ class Prepared:
             if entry.start != made.start:
                 raise InputError(f"{self.path}: its {kind} ids begin at {made.start}, those of this run at "
                                  f"{entry.start}; expected the same tokenizers of all kinds")
+            if kind in facts.media and entry.merge is not None:
+                raise InputError(f"merge_size.{kind}: {self.path} is prepared, with a token for each feature; expected none, or the "
+                                 "media themselves")
         for name in ("select", "split"):
             if getattr(source, name) is not None:
                 raise InputError(f"{name}: {self.path} is prepared, its samples have no fields; expected none, or a folder "

@@ -1,6 +1,6 @@
 """Samples to documents of tokens: reads, augments and encodes their media."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -13,7 +13,7 @@ from mmtx.data.skip_counter import SkipCounter
 from mmtx.data.storage import FileSource
 from mmtx.document import Document, MediaPart, Part, TextPart, Turn
 from mmtx.errors import InputError
-from mmtx.modality.base import Encoding, Tokenizer, check_codes, media_tokenizer
+from mmtx.modality.base import Tokenizer, check_codes, media_tokenizer
 from mmtx.modality.registry import MODALITIES
 
 ENCODE_AT_ONCE = 256  # samples whose media are in memory together
@@ -128,17 +128,17 @@ def encode_samples(samples, loaded, tokenizers, augmentation: Augmentation, seed
     found = {(kind, coded): iter(tokenizers[kind].embed_batch(queue, kind in patches, coded))
              for (kind, coded), queue in queues.items()}
     encodings = {kind: iter([next(found[kind, coded]) for coded in order]) for kind, order in orders.items()}
-    return [document_of(sample, tokenizers, encodings) for sample in samples]
+    return [document_of(sample, tokenizers, lambda kind: MediaPart(kind, *next(encodings[kind]))) for sample in samples]
 
 
-def document_of(sample: Sample, tokenizers: Mapping[str, Tokenizer], encodings: Mapping[str, Iterator[Encoding]]) -> Document:
-    """A sample as a document; each medium takes the next encoding of its kind."""
+def document_of(sample: Sample, tokenizers: Mapping[str, Tokenizer], medium: Callable[[str], MediaPart]) -> Document:
+    """A sample as a document; each medium, in order, is what `medium` returns for its kind."""
     def part_of(part) -> Part:
         if isinstance(part, Text):
             return TextPart(tokenizers["text"].encode(part.text))
         if isinstance(part, Codes):
             return _coded(part, tokenizers, sample.where)
-        return MediaPart(part.kind, *next(encodings[part.kind]))
+        return medium(part.kind)
 
     return Document(tuple(Turn(turn.role, tuple(map(part_of, turn.parts))) for turn in sample.turns))
 

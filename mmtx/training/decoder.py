@@ -81,6 +81,7 @@ class DecoderModule(TrainingModule):
         mup_base_width: int | None = None,
         ctc: CTCConfig | None = None,
         dpo: DPOConfig | None = None,
+        merge_size: dict[str, tuple[int, int]] | None = None,
     ):
         """
         Args:
@@ -89,6 +90,8 @@ class DecoderModule(TrainingModule):
             z_loss: weight of the squared log-sum-exp of the logits, which keeps them from drifting.
             continuous_inputs: feed pictures and sounds of user turns as features, which their encoder computes before the
                 quantizer, instead of codes. Generated media consist of codes either way.
+            merge_size: with `continuous_inputs`, how many neighbouring features are one token, by kind: rows and columns, such as
+                `{image: [2, 2], audio: [4, 1]}`, which needs a quarter of the tokens. A model in `init_from` may be one without.
             train_encoder: with `continuous_inputs`, give the decoder encoders of its own, trained jointly: copies of the codecs',
                 or those of the model in `init_from`. The tokenizers, and so all codes, do not change.
             encoders_from: folder of a finished model whose encoders, of any size, to start from: those trained with a small
@@ -129,10 +132,14 @@ class DecoderModule(TrainingModule):
         self.lora, self.gradient_checkpointing, self.mup_base_width = lora, gradient_checkpointing, mup_base_width
         self.tokenizers = None if tokenizers is None else tokenizers.load()
         self.config, self.optimizer_config, self.image_encoder_lr = decoder, optimizer, image_encoder_lr
-        self.continuous_inputs, self.train_encoder = continuous_inputs, train_encoder  # which determine what the data give
+        # These determine what the data give.
+        self.continuous_inputs, self.train_encoder, self.merge_size = continuous_inputs, train_encoder, dict(merge_size or {})
         self.z_loss, self.ctc, self.dpo, self.weights_by_kind = z_loss, ctc, dpo, asdict(loss_weights)
         self.decoder: Decoder | None = None
         self.begun: InitialDecoder | None = None  # what a finished run began with
+        if merge_size and not continuous_inputs:
+            raise InputError("merge_size: found one with continuous_inputs: false, expected continuous_inputs: true, since codes "
+                             "cannot be merged")
         if train_encoder and not continuous_inputs:
             raise InputError("train_encoder: found true with continuous_inputs: false, expected continuous_inputs: true, since "
                              "codes need no encoder")
@@ -167,7 +174,7 @@ class DecoderModule(TrainingModule):
             raise InputError("image_encoder_lr: found one, expected none: there is no tokenizer of pictures")
         config = replace(self.config, vocabulary_size=vocabulary.size, ctc_blocks=None if self.ctc is None else self.ctc.blocks,
                          composed=tuple(CodeRange(vocabulary.range(kind).start, found) for kind, found in levels.items()))
-        self.decoder = self.initial.build(config, self.tokenizers, self._announce)
+        self.decoder = self.initial.build(config, self.tokenizers, vocabulary, self._announce)
         self.config = self.decoder.config
         self.decoder.gradient_checkpointing = self.gradient_checkpointing
         if self.lora is not None:
@@ -177,7 +184,8 @@ class DecoderModule(TrainingModule):
         if self.dpo is not None:
             if self.device_mesh is not None:
                 raise InputError("trainer.strategy: found sharded with dpo, expected another")
-            start = self.decoder if self.begun is None else self.begun.build(config, self.tokenizers, lambda _: None)
+            start = self.decoder if self.begun is None else self.begun.build(config, self.tokenizers, vocabulary,
+                                                                                                 lambda _: None)
             self.reference = [reference_of(start)]  # in a list, so that checkpoints and optimizers leave it out
         if self.device_mesh is not None:
             shard(self.decoder, self.device_mesh["data_parallel"])
@@ -192,7 +200,7 @@ class DecoderModule(TrainingModule):
             raise InputError(f"model.init_args.tokenizers: found others ({', '.join(found)}) than those of the data "
                              f"({', '.join(expected)}), expected the same or none")
         self.tokenizers = theirs if self.tokenizers is None else self.tokenizers
-        self.vocabulary = Vocabulary.build(self.tokenizers)
+        self.vocabulary = Vocabulary.build(self.tokenizers).merging(self.merge_size)
 
     def restore(self, folder: Path) -> None:
         """Load the finished model in a folder when the decoder is built; it must match this configuration and its tokenizers."""

@@ -78,7 +78,9 @@ class DecoderData(SourceData):
         self.vocabulary = Vocabulary.build(self.tokenizers)
 
     def setup(self, stage: str) -> None:
-        takes = tuple(map(self._takes, ("continuous_inputs", "train_encoder", "dpo")))
+        merge_size = getattr(self.loop.module, "merge_size", {})
+        self.vocabulary = self.vocabulary.merging(merge_size)
+        takes = (*map(self._takes, ("continuous_inputs", "train_encoder", "dpo")), merge_size)
         if takes != getattr(self, "read_for", takes):  # it was read for another decoder, or before there was one
             for name in ("train_documents", "validation_documents", "test_documents"):
                 self.__dict__.pop(name, None)

@@ -1,11 +1,12 @@
 """The decoder with which a training begins: a finished model, or a new one, with encoders that may have been trained elsewhere."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmtx.config import DecoderConfig, EfficientNetConfig, EncoderConfig
 from mmtx.errors import InputError
@@ -19,6 +20,7 @@ from mmtx.model_folder import WEIGHTS, ModelParts, read_model
 from mmtx.training.memory import releasing_memory
 from mmtx.training.mup import rescale
 from mmtx.training.quantize import quantize_layer
+from mmtx.vocabulary import Vocabulary
 from mmtx.weights import load_module
 
 
@@ -52,13 +54,15 @@ class InitialDecoder:
         self.init_from = self.finished = folder
         self.encoders_from = self.image_encoder = None
 
-    def build(self, config: DecoderConfig, tokenizers: Mapping[str, Tokenizer], announce: Callable[[str], None]) -> Decoder:
+    def build(self, config: DecoderConfig, tokenizers: Mapping[str, Tokenizer], vocabulary: Vocabulary,
+              announce: Callable[[str], None]) -> Decoder:
         """The decoder, whose configuration also has its features and encoders; `announce` is told of an encoder that is replaced."""
         codecs = {kind: media_tokenizer(tokenizers, kind) for kind, tokenizer in tokenizers.items() if tokenizer.levels}
         before = None if self.init_from is None else read_model(self.init_from)
         trained = self._trained_encoders(codecs) if self.train_encoder else {}
         encoders = _encoder_configs(codecs, trained, before) if self.train_encoder else {}
-        widths = {kind: encoders[kind].width if encoders else codec.feature_width for kind, codec in codecs.items()}
+        widths = {kind: math.prod(vocabulary.merge(kind)) * (encoders[kind].width if encoders else codec.feature_width)
+                  for kind, codec in codecs.items()}
         config = replace(config, features=widths if self.continuous_inputs else {}, encoders=encoders)
         if before is None:
             decoder = Decoder(config, build_encoder)
@@ -66,11 +70,11 @@ class InitialDecoder:
             if self.mup_base_width is not None:
                 rescale(decoder, self.mup_base_width)
         else:
-            decoder = self._adopt(before, config, tokenizers, announce)
+            decoder = self._adopt(before, config, tokenizers, vocabulary, announce)
         for kind, encoder in trained.items():
             decoder.encoders[kind].load_state_dict(encoder.weights)
-            if encoder.projection and len(encoder.projection["bias"]) == config.width:
-                decoder.projections[kind].load_state_dict(encoder.projection)
+            if encoder.projection and (fitting := _repeated(encoder.projection, cast(nn.Linear, decoder.projections[kind]))):
+                decoder.projections[kind].load_state_dict(fitting)
         return decoder
 
     def _trained_encoders(self, codecs: Mapping[str, MediaTokenizer]) -> dict[str, PretrainedEncoder]:
@@ -88,7 +92,15 @@ class InitialDecoder:
                       for kind, encoder in encoders_of(read_model(self.encoders_from), others, "encoders_from").items()}
         return found
 
-    def _adopt(self, model: ModelParts, config: DecoderConfig, tokenizers: Mapping[str, Tokenizer],
+    def _merges(self, kind: str, model: ModelParts, vocabulary: Vocabulary) -> bool:
+        """Whether features of `kind` are merged from now on. Raises InputError if the model has merged others already."""
+        before = model.vocabulary.merge(kind) if kind in model.vocabulary.kinds else (1, 1)
+        now = vocabulary.merge(kind)
+        if now != before and (self.finished or before != (1, 1)):
+            raise InputError(f"{self.finished or 'init_from'}: found merge_size {list(before)} of {kind}, expected {list(now)}")
+        return now != before
+
+    def _adopt(self, model: ModelParts, config: DecoderConfig, tokenizers: Mapping[str, Tokenizer], vocabulary: Vocabulary,
                announce: Callable[[str], None]) -> Decoder:
         """The decoder of a finished model, in the precision of the run; with `load_in_4bit`, each layer is quantized once read."""
         where = self.finished or "init_from"
@@ -100,9 +112,11 @@ class InitialDecoder:
         # the features that it has learnt to read.
         added = {name for name in ("features", "encoders") if wanted[name] and not given[name] and self.finished is None}
         free = added if self.finished else {*added, "ctc_blocks"}  # which has no weights
+        merged = set() if added else {kind for kind in wanted["features"] if self._merges(kind, model, vocabulary)} - new
         for name, value in wanted.items():
             if name in ("features", "encoders") and name not in free:
-                alike = all(given[name].get(kind) == value.get(kind) for kind in {*given[name], *value} - new)
+                others = {*given[name], *value} - new - (merged if name == "features" else set())
+                alike = all(given[name].get(kind) == value.get(kind) for kind in others)
             else:
                 alike = given[name] == value or name in free
             if not alike:
@@ -121,10 +135,22 @@ class InitialDecoder:
         decoder.projections.update({kind: nn.Linear(config.features[kind], config.width) for kind in sorted(blank)})
         for kind in sorted(blank):
             initialise(decoder.projections[kind], config.depth)
+        for kind in merged:
+            before, after = decoder.projections[kind], nn.Linear(config.features[kind], config.width)
+            after.load_state_dict(cast(dict, _repeated(before.state_dict(), after)))
+            decoder.projections[kind] = after
         fresh = {*config.encoders} if "encoders" in added else new
         decoder.encoders.update({kind: build_encoder(config.encoders[kind]) for kind in sorted(fresh)})
         _copy_encoders(decoder, tokenizers, sorted(fresh))
         return decoder
+
+
+def _repeated(projection: Mapping[str, Tensor], layer: nn.Linear) -> dict[str, Tensor] | None:
+    """The weights of a projection for a layer whose input is several features side by side: their mean is projected. None: no fit."""
+    (rows, columns), times = projection["weight"].shape, layer.in_features // projection["weight"].shape[1]
+    if (rows, columns * times) != (layer.out_features, layer.in_features):
+        return None
+    return {"weight": projection["weight"].repeat(1, times) / times, "bias": projection["bias"]}
 
 
 def _encoder_configs(codecs: Mapping[str, MediaTokenizer], trained: Mapping[str, PretrainedEncoder],
