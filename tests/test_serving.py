@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ from starlette.testclient import TestClient
 
 import mmtx
 from mmtx.cli import main
+from mmtx.commands.serve import _name
 from mmtx.config import DecoderConfig
 from mmtx.document import Document, Turn
 from mmtx.errors import InputError
@@ -542,7 +544,7 @@ def test_a_picture_needs_room_for_all_of_its_codes(model, size):
     cells = (config.side ** 2 if size == "auto" else 32 * 16) // config.patch ** 2
     length, status, told = len(model.processor.prompt("a red circle").ids), {}, {}
     for spare in (-1, 0):  # <image>, rows, columns, codes, </image>, <end>
-        app = make_app(model, NAME, Limits(tokens=length + cells + 5 + spare))
+        app = make_app({NAME: model}, Limits(tokens=length + cells + 5 + spare))
         with TestClient(app, base_url="http://127.0.0.1") as client:
             answer = client.post("/v1/images/generations", json={"model": NAME, "prompt": "a red circle", "size": size})
         status[spare], told[spare] = answer.status_code, answer.json()
@@ -637,7 +639,7 @@ def test_a_model_without_sounds_says_so(tokenizers):
     v = Vocabulary.build({"text": tokenizers["text"]})
     model = mmtx.Model(Decoder(DecoderConfig(v.size, width=32, depth=1, heads=2, kv_heads=2, head_dim=16, mlp_dim=32)), v,
                        {"text": tokenizers["text"]}).to("cpu")
-    with TestClient(make_app(model, NAME, loopback=False)) as client:
+    with TestClient(make_app({NAME: model}, loopback=False)) as client:
         answer = client.post("/v1/audio/speech", json={"model": NAME, "input": "a", "voice": "any"})
         assert answer.status_code == 400, answer.text
         assert "found audio, but this model has tokenizers for text only" in answer.json()["error"]["message"]
@@ -649,7 +651,7 @@ def test_models_and_health(server):
 
 
 def test_a_name_may_have_a_slash(model):
-    with TestClient(make_app(model, "org/model"), base_url="http://127.0.0.1") as client:
+    with TestClient(make_app({"org/model": model}), base_url="http://127.0.0.1") as client:
         for path in ("org/model", "org%2Fmodel"):
             assert client.get(f"/v1/models/{path}").json()["id"] == "org/model"
         assert client.get("/v1/models/org").status_code == 404
@@ -891,7 +893,7 @@ def test_head_is_answered_as_get_without_a_body(server, path, status):
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_error_of_ours_is_told_as_one_and_counted(model, monkeypatch, caplog, stream):
     """In the log stands what happened; the caller learns nothing of it."""
-    server = uvicorn.Server(uvicorn.Config(make_app(mmtx.load(model.folder, "cpu"), NAME), port=0, log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(make_app({NAME: mmtx.load(model.folder, "cpu")}), port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
 
     def broken(*given):
@@ -1158,7 +1160,7 @@ def test_who_does_not_read_an_answer_loses_the_place(model, monkeypatch):
     """The buffers of a connection hold megabytes, so the sender is one that waits from the first piece on."""
     monkeypatch.setattr("mmtx.serving.limits.UNREAD", 0.1)
     body = json.dumps({"model": NAME, "stream": True, "max_tokens": 64, "messages": [{"role": "user", "content": "a"}]}).encode()
-    app, left = make_app(model, NAME, Limits(timeout=0.2), loopback=False), [{"type": "http.request", "body": body}]
+    app, left = make_app({NAME: model}, Limits(timeout=0.2), loopback=False), [{"type": "http.request", "body": body}]
     scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"", "headers": []}
 
     async def receive() -> dict:
@@ -1173,7 +1175,7 @@ def test_who_does_not_read_an_answer_loses_the_place(model, monkeypatch):
             ended, _ = await asyncio.wait({asyncio.ensure_future(app(scope, receive, send))}, timeout=20)
             assert ended
             async with asyncio.timeout(20):
-                while app.state.service.batches.running:
+                while app.state.server.services[NAME].batches.running:
                     await asyncio.sleep(0.02)
 
     asyncio.run(ask())
@@ -1279,8 +1281,8 @@ def test_time_runs_while_a_prompt_waits(model, media, monkeypatch):
 
 
 def test_all_that_a_request_waits_for_shares_its_time(model):
-    app = make_app(model, NAME, Limits(timeout=0.5))
-    app.state.service.embed = lambda document: time.sleep(0.2) or np.zeros(2, np.float32)
+    app = make_app({NAME: model}, Limits(timeout=0.5))
+    app.state.server.services[NAME].embed = lambda document: time.sleep(0.2) or np.zeros(2, np.float32)
     with TestClient(app, base_url="http://127.0.0.1") as client:
         status = {count: client.post("/v1/embeddings", json={"model": NAME, "input": ["a"] * count}).status_code for count in (1, 8)}
     assert status == {1: 200, 8: 504}
@@ -1339,7 +1341,7 @@ def test_an_address_with_colons_is_shown_in_brackets(model, monkeypatch, capsys)
     monkeypatch.setattr("uvicorn.Server.run", lambda server, sockets: sockets[0].close() or served.append(server.config))
     served = []
     try:
-        serve(model, NAME, "::1", 0, Limits(), None)
+        serve(make_app({NAME: model}), "::1", 0)
     except InputError:
         pytest.skip("this machine has no IPv6")
     assert re.fullmatch(rf"{NAME} answers at http://\[::1\]:\d+/v1\n", capsys.readouterr().out)
@@ -1351,3 +1353,105 @@ def test_a_port_that_is_taken_is_a_mistake_of_one_line(server, model):
                           capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.returncode == 2 and done.stderr.startswith(f"mmtx: error: 127.0.0.1:{server.port}: cannot listen on this address")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def shipped_server():
+    """`mmtx serve` without a model, for pages of one other origin."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment.pop("MMTX_API_KEY", None)
+    process = subprocess.Popen([sys.executable, "-m", "mmtx", "serve", "--device", "cpu", "--port", "0", "--allowed_origins",
+                                "https://page.example"], stdout=subprocess.PIPE, text=True, env=environment)
+    signal.signal(signal.SIGALRM, lambda *_: process.kill())
+    signal.alarm(START)
+    line = process.stdout.readline()
+    signal.alarm(0)
+    found = re.fullmatch(r"starter, generate, speech, prose answer at (http://127\.0\.0\.1:\d+/v1)\n", line)
+    assert found, line
+    yield openai.OpenAI(base_url=found[1], api_key="none", max_retries=0, timeout=60)
+    process.terminate()
+    process.wait(30)
+
+
+def test_without_a_model_each_route_has_one_that_was_trained_for_it(shipped_server):
+    client = shipped_server
+    assert [model.id for model in client.models.list()] == ["starter", "generate", "speech", "prose"]
+    drawn = client.images.generate(model="generate", prompt="red apple", extra_body={"temperature": 0.3, "seed": 0})
+    expected = mmtx.load(ROOT / "demos" / "generate", "cpu").generate("red apple", "image", temperature=0.3, seed=0)
+    assert np.array_equal(Image.open(io.BytesIO(base64.b64decode(drawn.data[0].b64_json))), expected)
+    for model, call in (
+            ("starter", lambda model: client.images.generate(model=model, prompt="red apple")),
+            ("starter", lambda model: client.audio.speech.create(model=model, input="violin, C 5", voice="none")),
+            ("starter", lambda model: client.completions.create(model=model, prompt="She was very")),
+            ("prose", lambda model: client.chat.completions.create(model=model, messages=[{"role": "user", "content": "a"}]))):
+        with pytest.raises(openai.BadRequestError, match=f"found '{model}', which was not trained for this route, expected '"):
+            call(model)
+    with pytest.raises(openai.NotFoundError, match="found 'tiny', expected 'starter' or 'generate' or 'speech' or 'prose'"):
+        client.models.retrieve("tiny")
+    said = client.completions.create(model="prose", prompt="She was very", max_tokens=8, temperature=0)
+    assert said.model == "prose" and [said.choices[0].text] == mmtx.load(ROOT / "demos" / "prose", "cpu").generate(
+        "She was very", "document", max_new_tokens=8)
+
+
+def test_only_pages_of_allowed_origins_may_call(shipped_server):
+    def ask(method: str, origin: str, kind: str = "application/json", **headers: str):
+        request = urllib.request.Request(f"{shipped_server.base_url}models" if method == "GET" else
+                                         f"{shipped_server.base_url}audio/transcriptions", method=method,
+                                         data=b"" if method == "POST" else None)
+        for name, value in {"Origin": origin, "Content-Type": kind, **headers}.items():
+            request.add_header(name, value)
+        try:
+            return urllib.request.urlopen(request, timeout=30)
+        except urllib.error.HTTPError as error:
+            return error
+
+    assert ask("GET", "https://page.example").headers["access-control-allow-origin"] == "https://page.example"
+    assert ask("GET", "https://other.example").headers["access-control-allow-origin"] is None
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    allowed, refused = (ask("OPTIONS", f"https://{name}.example", **asked) for name in ("page", "other"))
+    assert allowed.status == 200 and "authorization" in allowed.headers["access-control-allow-headers"]
+    assert refused.status == 400 and refused.headers["access-control-allow-origin"] is None
+    form = "multipart/form-data; boundary=x"
+    assert [ask("POST", f"https://{name}.example", form).status for name in ("page", "other")] == [400, 403]
+
+
+def test_a_preflight_needs_no_key(model):
+    with TestClient(make_app({NAME: model}, key="secret", origins=["https://page.example"]), base_url="http://127.0.0.1") as client:
+        asked = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
+        assert client.options("/v1/chat/completions", headers=asked).status_code == 200
+        answer = client.post("/v1/chat/completions", json={}, headers=asked)
+        assert answer.status_code == 401 and answer.headers["access-control-allow-origin"] == "https://page.example"
+
+
+def test_the_model_of_a_run_is_named_after_the_run():
+    assert [_name(path) for path in ("runs/quickstart/model", "demos/starter", "/model", "org/name")] == [
+        "quickstart", "starter", "model", "name"]
+
+
+@pytest.fixture
+def app_of(monkeypatch):
+    """The application that `mmtx serve` or `mmtx demo` with these arguments would serve."""
+    def started(*arguments: str):
+        apps: list = []
+        monkeypatch.setattr("mmtx.serving.app.serve", lambda app, host, port: apps.append(app))
+        main([*arguments, "--device", "cpu"])
+        return TestClient(apps[0], base_url="http://127.0.0.1")
+
+    return started
+
+
+@pytest.mark.slow
+def test_the_shipped_model_by_another_name_has_its_routes_only(app_of):
+    with app_of("serve", "--name", "mine") as client:
+        assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["mine"]
+        answer = client.post("/v1/images/generations", json={"model": "mine", "prompt": "red apple"})
+        assert answer.status_code == 400 and "was not trained for this route" in answer.json()["error"]["message"]
+        assert client.post("/v1/embeddings", json={"model": "mine", "input": "a"}).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["speech", "generate"])
+def test_a_model_of_ones_own_may_have_a_shipped_name(app_of, model, name):
+    with app_of("demo", "--model", str(model.folder), "--name", name) as client:
+        assert [model["id"] for model in client.get("/v1/models").json()["data"]] == [name]
+        made = {"model": name, "out": "image", "content": [{"type": "text", "text": "a"}]}
+        assert client.post("/demo/make", json=made).status_code == 200

@@ -26,7 +26,7 @@ def prose():
 
 @pytest.fixture(scope="module")
 def client(prose):
-    with TestClient(make_app(prose, "prose"), base_url="http://127.0.0.1") as client:
+    with TestClient(make_app({"prose": prose}), base_url="http://127.0.0.1") as client:
         yield client
 
 

@@ -278,7 +278,7 @@ def test_the_command_with_a_model_of_captions_is_one_line(tmp_path, capsys):
 
 def test_the_server_transcribes_and_captions_where_a_request_says_how_to_choose(model):
     medium = mmtx.Audio(wav(0.9, 5))
-    with TestClient(make_app(model, "tiny", Limits(tokens=400)), base_url="http://127.0.0.1") as client:
+    with TestClient(make_app({"tiny": model}, Limits(tokens=400)), base_url="http://127.0.0.1") as client:
         ask = lambda **more: client.post("/v1/audio/transcriptions", files={"file": ("a.wav", medium.data)}, data={"model": "tiny", **more})
         assert ask().json() == {"text": model.transcribe(medium)}
         assert ask(response_format="text").text == model.transcribe(medium)
@@ -292,7 +292,7 @@ def test_the_server_transcribes_and_captions_where_a_request_says_how_to_choose(
 def test_a_transcript_needs_no_room_for_the_whole_sound(model):
     """Which is cut into pieces; a caption reads all of it at once."""
     medium = mmtx.Audio(wav(9.0, 5))
-    with TestClient(make_app(model, "tiny", Limits(tokens=400, seconds=10)), base_url="http://127.0.0.1") as client:
+    with TestClient(make_app({"tiny": model}, Limits(tokens=400, seconds=10)), base_url="http://127.0.0.1") as client:
         ask = lambda data, **more: client.post("/v1/audio/transcriptions", files={"file": ("a.wav", data)}, data={"model": "tiny", **more})
         assert ask(medium.data).json() == {"text": model.transcribe(medium)}
         captioned = ask(medium.data, max_tokens="1")
@@ -305,7 +305,7 @@ def test_a_transcript_needs_no_room_for_the_whole_sound(model):
 def test_a_transcript_that_takes_too_long_is_refused_in_time(model, route, monkeypatch):
     over = threading.Event()
     monkeypatch.setattr(type(model), "transcribe", lambda *given: over.wait(60) and "late")
-    app = make_app(model, "tiny", Limits(timeout=2))
+    app = make_app({"tiny": model}, Limits(timeout=2))
     add_page(app)
     if route.startswith("/v1"):
         given: dict = {"files": {"file": ("a.wav", wav(0.9))}, "data": {"model": "tiny"}}

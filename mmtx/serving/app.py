@@ -7,9 +7,10 @@ import json
 import socket
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 from PIL.Image import Image
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from mmtx.ambient import one_thread
 from mmtx.document import Document, Turn
@@ -31,7 +33,7 @@ from mmtx.sequence import prompt
 from mmtx.serving import messages as api
 from mmtx.serving.batches import BatchScheduler, Job
 from mmtx.serving.choices import Choice, Piece, Scored, completion_logprobs, read_prompt
-from mmtx.serving.limits import DEADLINE, LOOPBACK, Limits, LimitsMiddleware, Refused, TimedHeaders, as_refused, in_time
+from mmtx.serving.limits import DEADLINE, Limits, LimitsMiddleware, Refused, TimedHeaders, as_refused, in_time
 from mmtx.serving.sounds import MEDIA_TYPES, encoded, in_thread
 from mmtx.vocabulary import MAX_SIDE
 
@@ -54,31 +56,59 @@ class Metrics:
         self.batch_size = Histogram("mmtx_batch_size", "prompts that were decoded together", buckets=(1, 2, 4, 8, 16, 32), **made)
 
 
-class Service:
-    """A model with the threads that serve it, for the lifetime of the application."""
+class Server:
+    """The models that are served, by name, and what they share, for the lifetime of the application.
 
-    batches: BatchScheduler
+    `learned` names the routes, by their last word, that a model was trained for; others are refused rather than answered with noise.
+    """
 
-    def __init__(self, model: Model, name: str, limits: Limits):
-        self.model, self.name, self.limits, self.metrics = model, name, limits, Metrics()
+    def __init__(self, models: Mapping[str, Model], limits: Limits, learned: Mapping[str, Collection[str]]):
+        self.limits, self.metrics, self.learned = limits, Metrics(), learned
         self.media_threads = ThreadPoolExecutor(MEDIA_THREADS, "media", one_thread)
         self.speech_threads = ThreadPoolExecutor(limits.requests, "speech", one_thread)  # each waits for the codes of one sound
+        self.services = {name: Service(self, name, model) for name, model in models.items()}
         self.created = int(time.time())
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        self.batches = BatchScheduler(self.model, self.metrics.batch_size.observe)
-        self.metrics.running.set_function(lambda: len(self.batches.running))
+        services = self.services.values()
+        for service in services:
+            service.batches = BatchScheduler(service.model, self.metrics.batch_size.observe)
+        self.metrics.running.set_function(lambda: sum(len(service.batches.running) for service in services))
         yield
-        await self.batches.close()
+        for service in services:
+            await service.batches.close()
         for threads in (self.media_threads, self.speech_threads):
             await asyncio.to_thread(threads.shutdown)
+
+    def find(self, model: str, route: str | None = None) -> "Service":
+        """The model that a request asks for. Raises Refused if it is not served, or was not trained for the route."""
+        if model not in self.services:
+            raise Refused(404, f"model: found {model[:100]!r}, expected {_either(self.services)}", "model_not_found", "model")
+        able = [name for name in self.services if route is None or route in self.learned.get(name, (route,))]
+        if model not in able:
+            raise Refused(400, f"model: found {model!r}, which was not trained for this route, expected {_either(able)}",
+                          "invalid_value", "model")
+        return self.services[model]
+
+
+def _either(names: Iterable[str]) -> str:
+    return " or ".join(map(repr, names))
+
+
+class Service:
+    """A model that is served."""
+
+    batches: BatchScheduler
+
+    def __init__(self, server: Server, name: str, model: Model):
+        self.server, self.name, self.model, self.limits, self.metrics = server, name, model, server.limits, server.metrics
 
     async def read(self, work: Callable[..., Any], *given: Any) -> Any:
         """Run `work` in a reader thread; meanwhile batches wait a moment for the job that may come of it."""
         self.batches.arriving += 1
         try:
-            return await self.run(self.media_threads, work, *given)
+            return await self.run(self.server.media_threads, work, *given)
         finally:
             self.batches.arriving -= 1
 
@@ -86,11 +116,6 @@ class Service:
         """Run `work` in a thread. If the caller leaves, it runs to its end if it has started, and never starts if it has not."""
         async with in_time(self.deadline()):
             return await asyncio.get_running_loop().run_in_executor(threads, work, *given)
-
-    def check(self, model: str) -> None:
-        """Raises Refused if a request asks for another model."""
-        if model != self.name:
-            raise Refused(404, f"model: found {model[:100]!r}, expected {self.name!r}", "model_not_found", "model")
 
     def deadline(self) -> float:
         """The deadline of the current request, in the event loop's time."""
@@ -180,9 +205,10 @@ class Answer:
         return {read: self.length, written: count, "total_tokens": self.length + count}
 
 
-def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None = None, loopback: bool = True) -> FastAPI:
-    """The ASGI application, which serves one model."""
-    service = Service(model, name, limits)
+def make_app(models: Mapping[str, Model], limits: Limits = Limits(), key: str | None = None, loopback: bool = True,
+             learned: Mapping[str, Collection[str]] = MappingProxyType({}), origins: Sequence[str] = ()) -> FastAPI:
+    """The ASGI application, which serves models by name; `learned` as in `Server`, `origins` are those of pages that may call it."""
+    server = Server(models, limits, learned)
 
     async def reraise(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException) and error.status_code == 404 and not isinstance(error, Refused):
@@ -190,19 +216,20 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
                           "/v1/chat/completions; for most clients the base URL ends in /v1", "unknown_url")
         raise error
 
-    app = FastAPI(title="mmtx", lifespan=service.lifespan, docs_url=None, redoc_url=None, openapi_url=None,
+    app = FastAPI(title="mmtx", lifespan=server.lifespan, docs_url=None, redoc_url=None, openapi_url=None,
                   exception_handlers={RequestValidationError: reraise, HTTPException: reraise})
-    app.state.service = service
-    app.add_middleware(LimitsMiddleware, limits=limits, key=key, loopback=loopback, metrics=service.metrics)
+    app.state.server = server
+    app.add_middleware(LimitsMiddleware, limits=limits, key=key, loopback=loopback, metrics=server.metrics, origins=origins)
+    if origins:
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
 
-    async def read(body: api.RequestBody, content: Sequence[api.Item], where: str, role: str | None = "user") -> Document:
-        service.check(body.model)
-        return Document((Turn(role, await service.read(api.read_parts, model, content, limits, where)),))
+    async def read(service: Service, content: Sequence[api.Item], where: str, role: str | None = "user") -> Document:
+        return Document((Turn(role, await service.read(api.read_parts, service.model, content, limits, where)),))
 
     async def written(answer: Answer, body: api.TextBody, kind: str, text_of: Callable[[str, bool], dict],
                       logprobs_of: Callable[[Scored], dict]) -> Any:
         """Text as one object or as events, in the form of a route; `text_of` also gets whether a piece is the first of its choice."""
-        head = {"id": f"{kind[:4]}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": name}
+        head = {"id": f"{kind[:4]}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": body.model}
 
         def shown(piece: Piece, first: bool = True) -> dict:
             scored = answer.top_logprobs is not None and (piece.scored or not body.stream)
@@ -234,23 +261,22 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
 
     @app.get("/metrics")
     async def metrics() -> PlainTextResponse:
-        return PlainTextResponse(generate_latest(service.metrics.registry))
+        return PlainTextResponse(generate_latest(server.metrics.registry))
 
     @app.get("/v1/models")
-    async def models() -> dict:
-        return {"object": "list", "data": [await retrieve_model(name)]}
+    async def list_models() -> dict:
+        return {"object": "list", "data": [await retrieve_model(name) for name in models]}
 
     @app.get("/v1/models/{asked_for:path}")  # a name may have a slash; /metrics shows this path
     async def retrieve_model(asked_for: str) -> dict:
-        service.check(asked_for)
-        return {"id": name, "object": "model", "created": service.created, "owned_by": "mmtx"}
+        return {"id": server.find(asked_for).name, "object": "model", "created": server.created, "owned_by": "mmtx"}
 
     @app.post("/v1/chat/completions")
     async def chat(body: api.ChatBody):
-        service.check(body.model)
+        service = server.find(body.model, "chat")
         if body.top_logprobs and not body.logprobs:
             raise Refused(400, "top_logprobs: found without logprobs, expected logprobs: true", "invalid_value", "top_logprobs")
-        document = await service.read(api.read_document, model, body.messages, limits)
+        document = await service.read(api.read_document, service.model, body.messages, limits)
         answer = Answer(service, [document], body, stream=body.stream, stops=body.stop,
                         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None)
         kind, key = ("chat.completion.chunk", "delta") if body.stream else ("chat.completion", "message")
@@ -260,24 +286,25 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
 
     @app.post("/v1/completions")
     async def completions(body: api.CompletionBody):
+        service = server.find(body.model, "completions")
         if body.best_of not in (None, body.n):
             raise Refused(400, f"best_of: found {body.best_of}, expected n, {body.n}", "invalid_value", "best_of")
-        documents = [await read(body, content, f"prompt[{number}]", None) for number, content in enumerate(body.prompt)]
+        documents = [await read(service, content, f"prompt[{number}]", None) for number, content in enumerate(body.prompt)]
         answer = Answer(service, documents, body, "document", stream=body.stream, top_logprobs=body.logprobs, stops=body.stop,
                         echo=body.echo)
         return await written(answer, body, "text_completion", lambda text, _: {"text": text}, completion_logprobs)
 
     @app.post("/v1/embeddings")
     async def embeddings(body: api.EmbeddingsBody) -> dict:
-        data, count = [], 0
+        service, data, count = server.find(body.model, "embeddings"), [], 0
         for number, content in enumerate(body.input):
-            document = await read(body, content, f"input[{number}]")
-            if (count := count + model.prompt_length(document)) > limits.tokens:
+            document = await read(service, content, f"input[{number}]")
+            if (count := count + service.model.prompt_length(document)) > limits.tokens:
                 raise Refused(400, f"{count} tokens, expected up to {limits.tokens} in all", "context_length_exceeded")
             vector = await service.read(service.embed, document)
             shown = base64.b64encode(vector.tobytes()).decode() if body.encoding_format == "base64" else vector.tolist()
             data.append({"object": "embedding", "index": number, "embedding": shown})
-        return {"object": "list", "data": data, "model": name, "usage": {"prompt_tokens": count, "total_tokens": count}}
+        return {"object": "list", "data": data, "model": body.model, "usage": {"prompt_tokens": count, "total_tokens": count}}
 
     async def form(request: Request) -> None:
         if not request.headers["content-type"].lower().startswith("multipart/form-data"):
@@ -285,7 +312,8 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
 
     @app.post("/v1/audio/transcriptions", dependencies=[Depends(form)])
     async def transcriptions(body: Annotated[api.TranscriptionBody, Form()]):
-        service.check(body.model)
+        service = server.find(body.model, "transcriptions")
+        model = service.model
         part = await service.read(api.read_part, model, Audio(await body.file.read()), limits, "file")
         greedy = not Sampling.of(**body.model_dump(include=SAMPLED)).temperature  # many clients send the default, 0
         if model.transcribes and greedy and body.max_tokens is None:
@@ -297,7 +325,8 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
 
     @app.post("/v1/images/generations")
     async def images(body: api.ImagesBody) -> dict:
-        document, v = await read(body, body.prompt, "prompt"), model.vocabulary
+        service = server.find(body.model, "images")
+        document, model, v = await read(service, body.prompt, "prompt"), service.model, service.model.vocabulary
         answer = Answer(service, [document], body, "image", service.picture_size(body.size))
         async for _ in answer.steps():
             pass
@@ -307,10 +336,11 @@ def make_app(model: Model, name: str, limits: Limits = Limits(), key: str | None
 
     @app.post("/v1/audio/speech")
     async def speech(body: api.SpeechBody) -> Response:
-        answer = Answer(service, [await read(body, body.input, "input")], body, "audio", stream=True)
+        service = server.find(body.model, "speech")
+        answer = Answer(service, [await read(service, body.input, "input")], body, "audio", stream=True)
         codes = (ident async for _, new in answer.steps() for ident in new or ())
-        pieces = in_thread(service.speech_threads, codes, lambda ids: encoded(
-            model.stream_sound(ids), body.response_format), lambda: service.batches.cancel(answer.jobs))
+        pieces = in_thread(server.speech_threads, codes, lambda ids: encoded(
+            service.model.stream_sound(ids), body.response_format), lambda: service.batches.cancel(answer.jobs))
         first = await anext(pieces)  # errors until then are reported with a status
 
         async def sound() -> AsyncIterator[bytes]:
@@ -329,19 +359,17 @@ def _png(picture: Image) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def serve(model: Model, name: str, host: str, port: int, limits: Limits, key: str | None,
-          page: Callable[[FastAPI], None] | None = None) -> None:
-    """Serve until SIGINT or SIGTERM; `page` adds the web page of `mmtx demo`."""
+def serve(app: FastAPI, host: str, port: int) -> None:
+    """Serve until SIGINT or SIGTERM."""
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
     except OSError as error:
         raise InputError(f"{host}:{port}: cannot listen on this address ({error.strerror})") from None
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or the body waits 40 ms for an ACK of the headers
-    app = make_app(model, name, limits, key, host in LOOPBACK)
-    if page:
-        page(app)
-    shown = f"[{host}]" if ":" in host else host
-    print(f"{name} answers at http://{shown}:{listener.getsockname()[1]}/{'' if page else 'v1'}", flush=True)
+    server, shown = app.state.server, f"[{host}]" if ":" in host else host
+    path = "" if any(getattr(route, "path", None) == "/" for route in app.routes) else "v1"
+    says = f"{', '.join(server.services)} {'answers' if len(server.services) == 1 else 'answer'}"
+    print(f"{says} at http://{shown}:{listener.getsockname()[1]}/{path}", flush=True)
     config = uvicorn.Config(app, log_level="warning", timeout_keep_alive=30, timeout_graceful_shutdown=10, server_header=False,
-                            limit_concurrency=8 * limits.requests, http=TimedHeaders)
+                            limit_concurrency=8 * server.limits.requests, http=TimedHeaders)
     uvicorn.Server(config).run(sockets=[listener])

@@ -10,7 +10,7 @@ import logging
 import re
 import reprlib
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -127,11 +127,12 @@ class TimedHeaders(H11Protocol):
 class LimitsMiddleware:
     """ASGI middleware that admits requests while there is room, reads their bodies, and turns errors into responses.
 
-    It cancels requests whose caller has gone. With `loopback`, the Host header must name this machine.
+    It cancels requests whose caller has gone. With `loopback`, the Host header must name this machine. Pages of `origins` may send
+    whatever those of this server may.
     """
 
-    def __init__(self, app, limits: Limits, key: str | None, loopback: bool, metrics):
-        self.app, self.limits, self.loopback, self.metrics = app, limits, loopback, metrics
+    def __init__(self, app, limits: Limits, key: str | None, loopback: bool, metrics, origins: Collection[str] = ()):
+        self.app, self.limits, self.loopback, self.metrics, self.origins = app, limits, loopback, metrics, origins
         self.expected = key.encode() if key else None
         self.places = asyncio.Semaphore(limits.requests)
 
@@ -187,7 +188,7 @@ class LimitsMiddleware:
         if kind == "application/json":
             return
         own = origin is None or headers.get("sec-fetch-site") == "same-origin" or origin.partition("://")[2] == headers.get("host")
-        if not own and not self.expected:  # a foreign page does not know the key
+        if not (own or self.expected or {"*", origin} & {*self.origins}):  # a foreign page does not know the key
             raise Refused(403, f"Origin: found {origin!r:.100}, a page elsewhere, which may send only Content-Type: application/json",
                           "invalid_origin")
         if kind != "multipart/form-data":

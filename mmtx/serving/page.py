@@ -74,7 +74,8 @@ def add_page(app: FastAPI, maker: Model | None = None, transcriber: Model | None
     `examples` are files to try. `nearest` is an index of training samples, which starts to read them. Raises InputError if an example
     cannot be read.
     """
-    service = app.state.service
+    server = app.state.server
+    service = next(iter(server.services.values()))
     model, limits, v = service.model, service.limits, service.model.vocabulary
     maker = maker or model
     transcriber = transcriber or (model if model.transcribes else None)
@@ -94,24 +95,24 @@ def add_page(app: FastAPI, maker: Model | None = None, transcriber: Model | None
 
     @app.post("/demo/attention")
     async def attention(body: AttentionBody) -> dict:
-        service.check(body.model)
+        server.find(body.model)
         return await service.read(_attention, body)
 
     @app.post("/demo/nearest")
     async def nearest_samples(body: NearestBody) -> dict:
-        service.check(body.model)
+        server.find(body.model)
         if nearest is None:
             raise Refused(404, "this server was started without training samples (--train)")
         return await service.read(_nearest, body)
 
     @app.post("/demo/transcribe")
     async def transcribe(body: TranscribeBody) -> dict:
-        service.check(body.model)
+        server.find(body.model)
         return await service.read(_transcribe, body)
 
     @app.post("/demo/make")
     async def make(body: MakeBody) -> dict:
-        service.check(body.model)
+        server.find(body.model)
         return await service.run(generator, _make, body)
 
     def _attention(body: AttentionBody) -> dict:
