@@ -132,6 +132,18 @@ def test_strided_convolutions_are_padded_as_in_tensorflow(side, kernel, before, 
     assert torch.equal(layer(x), expected) and expected.shape[-1] == -(-side // 2)
 
 
+def test_depthwise_convolutions_are_in_float32_in_mixed_precision_on_a_cpu():
+    """Where they are faster; all other convolutions are in bfloat16."""
+    x, (depthwise, dense) = torch.randn(2, 8, 9, 9), (SameConv2d(8, 8, 3, 2, groups=groups) for groups in (8, 1))
+    found = []
+    for mixed in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            y, other = depthwise(x), dense(x)
+        found.append((y, *torch.autograd.grad(y.square().sum(), depthwise.parameters())))
+    assert other.dtype == torch.bfloat16
+    assert all(left.dtype == torch.float32 and torch.equal(left, right) for left, right in zip(*found, strict=True))
+
+
 def test_what_is_no_encoder_is_one_clear_error(folder, tmp_path):
     unfit = "image_encoder: .*config.json does not fit tokenizers.image: encoders: "
     with pytest.raises(InputError, match=unfit + r"patch: found 243, expected 3 \* side\*\*2 of patches whose side is a power of 2"):

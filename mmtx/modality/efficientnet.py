@@ -49,6 +49,11 @@ class SameConv2d(nn.Conv2d):
             (top, bottom), (left, right) = ((pad // 2, pad - pad // 2) for pad in missing)
             x, missing = F.pad(x, (left, right, top, bottom)), [0, 0]
         padding = [pad // 2 for pad in missing]  # done by the convolution itself, without a copy of its input
+        if self.groups > 1 and x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            # Gradients of depthwise convolutions take 1.5 to 12 times as long in bfloat16: 72 ms in place of 9 for (14, 96, 65, 65),
+            # 59 in place of 15 for (14, 672, 8, 8), on one core of an Intel Xeon with AMX, torch 2.14.1.
+            with torch.autocast("cpu", enabled=False):
+                return F.conv2d(x.float(), self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
         return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
 
