@@ -97,8 +97,8 @@ def few(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config, more, rows", [
-    ("quickstart/decoder.yaml", [], {"pictures": 7, "notes": 7}),
-    ("starter/captions.yaml", ["--tasks", "sentences"], {"sentences": 7}),
+    ("quickstart/decoder.yaml", [], {"pictures": 9, "notes": 9}),
+    ("starter/captions.yaml", ["--tasks", "sentences"], {"sentences": 9}),
     ("quickstart/decoder.yaml", ["--short", "--tasks", "pictures", "--image_encoder", "demos/starter", "--only", "pretrained"],
      {"pictures": 2}),
 ])
