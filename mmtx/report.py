@@ -1,5 +1,6 @@
 """Evaluation of captions of held-out samples: examples, figures, and nearest-neighbour controls that learned nothing."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ CONTROL_RATE = 16_000  # Hz of sounds for the control, whatever the model's rate
 
 
 def report(model: Model, held_out: Sequence[DataSource], train: Sequence[DataSource], show: int = 8,
-           max_bad: float = MAX_BAD, transcribe: bool = False, closed_set: bool = False) -> Iterator[str]:
+           max_bad: float = MAX_BAD, transcribe: bool = False, closed_set: bool = False, per_class: bool = False) -> Iterator[str]:
     """Yield a section for each held-out source: examples, then a table of figures.
 
     The figures are exact matches of each field that the source's `reader` reads from captions, and the word error rate; without a
@@ -48,7 +49,9 @@ def report(model: Model, held_out: Sequence[DataSource], train: Sequence[DataSou
     features; the strongest control is shown for each figure, and figures in which the model is behind it are listed. Without
     `train`, fields that only training samples can determine are left out. Samples whose last turn is not an answer in text are
     left out with a note. Up to `max_bad` of the rows of a source may be unusable. With `transcribe`, `Model.transcribe` answers
-    sounds; with `closed_set`, `Model.classify` chooses among the captions of the source.
+    sounds; with `closed_set`, `Model.classify` chooses among the captions of the source. With `per_class`, a table of each field
+    of the reader, or else of the captions, follows: how often each true value is there, is answered and is right, and what is
+    answered most often in its place.
     """
     training = read_sources(train, max_bad)
     known = _facts(training.samples)
@@ -90,7 +93,8 @@ def report(model: Model, held_out: Sequence[DataSource], train: Sequence[DataSou
         told += [others] if len(asked) < len(found.samples) else []
         told += [f"behind a control that learns nothing: {', '.join(behind)}"] if behind else []
         yield "\n".join([f"\n{_names(source)}: {len(samples)} samples",
-                         *_examples(predicted, true, show), "", table(rows), *told])
+                         *_examples(predicted, true, show), "", table(rows), *told,
+                         *(_classes(samples, reader, predicted) if per_class else [])])
     training.finish()
 
 
@@ -170,11 +174,37 @@ def _examples(predicted: list[str], true: list[str], show: int) -> list[str]:
         return []
     show = min(show, len(true))
     chosen = [i * len(true) // show for i in range(show)]
-    said = {i: escape(predicted[i]) for i in chosen}
-    shown = {i: text if len(text) <= WIDEST else text[:WIDEST - 3] + "..." for i, text in said.items()}
+    shown = {i: _shown(predicted[i]) for i in chosen}
     width = max(len("predicted"), *map(len, shown.values()))
     lines = [f"  {'' if predicted[i] == true[i] else 'x':1} {shown[i]:<{width}}  {escape(true[i])}" for i in chosen]
     return [f"    {'predicted':<{width}}  true", *lines]
+
+
+def _shown(text: str) -> str:
+    text = escape(text)
+    return text if len(text) <= WIDEST else text[:WIDEST - 3] + "..."
+
+
+def _classes(samples: Sequence[Sample], reader: FieldReader, predicted: list[str]) -> list[str]:
+    """For each field, or for the whole caption without a reader, a line for each true value, and the mean share of right answers."""
+    facts, answers, lines = _facts(samples), list(map(reader.read, predicted)), list[str]()
+    fields = [field for field in reader.fields if field != "caption"] or reader.fields
+    for field, scores in field_scores(predicted, facts, reader.read, fields).items():
+        true = [str(fact[field]) for fact in facts]
+        said = [str(answer.get(field, "")) for answer in answers]
+        count, answered, right, instead = Counter(true), Counter(said), Counter[str](), dict[str, str]()
+        for value, score in zip(true, scores, strict=True):
+            right[value] += int(score)
+        mistakes = Counter((value, answer) for value, answer, score in zip(true, said, scores, strict=True) if not score)
+        for (value, answer), times in mistakes.most_common():
+            instead.setdefault(value, f"{_shown(answer) or '(nothing)'} ({times})")
+        width = max(len(field), *(len(_shown(value)) for value in count))
+        lines += ["", f"{field:<{width}}      n  right  answered  most often in its place"]
+        lines += [f"{_shown(value):<{width}}  {n:>5}  {right[value]:>5}  {answered[value]:>8}  {instead.get(value, '-')}"
+                  for value, n in sorted(count.items(), key=lambda item: (-item[1], item[0]))]
+        mean = sum(right[value] / n for value, n in count.items()) / len(count)
+        lines.append(f"right, mean over {len(count)} values: {mean:.3f}")
+    return lines
 
 
 def _figures(samples: Sequence[Sample], reader: FieldReader, predicted: list[str]) -> dict[str, Score]:

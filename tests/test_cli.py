@@ -173,10 +173,11 @@ def test_inspect_colours_on_demand(run, monkeypatch):
 
 
 def test_evaluate_compares_with_the_truth_and_the_control(run):
-    out = run("evaluate", "pictures.jsonl", "--train", "pictures.jsonl", "--show", "2")
+    out = run("evaluate", "pictures.jsonl", "--train", "pictures.jsonl", "--show", "2", "--per_class")
     assert "pictures.jsonl: 2 samples" in out
     assert "a red circle" in out and "a blue square" in out
     row = next(line.split() for line in out.splitlines() if line.startswith("exact caption"))
+    assert "right, mean over 2 values: 0.000" in out
     # The control has seen these very pictures: it is always right, which the untrained model is not.
     assert (row[2], row[5], row[-1]) == ("0.000", "1.000", "2")
 

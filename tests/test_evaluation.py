@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from mmtx import evaluation
-from mmtx.data.collection import DataSource
+from mmtx.data.collection import DataSource, read_source
 from mmtx.data.sample import Sample, SampleTurn, Text
 from mmtx.errors import InputError
 from mmtx.evaluation import (
@@ -356,6 +356,38 @@ def none(train):
         with pytest.raises(InputError) as told:
             list(report(tiny_model, [replace(source, reader=reader)], [], show=0))
         assert str(told.value).startswith(said)
+
+
+def test_answers_are_counted_per_class(tiny_model, tmp_path, monkeypatch):
+    """By hand: a class that is never answered, one that is answered too often, and a mistake that is no class."""
+    true = ["cat"] * 4 + ["dog"] * 3 + ["hen"]
+    source = of_one_picture(tmp_path, *({"image": "a.png", "text": text} for text in true))
+    said = ["cat", "dog", "dog", "a\tcow", "dog", "dog", "cat", ""]
+    monkeypatch.setattr(tiny_model, "caption_documents", lambda documents: said)
+    (whole,) = report(tiny_model, [source], [], show=0)
+    (section,) = report(tiny_model, [source], [], show=0, per_class=True)
+    assert section.startswith(whole)
+    assert section.removeprefix(whole).splitlines() == [
+        "", "",
+        "caption      n  right  answered  most often in its place",
+        "cat          4      1         2  dog (2)",
+        "dog          3      2         4  cat (1)",
+        "hen          1      0         0  (nothing) (1)",
+        "right, mean over 3 values: 0.306",
+    ]
+
+
+def test_classes_are_those_of_each_field_of_the_reader(tiny_model, monkeypatch):
+    source = DataSource([str(STARTER / "sounds-test-unseen-notes.tar.gz")], limit=4, reader=NOTES)
+    answers = []
+    monkeypatch.setattr(tiny_model, "caption_documents", lambda documents: answers)
+    answers = [sample.caption for sample in read_source(source)]
+    (section,) = report(tiny_model, [source], [], show=0, per_class=True)
+    assert re.findall(r"^(\w+) +n  right", section, re.MULTILINE) == ["instrument", "note"]
+    assert section.count(" values: 1.000") == 2
+    answers[0] = answers[0].replace(", ", ", not ")
+    (section,) = report(tiny_model, [source], [], show=0, per_class=True)
+    assert section.count(" values: 1.000") == 1
 
 
 def test_captions_without_words_have_no_rate_of_word_errors(tiny_model, tmp_path):

@@ -306,7 +306,7 @@ def test_classes_are_their_names(pictures, tmp_path):
     stored({"img": [cell] * 4, "label": [1, 0, None, -1]}, kinds).save_to_disk(tmp_path / "saved")
     fields = {"image": "img", "text": "label"}
     dog, cat, *unknown = scan(str(tmp_path / "saved"), fields=fields)
-    assert (dog.caption, cat.caption) == ("dog", "cat") and all("no field 'caption'" in str(error) for error in unknown)
+    assert (dog.caption, cat.caption) == ("dog", "cat") and all("field 'label' is empty or missing" in str(error) for error in unknown)
 
 
 @pytest.mark.parametrize("name", [None, ""])

@@ -224,6 +224,7 @@ LOST = {
                                     ["messages[0].content[0]", "'offset'", "-1"]),
     "a question without text": ({"messages": chat("What?", "a", "", names=("user", "assistant", "user"))}, ["'messages[2].content' is ''"]),
     "no seconds": ({"audio_filepath": "a.wav", "text": "a", "duration": 0}, ["'duration'", "0"]),
+    "a decimal comma": ({"audio": "a.wav", "text": "a", "offset": "1,5"}, ["'offset'", "'1,5'", "with a decimal point"]),
     "no number": ({"audio_filepath": "a.wav", "text": "a", "duration": True}, ["'duration'", "True"]),
 }
 
@@ -236,6 +237,24 @@ def test_no_medium_is_left_out(folder, name):
     assert len(str(error)) < 600 and "\n" not in str(error)
     for word in [f"{folder}/rows.jsonl row 1", *words]:
         assert word in str(error)
+
+
+@pytest.mark.parametrize("mark", ["[IMG]", "<|image|>", "<|image_1|>", "<|vision_start|><|image_pad|><|vision_end|>", "<image 1>",
+                                  "<image_1>", "<start_of_image>", "<image_soft_token>", "<ImageHere>", "<image_placeholder>", "<IMAGE>"])
+def test_placeholders_of_other_programs_are_refused(folder, mark):
+    """They stayed in the text that is learnt, and all pictures came first."""
+    chats = {"messages": chat(f"Is {mark} or {mark} better?", "a"), "images": ["a.png", "b.png"]}
+    pair = {"question": f"{mark} What?", "answer": "a", "image": "a.png"}
+    for error in rows_of(folder, chats, pair):
+        assert re.search(r"row [12]: found '[^']+' in a user turn, but no <image>, expected <image> where each", str(error))
+    beside = {"messages": chat(f"<image>What does {mark} mean?", f"use {mark}"), "images": ["a.png"]}
+    for sample in rows_of(folder, beside, {"messages": chat(f"What is {mark}?", "a")}, {"image": "a.png", "text": f"a {mark}"}):
+        assert mark in "".join(part.text for turn in sample.turns for part in turn.parts if isinstance(part, Text))
+
+
+def test_a_sound_of_another_program_is_refused(folder):
+    (error,) = rows_of(folder, {"messages": chat("<|audio_bos|><|AUDIO|><|audio_eos|>What?", "a"), "audios": ["a.wav"]})
+    assert "found '<|audio_bos|>' in a user turn, but no <audio>" in str(error)
 
 
 @pytest.mark.parametrize("row", [
@@ -404,6 +423,32 @@ def test_fields_that_are_none(given, told):
         DataSource(["a.jsonl"], fields=given)
 
 
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
+def test_a_name_in_fields_that_no_row_has_is_told(folder, name):
+    """A blank that is missing in the name of the column with the beginnings of cuts: each was the whole recording, without a word."""
+    rows = [{"File": "a.wav", "Begin (s)": "1", "Species": "robin"}, {"File": "b.wav", "Begin (s)": "2", "Species": "wren"}]
+    texts = [[*rows[0]], *(row.values() for row in rows)]
+    table = "".join(",".join(cells) + "\n" for cells in texts), "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / name).write_text(table[name == "rows.jsonl"])
+    given, told = {"audio": "File", "offset": "Begin(s)", "text": "Species"}, []
+    assert len(read(str(folder / name), fields=given, report=told.append)) == 2
+    assert told == [f"{folder}/{name}: no row has the field 'Begin(s)', which `fields` names for offset"]
+    told.clear()
+    samples = read(str(folder / name), fields=given | {"offset": "Begin (s)"}, report=told.append)
+    assert [sample.turns[0].parts[0].start for sample in samples] == [1, 2] and not told
+
+
+def test_a_name_in_fields_that_some_rows_have_is_no_mistake(folder):
+    told = []
+    both = rows_of(folder, {"text": "a"}, {"img": "a.png", "text": "b"}, {"img": None, "image": "b.png", "text": "c"},
+                   fields={"image": "img"}, report=told.append)
+    assert len(both) == 3 and not told
+    (folder / "media").mkdir()
+    for name in ("a.png", "a.txt"):  # without fields
+        (folder / "media" / name).write_text("a")
+    assert len(read(str(folder / "media"), fields={"image": "img"}, report=told.append)) == 1 and not told
+
+
 # A picture or sound that is not there.
 
 
@@ -427,6 +472,24 @@ def test_a_row_in_which_neither_medium_nor_text_has_a_known_name(folder, row):
     (found,) = rows_of(folder, row)
     assert f"found neither a medium nor a 'text' in the fields {sorted(row)}; expected image, images, audio" in str(found)
     assert str(found).endswith("or in `fields` what they are called here, as in image: NAME")
+
+
+@pytest.mark.parametrize("row, fields, named", [
+    ({"image": "a.png", "caption": None, "style": "1"}, None, "caption"), ({"text": None, "style": "1"}, None, "text"),
+    ({"image": "a.png", "label": None, "style": "1"}, {"text": "label"}, "label"),
+    ({"image": "a.png", "style": "1"}, {"text": "label"}, "label"),  # a mistake in the name, or a table without this column
+    ({"image": "a.png", "question": "What?", "answer": None}, None, "answer"),
+    ({"messages": None, "image": "a.png"}, None, "messages")])
+def test_a_row_without_its_text_names_it(folder, row, fields, named):
+    """It was said that a text may have another name in `fields`, which may be where the name comes from."""
+    (found,) = rows_of(folder, row, fields=fields)
+    others = sorted(name for name in row if name not in ("image", named))
+    assert str(found) == (f"{folder}/rows.jsonl row 1: field {named!r} is empty or missing, expected text; found the fields {others}")
+
+
+def test_a_text_that_is_null_beside_another(folder):
+    (sample,) = rows_of(folder, {"image": "a.png", "caption": None, "text": "a", "answer": None, "messages": None})
+    assert said(sample) == [("user", [A]), ("assistant", ["a"])]
 
 
 @pytest.mark.parametrize("name", ["x.csv", "x.tsv", "x.json"])

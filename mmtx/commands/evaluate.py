@@ -35,6 +35,8 @@ def add(commands) -> None:
                          help="transcribe sounds, as mmtx transcribe does, instead of captioning them")
     instead.add_argument("--closed_set", action="store_true", help="choose each answer among the captions of the same source, as "
                          "mmtx classify does, instead of generating it")
+    parser.add_argument("--per_class", action="store_true", help="also show for each caption, or each value of a field of --reader, "
+                        "how many answers are right, and which mistake is the most frequent")
     parser.add_argument("--max_bad", type=float, help=MAX_BAD_HELP)
     parser.add_argument("--show", type=count(0), default=8, help="examples to print per source; default: 8")
     add_model_options(parser, default=f"demos/starter, or {MODEL} with --transcribe; both come with mmtx")
@@ -84,4 +86,5 @@ def evaluation(options: argparse.Namespace) -> Iterator[str]:
         raise InputError("found neither held-out sources nor --config, expected one of them")
     if options.max_bad is not None:
         max_bad = options.max_bad
-    yield from report(load_model(options), held_out, train, options.show, max_bad, options.transcribe, options.closed_set)
+    yield from report(load_model(options), held_out, train, options.show, max_bad, options.transcribe, options.closed_set,
+                      options.per_class)

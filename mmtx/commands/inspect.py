@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> None:
     reading = data_source(options, options.sources)
     for source in reading.paths:
         skipped, left = SkipCounter(1.0), options.rows  # a share of a few rows means nothing, so bad rows are only reported
-        for row in scan(source, options.trusted, reading.fields, options.follow_links):
+        for row in scan(source, options.trusted, reading.fields, options.follow_links, to_stderr):
             if not left:
                 break
             skipped.rows += 1

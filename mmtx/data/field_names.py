@@ -28,6 +28,7 @@ class Names(NamedTuple):
     fields: dict[str, str | None]      # field -> kind of the media in it; None: by its extension
     types: dict[str, str]              # type of a part of a message -> kind of the medium
     placeholder: re.Pattern[str]       # a placeholder of a medium in a text
+    foreign: re.Pattern[str]           # a placeholder of another program, such as <|image_pad|>, [IMG] or <image 1>
     embedded: re.Pattern[str]          # a path inside a text, as in the first Qwen-VL
     lookalikes: dict[str, re.Pattern[str]]  # kind -> names of fields that look like media of it
 
@@ -51,6 +52,8 @@ def _names(kinds: tuple[str, ...]) -> Names:
         {**{name: modality.kind for modality in modalities for name in modality.fields}, FILE_NAME: None},
         {name: modality.kind for modality in modalities for name in modality.types},
         re.compile(f"<({tags})>"),
+        re.compile(rf"<\|(?:{tags}|vision)(?:_?\d+|_start|_bos|_pad)?\|>|<(?:start_of_)?(?:{tags})(?:[_ ]?\d+|here|_placeholder|"
+                   rf"_soft_token)?>|\[(?:img|{tags})\]", re.IGNORECASE),
         re.compile(rf"<(img|{tags})>[^<>\n]{{1,1000}}</\1>"),
         {kind: re.compile(rf"(?:[a-z]+[_-])?(?:(?:{sure})s?(?P<number>{_NUMBER})?(?:{_ENDING})?" +
                           (rf"|(?:{other})s?{_ENDING})" if other else ")"))
@@ -62,6 +65,14 @@ def empty_media(row: Mapping[str, Any], options: ReadOptions) -> list[str]:
     """The media fields of a row that are null or "", by their names in the row."""
     given = [(options.fields or {}).get(name, name) for name in names().fields]
     return [name for name in given if name in row and row[name] in (None, "")]
+
+
+def missing_texts(row: Mapping[str, Any], options: ReadOptions) -> list[str]:
+    """The texts of a row that are null, or that `fields` maps to a name that is not there; by their names in the row."""
+    fields = options.fields or {}
+    texts = (*TEXTS, *CHATS, *(name for pair in PAIRS for name in pair))
+    given = [(name in fields, fields.get(name, name)) for name in dict.fromkeys(texts)]
+    return [name for mapped, name in given if name is not None and row.get(name) is None and (mapped or name in row)]
 
 
 @lru_cache(4096)

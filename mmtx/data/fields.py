@@ -1,6 +1,7 @@
 """Values of the fields of a row: valid, or an error that names the row and the field."""
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -10,10 +11,13 @@ from mmtx.errors import InputError
 shown = partial(schema.shown, most=80, contents=True)
 
 
-def pop_text(row: dict[str, Any], names: tuple[str, ...], where: str) -> str:
+def pop_text(row: dict[str, Any], names: tuple[str, ...], where: str, missing: Sequence[str] = ()) -> str:
+    """The first of some texts; `missing` are those that the row should have, but has not."""
     for name in names:
         if name in row:
             return text_of(row.pop(name), where, name)
+    if missing:
+        raise InputError(f"{where}: field {missing[0]!r} is empty or missing, expected text; found the fields {shown(sorted(row))}")
     raise InputError(f"{where}: no field {' or '.join(map(repr, names))}, found the fields {shown(sorted(row))}; expected one, or "
                      f"its name in `fields`, as in {names[0]}: NAME")
 
@@ -28,7 +32,8 @@ def pop_number(row: dict[str, Any], name: str, least: float, where: str) -> floa
     except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not least <= value < math.inf:
-        raise InputError(f"{where}: field {name!r} is {shown(found)}, expected a number of at least {least:g}")
+        point = " with a decimal point" if isinstance(found, str) and "," in found else ""
+        raise InputError(f"{where}: field {name!r} is {shown(found)}, expected a number of at least {least:g}{point}")
     return value
 
 

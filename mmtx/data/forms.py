@@ -10,9 +10,10 @@
 Media are "image", "images", "audio", "audios", "file_name" (image folders), or "audio_filepath" with "offset" and "duration"
 (NeMo); an object or a part of a message that names a sound may have the latter two as well, and beside "offset", "end" may stand
 for "duration". Placeholders <image> or <audio> in the texts say where media go, and must be as many as the media; without any,
-media come first in the first user turn. A part of a message may hold the codes of a medium in place of a file: {"type": "audio",
-"codes": [[17, 4], ...]}, a list for each row or time step. A field that looks like a medium and is not read is an error. So is an
-empty media field in a row without other media, except beside a chat, where data sets mark chats without media in this way.
+media come first in the first user turn, but a user turn with placeholders of another program, such as [IMG], is an error. A part
+of a message may hold the codes of a medium in place of a file: {"type": "audio", "codes": [[17, 4], ...]}, a list for each row or
+time step. A field that looks like a medium and is not read is an error. So is an empty media field in a row without other media,
+except beside a chat, where data sets mark chats without media in this way.
 """
 
 from collections import deque
@@ -48,12 +49,12 @@ class Message(NamedTuple):
 
 
 def turns_of(row: dict[str, Any], reader: MediaReader, given: Sequence[Media] = (), empty: Sequence[str] = (),
-             captions: bool = True) -> tuple[SampleTurn, ...]:
+             captions: bool = True, missing: Sequence[str] = ()) -> tuple[SampleTurn, ...]:
     """Remove the turns from a row, leaving its metadata.
 
     `reader` reads the media that the row names; `given` are those of files beside it. `empty` names the media fields without a
-    value. Without `captions`, media beside no text are a user turn. Raises InputError for a row of no known form, and if a medium
-    is missing or would be dropped.
+    value, `missing` the texts. Without `captions`, media beside no text are a user turn. Raises InputError for a row of no known
+    form, and if a medium is missing or would be dropped.
     """
     where, beside = reader.where, list(given) or reader.of_row(row)
     chats = [name for name in CHATS if name in row]
@@ -73,11 +74,11 @@ def turns_of(row: dict[str, Any], reader: MediaReader, given: Sequence[Media] = 
     elif beside and not captions and (text is None or not str(row[text]).strip()):
         row.pop(text or "", None)
         messages = [Message("user", list(beside))]
-    elif not beside and text is None:
+    elif not beside and text is None and not missing:
         raise InputError(f"{where}: found neither a medium nor a 'text' in the fields {shown(sorted(row))}; expected "
                          f"{', '.join(names().fields)} or text, or in `fields` what they are called here, as in image: NAME")
     else:
-        messages = _captioned(pop_text(row, named, where), beside)
+        messages = _captioned(pop_text(row, named, where, missing), beside)
     turns = _fill_placeholders(messages, beside, where)
     refuse_unread(row, where, {part.kind for turn in turns for part in turn.parts if isinstance(part, Media)})
     return turns
@@ -209,6 +210,11 @@ def _fill_placeholders(messages: Sequence[Message], beside: Sequence[Media], whe
     there = {id(part) for message in messages for part in message.parts}
     waiting = [medium for medium in beside if id(medium) not in there]
     first = [medium for medium in waiting if medium.kind not in placeholders]
+    texts = (part.text for message in messages if message.role == "user" for part in message.parts if isinstance(part, Text))
+    if first and (found := next(filter(None, map(names().foreign.search, texts)), None)):
+        kind = first[0].kind
+        raise InputError(f"{where}: found {shown(found[0])} in a user turn, but no <{kind}>, expected <{kind}> where each medium of "
+                         f"kind {kind} goes")
     queues = {kind: deque(medium for medium in waiting if medium.kind == kind) for kind in placeholders}
     for kind, queue in queues.items():
         if len(queue) != placeholders.count(kind):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, BinaryIO
 
-from mmtx.data.field_names import empty_media
+from mmtx.data.field_names import empty_media, missing_texts
 from mmtx.data.fields import shown
 from mmtx.data.pairs import answers_of
 from mmtx.data.read_options import ReadOptions
@@ -50,10 +50,11 @@ MANIFESTS: dict[str, Callable[[BinaryIO, str], Iterator[tuple[int, Any]]]] = {
 
 
 def parse_row(row: dict[str, Any], base: Base, number: int, where: str, options: ReadOptions) -> Sample:
-    empty = empty_media(row, options)
+    options.seen.update(row)
+    empty, missing = empty_media(row, options), missing_texts(row, options)
     row, ignored = options.rename({name: value for name, value in row.items() if name not in empty})
     key = next((row.pop(name) for name in ("key", "id") if name in row), number)
     if not isinstance(key, (str, int)):
         raise InputError(f"{where}: the key is {shown(key)}, expected a string or a whole number")
-    turns, rejected = answers_of(row, MediaReader(where, base), empty=empty, captions=options.captions)
+    turns, rejected = answers_of(row, MediaReader(where, base), empty=empty, captions=options.captions, missing=missing)
     return Sample(str(key), turns, row | ignored, where, rejected=rejected)

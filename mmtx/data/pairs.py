@@ -22,10 +22,10 @@ Turns = tuple[SampleTurn, ...]
 
 
 def answers_of(row: dict[str, Any], reader: MediaReader, given: Sequence[Media] = (), empty: Sequence[str] = (),
-               captions: bool = True) -> tuple[Turns, Turns | None]:
+               captions: bool = True, missing: Sequence[str] = ()) -> tuple[Turns, Turns | None]:
     """Remove the turns from a row -> those with its answer, and those with the rejected one if there is one; else as `turns_of`."""
     if (rows := _rows(row)) is None:
-        return turns_of(row, reader, given, empty, captions), None
+        return turns_of(row, reader, given, empty, captions, missing), None
     if "caption" in rows[0].keys() - row.keys() and not given and names().fields.keys().isdisjoint(row):
         raise InputError(f"{reader.where}: found 'chosen' and 'rejected' without what they answer, expected 'prompt' or a medium "
                          "beside them, or lists of messages")

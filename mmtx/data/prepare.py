@@ -94,6 +94,8 @@ def prepare(
     if part is not None:
         if (folder / DONE).exists():
             raise InputError(f"{folder}: is already complete, expected no --part, or another --output")
+        for other in sorted(path for path in folder.glob(f"part-*/{PLAN}") if PART.fullmatch(path.parent.name)):
+            _compare(other.parent, plan)  # now, and not when the parts are joined
         folder = check_output(os.fspath(folder / "part-{}-of-{}".format(*part)))
     with lock_folder(folder, "output"):
         _begin(folder, plan)

@@ -16,6 +16,7 @@ never extracted.
 import glob
 import os
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 from mmtx.data import hub
 from mmtx.data.folder import read_folder
@@ -31,6 +32,7 @@ from mmtx.data.webdataset import SHARDS, read_tar
 from mmtx.errors import InputError
 
 PLAN = "plan.json"  # in a folder of `mmtx prepare` from the start
+COLUMNS = (".csv", ".tsv")  # whose rows have the same fields
 TABLES = (".parquet", ".arrow")  # which the package `datasets` reads
 
 
@@ -83,20 +85,27 @@ def scan(source: str, trusted: bool = False, fields: Fields = None, follow_links
          report: Callable[[str], None] | None = None, captions: bool = True) -> Iterator[Sample | InputError]:
     """The samples of one source, in a fixed order; a bad row is yielded as its InputError, so that the caller can continue.
 
-    Files that are left out and count as no row are reported to `report`, in one line. Without `captions`, a medium without a text
-    is a sample, too. Raises InputError if the source as a whole is missing, empty, damaged or of an unknown kind.
+    Files that are left out and count as no row, and names in `fields` that no row has, are told to `report`, each in one line.
+    Without `captions`, a medium without a text is a sample, too. Raises InputError if the source as a whole is missing, empty,
+    damaged or of an unknown kind.
     """
     return _scan(source, ReadOptions(trusted, fields, follow_links, captions, report))
 
 
 def _scan(source: str, options: ReadOptions) -> Iterator[Sample | InputError]:
     for path in expand(os.fspath(source)):
-        empty = True
+        options, empty, told = replace(options, seen=set()), True, False
+        columns = suffix(path) in COLUMNS or hub.is_dataset(path)
         for row in _reader(path, options):
+            if columns and options.seen and not told:  # before a caller that wants only some rows has them
+                options.report_unseen(display(path))
+                told = True
             empty = False
             yield row
         if empty:
             raise InputError(f"{display(path)}: no samples in it{_hint(path)}")
+        if not told:
+            options.report_unseen(display(path))
 
 
 def is_prepared(path: str) -> bool:
