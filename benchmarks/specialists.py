@@ -301,6 +301,7 @@ def set_tokens(config, text) -> None:
 
 WAYS = ("codes", "features", "either", "encoder", "features merged", "encoder merged")
 MERGE_SIZE = {"image": (2, 2), "audio": (4, 1)}
+MERGED_TOKENS = 1024  # of a batch, in which as many media fit as in 2,560 to 4,096 tokens that are not merged
 
 
 class LoadedDocuments(Documents):
@@ -380,7 +381,8 @@ def ours(path: str, samples: Sequence[Sample], repeats: Sequence[int], tokenizer
     make = EitherDocuments if way == "either" else LoadedDocuments
     documents = make(samples, tokenizers, vocabulary, max_seq_len=data["max_seq_len"], augmentation=augmentation, patches=patches)
     documents.keep()
-    batches = PackedBatches(documents, vocabulary, data["tokens_per_batch"], repeats=repeats, steps=10**6)
+    tokens = MERGED_TOKENS if way.endswith("merged") else data["tokens_per_batch"]
+    batches = PackedBatches(documents, vocabulary, tokens, repeats=repeats, steps=10**6)
     steps = learn(decoder, options, batches, minutes, None if pretrained is None else options["image_encoder_lr"])
     model = Model(decoder, vocabulary, tokenizers)
     asked = to_documents(held_out, tokenizers, patches=patches)
