@@ -55,9 +55,13 @@ def fit(config: dict, kind: str, precision: str, output, *more: str) -> list[dic
         return list(csv.DictReader(file))
 
 
+# Features meet weights of another type, or autocast does that for them; what is refused of a codec is refused of both.
+RUNS = {"decoder": WORKING, "continuous_inputs": ["16-mixed", "bf16-true", "64-true"], "image": WORKING, "audio": WORKING[:3],
+        "vocoder": [*WORKING[:3], "64-true"]}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", WORKING)
-@pytest.mark.parametrize("kind", ["decoder", "continuous_inputs", *TOKENIZERS])
+@pytest.mark.parametrize("kind, precision", [(kind, precision) for kind, some in RUNS.items() for precision in some])
 def test_a_run_trains_validates_saves_and_resumes_or_is_refused(kind, precision, config, tmp_path, capsys):
     if kind in TOKENIZERS and precision in ("16-true", "bf16-true", "64-true"):
         with pytest.raises(SystemExit) as stop:
