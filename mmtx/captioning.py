@@ -23,14 +23,14 @@ FILES_PER_CALL = 64  # files per call of the model: each thread of a CPU gets a 
 
 
 File = str | Media  # a file or URL, or a medium of a row
-Answer = Callable[[list[File], int], list[str]]  # files, and the index of the first among all -> an answer for each
+Answer = Callable[[list[File], int], list[Any]]  # files, and the index of the first among all -> an answer for each
 
 
 class Captioned(NamedTuple):
-    """A file with its caption, labels or transcript, or with the reason why it has none."""
+    """A file with its caption, labels or transcript (one with timestamps is a dict), or with the reason why it has none."""
 
     name: str
-    caption: str | None
+    caption: Any
     error: InputError | None = None
 
 
@@ -119,7 +119,7 @@ def transcribe_files(model: Model, files: Iterable[File | InputError], **options
         **options: of `Model.transcribe`.
     """
     model.transcribe([], **options)  # a wrong option or model is reported once, not for each file
-    return _answer_files(files, lambda names, first: cast(list[str], model.transcribe(names, **options)))
+    return _answer_files(files, lambda names, first: model.transcribe(names, **options))
 
 
 def _answer_files(files: Iterable[File | InputError], answer: Answer) -> Iterator[Captioned]:

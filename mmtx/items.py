@@ -6,15 +6,18 @@ from io import IOBase
 from typing import Any
 
 from mmtx.errors import InputError
-from mmtx.medium import Sound
+from mmtx.medium import Sound, is_waveform
 
 
 def is_list(item: Any) -> bool:
-    """Whether several media are given: a list, an iterator, or a column of a table. A `Sound` is a tuple, but one medium."""
+    """Whether several media are given: a list, an iterator, or a column of a table.
+
+    A `Sound` is a tuple, but one medium, and so is a sound with its rate.
+    """
     if isinstance(item, (list, tuple, Iterator)):
-        return not isinstance(item, (Sound, IOBase))
+        return not (isinstance(item, (Sound, IOBase)) or is_waveform(item))
     # Columns of pandas, and arrays of names or objects.
-    return getattr(item, "ndim", 0) == 1 and getattr(item.dtype, "kind", "") in ("O", "U")
+    return getattr(item, "ndim", 0) == 1 and getattr(getattr(item, "dtype", None), "kind", "") in ("O", "U")
 
 
 def iterate(items: Any, name: str) -> Iterator[Any]:

@@ -6,6 +6,7 @@ Shapes: C channels, H height, W width, S samples.
 import io
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -16,9 +17,9 @@ import torch
 from PIL import Image as PILImage
 
 from mmtx.data.formats import AUDIO_FORMATS, IMAGE_FORMATS
-from mmtx.data.media import PIL_LOCK, Sampled
+from mmtx.data.media import PIL_LOCK, Sampled, content_of
 from mmtx.data.sample import Media as SampleMedia
-from mmtx.data.sample import kind_of, suffix
+from mmtx.data.sample import kind_of, sniff, suffix
 from mmtx.data.sound_files import MAX_CHANNELS, RATES
 from mmtx.data.storage import display, open_binary
 from mmtx.document import MediaPart
@@ -66,7 +67,7 @@ class Medium(BaseMedium):
 
 @dataclass(frozen=True, eq=False)
 class Image(BaseMedium):
-    """Marks an object as a picture: a path, URL, PIL image, uint8 or float array (H, W, C) or tensor (C, H, W)."""
+    """Marks an object as a picture: a path, URL, bytes, open file, PIL image, uint8 or float array (H, W, C) or tensor (C, H, W)."""
 
     data: Any
     kind: ClassVar[str] = "image"  # type: ignore[misc]  # one for all, where a `Medium` has its own
@@ -74,7 +75,7 @@ class Image(BaseMedium):
 
 @dataclass(frozen=True, eq=False)
 class Audio(BaseMedium):
-    """Marks an object as a sound: a path, URL, or samples (S,) or (S, C) at `rate` Hz (None: the model's rate)."""
+    """Marks an object as a sound: a path, URL, bytes, open file, or samples (S,) or (S, C) at `rate` Hz (None: the model's rate)."""
 
     data: Any
     rate: int | None = None
@@ -183,16 +184,45 @@ def as_medium(item: Any) -> BaseMedium:
             raise InputError(f"{type(item).__name__} of shape {tuple(item.shape)}, which may be a sound or a picture; expected "
                              "it in mmtx.Audio(...) or mmtx.Image(...)")
         return Audio(item) if item.ndim == 1 else Image(item)
+    if is_waveform(item):
+        return Audio(*item)
+    if isinstance(item, Mapping):
+        return _decoded(item)
+    if isinstance(item, (bytes, bytearray, memoryview)) or hasattr(item, "read"):
+        data = content_of(item, "file") if hasattr(item, "read") else bytes(item)
+        if (kind := sniff(data)) is None:
+            raise InputError(f"found {len(data)} bytes of neither a picture nor a sound that can be read, expected {_formats()}")
+        return Medium(kind, data)
     if isinstance(item, (str, Path)):
         name = user_name(item)
         with open_binary(name) as file:
             kind = kind_of(name, file.read(64))
         if kind is None:
-            further = tuple(name for kind in media_kinds()[2:] for name in MODALITIES[kind].extensions)
-            raise InputError(f"{display(name)}: found neither a picture nor a sound that can be read, expected "
-                             f"{', '.join(IMAGE_FORMATS + AUDIO_FORMATS + further)}")
+            raise InputError(f"{display(name)}: found neither a picture nor a sound that can be read, expected {_formats()}")
         return Medium(kind, name)
-    raise InputError(f"found {type(item).__name__}, expected a path, PIL image, array, tensor, Image or Audio")
+    raise InputError(f"found {type(item).__name__}, expected a path, bytes, an open file, a PIL image, an array, a tensor, "
+                     "mmtx.Image or mmtx.Audio")
+
+
+def is_waveform(item: Any) -> bool:
+    """Whether it is a sound with its rate, as torchaudio.load and soundfile.read return it."""
+    return (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], (np.ndarray, torch.Tensor))
+            and isinstance(item[1], Integral))
+
+
+def _decoded(cell: Mapping[str, Any]) -> BaseMedium:
+    """A cell of a column of media in a Hugging Face dataset: samples with their rate, or the bytes or path of a file."""
+    if {"array", "sampling_rate"} <= cell.keys():
+        return Audio(np.asarray(cell["array"]), cell["sampling_rate"])
+    if (given := cell.get("bytes") or cell.get("path")) is not None:
+        return as_medium(given)
+    raise InputError(f"found an object with {', '.join(map(repr, cell)) or 'nothing'}, expected one with 'array' and "
+                     "'sampling_rate', or with 'bytes' or 'path'")
+
+
+def _formats() -> str:
+    further = tuple(name for kind in media_kinds()[2:] for name in MODALITIES[kind].extensions)
+    return ", ".join(IMAGE_FORMATS + AUDIO_FORMATS + further)
 
 
 def could_be_sound(item: np.ndarray | torch.Tensor) -> bool:

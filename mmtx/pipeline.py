@@ -9,7 +9,7 @@
 A `Model` is a `Processor`, which turns media into prompts and ids into media, and a decoder, which answers prompts with ids.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
@@ -47,6 +47,7 @@ from mmtx.processor import Processor, asked_documents
 from mmtx.schema import typed, within
 from mmtx.sequence import Prompt, prompt, render
 from mmtx.streaming import stream_media, stream_sound
+from mmtx.subtitles import Chunk
 from mmtx.vocabulary import Vocabulary
 from mmtx.weights import load_module, weights_of
 
@@ -159,9 +160,11 @@ class Model:
         """Caption pictures or sounds.
 
         Args:
-            media: a path or URL, PIL image, array, tensor, `Image` or `Audio`, or a list of these. A 1-D array is a
-                sound at the model's sample rate (use `Audio` for another), any other array a picture; an array that could
-                be a multi-channel sound must be marked as `Image` or `Audio`. An iterator and a column of pandas count as lists.
+            media: a path or URL, bytes or an open file, PIL image, array, tensor, `Image` or `Audio`, or a list of these. A 1-D
+                array is a sound at the model's sample rate (use `Audio` for another), any other array a picture; an array that
+                could be a multi-channel sound must be marked as `Image` or `Audio`. A sound with its rate, (samples, rate), as
+                torchaudio and soundfile read it, and cells of Hugging Face datasets are one medium each. An iterator and a column of
+                pandas count as lists.
             start_index: index of the first medium if a longer list is captioned in parts: with a `seed`, the random
                 choices of an answer depend on its index.
             **sampling: fields of `Sampling`; greedy by default.
@@ -236,36 +239,53 @@ class Model:
         return label_ends(self.tokenizers["text"], self.vocabulary)
 
     @neutral()
-    def transcribe(self, sounds: Any, *, chunk_length_s: float = 3.5) -> str | list[str]:
-        """Transcribe speech; `caption`, in contrast, describes a sound.
+    def transcribe(self, sounds: Any, *, chunk_length_s: float = 3.5, return_timestamps: bool = False,
+                   progress: Callable[[float], object] | None = None) -> Any:
+        """Transcribe speech of any length; `caption`, in contrast, describes a sound.
 
         Args:
             sounds: a sound in any form that `caption` takes, or a list of them.
             chunk_length_s: seconds; longer sounds are cut at pauses, and the transcripts of the pieces are joined. Best is
                 the length of most training sounds; the default is that of `demos/speech`.
+            return_timestamps: also return when each piece is spoken.
+            progress: called from time to time with the seconds of sound transcribed since the last call.
 
         Returns:
-            A transcript, or a list for a list.
+            A transcript, or a list for a list. With `return_timestamps`, each is in the form of transformers' pipeline for speech
+            recognition: {"text": transcript, "chunks": [{"timestamp": (begin, end), "text": part}, ...]}, in seconds.
 
         Raises:
             InputError: a picture, or a model that was not trained with CTC (`model.ctc` of a training configuration).
         """
         self._check_transcribes()
         if not is_list(sounds):
-            return self.transcribe([sounds], chunk_length_s=chunk_length_s)[0]
+            return self.transcribe([sounds], chunk_length_s=chunk_length_s, return_timestamps=return_timestamps, progress=progress)[0]
         within("chunk_length_s", chunk_length_s, 0.1, MAX_SECONDS)
         media = map_numbered(sounds, as_medium)
+        chunks: list[list[Chunk]] = [[] for _ in media]
+        place = 0, 0.0  # of what is transcribed: a sound and seconds of it
 
-        def cut(number: int) -> list[Audio]:
-            with numbered("item", number, len(media)):
-                return self.processor.cut_speech(media[number], chunk_length_s)
+        def pieces() -> Iterator[tuple[int, float, Audio]]:
+            for number, medium in enumerate(media):
+                with numbered("item", number, len(media)):
+                    for begin, piece in self.processor.cut_speech(medium, chunk_length_s):
+                        yield number, begin, piece
 
-        def write(held: Sequence[Sequence[Audio]]) -> list[str]:
-            texts = iter(self.transcribe_documents(self.processor.questions(piece for pieces in held for piece in pieces)))
-            said = [[next(texts).strip() for _ in pieces] for pieces in held]
-            return [" ".join(filter(None, parts)) for parts in said]
+        def write(held: Sequence[tuple[int, float, Audio]]) -> list[str]:
+            nonlocal place
+            texts = self.transcribe_documents(self.processor.questions(piece for _, _, piece in held))
+            for (number, begin, piece), text in zip(held, texts, strict=True):
+                end = begin + len(piece.data) / cast(int, piece.rate)
+                if progress is not None:
+                    progress(end - (place[1] if number == place[0] else 0))
+                place = number, end
+                if said := text.strip():
+                    chunks[number].append({"timestamp": (round(begin, 3), round(end, 3)), "text": said})
+            return []
 
-        return run_by_values(write, map(cut, range(len(media))), lambda pieces: sum(len(piece.data) for piece in pieces))
+        run_by_values(write, pieces(), lambda piece: len(piece[2].data))
+        texts = [" ".join(chunk["text"] for chunk in said) for said in chunks]
+        return [{"text": text, "chunks": said} for text, said in zip(texts, chunks, strict=True)] if return_timestamps else texts
 
     @neutral()
     def transcribe_documents(self, documents: Iterable[Document]) -> list[str]:

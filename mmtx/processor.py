@@ -4,7 +4,7 @@ Shapes: H height, W width of pixels; h, w of codes.
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from numbers import Integral, Real
@@ -18,7 +18,8 @@ from PIL import Image as PILImage
 from mmtx.ambient import neutral
 from mmtx.batching import in_order, run_batches, run_by_values
 from mmtx.conversation import messages_of
-from mmtx.data.media import Sampled
+from mmtx.data.media import Sampled, load_windows
+from mmtx.data.pauses import cut_at_pauses
 from mmtx.data.sample import Media as SampleMedia
 from mmtx.data.sound_files import MAX_SECONDS
 from mmtx.data.storage import FileSource, display
@@ -26,7 +27,6 @@ from mmtx.data.tokens import load_media
 from mmtx.document import Document, MediaPart, Part, TextPart, Turn
 from mmtx.errors import InputError
 from mmtx.files import user_name
-from mmtx.inference.transcription import cut_at_pauses
 from mmtx.items import is_list, map_numbered, numbered, typed_list
 from mmtx.medium import Audio, BaseMedium, Media, ReadMedium, as_medium, check_open, to_array
 from mmtx.modality.base import Encoding, Tokenizer, load_tokenizer, media_tokenizer
@@ -129,12 +129,27 @@ class Processor:
         parts = self.encode_parts(map_numbered(media, as_medium), codes=False)
         return [Document((Turn("user", (part, *asked)),)) for part in parts]
 
-    def cut_speech(self, sound: BaseMedium, seconds: float) -> list[Audio]:
-        """A sound cut at pauses into pieces, each a sound of its own, so that it gets the loudness of those in training."""
+    def cut_speech(self, sound: BaseMedium, seconds: float) -> Iterator[tuple[float, Audio]]:
+        """The pieces of a sound of any length, cut at pauses, each with its beginning in seconds.
+
+        Each is a sound of its own, so that it gets the loudness of those in training.
+        """
         if sound.kind != "audio":
             raise InputError(f"found {sound.kind}, expected audio")
+        self.check_kind(sound.kind)
         rate = cast(Sampled, self.tokenizers["audio"]).rate
-        return [Audio(piece, rate) for piece in cut_at_pauses(self.read_medium(sound).data, rate, seconds)]
+        for start, window in self._windows(sound, rate):
+            for piece in cut_at_pauses(window, rate, seconds):
+                yield start + piece.first / rate, Audio(piece.samples, rate)
+
+    def _windows(self, sound: BaseMedium, rate: int) -> Iterator[tuple[float, torch.Tensor]]:
+        data, name = sound.data, None
+        if isinstance(sound, ReadMedium) or isinstance(data, SampleMedia) and data.options:  # a cut is no longer than a window
+            yield 0.0, self.read_medium(sound).data
+            return
+        if isinstance(data, SampleMedia):
+            name, data = data.name, data.source.read()
+        yield from load_windows(data, rate, name, **sound.options())
 
     def parts(self, parts: Any, codes: bool = True) -> tuple[Part, ...]:
         """The parts of `Model.generate`, encoded; a str is always text, never a path."""

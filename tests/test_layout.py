@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CHAIN = ("files", "json_files", "saved_folder", "atomic_folder", "shipped_files", "extras", "plugins", "schema", "ambient", "weights", "kernels", "varlen", "config", "embedding", "model", "modality", "vocabulary", "document", "sequence", "grammar", "data", "loss", "ctc",
-         "inference", "attention", "hub", "medium", "items", "conversation", "batching", "model_folder", "processor", "streaming", "pipeline", "captioning", "evaluation", "report", "run_page", "scaling", "interop", "serving", "training", "commands", "cli")
+         "inference", "attention", "hub", "medium", "items", "conversation", "batching", "model_folder", "processor", "streaming", "subtitles", "pipeline", "captioning", "evaluation", "report", "run_page", "scaling", "interop", "serving", "training", "commands", "cli")
 ANYWHERE = ("errors",)
 FILES = sorted((ROOT / "mmtx").rglob("*.py"))
 

@@ -21,14 +21,16 @@ import mmtx
 from mmtx import cli
 from mmtx.ctc import ctc_scores, time_steps
 from mmtx.data.collection import DataSource, read_source
-from mmtx.data.media import load_audio
+from mmtx.data.media import load_audio, load_windows
+from mmtx.data.pauses import cut_at_pauses
 from mmtx.data.sample import Media
+from mmtx.data.sound_files import read_sound
 from mmtx.data.tokens import to_documents
 from mmtx.document import Document, TextPart, Turn
 from mmtx.errors import InputError
 from mmtx.evaluation import character_errors
 from mmtx.inference.engine import pad
-from mmtx.inference.transcription import cut_at_pauses, hear, prefix_beam_search, rescore
+from mmtx.inference.transcription import hear, prefix_beam_search, rescore
 from mmtx.model import Decoder, rotary_embedding
 from mmtx.pipeline import Model
 from mmtx.report import report
@@ -162,13 +164,14 @@ def test_a_long_sound_is_cut_where_it_is_quietest():
     whole = torch.from_numpy(np.concatenate([loud * rng.normal(size=round(s * RATE)) for s, loud in parts]).astype(np.float32))
     pieces = cut_at_pauses(whole, RATE, 2.0)
     whole = whole - whole.mean()
-    begins = [next(k for k in range(len(whole)) if torch.equal(whole[k:k + 99], piece[:99])) / RATE for piece in pieces]
     within_pauses = [(1.0, 1.25), (1.75, 2.0), (3.0, 3.25)]
-    assert len(pieces) == 3 and begins[0] == 0
-    for begin, end in zip(begins[1:], (begin + len(piece) / RATE for begin, piece in zip(begins, pieces))):
+    assert len(pieces) == 3 and pieces[0].first == 0
+    assert all(torch.equal(whole[first:first + len(samples)], samples) for first, samples in pieces)
+    for before, after in itertools.pairwise(pieces):
+        begin, end = after.first / RATE, (before.first + len(before.samples)) / RATE
         assert any(first <= end <= begin <= last for first, last in within_pauses)
     for seconds in (0.1, 0.35, 2.0, 9.0):
-        assert all(0 < len(piece) <= seconds * RATE for piece in cut_at_pauses(whole, RATE, seconds))
+        assert all(0 < len(samples) <= seconds * RATE for _, samples in cut_at_pauses(whole, RATE, seconds))
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.002])
@@ -178,8 +181,8 @@ def test_what_is_quiet_around_speech_is_left_out(noise):
     whole = np.concatenate([silence, loud, silence, silence, loud, silence]) + noise * rng.normal(size=10 * RATE).astype(np.float32)
     pieces = cut_at_pauses(torch.from_numpy(whole.astype(np.float32)), RATE, 3.5)
     assert len(pieces) == 2
-    for piece in pieces:  # with a margin of 0.1 s, and a moment of 0.025 s
-        assert RATE <= len(piece) <= 1.26 * RATE
+    for (first, samples), begin in zip(pieces, (2, 7), strict=True):  # with a margin of 0.1 s, and a moment of 0.025 s
+        assert RATE <= len(samples) <= 1.26 * RATE and (begin - 0.13) * RATE <= first <= begin * RATE
     assert cut_at_pauses(torch.zeros(3 * RATE), RATE, 1.0) == [] == cut_at_pauses(torch.zeros(0), RATE, 1.0)
 
 
@@ -189,7 +192,7 @@ def test_an_offset_of_the_recorder_is_not_heard(offset):
     silence = np.zeros(RATE)
     whole = torch.from_numpy(np.concatenate([silence, 0.1 * rng.normal(size=RATE), silence]).astype(np.float32))
     (piece,), (same,) = cut_at_pauses(whole, RATE, 3.5), cut_at_pauses(whole + offset, RATE, 3.5)
-    assert len(piece) < 1.26 * RATE and torch.allclose(piece, same, atol=1e-6)
+    assert len(piece.samples) < 1.26 * RATE and torch.allclose(piece.samples, same.samples, atol=1e-6) and piece.first == same.first
     assert cut_at_pauses(torch.full((RATE,), offset), RATE, 3.5) == [] == cut_at_pauses(torch.full((1,), offset), RATE, 3.5)
     model, spoken = mmtx.load("demos/speech", device="cpu"), load_audio("demos/examples/speech.ogg", RATE).numpy()
     assert model.transcribe(mmtx.Audio(spoken + np.float32(offset), RATE)) == model.transcribe(mmtx.Audio(spoken, RATE))
@@ -210,7 +213,7 @@ def test_what_is_said_in_a_long_sound_is_what_is_said_in_its_pieces(model, monke
     expected = []
     for each in sounds:
         pieces = cut_at_pauses(model.read_medium(each).data, RATE, 1.0)
-        expected.append(" ".join(filter(None, (model.transcribe(mmtx.Audio(piece.numpy(), RATE)).strip() for piece in pieces))))
+        expected.append(" ".join(filter(None, (model.transcribe(mmtx.Audio(samples.numpy(), RATE)).strip() for _, samples in pieces))))
     assert model.transcribe(sounds, chunk_length_s=1.0) == expected
     for value, told in ((0, "0"), (-1, "-1"), (float("nan"), "nan"), (float("inf"), "inf"), ("3", "'3'"), (None, "None"), ([3], "list"), (1e9, "1000000000.0"),
                         (1j, "complex"), (np.array([3.0]), "ndarray")):
@@ -219,6 +222,82 @@ def test_what_is_said_in_a_long_sound_is_what_is_said_in_its_pieces(model, monke
                 model.transcribe(given, chunk_length_s=value)
     with pytest.raises(InputError, match="chunk_length_s: found '3'"):
         list(mmtx.transcribe_files(model, [], chunk_length_s="3"))
+
+
+def test_timestamps_are_those_of_the_pieces(model):
+    """In the form of transformers: https://huggingface.co/docs/transformers/main_classes/pipelines"""
+    sounds, passed = [sound(2.5, 0), sound(0.4, 1)], []
+    texts = model.transcribe(sounds, chunk_length_s=1.0)
+    timed = model.transcribe(sounds, chunk_length_s=1.0, return_timestamps=True, progress=passed.append)
+    assert [each["text"] for each in timed] == texts and model.transcribe(sounds[1], return_timestamps=True) == timed[1]
+    for each, found in zip(sounds, timed, strict=True):
+        pieces = cut_at_pauses(model.read_medium(each).data, RATE, 1.0)
+        said = [model.transcribe(mmtx.Audio(samples.numpy(), RATE)) for _, samples in pieces]
+        times = [(round(first / RATE, 3), round((first + len(samples)) / RATE, 3)) for first, samples in pieces]
+        assert found["chunks"] == [{"timestamp": time, "text": text} for time, text in zip(times, said, strict=True) if text]
+    assert sum(passed) == pytest.approx(2.9, abs=0.01) and len(passed) > 2
+
+
+def recording(seconds: float, rate: int = RATE) -> np.ndarray:
+    """Noise (S, 2) with a pause of 0.3 s at the end of every two seconds, and in the second channel half as loud."""
+    loud = np.random.default_rng(0).normal(size=round(seconds * rate)).astype(np.float32).clip(-3, 3) / 4
+    loud[np.arange(len(loud)) / rate % 2 > 1.7] *= 0.01
+    return np.stack([loud, loud / 2], 1)
+
+
+@pytest.mark.parametrize("form", ["wav", "flac", "ogg", "mp3", "bytes", "array", "row"])
+def test_a_recording_of_any_length_is_transcribed(model, tmp_path, monkeypatch, form):
+    """In windows, of which each ends in a pause: what is said is as if each were a sound of its own."""
+    whole = recording(13.0)
+    format = form if form in ("flac", "ogg", "mp3") else "wav"
+    path = tmp_path / f"long.{format}"
+    soundfile.write(path, whole, RATE)
+    decoded, _ = read_sound(path.read_bytes(), "whole")
+    for name in ("mmtx.data.sound_files", "mmtx.data.media"):
+        monkeypatch.setattr(f"{name}.MAX_SECONDS", 5)
+    monkeypatch.setattr("mmtx.data.media.WINDOW_END", 3)
+    monkeypatch.setattr("mmtx.data.media.BLOCK", 5_000)
+    monkeypatch.setattr("mmtx.data.sound_files.BLOCK", 5_000)
+    (tmp_path / "rows.csv").write_text(f"audio\n{path}\n")
+    rows = list(mmtx.find_media(tmp_path / "rows.csv", "audio"))
+    given = {"bytes": mmtx.Audio(path.read_bytes()), "array": mmtx.Audio(decoded, RATE), "row": rows[0]}.get(form, path)
+    windows = [*load_windows(path if form == "row" else getattr(given, "data", given), RATE)]
+    begins = [begin for begin, _ in windows]
+    assert len(windows) >= 3 and begins[0] == 0 and all(1.7 <= begin % 2 < 2 and begin == round(begin * RATE) / RATE for begin in begins[1:])
+    places = [round(begin * RATE) for begin in begins] + [len(decoded)]
+    for (_, samples), first, last in zip(windows, places[:-1], places[1:], strict=True):
+        assert torch.equal(samples, load_audio(decoded[first:last], RATE))
+    said = [model.transcribe(mmtx.Audio(samples.numpy(), RATE), chunk_length_s=1.0, return_timestamps=True) for _, samples in windows]
+    found = model.transcribe(given, chunk_length_s=1.0, return_timestamps=True)
+    assert [chunk["text"] for chunk in found["chunks"]] == [chunk["text"] for each in said for chunk in each["chunks"]]
+    times = [begin + time for begin, each in zip(begins, said, strict=True) for chunk in each["chunks"] for time in chunk["timestamp"]]
+    assert times and [time for chunk in found["chunks"] for time in chunk["timestamp"]] == pytest.approx(times, abs=2e-3)
+    if form != "row":
+        with pytest.raises(InputError, match="expected at most 5 seconds"):
+            model.caption(given)
+
+
+def test_a_short_recording_is_one_window(tmp_path):
+    soundfile.write(tmp_path / "a.wav", recording(3.0, 44_100), 44_100)
+    ((begin, samples),) = load_windows(tmp_path / "a.wav", RATE)
+    assert begin == 0 and torch.equal(samples, load_audio(tmp_path / "a.wav", RATE))
+
+
+@pytest.mark.parametrize("broken, told", [("cut", "cut short"), ("empty", "no samples in it"), ("rate", "500 Hz, expected 1000 to"),
+                                          ("nan", "NaN or infinite samples"), ("none", "no such file"), ("text", "no sound that can be decoded")])
+def test_what_is_wrong_with_a_recording_is_told(model, tmp_path, broken, told):
+    path, whole = tmp_path / "a.wav", recording(1.0)
+    if broken == "nan":
+        whole[5] = np.nan
+    if broken != "none":
+        soundfile.write(path, whole[:0] if broken == "empty" else whole, 500 if broken == "rate" else RATE, subtype="FLOAT")
+    if broken == "cut":
+        path.write_bytes(path.read_bytes()[:-999])
+    if broken == "text":
+        path.write_text("a text")
+    for given in (path, mmtx.Audio(path.read_bytes())) if broken not in ("none", "empty") else (path,):
+        with pytest.raises(InputError, match=told):
+            model.transcribe(given)
 
 
 def test_what_cannot_be_transcribed_is_one_clear_error(model, tiny_model):
@@ -304,7 +383,7 @@ def test_a_transcript_needs_no_room_for_the_whole_sound(model):
 @pytest.mark.parametrize("route", ["/v1/audio/transcriptions", "/demo/transcribe"])
 def test_a_transcript_that_takes_too_long_is_refused_in_time(model, route, monkeypatch):
     over = threading.Event()
-    monkeypatch.setattr(type(model), "transcribe", lambda *given: over.wait(60) and "late")
+    monkeypatch.setattr(type(model), "transcribe", lambda *given, **options: over.wait(60) and "late")
     app = make_app({"tiny": model}, Limits(timeout=2))
     add_page(app)
     if route.startswith("/v1"):

@@ -191,5 +191,9 @@ def to_stderr(line: str) -> None:
 
 def progress(name: str) -> Callable[[Iterable], Iterable]:
     """A progress bar for long work: `progress("encode")(items)`; not shown if stderr is a log file."""
-    quiet = {} if "TQDM_DISABLE" in os.environ else {"disable": None}  # None: if stderr is no terminal
-    return lambda items: tqdm(items, desc=name, leave=False, **quiet)
+    return lambda items: tqdm(items, desc=name, leave=False, **quiet_in_logs())
+
+
+def quiet_in_logs() -> dict:
+    """Options of a progress bar that is not shown if stderr is a log file."""
+    return {} if "TQDM_DISABLE" in os.environ else {"disable": None}  # None: if stderr is no terminal

@@ -9,6 +9,7 @@ import io
 import math
 import os
 import threading
+from collections.abc import Iterator
 from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any, Protocol
@@ -21,17 +22,32 @@ from torchaudio.functional import phase_vocoder
 from torchaudio.transforms import Resample
 
 from mmtx.data.formats import IMAGE_FORMATS, format_of
+from mmtx.data.pauses import SILENCE, quietest
 from mmtx.data.picture_files import BITS, ORIENTATION, PHOTOMETRIC, PictureFile, check_size, orientation, picture_file
-from mmtx.data.sound_files import MAX_CHANNELS, MAX_START, check_sound, cut, read_cut, read_sound
-from mmtx.data.storage import FileSource, display, open_binary
+from mmtx.data.sound_files import (
+    BLOCK,
+    MAX_CHANNELS,
+    MAX_SECONDS,
+    MAX_START,
+    MAX_VALUES,
+    Blocks,
+    check_sound,
+    cut,
+    file_blocks,
+    of_one_layout,
+    read_cut,
+    read_sound,
+    sound_blocks,
+)
+from mmtx.data.storage import MAX_BYTES, FileSource, display, open_binary
 from mmtx.data.urls import is_url
 from mmtx.errors import InputError
 from mmtx.files import user_name
 
 PEAK = 0.7
-SILENCE = 1e-4  # peak (-80 dB, three steps of 16 bit) up to which a sound is not normalised: that would amplify noise
 BAND = 2**20  # pixels
 PIL_LOCK = threading.Lock()  # for PIL images of callers: threads that share one must not decode it at the same time
+WINDOW_END = 60  # seconds at the end of a window of a long sound: where these are quietest, the next one begins
 MOST_SPEED = 4  # largest factor by which a sound may be sped up or slowed down
 MOST_SEMITONES = 24  # largest pitch shift, up or down
 VOCODER_WINDOW = 0.064  # seconds
@@ -76,7 +92,7 @@ def read_audio(tokenizer: Sampled, data: Any, name: str | None = None, **options
 def load_image(data: Any, name: str | None = None) -> torch.Tensor:
     """Return a picture as uint8 (C=3, H, W), upright, transparency over white; the first frame of several.
 
-    `data` is one of: encoded bytes; a path or URL; a PIL image; a numpy array (H, W) or (H, W, 1|3|4);
+    `data` is one of: encoded bytes or an open file of them; a path or URL; a PIL image; a numpy array (H, W) or (H, W, 1|3|4);
     a tensor (H, W) or (1|3|4, H, W). Arrays are uint8, or floats in [0, 1]. 32-bit whole numbers of a PIL image or a TIFF are
     8 bits if none is above 255, else 16. `name` is used in error messages.
     Raises InputError for anything that is not a complete picture of at most 64 megapixels.
@@ -233,7 +249,7 @@ def load_audio(
 ) -> torch.Tensor:
     """Return a sound as float32 (S,) at `rate` Hz, peak 0.7: its loudest channel, resampled; silence is not scaled.
 
-    `data` is one of: encoded bytes; a path or URL; a numpy array (S,) or (S, C), as soundfile reads; a tensor
+    `data` is one of: encoded bytes or an open file of them; a path or URL; a numpy array (S,) or (S, C), as soundfile reads; a tensor
     (S,) or (C, S), as torchaudio reads. Arrays hold int16, int32 or floats at `source_rate` (default `rate`).
     `start` and `seconds` select a piece, to which alone the limits then apply. `speed`, from 1/4 to 4, plays it faster, which
     raises its pitch: 2 ** (1 / 12) is a semitone up. `semitones`, from -24 to 24, shift its pitch and keep its length and
@@ -287,6 +303,48 @@ def cut_of_file(path: str | os.PathLike, name: str, start: float, seconds: float
         return read_cut(file, name, start, seconds)
 
 
+def load_windows(data: Any, rate: int, name: str | None = None,
+                 source_rate: int | None = None) -> Iterator[tuple[float, torch.Tensor]]:
+    """A sound of any length -> its windows, of at most 600 s, as `load_audio` returns them, each with its beginning in seconds.
+
+    A window ends in a pause if there is one in its last minute. Files are decoded, and WAV and FLAC files read, window by window.
+    """
+    name = _name(data, name, "sound")
+    for start, samples, found_rate in _windows(_blocks(data, rate if source_rate is None else source_rate, name), name):
+        yield start / found_rate, load_audio(samples, rate, name, found_rate)
+
+
+def _blocks(data: Any, source_rate: int, name: str) -> Blocks:
+    """The blocks of a sound of any length, in any form that `load_audio` takes."""
+    if isinstance(data, (np.ndarray, torch.Tensor)):
+        samples = _waveform(data, name)
+        yield from ((source_rate, first, samples[first:first + BLOCK]) for first in range(0, len(samples), BLOCK))
+        return
+    if isinstance(data, (str, os.PathLike)) and not is_url(path := user_name(data)):
+        with open_binary(path, seek=True) as file:
+            if (blocks := file_blocks(file, name)) is not None:
+                yield from blocks
+                return
+    yield from sound_blocks(_bytes(data, name), name)
+
+
+def _windows(blocks: Blocks, name: str) -> Iterator[tuple[int, np.ndarray, int]]:
+    """The windows of a sound: the place of the first frame, float32 (S, C), and the rate."""
+    held: list[np.ndarray] = []
+    start, count, rate = 0, 0, 0
+    for rate, _, block in of_one_layout(blocks, name):
+        check_sound(1, rate, channels := block.shape[1], name)
+        held.append(block)
+        count += len(block)
+        while count > (most := min(round(MAX_SECONDS * rate), MAX_VALUES // channels)):
+            samples = np.concatenate(held)
+            power = np.square(samples[max(0, most - round(WINDOW_END * rate)):most]).mean(1)
+            end = most - len(power) + quietest(torch.from_numpy(power), rate, 0)
+            yield start, samples[:end], rate
+            held, start, count = [samples[end:].copy()], start + end, count - end
+    yield start, np.concatenate(held), rate
+
+
 def _shift_pitch(sound: torch.Tensor, rate: int, factor: float) -> torch.Tensor:
     """Shift the pitch of a sound (S,) by `factor`, keeping its length: a phase vocoder stretches it, then it is played faster.
 
@@ -338,11 +396,28 @@ def _array(data: np.ndarray | torch.Tensor, name: str) -> np.ndarray:
 def _bytes(data: Any, name: str) -> bytes:
     if isinstance(data, (str, os.PathLike)):
         data = FileSource(user_name(data)).read()
+    if hasattr(data, "read"):
+        data = content_of(data, name)
     if not isinstance(data, (bytes, bytearray, memoryview)):
-        raise InputError(f"{name}: found {type(data).__name__}, expected bytes, a path, an image or an array")
+        raise InputError(f"{name}: found {type(data).__name__}, expected bytes, an open file, a path, an image or an array")
     if not len(data):
         raise InputError(f"{name}: the file is empty")
     return bytes(data)
+
+
+def content_of(file: Any, name: str) -> bytes:
+    """All bytes of an open file, from its beginning as PIL reads it. Raises InputError if it cannot be read, or holds text."""
+    try:
+        if file.seekable():
+            file.seek(0)
+        data = file.read(MAX_BYTES + 1)
+    except (AttributeError, OSError, TypeError, ValueError) as error:  # no file, closed, or opened for writing
+        raise InputError(f"{name}: {type(file).__name__} cannot be read ({_line(error)})") from None
+    if not isinstance(data, bytes):
+        raise InputError(f"{name}: found an open file that holds text, expected one opened in binary mode")
+    if len(data) > MAX_BYTES:
+        raise InputError(f"{name}: more than {MAX_BYTES} bytes, expected at most {MAX_BYTES}")
+    return data
 
 
 def _name(data: Any, name: str | None, default: str) -> str:

@@ -45,23 +45,29 @@ EBML_ELEMENT = re.compile(  # the file's header and segment, and the elements in
 REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
+Blocks = Iterator[tuple[int, int, np.ndarray]]  # rate, place in the sound, float32 (S, C)
+
+
 def read_sound(data: bytes, name: str, start: float = 0.0, seconds: float | None = None) -> tuple[np.ndarray, int]:
     """Samples as float32 (S, C) and their rate, from second `start` on and `seconds` long. Raises InputError."""
-    format, uncut = format_of(data), not start and seconds is None
+    return _cut(sound_blocks(data, name, start, uncut=not start and seconds is None), name, start, seconds)
+
+
+def sound_blocks(data: bytes, name: str, start: float = 0.0, uncut: bool = False) -> Blocks:
+    """The blocks of an encoded sound from some place before second `start` on; of an `uncut` one, the length is checked first."""
+    format = format_of(data)
     if format != "MP3":
         data = data[id3_size(data):]
     if format in FFMPEG:
-        blocks = _ffmpeg(_whole_file(data, format, name), format, name, start, uncut)
-    elif format == "MP3":
+        return _ffmpeg(_whole_file(data, format, name), format, name, start, uncut)
+    if format == "MP3":
         whole, samples = mpeg_sound(data, name)
-        blocks = _libsndfile([whole], name, start, uncut, samples)
-    elif format == "OGG":
-        blocks = _libsndfile(_ogg_links(data, name), name, start, uncut)
-    elif format in AUDIO_FORMATS:
-        blocks = _libsndfile([_whole_file(data, format, name)], name, start, uncut)
-    else:
-        raise InputError(f"{name}: no sound that can be decoded, expected {', '.join(AUDIO_FORMATS)}")
-    return _cut(blocks, name, start, seconds)
+        return _libsndfile([whole], name, start, uncut, samples)
+    if format == "OGG":
+        return _libsndfile(_ogg_links(data, name), name, start, uncut)
+    if format in AUDIO_FORMATS:
+        return _libsndfile([_whole_file(data, format, name)], name, start, uncut)
+    raise InputError(f"{name}: no sound that can be decoded, expected {', '.join(AUDIO_FORMATS)}")
 
 
 class _Slices:
@@ -80,9 +86,15 @@ class _Slices:
 
 
 def read_cut(file: BinaryIO, name: str, start: float, seconds: float | None) -> tuple[np.ndarray, int] | None:
-    """What `read_sound` returns for a cut of a WAV or FLAC file, of which the rest is not read, however long it is.
+    """What `read_sound` returns for a cut of a file, as far as `file_blocks` can read it."""
+    blocks = file_blocks(file, name, start)
+    return None if blocks is None else _cut(blocks, name, start, seconds)
 
-    None for files of other formats and for those with anything unusual about them, of which `read_sound` must see all.
+
+def file_blocks(file: BinaryIO, name: str, start: float = 0.0) -> Blocks | None:
+    """`sound_blocks` of a WAV or FLAC file, of which no more is read than what is asked for, however long it is.
+
+    None for files of other formats and for those with anything unusual about them, of which `sound_blocks` must see all.
     """
     data = _Slices(file)
     head = data[:64]
@@ -95,7 +107,7 @@ def read_cut(file: BinaryIO, name: str, start: float, seconds: float | None) -> 
     if not usual:
         return None
     file.seek(0)
-    return _cut(_libsndfile([file], name, start, uncut=False), name, start, seconds)
+    return _libsndfile([file], name, start, uncut=False)
 
 
 def check_sound(frames: int, rate: int, channels: int, name: str) -> None:
@@ -131,36 +143,41 @@ class _Forward(soundfile.SoundFile):
         return False
 
 
-Blocks = Iterator[tuple[int, int, np.ndarray]]  # rate, place in the sound, float32 (S, C)
-
-
 def _cut(blocks: Blocks, name: str, start: float, seconds: float | None) -> tuple[np.ndarray, int]:
     """Join the blocks of a cut. Memory grows with the actual data, whatever the header declares."""
     kept: list[np.ndarray] = []
-    read, end, layout = 0, 0, None
+    read, end, rate = 0, 0, 0
+    for rate, place, block in of_one_layout(blocks, name):
+        end = place + len(block)
+        first, last = round(start * rate), end if seconds is None else round((start + seconds) * rate)
+        if not kept and place > first:
+            raise InputError(f"{name}: damaged: no samples at {start:g} s")
+        channels, block = block.shape[1], block[max(first - place, 0) : max(last - place, 0)]
+        if len(block):
+            kept.append(block)
+            read += len(block)
+            check_sound(read, rate, channels, name)
+        if last < end:
+            break
+    else:
+        cut(end, rate, name, start, seconds)
+    check_sound(read, rate, channels, name)
+    return np.concatenate(kept), rate
+
+
+def of_one_layout(blocks: Blocks, name: str) -> Blocks:
+    """The blocks, of which there is at least one. Raises InputError where the rate or the number of channels changes."""
+    layout = None
     for rate, place, block in blocks:
         if layout not in (None, (rate, block.shape[1])):
             raise InputError(
                 f"{name}: changes from {layout[1]} channels at {layout[0]} Hz to {block.shape[1]} at {rate} Hz, "
                 f"expected one sound"
             )
-        layout, end = (rate, block.shape[1]), place + len(block)
-        first, last = round(start * rate), end if seconds is None else round((start + seconds) * rate)
-        if not kept and place > first:
-            raise InputError(f"{name}: damaged: no samples at {start:g} s")
-        block = block[max(first - place, 0) : max(last - place, 0)]
-        if len(block):
-            kept.append(block)
-            read += len(block)
-            check_sound(read, *layout, name)
-        if last < end:
-            break
-    else:
-        if layout is None:
-            raise InputError(f"{name}: no samples in it, expected a sound")
-        cut(end, layout[0], name, start, seconds)
-    check_sound(read, *layout, name)
-    return np.concatenate(kept), layout[0]
+        layout = rate, block.shape[1]
+        yield rate, place, block
+    if layout is None:
+        raise InputError(f"{name}: no samples in it, expected a sound")
 
 
 def _libsndfile(parts: Sequence[bytes | BinaryIO], name: str, start: float, uncut: bool, samples: int | None = None) -> Blocks:

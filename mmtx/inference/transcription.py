@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mmtx.ctc import BLANK, ctc_scores, time_steps
-from mmtx.data.media import SILENCE
 from mmtx.inference.engine import pad
 from mmtx.kernels import attend
 from mmtx.modality.base import Tokenizer
@@ -30,12 +29,6 @@ from mmtx.vocabulary import Vocabulary
 # 0.485 / 0.471 / 0.465 and 0.332 / 0.317 / 0.314 on the first 60 sounds of each speech test, in relative times of 0.6, 1 and 1.9.
 BEAM = 24
 MIN_LOG_PROBABILITY = np.log(1e-3)  # of a piece that extends a string; 1e-4 took longer and found no others
-PAUSE_WINDOW = 0.1    # seconds over which a pause is measured
-FRAME = 0.025         # seconds, long enough for the lowest voice
-NOISE_QUANTILE = 0.1  # quantile of the power of a sound's frames that counts as its noise
-SPEECH_TO_NOISE = 4.0           # least power of speech, relative to noise,
-THRESHOLD_RANGE = 1e-4, 0.03    # clamped to these shares of the power of the loudest frame
-MARGIN = 0.1          # seconds around speech: words begin and end more quietly
 
 Pieces = tuple[int, ...]  # of text, by the tokenizer's numbers
 
@@ -57,42 +50,6 @@ def transcribe(decoder: Decoder, vocabulary: Vocabulary, text: Tokenizer, prompt
     candidates = {tuple(text.encode(string)): string for string in strings}
     sums = rescore(decoder, heard, list(candidates), vocabulary).sum(0)
     return list(candidates.values())[int(sums.argmax())]
-
-
-def cut_at_pauses(sound: Tensor, rate: int, seconds: float) -> list[Tensor]:
-    """A sound (samples,) -> consecutive pieces of at most so many seconds, each cut where its second half is quietest.
-
-    Quiet ends of pieces are left out, since the decoder would hear words in them; silence gives no piece. A constant offset, which
-    some recorders add, is removed: with one of 0.02 of full scale, demos/speech had more than twice as many characters wrong.
-    """
-    if not len(sound) or (sound := sound - sound.mean()).abs().amax() <= SILENCE:
-        return []
-    loudness = _loudness(sound, rate)
-    noise, loudest = loudness.quantile(NOISE_QUANTILE), loudness.amax()
-    least = float((SPEECH_TO_NOISE * noise).clamp(*(loudest * share for share in THRESHOLD_RANGE)))
-    pieces, longest, window, hop = [], round(seconds * rate), round(PAUSE_WINDOW * rate), round(PAUSE_WINDOW * rate / 4)
-    while len(sound) > longest:
-        first = min(longest // 2, longest - window)
-        loud = F.avg_pool1d(sound[None, None, first:longest].square(), window, hop)
-        stop = first + int(loud.argmin()) * hop + window // 2
-        pieces.append(sound[:stop])
-        sound = sound[stop:]
-    return [speech for piece in (*pieces, sound) if len(speech := _without_ends(piece, rate, least))]
-
-
-def _loudness(sound: Tensor, rate: int) -> Tensor:
-    """The power (mean square) of each frame of a sound (samples,)."""
-    frame = round(FRAME * rate)
-    return F.pad(sound, (0, -len(sound) % frame)).view(-1, frame).square().mean(1)
-
-
-def _without_ends(sound: Tensor, rate: int, least: float) -> Tensor:
-    """A sound (samples,) from a margin before the first moment of at least the power `least` to a margin after the last."""
-    loud = (_loudness(sound, rate) >= least).nonzero()[:, 0].tolist()
-    if not loud:
-        return sound[:0]
-    frame, margin = round(FRAME * rate), round(MARGIN * rate)
-    return sound[max(0, loud[0] * frame - margin):(loud[-1] + 1) * frame + margin]
 
 
 def hear(decoder: Decoder, prompt: Prompt, vocabulary: Vocabulary) -> Heard:

@@ -10,8 +10,9 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 import uvicorn
@@ -24,6 +25,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from mmtx.ambient import one_thread
+from mmtx.data.media import Sampled
 from mmtx.document import Document, Turn
 from mmtx.errors import InputError
 from mmtx.inference.sampling import Sampling
@@ -35,6 +37,7 @@ from mmtx.serving.batches import BatchScheduler, Job
 from mmtx.serving.choices import Choice, Piece, Scored, completion_logprobs, read_prompt
 from mmtx.serving.limits import DEADLINE, Limits, LimitsMiddleware, Refused, TimedHeaders, as_refused, in_time
 from mmtx.serving.sounds import MEDIA_TYPES, encoded, in_thread
+from mmtx.subtitles import Transcript, srt, vtt
 from mmtx.vocabulary import MAX_SIDE
 
 MEDIA_THREADS = 2  # threads that decode and encode media
@@ -315,13 +318,16 @@ def make_app(models: Mapping[str, Model], limits: Limits = Limits(), key: str | 
         service = server.find(body.model, "transcriptions")
         model = service.model
         part = await service.read(api.read_part, model, Audio(await body.file.read()), limits, "file")
+        duration = len(part.data) / cast(Sampled, model.tokenizers["audio"]).rate
         greedy = not Sampling.of(**body.model_dump(include=SAMPLED)).temperature  # many clients send the default, 0
         if model.transcribes and greedy and body.max_tokens is None:
-            text = await service.read(model.transcribe, part)  # in pieces, so that no prompt is as long as the sound
+            # In pieces, so that no prompt is as long as the sound.
+            transcript: Transcript = await service.read(partial(model.transcribe, return_timestamps=True), part)
         else:
             answer = Answer(service, [Document((Turn("user", (part,)),))], body)
             text = "".join([piece.text async for piece in answer.pieces()])
-        return PlainTextResponse(text) if body.response_format == "text" else {"text": text}
+            transcript = {"text": text, "chunks": [{"timestamp": (0.0, duration), "text": text}]}
+        return _transcription(transcript, body.response_format, duration)
 
     @app.post("/v1/images/generations")
     async def images(body: api.ImagesBody) -> dict:
@@ -351,6 +357,18 @@ def make_app(models: Mapping[str, Model], limits: Limits = Limits(), key: str | 
         return StreamingResponse(sound(), headers=UNBUFFERED, media_type=MEDIA_TYPES[body.response_format])
 
     return app
+
+
+def _transcription(transcript: Transcript, form: str, duration: float) -> Response | dict:
+    """A transcript of a sound of `duration` seconds as one of OpenAI's response formats."""
+    text, chunks = transcript["text"], transcript["chunks"]
+    if form == "json":
+        return {"text": text}
+    if form == "verbose_json":
+        segments = [{"id": number, "start": chunk["timestamp"][0], "end": chunk["timestamp"][1], "text": chunk["text"]}
+                    for number, chunk in enumerate(chunks)]
+        return {"task": "transcribe", "duration": round(duration, 3), "text": text, "segments": segments}
+    return PlainTextResponse({"text": text, "srt": srt(chunks), "vtt": vtt(chunks)}[form])
 
 
 def _png(picture: Image) -> str:

@@ -183,7 +183,8 @@ class TranscriptionBody(SamplingBody):
     model_config = ConfigDict(strict=False)  # all values in a form are text
 
     file: UploadFile
-    response_format: Literal["json", "text"] = "json"
+    response_format: Literal["json", "text", "verbose_json", "srt", "vtt"] = "json"
+    timestamp_granularities: list[Literal["segment"]] = Field([], alias="timestamp_granularities[]")  # the only ones there are
 
 
 class ImagesBody(ChoicesBody):
