@@ -155,6 +155,18 @@ def test_what_a_program_holds_and_cannot_be_read_is_one_clear_error(tiny_model, 
         tiny_model.caption([files / "picture.png", 5])
 
 
+def test_vectors_of_a_batch_are_those_of_each_prompt(lively_model, files, pixels, tone, three_threads):
+    prompts = [[pixels, "what?"], "a red circle", mmtx.Audio(tone), [], files / "sound.wav", "b", [tone, pixels, "and?"], *map(str, range(40))]
+    vectors = lively_model.embed_batch(iter(prompts))
+    assert len(vectors) == len(prompts)
+    np.testing.assert_allclose(vectors, np.stack([lively_model.embed(prompt) for prompt in prompts]), atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert lively_model.embed_batch([]).shape == (0, vectors.shape[1])
+    for given, told in ((["a", [files / "none.png"]], "prompt 2 of 2: "), ("a", "prompts: found str, expected a list")):
+        with pytest.raises(mmtx.InputError, match=told):
+            lively_model.embed_batch(given)
+
+
 def test_the_rate_of_an_array_counts(tiny_model, tone):
     # Twice the rate is half the time: half as many codes.
     at_rate, at_double = (len(tiny_model.tokenize([mmtx.Audio(tone, rate)])) for rate in (RATE, 2 * RATE))
