@@ -23,6 +23,7 @@ from mmtx.ambient import neutral, neutral_steps
 from mmtx.atomic_folder import replace_folder
 from mmtx.attention import AttentionMaps, attention_maps
 from mmtx.batching import by_length, in_order, run_batches, run_by_values, run_each
+from mmtx.data.media import Sampled
 from mmtx.data.sound_files import MAX_SECONDS
 from mmtx.document import Document, MediaPart, Part, Turn
 from mmtx.errors import InputError
@@ -47,7 +48,7 @@ from mmtx.processor import Processor, asked_documents
 from mmtx.schema import typed, within
 from mmtx.sequence import Prompt, prompt, render
 from mmtx.streaming import stream_media, stream_sound
-from mmtx.subtitles import Chunk
+from mmtx.subtitles import Chunk, Transcript
 from mmtx.vocabulary import Vocabulary
 from mmtx.weights import load_module, weights_of
 
@@ -248,7 +249,7 @@ class Model:
             chunk_length_s: seconds; longer sounds are cut at pauses, and the transcripts of the pieces are joined. Best is
                 the length of most training sounds; the default is that of `demos/speech`.
             return_timestamps: also return when each piece is spoken.
-            progress: called from time to time with the seconds of sound transcribed since the last call.
+            progress: called from time to time with the seconds of speech transcribed since the last call.
 
         Returns:
             A transcript, or a list for a list. With `return_timestamps`, each is in the form of transformers' pipeline for speech
@@ -262,30 +263,30 @@ class Model:
             return self.transcribe([sounds], chunk_length_s=chunk_length_s, return_timestamps=return_timestamps, progress=progress)[0]
         within("chunk_length_s", chunk_length_s, 0.1, MAX_SECONDS)
         media = map_numbered(sounds, as_medium)
-        chunks: list[list[Chunk]] = [[] for _ in media]
-        place = 0, 0.0  # of what is transcribed: a sound and seconds of it
+        rate = cast(Sampled, self.tokenizers["audio"]).rate
+        Cut = tuple[int, float, Audio]  # number of a sound, and a piece of it with its beginning in seconds
 
-        def pieces() -> Iterator[tuple[int, float, Audio]]:
+        def cut() -> Iterator[Cut]:
             for number, medium in enumerate(media):
                 with numbered("item", number, len(media)):
                     for begin, piece in self.processor.cut_speech(medium, chunk_length_s):
                         yield number, begin, piece
 
-        def write(held: Sequence[tuple[int, float, Audio]]) -> list[str]:
-            nonlocal place
+        def write(held: Sequence[Cut]) -> list[tuple[int, Chunk]]:
             texts = self.transcribe_documents(self.processor.questions(piece for _, _, piece in held))
-            for (number, begin, piece), text in zip(held, texts, strict=True):
-                end = begin + len(piece.data) / cast(int, piece.rate)
-                if progress is not None:
-                    progress(end - (place[1] if number == place[0] else 0))
-                place = number, end
-                if said := text.strip():
-                    chunks[number].append({"timestamp": (round(begin, 3), round(end, 3)), "text": said})
-            return []
+            seconds = [len(piece.data) / rate for _, _, piece in held]
+            if progress is not None:
+                progress(sum(seconds))
+            return [(number, {"timestamp": (round(begin, 3), round(begin + length, 3)), "text": text.strip()})
+                    for (number, begin, _), length, text in zip(held, seconds, texts, strict=True)]
 
-        run_by_values(write, pieces(), lambda piece: len(piece[2].data))
-        texts = [" ".join(chunk["text"] for chunk in said) for said in chunks]
-        return [{"text": text, "chunks": said} for text, said in zip(texts, chunks, strict=True)] if return_timestamps else texts
+        found: list[Transcript] = [{"text": "", "chunks": []} for _ in media]
+        for number, chunk in run_by_values(write, cut(), lambda piece: len(piece[2].data)):
+            if chunk["text"]:
+                found[number]["chunks"].append(chunk)
+        for transcript in found:
+            transcript["text"] = " ".join(chunk["text"] for chunk in transcript["chunks"])
+        return found if return_timestamps else [transcript["text"] for transcript in found]
 
     @neutral()
     def transcribe_documents(self, documents: Iterable[Document]) -> list[str]:

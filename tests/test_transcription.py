@@ -224,8 +224,9 @@ def test_what_is_said_in_a_long_sound_is_what_is_said_in_its_pieces(model, monke
         list(mmtx.transcribe_files(model, [], chunk_length_s="3"))
 
 
-def test_timestamps_are_those_of_the_pieces(model):
+def test_timestamps_are_those_of_the_pieces(model, monkeypatch):
     """In the form of transformers: https://huggingface.co/docs/transformers/main_classes/pipelines"""
+    monkeypatch.setattr("mmtx.batching.BATCH_VALUES", RATE)  # so that not all are held together
     sounds, passed = [sound(2.5, 0), sound(0.4, 1)], []
     texts = model.transcribe(sounds, chunk_length_s=1.0)
     timed = model.transcribe(sounds, chunk_length_s=1.0, return_timestamps=True, progress=passed.append)

@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
     paths = None if options.output_dir is None else _paths(files, options.output_dir, options.output_format)
     given = {} if options.chunk_length_s is None else {"chunk_length_s": options.chunk_length_s}
     model = load_model(options)
-    with tqdm(desc="seconds of sound", unit="s", unit_scale=True, leave=False, **quiet_in_logs()) as bar:
+    with tqdm(desc="seconds of speech", unit="s", unit_scale=True, leave=False, **quiet_in_logs()) as bar:
         answers = transcribe_files(model, files, return_timestamps=True, progress=bar.update, **given)
         print_answers(options.files, files, _written(answers, paths, options.output_format, bar))
 
