@@ -213,12 +213,14 @@ def _rgb(picture: Image.Image, name: str) -> Image.Image:
 
 def _pixels(data: np.ndarray | torch.Tensor, name: str) -> np.ndarray:
     """Array or tensor to uint8 (H, W) or (H, W, 3|4)."""
-    array, layout = _array(data, name), "(H, W) or (H, W, 1|3|4)"
+    array, layout, turn = _array(data, name), "(H, W) or (H, W, 1|3|4)", "transpose(1, 2, 0)"
     if isinstance(data, torch.Tensor):
-        layout = "(H, W) or (1|3|4, H, W)"
+        layout, turn = "(H, W) or (1|3|4, H, W)", "permute(2, 0, 1)"
         array = np.moveaxis(array, 0, -1) if array.ndim == 3 else array
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)) or not array.size:
-        raise InputError(f"{name}: {type(data).__name__} of shape {tuple(data.shape)}, expected {layout}")
+        other = array.shape[1 if isinstance(data, torch.Tensor) else 0] if array.ndim == 3 else 0
+        hint = f" ({turn}?)" if other in (1, 3, 4) else " (a list of pictures?)" if array.ndim == 4 else ""
+        raise InputError(f"{name}: {type(data).__name__} of shape {tuple(data.shape)}, expected {layout}{hint}")
     check_size(array.shape[1], array.shape[0], name)
     if array.dtype.kind == "f":
         low, high = array.min(), array.max()
@@ -368,7 +370,8 @@ def _waveform(data: np.ndarray | torch.Tensor, name: str) -> np.ndarray:
         layout = "(S,) or (C, S)"
         array = array.T if array.ndim == 2 else array
     if array.ndim not in (1, 2) or (array.ndim == 2 and array.shape[1] > MAX_CHANNELS):
-        raise InputError(f"{name}: {type(data).__name__} of shape {tuple(data.shape)}, expected {layout}")
+        hint = " (its transpose, .T?)" if array.ndim == 2 and 0 < array.shape[0] <= MAX_CHANNELS else ""
+        raise InputError(f"{name}: {type(data).__name__} of shape {tuple(data.shape)}, expected {layout}{hint}")
     if array.dtype in (np.int16, np.int32):
         array = array / float(2 ** (array.dtype.itemsize * 8 - 1))
     elif array.dtype.kind != "f":
