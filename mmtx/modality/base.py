@@ -66,7 +66,7 @@ class Tokenizer(ABC):
     @property
     @abstractmethod
     def size(self) -> int:
-        """Number of codes: every code lies in [0, size)."""
+        """The number of codes, each of which lies in [0, size)."""
 
     @abstractmethod
     def encode(self, media: Any) -> Any:
