@@ -245,7 +245,7 @@ class Model:
         """Transcribe speech of any length; `caption`, in contrast, describes a sound.
 
         Args:
-            sounds: a sound in any form that `caption` takes, or a list of them.
+            sounds: a sound in any form that `caption` takes, a video, or a list of them.
             chunk_length_s: seconds; longer sounds are cut at pauses, and the transcripts of the pieces are joined. Best is
                 the length of most training sounds; the default is that of `demos/speech`.
             return_timestamps: also return when each piece is spoken.

@@ -6,6 +6,7 @@ import itertools
 import math
 import threading
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -276,6 +277,48 @@ def test_a_recording_of_any_length_is_transcribed(model, tmp_path, monkeypatch, 
     if form != "row":
         with pytest.raises(InputError, match="expected at most 5 seconds"):
             model.caption(given)
+
+
+def film(path: Path, sound: np.ndarray | None) -> None:
+    """A video of grey pictures, five a second, with a sound (S, 2) if there is one."""
+    av = pytest.importorskip("av")
+    codecs, rate, size = (("libvpx", "libopus"), 48_000, 960) if path.suffix == ".webm" else (("mpeg4", "aac"), RATE, 1024)
+    with av.open(str(path), "w") as output:
+        pictures = output.add_stream(codecs[0], rate=5)
+        pictures.width = pictures.height = 32
+        pictures.pix_fmt = "yuv420p"
+        track = None if sound is None else output.add_stream(codecs[1], rate=rate, layout="stereo")
+        for number in range(5 if sound is None else len(sound) * 5 // RATE):
+            output.mux(pictures.encode(av.VideoFrame.from_ndarray(np.full((32, 32, 3), number % 256, np.uint8), format="rgb24")))
+        output.mux(pictures.encode())
+        if track is not None:
+            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(sound.T), format="fltp", layout="stereo")
+            frame.sample_rate, frame.pts = RATE, 0
+            for some in av.AudioResampler("fltp", "stereo", rate, frame_size=size).resample(frame):
+                output.mux(track.encode(some))
+            output.mux(track.encode())
+
+
+@pytest.mark.parametrize("form", ["mp4", "mov", "mkv", "webm"])
+def test_what_is_said_in_a_video_is_transcribed(model, tmp_path, monkeypatch, form):
+    """As in a sound of the same samples. A caption of a video is refused, since it would be of its sound alone."""
+    whole, path = recording(3.0), tmp_path / f"film.{form}"
+    film(path, whole)
+    ((begin, samples),) = load_windows(path, RATE)
+    expected = load_audio(whole, RATE)
+    assert begin == 0 and abs(len(samples) - len(expected)) < 0.2 * RATE
+    found, spoken = (F.avg_pool1d(each[None, None, :round(2.8 * RATE)].abs(), 1600)[0, 0] for each in (samples, expected))
+    assert torch.corrcoef(torch.stack([found, spoken]))[0, 1] > 0.95
+    said = model.transcribe(path, chunk_length_s=1.0, return_timestamps=True)
+    assert said == model.transcribe(mmtx.Audio(path.read_bytes()), chunk_length_s=1.0, return_timestamps=True)
+    assert [*mmtx.transcribe_files(model, mmtx.find_media([path], "audio"), chunk_length_s=1.0)][0].caption == said["text"] != ""
+    for given, told in ((path, "a video, expected a picture or a sound"), (tmp_path / f"silent.{form}", "0 sounds in one")):
+        film(tmp_path / f"silent.{form}", None)
+        with pytest.raises(InputError, match=told):
+            (model.caption if given == path else model.transcribe)(given)
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(InputError, match="cut short|damaged|no whole"):
+        model.transcribe(path)
 
 
 def test_a_short_recording_is_one_window(tmp_path):

@@ -19,7 +19,7 @@ MODEL = "demos/speech"
 
 def add(commands) -> None:
     parser = commands.add_parser("transcribe", help="transcribe speech")
-    parser.add_argument("files", nargs="+", help="sound files, folders of them, URLs, or manifests and tars with rows "
+    parser.add_argument("files", nargs="+", help="sound files, videos, folders of sounds, URLs, or manifests and tars with rows "
                         "of them, of which a row may cut a sound out of a recording")
     add_fields_option(parser)
     parser.add_argument("--chunk_length_s", type=float, default=None, help="cut longer sounds at pauses into chunks of at most this "

@@ -309,7 +309,8 @@ def load_windows(data: Any, rate: int, name: str | None = None,
                  source_rate: int | None = None) -> Iterator[tuple[float, torch.Tensor]]:
     """A sound of any length -> its windows, of at most 600 s, as `load_audio` returns them, each with its beginning in seconds.
 
-    A window ends in a pause if there is one in its last minute. Files are decoded, and WAV and FLAC files read, window by window.
+    It may be the sound of a video. A window ends in a pause if there is one in its last minute. Files are decoded, and WAV, FLAC and
+    MP4 files read, window by window.
     """
     name = _name(data, name, "sound")
     for start, samples, found_rate in _windows(_blocks(data, rate if source_rate is None else source_rate, name), name):
@@ -324,10 +325,10 @@ def _blocks(data: Any, source_rate: int, name: str) -> Blocks:
         return
     if isinstance(data, (str, os.PathLike)) and not is_url(path := user_name(data)):
         with open_binary(path, seek=True) as file:
-            if (blocks := file_blocks(file, name)) is not None:
+            if (blocks := file_blocks(file, name, video=True)) is not None:
                 yield from blocks
                 return
-    yield from sound_blocks(_bytes(data, name), name)
+    yield from sound_blocks(_bytes(data, name), name, video=True)
 
 
 def _windows(blocks: Blocks, name: str) -> Iterator[tuple[int, np.ndarray, int]]:

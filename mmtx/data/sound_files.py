@@ -53,13 +53,16 @@ def read_sound(data: bytes, name: str, start: float = 0.0, seconds: float | None
     return _cut(sound_blocks(data, name, start, uncut=not start and seconds is None), name, start, seconds)
 
 
-def sound_blocks(data: bytes, name: str, start: float = 0.0, uncut: bool = False) -> Blocks:
-    """The blocks of an encoded sound from some place before second `start` on; of an `uncut` one, the length is checked first."""
+def sound_blocks(data: bytes, name: str, start: float = 0.0, uncut: bool = False, video: bool = False) -> Blocks:
+    """The blocks of an encoded sound from some place before second `start` on; of an `uncut` one, the length is checked first.
+
+    With `video`, the sound may be that of a video.
+    """
     format = format_of(data)
     if format != "MP3":
         data = data[id3_size(data):]
     if format in FFMPEG:
-        return _ffmpeg(_whole_file(data, format, name), format, name, start, uncut)
+        return _ffmpeg(io.BytesIO(_whole_file(data, format, name)), format, name, start, uncut, video)
     if format == "MP3":
         whole, samples = mpeg_sound(data, name)
         return _libsndfile([whole], name, start, uncut, samples)
@@ -91,10 +94,11 @@ def read_cut(file: BinaryIO, name: str, start: float, seconds: float | None) -> 
     return None if blocks is None else _cut(blocks, name, start, seconds)
 
 
-def file_blocks(file: BinaryIO, name: str, start: float = 0.0) -> Blocks | None:
+def file_blocks(file: BinaryIO, name: str, start: float = 0.0, video: bool = False) -> Blocks | None:
     """`sound_blocks` of a WAV or FLAC file, of which no more is read than what is asked for, however long it is.
 
-    None for files of other formats and for those with anything unusual about them, of which `sound_blocks` must see all.
+    With `video`, also of an MP4. None for files of other formats and for those with anything unusual about them, of which
+    `sound_blocks` must see all.
     """
     data = _Slices(file)
     head = data[:64]
@@ -102,11 +106,15 @@ def file_blocks(file: BinaryIO, name: str, start: float = 0.0) -> Blocks | None:
     if format == "WAV":
         end, unknown = _wav_end(data)
         usual = unknown is None and 0 < end <= len(data) and not _another(format, data[end : end + 64])
+    elif format == "MP4" and video:
+        usual = 0 < (end := _mp4_end(data)) <= len(data) and not _another(format, data[end : end + 64])
     else:
         usual = format == "FLAC" and data[-128:][:3] != b"TAG"
     if not usual:
         return None
     file.seek(0)
+    if format == "MP4":
+        return _ffmpeg(file, format, name, start, uncut=False, video=True)
     return _libsndfile([file], name, start, uncut=False)
 
 
@@ -215,8 +223,8 @@ def _libsndfile(parts: Sequence[bytes | BinaryIO], name: str, start: float, uncu
             raise InputError(f"{name}: no sound that can be decoded, expected {', '.join(AUDIO_FORMATS)}") from None
 
 
-def _ffmpeg(data: bytes, format: str, name: str, start: float, uncut: bool) -> Blocks:
-    """The blocks of the only sound of a file that libsndfile cannot read."""
+def _ffmpeg(data: BinaryIO, format: str, name: str, start: float, uncut: bool, video: bool) -> Blocks:
+    """The blocks of the only sound of a file that libsndfile cannot read; with `video`, the file may have pictures, too."""
     try:
         import av
     except ImportError:
@@ -224,9 +232,9 @@ def _ffmpeg(data: bytes, format: str, name: str, start: float, uncut: bool) -> B
     # Neither another file nor another decoder is opened, whatever the file says.
     options = {"codec_whitelist": ",".join(CODECS), "protocol_whitelist": "none"}
     try:
-        with av.open(io.BytesIO(data), "r", format=FFMPEG[format], metadata_errors="replace", options=options) as file:
+        with av.open(data, "r", format=FFMPEG[format], metadata_errors="replace", options=options) as file:
             sounds = file.streams.audio
-            if any(not video.disposition & av.stream.Disposition.attached_pic for video in file.streams.video):
+            if not video and any(not pictures.disposition & av.stream.Disposition.attached_pic for pictures in file.streams.video):
                 raise InputError(f"{name}: a video, expected a picture or a sound")
             if len(sounds) != 1:
                 raise InputError(f"{name}: {len(sounds)} sounds in one {format} file, expected one")
@@ -347,7 +355,7 @@ def _nist_end(data: bytes) -> int:
     return 1024 + size if size else 0
 
 
-def _mp4_end(data: bytes) -> int:
+def _mp4_end(data: bytes | _Slices) -> int:
     place = 0
     boxes: set[bytes] = set()
     while data[place + 4 : place + 8] in MP4_BOXES - (boxes & {b"ftyp"}):
