@@ -211,13 +211,16 @@ def is_waveform(item: Any) -> bool:
 
 
 def _decoded(cell: Mapping[str, Any]) -> BaseMedium:
-    """A cell of a column of media in a Hugging Face dataset: samples with their rate, or the bytes or path of a file."""
+    """A cell of a column of media in a Hugging Face dataset: samples with their rate, or the bytes of a file.
+
+    A path beside them, which belongs to the machine that made the dataset, is not opened.
+    """
     if {"array", "sampling_rate"} <= cell.keys():
         return Audio(np.asarray(cell["array"]), cell["sampling_rate"])
-    if (given := cell.get("bytes") or cell.get("path")) is not None:
+    if isinstance(given := cell.get("bytes"), bytes):
         return as_medium(given)
     raise InputError(f"found an object with {', '.join(map(repr, cell)) or 'nothing'}, expected one with 'array' and "
-                     "'sampling_rate', or with 'bytes' or 'path'")
+                     "'sampling_rate', or with 'bytes'; a file is given as pathlib.Path(...)")
 
 
 def _formats() -> str:
