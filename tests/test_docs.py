@@ -10,12 +10,12 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 import tarfile
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import fresh
 import numpy as np
 import pytest
 from conftest import Codes
@@ -77,22 +77,16 @@ def first_samples(shard: str, folder: Path) -> str:
     return few.name
 
 
-@pytest.fixture(scope="module")
-def programs():
-    with fresh.programs() as folder:
-        yield folder
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.relative_to(ROOT).as_posix())
 @pytest.mark.timeout(900)
-def test_a_page_runs_as_printed(page, programs, tmp_path):
+def test_a_page_runs_as_printed(page, tmp_path):
     for name in CHECKOUT:
         (tmp_path / name).symlink_to(ROOT / name)
-    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-                   "TQDM_DISABLE": "1"}
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
+                   "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
     told = tmp_path / "stderr"
-    with told.open("w") as errors, subprocess.Popen([f"{programs}/python", "-c", INTERPRETER], cwd=tmp_path, env=environment, text=True,
+    with told.open("w") as errors, subprocess.Popen([sys.executable, "-c", INTERPRETER], cwd=tmp_path, env=environment, text=True,
                                                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors) as python:
         for block in blocks(page):
             if block.language == "sh":
