@@ -71,6 +71,19 @@ def test_what_has_no_place_of_its_own_is_one_line(talk, tmp_path, capsys):
         said = capsys.readouterr().err
         assert stop.value.code == 2 and said.startswith("mmtx: error: ") and told in said and said.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "rows.csv", "talk.ogg"]
+    with pytest.raises(SystemExit):
+        cli.main(["transcribe", str(talk), "--output_format", "vtt", "--device", "cpu"])
+    assert "--output_format: found vtt without --output_dir, expected both" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["txt", "json"])
+def test_the_caption_beside_a_sound_is_not_replaced(talk, tmp_path, capsys, form):
+    (tmp_path / "a.wav").write_bytes(talk.read_bytes())
+    (tmp_path / f"a.{form}").write_text('{"text": "a caption"}')
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["transcribe", str(tmp_path), "--output_dir", str(tmp_path), "--output_format", form, "--device", "cpu"])
+    assert stop.value.code == 2 and "which may be its caption; expected another folder" in capsys.readouterr().err
+    assert (tmp_path / f"a.{form}").read_text() == '{"text": "a caption"}'
 
 
 def test_the_server_answers_with_times(talk, transcript):

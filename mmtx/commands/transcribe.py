@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mmtx.captioning import Captioned
 
 MODEL = "demos/speech"
+CAPTIONS = ("txt", "json")  # of files beside a sound from which models are trained
 
 
 def add(commands) -> None:
@@ -26,7 +27,7 @@ def add(commands) -> None:
                         "many seconds; best is the length of most training sounds; default: 3.5")
     parser.add_argument("--output_dir", type=Path, metavar="FOLDER", help="also write the transcript of each file there, under the "
                         "file's name")
-    parser.add_argument("--output_format", choices=FORMATS, default="srt", help="with --output_dir: subtitles (srt, vtt), "
+    parser.add_argument("--output_format", choices=FORMATS, default=None, help="with --output_dir: subtitles (srt, vtt), "
                         "a JSON object with the begin and end of each chunk in seconds, or plain text; default: srt")
     add_model_options(parser, default=f"{MODEL}, which comes with mmtx")
     add_precision_options(parser, load_in_8bit=False)
@@ -42,12 +43,15 @@ def run(options: argparse.Namespace) -> None:
 
     options.model = options.model or shipped(MODEL)
     files = list(find_media(options.files, "audio", fields=dict(options.fields or [])))
-    paths = None if options.output_dir is None else _paths(files, options.output_dir, options.output_format)
+    if options.output_format and options.output_dir is None:
+        raise InputError(f"--output_format: found {options.output_format} without --output_dir, expected both")
+    form = options.output_format or "srt"
+    paths = None if options.output_dir is None else _paths(files, options.output_dir, form)
     given = {} if options.chunk_length_s is None else {"chunk_length_s": options.chunk_length_s}
     model = load_model(options)
     with tqdm(desc="seconds of speech", unit="s", unit_scale=True, leave=False, **quiet_in_logs()) as bar:
         answers = transcribe_files(model, files, return_timestamps=True, progress=bar.update, **given)
-        print_answers(options.files, files, _written(answers, paths, options.output_format, bar))
+        print_answers(options.files, files, _written(answers, paths, form, bar))
 
 
 def _paths(files: Iterable, folder: Path, suffix: str) -> dict[str, Path]:
@@ -65,6 +69,9 @@ def _paths(files: Iterable, folder: Path, suffix: str) -> dict[str, Path]:
         if (other := next((name for name, taken in paths.items() if taken == path), None)) not in (None, file):
             raise InputError(f"--output_dir: found {display(other)} and {display(file)}, whose transcripts would both be {path}; "
                              "expected files of different names")
+        beside = not is_url(file) and Path(file).resolve().parent == folder.resolve()
+        if beside and suffix in CAPTIONS and path.exists():
+            raise InputError(f"--output_dir: found {path} beside {display(file)}, which may be its caption; expected another folder")
         paths[file] = path
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -90,8 +90,8 @@ class Server:
             raise Refused(404, f"model: found {model[:100]!r}, expected {_either(self.services)}", "model_not_found", "model")
         able = [name for name in self.services if route is None or route in self.learned.get(name, (route,))]
         if model not in able:
-            raise Refused(400, f"model: found {model!r}, which was not trained for this route, expected {_either(able)}",
-                          "invalid_value", "model")
+            raise Refused(400, f"model: found {model!r}, which was not trained for this route, expected "
+                          f"{_either(able) or 'another route: no other model is served here'}", "invalid_value", "model")
         return self.services[model]
 
 
