@@ -44,13 +44,13 @@ from mmtx.data.tokens import Augmentation, load_media, load_sample, to_documents
 from mmtx.document import Document, MediaPart
 from mmtx.loss import next_token_loss
 from mmtx.modality.base import load_tokenizer
-from mmtx.modality.efficientnet import PretrainedEncoder
 from mmtx.modality.encoder import build_encoder
+from mmtx.modality.pretrained_encoder import PretrainedEncoder
 from mmtx.model import Decoder
 from mmtx.pipeline import Model
 from mmtx.sequence import Rendered
 from mmtx.shipped_files import find_shipped
-from mmtx.training.initial_decoder import image_encoder_in
+from mmtx.training.initial_decoder import pretrained_encoder
 from mmtx.training.optimizer import OptimizerConfig, configure
 from mmtx.vocabulary import Vocabulary
 
@@ -437,7 +437,8 @@ def main():
         "notes": {"net on log-mel": mel_net, "Whisper's": lambda *rest: whisper(text, 1.5, BATCH["notes"], *rest)},
         "sentences": {"CTC": ctc, "Whisper's": lambda *rest: whisper(text, 6, BATCH["sentences"], *rest)},
     }
-    pretrained = None if options.image_encoder is None else image_encoder_in(options.image_encoder, tokenizers["image"])
+    pretrained = None if options.image_encoder is None else pretrained_encoder(options.image_encoder, "image",
+                                                                                tokenizers["image"])
     if pretrained is not None:
         known_options = options_of(options.config)[0]
         rates = known_options["image_encoder_lr"], known_options["optimizer"]["learning_rate"]

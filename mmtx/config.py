@@ -149,6 +149,83 @@ class EfficientNetConfig(EfficientNetShape):
 
 @typed
 @dataclass(frozen=True)
+class SeparableLayer:
+    """A layer of a MobileNet: a 3 x 3 depthwise convolution with a `stride`, then a pointwise one with `channels` outputs."""
+
+    channels: int
+    stride: int
+
+    def __post_init__(self):
+        within("encoders: layers: channels", self.channels, 1, 2**14)
+        within("encoders: layers: stride", self.stride, 1, 2)
+
+
+@typed
+@dataclass(frozen=True)
+class MobileNetShape:
+    """A MobileNet of spectrograms: output channels of its first convolution, the stem, and its layers.
+
+    The spectrograms have `mels` bands from `low` to `high` Hz. `outputs` are the layers whose outputs are features, counted from 0.
+    """
+
+    mels: int
+    low: float
+    high: float
+    stem: int
+    layers: tuple[SeparableLayer, ...]
+    outputs: tuple[int, ...]
+
+    def __post_init__(self):
+        within("encoders: mels", self.mels, 1, 2**10)
+        within("encoders: low", self.low, 0, 2**20)
+        within("encoders: high", self.high, self.low + 1, 2**21)
+        within("encoders: stem", self.stem, 1, 2**14)
+        within("encoders: layers", len(self.layers), 1, 2**8)
+        last = len(self.layers) - 1
+        if [*self.outputs] != sorted({*self.outputs}) or not self.outputs or self.outputs[0] < 0 or self.outputs[-1] != last:
+            raise InputError(f"encoders: outputs: found {[*self.outputs]}, expected rising numbers of layers that end with {last}")
+
+
+@typed
+@dataclass(frozen=True)
+class MobileNetConfig(MobileNetShape):
+    """Sizes of a MobileNet beside a patch encoder, trained along with a decoder: the features of both side by side.
+
+    A patch spans `patch_frames` frames and `patch_mels` bands of the tokenizer's spectrogram, which reaches from `from_low` to
+    `from_high` Hz.
+    """
+
+    patches: EncoderConfig
+    patch_frames: int
+    patch_mels: int
+    from_low: float
+    from_high: float
+
+    def __post_init__(self):
+        super().__post_init__()
+        within("encoders: patch_frames", self.patch_frames, 1, 4096)
+        within("encoders: patch_mels", self.patch_mels, 1, 512)
+        within("encoders: from_low", self.from_low, 0, 2**20)
+        within("encoders: from_high", self.from_high, self.from_low + 1, 2**21)
+        if self.patch < self.patch_frames * self.patch_mels:
+            raise InputError(f"encoders: patches: found patches of {self.patch} numbers, expected {self.patch_frames} * "
+                             f"{self.patch_mels} or more")
+
+    @property
+    def patch(self) -> int:
+        """Numbers in a patch."""
+        return self.patches.patch
+
+    @property
+    def width(self) -> int:
+        return self.patches.width + sum(self.layers[index].channels for index in self.outputs)
+
+
+AnyEncoderConfig = EncoderConfig | EfficientNetConfig | MobileNetConfig
+
+
+@typed
+@dataclass(frozen=True)
 class DecoderConfig:
     """Sizes of the decoder; training fills in `vocabulary_size`, `composed`, `features`, `encoders` and `ctc_blocks`.
 
@@ -185,7 +262,7 @@ class DecoderConfig:
     tied: bool = True
     composed: tuple[CodeRange, ...] = ()
     features: Mapping[str, int] = field(default_factory=dict)
-    encoders: Mapping[str, EncoderConfig | EfficientNetConfig] = field(default_factory=dict)
+    encoders: Mapping[str, AnyEncoderConfig] = field(default_factory=dict)
     qk_norm: bool = True
     qkv_bias: bool = False
     rope_scaling: RopeScaling | None = None

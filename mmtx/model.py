@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmtx.config import DecoderConfig, EfficientNetConfig, EncoderConfig, RopeScaling
+from mmtx.config import AnyEncoderConfig, DecoderConfig, RopeScaling
 from mmtx.embedding import Features, TokenEmbedding
 from mmtx.kernels import Heads, attend, qk_norm_rope, rms_norm, swiglu
 from mmtx.varlen import Packing, attend_documents
@@ -142,7 +142,7 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """A stack of causal blocks between an embedding and an output matrix, which are tied by default."""
 
-    def __init__(self, config: DecoderConfig, encoder: Callable[[EncoderConfig | EfficientNetConfig], nn.Module] | None = None):
+    def __init__(self, config: DecoderConfig, encoder: Callable[[AnyEncoderConfig], nn.Module] | None = None):
         """`encoder` builds the encoders that a configuration may have: `build_encoder` of mmtx/modality/encoder.py."""
         super().__init__()
         if config.encoders and encoder is None:

@@ -18,7 +18,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from mmtx.config import DecoderConfig, EfficientNetConfig, EncoderConfig
+from mmtx.config import AnyEncoderConfig, DecoderConfig
 from mmtx.errors import InputError
 from mmtx.modality.encoder import build_encoder
 from mmtx.model import Decoder
@@ -70,7 +70,7 @@ def cost(config: DecoderConfig, tokens: int, length: int) -> Cost:
 
 
 @lru_cache
-def _encoder_parameters(config: EncoderConfig | EfficientNetConfig) -> int:
+def _encoder_parameters(config: AnyEncoderConfig) -> int:
     """Parameters of an encoder, which takes a second to build and does not depend on the decoder's size."""
     with torch.device("meta"):
         return sum(p.numel() for p in build_encoder(config).parameters())

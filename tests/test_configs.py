@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = {str(path.relative_to(ROOT / "configs")): path for path in sorted((ROOT / "configs").rglob("*.yaml"))
            if path.parent.name != "motion"}
 # In place of the starts that the first lines of a config make under runs/.
-STARTS = {"smollm2/adapters.yaml": "demos/starter", "smollm2/projections.yaml": "demos/starter", "starter/captions-extra.yaml": "null", "starter/captions-last.yaml": "null",
+STARTS = {"smollm2/adapters.yaml": "demos/starter", "smollm2/projections.yaml": "demos/starter", "starter/captions-extra.yaml": "null", "starter/captions-last.yaml": "null", "starter/captions-sounds.yaml": "null",
           "starter/everything.yaml": "null", "starter/generate.yaml": "null", "starter/generate-notes.yaml": "null", "starter/generate-fine.yaml": "null",
           "starter/generate-text.yaml": "null",
           "starter/speech.yaml": "null",

@@ -17,8 +17,9 @@ from torchvision.ops.misc import Conv2dNormActivation
 import mmtx
 from mmtx.config import CodeRange, DecoderConfig, EfficientNetConfig, EncoderConfig, Stage
 from mmtx.errors import InputError
-from mmtx.modality.efficientnet import EfficientNetEncoder, InvertedBottleneck, SameConv2d, read_encoder
+from mmtx.modality.efficientnet import EfficientNetEncoder, InvertedBottleneck, SameConv2d
 from mmtx.modality.encoder import build_encoder
+from mmtx.modality.pretrained_encoder import read_image_encoder
 from mmtx.model import Decoder
 from mmtx.pipeline import Model
 from mmtx.training.decoder import DecoderModule
@@ -147,31 +148,31 @@ def test_depthwise_convolutions_are_in_float32_in_mixed_precision_on_a_cpu():
 def test_what_is_no_encoder_is_one_clear_error(folder, tmp_path):
     unfit = "image_encoder: .*config.json does not fit tokenizers.image: encoders: "
     with pytest.raises(InputError, match=unfit + r"patch: found 243, expected 3 \* side\*\*2 of patches whose side is a power of 2"):
-        read_encoder(folder, 3 * 81)
+        read_image_encoder(folder, 3 * 81)
     with pytest.raises(InputError, match=unfit + r"stages: found places of \[2, 4, 8, 16, 16, 32\] pixels, expected 64 among them"):
-        read_encoder(folder, 3 * 64 ** 2)
+        read_image_encoder(folder, 3 * 64 ** 2)
     with pytest.raises(InputError, match='config.json: found no "kind": "efficientnet"'):
-        read_encoder(runs.STARTER.parents[1] / "starter", 192)
+        read_image_encoder(runs.STARTER.parents[1] / "starter", 192)
     with pytest.raises(InputError, match="no such file"):
-        read_encoder(tmp_path / "nowhere", 192)
+        read_image_encoder(tmp_path / "nowhere", 192)
     with pytest.raises(InputError, match="encoders: stages: stride: found 3"):
         EfficientNetConfig(8, ({**ENCODER["stages"][0], "stride": 3},), 192)
     with pytest.raises(InputError, match="image_encoder: found one with train_encoder: false"):
         DecoderModule(DecoderConfig(), image_encoder=str(folder))
     (folder / "config.json").write_text(json.dumps({**ENCODER, "depth": 3}))
     with pytest.raises(InputError, match="unknown field 'depth', expected stem, stages"):
-        read_encoder(folder, 192)
+        read_image_encoder(folder, 192)
     (folder / "config.json").write_text(json.dumps({**ENCODER, "stem": 16}))
     with pytest.raises(InputError, match="model.safetensors: does not fit config.json: tensor 'stages.0.0.mix.bias'"):
-        read_encoder(folder, 192)
+        read_image_encoder(folder, 192)
     # What is larger than its file is not made.
     (folder / "config.json").write_text(json.dumps({**ENCODER, "stages": [{**stage, "channels": 2**14, "blocks": 40, "expansion": 16}
                                                                            for stage in ENCODER["stages"]]}))
     with pytest.raises(InputError, match="model.safetensors: does not fit config.json"):
-        read_encoder(folder, 192)
+        read_image_encoder(folder, 192)
     (folder / "config.json").write_text(json.dumps({**ENCODER, "stages": [{**stage, "blocks": 256} for stage in ENCODER["stages"]]}))
     with pytest.raises(InputError, match="encoders: blocks of all stages: found 1536"):
-        read_encoder(folder, 192)
+        read_image_encoder(folder, 192)
 
 
 def test_a_mean_with_a_model_that_saw_otherwise_has_the_encoder_of_the_first(tokenizers, vocabulary, tmp_path):
@@ -225,7 +226,7 @@ def test_a_decoder_begins_with_it_and_keeps_what_else_it_has_learnt(folder, tmp_
     options["init_from"] = str(tmp_path / "first" / "model")
     assert runs.fit(run, tmp_path / "second") == [0], (tmp_path / "second.log").read_text()
     second = mmtx.load(tmp_path / "second" / "model", "cpu").decoder
-    pretrained = {f"image.{name}": value for name, value in read_encoder(folder, 768).weights.items()}
+    pretrained = {f"image.{name}": value for name, value in read_image_encoder(folder, 768).weights.items()}
     for decoder in (mmtx.load(tmp_path / "new" / "model", "cpu").decoder, second):
         assert isinstance(decoder.config.encoders["image"], EfficientNetConfig) and isinstance(decoder.config.encoders["audio"], EncoderConfig)
         found = decoder.encoders.state_dict()

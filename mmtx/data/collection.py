@@ -84,7 +84,8 @@ class DataSource:
 
 
 # Options of decoder training that do not go with prepared shards, which hold the outputs of frozen encoders one by one.
-ENCODERS = ("train_encoder", "encoders_from", "image_encoder", "image_encoder_lr", "merge_size")
+ENCODERS = ("train_encoder", "encoders_from", "image_encoder", "image_encoder_lr", "audio_encoder", "audio_encoder_lr",
+            "merge_size")
 
 
 class TrainingData(NamedTuple):

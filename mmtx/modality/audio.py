@@ -27,13 +27,12 @@ from mmtx.files import user_path
 from mmtx.json_files import write_json
 from mmtx.modality.autoencoder import Codec, NetworkConfig, PatchAutoencoder, Reconstruction
 from mmtx.modality.base import Encoding, read_config, wrong_medium
+from mmtx.modality.log_mel import CENTRE, FLOOR, SPREAD
 from mmtx.modality.vocoder import PITCHES, Vocoder, VocoderConfig, pitch_logits
 from mmtx.saved_folder import CONFIG
 from mmtx.schema import build, typed, within
 from mmtx.weights import load_module, to_bytes, weights_of
 
-FLOOR = 1e-3              # mel magnitudes below it count as silence: 70 dB under a full-scale tone
-CENTRE, SPREAD = -4.5, 2  # scale log magnitudes of peak-normalised sound to about [-1, 3]
 GRIFFIN_LIM_ROUNDS = 32
 GRIFFIN_LIM_MOMENTUM = 0.99
 CHUNKS = 16               # whose spectrogram is computed at a time, so that temporary memory does not grow with the sound

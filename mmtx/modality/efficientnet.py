@@ -6,37 +6,20 @@ into the preceding convolutions (`demos/data/build_image_encoder.py`), so featur
 Shapes: B batch, C channels, H height and W width in pixels, h rows and w columns of a grid of patches, P numbers in a patch, D width.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
-from itertools import accumulate
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mmtx.config import EfficientNetConfig, EfficientNetShape, EncoderConfig, Stage
-from mmtx.errors import InputError
-from mmtx.json_files import read_json
-from mmtx.saved_folder import CONFIG
-from mmtx.schema import build
-from mmtx.weights import load_module
+from mmtx.config import EfficientNetConfig, Stage
+from mmtx.modality.grids import by_size
 
-KIND = "efficientnet"
 # Patches of equally sized pictures in one pass. On a CPU, activations should stay in its cache: with 8 x 8 patches on one core of
 # an AMD EPYC, each of 64 pictures took 2.4 ms in batches of 16 and in place, 8.2 ms all at once and not in place (and 3.6 to 5.2 ms
 # in smaller batches, for which torch has another 1 x 1 convolution on one thread).
 AT_ONCE, AT_ONCE_ON_GPU = 2 ** 10, 2 ** 16
-
-
-def starts_by_size(grids: Sequence[tuple[int, int]]) -> dict[tuple[int, int], list[int]]:
-    """(rows, columns) -> index of the first patch of each grid of that size, among all patches of the concatenated grids."""
-    starts: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for (rows, columns), first in zip(grids, accumulate((rows * columns for rows, columns in grids), initial=0)):
-        starts[rows, columns].append(first)
-    return starts
 
 
 class SameConv2d(nn.Conv2d):
@@ -94,16 +77,12 @@ class EfficientNetEncoder(nn.Module):
 
     def forward(self, patches: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
         """Patches (n, P) of grids, row by row -> features (n, D); pictures of equal size share a pass."""
-        order, parts = [], []
-        for (rows, columns), firsts in starts_by_size(grids).items():
-            places = torch.tensor(firsts)[:, None] + torch.arange(rows * columns)
-            chosen = patches[places.to(patches.device, non_blocking=True)]
-            pictures = rearrange(chosen, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=self.patch, q=self.patch)
-            most = AT_ONCE if pictures.device.type == "cpu" else AT_ONCE_ON_GPU
-            parts += [rearrange(self.features(some), "b c h w -> (b h w) c")
-                      for some in pictures.split(max(1, most // (rows * columns)))]
-            order.append(places.flatten())
-        return torch.cat(parts)[torch.cat(order).argsort().to(patches.device, non_blocking=True)]
+        return by_size(patches, grids, self._grids, AT_ONCE if patches.device.type == "cpu" else AT_ONCE_ON_GPU)
+
+    def _grids(self, patches: Tensor) -> Tensor:
+        """Patches (B, h, w, P) -> features (B, h, w, D)."""
+        pictures = rearrange(patches, "b h w (p q c) -> b c (h p) (w q)", p=self.patch, q=self.patch)
+        return rearrange(self.features(pictures), "b c h w -> b h w c")
 
     def features(self, pictures: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] -> features (B, D, h, w)."""
@@ -118,33 +97,3 @@ class EfficientNetEncoder(nn.Module):
             return fine
         coarse = F.interpolate(x, scale_factor=self.times, mode="nearest")[..., :rows, :columns]
         return torch.cat([fine, coarse], 1)
-
-
-class PretrainedEncoder(NamedTuple):
-    """A pretrained encoder: its sizes, its weights, and those of the projection that a decoder learned for it, if any."""
-
-    config: EncoderConfig | EfficientNetConfig
-    weights: dict[str, Tensor]
-    projection: dict[str, Tensor] | None = None
-
-
-def is_encoder(folder: Path) -> bool:
-    """Whether a folder's config.json is that of an EfficientNet, not of a model."""
-    values = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else None
-    return isinstance(values, dict) and values.get("kind") == KIND
-
-
-def read_encoder(folder: str | Path, patch: int) -> PretrainedEncoder:
-    """The EfficientNet in a folder, for patches of `patch` numbers. Raises InputError."""
-    path = Path(folder) / CONFIG
-    values = read_json(path)
-    if not isinstance(values, dict) or values.get("kind") != KIND:
-        raise InputError(f"{path}: found no \"kind\": \"{KIND}\", expected the folder of a pretrained encoder of pictures")
-    shape = build(EfficientNetShape, {name: value for name, value in values.items() if name != "kind"}, path)
-    try:
-        config = EfficientNetConfig(shape.stem, shape.stages, patch)
-    except InputError as error:
-        raise InputError(f"image_encoder: {path} does not fit tokenizers.image: {error}") from None
-    # Built by `load_module`, so that no more is allocated than the file has.
-    encoder = load_module(lambda: EfficientNetEncoder(config), Path(folder) / "model.safetensors")
-    return PretrainedEncoder(config, encoder.state_dict())

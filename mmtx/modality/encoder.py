@@ -11,14 +11,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmtx.config import EfficientNetConfig, EncoderConfig
-from mmtx.modality.efficientnet import EfficientNetEncoder, starts_by_size
+from mmtx.config import AnyEncoderConfig, EfficientNetConfig, EncoderConfig, MobileNetConfig
+from mmtx.modality.efficientnet import EfficientNetEncoder
+from mmtx.modality.grids import starts_by_size
+from mmtx.modality.mobilenet import MobileNet
 from mmtx.model import Block, BlockConfig, RMSNorm, rotary_embedding
 
 NORM_EPS = torch.finfo(torch.float32).eps
 # Patches at the edges of a window that are taken from its neighbour. Without any, PSNR where windows meet was 2.2 dB lower
 # than elsewhere (sheets of starter pictures, 256 pixels a side); with 1 or 2 it was 0.2 dB lower, with 3 0.1 dB.
 MARGIN = 1
+PATCH_DROPOUT = 0.6
 
 
 class Window(NamedTuple):
@@ -110,9 +113,35 @@ class GridEncoder(PatchEncoder):
         return torch.cat(parts)[there(torch.cat(order).argsort())]
 
 
-def build_encoder(config: EncoderConfig | EfficientNetConfig) -> nn.Module:
+class SoundEncoder(nn.Module):
+    """A patch encoder, which hears pitch exactly, and a pretrained MobileNet, which knows what sounds alike, side by side.
+
+    In training the patch encoder is left out of a share of the sounds, `PATCH_DROPOUT`; otherwise a decoder that can already tell
+    all sounds of the training data by it would never learn to use the MobileNet.
+    """
+
+    def __init__(self, config: MobileNetConfig):
+        super().__init__()
+        self.patches = GridEncoder(config.patches)
+        self.network = MobileNet(config)
+
+    def forward(self, patches: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+        """Patches (n, P) of grids, row by row -> features (n, D), those of the patch encoder first."""
+        heard = self.patches(patches, grids)
+        if self.training:
+            # By a hash of the sound, and not by a random generator, whose state a resumed run would need.
+            counts = torch.tensor([rows * columns for rows, columns in grids])
+            means = torch.stack([part.float().mean() for part in patches.split(counts.tolist())])
+            kept = ((means * 1e4).frac().abs() >= PATCH_DROPOUT).repeat_interleave(counts.to(means.device))
+            heard = heard * kept[:, None]
+        return torch.cat([heard, self.network(patches, grids)], 1)
+
+
+def build_encoder(config: AnyEncoderConfig) -> nn.Module:
     """Build the encoder of a configuration, with random weights."""
-    return EfficientNetEncoder(config) if isinstance(config, EfficientNetConfig) else GridEncoder(config)
+    if isinstance(config, EfficientNetConfig):
+        return EfficientNetEncoder(config)
+    return SoundEncoder(config) if isinstance(config, MobileNetConfig) else GridEncoder(config)
 
 
 @lru_cache(1024)

@@ -76,6 +76,8 @@ class DecoderModule(TrainingModule):
         encoders_from: str | None = None,
         image_encoder: str | None = None,
         image_encoder_lr: float | None = None,
+        audio_encoder: str | None = None,
+        audio_encoder_lr: float | None = None,
         lora: LoRA | None = None,
         gradient_checkpointing: bool = False,
         mup_base_width: int | None = None,
@@ -101,6 +103,9 @@ class DecoderModule(TrainingModule):
                 From a model as wide as this one, the projection of its features is taken as well.
             image_encoder_lr: AdamW's learning rate for the image encoder, usually lower for a pretrained one; by default that
                 of everything else.
+            audio_encoder: folder of a pretrained network of sounds, such as `demos/data/build_audio_encoder.py` makes, or of a
+                finished model that has one; its features stand beside those of the encoder of patches, which stays.
+            audio_encoder_lr: AdamW's learning rate for the pretrained network of sounds; by default that of everything else.
             loss_weights: weights of targets by modality; the loss is the weighted mean over all targets.
             init_from: folder of a finished model with this configuration and text tokenizer, whose weights to start from.
                 Its other tokenizers may have been retrained: what their codes mean is then learnt anew. It may be a model of
@@ -127,11 +132,13 @@ class DecoderModule(TrainingModule):
             within("mup_base_width", mup_base_width, 1, 2**16)
         if lora is not None and mup_base_width is not None:
             raise InputError("mup_base_width: found one with lora, expected none: adapters have rates of their own")
-        self.initial = InitialDecoder(init_from, encoders_from, image_encoder, continuous_inputs, train_encoder,
+        self.initial = InitialDecoder(init_from, encoders_from, image_encoder, audio_encoder, continuous_inputs, train_encoder,
                                       lora is not None and lora.load_in_4bit, mup_base_width)
         self.lora, self.gradient_checkpointing, self.mup_base_width = lora, gradient_checkpointing, mup_base_width
         self.tokenizers = None if tokenizers is None else tokenizers.load()
-        self.config, self.optimizer_config, self.image_encoder_lr = decoder, optimizer, image_encoder_lr
+        self.config, self.optimizer_config = decoder, optimizer
+        self.encoder_rates = {kind: rate for kind, rate in (("image", image_encoder_lr), ("audio", audio_encoder_lr))
+                              if rate is not None}
         # These determine what the data give.
         self.continuous_inputs, self.train_encoder, self.merge_size = continuous_inputs, train_encoder, dict(merge_size or {})
         self.z_loss, self.ctc, self.dpo, self.weights_by_kind = z_loss, ctc, dpo, asdict(loss_weights)
@@ -149,13 +156,14 @@ class DecoderModule(TrainingModule):
         if ctc is not None and ctc.blocks > decoder.depth:
             raise InputError(f"ctc.blocks: found {ctc.blocks}, expected at most {decoder.depth}, decoder.depth")
         for name, value in (("model.init_args.encoders_from", encoders_from), ("model.init_args.image_encoder", image_encoder),
-                            ("image_encoder_lr", image_encoder_lr)):
+                            ("model.init_args.audio_encoder", audio_encoder), ("image_encoder_lr", image_encoder_lr),
+                            ("audio_encoder_lr", audio_encoder_lr)):
             if value is not None and not train_encoder:
                 raise InputError(f"{name}: found one with train_encoder: false, expected train_encoder: true")
-        if image_encoder_lr is not None:
-            within("image_encoder_lr", image_encoder_lr, 0, 100)
+        for kind, rate in self.encoder_rates.items():
+            within(f"{kind}_encoder_lr", rate, 0, 100)
             if lora is not None and lora.freeze_encoder:
-                raise InputError("image_encoder_lr: found one with lora.freeze_encoder: true, expected none")
+                raise InputError(f"{kind}_encoder_lr: found one with lora.freeze_encoder: true, expected none")
 
     def prepare_data(self) -> None:
         """Raise InputError for a folder without a model now, before the data are read, which may take minutes."""
@@ -170,8 +178,9 @@ class DecoderModule(TrainingModule):
         self.weights_on_device: Tensor | None = None
         self.loss_weights = tuple(self.weights_by_kind[kind] for kind in vocabulary.modality_names)
         levels = {kind: levels for kind in vocabulary.kinds if (levels := vocabulary.levels(kind))}
-        if self.image_encoder_lr is not None and "image" not in levels:
-            raise InputError("image_encoder_lr: found one, expected none: there is no tokenizer of pictures")
+        for kind in self.encoder_rates.keys() - levels:
+            what = {"image": "pictures", "audio": "sounds"}[kind]
+            raise InputError(f"{kind}_encoder_lr: found one, expected none: there is no tokenizer of {what}")
         config = replace(self.config, vocabulary_size=vocabulary.size, ctc_blocks=None if self.ctc is None else self.ctc.blocks,
                          composed=tuple(CodeRange(vocabulary.range(kind).start, found) for kind, found in levels.items()))
         self.decoder = self.initial.build(config, self.tokenizers, vocabulary, self._announce)
@@ -217,10 +226,11 @@ class DecoderModule(TrainingModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         base, config, steps, precision = self.mup_base_width, self.optimizer_config, self.trainer.max_steps, self.trainer.precision
         more = []
-        if self.image_encoder_lr is not None:
-            members = [p for p in self.decoder.encoders["image"].parameters() if p.requires_grad]
-            more = [{"params": [p for p in members if (p.dim() > 1) is decays], "lr": self.image_encoder_lr,
-                     "weight_decay": config.weight_decay if decays else 0.0} for decays in (True, False)]
+        for kind, rate in self.encoder_rates.items():
+            encoder = self.decoder.encoders[kind]
+            members = [p for p in getattr(encoder, "network", encoder).parameters() if p.requires_grad]
+            more += [{"params": [p for p in members if (p.dim() > 1) is decays], "lr": rate,
+                      "weight_decay": config.weight_decay if decays else 0.0} for decays in (True, False)]
         if base is None:
             return configure(self.decoder, config, steps, more, precision=precision)
         return configure(self.decoder, config, steps, more, scaled(self.decoder), base / self.config.width, precision)

@@ -3,18 +3,21 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
-from mmtx.config import DecoderConfig, EfficientNetConfig, EncoderConfig
+from mmtx.config import AnyEncoderConfig, DecoderConfig, EncoderConfig, MobileNetConfig
 from mmtx.errors import InputError
 from mmtx.hub import find_model
+from mmtx.modality.audio import AudioTokenizer
 from mmtx.modality.autoencoder import Codec
 from mmtx.modality.base import MediaTokenizer, Tokenizer, media_tokenizer
-from mmtx.modality.efficientnet import PretrainedEncoder, is_encoder, read_encoder
 from mmtx.modality.encoder import build_encoder
+from mmtx.modality.pretrained_encoder import PretrainedEncoder, is_encoder, read_audio_encoder, read_image_encoder
 from mmtx.model import Decoder, initialise
 from mmtx.model_folder import WEIGHTS, ModelParts, read_model
 from mmtx.training.memory import releasing_memory
@@ -31,6 +34,7 @@ class InitialDecoder:
     init_from: str | Path | None
     encoders_from: str | None
     image_encoder: str | None
+    audio_encoder: str | None
     continuous_inputs: bool
     train_encoder: bool
     load_in_4bit: bool
@@ -39,7 +43,10 @@ class InitialDecoder:
 
     def check_folders(self) -> None:
         """Raise InputError for a folder without a model."""
-        for name, read in (("init_from", read_model), ("encoders_from", read_model), ("image_encoder", find_image_encoder)):
+        readers: dict[str, Callable[[str], object]] = {
+            "init_from": read_model, "encoders_from": read_model, "image_encoder": partial(find_encoder, kind="image"),
+            "audio_encoder": partial(find_encoder, kind="audio")}
+        for name, read in readers.items():
             try:
                 if (folder := getattr(self, name)) is not None:
                     read(folder)
@@ -52,14 +59,14 @@ class InitialDecoder:
     def restore(self, folder: Path) -> None:
         """Begin with the finished model in a folder; it must match the configuration and the tokenizers."""
         self.init_from = self.finished = folder
-        self.encoders_from = self.image_encoder = None
+        self.encoders_from = self.image_encoder = self.audio_encoder = None
 
     def build(self, config: DecoderConfig, tokenizers: Mapping[str, Tokenizer], vocabulary: Vocabulary,
               announce: Callable[[str], None]) -> Decoder:
         """The decoder, whose configuration also has its features and encoders; `announce` is told of an encoder that is replaced."""
         codecs = {kind: media_tokenizer(tokenizers, kind) for kind, tokenizer in tokenizers.items() if tokenizer.levels}
         before = None if self.init_from is None else read_model(self.init_from)
-        trained = self._trained_encoders(codecs) if self.train_encoder else {}
+        trained = self._trained_encoders(codecs, before) if self.train_encoder else {}
         encoders = _encoder_configs(codecs, trained, before) if self.train_encoder else {}
         widths = {kind: math.prod(vocabulary.merge(kind)) * (encoders[kind].width if encoders else codec.feature_width)
                   for kind, codec in codecs.items()}
@@ -72,20 +79,26 @@ class InitialDecoder:
         else:
             decoder = self._adopt(before, config, tokenizers, vocabulary, announce)
         for kind, encoder in trained.items():
-            decoder.encoders[kind].load_state_dict(encoder.weights)
+            decoder.encoders[kind].load_state_dict({**decoder.encoders[kind].state_dict(), **encoder.weights})
             if encoder.projection and (fitting := _repeated(encoder.projection, cast(nn.Linear, decoder.projections[kind]))):
                 decoder.projections[kind].load_state_dict(fitting)
         return decoder
 
-    def _trained_encoders(self, codecs: Mapping[str, MediaTokenizer]) -> dict[str, PretrainedEncoder]:
-        """Pretrained encoders by kind: those of `encoders_from` and `image_encoder`."""
+    @property
+    def _given(self) -> dict[str, str]:
+        """Folders of pretrained encoders by kind."""
+        return {kind: folder for kind, folder in (("image", self.image_encoder), ("audio", self.audio_encoder)) if folder is not None}
+
+    def _trained_encoders(self, codecs: Mapping[str, MediaTokenizer], before: ModelParts | None) -> dict[str, PretrainedEncoder]:
+        """Pretrained encoders by kind: those of `encoders_from`, `image_encoder` and `audio_encoder`."""
         for kind in (kind for kind, codec in codecs.items() if codec.encoder_config is None):
             raise InputError(f"train_encoder: found a {kind} tokenizer without an encoder that trains, expected a codec of mmtx")
         found: dict[str, PretrainedEncoder] = {}
-        if self.image_encoder is not None:
-            if "image" not in codecs:
-                raise InputError("image_encoder: found one, expected none: there is no tokenizer of pictures")
-            found["image"] = image_encoder_in(self.image_encoder, codecs["image"])
+        for kind, folder in self._given.items():
+            if kind not in codecs:
+                what = {"image": "pictures", "audio": "sounds"}[kind]
+                raise InputError(f"{kind}_encoder: found one, expected none: there is no tokenizer of {what}")
+            found[kind] = pretrained_encoder(folder, kind, codecs[kind], None if before is None else before.config.encoders.get(kind))
         others = {kind: codec for kind, codec in codecs.items() if kind not in found}
         if self.encoders_from is not None and others:
             found |= {kind: PretrainedEncoder(encoder.config, encoder.weights)
@@ -105,9 +118,9 @@ class InitialDecoder:
         """The decoder of a finished model, in the precision of the run; with `load_in_4bit`, each layer is quantized once read."""
         where = self.finished or "init_from"
         given, wanted = asdict(model.config), asdict(config)
-        new = {"image"} if self.image_encoder is not None and given["features"] else set()
-        if new:
-            announce(f"{self.image_encoder} replaces the image encoder of {where}")
+        new = {*self._given} if given["features"] else set()
+        for kind in sorted(new):
+            announce(f"{self._given[kind]} {'replaces' if kind == 'image' else 'joins'} the {kind} encoder of {where}")
         # A model of codes alone may be given projections of features, and one without encoders may be given the codecs', which made
         # the features that it has learnt to read.
         added = {name for name in ("features", "encoders") if wanted[name] and not given[name] and self.finished is None}
@@ -131,6 +144,7 @@ class InitialDecoder:
             decoder = load_module(lambda: Decoder(model.config, build_encoder), model.folder / WEIGHTS,
                                   quantize_layer if self.load_in_4bit else None)
         decoder.config = config
+        projected = decoder.projections["audio"] if "audio" in new and "audio" in decoder.projections else None
         blank = {*config.features} if "features" in added else new
         decoder.projections.update({kind: nn.Linear(config.features[kind], config.width) for kind in sorted(blank)})
         for kind in sorted(blank):
@@ -140,8 +154,11 @@ class InitialDecoder:
             after.load_state_dict(cast(dict, _repeated(before.state_dict(), after)))
             decoder.projections[kind] = after
         fresh = {*config.encoders} if "encoders" in added else new
+        heard = decoder.encoders["audio"] if "audio" in new and "audio" in decoder.encoders else None
         decoder.encoders.update({kind: build_encoder(config.encoders[kind]) for kind in sorted(fresh)})
         _copy_encoders(decoder, tokenizers, sorted(fresh))
+        if "audio" in new:
+            _keep_patches(decoder, model.config, heard, cast("nn.Linear | None", projected))
         return decoder
 
 
@@ -153,8 +170,37 @@ def _repeated(projection: Mapping[str, Tensor], layer: nn.Linear) -> dict[str, T
     return {"weight": projection["weight"].repeat(1, times) / times, "bias": projection["bias"]}
 
 
+def _keep_patches(decoder: Decoder, before: DecoderConfig, encoder: nn.Module | None, projection: nn.Linear | None) -> None:
+    """Give a decoder, whose sounds now go through another network as well, what it has learned to hear without that.
+
+    Projections of the new features begin at 0, so that at first nothing changes.
+    """
+    config = decoder.config.encoders["audio"]
+    if not isinstance(config, MobileNetConfig):
+        return
+    if encoder is not None:
+        patches = encoder.patches if isinstance(before.encoders["audio"], MobileNetConfig) else encoder
+        if _patches_of(before.encoders["audio"]) != config.patches:
+            return
+        cast(nn.Module, decoder.encoders["audio"].patches).load_state_dict(cast(nn.Module, patches).state_dict())
+    old_width = config.patches.width if encoder is None else before.encoders["audio"].width
+    layer = cast(nn.Linear, decoder.projections["audio"])
+    times = layer.in_features // config.width
+    if projection is not None and projection.in_features == times * old_width:
+        with torch.no_grad():
+            weight = layer.weight.zero_().view(layer.out_features, times, config.width)
+            weight[..., :config.patches.width] = projection.weight.view(len(weight), times, old_width)[..., :config.patches.width]
+            layer.bias.copy_(projection.bias)
+
+
+def _patches_of(config: AnyEncoderConfig | None) -> EncoderConfig | None:
+    """Sizes of the patch encoder that an encoder of sounds is or contains."""
+    config = config.patches if isinstance(config, MobileNetConfig) else config
+    return config if isinstance(config, EncoderConfig) else None
+
+
 def _encoder_configs(codecs: Mapping[str, MediaTokenizer], trained: Mapping[str, PretrainedEncoder],
-                     before: ModelParts | None) -> dict[str, EncoderConfig | EfficientNetConfig]:
+                     before: ModelParts | None) -> dict[str, AnyEncoderConfig]:
     """Configurations of all encoders: pretrained ones, else those of the model in `init_from`, else the codecs'."""
     made = {} if before is None else before.config.encoders
     found = {}
@@ -167,29 +213,40 @@ def _encoder_configs(codecs: Mapping[str, MediaTokenizer], trained: Mapping[str,
 def _copy_encoders(decoder: Decoder, tokenizers: Mapping[str, Tokenizer], kinds: Iterable[str]) -> None:
     """Initialise encoders from the codecs' if their configurations are equal; the others keep their random weights."""
     for kind in kinds:
-        codec = cast(Codec, tokenizers[kind])
-        if decoder.config.encoders[kind] == codec.encoder_config:
-            weights, encoder = codec.network.state_dict(), decoder.encoders[kind]
+        codec, config, encoder = cast(Codec, tokenizers[kind]), decoder.config.encoders[kind], decoder.encoders[kind]
+        if isinstance(config, MobileNetConfig):
+            config, encoder = config.patches, cast(nn.Module, encoder.patches)
+        if config == codec.encoder_config:
+            weights = codec.network.state_dict()
             encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()})
 
 
-def image_encoder_in(folder: str, codec: MediaTokenizer) -> PretrainedEncoder:
-    """Read the image encoder in a folder. Raises InputError if there is none that takes the codec's patches."""
-    found = find_image_encoder(folder)
-    if isinstance(found, Path):
-        return read_encoder(found, codec.encoder_config.patch)
-    return encoders_of(found, {"image": codec}, "image_encoder")["image"]
+def pretrained_encoder(folder: str, kind: str, codec: MediaTokenizer, before: AnyEncoderConfig | None = None) -> PretrainedEncoder:
+    """Read the encoder of pictures or sounds in a folder. Raises InputError if there is none that takes the codec's patches.
+
+    One of sounds stands beside an encoder of patches: that of the model `before`, or else the codec's.
+    """
+    found, patches = find_encoder(folder, kind), codec.encoder_config
+    if not isinstance(found, Path):
+        return encoders_of(found, {kind: codec}, f"{kind}_encoder")[kind]
+    if kind == "image":
+        return read_image_encoder(found, patches.patch)
+    if not isinstance(codec, AudioTokenizer):
+        raise InputError("audio_encoder: found one, expected none: tokenizers.audio does not make spectrograms")
+    own = _patches_of(before)
+    return read_audio_encoder(found, own if own is not None and own.patch == patches.patch else patches, codec.config)
 
 
-def find_image_encoder(folder: str) -> Path | ModelParts:
-    """The folder of an image encoder alone, or else the model in it. Raises InputError if it holds neither."""
+def find_encoder(folder: str, kind: str) -> Path | ModelParts:
+    """The folder of an encoder alone, or else the model in it. Raises InputError if it holds neither."""
     path = find_model(folder)
     if is_encoder(path):
         return path
     try:
         return read_model(path)
     except InputError as error:
-        raise InputError(f"image_encoder: {error}; or an encoder of pictures alone") from None
+        what = {"image": "pictures", "audio": "sounds"}[kind]
+        raise InputError(f"{kind}_encoder: {error}; or an encoder of {what} alone") from None
 
 
 def encoders_of(model: ModelParts, codecs: Mapping[str, MediaTokenizer], option: str) -> dict[str, PretrainedEncoder]:
