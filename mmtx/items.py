@@ -1,6 +1,6 @@
 """Lists as arguments of the API: one item or several, each checked, with errors that number it."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from io import IOBase
 from typing import Any
@@ -10,12 +10,12 @@ from mmtx.medium import Sound, is_waveform
 
 
 def is_list(item: Any) -> bool:
-    """Whether several media are given: a list, an iterator, or a column of a table.
+    """Whether several media are given: a list or another sequence, an iterator, or a column of a table.
 
     A `Sound` is a tuple, but one medium, and so is a sound with its rate.
     """
-    if isinstance(item, (list, tuple, Iterator)):
-        return not (isinstance(item, (Sound, IOBase)) or is_waveform(item))
+    if isinstance(item, (Sequence, Iterator)):
+        return not (isinstance(item, (str, bytes, bytearray, memoryview, Sound, IOBase)) or is_waveform(item))
     # Columns of pandas, and arrays of names or objects.
     return getattr(item, "ndim", 0) == 1 and getattr(getattr(item, "dtype", None), "kind", "") in ("O", "U")
 

@@ -188,6 +188,8 @@ def as_medium(item: Any) -> BaseMedium:
         return Audio(*item)
     if isinstance(item, Mapping):
         return _decoded(item)
+    if hasattr(item, "get_all_samples"):
+        return _all_samples(item)
     if isinstance(item, (bytes, bytearray, memoryview)) or hasattr(item, "read"):
         data = content_of(item, "file") if hasattr(item, "read") else bytes(item)
         if (kind := sniff(data)) is None:
@@ -221,6 +223,16 @@ def _decoded(cell: Mapping[str, Any]) -> BaseMedium:
         return as_medium(given)
     raise InputError(f"found an object with {', '.join(map(repr, cell)) or 'nothing'}, expected one with 'array' and "
                      "'sampling_rate', or with 'bytes'; a file is given as pathlib.Path(...)")
+
+
+def _all_samples(decoder: Any) -> Audio:
+    """The sound behind an `AudioDecoder` of torchcodec, which is what Hugging Face datasets hold since version 4."""
+    try:
+        samples = decoder.get_all_samples()
+    except (OSError, RuntimeError, ValueError) as error:
+        why = str(error).partition("\n")[0]
+        raise InputError(f"found {type(decoder).__name__} of a sound that cannot be decoded ({why:.200})") from None
+    return Audio(samples.data, samples.sample_rate)
 
 
 def _formats() -> str:

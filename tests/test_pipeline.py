@@ -8,9 +8,12 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -135,7 +138,41 @@ def test_a_sound_with_its_rate_is_one_medium(lively_model, files, tone):
                   {"path": "gone.wav", "array": slow, "sampling_rate": 2 * RATE}, {"array": slow.tolist(), "sampling_rate": 2 * RATE}):
         assert asked(given) == asked([given]) == expected
     assert asked(soundfile.read(files / "sound.wav")) == asked(files / "sound.wav")
-    assert asked((tone, tone)) == asked([tone, tone])
+    assert asked((tone, tone)) == asked([tone, tone]) == asked(Column([tone, tone]))
+
+
+class Column(Sequence):
+    """A sequence of media that is no list, as a column of a Hugging Face dataset is."""
+
+    def __init__(self, items: list):
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+@dataclass
+class LazySound:
+    """What torchcodec's `AudioDecoder` offers; the package needs FFmpeg, which may be missing here."""
+
+    samples: SimpleNamespace | None
+
+    def get_all_samples(self):
+        if self.samples is None:
+            raise RuntimeError("Could not receive frame from decoder: Invalid data found when processing input\nand more")
+        return self.samples
+
+
+def test_a_sound_that_is_yet_to_be_decoded(lively_model, tone):
+    """As the cells of a Hugging Face dataset are, in a column or one by one."""
+    slow, asked = torch.from_numpy(np.repeat(tone, 2)), lively_model.tokenize
+    sound = LazySound(SimpleNamespace(data=torch.stack([slow, slow]), sample_rate=2 * RATE))
+    assert asked(sound) == asked(Column([sound])) == asked(mmtx.Audio(slow, 2 * RATE))
+    with pytest.raises(mmtx.InputError, match="^found LazySound of a sound that cannot be decoded .Could not .* processing input.$"):
+        asked(LazySound(None))
 
 
 def test_what_a_program_holds_and_cannot_be_read_is_one_clear_error(tiny_model, files, tmp_path):

@@ -9,20 +9,25 @@ https://github.com/tensorflow/models/tree/master/research/audioset/yamnet). The 
 """
 
 import argparse
+import io
 import json
 import math
 import re
+import tarfile
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import soundfile
 import torch
 import torchaudio.functional as AF
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mmtx.config import MobileNetConfig, MobileNetShape, SeparableLayer
 from mmtx.modality.base import load_tokenizer
 from mmtx.modality.log_mel import FLOOR
-from mmtx.modality.mobilenet import band_places
+from mmtx.modality.mobilenet import MobileNet, band_places
 
 MELS, LOW, HIGH, RATE, WINDOW, FFT = 64, 125.0, 7500.0, 16_000, 400, 512  # of YAMNet's spectrograms: bands, Hz, samples
 CONV_2D, DEPTHWISE = 3, 4  # operators of TensorFlow Lite
@@ -81,6 +86,21 @@ def gains(tokenizer: str) -> Tensor:
     return theirs[:, 10:-10].mean((0, 1)) - ours[:, 10:-10].mean((0, 1))
 
 
+@torch.no_grad()
+def standardize(network: MobileNet, tokenizer: str) -> None:
+    """Scale each feature so that over the patches of the starter's sounds it has a mean of 0 and a standard deviation of 1."""
+    audio, features = load_tokenizer(tokenizer), []
+    for path in sorted(Path(__file__).with_name("starter").glob("s*-train-*.tar.gz")):
+        with tarfile.open(path) as tar:
+            for member in [member for member in tar.getmembers() if member.name.endswith(".ogg")][::20]:
+                samples, _ = soundfile.read(io.BytesIO(tar.extractfile(member).read()), dtype="float32")
+                [encoding] = audio.embed_batch([torch.from_numpy(samples)], patches=True, codes=False)
+                features.append(network(encoding.features.flatten(0, 1), [encoding.features.shape[:2]]))
+    deviation, mean = torch.std_mean(torch.cat(features), 0)
+    network.scale.copy_(1 / (deviation + 1e-2))
+    network.shift.copy_(-mean * network.scale)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True, help="YAMNet for TensorFlow Lite")
@@ -96,14 +116,18 @@ def main() -> None:
         if there not in found:
             raise SystemExit(f"{options.weights}: found no {there}, expected YAMNet for TensorFlow Lite")
         made[f"{name}.weight"], made[f"{name}.bias"] = found[there]
-    layers = [{"channels": len(made[f"layers.{index}.project.bias"]), "stride": 2 if layer in STRIDED else 1}
-              for index, layer in enumerate(LAYERS)]
+    layers = tuple(SeparableLayer(len(made[f"layers.{index}.project.bias"]), 2 if layer in STRIDED else 1)
+                   for index, layer in enumerate(LAYERS))
+    shape = MobileNetShape(MELS, LOW, HIGH, len(made["stem.bias"]), layers, tuple(LAYERS.index(layer) for layer in OUTPUTS))
+    audio = load_tokenizer(options.tokenizer)
+    network = MobileNet(MobileNetConfig(**vars(shape), patches=audio.encoder_config, patch_frames=audio.config.patch_frames,
+                                        patch_mels=audio.config.patch_mels, from_low=audio.config.low, from_high=audio.config.high))
+    network.load_state_dict({**network.state_dict(), **made})
+    standardize(network, options.tokenizer)
     options.out.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.half().contiguous() for name, value in made.items()}, options.out / "model.safetensors")
-    (options.out / "config.json").write_text(json.dumps({
-        "kind": "mobilenet", "mels": MELS, "low": LOW, "high": HIGH, "stem": len(made["stem.bias"]), "layers": layers,
-        "outputs": [LAYERS.index(layer) for layer in OUTPUTS]}, indent=1) + "\n", encoding="utf-8")
-    print(f"{options.out}: {sum(value.numel() for value in made.values()):,} parameters")
+    save_file({name: value.half().contiguous() for name, value in network.state_dict().items()}, options.out / "model.safetensors")
+    (options.out / "config.json").write_text(json.dumps({"kind": "mobilenet", **asdict(shape)}, indent=1) + "\n", encoding="utf-8")
+    print(f"{options.out}: {sum(weight.numel() for weight in network.parameters()):,} parameters")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ in a patch, C channels, D width.
 import math
 import operator
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 
 import torch
@@ -22,12 +23,12 @@ from mmtx.modality.efficientnet import SameConv2d
 from mmtx.modality.grids import by_size
 from mmtx.modality.log_mel import CENTRE, FLOOR, SPREAD
 
-NORM_EPS = 1e-6
 OFFSET = 1e-3    # that YAMNet adds to mel magnitudes before the logarithm
 CHUNK = 512      # time steps of a sound in one pass, so that memory does not grow with its length
 AT_ONCE, AT_ONCE_ON_GPU = 2 ** 11, 2 ** 17  # patches in one pass
 
 
+@lru_cache
 def band_places(mels: int, low: float, high: float, of_mels: int, of_low: float, of_high: float) -> Tensor:
     """Where the centres of bands on HTK's mel scale lie among `of_mels` bands on Slaney's, counted from 0, (mels,)."""
     htk = lambda hertz: 2595 * math.log10(1 + hertz / 700)
@@ -51,14 +52,14 @@ class SeparableConv2d(nn.Module):
 
 
 class MobileNet(nn.Module):
-    """Patches of log-mel spectrograms -> the outputs of some layers, averaged over the bands of each patch and normalised."""
+    """Patches of log-mel spectrograms -> the outputs of some layers, averaged over the bands of each patch, each channel scaled."""
 
     def __init__(self, config: MobileNetConfig):
         super().__init__()
-        self.frames, self.patch_mels, self.outputs, self.config = config.patch_frames, config.patch_mels, config.outputs, config
-        # So that a step of Adam changes what becomes of these features as much as it does for those of the patch encoder.
-        self.scale = config.patches.width / (config.width - config.patches.width)
+        self.config = config
         self.gain = nn.Parameter(torch.zeros(config.mels))  # log of each band's width, relative to that of the tokenizer's
+        width = config.width - config.patches.width
+        self.scale, self.shift = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
         self.stem = SameConv2d(1, config.stem, 3, stride=2)
         widths = [config.stem, *(layer.channels for layer in config.layers)]
         self.strides = [*accumulate((layer.stride for layer in config.layers), operator.mul, initial=2)][1:]
@@ -72,17 +73,18 @@ class MobileNet(nn.Module):
 
     def _grids(self, patches: Tensor) -> Tensor:
         """Patches (B, t, b, P) -> features (B, t, b, D)."""
-        mel = patches[..., :self.frames * self.patch_mels]  # without the pitch that patches may hold, too
-        x = self.spectrogram(rearrange(mel, "b t w (f m) -> b (t f) (w m)", f=self.frames))
+        c = self.config
+        mel = patches[..., :c.patch_frames * c.patch_mels]  # without the pitch that patches may hold, too
+        x = self.spectrogram(rearrange(mel, "b t w (f m) -> b (t f) (w m)", f=c.patch_frames))
         x = F.relu(self.stem(x[:, None].contiguous(memory_format=torch.channels_last)), inplace=True)
         found, (steps, bands) = [], patches.shape[1:3]
         for index, layer in enumerate(self.layers):
             x = layer(x)
-            if index in self.outputs:
+            if index in c.outputs:
                 pooled = F.adaptive_avg_pool2d(x, (x.shape[2], bands))
-                at = torch.arange(steps, device=x.device) * self.frames // self.strides[index]
-                found.append(F.rms_norm(rearrange(pooled[:, :, at], "b c t w -> b t w c"), x.shape[1:2], eps=NORM_EPS))
-        return torch.cat(found, -1) * self.scale
+                at = torch.arange(steps, device=x.device) * c.patch_frames // self.strides[index]
+                found.append(rearrange(pooled[:, :, at], "b c t w -> b t w c"))
+        return torch.cat(found, -1) * self.scale + self.shift
 
     def spectrogram(self, mel: Tensor) -> Tensor:
         """Scaled log-mel (B, F, M) of the tokenizer -> about the log-mel (B, F, m) that the network was trained on."""

@@ -18,6 +18,7 @@ from mmtx.weights import load_module
 T = TypeVar("T")
 
 KINDS = {"image": "efficientnet", "audio": "mobilenet"}
+MEDIA = {"image": "pictures", "audio": "sounds"}  # in words
 SLACK = 1.1  # by how much the bands that a MobileNet was trained on may exceed those of the tokenizer's spectrograms
 
 
@@ -63,6 +64,5 @@ def _read_shape(folder: Path, kind: str, shape: type[T]) -> T:
     path = folder / CONFIG
     values: Any = read_json(path)
     if not isinstance(values, dict) or values.get("kind") != KINDS[kind]:
-        what = {"image": "pictures", "audio": "sounds"}[kind]
-        raise InputError(f"{path}: found no \"kind\": \"{KINDS[kind]}\", expected the folder of a pretrained encoder of {what}")
+        raise InputError(f'{path}: found no "kind": "{KINDS[kind]}", expected the folder of a pretrained encoder of {MEDIA[kind]}')
     return build(shape, {name: value for name, value in values.items() if name != "kind"}, path)

@@ -20,6 +20,7 @@ from mmtx.data.storage import scrub
 from mmtx.data.tokens import to_documents
 from mmtx.errors import InputError
 from mmtx.loss import TokenLoss, next_token_loss
+from mmtx.modality.pretrained_encoder import MEDIA
 from mmtx.model import Decoder
 from mmtx.model_folder import model_files
 from mmtx.pipeline import Model
@@ -179,8 +180,7 @@ class DecoderModule(TrainingModule):
         self.loss_weights = tuple(self.weights_by_kind[kind] for kind in vocabulary.modality_names)
         levels = {kind: levels for kind in vocabulary.kinds if (levels := vocabulary.levels(kind))}
         for kind in self.encoder_rates.keys() - levels:
-            what = {"image": "pictures", "audio": "sounds"}[kind]
-            raise InputError(f"{kind}_encoder_lr: found one, expected none: there is no tokenizer of {what}")
+            raise InputError(f"{kind}_encoder_lr: found one, expected none: there is no tokenizer of {MEDIA[kind]}")
         config = replace(self.config, vocabulary_size=vocabulary.size, ctc_blocks=None if self.ctc is None else self.ctc.blocks,
                          composed=tuple(CodeRange(vocabulary.range(kind).start, found) for kind, found in levels.items()))
         self.decoder = self.initial.build(config, self.tokenizers, vocabulary, self._announce)

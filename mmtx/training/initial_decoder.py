@@ -17,7 +17,7 @@ from mmtx.modality.audio import AudioTokenizer
 from mmtx.modality.autoencoder import Codec
 from mmtx.modality.base import MediaTokenizer, Tokenizer, media_tokenizer
 from mmtx.modality.encoder import build_encoder
-from mmtx.modality.pretrained_encoder import PretrainedEncoder, is_encoder, read_audio_encoder, read_image_encoder
+from mmtx.modality.pretrained_encoder import MEDIA, PretrainedEncoder, is_encoder, read_audio_encoder, read_image_encoder
 from mmtx.model import Decoder, initialise
 from mmtx.model_folder import WEIGHTS, ModelParts, read_model
 from mmtx.training.memory import releasing_memory
@@ -96,8 +96,7 @@ class InitialDecoder:
         found: dict[str, PretrainedEncoder] = {}
         for kind, folder in self._given.items():
             if kind not in codecs:
-                what = {"image": "pictures", "audio": "sounds"}[kind]
-                raise InputError(f"{kind}_encoder: found one, expected none: there is no tokenizer of {what}")
+                raise InputError(f"{kind}_encoder: found one, expected none: there is no tokenizer of {MEDIA[kind]}")
             found[kind] = pretrained_encoder(folder, kind, codecs[kind], None if before is None else before.config.encoders.get(kind))
         others = {kind: codec for kind, codec in codecs.items() if kind not in found}
         if self.encoders_from is not None and others:
@@ -176,21 +175,24 @@ def _keep_patches(decoder: Decoder, before: DecoderConfig, encoder: nn.Module | 
     Projections of the new features begin at 0, so that at first nothing changes.
     """
     config = decoder.config.encoders["audio"]
-    if not isinstance(config, MobileNetConfig):
+    if not isinstance(config, MobileNetConfig) or projection is None:
         return
+    old_width = config.patches.width
     if encoder is not None:
-        patches = encoder.patches if isinstance(before.encoders["audio"], MobileNetConfig) else encoder
-        if _patches_of(before.encoders["audio"]) != config.patches:
+        old = before.encoders["audio"]
+        if _patches_of(old) != config.patches:
             return
-        cast(nn.Module, decoder.encoders["audio"].patches).load_state_dict(cast(nn.Module, patches).state_dict())
-    old_width = config.patches.width if encoder is None else before.encoders["audio"].width
+        old_width = old.width
+        patches = cast(nn.Module, encoder.patches if isinstance(old, MobileNetConfig) else encoder)
+        cast(nn.Module, decoder.encoders["audio"].patches).load_state_dict(patches.state_dict())
     layer = cast(nn.Linear, decoder.projections["audio"])
     times = layer.in_features // config.width
-    if projection is not None and projection.in_features == times * old_width:
+    known = _repeated(projection.state_dict(), nn.Linear(times * old_width, layer.out_features, device="meta"))
+    if known is not None:
         with torch.no_grad():
             weight = layer.weight.zero_().view(layer.out_features, times, config.width)
-            weight[..., :config.patches.width] = projection.weight.view(len(weight), times, old_width)[..., :config.patches.width]
-            layer.bias.copy_(projection.bias)
+            weight[..., :config.patches.width] = known["weight"].view(len(weight), times, old_width)[..., :config.patches.width]
+            layer.bias.copy_(known["bias"])
 
 
 def _patches_of(config: AnyEncoderConfig | None) -> EncoderConfig | None:
@@ -245,8 +247,7 @@ def find_encoder(folder: str, kind: str) -> Path | ModelParts:
     try:
         return read_model(path)
     except InputError as error:
-        what = {"image": "pictures", "audio": "sounds"}[kind]
-        raise InputError(f"{kind}_encoder: {error}; or an encoder of {what} alone") from None
+        raise InputError(f"{kind}_encoder: {error}; or an encoder of {MEDIA[kind]} alone") from None
 
 
 def encoders_of(model: ModelParts, codecs: Mapping[str, MediaTokenizer], option: str) -> dict[str, PretrainedEncoder]:
