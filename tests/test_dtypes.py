@@ -9,7 +9,7 @@ from mmtx.cli import main
 from mmtx.errors import InputError
 
 EXAMPLES = ROOT / "demos" / "examples"
-CAPTIONS = {"apple.webp": "red apple", "cat.webp": "cat", "penguin.webp": "penguin", "piano.ogg": "acoustic grand piano, F 3"}
+CAPTIONS = {"apple.webp": "red apple", "cat.webp": "cat", "penguin.webp": "penguin", "trumpet.ogg": "trumpet, A 4"}
 halves = pytest.mark.parametrize("dtype", ["bfloat16", torch.float16], ids=str)
 
 
