@@ -21,6 +21,7 @@ from mmtx.modality.encoder import PATCH_DROPOUT, SoundEncoder
 from mmtx.modality.mobilenet import CHUNK, OFFSET, MobileNet, band_places
 from mmtx.modality.pretrained_encoder import read_audio_encoder
 from mmtx.training.decoder import DecoderModule
+from mmtx.training.initial_decoder import pretrained_encoder
 
 SHAPE = {"mels": 16, "low": 125.0, "high": 7500.0, "stem": 4,
          "layers": [{"channels": channels, "stride": stride} for channels, stride in ((6, 1), (8, 2), (10, 1), (12, 2))],
@@ -188,6 +189,14 @@ def test_a_decoder_begins_with_it_and_answers_as_before(tmp_path):
     fourth = fit("fourth").decoder.encoders.state_dict()
     assert all(torch.allclose(fourth[name], value, atol=1e-6) for name, value in third.decoder.encoders.state_dict().items()
                if name.startswith("audio."))
+    # From a model of another audio tokenizer it takes the network alone.
+    other = AudioTokenizer(replace(first.tokenizers["audio"].config, patch_frames=2))
+    taken = pretrained_encoder(str(tmp_path / "third" / "model"), "audio", other)
+    assert (taken.config.patches, taken.config.patch_frames) == (other.encoder_config, 2)
+    assert {f"encoders.audio.{name}" for name in taken.weights} == {name for name in start if name.startswith("encoders.audio.network.")}
+    assert all(torch.equal(weight, moved[f"encoders.audio.{name}"]) for name, weight in taken.weights.items())
+    with pytest.raises(InputError, match="found bands of 125 to 7500 Hz"):
+        pretrained_encoder(str(tmp_path / "third" / "model"), "audio", AudioTokenizer(replace(other.config, high=4000.0)))
     # It may merge its features, too.
     options |= {"audio_encoder": str(folder), "init_from": str(tmp_path / "first" / "model"), "merge_size": {"audio": (2, 1)}}
     merged = fit("merged").decoder.projections["audio"].weight.view(32, 2, 16 + 8 + 12)

@@ -1,5 +1,6 @@
 """Pretrained encoders of pictures and sounds in folders of their own, with which the training of a decoder may begin."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -50,14 +51,19 @@ def read_image_encoder(folder: Path, patch: int) -> PretrainedEncoder:
 
 def read_audio_encoder(folder: Path, patches: EncoderConfig, audio: AudioConfig) -> PretrainedEncoder:
     """The MobileNet in a folder, to stand beside an encoder of the patches of an audio tokenizer. Raises InputError."""
-    shape = _read_shape(folder, "audio", MobileNetShape)
-    if audio.low > SLACK * shape.low or audio.high < shape.high / SLACK:
-        raise InputError(f"audio_encoder: {folder / CONFIG}: found bands of {shape.low:g} to {shape.high:g} Hz, expected no more "
-                         f"than the spectrograms of tokenizers.audio have, {audio.low:g} to {audio.high:g} Hz")
-    config = MobileNetConfig(**vars(shape), patches=patches, patch_frames=audio.patch_frames, patch_mels=audio.patch_mels,
-                             from_low=audio.low, from_high=audio.high)
+    config = beside_patches(_read_shape(folder, "audio", MobileNetShape), patches, audio, folder / CONFIG)
     network = load_module(lambda: MobileNet(config), folder / "model.safetensors")
     return PretrainedEncoder(config, {f"network.{name}": weight for name, weight in network.state_dict().items()})
+
+
+def beside_patches(shape: MobileNetShape, patches: EncoderConfig, audio: AudioConfig, where: Path) -> MobileNetConfig:
+    """Sizes of a MobileNet and an encoder of the patches of an audio tokenizer. Raises InputError if its spectrograms do not fit."""
+    if audio.low > SLACK * shape.low or audio.high < shape.high / SLACK:
+        raise InputError(f"audio_encoder: {where}: found bands of {shape.low:g} to {shape.high:g} Hz, expected no more "
+                         f"than the spectrograms of tokenizers.audio have, {audio.low:g} to {audio.high:g} Hz")
+    own = {each.name: getattr(shape, each.name) for each in fields(MobileNetShape)}
+    return MobileNetConfig(**own, patches=patches, patch_frames=audio.patch_frames, patch_mels=audio.patch_mels,
+                           from_low=audio.low, from_high=audio.high)
 
 
 def _read_shape(folder: Path, kind: str, shape: type[T]) -> T:

@@ -17,7 +17,14 @@ from mmtx.modality.audio import AudioTokenizer
 from mmtx.modality.autoencoder import Codec
 from mmtx.modality.base import MediaTokenizer, Tokenizer, media_tokenizer
 from mmtx.modality.encoder import build_encoder
-from mmtx.modality.pretrained_encoder import MEDIA, PretrainedEncoder, is_encoder, read_audio_encoder, read_image_encoder
+from mmtx.modality.pretrained_encoder import (
+    MEDIA,
+    PretrainedEncoder,
+    beside_patches,
+    is_encoder,
+    read_audio_encoder,
+    read_image_encoder,
+)
 from mmtx.model import Decoder, initialise
 from mmtx.model_folder import WEIGHTS, ModelParts, read_model
 from mmtx.training.memory import releasing_memory
@@ -229,14 +236,21 @@ def pretrained_encoder(folder: str, kind: str, codec: MediaTokenizer, before: An
     One of sounds stands beside an encoder of patches: that of the model `before`, or else the codec's.
     """
     found, patches = find_encoder(folder, kind), codec.encoder_config
-    if not isinstance(found, Path):
+    there = None if isinstance(found, Path) else found.config.encoders.get(kind)
+    if not isinstance(found, Path) and not (isinstance(there, MobileNetConfig) and there.patch != patches.patch):
         return encoders_of(found, {kind: codec}, f"{kind}_encoder")[kind]
     if kind == "image":
-        return read_image_encoder(found, patches.patch)
+        return read_image_encoder(cast(Path, found), patches.patch)
     if not isinstance(codec, AudioTokenizer):
         raise InputError("audio_encoder: found one, expected none: tokenizers.audio does not make spectrograms")
     own = _patches_of(before)
-    return read_audio_encoder(found, own if own is not None and own.patch == patches.patch else patches, codec.config)
+    own = own if own is not None and own.patch == patches.patch else patches
+    if isinstance(found, Path):
+        return read_audio_encoder(found, own, codec.config)
+    # A model of another audio tokenizer: its network hears the spectrograms of this one, too.
+    config = beside_patches(cast(MobileNetConfig, there), own, codec.config, found.folder)
+    encoder = load_module(lambda: Decoder(found.config, build_encoder), found.folder / WEIGHTS).encoders[kind]
+    return PretrainedEncoder(config, {name: weight for name, weight in encoder.state_dict().items() if name.startswith("network.")})
 
 
 def find_encoder(folder: str, kind: str) -> Path | ModelParts:
